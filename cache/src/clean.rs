@@ -1,0 +1,214 @@
+//! Which parts of which chunks are on the cache device, readable without the store.
+//!
+//! Keyed by (chunk, raw sector), not by address in a volume: chunks never change, so an entry can
+//! be missing but never wrong, and snapshots and clones share it.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, DefaultHasher};
+
+use quarry_objfmt::{ChunkId, SegmentId};
+
+use crate::CacheLoc;
+
+/// A part of a chunk's raw space and where it lies on the cache device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CleanRun {
+    /// First sector in the chunk's raw space.
+    pub raw: u32,
+    /// Sectors.
+    pub len: u32,
+    /// Where the first one lies.
+    pub at: CacheLoc,
+}
+
+impl CleanRun {
+    const fn end(&self) -> u32 {
+        self.raw + self.len
+    }
+}
+
+/// The index. Iteration order is never observed, so that a simulation repeats.
+#[derive(Default, Debug)]
+pub struct CleanIndex {
+    chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<DefaultHasher>>,
+}
+
+impl CleanIndex {
+    /// Adds a run; parts that are known already stay as they were.
+    pub fn insert(&mut self, chunk: ChunkId, run: CleanRun) {
+        let runs = self.chunks.entry(chunk).or_default();
+        let mut gaps = Vec::new();
+        visit(runs, run.raw, run.len, |raw, len, at| {
+            if at.is_none() {
+                gaps.push(CleanRun {
+                    raw,
+                    len,
+                    at: run.at.skip(raw - run.raw),
+                });
+            }
+        });
+        for gap in gaps {
+            let place = runs.partition_point(|r| r.raw < gap.raw);
+            match place.checked_sub(1).and_then(|before| runs.get_mut(before)) {
+                Some(before) if before.end() == gap.raw && before.at.skip(before.len) == gap.at => {
+                    before.len += gap.len
+                }
+                _ => runs.insert(place, gap),
+            }
+        }
+    }
+
+    /// Walks `len` raw sectors from `raw` in order: parts on the device, and parts that are not.
+    pub fn visit(
+        &self,
+        chunk: &ChunkId,
+        raw: u32,
+        len: u32,
+        each: impl FnMut(u32, u32, Option<CacheLoc>),
+    ) {
+        visit(
+            self.chunks.get(chunk).map_or(&[], Vec::as_slice),
+            raw,
+            len,
+            each,
+        );
+    }
+
+    /// Whether all of `len` sectors from `raw` are on the device.
+    #[must_use]
+    pub fn holds(&self, chunk: &ChunkId, raw: u32, len: u32) -> bool {
+        let mut whole = true;
+        self.visit(chunk, raw, len, |_, _, at| whole &= at.is_some());
+        whole
+    }
+
+    /// Forgets what `segment` holds of `chunk`.
+    pub fn forget(&mut self, chunk: &ChunkId, segment: SegmentId) {
+        if let Some(runs) = self.chunks.get_mut(chunk) {
+            runs.retain(|run| run.at.segment != segment);
+            if runs.is_empty() {
+                self.chunks.remove(chunk);
+            }
+        }
+    }
+
+    /// Chunks of which something is here.
+    #[must_use]
+    pub fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+}
+
+fn visit(runs: &[CleanRun], raw: u32, len: u32, mut each: impl FnMut(u32, u32, Option<CacheLoc>)) {
+    let end = raw + len;
+    let mut at = raw;
+    let first = runs.partition_point(|run| run.end() <= raw);
+    for run in runs.iter().skip(first).take_while(|run| run.raw < end) {
+        let from = run.raw.max(raw);
+        let to = run.end().min(end);
+        if at < from {
+            each(at, from - at, None);
+        }
+        each(from, to - from, Some(run.at.skip(from - run.raw)));
+        at = to;
+    }
+    if at < end {
+        each(at, end - at, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::{ChunkSeq, Epoch, VolumeId};
+
+    use super::*;
+
+    fn chunk() -> ChunkId {
+        ChunkId {
+            volume: VolumeId::from_bytes([1; 16]),
+            epoch: Epoch::new(1),
+            seq: ChunkSeq::new(1),
+        }
+    }
+
+    fn at(segment: u32, offset: u32) -> CacheLoc {
+        CacheLoc {
+            segment: SegmentId::new(segment),
+            offset,
+        }
+    }
+
+    fn parts(index: &CleanIndex, raw: u32, len: u32) -> Vec<(u32, u32, Option<CacheLoc>)> {
+        let mut out = Vec::new();
+        index.visit(&chunk(), raw, len, |raw, len, at| out.push((raw, len, at)));
+        out
+    }
+
+    #[test]
+    fn visit_over_a_hole_names_hits_and_misses_in_order() {
+        let mut index = CleanIndex::default();
+        index.insert(
+            chunk(),
+            CleanRun {
+                raw: 8,
+                len: 8,
+                at: at(1, 100),
+            },
+        );
+        index.insert(
+            chunk(),
+            CleanRun {
+                raw: 24,
+                len: 8,
+                at: at(2, 0),
+            },
+        );
+        assert_eq!(
+            parts(&index, 4, 32),
+            vec![
+                (4, 4, None),
+                (8, 8, Some(at(1, 100))),
+                (16, 8, None),
+                (24, 8, Some(at(2, 0))),
+                (32, 4, None)
+            ]
+        );
+    }
+
+    #[test]
+    fn second_insert_over_the_first_fills_only_the_gaps() {
+        let mut index = CleanIndex::default();
+        index.insert(
+            chunk(),
+            CleanRun {
+                raw: 8,
+                len: 8,
+                at: at(1, 100),
+            },
+        );
+        index.insert(
+            chunk(),
+            CleanRun {
+                raw: 0,
+                len: 24,
+                at: at(2, 0),
+            },
+        );
+        assert_eq!(
+            parts(&index, 0, 24),
+            vec![
+                (0, 8, Some(at(2, 0))),
+                (8, 8, Some(at(1, 100))),
+                (16, 8, Some(at(2, 16)))
+            ]
+        );
+        index.forget(&chunk(), SegmentId::new(2));
+        assert_eq!(
+            parts(&index, 0, 24),
+            vec![(0, 8, None), (8, 8, Some(at(1, 100))), (16, 8, None)]
+        );
+        assert!(index.holds(&chunk(), 9, 7));
+        index.forget(&chunk(), SegmentId::new(1));
+        assert_eq!(index.chunks(), 0);
+    }
+}

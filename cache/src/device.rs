@@ -1,0 +1,384 @@
+//! The cache device itself: a file or a block device, opened, locked and checked.
+//!
+//! Owns the file descriptor, the lock that keeps a second daemon out, and the superblock. Blocking
+//! calls only: used at start, by recovery and by upload workers; the reactor does its I/O on the
+//! descriptor with its own ring.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use quarry_objfmt::CacheId;
+use quarry_objfmt::page::Superblock;
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+use crate::{AlignedBuf, Geometry};
+
+/// Bytes kept at the front of the device for the superblock and what may come to stand beside it.
+const DATA_START: u64 = 1 << 20;
+
+/// Largest segment, and the size on any cache of 512 MiB or more.
+const SEGMENT_SIZE_MAX: u32 = 8 << 20;
+
+/// Smallest segment: still 1 MiB of data and room for its records.
+const SEGMENT_SIZE_MIN: u32 = 1 << 20;
+
+/// A cache is cut into at least this many segments, so that a few volumes can write at once.
+const SEGMENTS_AIM: u64 = 64;
+
+/// The smallest cache that works: eight of the smallest segments.
+pub const CACHE_SIZE_MIN: u64 = DATA_START + 8 * SEGMENT_SIZE_MIN as u64;
+
+/// What can go wrong with a cache device.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The system refused.
+    #[error("cannot {action} the cache {}: {source}{}", path.display(), remedy(source))]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The device.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another process holds the lock.
+    #[error("the cache {} is in use by another daemon; stop that one or give this one a cache of its own", path.display())]
+    Locked {
+        /// The device.
+        path: PathBuf,
+    },
+    /// It has content, and not ours.
+    #[error("{} holds data that are not a Quarry cache ({reason}); if nobody needs them, wipe its first 4 KiB and start again", path.display())]
+    Foreign {
+        /// The device.
+        path: PathBuf,
+        /// Why it is not taken for ours.
+        reason: String,
+    },
+    /// Too small to work with.
+    #[error("the cache {} has {size} bytes; it needs at least {CACHE_SIZE_MIN}", path.display())]
+    TooSmall {
+        /// The device.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+    },
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull => "; free space there or make the cache smaller",
+        io::ErrorKind::PermissionDenied => "; run the daemon as a user that may write it",
+        io::ErrorKind::NotFound => "; make its folder first",
+        _ => "",
+    }
+}
+
+/// An open cache device. The lock lasts as long as this value.
+#[derive(Debug)]
+pub struct CacheDevice {
+    file: File,
+    path: PathBuf,
+    id: CacheId,
+    geometry: Geometry,
+    direct: bool,
+    fresh: bool,
+}
+
+impl CacheDevice {
+    /// Opens the cache at `path`, formatting it if it is new: a file is made `size` bytes long, a
+    /// block device is used whole if `size` is larger than it.
+    ///
+    /// A cache that exists keeps its size: changing it needs an empty one. `fresh_id` names it if
+    /// it is formatted now; `host` and `now_ms` are recorded in it for people.
+    ///
+    /// # Errors
+    /// [`CacheError`], each naming the path and what to do.
+    pub fn open(
+        path: &Path,
+        size: u64,
+        fresh_id: CacheId,
+        host: &str,
+        now_ms: u64,
+    ) -> Result<Self, CacheError> {
+        let fail = |action| {
+            let path = path.to_owned();
+            move |source: io::Error| CacheError::Io {
+                action,
+                path,
+                source,
+            }
+        };
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(fail("open"))?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
+            if errno == rustix::io::Errno::WOULDBLOCK {
+                CacheError::Locked {
+                    path: path.to_owned(),
+                }
+            } else {
+                fail("lock")(errno.into())
+            }
+        })?;
+        let meta = file.metadata().map_err(fail("inspect"))?;
+        let is_device = meta.file_type().is_block_device();
+        let length = if is_device {
+            rustix_device_size(&file).map_err(fail("measure"))?
+        } else {
+            meta.len()
+        };
+
+        let mut first = vec![0; 4096];
+        if length >= 4096 {
+            file.read_exact_at(&mut first, 0).map_err(fail("read"))?;
+        }
+        let blank = first.iter().all(|b| *b == 0);
+        let (id, geometry, fresh) = if blank {
+            let size = if is_device { size.min(length) } else { size };
+            let geometry = cut(size).ok_or_else(|| CacheError::TooSmall {
+                path: path.to_owned(),
+                size,
+            })?;
+            if !is_device {
+                // All blocks now: a full file system shows here, not under a tenant's write.
+                rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size)
+                    .map_err(io::Error::from)
+                    .map_err(fail("allocate"))?;
+            }
+            let superblock = Superblock {
+                cache: fresh_id,
+                created_ms: now_ms,
+                host: host.to_owned(),
+                segment_size: geometry.segment_size,
+                segments: geometry.segments,
+                data_start: geometry.data_start,
+            };
+            // Last, and synced: a crash before this line leaves a blank first page, and the next
+            // start formats again.
+            file.write_all_at(&superblock.encode()[..], 0)
+                .map_err(fail("format"))?;
+            file.sync_all().map_err(fail("sync"))?;
+            (fresh_id, geometry, true)
+        } else {
+            let superblock = Superblock::decode(&first).map_err(|e| CacheError::Foreign {
+                path: path.to_owned(),
+                reason: e.to_string(),
+            })?;
+            let geometry = Geometry {
+                data_start: superblock.data_start,
+                segment_size: superblock.segment_size,
+                segments: superblock.segments,
+            };
+            let needed = geometry.data_start
+                + u64::from(geometry.segments) * u64::from(geometry.segment_size);
+            if length < needed {
+                let reason = format!("its superblock speaks of {needed} bytes, there are {length}");
+                return Err(CacheError::Foreign {
+                    path: path.to_owned(),
+                    reason,
+                });
+            }
+            (superblock.cache, geometry, false)
+        };
+
+        let direct = match reopen_direct(path) {
+            Ok(direct_file) => {
+                // The lock is the first descriptor's: take it over to the one that stays.
+                drop(std::mem::replace(&mut file, direct_file));
+                rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(
+                    |_| CacheError::Locked {
+                        path: path.to_owned(),
+                    },
+                )?;
+                true
+            }
+            Err(error) => {
+                tracing::info!(path = %path.display(), %error, "the cache is used through the page cache: no direct I/O here");
+                false
+            }
+        };
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            id,
+            geometry,
+            direct,
+            fresh,
+        })
+    }
+
+    /// The cache's name.
+    #[must_use]
+    pub const fn id(&self) -> CacheId {
+        self.id
+    }
+
+    /// How it is cut up.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Whether I/O goes around the page cache.
+    #[must_use]
+    pub const fn direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether it was formatted just now: then there is nothing to recover.
+    #[must_use]
+    pub const fn fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads exactly `buf.len()` bytes.
+    ///
+    /// # Errors
+    /// What the system says; a short read is an error.
+    pub fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    /// Writes all of `buf`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    /// Makes what was written stable.
+    ///
+    /// # Errors
+    /// What the system says; the caller never tries again, for a second sync proves nothing.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+impl AsFd for CacheDevice {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl AsRawFd for CacheDevice {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+/// The geometry for `size` bytes; `None` if they are too few.
+fn cut(size: u64) -> Option<Geometry> {
+    if size < CACHE_SIZE_MIN {
+        return None;
+    }
+    let room = size - DATA_START;
+    let aimed = (room / SEGMENTS_AIM)
+        .next_power_of_two()
+        .clamp(u64::from(SEGMENT_SIZE_MIN), u64::from(SEGMENT_SIZE_MAX));
+    let segment_size = u32::try_from(aimed).ok()?;
+    let segments = u32::try_from(room / aimed).unwrap_or(u32::MAX);
+    Some(Geometry {
+        data_start: DATA_START,
+        segment_size,
+        segments,
+    })
+}
+
+/// Opens for direct I/O if sectors of 512 bytes can be read that way; a device that wants more
+/// would need bounce buffers for small writes, and is used through the page cache instead.
+fn reopen_direct(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)?;
+    let mut probe = AlignedBuf::zeroed(1024);
+    file.read_exact_at(&mut probe[512..1024], 512)?;
+    Ok(file)
+}
+
+fn rustix_device_size(file: &File) -> io::Result<u64> {
+    rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: CacheId = CacheId::from_bytes([3; 16]);
+    const OTHER: CacheId = CacheId::from_bytes([4; 16]);
+
+    #[test]
+    fn reopened_cache_keeps_its_name_and_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        let first = CacheDevice::open(&path, 64 << 20, ID, "a", 1).unwrap();
+        assert!(first.fresh());
+        let geometry = first.geometry();
+        drop(first);
+        let again = CacheDevice::open(&path, 128 << 20, OTHER, "b", 2).unwrap();
+        assert_eq!(
+            (again.id(), again.geometry(), again.fresh()),
+            (ID, geometry, false)
+        );
+    }
+
+    #[test]
+    fn second_opener_is_refused_while_the_first_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        let _first = CacheDevice::open(&path, 64 << 20, ID, "a", 1).unwrap();
+        assert!(matches!(
+            CacheDevice::open(&path, 64 << 20, ID, "a", 1),
+            Err(CacheError::Locked { .. })
+        ));
+    }
+
+    #[test]
+    fn foreign_content_is_refused_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        std::fs::write(&path, vec![b'x'; 20 << 20]).unwrap();
+        assert!(matches!(
+            CacheDevice::open(&path, 20 << 20, ID, "a", 1),
+            Err(CacheError::Foreign { .. })
+        ));
+        assert_eq!(std::fs::read(&path).unwrap(), vec![b'x'; 20 << 20]);
+    }
+
+    #[test]
+    fn too_small_a_cache_names_the_least_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = CacheDevice::open(&dir.path().join("cache"), 1 << 20, ID, "a", 1).unwrap_err();
+        assert!(error.to_string().contains(&CACHE_SIZE_MIN.to_string()));
+    }
+
+    #[test]
+    fn geometry_of_any_size_fits_the_device() {
+        for size in [CACHE_SIZE_MIN, 64 << 20, 1 << 30, 1 << 40] {
+            let geometry = cut(size).unwrap();
+            assert!(geometry.segments >= 8);
+            assert!(
+                geometry.data_start
+                    + u64::from(geometry.segments) * u64::from(geometry.segment_size)
+                    <= size
+            );
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! A map from runs of sectors to values, where a newer run covers what it overlaps.
+
+use std::collections::BTreeMap;
+
+use quarry_objfmt::{Lba, LbaRange, Sectors};
+
+/// A value that a run of sectors carries, and that can be cut with the run.
+pub trait Carried: Copy {
+    /// The value for the same run with its first `n` sectors cut off.
+    #[must_use]
+    fn skip(self, n: Sectors) -> Self;
+}
+
+/// Disjoint runs of sectors in order, each with a value.
+///
+/// Memory: one B-tree entry a run. Time: logarithmic in the runs held, linear in the runs touched.
+#[derive(Clone, Debug)]
+pub struct ExtentMap<V> {
+    runs: BTreeMap<Lba, (Lba, V)>,
+}
+
+impl<V> Default for ExtentMap<V> {
+    fn default() -> Self {
+        Self {
+            runs: BTreeMap::new(),
+        }
+    }
+}
+
+impl<V: Carried> ExtentMap<V> {
+    /// How many runs it holds.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.runs.len()
+    }
+
+    /// Whether it holds none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// Gives `range` the value `value`, whatever it had before.
+    pub fn insert(&mut self, range: LbaRange, value: V) {
+        if range.is_empty() {
+            return;
+        }
+        self.remove(range);
+        self.runs.insert(range.start, (range.end, value));
+    }
+
+    /// Takes `range` out, cutting the runs that reach over its ends.
+    pub fn remove(&mut self, range: LbaRange) {
+        if range.is_empty() {
+            return;
+        }
+        if let Some((&start, &mut (ref mut end, value))) =
+            self.runs.range_mut(..range.start).next_back()
+            && *end > range.start
+        {
+            let old_end = *end;
+            *end = range.start;
+            if old_end > range.end {
+                self.runs
+                    .insert(range.end, (old_end, value.skip(range.end.since(start))));
+                return;
+            }
+        }
+        while let Some((&start, &(end, value))) = self.runs.range(range.start..range.end).next() {
+            self.runs.remove(&start);
+            if end > range.end {
+                self.runs
+                    .insert(range.end, (end, value.skip(range.end.since(start))));
+                return;
+            }
+        }
+    }
+
+    /// Takes those parts of `range` out whose value `wanted` picks.
+    pub fn remove_where(&mut self, range: LbaRange, mut wanted: impl FnMut(V) -> bool) {
+        let mut picked = Vec::new();
+        self.visit(range, |part, value| {
+            if value.is_some_and(&mut wanted) {
+                picked.push(part);
+            }
+        });
+        for part in picked {
+            self.remove(part);
+        }
+    }
+
+    /// Walks `range` in order, run by run and gap by gap: together the parts are exactly `range`.
+    pub fn visit(&self, range: LbaRange, mut each: impl FnMut(LbaRange, Option<V>)) {
+        let mut at = range.start;
+        let first = self
+            .runs
+            .range(..range.start)
+            .next_back()
+            .filter(|(_, (end, _))| *end > range.start);
+        for (&start, &(end, value)) in first
+            .into_iter()
+            .chain(self.runs.range(range.start..range.end))
+        {
+            let from = start.max(range.start);
+            let to = end.min(range.end);
+            if at < from {
+                each(
+                    LbaRange {
+                        start: at,
+                        end: from,
+                    },
+                    None,
+                );
+            }
+            each(
+                LbaRange {
+                    start: from,
+                    end: to,
+                },
+                Some(value.skip(from.since(start))),
+            );
+            at = to;
+        }
+        if at < range.end {
+            each(
+                LbaRange {
+                    start: at,
+                    end: range.end,
+                },
+                None,
+            );
+        }
+    }
+
+    /// All runs in order.
+    pub fn iter(&self) -> impl Iterator<Item = (LbaRange, V)> {
+        self.runs
+            .iter()
+            .map(|(&start, &(end, value))| (LbaRange { start, end }, value))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the model has 64 sectors")]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    struct At(u64);
+
+    impl Carried for At {
+        fn skip(self, n: Sectors) -> Self {
+            Self(self.0 + n.get())
+        }
+    }
+
+    fn range(start: u64, len: u64) -> LbaRange {
+        LbaRange {
+            start: Lba::new(start),
+            end: Lba::new(start + len),
+        }
+    }
+
+    fn contents(map: &ExtentMap<At>) -> Vec<Option<u64>> {
+        let mut out = Vec::new();
+        map.visit(range(0, 64), |part, value| {
+            for i in 0..part.len().get() {
+                out.push(value.map(|At(v)| v + i));
+            }
+        });
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn random_inserts_and_removals_agree_with_an_array(
+            ops in proptest::collection::vec((0u64..60, 1u64..20, 0u8..3), 1..60)
+        ) {
+            let mut map = ExtentMap::default();
+            let mut model = vec![None; 64];
+            for (n, (start, len, kind)) in ops.into_iter().enumerate() {
+                let len = len.min(64 - start);
+                let base = (n as u64 + 1) * 1000;
+                match kind {
+                    0 => {
+                        map.remove(range(start, len));
+                        for i in 0..len { model[(start + i) as usize] = None; }
+                    }
+                    1 => {
+                        map.remove_where(range(start, len), |At(v)| v % 2000 < 1000);
+                        let mut at = start;
+                        // The predicate sees the value at the start of each part.
+                        let mut before = Vec::new();
+                        for i in 0..len { before.push(model[(start + i) as usize]); }
+                        while at < start + len {
+                            let i = (at - start) as usize;
+                            if let Some(v) = before[i] {
+                                let v: u64 = v;
+                                let mut run = 1;
+                                while i + run < before.len() && before[i + run] == Some(v + run as u64) { run += 1; }
+                                if v % 2000 < 1000 {
+                                    for k in 0..run { model[at as usize + k] = None; }
+                                }
+                                at += run as u64;
+                            } else { at += 1; }
+                        }
+                    }
+                    _ => {
+                        map.insert(range(start, len), At(base));
+                        for i in 0..len { model[(start + i) as usize] = Some(base + i); }
+                    }
+                }
+                prop_assert_eq!(&contents(&map), &model);
+            }
+        }
+    }
+
+    #[test]
+    fn removal_inside_one_run_leaves_both_ends() {
+        let mut map = ExtentMap::default();
+        map.insert(range(0, 10), At(100));
+        map.remove(range(3, 2));
+        assert_eq!(
+            map.iter().collect::<Vec<_>>(),
+            vec![(range(0, 3), At(100)), (range(5, 5), At(105))]
+        );
+    }
+}

@@ -1,0 +1,26 @@
+//! The cache device: segments, the index of clean data, the budgets, and recovery after a crash.
+//!
+//! Owns: the layout of the device in segments, which segment holds what, and the rules by which
+//! one is freed. Does not own: the order of a volume's writes and flushes (`quarry-volume`), nor
+//! the queue that carries the I/O out (the reactor). Everything here but [`device`] is plain
+//! bookkeeping in memory.
+//!
+//! Invariants:
+//! - A segment with unsent data is never freed, whatever the pressure.
+//! - A segment is reused only when no read of it is in flight, and its header of the new
+//!   generation is durable before the first new byte of data is written.
+//! - Clean data are found by (chunk, raw sector) and by nothing else, so a stale fill is harmless.
+
+mod aligned;
+mod clean;
+pub mod device;
+mod extent;
+mod recover;
+mod segment;
+
+pub use aligned::AlignedBuf;
+pub use clean::{CleanIndex, CleanRun};
+pub use device::{CacheDevice, CacheError};
+pub use extent::{Carried, ExtentMap};
+pub use recover::{Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
+pub use segment::{Cache, CacheCounts, CacheLoc, Geometry, NoSpace, OpenedSegment};

@@ -1,0 +1,525 @@
+//! The table of segments and the three budgets: what is free, dirty, clean, and in what order
+//! clean segments are reclaimed.
+//!
+//! Life of a segment: free -> open (one volume's writes, or fills) -> held by what is unsent or in
+//! flight -> clean -> free. `holds` counts the reasons why its data must stay: being open, writes
+//! in flight, records not yet in the store, record pages in flight. `pins` counts reads and header
+//! writes in flight. Only a segment with neither is ever reclaimed.
+
+use std::collections::VecDeque;
+
+use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId};
+
+use crate::{CleanIndex, CleanRun};
+
+/// Bytes of a page: segment headers and record pages.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Where sectors lie on the cache device.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct CacheLoc {
+    /// The segment.
+    pub segment: SegmentId,
+    /// Sectors from the segment's start.
+    pub offset: u32,
+}
+
+impl CacheLoc {
+    /// `n` sectors further on in the same segment.
+    #[must_use]
+    pub const fn skip(self, n: u32) -> Self {
+        Self {
+            offset: self.offset + n,
+            ..self
+        }
+    }
+}
+
+/// How the device is cut up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// Byte at which segment 0 starts.
+    pub data_start: u64,
+    /// Bytes of a segment; a multiple of 4096.
+    pub segment_size: u32,
+    /// How many there are.
+    pub segments: u32,
+}
+
+impl Geometry {
+    /// The device's byte at which a location lies.
+    #[must_use]
+    pub fn byte_of(&self, at: CacheLoc) -> u64 {
+        assert!(
+            at.segment.get() < self.segments,
+            "a segment that the device does not have"
+        );
+        let inside = u64::from(at.offset) * 512;
+        assert!(
+            inside < u64::from(self.segment_size),
+            "an offset outside its segment"
+        );
+        self.data_start + u64::from(at.segment.get()) * u64::from(self.segment_size) + inside
+    }
+
+    /// The device's byte at which page `index` of a segment lies: 0 is the header, the last page.
+    #[must_use]
+    pub fn page_byte(&self, segment: SegmentId, index: u32) -> u64 {
+        let back = (u64::from(index) + 1) * PAGE_SIZE;
+        assert!(
+            back <= u64::from(self.segment_size),
+            "a page outside its segment"
+        );
+        self.data_start + (u64::from(segment.get()) + 1) * u64::from(self.segment_size) - back
+    }
+
+    /// Sectors of a segment, pages included.
+    #[must_use]
+    pub const fn segment_sectors(&self) -> u32 {
+        self.segment_size / 512
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Free,
+    /// Has, or may get, data that the store lacks.
+    Dirty,
+    /// Being filled with fetched data.
+    Fill,
+    Clean,
+}
+
+#[derive(Debug)]
+struct Segment {
+    state: State,
+    generation: Generation,
+    holds: u32,
+    pins: u32,
+    /// Read since it was last considered for reclaim: gets a second chance.
+    hot: bool,
+    /// Chunks of which the clean index points here.
+    chunks: Vec<ChunkId>,
+}
+
+/// A segment just taken from the free ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OpenedSegment {
+    /// Which.
+    pub segment: SegmentId,
+    /// Its new generation, to be written durably before any data.
+    pub generation: Generation,
+}
+
+/// Why no segment can be had just now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NoSpace {
+    /// The dirty budget is used up: wait for the store.
+    #[error("the cache holds as much unsent data as it may")]
+    DirtyCap,
+    /// Every clean segment is being read: wait for a moment.
+    #[error("every clean segment of the cache is in use")]
+    Busy,
+}
+
+/// Segments by state, for metrics.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct CacheCounts {
+    /// Free segments.
+    pub free: u32,
+    /// Segments with data that the store lacks.
+    pub dirty: u32,
+    /// Segments with clean data only (fills included).
+    pub clean: u32,
+    /// Most segments that may be dirty.
+    pub dirty_max: u32,
+    /// All.
+    pub total: u32,
+    /// Bytes of a segment.
+    pub segment_size: u32,
+    /// Segments reclaimed since the start.
+    pub reclaimed: u64,
+}
+
+#[derive(Debug)]
+struct Fill {
+    segment: SegmentId,
+    /// Next free sector.
+    next: u32,
+}
+
+/// The bookkeeping of one cache device. Shared by all volumes of the daemon, behind one lock that
+/// a reactor takes once a batch.
+#[derive(Debug)]
+pub struct Cache {
+    id: CacheId,
+    geometry: Geometry,
+    segments: Vec<Segment>,
+    free: VecDeque<SegmentId>,
+    /// Clean segments in the order in which they became clean.
+    fifo: VecDeque<SegmentId>,
+    next_generation: Generation,
+    dirty: u32,
+    dirty_max: u32,
+    fill: Option<Fill>,
+    clean: CleanIndex,
+    reclaimed: u64,
+}
+
+impl Cache {
+    /// A cache with all segments free but `dirty` ones, which recovery found to hold unsent data.
+    /// `dirty_max` is in segments and is kept between 1 and all but one.
+    #[must_use]
+    pub fn new(
+        id: CacheId,
+        geometry: Geometry,
+        dirty_max: u32,
+        next_generation: Generation,
+        dirty: &[(SegmentId, Generation)],
+    ) -> Self {
+        let mut segments: Vec<Segment> = (0..geometry.segments)
+            .map(|_| Segment {
+                state: State::Free,
+                generation: Generation::ZERO,
+                holds: 0,
+                pins: 0,
+                hot: false,
+                chunks: Vec::new(),
+            })
+            .collect();
+        for (id, generation) in dirty {
+            let segment = &mut segments[id.get() as usize];
+            segment.state = State::Dirty;
+            segment.generation = *generation;
+            segment.holds = 1;
+        }
+        let free = (0..geometry.segments)
+            .map(SegmentId::new)
+            .filter(|id| segments[id.get() as usize].state == State::Free)
+            .collect();
+        Self {
+            id,
+            geometry,
+            free,
+            fifo: VecDeque::new(),
+            next_generation,
+            dirty: u32::try_from(dirty.len()).expect("fewer segments than u32 holds"),
+            dirty_max: dirty_max.clamp(1, geometry.segments.saturating_sub(1).max(1)),
+            fill: None,
+            clean: CleanIndex::default(),
+            reclaimed: 0,
+            segments,
+        }
+    }
+
+    /// The device's name, which its pages carry.
+    #[must_use]
+    pub const fn id(&self) -> CacheId {
+        self.id
+    }
+
+    /// How the device is cut up.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Segments by state.
+    #[must_use]
+    pub fn counts(&self) -> CacheCounts {
+        let free = u32::try_from(self.free.len()).unwrap_or(u32::MAX);
+        CacheCounts {
+            free,
+            dirty: self.dirty,
+            clean: self.geometry.segments - free - self.dirty,
+            dirty_max: self.dirty_max,
+            total: self.geometry.segments,
+            segment_size: self.geometry.segment_size,
+            reclaimed: self.reclaimed,
+        }
+    }
+
+    /// Takes a segment for a volume's writes; it is held once, for being open. The caller writes
+    /// its header durably before any data.
+    ///
+    /// # Errors
+    /// [`NoSpace`] if the dirty budget is used up or nothing can be reclaimed.
+    pub fn open_for_writes(&mut self) -> Result<OpenedSegment, NoSpace> {
+        if self.dirty >= self.dirty_max {
+            return Err(NoSpace::DirtyCap);
+        }
+        let segment = self.take_free().ok_or(NoSpace::Busy)?;
+        self.dirty += 1;
+        Ok(self.open(segment, State::Dirty))
+    }
+
+    fn open(&mut self, id: SegmentId, state: State) -> OpenedSegment {
+        let generation = self.next_generation;
+        self.next_generation = generation.next();
+        let segment = self.segment_mut(id);
+        assert_eq!(
+            (segment.holds, segment.pins),
+            (0, 0),
+            "a segment in use was taken"
+        );
+        segment.state = state;
+        segment.generation = generation;
+        segment.holds = 1;
+        segment.hot = false;
+        OpenedSegment {
+            segment: id,
+            generation,
+        }
+    }
+
+    /// One more reason to keep a segment's data.
+    pub fn hold(&mut self, id: SegmentId) {
+        let segment = self.segment_mut(id);
+        assert!(
+            segment.holds > 0,
+            "a segment nobody holds cannot be held again"
+        );
+        segment.holds += 1;
+    }
+
+    /// One reason less. True if it was the last: the segment is clean now, and if it was dirty the
+    /// caller marks it so on the device ([`Self::pin`]ned meanwhile).
+    #[must_use]
+    pub fn release(&mut self, id: SegmentId) -> bool {
+        let segment = self.segment_mut(id);
+        segment.holds = segment
+            .holds
+            .checked_sub(1)
+            .expect("a hold is released once");
+        if segment.holds > 0 {
+            return false;
+        }
+        let was_dirty = segment.state == State::Dirty;
+        segment.state = State::Clean;
+        self.fifo.push_back(id);
+        if was_dirty {
+            self.dirty -= 1;
+        }
+        was_dirty
+    }
+
+    /// A segment's generation.
+    #[must_use]
+    pub fn generation(&self, id: SegmentId) -> Generation {
+        self.segments[id.get() as usize].generation
+    }
+
+    /// Keeps a segment from being reclaimed while an I/O on it is in flight.
+    pub fn pin(&mut self, id: SegmentId) {
+        let segment = self.segment_mut(id);
+        segment.pins += 1;
+        segment.hot = true;
+    }
+
+    /// Ends a [`Self::pin`].
+    pub fn unpin(&mut self, id: SegmentId) {
+        let segment = self.segment_mut(id);
+        segment.pins = segment
+            .pins
+            .checked_sub(1)
+            .expect("a pin is taken off once");
+    }
+
+    /// Makes part of a chunk findable at a place on the device.
+    pub fn add_clean(&mut self, chunk: ChunkId, run: CleanRun) {
+        let segment = self.segment_mut(run.at.segment);
+        assert!(segment.state != State::Free, "a free segment holds nothing");
+        if segment.chunks.last() != Some(&chunk) {
+            segment.chunks.push(chunk);
+        }
+        self.clean.insert(chunk, run);
+    }
+
+    /// The index of clean data.
+    #[must_use]
+    pub const fn clean(&self) -> &CleanIndex {
+        &self.clean
+    }
+
+    /// Forgets all clean data in a segment, after a read of it failed.
+    pub fn distrust(&mut self, id: SegmentId) {
+        let chunks = std::mem::take(&mut self.segment_mut(id).chunks);
+        for chunk in chunks {
+            self.clean.forget(&chunk, id);
+        }
+    }
+
+    /// Room for `sectors` of fetched data; `None` if there is none just now, which costs nothing
+    /// but a later miss. The place is held until [`Self::finish_fill`].
+    pub fn reserve_fill(&mut self, sectors: u32) -> Option<CacheLoc> {
+        let room = self.geometry.segment_sectors() - u32::try_from(PAGE_SIZE / 512).expect("eight");
+        if sectors > room {
+            return None;
+        }
+        if let Some(fill) = &self.fill
+            && fill.next + sectors > room
+        {
+            let full = fill.segment;
+            self.fill = None;
+            let _ = self.release(full);
+        }
+        if self.fill.is_none() {
+            let segment = self.take_free()?;
+            self.open(segment, State::Fill);
+            self.fill = Some(Fill { segment, next: 0 });
+        }
+        let fill = self.fill.as_mut().expect("just opened");
+        let at = CacheLoc {
+            segment: fill.segment,
+            offset: fill.next,
+        };
+        fill.next += sectors;
+        self.hold(at.segment);
+        Some(at)
+    }
+
+    /// A fill is on the device (or failed, with no runs): its runs can be found from now on.
+    pub fn finish_fill(&mut self, at: CacheLoc, runs: &[(ChunkId, CleanRun)]) {
+        for (chunk, run) in runs {
+            self.add_clean(*chunk, *run);
+        }
+        let _ = self.release(at.segment);
+    }
+
+    fn take_free(&mut self) -> Option<SegmentId> {
+        if let Some(id) = self.free.pop_front() {
+            return Some(id);
+        }
+        // FIFO with a second chance: twice round at most, once to cool what was hot.
+        for _ in 0..self.fifo.len() * 2 {
+            let id = self.fifo.pop_front()?;
+            let segment = self.segment_mut(id);
+            if segment.pins > 0 || segment.hot {
+                segment.hot = false;
+                self.fifo.push_back(id);
+                continue;
+            }
+            segment.state = State::Free;
+            self.distrust(id);
+            self.reclaimed += 1;
+            return Some(id);
+        }
+        None
+    }
+
+    fn segment_mut(&mut self, id: SegmentId) -> &mut Segment {
+        &mut self.segments[id.get() as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::{ChunkSeq, Epoch, VolumeId};
+
+    use super::*;
+
+    const ID: CacheId = CacheId::from_bytes([3; 16]);
+    const GEOMETRY: Geometry = Geometry {
+        data_start: 1 << 20,
+        segment_size: 64 << 10,
+        segments: 4,
+    };
+
+    fn cache() -> Cache {
+        Cache::new(ID, GEOMETRY, 2, Generation::new(1), &[])
+    }
+
+    fn chunk(n: u64) -> ChunkId {
+        ChunkId {
+            volume: VolumeId::from_bytes([1; 16]),
+            epoch: Epoch::new(1),
+            seq: ChunkSeq::new(n),
+        }
+    }
+
+    #[test]
+    fn dirty_cap_refuses_and_a_release_gives_back() {
+        let mut cache = cache();
+        let first = cache.open_for_writes().unwrap();
+        cache.open_for_writes().unwrap();
+        assert_eq!(cache.open_for_writes(), Err(NoSpace::DirtyCap));
+        cache.hold(first.segment);
+        assert!(!cache.release(first.segment));
+        assert!(cache.release(first.segment));
+        assert!(cache.open_for_writes().is_ok());
+    }
+
+    #[test]
+    fn dirty_segments_are_never_reclaimed_by_fills() {
+        let mut cache = cache();
+        let dirty = [
+            cache.open_for_writes().unwrap().segment,
+            cache.open_for_writes().unwrap().segment,
+        ];
+        for _ in 0..50 {
+            let at = cache
+                .reserve_fill(112)
+                .expect("two segments are left for fills");
+            assert!(!dirty.contains(&at.segment));
+            cache.finish_fill(at, &[]);
+        }
+        assert_eq!(cache.counts().dirty, 2);
+    }
+
+    #[test]
+    fn pinned_segment_is_not_reclaimed_and_its_data_stay_findable() {
+        let mut cache = Cache::new(ID, GEOMETRY, 1, Generation::new(1), &[]);
+        let at = cache.reserve_fill(120).unwrap();
+        cache.finish_fill(
+            at,
+            &[(
+                chunk(1),
+                CleanRun {
+                    raw: 0,
+                    len: 120,
+                    at,
+                },
+            )],
+        );
+        cache.pin(at.segment);
+        for _ in 0..50 {
+            let other = cache.reserve_fill(120).unwrap();
+            cache.finish_fill(other, &[]);
+        }
+        assert!(cache.clean().holds(&chunk(1), 0, 120));
+        cache.unpin(at.segment);
+        for _ in 0..50 {
+            let other = cache.reserve_fill(120).unwrap();
+            cache.finish_fill(other, &[]);
+        }
+        assert!(!cache.clean().holds(&chunk(1), 0, 120));
+        assert_eq!(cache.clean().chunks(), 0);
+    }
+
+    #[test]
+    fn generations_of_reused_segments_differ() {
+        let mut cache = Cache::new(ID, GEOMETRY, 3, Generation::new(7), &[]);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..40 {
+            let opened = cache.open_for_writes().unwrap();
+            assert!(seen.insert(opened.generation));
+            assert!(cache.release(opened.segment));
+        }
+    }
+
+    #[test]
+    fn pages_and_data_of_a_segment_do_not_leave_it() {
+        let last = SegmentId::new(3);
+        assert_eq!(
+            GEOMETRY.page_byte(last, 0),
+            (1 << 20) + 4 * (64 << 10) - 4096
+        );
+        assert_eq!(
+            GEOMETRY.byte_of(CacheLoc {
+                segment: last,
+                offset: 0
+            }),
+            (1 << 20) + 3 * (64 << 10)
+        );
+    }
+}

@@ -1,0 +1,395 @@
+//! The one table of keys: name, documentation, how to read it and how to show it.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use toml::de::DeValue;
+
+use crate::{Bound, Config, LogFormat, Secret, Size};
+
+/// A key of the file.
+pub(crate) struct Key {
+    /// `section.name`.
+    pub path: &'static str,
+    /// What it is for: the comment above it in the example.
+    pub doc: &'static str,
+    /// What its value must be, as in "write …".
+    pub expected: &'static str,
+    /// A value in TOML, for the example, when it has no default.
+    pub sample: &'static str,
+    /// Its value must not be shown.
+    pub secret: bool,
+    /// Takes the value; relative paths start at the given directory. The error says what is wrong.
+    pub set: fn(&mut Config, &DeValue<'_>, &Path) -> Result<(), String>,
+    /// The value in TOML; none if it is not set.
+    pub get: fn(&Config) -> Option<String>,
+}
+
+impl Key {
+    /// The part before the dot.
+    pub fn section(&self) -> &'static str {
+        self.path.split_once('.').map_or("", |(section, _)| section)
+    }
+
+    /// The part after the dot.
+    pub fn name(&self) -> &'static str {
+        self.path
+            .split_once('.')
+            .map_or(self.path, |(_, name)| name)
+    }
+}
+
+/// What each section is about, in the file's order.
+pub(crate) const SECTIONS: [(&str, &str); 5] = [
+    ("daemon", "Where the daemon lives and how it is reached."),
+    ("store", "The object store that keeps everything durable."),
+    (
+        "cache",
+        "The local cache device: hot data, and writes that the store does not have yet.",
+    ),
+    ("reactor", "The threads that serve I/O."),
+    ("writeback", "The way from the cache to the store."),
+];
+
+const SIZE: &str = "write a size such as \"64MiB\"";
+const PATH: &str = "write a path in quotes";
+const ADDRESS: &str = "write an address and a port such as \"127.0.0.1:9464\"";
+const TEXT: &str = "write a text in quotes";
+const COUNT: &str = "write a whole number";
+
+pub(crate) const KEYS: &[Key] = &[
+    Key {
+        path: "daemon.data_dir",
+        doc: "Directory for what this host keeps itself: which volumes are attached, and the cache unless\n\
+              [cache] path puts it elsewhere. /var/lib/quarry for root, else quarry/ under $XDG_STATE_HOME.",
+        expected: PATH,
+        sample: "",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.daemon.data_dir = p),
+        get: |c| Some(quoted(c.daemon.data_dir.display())),
+    },
+    Key {
+        path: "daemon.socket",
+        doc: "Unix socket of the control plane (mode 0660). Clients find it by --socket or QUARRY_SOCKET.",
+        expected: PATH,
+        sample: "",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.daemon.socket = p),
+        get: |c| Some(quoted(c.daemon.socket.display())),
+    },
+    Key {
+        path: "daemon.listen",
+        doc: "TCP address that answers /metrics, /healthz and /readyz, and nothing else. Unset: the unix\n\
+              socket alone answers them.",
+        expected: ADDRESS,
+        sample: "\"127.0.0.1:9464\"",
+        secret: false,
+        set: |c, v, _| parsed(v).map(|a| c.daemon.listen = Some(a)),
+        get: |c| c.daemon.listen.map(quoted),
+    },
+    Key {
+        path: "daemon.nbd_socket",
+        doc: "Unix socket of the NBD server. Unset: beside the control socket and named after it\n\
+              (quarry.sock gives quarry-nbd.sock).",
+        expected: PATH,
+        sample: "\"/run/quarry/quarry-nbd.sock\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.daemon.nbd_socket = Some(p)),
+        get: |c| c.daemon.nbd_socket.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "daemon.nbd_listen",
+        doc: "TCP address of the NBD server. NBD has no passwords here: whoever reaches the port reaches\n\
+              every attached volume, so keep it on loopback or on a network that is yours alone.",
+        expected: "write an address and a port such as \"127.0.0.1:10809\"",
+        sample: "\"127.0.0.1:10809\"",
+        secret: false,
+        set: |c, v, _| parsed(v).map(|a| c.daemon.nbd_listen = Some(a)),
+        get: |c| c.daemon.nbd_listen.map(quoted),
+    },
+    Key {
+        path: "daemon.log",
+        doc: "Form of the log on standard error: \"human\" or \"json\".",
+        expected: "write \"human\" or \"json\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| {
+            c.daemon.log = match text(v)? {
+                "human" => LogFormat::Human,
+                "json" => LogFormat::Json,
+                _ => return Err("there is no such form".to_owned()),
+            };
+            Ok(())
+        },
+        get: |c| Some(quoted(c.daemon.log.as_str())),
+    },
+    Key {
+        path: "daemon.log_filter",
+        doc: "What is logged: error, warn, info, debug or trace, or filters such as \"info,quarry_gateway=debug\".\n\
+              The variable RUST_LOG wins over it.",
+        expected: TEXT,
+        sample: "",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.daemon.log_filter = t.to_owned()),
+        get: |c| Some(quoted(&c.daemon.log_filter)),
+    },
+    Key {
+        path: "store.url",
+        doc: "Where the objects are: s3://bucket/prefix or file:///dir. It has no default.",
+        expected: "write \"s3://bucket/prefix\" or \"file:///dir\"",
+        sample: "\"s3://my-bucket/quarry\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.store.url = Some(t.to_owned())),
+        get: |c| c.store.url.as_ref().map(quoted),
+    },
+    Key {
+        path: "store.endpoint",
+        doc: "URL of an S3 server other than Amazon's. Unset: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or\n\
+              AWS_ENDPOINT, else Amazon's.",
+        expected: "write a URL such as \"https://s3.example.com\"",
+        sample: "\"http://127.0.0.1:8333\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.store.endpoint = Some(t.to_owned())),
+        get: |c| c.store.endpoint.as_ref().map(quoted),
+    },
+    Key {
+        path: "store.region",
+        doc: "Region of the bucket. Unset: AWS_REGION or AWS_DEFAULT_REGION.",
+        expected: TEXT,
+        sample: "\"eu-central-1\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.store.region = Some(t.to_owned())),
+        get: |c| c.store.region.as_ref().map(quoted),
+    },
+    Key {
+        path: "store.access_key",
+        doc: "Id of the access key. Unset: AWS_ACCESS_KEY_ID, with its secret and token from\n\
+              AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, else the machine's role.",
+        expected: TEXT,
+        sample: "\"AKIAIOSFODNN7EXAMPLE\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.store.access_key = Some(t.to_owned())),
+        get: |c| c.store.access_key.as_ref().map(quoted),
+    },
+    Key {
+        path: "store.secret_key_file",
+        doc: "File that holds the secret of access_key and nothing else.",
+        expected: PATH,
+        sample: "\"/etc/quarry/secret-key\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.store.secret_key_file = Some(p)),
+        get: |c| {
+            c.store
+                .secret_key_file
+                .as_ref()
+                .map(|p| quoted(p.display()))
+        },
+    },
+    Key {
+        path: "store.secret_key",
+        doc: "The secret itself; better in a file of its own, see secret_key_file.",
+        expected: TEXT,
+        sample: "\"...\"",
+        secret: true,
+        set: |c, v, _| text(v).map(|t| c.store.secret_key = Some(Secret::new(t))),
+        get: |_| None,
+    },
+    Key {
+        path: "store.session_token",
+        doc: "Token that belongs to a temporary access_key.",
+        expected: TEXT,
+        sample: "\"...\"",
+        secret: true,
+        set: |c, v, _| text(v).map(|t| c.store.session_token = Some(Secret::new(t))),
+        get: |_| None,
+    },
+    Key {
+        path: "store.path_style",
+        doc: "Whether the bucket is in a request's path rather than in its host name. Unset: true with an\n\
+              endpoint, false without.",
+        expected: "write true or false",
+        sample: "true",
+        secret: false,
+        set: |c, v, _| {
+            v.as_bool()
+                .map(|b| c.store.path_style = Some(b))
+                .ok_or_else(|| wrong_type(v))
+        },
+        get: |c| c.store.path_style.map(|b| b.to_string()),
+    },
+    Key {
+        path: "cache.path",
+        doc: "File or block device of the cache; a missing file is made. Losing it loses the writes that\n\
+              the store does not have yet, never more. Unset: the file \"cache\" in data_dir.",
+        expected: PATH,
+        sample: "\"/dev/disk/by-id/nvme-cache\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.cache.path = Some(p)),
+        get: |c| c.cache.path.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "cache.size",
+        doc: "How much of it to use. Unset: 8GiB of a file, all of a block device.",
+        expected: SIZE,
+        sample: "\"8GiB\"",
+        secret: false,
+        set: |c, v, _| size(v).map(|s| c.cache.size = Some(s)),
+        get: |c| c.cache.size.map(quoted),
+    },
+    Key {
+        path: "cache.dirty_max",
+        doc: "How much of the cache may hold writes that the store does not have yet, as a share or a size.\n\
+              When it is reached, writes wait for the store.",
+        expected: "write a share such as \"70%\" or a size such as \"4GiB\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| {
+            c.cache.dirty_max = match v.as_integer() {
+                Some(_) => Bound::Size(size(v)?),
+                None => text(v)?
+                    .parse()
+                    .map_err(|_| "it is neither a share nor a size".to_owned())?,
+            };
+            Ok(())
+        },
+        get: |c| Some(quoted(c.cache.dirty_max)),
+    },
+    Key {
+        path: "cache.ram",
+        doc: "Memory for map nodes and data in front of the cache device.",
+        expected: SIZE,
+        sample: "",
+        secret: false,
+        set: |c, v, _| size(v).map(|s| c.cache.ram = s),
+        get: |c| Some(quoted(c.cache.ram)),
+    },
+    Key {
+        path: "reactor.threads",
+        doc: "How many threads serve I/O; each serves many volumes. By default one a CPU, at most 4.",
+        expected: COUNT,
+        sample: "",
+        secret: false,
+        set: |c, v, _| count(v).map(|n| c.reactor.threads = n),
+        get: |c| Some(c.reactor.threads.to_string()),
+    },
+    Key {
+        path: "writeback.delay",
+        doc: "How long an acknowledged write waits at most before its upload starts. Shorter loses less with\n\
+              the host, longer makes bigger chunks of scattered writes.",
+        expected: "write a duration such as \"5s\" or \"500ms\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.writeback.delay = d),
+        get: |c| Some(quoted(humantime::format_duration(c.writeback.delay))),
+    },
+    Key {
+        path: "writeback.chunk_size",
+        doc: "Data that make a chunk full, which is then uploaded at once.",
+        expected: SIZE,
+        sample: "",
+        secret: false,
+        set: |c, v, _| size(v).map(|s| c.writeback.chunk_size = s),
+        get: |c| Some(quoted(c.writeback.chunk_size)),
+    },
+    Key {
+        path: "writeback.uploads_max",
+        doc: "How many chunks are uploaded at once.",
+        expected: COUNT,
+        sample: "",
+        secret: false,
+        set: |c, v, _| count(v).map(|n| c.writeback.uploads_max = n),
+        get: |c| Some(c.writeback.uploads_max.to_string()),
+    },
+];
+
+/// The key with this path.
+pub(crate) fn find(path: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.path == path)
+}
+
+fn quoted(value: impl Display) -> String {
+    toml::Value::String(value.to_string()).to_string()
+}
+
+fn wrong_type(value: &DeValue<'_>) -> String {
+    let article = if matches!(value, DeValue::Integer(_) | DeValue::Array(_)) {
+        "an"
+    } else {
+        "a"
+    };
+    format!("it is {article} {}", value.type_str())
+}
+
+fn text<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
+    let text = value.as_str().ok_or_else(|| wrong_type(value))?;
+    if text.is_empty() {
+        Err("it is empty".to_owned())
+    } else {
+        Ok(text)
+    }
+}
+
+fn parsed<T: FromStr<Err: Display>>(value: &DeValue<'_>) -> Result<T, String> {
+    text(value)?.parse().map_err(|e: T::Err| e.to_string())
+}
+
+fn path(value: &DeValue<'_>, base: &Path) -> Result<PathBuf, String> {
+    text(value).map(|t| base.join(t))
+}
+
+fn integer(value: &DeValue<'_>) -> Option<u64> {
+    let integer = value.as_integer()?;
+    u64::from_str_radix(integer.as_str(), integer.radix()).ok()
+}
+
+fn count(value: &DeValue<'_>) -> Result<u32, String> {
+    if value.as_integer().is_none() {
+        return Err(wrong_type(value));
+    }
+    integer(value)
+        .and_then(|n| u32::try_from(n).ok())
+        .ok_or_else(|| "it is out of range".to_owned())
+}
+
+fn size(value: &DeValue<'_>) -> Result<Size, String> {
+    match value.as_integer() {
+        Some(_) => integer(value)
+            .map(Size::new)
+            .ok_or_else(|| "it is out of range".to_owned()),
+        None => text(value)?
+            .parse()
+            .map_err(|_| "it is not a size".to_owned()),
+    }
+}
+
+fn duration(value: &DeValue<'_>) -> Result<Duration, String> {
+    humantime::parse_duration(text(value)?).map_err(|_| "it is not a duration".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_names_each_key_once_in_a_known_section() {
+        for (i, key) in KEYS.iter().enumerate() {
+            assert!(
+                SECTIONS.iter().any(|(name, _)| *name == key.section()),
+                "{}",
+                key.path
+            );
+            assert!(
+                KEYS.iter().skip(i + 1).all(|other| other.path != key.path),
+                "{}",
+                key.path
+            );
+            assert!(
+                !key.sample.is_empty() || (key.get)(&Config::default()).is_some(),
+                "{} shows nothing",
+                key.path
+            );
+        }
+    }
+}

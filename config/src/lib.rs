@@ -1,0 +1,238 @@
+//! The daemon's configuration: a typed TOML file, the flags that win over it, and the standard
+//! `AWS_*` variables that stand in where the file is silent.
+//!
+//! Owns the names, defaults, limits and documentation of all keys: one table (`keys`) drives the
+//! reader, the nearest-name suggestions and the commented example, so they cannot disagree.
+//! Does not own what the values mean to the daemon, and opens no file but the configuration and
+//! the secret key that it names.
+//!
+//! Invariants: a [`Config`] handed out by [`Config::load`] or [`Config::complete`] is within all
+//! limits; a secret never appears in `Debug`, in an error or in the example.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod example;
+mod keys;
+mod overrides;
+mod paths;
+mod read;
+mod validate;
+mod value;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use error::{ConfigError, Place};
+pub use overrides::Overrides;
+pub use paths::client_socket;
+pub use value::{Bound, LogFormat, Secret, Size, SizeError};
+
+/// Size of the cache file when the configuration names none and the path is no block device.
+pub const CACHE_FILE_SIZE_DEFAULT: Size = Size::new(8 << 30);
+
+/// Everything that the daemon can be told.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Config {
+    /// `[daemon]`
+    pub daemon: Daemon,
+    /// `[store]`
+    pub store: Store,
+    /// `[cache]`
+    pub cache: Cache,
+    /// `[reactor]`
+    pub reactor: Reactor,
+    /// `[writeback]`
+    pub writeback: Writeback,
+}
+
+/// `[daemon]`: where the daemon lives and how it is reached.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Daemon {
+    /// What the host itself keeps: the list of attached volumes, and the cache unless it is elsewhere.
+    pub data_dir: PathBuf,
+    /// The control plane's unix socket.
+    pub socket: PathBuf,
+    /// TCP address of `/metrics`, `/healthz` and `/readyz`; none: on the unix socket only.
+    pub listen: Option<SocketAddr>,
+    /// The NBD server's unix socket; none: see [`Config::nbd_socket`].
+    pub nbd_socket: Option<PathBuf>,
+    /// TCP address of the NBD server; none: on its unix socket only.
+    pub nbd_listen: Option<SocketAddr>,
+    /// Form of the log on standard error.
+    pub log: LogFormat,
+    /// What is logged, in the syntax of `RUST_LOG` (which wins over it).
+    pub log_filter: String,
+}
+
+impl Default for Daemon {
+    fn default() -> Self {
+        Self {
+            data_dir: paths::data_dir(),
+            socket: paths::daemon_socket(),
+            listen: None,
+            nbd_socket: None,
+            nbd_listen: None,
+            log: LogFormat::default(),
+            log_filter: "info".to_owned(),
+        }
+    }
+}
+
+/// `[store]`: the object store.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Store {
+    /// `s3://bucket/prefix` or `file:///dir`. Always set in what [`Config::complete`] returns.
+    pub url: Option<String>,
+    /// URL of an S3 server other than Amazon's.
+    pub endpoint: Option<String>,
+    /// The region.
+    pub region: Option<String>,
+    /// Id of the access key; none: found out from the machine's role.
+    pub access_key: Option<String>,
+    /// The secret that belongs to `access_key`.
+    pub secret_key: Option<Secret>,
+    /// File that holds the secret; [`Config::complete`] reads it into `secret_key`.
+    pub secret_key_file: Option<PathBuf>,
+    /// Token of a temporary access key.
+    pub session_token: Option<Secret>,
+    /// Bucket in the path rather than in the host name; none: yes with an endpoint, else no.
+    pub path_style: Option<bool>,
+}
+
+impl Store {
+    /// Whether the bucket goes into the path of a request.
+    #[must_use]
+    pub fn uses_path_style(&self) -> bool {
+        self.path_style.unwrap_or(self.endpoint.is_some())
+    }
+}
+
+/// `[cache]`: the local cache device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cache {
+    /// A file or a block device; none: see [`Config::cache_path`].
+    pub path: Option<PathBuf>,
+    /// How much of it to use; none: [`CACHE_FILE_SIZE_DEFAULT`] of a file, all of a block device.
+    pub size: Option<Size>,
+    /// How much may hold data that the store does not have yet.
+    pub dirty_max: Bound,
+    /// Memory for cached data and map nodes.
+    pub ram: Size,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            path: None,
+            size: None,
+            dirty_max: Bound::Percent(70),
+            ram: Size::new(256 << 20),
+        }
+    }
+}
+
+/// `[reactor]`: the I/O threads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reactor {
+    /// How many; each serves the queues of many volumes.
+    pub threads: u32,
+}
+
+impl Default for Reactor {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            threads: u32::try_from(cpus).unwrap_or(1).clamp(1, 4),
+        }
+    }
+}
+
+/// `[writeback]`: from the cache to the store.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Writeback {
+    /// How long an acknowledged write waits at most before its upload starts.
+    pub delay: Duration,
+    /// Raw bytes that make a chunk full.
+    pub chunk_size: Size,
+    /// Chunk uploads under way at once.
+    pub uploads_max: u32,
+}
+
+impl Default for Writeback {
+    fn default() -> Self {
+        Self {
+            delay: Duration::from_secs(5),
+            chunk_size: Size::new(8 << 20),
+            uploads_max: 8,
+        }
+    }
+}
+
+impl Config {
+    /// The cache's path: the one configured, else `cache` in the data directory.
+    #[must_use]
+    pub fn cache_path(&self) -> PathBuf {
+        self.cache
+            .path
+            .clone()
+            .unwrap_or_else(|| self.daemon.data_dir.join("cache"))
+    }
+
+    /// The NBD server's unix socket: the one configured, else beside the control socket and named
+    /// after it (`quarry.sock` gives `quarry-nbd.sock`).
+    #[must_use]
+    pub fn nbd_socket(&self) -> PathBuf {
+        if let Some(path) = &self.daemon.nbd_socket {
+            return path.clone();
+        }
+        let mut name = self
+            .daemon
+            .socket
+            .file_stem()
+            .unwrap_or_default()
+            .to_os_string();
+        name.push("-nbd.sock");
+        self.daemon.socket.with_file_name(name)
+    }
+
+    /// What is allowed but worth a second look, one sentence each.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        validate::notes(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nbd_socket_unset_lies_beside_the_control_socket() {
+        let mut config = Config::default();
+        config.daemon.socket = "/run/quarry/second.sock".into();
+        assert_eq!(
+            config.nbd_socket(),
+            PathBuf::from("/run/quarry/second-nbd.sock")
+        );
+        config.daemon.nbd_socket = Some("/tmp/n".into());
+        assert_eq!(config.nbd_socket(), PathBuf::from("/tmp/n"));
+    }
+
+    #[test]
+    fn cache_path_unset_lies_in_the_data_dir() {
+        let mut config = Config::default();
+        config.daemon.data_dir = "/data".into();
+        assert_eq!(config.cache_path(), PathBuf::from("/data/cache"));
+    }
+
+    #[test]
+    fn debug_with_secrets_hides_them() {
+        let mut config = Config::default();
+        config.store.secret_key = Some(Secret::new("hunter2"));
+        config.store.session_token = Some(Secret::new("hunter3"));
+        let shown = format!("{config:?} {config:#?}");
+        assert!(!shown.contains("hunter"), "{shown}");
+    }
+}

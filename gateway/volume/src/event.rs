@@ -1,0 +1,383 @@
+//! What goes into a volume and what comes out of it: its whole contract with the world.
+//!
+//! The driver (a reactor on io_uring, or a simulation) feeds [`Event`]s to
+//! [`Volume::apply`](crate::Volume::apply) and carries out the [`Action`]s it answers with, in any
+//! order that respects this: an action's completion event is fed exactly once, after the I/O it
+//! names is done; nothing else is promised between two actions. All ordering that durability needs
+//! is made by the volume itself, which holds the second action back until the first completed.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quarry_objfmt::{ChunkId, ChunkSeq, Lba, LbaRange, MapEntry, Sectors, WriteSeq};
+
+use crate::map::{MapRoot, Node, NodeRef};
+
+/// The front end's name for a request in flight: unique among those of one volume.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RequestId(pub u64);
+
+/// The volume's name for an I/O it asked for; comes back in the completion.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct IoId(pub u64);
+
+/// What a request asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Fill the request's buffer.
+    Read,
+    /// Store the request's buffer; with `fua`, durably so before it completes.
+    Write {
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Make all that was acknowledged durable.
+    Flush,
+    /// The data are no longer wanted; they read as zeroes from now on.
+    Discard,
+    /// Read as zeroes from now on; with `fua`, durably so before it completes.
+    WriteZeroes {
+        /// Force unit access.
+        fua: bool,
+    },
+}
+
+/// One request of a front end. Its buffer stays with the driver, which knows it by `id`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Request {
+    /// Its name; free again once completed.
+    pub id: RequestId,
+    /// What to do.
+    pub op: Op,
+    /// The sectors; empty for [`Op::Flush`] only.
+    pub range: LbaRange,
+}
+
+/// Why an I/O failed, in the terms that the kernel's edge maps to an errno.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum IoError {
+    /// Outside the volume, not on a logical block boundary, or empty (`EINVAL`).
+    #[error("the request is not a run of logical blocks inside the volume")]
+    Invalid,
+    /// The volume takes no writes: attached read-only, or fenced by a newer writer (`EROFS`).
+    #[error("the volume is read-only")]
+    ReadOnly,
+    /// The data cannot be had or kept: a damaged object or a failed cache device (`EIO`).
+    #[error("the data cannot be read or written")]
+    Io,
+    /// The volume is being taken away (`ESHUTDOWN`).
+    #[error("the volume is being detached")]
+    ShuttingDown,
+}
+
+impl IoError {
+    /// The one errno of each kind.
+    #[must_use]
+    pub const fn errno(self) -> i32 {
+        match self {
+            Self::Invalid => 22,
+            Self::ReadOnly => 30,
+            Self::Io => 5,
+            Self::ShuttingDown => 108,
+        }
+    }
+}
+
+/// A run of one frame that a fetch delivers, and the frame's place.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FrameRef {
+    /// Its number in the chunk.
+    pub index: u32,
+    /// Where it starts in the chunk object (header and payload), in bytes.
+    pub stored_offset: u32,
+    /// Its length in the object, in bytes.
+    pub stored_len: u32,
+}
+
+/// Frames of one chunk that lie end to end in its object: one ranged GET.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Fetch {
+    /// The chunk.
+    pub chunk: ChunkId,
+    /// At least one; each starts where the one before it ended.
+    pub frames: Vec<FrameRef>,
+}
+
+/// One run of a chunk that is about to be written to the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PlannedExtent {
+    /// The sectors it gives a new content.
+    pub range: LbaRange,
+    /// Where that content is.
+    pub source: ExtentSource,
+}
+
+/// Where the content of a planned extent is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExtentSource {
+    /// On the cache device, at this byte.
+    Cache {
+        /// Bytes from the start of the cache device.
+        offset: u64,
+    },
+    /// Zeroes, written.
+    Zero,
+    /// Zeroes, discarded.
+    Discard,
+}
+
+/// A chunk to be made and stored: an exact prefix cut of the volume's writes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ChunkPlan {
+    /// Its place in the log.
+    pub id: ChunkId,
+    /// The oldest write in it.
+    pub first_write: WriteSeq,
+    /// The newest write in it; the next chunk starts after it.
+    pub last_write: WriteSeq,
+    /// Disjoint. The data runs in the order of their raw space.
+    pub extents: Vec<PlannedExtent>,
+}
+
+/// A fold of the log into the map: everything committed up to and with `upto`.
+#[derive(Clone, Debug)]
+pub struct CheckpointPlan {
+    /// The last chunk folded in.
+    pub upto: ChunkSeq,
+    /// The newest write folded in.
+    pub last_write: WriteSeq,
+    /// The new entries: sorted, disjoint, each newer than all that the map holds there.
+    pub entries: Arc<Vec<MapEntry>>,
+}
+
+/// What a volume is told.
+#[derive(Debug)]
+pub enum Event {
+    /// A front end's request.
+    Request(Request),
+    /// A cache I/O (`CacheRead`, `CacheWrite`, `ZeroFill`, `WritePages`, `Sync`, `FillWrite`,
+    /// `CopyToRequest`) is done; a transfer that was short is an error.
+    IoDone {
+        /// The I/O.
+        io: IoId,
+        /// How it went; `Err` holds the errno.
+        result: Result<(), i32>,
+    },
+    /// A fetch is done. `Ok` holds the raw content of each frame asked for, in order; `Err` says
+    /// the object is damaged or gone (a store that is merely away is waited for, not reported).
+    Fetched {
+        /// The I/O.
+        io: IoId,
+        /// One raw frame for each in the fetch.
+        result: Result<Vec<Bytes>, DataError>,
+    },
+    /// Map nodes were loaded.
+    NodesLoaded {
+        /// The I/O.
+        io: IoId,
+        /// The nodes, which the volume puts into the node cache; or the damage.
+        result: Result<Vec<(NodeRef, Arc<Node>)>, DataError>,
+    },
+    /// A chunk is in the store.
+    Uploaded {
+        /// Which.
+        seq: ChunkSeq,
+        /// Its data extents as map entries: sorted as in the plan, split at frame boundaries,
+        /// with the zero and discard runs as `Location::Zero`.
+        entries: Vec<MapEntry>,
+        /// Its object's length in bytes.
+        stored_bytes: u64,
+    },
+    /// A checkpoint is recorded in `head`.
+    Checkpointed {
+        /// The map as it is now.
+        root: Arc<MapRoot>,
+        /// The last chunk it holds.
+        upto: ChunkSeq,
+    },
+    /// A newer writer took the volume; nothing of ours will ever be committed again.
+    Fenced {
+        /// By whom, for the operator.
+        by: String,
+    },
+    /// Time has passed. `now_ms` counts from any fixed point and never goes back.
+    Tick {
+        /// Milliseconds.
+        now_ms: u64,
+    },
+    /// Upload all that was acknowledged before now, then say [`Action::Drained`].
+    Drain {
+        /// Name of this drain.
+        io: IoId,
+        /// Also fold the whole log into the map.
+        checkpoint: bool,
+    },
+    /// Complete nothing new: fail all requests that come from now on with `ShuttingDown`.
+    Stop,
+}
+
+/// Damage in the object store: which object, and what is wrong with it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{object}: {reason}")]
+pub struct DataError {
+    /// The object's key.
+    pub object: String,
+    /// What is wrong, in words.
+    pub reason: String,
+}
+
+/// What a volume asks for.
+#[derive(Debug)]
+pub enum Action {
+    /// Read `len` bytes at `offset` of the cache device into the request's buffer at `buffer_offset`.
+    CacheRead {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Whose buffer.
+        request: RequestId,
+        /// Bytes from the buffer's start.
+        buffer_offset: u32,
+        /// Bytes from the cache device's start.
+        offset: u64,
+        /// Bytes; a multiple of 512.
+        len: u32,
+    },
+    /// Write `len` bytes of the request's buffer at `buffer_offset` to `offset` of the cache device.
+    CacheWrite {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Whose buffer.
+        request: RequestId,
+        /// Bytes from the buffer's start.
+        buffer_offset: u32,
+        /// Bytes from the cache device's start.
+        offset: u64,
+        /// Bytes; a multiple of 512.
+        len: u32,
+    },
+    /// Fill a run of the request's buffer with zeroes.
+    ZeroFill {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Whose buffer.
+        request: RequestId,
+        /// Bytes from the buffer's start.
+        buffer_offset: u32,
+        /// Bytes.
+        len: u32,
+    },
+    /// Copy fetched bytes into the request's buffer: the one copy of a miss.
+    CopyToRequest {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Whose buffer.
+        request: RequestId,
+        /// Bytes from the buffer's start.
+        buffer_offset: u32,
+        /// What to copy.
+        data: Bytes,
+    },
+    /// Write whole 4 KiB pages (segment headers or record pages) to the cache device. With
+    /// `durable`, each must be on stable media when it completes (`RWF_DSYNC`).
+    WritePage {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Bytes from the cache device's start.
+        offset: u64,
+        /// Exactly 4096 bytes.
+        page: Box<[u8; 4096]>,
+        /// Whether it must be durable when it completes.
+        durable: bool,
+    },
+    /// Sync the cache device's data (`fdatasync`).
+    Sync {
+        /// Comes back in `IoDone`.
+        io: IoId,
+    },
+    /// Write fetched frames to the cache device, after the requests were answered.
+    FillWrite {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Bytes from the cache device's start.
+        offset: u64,
+        /// What to write; a multiple of 512.
+        data: Bytes,
+    },
+    /// Get frames from the store; `foreground` ones have a request waiting.
+    Fetch {
+        /// Comes back in `Fetched`.
+        io: IoId,
+        /// What.
+        fetch: Fetch,
+        /// Whether a request waits for it (false: readahead).
+        foreground: bool,
+    },
+    /// Get map nodes from the store.
+    LoadNodes {
+        /// Comes back in `NodesLoaded`.
+        io: IoId,
+        /// Which; at least one.
+        nodes: Vec<NodeRef>,
+    },
+    /// Make a chunk of this plan and store it, create-only; answer `Uploaded` or `Fenced`. Several
+    /// may be under way at once; the volume commits them in order.
+    Upload(ChunkPlan),
+    /// Fold the log into the map and move `head`; answer `Checkpointed` or `Fenced`.
+    Checkpoint(CheckpointPlan),
+    /// The request is done. Its buffer may be given away.
+    Complete {
+        /// Which.
+        request: RequestId,
+        /// How it went.
+        result: Result<(), IoError>,
+    },
+    /// The drain of this name is done: all that was acknowledged before it is in the store.
+    Drained {
+        /// Its name.
+        io: IoId,
+        /// False if the volume was fenced or has failed, and what it held stays in the cache.
+        complete: bool,
+    },
+    /// Something the operator must know; the reason is one sentence.
+    Report(Report),
+}
+
+/// A change of state that the operator must know of.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Report {
+    /// A newer writer took the volume; it is read-only here and keeps what it could not send.
+    Fenced {
+        /// By whom.
+        by: String,
+        /// Bytes acknowledged here that the store will not get.
+        unsent_bytes: u64,
+    },
+    /// The cache device failed an I/O; the volume takes no more writes.
+    CacheFailed {
+        /// The errno.
+        errno: i32,
+        /// What was being done.
+        doing: &'static str,
+    },
+    /// An object of the volume is damaged; reads of what it held fail.
+    Damaged {
+        /// The object's key.
+        object: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Writes wait for cache space (`true`) or go on again (`false`).
+    Stalled(bool),
+}
+
+/// Convenience for tests and drivers.
+impl Request {
+    /// A request over `sectors` sectors from `start`.
+    ///
+    /// # Errors
+    /// [`IoError::Invalid`] if the end does not fit 64 bits.
+    pub fn new(id: RequestId, op: Op, start: Lba, sectors: Sectors) -> Result<Self, IoError> {
+        let range = LbaRange::new(start, sectors).ok_or(IoError::Invalid)?;
+        Ok(Self { id, op, range })
+    }
+}

@@ -1,0 +1,364 @@
+//! Map nodes in RAM, within a budget of bytes.
+//!
+//! Eviction is CLOCK (second chance): a node that was looked at since the hand last passed stays
+//! for another round. Order depends on the calls alone, so that a simulation repeats.
+//!
+//! **Progress.** Room is made before a batch of nodes goes in, never by evicting from the batch
+//! itself: the cache may exceed its budget by one batch until the next one comes. So a lookup that
+//! is retried right after [`NodeCache::insert_all`] finds all of that batch. Who keeps the nodes it
+//! loaded for a lookup and puts all of them in again before each retry gets further with each
+//! load, however small the budget and however many lookups take turns.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+
+use crate::map::{Node, NodeRef};
+
+/// RAM of a node's slot, its place in the table of places, and its allocations' own overhead.
+const NODE_OVERHEAD: usize = 192;
+
+/// What the cache holds and how it did.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct NodeCacheStats {
+    /// Bytes of RAM that its nodes take, overhead included.
+    pub bytes: usize,
+    /// The budget.
+    pub budget: usize,
+    /// Nodes in it.
+    pub nodes: usize,
+    /// Questions answered.
+    pub hits: u64,
+    /// Questions for nodes that were not there.
+    pub misses: u64,
+    /// Nodes put out to make room.
+    pub evictions: u64,
+}
+
+/// Mixes the few words of a [`NodeRef`]. Fixed, so that runs repeat; the places it hashes are our
+/// own, not an adversary's.
+#[derive(Default)]
+struct PlaceHasher(u64);
+
+impl PlaceHasher {
+    const fn mix(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+impl Hasher for PlaceHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        let mut words = bytes.chunks_exact(8);
+        for word in &mut words {
+            let mut eight = [0; 8];
+            eight.copy_from_slice(word);
+            self.mix(u64::from_le_bytes(eight));
+        }
+        for byte in words.remainder() {
+            self.mix(u64::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.mix(u64::from(word));
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.mix(word);
+    }
+
+    fn write_usize(&mut self, word: usize) {
+        self.mix(word as u64);
+    }
+
+    fn finish(&self) -> u64 {
+        (self.0 ^ (self.0 >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93)
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    place: NodeRef,
+    node: Arc<Node>,
+    bytes: usize,
+    /// Looked at since the hand last passed.
+    seen: bool,
+    /// Of an index node: in which slot each of its leaves was found last. A hint, for the slot may
+    /// have been given to another node since.
+    leaves: Box<[u32]>,
+}
+
+/// The nodes in RAM of all volumes of a daemon.
+#[derive(Debug)]
+pub struct NodeCache {
+    budget: usize,
+    bytes: usize,
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+    places: HashMap<NodeRef, usize, BuildHasherDefault<PlaceHasher>>,
+    hand: usize,
+    hits: u64,
+    misses: u64,
+    evictions: u64,
+}
+
+impl NodeCache {
+    /// An empty cache that keeps to `budget` bytes of RAM.
+    #[must_use]
+    pub fn new(budget: usize) -> Self {
+        Self {
+            budget,
+            bytes: 0,
+            slots: Vec::new(),
+            free: Vec::new(),
+            places: HashMap::default(),
+            hand: 0,
+            hits: 0,
+            misses: 0,
+            evictions: 0,
+        }
+    }
+
+    /// The node of this place, if it is here.
+    pub fn get(&mut self, place: &NodeRef) -> Option<&Arc<Node>> {
+        let at = self.find(place)?;
+        self.slots[at].as_ref().map(|slot| &slot.node)
+    }
+
+    /// The slot of a node, good until the next insertion or change of budget.
+    pub(super) fn find(&mut self, place: &NodeRef) -> Option<usize> {
+        let found = self.places.get(place).copied();
+        match found.and_then(|at| self.slots[at].as_mut()) {
+            Some(slot) => {
+                slot.seen = true;
+                self.hits += 1;
+            }
+            None => self.misses += 1,
+        }
+        found
+    }
+
+    /// The slot of leaf `number` of the index node in slot `parent`; `place` is the leaf's.
+    pub(super) fn find_leaf(
+        &mut self,
+        parent: usize,
+        number: usize,
+        place: &NodeRef,
+    ) -> Option<usize> {
+        let hints = |slot: &Slot| slot.leaves.get(number).copied();
+        let hint = self.slots[parent].as_ref().and_then(hints)? as usize;
+        if let Some(Some(slot)) = self.slots.get_mut(hint)
+            && slot.place == *place
+        {
+            slot.seen = true;
+            self.hits += 1;
+            return Some(hint);
+        }
+        let found = self.find(place)?;
+        let hint = self.slots[parent]
+            .as_mut()
+            .and_then(|slot| slot.leaves.get_mut(number));
+        if let (Some(hint), Ok(found)) = (hint, u32::try_from(found)) {
+            *hint = found;
+        }
+        Some(found)
+    }
+
+    /// The node in a slot that was just found.
+    pub(super) fn node(&self, slot: usize) -> Option<&Node> {
+        self.slots.get(slot)?.as_ref().map(|slot| &*slot.node)
+    }
+
+    /// Puts a node in, making room first.
+    pub fn insert(&mut self, place: NodeRef, node: Arc<Node>) {
+        self.insert_all(vec![(place, node)]);
+    }
+
+    /// Puts the nodes of one load in, making room for all of them first: they are all here until
+    /// the next insertion.
+    pub fn insert_all(&mut self, batch: Vec<(NodeRef, Arc<Node>)>) {
+        let mut room = 0;
+        for (place, node) in &batch {
+            match self.places.get(place) {
+                // Looked at before the hand moves, so that it is not the first to go.
+                Some(&at) => self.slots[at].iter_mut().for_each(|slot| slot.seen = true),
+                None => room += cost(node),
+            }
+        }
+        self.make_room(room);
+        for (place, node) in batch {
+            // A place always holds the same node: what is here stays.
+            if !self.places.contains_key(&place) {
+                self.put(place, node);
+            }
+        }
+    }
+
+    fn put(&mut self, place: NodeRef, node: Arc<Node>) {
+        let bytes = cost(&node);
+        let leaves = vec![u32::MAX; leaf_count(&node)].into_boxed_slice();
+        let slot = Some(Slot {
+            leaves,
+            place,
+            node,
+            bytes,
+            seen: true,
+        });
+        let at = match self.free.pop() {
+            Some(at) => {
+                self.slots[at] = slot;
+                at
+            }
+            None => {
+                self.slots.push(slot);
+                self.slots.len() - 1
+            }
+        };
+        self.places.insert(place, at);
+        self.bytes += bytes;
+    }
+
+    /// Changes the budget; a smaller one evicts at once.
+    pub fn set_budget(&mut self, budget: usize) {
+        self.budget = budget;
+        self.make_room(0);
+    }
+
+    /// What it holds and how it did.
+    #[must_use]
+    pub fn stats(&self) -> NodeCacheStats {
+        NodeCacheStats {
+            bytes: self.bytes,
+            budget: self.budget,
+            nodes: self.places.len(),
+            hits: self.hits,
+            misses: self.misses,
+            evictions: self.evictions,
+        }
+    }
+
+    /// Evicts until `room` more bytes fit the budget, or nothing is left.
+    fn make_room(&mut self, room: usize) {
+        // One round may only take second chances away; a second one finds all that can go.
+        let mut steps = 2 * self.slots.len();
+        while self.bytes.saturating_add(room) > self.budget && steps > 0 {
+            steps -= 1;
+            let at = self.hand;
+            self.hand = (self.hand + 1) % self.slots.len();
+            let Some(slot) = &mut self.slots[at] else {
+                continue;
+            };
+            if slot.seen {
+                slot.seen = false;
+                continue;
+            }
+            self.bytes -= slot.bytes;
+            self.places.remove(&slot.place);
+            self.slots[at] = None;
+            self.free.push(at);
+            self.evictions += 1;
+        }
+    }
+}
+
+fn leaf_count(node: &Node) -> usize {
+    match node {
+        Node::Index(index) => index.leaves().len(),
+        Node::Leaf(_) => 0,
+    }
+}
+
+fn cost(node: &Node) -> usize {
+    node.ram_bytes() + size_of::<u32>() * leaf_count(node) + NODE_OVERHEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, NodeKind};
+    use quarry_objfmt::{Epoch, Lba, Location, MapEntry, MapSeq, VolumeId};
+
+    use super::*;
+
+    fn node(seq: u64) -> (NodeRef, Arc<Node>) {
+        let object = MapObjectId {
+            volume: VolumeId::from_bytes([1; 16]),
+            epoch: Epoch::new(1),
+            seq: MapSeq::new(seq),
+        };
+        let mut builder = MapObjectBuilder::new(object);
+        let entry = MapEntry {
+            start: Lba::ZERO,
+            len: 8,
+            location: Location::Zero,
+        };
+        builder.push(entry).unwrap();
+        let table = builder.finish_table().unwrap().unwrap();
+        let place = NodeRef {
+            object,
+            offset: 0,
+            len: table.index_offset,
+            kind: NodeKind::Leaf,
+        };
+        let bytes = builder.into_bytes();
+        let leaf = Node::decode(&place, &bytes[..table.index_offset as usize]).unwrap();
+        (place, Arc::new(leaf))
+    }
+
+    fn budget_of(nodes: usize) -> usize {
+        nodes * cost(&node(0).1)
+    }
+
+    #[test]
+    fn cache_over_budget_evicts_what_was_not_looked_at() {
+        let mut cache = NodeCache::new(budget_of(3));
+        for seq in 0..4 {
+            let (place, node) = node(seq);
+            cache.insert(place, node);
+        }
+        // The first insertion over the budget took all second chances away; these get theirs anew.
+        assert!(cache.get(&node(0).0).is_none());
+        assert!(cache.get(&node(1).0).is_some());
+        cache.insert(node(4).0, node(4).1);
+        assert!(cache.get(&node(2).0).is_none());
+        for seq in [1, 3, 4] {
+            assert!(cache.get(&node(seq).0).is_some(), "{seq}");
+        }
+        let stats = cache.stats();
+        assert_eq!((stats.nodes, stats.evictions), (3, 2));
+        assert_eq!((stats.hits, stats.misses), (4, 2));
+        assert!(stats.bytes <= stats.budget);
+    }
+
+    #[test]
+    fn cache_smaller_than_a_batch_holds_the_batch() {
+        let mut cache = NodeCache::new(1);
+        cache.insert(node(9).0, node(9).1);
+        let batch: Vec<_> = (0..5).map(node).collect();
+        cache.insert_all(batch.clone());
+        assert!(batch.iter().all(|(place, _)| cache.get(place).is_some()));
+        assert!(cache.get(&node(9).0).is_none());
+        cache.insert(node(9).0, node(9).1);
+        assert_eq!(cache.stats().nodes, 1);
+    }
+
+    #[test]
+    fn cache_batch_partly_there_is_all_there_afterwards() {
+        let mut cache = NodeCache::new(budget_of(2));
+        for seq in 0..2 {
+            cache.insert(node(seq).0, node(seq).1);
+        }
+        let batch: Vec<_> = (1..4).map(node).collect();
+        cache.insert_all(batch.clone());
+        assert!(batch.iter().all(|(place, _)| cache.get(place).is_some()));
+        cache.set_budget(0);
+        assert_eq!(cache.stats().bytes, 0);
+    }
+
+    #[test]
+    fn cache_same_node_twice_counts_once() {
+        let mut cache = NodeCache::new(budget_of(9));
+        cache.insert_all(vec![node(1), node(1)]);
+        cache.insert(node(1).0, node(1).1);
+        assert_eq!(cache.stats().bytes, budget_of(1));
+    }
+}

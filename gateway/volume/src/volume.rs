@@ -1,0 +1,655 @@
+//! The volume: its state, and the way of every event through it.
+//!
+//! What a sector reads as is decided by four layers, newest first: `dirty` (acknowledged, not yet
+//! committed to the store), `tail` (committed since the last checkpoint), `frozen` (being folded
+//! into the map by the checkpoint under way), and the map at `root`.
+//!
+//! Invariants:
+//! - A write gets its number ([`WriteSeq`]) when its data have arrived on the cache device, and in
+//!   the same step enters the index, the list of unsent writes and its segment's pending records:
+//!   so the orders of completion, of records, of the index and of the log are one order.
+//! - A chunk is a cut of that order; chunks are committed in order. So the store holds a prefix.
+//! - A segment is held by each of its writes until the chunk with that write is committed.
+
+mod flush;
+mod read;
+mod write;
+mod writeback;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap};
+use quarry_objfmt::head::Durability;
+use quarry_objfmt::page::{Record, SegmentKind};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, Epoch, LbaRange, Location, MapEntry, Sectors, SegmentId, VolumeId, WriteSeq,
+};
+use slab::Slab;
+
+use crate::event::{Action, Event, IoError, IoId, Op, Report, Request};
+use crate::map::{MapRoot, Node, NodeCache, NodeRef};
+
+/// What all volumes of a daemon share. The driver locks it once for a batch of events.
+#[derive(Debug)]
+pub struct Shared {
+    /// The cache device's bookkeeping.
+    pub cache: Cache,
+    /// Decoded map nodes.
+    pub nodes: NodeCache,
+}
+
+/// The limits of a volume, each with its reason.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tuning {
+    /// Longest time an acknowledged write waits before its upload starts, in milliseconds: with
+    /// the upload's own time it is the RPO of a volume that is not busy.
+    pub writeback_delay_ms: u64,
+    /// Most sectors of data in a chunk: its upload's memory, and the grain of parallel uploads.
+    pub chunk_sectors_max: u32,
+    /// Most writes in a chunk: bounds its header, for discards carry no data.
+    pub chunk_writes_max: usize,
+    /// Most chunks being uploaded at once: bounds memory, and what a crash leaves as orphans.
+    pub uploads_max: usize,
+    /// Entries of the log that start a checkpoint: bounds the memory they take.
+    pub checkpoint_entries: usize,
+    /// Chunks of the log that start a checkpoint: bounds the time to replay them.
+    pub checkpoint_chunks: u64,
+    /// Most sectors that readahead runs before a sequential reader.
+    pub readahead_sectors_max: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            writeback_delay_ms: 5_000,
+            chunk_sectors_max: (8 << 20) / 512,
+            chunk_writes_max: 16_384,
+            uploads_max: 8,
+            checkpoint_entries: 256 << 10,
+            checkpoint_chunks: 128,
+            readahead_sectors_max: (4 << 20) / 512,
+        }
+    }
+}
+
+/// What a volume is, from its `head`.
+#[derive(Clone, Debug)]
+pub struct VolumeParams {
+    /// Its name for ever.
+    pub id: VolumeId,
+    /// Its size.
+    pub size: Sectors,
+    /// Bytes of a logical block: 512 or 4096.
+    pub sector_size: u32,
+    /// Sectors of a frame.
+    pub frame_sectors: u32,
+    /// The epoch in which we write.
+    pub epoch: Epoch,
+    /// What a flush promises.
+    pub durability: Durability,
+    /// Whether it takes writes.
+    pub read_only: bool,
+    /// Limits.
+    pub tuning: Tuning,
+}
+
+/// The state in which a volume starts: what its store and its cache device hold.
+#[derive(Debug)]
+pub struct Opened {
+    /// The map at the last checkpoint.
+    pub root: Arc<MapRoot>,
+    /// The entries of the chunks after it, in the order of the log.
+    pub log: Vec<Vec<MapEntry>>,
+    /// The number of the next chunk.
+    pub next_chunk: ChunkSeq,
+    /// The newest write in the store.
+    pub stored_write: WriteSeq,
+    /// Writes on the cache device that the store lacks: consecutive from `stored_write` on.
+    pub unsent: Vec<(SegmentId, Record)>,
+    /// Segments that the cache kept for this volume since the crash, each held once for it.
+    pub kept_segments: Vec<SegmentId>,
+}
+
+/// Whether a volume serves, and if not fully, why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VolumeState {
+    /// Reads and writes.
+    Serving,
+    /// Reads only, as asked for.
+    ReadOnly,
+    /// Reads only: a newer writer owns the volume. What was unsent stays in the cache.
+    Fenced {
+        /// Who.
+        by: String,
+    },
+    /// Reads only: the cache device failed a sync or a record. Never tried again.
+    Failed {
+        /// The errno.
+        errno: i32,
+        /// What was being done.
+        doing: &'static str,
+    },
+    /// Being detached: nothing new is taken.
+    Stopping,
+}
+
+/// Counters and gauges of a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct VolumeStats {
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Flush requests, and writes with FUA.
+    pub flushes: u64,
+    /// Rounds of sync, record pages, sync that served them.
+    pub flush_rounds: u64,
+    /// Discard and write-zeroes requests.
+    pub discards: u64,
+    /// Bytes read from the cache device.
+    pub hit_bytes: u64,
+    /// Bytes read that had to be fetched.
+    pub miss_bytes: u64,
+    /// Bytes read as zeroes, from nowhere.
+    pub zero_bytes: u64,
+    /// Bytes copied in user space into request buffers (misses).
+    pub copied_bytes: u64,
+    /// Fetches of frames sent to the store.
+    pub fetches: u64,
+    /// Stored bytes asked for by them.
+    pub fetched_bytes: u64,
+    /// Of these, by readahead.
+    pub readahead_bytes: u64,
+    /// Chunks committed.
+    pub uploaded_chunks: u64,
+    /// Their bytes.
+    pub uploaded_bytes: u64,
+    /// Checkpoints made.
+    pub checkpoints: u64,
+    /// Bytes acknowledged that the store lacks.
+    pub dirty_bytes: u64,
+    /// Age of the oldest write that the store lacks, in milliseconds.
+    pub rpo_ms: u64,
+    /// Requests in flight.
+    pub in_flight: u64,
+    /// Whether writes wait for cache space.
+    pub stalled: bool,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Entries in the index of unsent writes.
+    pub dirty_entries: u64,
+    /// Entries of the log since the last checkpoint.
+    pub log_entries: u64,
+}
+
+/// What a dirty run reads as.
+#[derive(Clone, Copy, Debug)]
+struct Dirty {
+    seq: WriteSeq,
+    /// `None`: zeroes.
+    at: Option<CacheLoc>,
+}
+
+impl Carried for Dirty {
+    fn skip(self, n: Sectors) -> Self {
+        Self {
+            at: self.at.map(|at| at.skip(sectors_u32(n))),
+            ..self
+        }
+    }
+}
+
+/// A committed run's location, as the layers keep it.
+#[derive(Clone, Copy, Debug)]
+struct Committed(Location);
+
+impl Carried for Committed {
+    fn skip(self, n: Sectors) -> Self {
+        match self.0 {
+            Location::Zero => self,
+            Location::Data(at) => Self(Location::Data(at.skip(sectors_u32(n)))),
+        }
+    }
+}
+
+/// A request in flight.
+#[derive(Debug)]
+struct Active {
+    request: Request,
+    /// Pieces not yet done; while a request is being cut up, one more.
+    left: u32,
+    failed: Option<IoError>,
+    /// Sectors that have been given their place (writes).
+    placed: Sectors,
+    /// The newest write it made, to be made durable before completion (FUA).
+    last_write: WriteSeq,
+    /// A clean read failed: resolve it anew, once.
+    retry: bool,
+    retried: bool,
+    /// Map nodes loaded for it so far: other lookups cannot push them out before it is resolved.
+    held: Vec<(NodeRef, Arc<Node>)>,
+}
+
+/// What an I/O of ours is for.
+#[derive(Debug)]
+enum Io {
+    Read {
+        slot: usize,
+        segment: SegmentId,
+        clean: bool,
+    },
+    Buffer {
+        slot: usize,
+    },
+    Write {
+        slot: usize,
+        at: CacheLoc,
+        range: LbaRange,
+    },
+    Header {
+        segment: SegmentId,
+    },
+    CleanMark {
+        segment: SegmentId,
+    },
+    Sync,
+    RecordPage {
+        segment: SegmentId,
+    },
+    Fetch {
+        chunk: ChunkId,
+        frames: Vec<crate::event::FrameRef>,
+        readahead: bool,
+    },
+    Nodes {
+        slot: Option<usize>,
+    },
+    Fill {
+        at: CacheLoc,
+        run: (ChunkId, quarry_cache::CleanRun),
+    },
+}
+
+/// The driver's side of one step.
+struct Cx<'a> {
+    cache: &'a mut Cache,
+    nodes: &'a mut NodeCache,
+    out: &'a mut Vec<Action>,
+}
+
+/// A volume, attached here.
+#[derive(Debug)]
+pub struct Volume {
+    params: VolumeParams,
+    state: VolumeState,
+    now_ms: u64,
+    active: Slab<Active>,
+    ios: Slab<Io>,
+    stats: VolumeStats,
+
+    dirty: ExtentMap<Dirty>,
+    tail: ExtentMap<Committed>,
+    frozen: Option<ExtentMap<Committed>>,
+    root: Arc<MapRoot>,
+
+    reads: read::Reads,
+    writes: write::Writes,
+    flush: flush::Flush,
+    writeback: writeback::Writeback,
+}
+
+impl Volume {
+    /// A volume that serves from `opened`; its unsent writes are dirty again.
+    #[must_use]
+    pub fn new(
+        params: VolumeParams,
+        opened: Opened,
+        shared: &mut Shared,
+        out: &mut Vec<Action>,
+    ) -> Self {
+        let mut tail = ExtentMap::default();
+        let chunks = opened.log.len() as u64;
+        for entry in opened.log.iter().flatten() {
+            tail.insert(entry_range(entry), Committed(entry.location));
+        }
+        let mut volume = Self {
+            state: if params.read_only {
+                VolumeState::ReadOnly
+            } else {
+                VolumeState::Serving
+            },
+            now_ms: 0,
+            active: Slab::new(),
+            ios: Slab::new(),
+            stats: VolumeStats::default(),
+            dirty: ExtentMap::default(),
+            tail,
+            frozen: None,
+            root: opened.root,
+            reads: read::Reads::default(),
+            writes: write::Writes::new(opened.stored_write),
+            flush: flush::Flush::new(opened.stored_write),
+            writeback: writeback::Writeback::new(opened.next_chunk, opened.stored_write, chunks),
+            params,
+        };
+        let mut cx = Cx {
+            cache: &mut shared.cache,
+            nodes: &mut shared.nodes,
+            out,
+        };
+        volume.adopt(&opened.unsent, &opened.kept_segments, &mut cx);
+        volume
+    }
+
+    /// One step. Feeds one event, appends what is to be done to `out`.
+    pub fn apply(&mut self, event: Event, shared: &mut Shared, out: &mut Vec<Action>) {
+        let mut cx = Cx {
+            cache: &mut shared.cache,
+            nodes: &mut shared.nodes,
+            out,
+        };
+        let cx = &mut cx;
+        match event {
+            Event::Request(request) => self.request(request, cx),
+            Event::IoDone { io, result } => self.io_done(io, result, cx),
+            Event::Fetched { io, result } => self.fetched(io, result, cx),
+            Event::NodesLoaded { io, result } => self.nodes_loaded(io, result, cx),
+            Event::Uploaded {
+                seq,
+                entries,
+                stored_bytes,
+            } => self.uploaded(seq, entries, stored_bytes, cx),
+            Event::Checkpointed { root, upto } => self.checkpointed(root, upto, cx),
+            Event::Fenced { by } => self.fenced(by, cx),
+            Event::Tick { now_ms } => self.tick(now_ms, cx),
+            Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
+            Event::Stop => self.state = VolumeState::Stopping,
+        }
+    }
+
+    /// Its name for ever.
+    #[must_use]
+    pub const fn id(&self) -> VolumeId {
+        self.params.id
+    }
+
+    /// Its size.
+    #[must_use]
+    pub const fn size(&self) -> Sectors {
+        self.params.size
+    }
+
+    /// Bytes of a logical block.
+    #[must_use]
+    pub const fn sector_size(&self) -> u32 {
+        self.params.sector_size
+    }
+
+    /// Whether it was attached for reading only.
+    #[must_use]
+    pub const fn read_only(&self) -> bool {
+        self.params.read_only
+    }
+
+    /// Whether it serves.
+    #[must_use]
+    pub const fn state(&self) -> &VolumeState {
+        &self.state
+    }
+
+    /// Whether ticks matter to it: something waits for time or space.
+    #[must_use]
+    pub fn wants_ticks(&self) -> bool {
+        !self.active.is_empty() || self.writes.holds_segments() || self.writeback.pending()
+    }
+
+    /// Counters and gauges.
+    #[must_use]
+    pub fn stats(&self) -> VolumeStats {
+        VolumeStats {
+            dirty_bytes: self.writes.unsent_bytes(),
+            rpo_ms: self
+                .writeback
+                .oldest_ms()
+                .map_or(0, |since| self.now_ms.saturating_sub(since)),
+            in_flight: self.active.len() as u64,
+            stalled: self.writes.starved(),
+            dirty_entries: self.dirty.len() as u64,
+            log_entries: (self.tail.len() + self.frozen.as_ref().map_or(0, ExtentMap::len)) as u64,
+            ..self.stats
+        }
+    }
+
+    fn request(&mut self, request: Request, cx: &mut Cx<'_>) {
+        if let Err(error) = self.admit(&request) {
+            self.stats.errors += 1;
+            cx.out.push(Action::Complete {
+                request: request.id,
+                result: Err(error),
+            });
+            return;
+        }
+        let slot = self.active.insert(Active {
+            request,
+            left: 0,
+            failed: None,
+            placed: Sectors::ZERO,
+            last_write: WriteSeq::ZERO,
+            retry: false,
+            retried: false,
+            held: Vec::new(),
+        });
+        let bytes = request.range.len().bytes();
+        match request.op {
+            Op::Read => {
+                self.stats.reads += 1;
+                self.stats.read_bytes += bytes;
+                self.start_read(slot, cx);
+            }
+            Op::Write { fua } => {
+                self.stats.writes += 1;
+                self.stats.write_bytes += bytes;
+                self.stats.flushes += u64::from(fua);
+                self.queue_write(slot, cx);
+            }
+            Op::Discard | Op::WriteZeroes { .. } => {
+                self.stats.discards += 1;
+                self.queue_write(slot, cx);
+            }
+            Op::Flush => {
+                self.stats.flushes += 1;
+                self.start_flush(slot, cx);
+            }
+        }
+    }
+
+    /// The checks that every request passes before anything of it is done.
+    fn admit(&self, request: &Request) -> Result<(), IoError> {
+        if self.state == VolumeState::Stopping {
+            return Err(IoError::ShuttingDown);
+        }
+        let block = u64::from(self.params.sector_size / quarry_objfmt::SECTOR_SIZE);
+        if request.op != Op::Flush {
+            let range = request.range;
+            let inside = range.start < range.end && range.end.get() <= self.params.size.get();
+            if !inside
+                || !range.start.get().is_multiple_of(block)
+                || !range.end.get().is_multiple_of(block)
+            {
+                return Err(IoError::Invalid);
+            }
+        }
+        match (request.op, &self.state) {
+            (Op::Read, _) | (_, VolumeState::Serving) | (Op::Flush, VolumeState::ReadOnly) => {
+                Ok(())
+            }
+            (_, VolumeState::Failed { .. }) => Err(IoError::Io),
+            _ => Err(IoError::ReadOnly),
+        }
+    }
+
+    fn io_done(&mut self, io: IoId, result: Result<(), i32>, cx: &mut Cx<'_>) {
+        match self.ios.remove(io_key(io)) {
+            Io::Read {
+                slot,
+                segment,
+                clean,
+            } => self.read_done(slot, segment, clean, result, cx),
+            Io::Buffer { slot } => self.piece_done(slot, result.map_err(|_| IoError::Io), cx),
+            Io::Write { slot, at, range } => self.write_done(slot, at, range, result, cx),
+            Io::Header { segment } => self.header_done(segment, result, cx),
+            Io::CleanMark { segment } => cx.cache.unpin(segment),
+            Io::Sync => self.synced(result, cx),
+            Io::RecordPage { segment } => self.record_page_done(segment, result, cx),
+            Io::Fill { at, run } => {
+                let run = [run];
+                cx.cache
+                    .finish_fill(at, if result.is_ok() { &run } else { &[] });
+            }
+            other @ (Io::Fetch { .. } | Io::Nodes { .. }) => {
+                panic!("{other:?} completes by an event of its own")
+            }
+        }
+    }
+
+    fn io(&mut self, io: Io) -> IoId {
+        IoId(self.ios.insert(io) as u64)
+    }
+
+    /// One piece of a request is done.
+    fn piece_done(&mut self, slot: usize, result: Result<(), IoError>, cx: &mut Cx<'_>) {
+        let active = &mut self.active[slot];
+        active.left -= 1;
+        if let Err(error) = result {
+            active.failed.get_or_insert(error);
+        }
+        if active.left > 0 {
+            return;
+        }
+        if active.retry && !active.retried {
+            active.retry = false;
+            active.retried = true;
+            active.failed = None;
+            self.start_read(slot, cx);
+            return;
+        }
+        let fua = matches!(
+            active.request.op,
+            Op::Write { fua: true } | Op::WriteZeroes { fua: true }
+        );
+        if fua && active.failed.is_none() {
+            let target = active.last_write;
+            self.await_durable(slot, target, cx);
+            return;
+        }
+        self.complete(slot, cx);
+    }
+
+    fn complete(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let active = self.active.remove(slot);
+        self.stats.errors += u64::from(active.failed.is_some());
+        let result = active.failed.map_or(Ok(()), Err);
+        cx.out.push(Action::Complete {
+            request: active.request.id,
+            result,
+        });
+    }
+
+    fn complete_with(&mut self, slot: usize, error: IoError, cx: &mut Cx<'_>) {
+        self.active[slot].failed = Some(error);
+        self.complete(slot, cx);
+    }
+
+    /// A newer writer owns the volume. From here on nothing is acknowledged; reads go on, from
+    /// what we have, and the unsent segments stay held for the operator to decide upon.
+    fn fenced(&mut self, by: String, cx: &mut Cx<'_>) {
+        if matches!(self.state, VolumeState::Fenced { .. }) {
+            return;
+        }
+        let unsent_bytes = self.writes.unsent_bytes();
+        cx.out.push(Action::Report(Report::Fenced {
+            by: by.clone(),
+            unsent_bytes,
+        }));
+        self.state = VolumeState::Fenced { by };
+        self.refuse_waiting(IoError::ReadOnly, cx);
+    }
+
+    /// The cache device broke a promise that durability rests on. Sticky: a sync that succeeds
+    /// after one that failed proves nothing of the data in between.
+    fn fail(&mut self, errno: i32, doing: &'static str, cx: &mut Cx<'_>) {
+        if matches!(self.state, VolumeState::Failed { .. }) {
+            return;
+        }
+        cx.out
+            .push(Action::Report(Report::CacheFailed { errno, doing }));
+        self.state = VolumeState::Failed { errno, doing };
+        self.refuse_waiting(IoError::Io, cx);
+    }
+
+    /// Fails what waits for durability or space that will not come.
+    fn refuse_waiting(&mut self, error: IoError, cx: &mut Cx<'_>) {
+        for slot in self.flush.take_waiters() {
+            self.complete_with(slot, error, cx);
+        }
+        for slot in self.writes.take_waiting() {
+            self.piece_done(slot, Err(error), cx);
+        }
+        self.finish_drains(cx);
+    }
+
+    fn tick(&mut self, now_ms: u64, cx: &mut Cx<'_>) {
+        self.now_ms = self.now_ms.max(now_ms);
+        self.pump_writes(cx);
+        self.close_idle(cx);
+        self.pump_writeback(cx);
+    }
+
+    /// Takes up what the cache kept over a crash: the unsent writes are dirty again, in order.
+    fn adopt(&mut self, unsent: &[(SegmentId, Record)], kept: &[SegmentId], cx: &mut Cx<'_>) {
+        for (segment, record) in unsent {
+            cx.cache.hold(*segment);
+            self.adopt_record(*segment, record);
+        }
+        for segment in kept {
+            self.release(*segment, cx);
+        }
+        // They were durable before the crash, and still are.
+        self.flush.durable_up_to(self.writes.last_acknowledged());
+    }
+
+    /// One reason less to keep a segment; the last one makes it clean, which is noted on the
+    /// device so that the next start need not ask the store. The note need not be durable: without
+    /// it, recovery finds writes that the store has already.
+    fn release(&mut self, segment: SegmentId, cx: &mut Cx<'_>) {
+        if !cx.cache.release(segment) {
+            return;
+        }
+        self.writes.forget_segment(segment);
+        let generation = cx.cache.generation(segment);
+        cx.cache.pin(segment);
+        let io = self.io(Io::CleanMark { segment });
+        self.write_header(io, segment, generation, SegmentKind::Fill, cx);
+    }
+}
+
+fn io_key(io: IoId) -> usize {
+    usize::try_from(io.0).expect("I/O names are slab keys")
+}
+
+fn sectors_u32(n: Sectors) -> u32 {
+    u32::try_from(n.get()).expect("a run inside a segment or a frame is short")
+}
+
+fn entry_range(entry: &MapEntry) -> LbaRange {
+    LbaRange::new(entry.start, Sectors::new(u64::from(entry.len)))
+        .expect("entries were checked when decoded")
+}
+
+type SegmentTable<T> = BTreeMap<SegmentId, T>;
+type Queue<T> = VecDeque<T>;

@@ -1,0 +1,513 @@
+//! Reads: which layer each run comes from, and the way of a miss.
+//!
+//! A read is resolved in one step into pieces: hits go to the cache device, holes are zeroed,
+//! misses wait for frames. All pieces of a request go on at once. A frame that is being fetched is
+//! not fetched again: whoever wants it waits with the others. If the map nodes that say where a
+//! run lies are not in memory, the whole request is resolved anew once they are.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quarry_cache::{Cache, CacheLoc, CleanRun};
+use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId};
+
+use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
+use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Report};
+use crate::map::{Node, NodeRef};
+
+/// Most frames of one fetch: with frames of 64 KiB, GETs of at most 1 MiB, several in flight.
+const FETCH_FRAMES_MAX: usize = 16;
+
+/// Most frames that readahead has in flight, so that it cannot crowd out what someone waits for.
+const READAHEAD_FRAMES_MAX: usize = 128;
+
+/// Sequential readers told apart.
+const STREAMS_MAX: usize = 8;
+
+/// Readahead starts with this much, in sectors, and doubles.
+const READAHEAD_SECTORS_MIN: u64 = (256 << 10) / 512;
+
+/// Someone who waits for a run of a frame.
+#[derive(Debug)]
+struct Waiter {
+    slot: usize,
+    buffer_offset: u32,
+    /// Bytes from the frame's start.
+    skip: usize,
+    len: usize,
+}
+
+/// A reader who goes on where it stopped.
+#[derive(Debug)]
+struct Stream {
+    next: u64,
+    /// Readahead has been asked for up to here.
+    ahead: u64,
+    window: u64,
+}
+
+/// The read side of a volume.
+#[derive(Debug, Default)]
+pub(super) struct Reads {
+    fetching: BTreeMap<(ChunkId, u32), Vec<Waiter>>,
+    readahead_frames: usize,
+    streams: Queue<Stream>,
+    /// Kept between calls for its memory.
+    pieces: Vec<Piece>,
+}
+
+/// A run of a request and where it comes from.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    /// Bytes from the buffer's start.
+    buffer_offset: u32,
+    /// Sectors.
+    len: u32,
+    source: Source,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Source {
+    Zero,
+    Cache { at: CacheLoc, clean: bool },
+    Store(DataLoc),
+}
+
+impl Source {
+    /// Whether a piece with source `next` right behind `len` sectors of `self` is the same run.
+    fn continues(self, len: u32, next: Self) -> bool {
+        match (self, next) {
+            (Self::Zero, Self::Zero) => true,
+            (
+                Self::Cache { at, clean },
+                Self::Cache {
+                    at: next,
+                    clean: next_clean,
+                },
+            ) => {
+                at.segment == next.segment && at.offset + len == next.offset && clean == next_clean
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Volume {
+    pub(super) fn start_read(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let request = self.active[slot].request;
+        let mut pieces = std::mem::take(&mut self.reads.pieces);
+        pieces.clear();
+        match self.resolve(request.range, cx, &mut pieces) {
+            Ok(()) => {
+                // One more than there are pieces, until all are issued.
+                self.active[slot].left = 1;
+                self.active[slot].held = Vec::new();
+                self.issue(slot, &pieces, cx);
+                self.readahead(request.range, cx);
+                self.piece_done(slot, Ok(()), cx);
+            }
+            Err(missing) => {
+                self.active[slot].left = 1;
+                let io = self.io(Io::Nodes { slot: Some(slot) });
+                cx.out.push(Action::LoadNodes { io, nodes: missing });
+            }
+        }
+        self.reads.pieces = pieces;
+    }
+
+    /// Where each run of `range` comes from, newest layer first.
+    fn resolve(
+        &self,
+        range: LbaRange,
+        cx: &mut Cx<'_>,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<(), Vec<NodeRef>> {
+        let nodes = &mut *cx.nodes;
+        let mut plan = Plan {
+            base: range.start,
+            cache: cx.cache,
+            pieces,
+        };
+        let mut missing = Vec::new();
+        let mut entries = Vec::new();
+        let mut in_map = |part: LbaRange, plan: &mut Plan<'_>| {
+            entries.clear();
+            match self.root.lookup_into(part, nodes, &mut entries) {
+                Ok(()) => entries
+                    .iter()
+                    .for_each(|e: &MapEntry| plan.committed(entry_range(e), e.location)),
+                Err(nodes) => missing.extend(nodes),
+            }
+        };
+        self.dirty.visit(range, |part, dirty| match dirty {
+            Some(Dirty { at: Some(at), .. }) => plan.push(part, Source::Cache { at, clean: false }),
+            Some(Dirty { at: None, .. }) => plan.push(part, Source::Zero),
+            None => self
+                .tail
+                .visit(part, |part, found| match (found, &self.frozen) {
+                    (Some(found), _) => plan.committed(part, found.0),
+                    (None, Some(frozen)) => frozen.visit(part, |part, found| match found {
+                        Some(found) => plan.committed(part, found.0),
+                        None => in_map(part, &mut plan),
+                    }),
+                    (None, None) => in_map(part, &mut plan),
+                }),
+        });
+        if missing.is_empty() {
+            return Ok(());
+        }
+        // Several parts of the range may want the same node.
+        missing.sort_unstable_by_key(|node| (node.object, node.offset));
+        missing.dedup();
+        Err(missing)
+    }
+
+    fn issue(&mut self, slot: usize, pieces: &[Piece], cx: &mut Cx<'_>) {
+        let request = self.active[slot].request.id;
+        let mut wanted = Vec::new();
+        for piece in pieces {
+            let (buffer_offset, len) = (piece.buffer_offset, piece.len * 512);
+            self.active[slot].left += 1;
+            match piece.source {
+                Source::Zero => {
+                    self.stats.zero_bytes += u64::from(len);
+                    let io = self.io(Io::Buffer { slot });
+                    cx.out.push(Action::ZeroFill {
+                        io,
+                        request,
+                        buffer_offset,
+                        len,
+                    });
+                }
+                Source::Cache { at, clean } => {
+                    self.stats.hit_bytes += u64::from(len);
+                    cx.cache.pin(at.segment);
+                    let io = self.io(Io::Read {
+                        slot,
+                        segment: at.segment,
+                        clean,
+                    });
+                    let offset = cx.cache.geometry().byte_of(at);
+                    cx.out.push(Action::CacheRead {
+                        io,
+                        request,
+                        buffer_offset,
+                        offset,
+                        len,
+                    });
+                }
+                Source::Store(at) => {
+                    self.stats.miss_bytes += u64::from(len);
+                    let frame = self.frame_of(at);
+                    let skip = (at.raw % self.params.frame_sectors) as usize * 512;
+                    let waiter = Waiter {
+                        slot,
+                        buffer_offset,
+                        skip,
+                        len: len as usize,
+                    };
+                    let waiters = self
+                        .reads
+                        .fetching
+                        .entry((at.chunk, frame.index))
+                        .or_insert_with(|| {
+                            wanted.push((at.chunk, frame));
+                            Vec::new()
+                        });
+                    waiters.push(waiter);
+                }
+            }
+        }
+        self.fetch(&wanted, true, cx);
+    }
+
+    /// Asks for frames, in GETs of neighbours.
+    fn fetch(&mut self, wanted: &[(ChunkId, FrameRef)], foreground: bool, cx: &mut Cx<'_>) {
+        let neighbours = |a: &(ChunkId, FrameRef), b: &(ChunkId, FrameRef)| {
+            a.0 == b.0 && a.1.stored_offset + a.1.stored_len == b.1.stored_offset
+        };
+        for run in wanted
+            .chunk_by(neighbours)
+            .flat_map(|run| run.chunks(FETCH_FRAMES_MAX))
+        {
+            let chunk = run[0].0;
+            let frames: Vec<FrameRef> = run.iter().map(|(_, frame)| *frame).collect();
+            let bytes: u64 = frames.iter().map(|f| u64::from(f.stored_len)).sum();
+            self.stats.fetches += 1;
+            self.stats.fetched_bytes += bytes;
+            if !foreground {
+                self.stats.readahead_bytes += bytes;
+                self.reads.readahead_frames += frames.len();
+            }
+            let io = self.io(Io::Fetch {
+                chunk,
+                frames: frames.clone(),
+                readahead: !foreground,
+            });
+            cx.out.push(Action::Fetch {
+                io,
+                fetch: Fetch { chunk, frames },
+                foreground,
+            });
+        }
+    }
+
+    const fn frame_of(&self, at: DataLoc) -> FrameRef {
+        FrameRef {
+            index: at.raw / self.params.frame_sectors,
+            stored_offset: at.stored_offset,
+            stored_len: at.stored_len,
+        }
+    }
+
+    pub(super) fn read_done(
+        &mut self,
+        slot: usize,
+        segment: SegmentId,
+        clean: bool,
+        result: Result<(), i32>,
+        cx: &mut Cx<'_>,
+    ) {
+        cx.cache.unpin(segment);
+        let result = result.map_err(|errno| {
+            if clean {
+                // The store has it: forget the copy, and read again from there.
+                cx.cache.distrust(segment);
+                self.active[slot].retry = true;
+            } else {
+                cx.out.push(Action::Report(Report::CacheFailed {
+                    errno,
+                    doing: "reading unsent data",
+                }));
+            }
+            IoError::Io
+        });
+        self.piece_done(slot, result, cx);
+    }
+
+    pub(super) fn fetched(
+        &mut self,
+        io: IoId,
+        result: Result<Vec<Bytes>, DataError>,
+        cx: &mut Cx<'_>,
+    ) {
+        let Io::Fetch {
+            chunk,
+            frames,
+            readahead,
+        } = self.ios.remove(super::io_key(io))
+        else {
+            panic!("a fetch answered for another I/O");
+        };
+        if readahead {
+            self.reads.readahead_frames -= frames.len();
+        }
+        let contents = match result {
+            Ok(contents) => {
+                assert_eq!(contents.len(), frames.len(), "one content a frame");
+                contents.into_iter().map(Some).collect()
+            }
+            Err(DataError { object, reason }) => {
+                cx.out
+                    .push(Action::Report(Report::Damaged { object, reason }));
+                vec![None; frames.len()]
+            }
+        };
+        for (frame, content) in frames.into_iter().zip(contents) {
+            let waiters = self
+                .reads
+                .fetching
+                .remove(&(chunk, frame.index))
+                .unwrap_or_default();
+            for waiter in waiters {
+                let part = content
+                    .as_ref()
+                    .filter(|raw| raw.len() >= waiter.skip + waiter.len);
+                self.deliver(&waiter, part, cx);
+            }
+            // After the answers, and only a copy: losing it costs a miss.
+            if let Some(raw) = content {
+                self.fill(chunk, frame.index, raw, cx);
+            }
+        }
+    }
+
+    fn deliver(&mut self, waiter: &Waiter, raw: Option<&Bytes>, cx: &mut Cx<'_>) {
+        let Some(raw) = raw else {
+            return self.piece_done(waiter.slot, Err(IoError::Io), cx);
+        };
+        self.stats.copied_bytes += waiter.len as u64;
+        let io = self.io(Io::Buffer { slot: waiter.slot });
+        cx.out.push(Action::CopyToRequest {
+            io,
+            request: self.active[waiter.slot].request.id,
+            buffer_offset: waiter.buffer_offset,
+            data: raw.slice(waiter.skip..waiter.skip + waiter.len),
+        });
+    }
+
+    fn fill(&mut self, chunk: ChunkId, index: u32, raw: Bytes, cx: &mut Cx<'_>) {
+        let Ok(len) = u32::try_from(raw.len() / 512) else {
+            return;
+        };
+        let first = index * self.params.frame_sectors;
+        if cx.cache.clean().holds(&chunk, first, len) {
+            return;
+        }
+        let Some(at) = cx.cache.reserve_fill(len) else {
+            return;
+        };
+        let io = self.io(Io::Fill {
+            at,
+            run: (
+                chunk,
+                CleanRun {
+                    raw: first,
+                    len,
+                    at,
+                },
+            ),
+        });
+        cx.out.push(Action::FillWrite {
+            io,
+            offset: cx.cache.geometry().byte_of(at),
+            data: raw,
+        });
+    }
+
+    pub(super) fn nodes_loaded(
+        &mut self,
+        io: IoId,
+        result: Result<Vec<(NodeRef, Arc<Node>)>, DataError>,
+        cx: &mut Cx<'_>,
+    ) {
+        let Io::Nodes { slot } = self.ios.remove(super::io_key(io)) else {
+            panic!("map nodes answered for another I/O");
+        };
+        match result {
+            Ok(nodes) => match slot {
+                Some(slot) => {
+                    self.active[slot].held.extend(nodes);
+                    cx.nodes.insert_all(self.active[slot].held.clone());
+                    self.start_read(slot, cx);
+                }
+                None => cx.nodes.insert_all(nodes),
+            },
+            Err(DataError { object, reason }) => {
+                cx.out
+                    .push(Action::Report(Report::Damaged { object, reason }));
+                if let Some(slot) = slot {
+                    self.complete_with(slot, IoError::Io, cx);
+                }
+            }
+        }
+    }
+
+    /// Fetches what a sequential reader will want next. Nobody waits for it, so it is the first to
+    /// be left out.
+    fn readahead(&mut self, range: LbaRange, cx: &mut Cx<'_>) {
+        let (start, end) = (range.start.get(), range.end.get());
+        let Some(place) = self.reads.streams.iter().position(|s| s.next == start) else {
+            if self.reads.streams.len() == STREAMS_MAX {
+                self.reads.streams.pop_front();
+            }
+            self.reads.streams.push_back(Stream {
+                next: end,
+                ahead: 0,
+                window: READAHEAD_SECTORS_MIN,
+            });
+            return;
+        };
+        let mut stream = self.reads.streams.remove(place).expect("just found");
+        stream.next = end;
+        let until = (end + stream.window).min(self.params.size.get());
+        let from = stream.ahead.max(end);
+        // In strides of half a window, so that its GETs are long.
+        let due = from < until && until - from >= stream.window / 2;
+        if due && self.reads.readahead_frames < READAHEAD_FRAMES_MAX {
+            let ahead = LbaRange {
+                start: Lba::new(from),
+                end: Lba::new(until),
+            };
+            let mut pieces = Vec::new();
+            match self.resolve(ahead, cx, &mut pieces) {
+                Ok(()) => {
+                    let mut wanted = Vec::new();
+                    for piece in &pieces {
+                        let Source::Store(at) = piece.source else {
+                            continue;
+                        };
+                        let frame = self.frame_of(at);
+                        self.reads
+                            .fetching
+                            .entry((at.chunk, frame.index))
+                            .or_insert_with(|| {
+                                wanted.push((at.chunk, frame));
+                                Vec::new()
+                            });
+                    }
+                    self.fetch(&wanted, false, cx);
+                    stream.ahead = until;
+                    stream.window =
+                        (stream.window * 2).min(self.params.tuning.readahead_sectors_max);
+                }
+                Err(nodes) => {
+                    let io = self.io(Io::Nodes { slot: None });
+                    cx.out.push(Action::LoadNodes { io, nodes });
+                }
+            }
+        }
+        self.reads.streams.push_back(stream);
+    }
+}
+
+/// A request being resolved into pieces.
+struct Plan<'a> {
+    base: Lba,
+    cache: &'a Cache,
+    pieces: &'a mut Vec<Piece>,
+}
+
+impl Plan<'_> {
+    fn push(&mut self, part: LbaRange, source: Source) {
+        let buffer_offset = part.start.since(self.base).bytes();
+        let buffer_offset = u32::try_from(buffer_offset).expect("requests with data are short");
+        let len = u32::try_from(part.len().get()).expect("requests with data are short");
+        match self.pieces.last_mut() {
+            Some(last)
+                if last.buffer_offset + last.len * 512 == buffer_offset
+                    && last.source.continues(last.len, source) =>
+            {
+                last.len += len;
+            }
+            _ => self.pieces.push(Piece {
+                buffer_offset,
+                len,
+                source,
+            }),
+        }
+    }
+
+    fn committed(&mut self, part: LbaRange, location: Location) {
+        let Location::Data(at) = location else {
+            return self.push(part, Source::Zero);
+        };
+        let len = u32::try_from(part.len().get()).expect("a run inside a frame");
+        let cache = self.cache;
+        cache
+            .clean()
+            .visit(&at.chunk, at.raw, len, |raw, len, cached| {
+                let start = part.start.add(Sectors::new(u64::from(raw - at.raw)));
+                let run = LbaRange {
+                    start,
+                    end: start.add(Sectors::new(u64::from(len))),
+                };
+                let source = match cached {
+                    Some(at) => Source::Cache { at, clean: true },
+                    None => Source::Store(at.skip(raw - at.raw)),
+                };
+                self.push(run, source);
+            });
+    }
+}

@@ -1,0 +1,419 @@
+//! Writeback: cutting the order of writes into chunks, committing them in order, and folding the
+//! log into the map.
+//!
+//! A chunk is everything from the write after the last cut up to some write: so the store always
+//! holds a prefix. Chunks are uploaded several at once and committed strictly in order, for replay
+//! reads the log up to its first gap. *Crash with chunks 7 and 9 stored: 9 is behind the gap, an
+//! orphan that nobody sees; its writes are still on the cache device.*
+
+use std::sync::Arc;
+
+use quarry_cache::{CacheLoc, Carried, CleanRun, ExtentMap};
+use quarry_objfmt::page::{Record, RecordBody};
+use quarry_objfmt::{ChunkId, ChunkSeq, Lba, LbaRange, MapEntry, Sectors, WriteSeq};
+
+use super::write::record_range;
+use super::{Committed, Cx, Queue, Volume, VolumeState, entry_range, sectors_u32};
+use crate::event::{Action, CheckpointPlan, ChunkPlan, ExtentSource, IoId, PlannedExtent};
+use crate::map::MapRoot;
+
+/// Longest map entry, whose length is 32 bits.
+const ENTRY_SECTORS_MAX: usize = 1 << 31;
+
+/// A chunk on its way to the store.
+#[derive(Debug)]
+struct Planned {
+    seq: ChunkSeq,
+    last_write: WriteSeq,
+    writes: usize,
+    /// When its oldest write was acknowledged.
+    since_ms: u64,
+    /// Where its data lie on the cache device: (first raw sector, length, place).
+    resident: Vec<(u32, u32, CacheLoc)>,
+    /// Its entries and size, once stored.
+    stored: Option<(Vec<MapEntry>, u64)>,
+}
+
+#[derive(Debug)]
+struct Drain {
+    io: IoId,
+    target: WriteSeq,
+    checkpoint: bool,
+}
+
+/// The writeback side of a volume.
+#[derive(Debug)]
+pub(super) struct Writeback {
+    next_chunk: ChunkSeq,
+    planned: Queue<Planned>,
+    /// Every write up to this one is in a committed chunk.
+    committed: WriteSeq,
+    /// Every write up to this one is in a chunk that is planned or committed.
+    cut: WriteSeq,
+    uncut_sectors: u64,
+    uncut_writes: usize,
+    uncut_since: Option<u64>,
+    /// Cut up to here at once: someone waits for it.
+    wanted: WriteSeq,
+    /// Chunks committed since the last checkpoint.
+    log_chunks: u64,
+    last_chunk: Option<ChunkSeq>,
+    checkpoint_upto: Option<ChunkSeq>,
+    drains: Vec<Drain>,
+}
+
+impl Writeback {
+    pub(super) fn new(next_chunk: ChunkSeq, stored: WriteSeq, log_chunks: u64) -> Self {
+        Self {
+            next_chunk,
+            planned: Queue::new(),
+            committed: stored,
+            cut: stored,
+            uncut_sectors: 0,
+            uncut_writes: 0,
+            uncut_since: None,
+            wanted: WriteSeq::ZERO,
+            log_chunks,
+            last_chunk: next_chunk
+                .get()
+                .checked_sub(1)
+                .filter(|_| log_chunks > 0)
+                .map(ChunkSeq::new),
+            checkpoint_upto: None,
+            drains: Vec::new(),
+        }
+    }
+
+    pub(super) const fn committed(&self) -> WriteSeq {
+        self.committed
+    }
+
+    pub(super) fn pending(&self) -> bool {
+        self.uncut_writes > 0 || !self.planned.is_empty() || !self.drains.is_empty()
+    }
+
+    /// When the oldest write that the store lacks was acknowledged.
+    pub(super) fn oldest_ms(&self) -> Option<u64> {
+        self.planned
+            .front()
+            .map(|p| p.since_ms)
+            .or(self.uncut_since)
+    }
+
+    pub(super) fn note(&mut self, now_ms: u64, record: &Record) {
+        if let RecordBody::Data { .. } = record.body {
+            self.uncut_sectors += u64::from(record.len);
+        }
+        self.uncut_writes += 1;
+        self.uncut_since.get_or_insert(now_ms);
+    }
+}
+
+/// What a planned run reads as.
+#[derive(Clone, Copy)]
+enum Content {
+    Data(CacheLoc),
+    Zero,
+    Discard,
+}
+
+impl Carried for Content {
+    fn skip(self, n: Sectors) -> Self {
+        match self {
+            Self::Data(at) => Self::Data(at.skip(sectors_u32(n))),
+            same => same,
+        }
+    }
+}
+
+impl Volume {
+    /// Starts what uploads and checkpoints are due.
+    pub(super) fn pump_writeback(&mut self, cx: &mut Cx<'_>) {
+        while self.cut_is_due() {
+            self.cut(cx);
+        }
+        self.pump_checkpoint(cx);
+        self.finish_drains(cx);
+    }
+
+    fn cut_is_due(&self) -> bool {
+        let wb = &self.writeback;
+        let serving = matches!(self.state, VolumeState::Serving | VolumeState::Stopping);
+        if !serving || wb.uncut_writes == 0 || wb.planned.len() >= self.params.tuning.uploads_max {
+            return false;
+        }
+        let tuning = &self.params.tuning;
+        let age = wb
+            .uncut_since
+            .map_or(0, |since| self.now_ms.saturating_sub(since));
+        wb.uncut_sectors >= u64::from(tuning.chunk_sectors_max)
+            || wb.uncut_writes >= tuning.chunk_writes_max
+            || age >= tuning.writeback_delay_ms
+            || wb.wanted > wb.cut
+            || self.writes.starved()
+    }
+
+    /// Everything up to `target` is to be committed as soon as can be.
+    pub(super) fn upload_up_to(&mut self, target: WriteSeq, cx: &mut Cx<'_>) {
+        self.writeback.wanted = self.writeback.wanted.max(target);
+        self.pump_writeback(cx);
+    }
+
+    /// Makes one chunk of the oldest writes that are in none. Data that a later write of the same
+    /// chunk covers are left out: the chunk appears whole or not at all.
+    fn cut(&mut self, cx: &mut Cx<'_>) {
+        let tuning = self.params.tuning;
+        let already: usize = self.writeback.planned.iter().map(|p| p.writes).sum();
+        let mut contents = ExtentMap::default();
+        let (mut sectors, mut writes) = (0, 0);
+        let (mut first, mut last) = (None, self.writeback.cut);
+        for unsent in self
+            .writes
+            .unsent()
+            .iter()
+            .skip(already)
+            .take(tuning.chunk_writes_max)
+        {
+            let record = &unsent.record;
+            let content = match record.body {
+                RecordBody::Data { offset } => {
+                    if writes > 0 && sectors + record.len > tuning.chunk_sectors_max {
+                        break;
+                    }
+                    sectors += record.len;
+                    Content::Data(CacheLoc {
+                        segment: unsent.segment,
+                        offset,
+                    })
+                }
+                RecordBody::Zero => Content::Zero,
+                RecordBody::Discard => Content::Discard,
+            };
+            contents.insert(record_range(record), content);
+            first.get_or_insert(record.seq);
+            last = record.seq;
+            writes += 1;
+        }
+        let Some(first_write) = first else {
+            panic!("uncut writes that are not in the list of unsent ones")
+        };
+
+        let uncut_since = self
+            .writes
+            .unsent()
+            .get(already + writes)
+            .map(|unsent| unsent.at_ms);
+        let wb = &mut self.writeback;
+        let since_ms = wb.uncut_since.unwrap_or(self.now_ms);
+        wb.uncut_sectors -= u64::from(sectors);
+        wb.uncut_writes -= writes;
+        wb.uncut_since = uncut_since;
+        wb.cut = last;
+        let seq = wb.next_chunk;
+        wb.next_chunk = seq.next();
+
+        let (extents, resident) = lay_out(&contents, cx);
+        wb.planned.push_back(Planned {
+            seq,
+            last_write: last,
+            writes,
+            since_ms,
+            resident,
+            stored: None,
+        });
+        let id = ChunkId {
+            volume: self.params.id,
+            epoch: self.params.epoch,
+            seq,
+        };
+        cx.out.push(Action::Upload(ChunkPlan {
+            id,
+            first_write,
+            last_write: last,
+            extents,
+        }));
+    }
+
+    pub(super) fn uploaded(
+        &mut self,
+        seq: ChunkSeq,
+        entries: Vec<MapEntry>,
+        stored_bytes: u64,
+        cx: &mut Cx<'_>,
+    ) {
+        let planned = self.writeback.planned.iter_mut().find(|p| p.seq == seq);
+        planned.expect("an upload is answered once").stored = Some((entries, stored_bytes));
+        while self
+            .writeback
+            .planned
+            .front()
+            .is_some_and(|p| p.stored.is_some())
+        {
+            let planned = self.writeback.planned.pop_front().expect("just seen");
+            self.commit(planned, cx);
+        }
+        self.pump_writes(cx);
+        self.pump_flush(cx);
+        self.pump_writeback(cx);
+    }
+
+    /// The chunk and all before it are in the store: its writes leave the dirty layer for the log.
+    fn commit(&mut self, planned: Planned, cx: &mut Cx<'_>) {
+        let (entries, stored_bytes) = planned.stored.expect("only stored chunks are committed");
+        let chunk = ChunkId {
+            volume: self.params.id,
+            epoch: self.params.epoch,
+            seq: planned.seq,
+        };
+        for entry in &entries {
+            self.tail
+                .insert(entry_range(entry), Committed(entry.location));
+        }
+        for (raw, len, at) in planned.resident {
+            cx.cache.add_clean(chunk, CleanRun { raw, len, at });
+        }
+        self.writeback.committed = planned.last_write;
+        self.writeback.log_chunks += 1;
+        self.writeback.last_chunk = Some(planned.seq);
+        self.stats.uploaded_chunks += 1;
+        self.stats.uploaded_bytes += stored_bytes;
+        self.forget_unsent(planned.writes, cx);
+    }
+
+    fn pump_checkpoint(&mut self, cx: &mut Cx<'_>) {
+        let wb = &self.writeback;
+        let tuning = &self.params.tuning;
+        let serving = matches!(self.state, VolumeState::Serving | VolumeState::Stopping);
+        let asked = wb
+            .drains
+            .iter()
+            .any(|d| d.checkpoint && d.target <= wb.committed);
+        let due = wb.log_chunks >= tuning.checkpoint_chunks
+            || self.tail.len() >= tuning.checkpoint_entries
+            || asked;
+        let (Some(upto), true) = (
+            wb.last_chunk,
+            due && serving && wb.log_chunks > 0 && self.frozen.is_none(),
+        ) else {
+            return;
+        };
+        let frozen = std::mem::take(&mut self.tail);
+        let entries = frozen
+            .iter()
+            .flat_map(|(range, found)| committed_entries(range, found))
+            .collect();
+        self.frozen = Some(frozen);
+        self.writeback.log_chunks = 0;
+        self.writeback.checkpoint_upto = Some(upto);
+        let last_write = self.writeback.committed;
+        cx.out.push(Action::Checkpoint(CheckpointPlan {
+            upto,
+            last_write,
+            entries: Arc::new(entries),
+        }));
+    }
+
+    pub(super) fn checkpointed(&mut self, root: Arc<MapRoot>, upto: ChunkSeq, cx: &mut Cx<'_>) {
+        assert_eq!(
+            self.writeback.checkpoint_upto.take(),
+            Some(upto),
+            "one checkpoint at a time"
+        );
+        self.root = root;
+        self.frozen = None;
+        self.stats.checkpoints += 1;
+        self.pump_writeback(cx);
+    }
+
+    pub(super) fn drain(&mut self, io: IoId, checkpoint: bool, cx: &mut Cx<'_>) {
+        let target = self.writes.last_acknowledged();
+        self.writeback.drains.push(Drain {
+            io,
+            target,
+            checkpoint,
+        });
+        self.upload_up_to(target, cx);
+    }
+
+    pub(super) fn finish_drains(&mut self, cx: &mut Cx<'_>) {
+        let stuck = matches!(
+            self.state,
+            VolumeState::Fenced { .. } | VolumeState::Failed { .. }
+        );
+        let folded = self.writeback.log_chunks == 0 && self.frozen.is_none();
+        let committed = self.writeback.committed;
+        self.writeback.drains.retain(|drain| {
+            let complete = drain.target <= committed && (folded || !drain.checkpoint);
+            if complete || stuck {
+                cx.out.push(Action::Drained {
+                    io: drain.io,
+                    complete,
+                });
+            }
+            !(complete || stuck)
+        });
+    }
+}
+
+/// A run of the log as map entries: one, but for runs of zeroes longer than an entry can say.
+fn committed_entries(range: LbaRange, found: Committed) -> impl Iterator<Item = MapEntry> {
+    let (start, end) = (range.start.get(), range.end.get());
+    (start..end)
+        .step_by(ENTRY_SECTORS_MAX)
+        .map(move |from| MapEntry {
+            start: Lba::new(from),
+            len: u32::try_from((end - from).min(ENTRY_SECTORS_MAX as u64))
+                .expect("bounded just now"),
+            location: found.skip(Sectors::new(from - start)).0,
+        })
+}
+
+/// The extents of a chunk, data in the order of their places on the cache device: that is the
+/// order of arrival, so a sequential write stays one run, and reading it for the upload is too.
+fn lay_out(
+    contents: &ExtentMap<Content>,
+    cx: &Cx<'_>,
+) -> (Vec<PlannedExtent>, Vec<(u32, u32, CacheLoc)>) {
+    let mut data: Vec<(CacheLoc, LbaRange)> = Vec::new();
+    let mut extents = Vec::new();
+    for (range, content) in contents.iter() {
+        match content {
+            Content::Data(at) => data.push((at, range)),
+            Content::Zero => extents.push(PlannedExtent {
+                range,
+                source: ExtentSource::Zero,
+            }),
+            Content::Discard => extents.push(PlannedExtent {
+                range,
+                source: ExtentSource::Discard,
+            }),
+        }
+    }
+    data.sort_unstable_by_key(|(at, _)| *at);
+    let mut resident: Vec<(u32, u32, CacheLoc)> = Vec::new();
+    let mut raw = 0;
+    let mut out: Vec<PlannedExtent> = Vec::with_capacity(data.len() + extents.len());
+    for (at, range) in data {
+        let len = sectors_u32(range.len());
+        match resident.last_mut() {
+            Some((_, run, start)) if start.skip(*run) == at => *run += len,
+            _ => resident.push((raw, len, at)),
+        }
+        let offset = cx.cache.geometry().byte_of(at);
+        match out.last_mut() {
+            Some(PlannedExtent {
+                range: last,
+                source: ExtentSource::Cache { offset: from },
+            }) if last.end == range.start && *from + last.len().bytes() == offset => {
+                last.end = range.end;
+            }
+            _ => out.push(PlannedExtent {
+                range,
+                source: ExtentSource::Cache { offset },
+            }),
+        }
+        raw += len;
+    }
+    out.append(&mut extents);
+    (out, resident)
+}

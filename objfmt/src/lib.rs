@@ -1,0 +1,42 @@
+//! Quarry's formats: what lies in the object store and on the cache device, and nothing else.
+//!
+//! Encodes and decodes; does no I/O, knows no clock and no runtime. `FORMAT.md` beside this crate
+//! is the only text of the layout.
+#![forbid(unsafe_code)]
+
+pub mod chunk;
+pub mod codec;
+pub mod error;
+pub mod frame;
+pub mod head;
+pub mod keys;
+pub mod map;
+pub mod page;
+mod prologue;
+pub mod record;
+pub mod seal;
+pub mod snap;
+pub mod types;
+pub mod wire;
+
+pub use chunk::{
+    CHUNK_PREFIX_LEN, ChunkExtent, ChunkHeader, ChunkParams, EncodedChunk, ExtentBody, FrameEntry,
+    decode_header, encode_chunk,
+};
+pub use codec::{Compression, DataKey, Encryption};
+pub use error::FormatError;
+pub use frame::decode_frame;
+pub use head::{Durability, Head, Lineage, LogRange, Owner, RootRef};
+pub use keys::{NameError, SnapName, TenantName, VolumeName};
+pub use page::{
+    PAGE_SIZE, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,
+    Superblock,
+};
+pub use prologue::HOST_LEN_MAX;
+pub use record::{NameRecord, TenantRecord, decode_record, encode_record};
+pub use seal::{LogObject, Seal, classify, encode_seal};
+pub use snap::Snapshot;
+pub use types::{
+    CacheId, ChunkId, ChunkSeq, DataLoc, Epoch, Generation, Lba, LbaRange, Location, MapEntry,
+    MapSeq, SECTOR_SIZE, Sectors, SegmentId, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
+};

@@ -1,0 +1,140 @@
+//! Small records of the control plane: JSON in an envelope that is versioned and checksummed.
+//!
+//! Fields that a reader does not know are ignored: records are created and deleted, never
+//! rewritten, so nothing can be lost by that.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{FormatError, Result};
+use crate::prologue::{Format, put_str, read_str};
+use crate::types::VolumeId;
+
+const WHAT: &str = "record";
+const FORMAT: Format = Format {
+    magic: *b"QYRC",
+    version: 1,
+    what: WHAT,
+    len_max: 64 << 10,
+};
+
+/// The kind of a [`TenantRecord`].
+pub const TENANT_KIND: &str = "tenant";
+/// The kind of a [`NameRecord`].
+pub const NAME_KIND: &str = "name";
+
+/// A tenant.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TenantRecord {
+    /// Its name.
+    pub name: String,
+    /// When it was created, in milliseconds since 1970.
+    pub created_ms: u64,
+}
+
+/// The volume that a name stands for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NameRecord {
+    /// The volume.
+    pub volume: VolumeId,
+    /// When it was created, in milliseconds since 1970.
+    pub created_ms: u64,
+}
+
+/// The bytes of a record of this kind.
+///
+/// # Errors
+/// If `json` cannot be JSON, or is longer than 64 KiB.
+pub fn encode_record(kind: &str, json: &impl Serialize) -> Result<Vec<u8>> {
+    let text = serde_json::to_vec(json).map_err(|error| FormatError::Json {
+        what: WHAT,
+        reason: error.to_string(),
+    })?;
+    let mut out = FORMAT.begin();
+    put_str(&mut out, kind);
+    out.extend_from_slice(&text);
+    if out.len() > FORMAT.len_max {
+        let (value, limit) = (out.len() as u64, FORMAT.len_max as u64);
+        return Err(FormatError::TooLarge {
+            what: WHAT,
+            field: "length",
+            value,
+            limit,
+        });
+    }
+    FORMAT.seal(&mut out);
+    Ok(out)
+}
+
+/// The record of this kind that `bytes` are.
+///
+/// # Errors
+/// If they are damaged, a record of another kind, or hold JSON that does not fit.
+pub fn decode_record<T: DeserializeOwned>(kind: &str, bytes: &[u8]) -> Result<T> {
+    let mut reader = FORMAT.open(bytes)?;
+    if read_str(&mut reader)? != kind {
+        return Err(FormatError::Misplaced {
+            what: WHAT,
+            field: "kind",
+        });
+    }
+    let text = reader.bytes(reader.remaining())?;
+    serde_json::from_slice(text).map_err(|error| FormatError::Json {
+        what: WHAT,
+        reason: error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> NameRecord {
+        NameRecord {
+            volume: VolumeId::from_bytes([1; 16]),
+            created_ms: 2,
+        }
+    }
+
+    #[test]
+    fn record_round_trips() {
+        let bytes = encode_record(NAME_KIND, &sample()).unwrap();
+        assert_eq!(decode_record(NAME_KIND, &bytes), Ok(sample()));
+    }
+
+    #[test]
+    fn record_of_another_kind_is_refused() {
+        let bytes = encode_record(NAME_KIND, &sample()).unwrap();
+        let refused = decode_record::<NameRecord>(TENANT_KIND, &bytes);
+        assert_eq!(
+            refused,
+            Err(FormatError::Misplaced {
+                what: "record",
+                field: "kind"
+            })
+        );
+    }
+
+    #[test]
+    fn record_with_other_json_is_refused() {
+        let bytes = encode_record(NAME_KIND, &["a"]).unwrap();
+        let refused = decode_record::<NameRecord>(NAME_KIND, &bytes);
+        assert!(matches!(refused, Err(FormatError::Json { .. })));
+    }
+
+    #[test]
+    fn record_any_flip_or_cut_is_an_error() {
+        let bytes = encode_record(NAME_KIND, &sample()).unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut bad = bytes.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(
+                decode_record::<NameRecord>(NAME_KIND, &bad).is_err(),
+                "bit {bit}"
+            );
+        }
+        for len in 0..bytes.len() {
+            assert!(decode_record::<NameRecord>(NAME_KIND, &bytes[..len]).is_err());
+        }
+    }
+}

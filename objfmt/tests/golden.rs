@@ -1,0 +1,332 @@
+//! Bytes of every format version, kept for ever: what was written once must be read always.
+//!
+//! The files in `golden/` are never changed. A new format version adds files beside the old ones
+//! (`cargo test -p quarry-objfmt --test golden -- --ignored` writes those that are missing, and
+//! only those).
+
+use std::path::PathBuf;
+
+use quarry_objfmt::head::{Lineage, LogRange, Owner, RootRef};
+use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
+use quarry_objfmt::{
+    CHUNK_PREFIX_LEN, CacheId, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
+    Compression, DataKey, Durability, Encryption, Epoch, ExtentBody, Generation, Head, Lba, MapSeq,
+    NameRecord, Record, RecordBody, RecordPage, Seal, Sectors, SegmentHeader, SegmentId,
+    SegmentKind, Snapshot, Superblock, TenantRecord, VolumeId, WriteSeq, decode_frame,
+    decode_header, decode_record, encode_chunk, encode_record,
+};
+
+const VOLUME: VolumeId = VolumeId::from_bytes(*b"golden volume id");
+const CACHE: CacheId = CacheId::from_bytes(*b"golden cache id.");
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("golden")
+        .join(name)
+}
+
+fn golden(name: &str) -> Vec<u8> {
+    std::fs::read(path(name)).unwrap_or_else(|error| panic!("golden/{name}: {error}"))
+}
+
+fn chunk_id() -> ChunkId {
+    ChunkId {
+        volume: VOLUME,
+        epoch: Epoch::new(3),
+        seq: ChunkSeq::new(0x1234),
+    }
+}
+
+fn root() -> RootRef {
+    RootRef {
+        epoch: Epoch::new(2),
+        seq: MapSeq::new(8),
+        offset: 4096,
+        len: 321,
+    }
+}
+
+fn full_head() -> Head {
+    Head {
+        volume: VOLUME,
+        tenant: "acme".to_owned(),
+        name: "db-1.prod".to_owned(),
+        created_ms: 1_700_000_000_123,
+        sector_size: 4096,
+        frame_sectors: 128,
+        compression: Compression::Zstd,
+        encryption: Encryption::Aes256Gcm,
+        durability: Durability::Object,
+        size: Sectors::new(100 << 21),
+        epoch: Epoch::new(7),
+        owner: Some(Owner {
+            cache: CACHE,
+            host: "host-ä".to_owned(),
+            since_ms: 1_700_000_001_000,
+        }),
+        lineage: Some(Lineage {
+            cache: CACHE,
+            since: Epoch::new(5),
+        }),
+        log: vec![
+            LogRange {
+                epoch: Epoch::new(5),
+                first: ChunkSeq::new(20),
+                end: Some(ChunkSeq::new(30)),
+            },
+            LogRange {
+                epoch: Epoch::new(7),
+                first: ChunkSeq::new(30),
+                end: None,
+            },
+        ],
+        root: Some(root()),
+        root_write: WriteSeq::new(99_999),
+        next_map: MapSeq::new(9),
+        stored_bytes: 123_456_789,
+    }
+}
+
+fn bare_head() -> Head {
+    Head {
+        sector_size: 512,
+        compression: Compression::Lz4,
+        encryption: Encryption::None,
+        durability: Durability::Local,
+        epoch: Epoch::ZERO,
+        owner: None,
+        lineage: None,
+        log: Vec::new(),
+        root: None,
+        root_write: WriteSeq::ZERO,
+        next_map: MapSeq::ZERO,
+        stored_bytes: 0,
+        ..full_head()
+    }
+}
+
+fn seal() -> Seal {
+    Seal {
+        id: chunk_id(),
+        by: Epoch::new(4),
+        by_host: "host-b".to_owned(),
+    }
+}
+
+fn snapshot() -> Snapshot {
+    Snapshot {
+        volume: VOLUME,
+        name: "monday".to_owned(),
+        created_ms: 1_700_000_002_000,
+        root: Some(root()),
+        root_write: WriteSeq::new(99_999),
+        size: Sectors::new(100 << 21),
+        log_end: ChunkSeq::new(30),
+    }
+}
+
+fn tenant_record() -> TenantRecord {
+    TenantRecord {
+        name: "acme".to_owned(),
+        created_ms: 1_700_000_000_000,
+    }
+}
+
+fn name_record() -> NameRecord {
+    NameRecord {
+        volume: VOLUME,
+        created_ms: 1_700_000_000_000,
+    }
+}
+
+fn superblock() -> Superblock {
+    Superblock {
+        cache: CACHE,
+        created_ms: 1_700_000_000_000,
+        host: "host-a".to_owned(),
+        segment_size: 8 << 20,
+        segments: 1000,
+        data_start: 1 << 20,
+    }
+}
+
+fn segment_header() -> SegmentHeader {
+    SegmentHeader {
+        segment: SegmentId::new(17),
+        generation: Generation::new(4711),
+        volume: VOLUME,
+        epoch: Epoch::new(7),
+        kind: SegmentKind::Write,
+    }
+}
+
+fn record_page() -> RecordPage {
+    let record = |seq, start, len, body| Record {
+        seq: WriteSeq::new(seq),
+        start: Lba::new(start),
+        len,
+        body,
+    };
+    RecordPage {
+        segment: SegmentId::new(17),
+        generation: Generation::new(4711),
+        volume: VOLUME,
+        epoch: Epoch::new(7),
+        page: 3,
+        records: vec![
+            record(1_000_000, 8, 16, RecordBody::Data { offset: 0 }),
+            record(1_000_001, (1 << 51) - 8, 8, RecordBody::Data { offset: 16 }),
+            record(1_000_002, 1 << 40, 1 << 21, RecordBody::Discard),
+            record(1_000_007, 512, 8, RecordBody::Zero),
+        ],
+    }
+}
+
+fn extents() -> Vec<ChunkExtent> {
+    let extent = |start, len, body| ChunkExtent {
+        start: Lba::new(start),
+        len,
+        body,
+    };
+    vec![
+        extent(1 << 40, 24, ExtentBody::Data { raw: 0 }),
+        extent(0, 8, ExtentBody::Zero),
+        extent(64, 16, ExtentBody::Data { raw: 24 }),
+        extent(1 << 30, 1 << 21, ExtentBody::Discard),
+    ]
+}
+
+/// 40 sectors: the first frame shrinks, the second is noise, the third is short.
+fn raw() -> Vec<u8> {
+    let mut seed = 1u64;
+    let mut noise = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        seed.to_le_bytes()[7]
+    };
+    let mut raw = vec![7; 16 * 512];
+    raw.extend((0..16 * 512).map(|_| noise()));
+    raw.extend((0u8..8).flat_map(|sector| [sector; 512]));
+    raw
+}
+
+fn key() -> DataKey {
+    DataKey::new(*b"golden data key, of 32 bytes 32.")
+}
+
+fn chunk(compression: Compression, key: Option<&DataKey>) -> Vec<u8> {
+    let params = ChunkParams {
+        id: chunk_id(),
+        first_write: WriteSeq::new(1000),
+        last_write: WriteSeq::new(1003),
+        frame_sectors: 16,
+        compression,
+        key,
+    };
+    encode_chunk(&params, &extents(), &raw()).bytes.to_vec()
+}
+
+/// What this build writes, under each golden file's name.
+fn current() -> Vec<(&'static str, Vec<u8>)> {
+    vec![
+        ("head-full-v1.bin", full_head().encode()),
+        ("head-bare-v1.bin", bare_head().encode()),
+        ("seal-v1.bin", seal().encode()),
+        ("snapshot-v1.bin", snapshot().encode()),
+        (
+            "record-tenant-v1.bin",
+            encode_record(TENANT_KIND, &tenant_record()).unwrap(),
+        ),
+        (
+            "record-name-v1.bin",
+            encode_record(NAME_KIND, &name_record()).unwrap(),
+        ),
+        ("superblock-v1.bin", superblock().encode().to_vec()),
+        (
+            "segment-header-v1.bin",
+            segment_header().encode(CACHE).to_vec(),
+        ),
+        ("record-page-v1.bin", record_page().encode(CACHE).to_vec()),
+        ("chunk-none-v1.bin", chunk(Compression::None, None)),
+        ("chunk-lz4-v1.bin", chunk(Compression::Lz4, None)),
+        ("chunk-zstd-v1.bin", chunk(Compression::Zstd, None)),
+        (
+            "chunk-lz4-aes-v1.bin",
+            chunk(Compression::Lz4, Some(&key())),
+        ),
+    ]
+}
+
+#[test]
+#[ignore = "writes the golden files of a new format version; never changes one that is there"]
+fn golden_files_missing_are_written() {
+    for (name, bytes) in current() {
+        if !path(name).exists() {
+            std::fs::write(path(name), bytes).unwrap();
+            println!("wrote golden/{name}");
+        }
+    }
+}
+
+#[test]
+fn golden_files_without_codecs_are_what_this_build_writes() {
+    for (name, bytes) in current() {
+        // What a compressor makes of the same bytes may change, and a nonce always does.
+        if !name.starts_with("chunk-") {
+            assert_eq!(golden(name), bytes, "golden/{name}");
+        }
+    }
+}
+
+#[test]
+fn golden_files_of_the_store_read_as_ever() {
+    assert_eq!(Head::decode(&golden("head-full-v1.bin")), Ok(full_head()));
+    assert_eq!(Head::decode(&golden("head-bare-v1.bin")), Ok(bare_head()));
+    assert_eq!(Seal::decode(&golden("seal-v1.bin"), chunk_id()), Ok(seal()));
+    assert_eq!(
+        Snapshot::decode(&golden("snapshot-v1.bin"), VOLUME),
+        Ok(snapshot())
+    );
+    let record = decode_record(TENANT_KIND, &golden("record-tenant-v1.bin"));
+    assert_eq!(record, Ok(tenant_record()));
+    let record = decode_record(NAME_KIND, &golden("record-name-v1.bin"));
+    assert_eq!(record, Ok(name_record()));
+}
+
+#[test]
+fn golden_files_of_the_cache_read_as_ever() {
+    assert_eq!(
+        Superblock::decode(&golden("superblock-v1.bin")),
+        Ok(superblock())
+    );
+    let header = SegmentHeader::decode(&golden("segment-header-v1.bin"), CACHE);
+    assert_eq!(header, Ok(segment_header()));
+    let page = RecordPage::decode(&golden("record-page-v1.bin"), CACHE);
+    assert_eq!(page, Ok(record_page()));
+}
+
+#[test]
+fn golden_chunks_read_as_ever() {
+    let key = key();
+    let cases = [
+        ("chunk-none-v1.bin", None),
+        ("chunk-lz4-v1.bin", None),
+        ("chunk-zstd-v1.bin", None),
+        ("chunk-lz4-aes-v1.bin", Some(&key)),
+    ];
+    for (name, key) in cases {
+        let bytes = golden(name);
+        let len = ChunkHeader::encoded_len(&bytes[..CHUNK_PREFIX_LEN]).unwrap();
+        let header = decode_header(&bytes[..len], chunk_id()).unwrap();
+        assert_eq!(header.extents, extents(), "{name}");
+        assert_eq!(header.first_write, WriteSeq::new(1000));
+        assert_eq!(header.last_write, WriteSeq::new(1003));
+        assert_eq!(header.frame_sectors, 16);
+        assert_eq!(header.object_len(), bytes.len() as u64);
+        let mut read = Vec::new();
+        for (index, frame) in (0..).zip(&header.frames) {
+            let stored = &bytes[frame.stored_offset as usize..][..frame.stored_len as usize];
+            read.extend_from_slice(&decode_frame(stored, chunk_id(), index, 16, key).unwrap());
+        }
+        assert!(read == raw(), "{name}");
+    }
+}
