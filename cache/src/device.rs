@@ -239,6 +239,14 @@ impl CacheDevice {
         self.fresh
     }
 
+    /// The descriptor once more, for a ring: the lock is shared with this value.
+    ///
+    /// # Errors
+    /// If the process has too many descriptors.
+    pub fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

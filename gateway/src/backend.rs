@@ -1,0 +1,492 @@
+//! The store's side of an attached volume: carries out what the state machine asks of the store.
+//!
+//! Owns: the head and its tag (the right to write), encoding and decoding off the reactors'
+//! threads, and the RAM tier of fetched frames. Does not own: what is in a chunk or when it is cut
+//! (`quarry-volume`), retries (the store lane).
+//!
+//! A store that is away is waited for, by the lane, for ever; what is reported here is only what
+//! waiting cannot mend: a damaged object, or a newer writer.
+
+mod checkpoint;
+mod head;
+pub mod open;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use quarry_cache::{AlignedBuf, CacheDevice};
+use quarry_objfmt::chunk::{
+    ChunkExtent, ChunkParams, ExtentBody, LogObject, Seal, classify, decode_frame, decode_header,
+    encode_chunk,
+};
+use quarry_objfmt::codec::Compression;
+use quarry_objfmt::{ChunkId, MapEntry, SECTOR_SIZE, VolumeId, keys};
+use quarry_volume::map::{MapRoot, Node, NodeRef};
+use quarry_volume::{Action, ChunkPlan, DataError, Event, ExtentSource, Fetch, IoId, Report};
+use tokio::sync::{Semaphore, oneshot};
+
+use open::Claimed;
+
+pub use head::{HeadCell, HeadError};
+
+use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
+use crate::store::{Store, StoreError};
+
+/// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
+pub const UPLOADS_MAX: usize = 16;
+
+/// Most times that a damaged answer is asked for again before the object is called damaged.
+const DAMAGE_RETRIES_MAX: u32 = 2;
+
+/// Fetched frames in memory, shared by all volumes: a frame is the same for each clone.
+pub type FrameCache = moka::sync::Cache<(ChunkId, u32), Bytes>;
+
+/// A frame cache of `bytes` of content.
+#[must_use]
+pub fn frame_cache(bytes: u64) -> FrameCache {
+    moka::sync::Cache::builder()
+        .max_capacity(bytes)
+        .weigher(|_, frame: &Bytes| {
+            u32::try_from(frame.len() + FRAME_ENTRY_BYTES).unwrap_or(u32::MAX)
+        })
+        .build()
+}
+
+/// What a frame costs in the RAM tier beside its content.
+const FRAME_ENTRY_BYTES: usize = 128;
+
+/// What all volumes' backends share.
+#[derive(Clone)]
+pub struct Common {
+    /// For reads that someone waits for.
+    pub store: Arc<dyn Store>,
+    /// For uploads, checkpoints and readahead.
+    pub background: Arc<dyn Store>,
+    /// The cache device, for reading what is uploaded.
+    pub device: Arc<CacheDevice>,
+    /// The RAM tier.
+    pub frames: FrameCache,
+    /// Bounds the memory of uploads.
+    pub uploads: Arc<Semaphore>,
+    /// Where the work runs.
+    pub runtime: tokio::runtime::Handle,
+}
+
+/// What the operator is told of a volume, beside its counters.
+#[derive(Clone, Default, Debug)]
+pub struct Condition {
+    /// The newest problem, in a sentence.
+    pub problem: Option<String>,
+    /// Whether it was fenced by a newer writer.
+    pub fenced: bool,
+    /// Whether its cache device failed it.
+    pub failed: bool,
+    /// Damaged objects seen.
+    pub damaged: u64,
+}
+
+/// The backend of one attached volume.
+pub struct VolumeBackend {
+    common: Common,
+    /// `tenant/volume`, for people.
+    name: String,
+    volume: VolumeId,
+    head: HeadCell,
+    /// The map as of the last checkpoint.
+    root: parking_lot::Mutex<Arc<MapRoot>>,
+    /// The number of the next map object.
+    next_map: AtomicU64,
+    /// Bytes of all chunks ever stored; what compaction gave back is taken off.
+    stored_bytes: AtomicU64,
+    /// Bytes of map objects stored since the attach.
+    map_bytes: AtomicU64,
+    key: VolumeKey,
+    reactor: ReactorHandle,
+    condition: parking_lot::Mutex<Condition>,
+    drains: parking_lot::Mutex<std::collections::HashMap<IoId, oneshot::Sender<bool>>>,
+}
+
+impl VolumeBackend {
+    /// The backend of the volume that was claimed, answering to `reactor`.
+    #[must_use]
+    pub fn new(
+        common: Common,
+        name: String,
+        claimed: Claimed,
+        key: VolumeKey,
+        reactor: ReactorHandle,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            common,
+            name,
+            volume: claimed.info.volume,
+            root: parking_lot::Mutex::new(claimed.root),
+            next_map: AtomicU64::new(claimed.info.next_map.get()),
+            stored_bytes: AtomicU64::new(claimed.info.stored_bytes),
+            map_bytes: AtomicU64::new(0),
+            head: claimed.head,
+            key,
+            reactor,
+            condition: parking_lot::Mutex::default(),
+            drains: parking_lot::Mutex::default(),
+        })
+    }
+
+    /// What the operator is told.
+    pub fn condition(&self) -> Condition {
+        self.condition.lock().clone()
+    }
+
+    /// The head as last written or read by us.
+    pub fn head(&self) -> &HeadCell {
+        &self.head
+    }
+
+    /// Bytes of chunks stored over the volume's life, and bytes of map objects since the attach.
+    pub fn stored(&self) -> (u64, u64) {
+        (
+            self.stored_bytes.load(Ordering::Relaxed),
+            self.map_bytes.load(Ordering::Relaxed),
+        )
+    }
+
+    /// The reactor that serves the volume, and its name there.
+    pub fn place(&self) -> (&ReactorHandle, VolumeKey) {
+        (&self.reactor, self.key)
+    }
+
+    /// Uploads all that is acknowledged, and with `checkpoint` folds it into the map. False if the
+    /// volume cannot: fenced, or its cache device failed.
+    pub async fn drain(&self, checkpoint: bool) -> bool {
+        let (tx, rx) = oneshot::channel();
+        let io = {
+            let mut drains = self.drains.lock();
+            let io = (0..)
+                .map(IoId)
+                .find(|io| !drains.contains_key(io))
+                .expect("few drains at once");
+            drains.insert(io, tx);
+            io
+        };
+        self.tell(Event::Drain { io, checkpoint }).await;
+        rx.await.unwrap_or(false)
+    }
+
+    /// Feeds the volume an event.
+    pub async fn tell(&self, event: Event) {
+        // The reactor is gone only when the daemon ends.
+        let _ = self.reactor.send_event(self.key, event).await;
+    }
+
+    async fn carry_out(self: Arc<Self>, action: Action) {
+        match action {
+            Action::Fetch {
+                io,
+                fetch,
+                foreground,
+            } => {
+                let result = self.fetch(&fetch, foreground).await;
+                self.tell(Event::Fetched { io, result }).await;
+            }
+            Action::LoadNodes { io, nodes } => {
+                let result = self.load_nodes(&nodes).await;
+                self.tell(Event::NodesLoaded { io, result }).await;
+            }
+            Action::Upload(plan) => match self.upload(&plan).await {
+                Ok((entries, stored_bytes)) => {
+                    self.tell(Event::Uploaded {
+                        seq: plan.id.seq,
+                        entries,
+                        stored_bytes,
+                    })
+                    .await;
+                }
+                Err(by) => self.tell(Event::Fenced { by }).await,
+            },
+            Action::Checkpoint(plan) => match checkpoint::run(&self, &plan).await {
+                Ok(root) => {
+                    self.tell(Event::Checkpointed {
+                        root,
+                        upto: plan.upto,
+                    })
+                    .await
+                }
+                Err(checkpoint::Stopped::Fenced { by }) => self.tell(Event::Fenced { by }).await,
+                Err(checkpoint::Stopped::Damaged(error)) => self.report(Report::Damaged {
+                    object: error.object,
+                    reason: format!(
+                        "{}; no checkpoint can be made, and the log grows",
+                        error.reason
+                    ),
+                }),
+            },
+            Action::Drained { io, complete } => {
+                if let Some(tx) = self.drains.lock().remove(&io) {
+                    // Nobody listens if the caller gave up, and nothing is lost by that.
+                    let _ = tx.send(complete);
+                }
+            }
+            Action::Report(report) => self.report(report),
+            other => panic!("{other:?} is the reactor's to carry out"),
+        }
+    }
+
+    fn report(&self, report: Report) {
+        let mut condition = self.condition.lock();
+        let volume = self.name.as_str();
+        match report {
+            Report::Fenced { by, unsent_bytes } => {
+                tracing::error!(volume, %by, unsent_bytes, "fenced by a newer writer: read-only from now on");
+                condition.fenced = true;
+                condition.problem = Some(format!(
+                    "fenced: {by} has taken the volume over; {unsent_bytes} bytes written here were not sent and stay in the cache"
+                ));
+            }
+            Report::CacheFailed { errno, doing } => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                tracing::error!(volume, %error, doing, "the cache device failed: no more writes are taken");
+                condition.failed = true;
+                condition.problem = Some(format!("the cache device failed while {doing}: {error}"));
+            }
+            Report::Damaged { object, reason } => {
+                tracing::error!(volume, object, reason, "damaged object");
+                condition.damaged += 1;
+                condition.problem = Some(format!("damaged object {object}: {reason}"));
+            }
+            Report::Stalled(true) => tracing::warn!(volume, "writes wait for cache space"),
+            Report::Stalled(false) => tracing::info!(volume, "writes go on"),
+        }
+    }
+
+    /// The raw contents of the frames, from memory or by one GET.
+    async fn fetch(&self, fetch: &Fetch, foreground: bool) -> Result<Vec<Bytes>, DataError> {
+        let held: Option<Vec<Bytes>> = fetch
+            .frames
+            .iter()
+            .map(|f| self.common.frames.get(&(fetch.chunk, f.index)))
+            .collect();
+        if let Some(held) = held {
+            return Ok(held);
+        }
+        let object = keys::chunk_key(self.head.tenant(), fetch.chunk);
+        let (first, last) = (fetch.frames[0], fetch.frames[fetch.frames.len() - 1]);
+        let range = u64::from(first.stored_offset)
+            ..u64::from(last.stored_offset) + u64::from(last.stored_len);
+        let store = if foreground {
+            &self.common.store
+        } else {
+            &self.common.background
+        };
+        let mut tries = 0;
+        loop {
+            let error = match store.get_range(&object, range.clone()).await {
+                Ok(stored) => match self.decode(fetch, &stored).await {
+                    Ok(frames) => {
+                        for (frame, raw) in fetch.frames.iter().zip(&frames) {
+                            self.common
+                                .frames
+                                .insert((fetch.chunk, frame.index), raw.clone());
+                        }
+                        return Ok(frames);
+                    }
+                    Err(reason) => reason,
+                },
+                Err(error) => error.to_string(),
+            };
+            // Once more: the damage may have happened on the way.
+            tries += 1;
+            if tries > DAMAGE_RETRIES_MAX {
+                return Err(DataError {
+                    object,
+                    reason: error,
+                });
+            }
+        }
+    }
+
+    async fn decode(&self, fetch: &Fetch, stored: &Bytes) -> Result<Vec<Bytes>, String> {
+        let (fetch, stored) = (fetch.clone(), stored.clone());
+        let frame_sectors = self.head.frame_sectors();
+        let decode = move || {
+            let base = fetch.frames[0].stored_offset;
+            let part = |offset: u32, len: u32| {
+                let from = (offset - base) as usize;
+                stored
+                    .get(from..from + len as usize)
+                    .ok_or("the answer is too short")
+            };
+            fetch
+                .frames
+                .iter()
+                .map(|frame| {
+                    let bytes = part(frame.stored_offset, frame.stored_len)?;
+                    decode_frame(bytes, fetch.chunk, frame.index, frame_sectors, None)
+                        .map_err(|e| e.to_string())
+                })
+                .collect()
+        };
+        // Milliseconds at most for 1 MiB; yet long enough to hold up other tasks' wake-ups.
+        tokio::task::spawn_blocking(decode)
+            .await
+            .map_err(|e| e.to_string())?
+    }
+
+    async fn load_nodes(&self, nodes: &[NodeRef]) -> Result<Vec<(NodeRef, Arc<Node>)>, DataError> {
+        let loads = nodes.iter().map(|node| self.load_node(*node));
+        futures::future::try_join_all(loads).await
+    }
+
+    async fn load_node(&self, node: NodeRef) -> Result<(NodeRef, Arc<Node>), DataError> {
+        let id = node.object;
+        let object = keys::map_key(self.head.tenant(), id.volume, id.epoch, id.seq);
+        let range = u64::from(node.offset)..u64::from(node.offset) + u64::from(node.len);
+        let mut tries = 0;
+        loop {
+            let reason = match self.common.store.get_range(&object, range.clone()).await {
+                Ok(bytes) => match Node::decode(&node, &bytes) {
+                    Ok(decoded) => return Ok((node, Arc::new(decoded))),
+                    Err(error) => error.to_string(),
+                },
+                Err(error) => error.to_string(),
+            };
+            tries += 1;
+            if tries > DAMAGE_RETRIES_MAX {
+                return Err(DataError { object, reason });
+            }
+        }
+    }
+
+    /// Makes the chunk and stores it. `Err` names the newer writer.
+    ///
+    /// The order: the data are on the cache device and stay there until the chunk is committed.
+    /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
+    /// the chunk; its `last_write` then says what the cache need not send again.*
+    async fn upload(&self, plan: &ChunkPlan) -> Result<(Vec<MapEntry>, u64), String> {
+        let _memory = self.common.uploads.acquire().await.expect("never closed");
+        let object = keys::chunk_key(self.head.tenant(), plan.id);
+        let encoded = loop {
+            let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
+            let (frame_sectors, compression) = (self.head.frame_sectors(), self.head.compression());
+            let encode = move || make_chunk(&device, &plan, frame_sectors, compression);
+            match tokio::task::spawn_blocking(encode)
+                .await
+                .expect("encoding does not panic")
+            {
+                Ok(encoded) => break encoded,
+                // The writes stay unsent and the volume serves on: an operator can still save them.
+                Err(error) => {
+                    let doing = "reading unsent data for their upload";
+                    self.report(Report::CacheFailed {
+                        errno: error.raw_os_error().unwrap_or(0),
+                        doing,
+                    });
+                    tokio::time::sleep(READ_RETRY_DELAY).await;
+                }
+            }
+        };
+        let stored_bytes = encoded.bytes.len() as u64;
+        match self
+            .common
+            .background
+            .create(&object, encoded.bytes.clone())
+            .await
+        {
+            Ok(_) => {}
+            Err(StoreError::Exists { .. }) => self.settle_existing(&object, plan).await?,
+            Err(error) => {
+                panic!("the lane waits for what passes, and a create has no other end: {error}")
+            }
+        }
+        self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
+        Ok((encoded.header.map_entries(), stored_bytes))
+    }
+
+    /// Something is at our key already: our own chunk, whose first answer was lost, or a seal.
+    async fn settle_existing(&self, object: &str, plan: &ChunkPlan) -> Result<(), String> {
+        let unknown = || "an unknown writer".to_owned();
+        let (bytes, _) = self
+            .common
+            .background
+            .get(object)
+            .await
+            .map_err(|_| unknown())?;
+        match classify(&bytes) {
+            Ok(LogObject::Chunk) => match decode_header(&bytes, plan.id) {
+                Ok(header)
+                    if header.first_write == plan.first_write
+                        && header.last_write == plan.last_write =>
+                {
+                    Ok(())
+                }
+                _ => Err(unknown()),
+            },
+            Ok(LogObject::Seal) => {
+                Err(Seal::decode(&bytes, plan.id).map_or_else(|_| unknown(), |seal| seal.by_host))
+            }
+            Err(_) => Err(unknown()),
+        }
+    }
+}
+
+/// Between tries to read unsent data from a cache device that fails.
+const READ_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);
+
+impl BackendSink for Arc<VolumeBackend> {
+    /// Never blocks: the volume bounds what it has under way.
+    fn submit(&self, action: Action) {
+        let this = Self::clone(self);
+        let runtime = this.common.runtime.clone();
+        runtime.spawn(this.carry_out(action));
+    }
+}
+
+/// Reads the plan's data from the cache device and encodes the chunk. Blocking.
+fn make_chunk(
+    device: &CacheDevice,
+    plan: &ChunkPlan,
+    frame_sectors: u32,
+    compression: Compression,
+) -> std::io::Result<quarry_objfmt::chunk::EncodedChunk> {
+    let sectors = |len: u64| u32::try_from(len).expect("a chunk's runs are short");
+    let mut extents = Vec::with_capacity(plan.extents.len());
+    let mut reads: Vec<(u64, usize)> = Vec::new();
+    let mut raw_sectors = 0;
+    for extent in &plan.extents {
+        let len = sectors(extent.range.len().get());
+        let body = match extent.source {
+            ExtentSource::Cache { offset } => {
+                let bytes = len as usize * SECTOR_SIZE as usize;
+                match reads.last_mut() {
+                    Some((from, run)) if *from + *run as u64 == offset => *run += bytes,
+                    _ => reads.push((offset, bytes)),
+                }
+                let raw = raw_sectors;
+                raw_sectors += len;
+                ExtentBody::Data { raw }
+            }
+            ExtentSource::Zero => ExtentBody::Zero,
+            ExtentSource::Discard => ExtentBody::Discard,
+        };
+        extents.push(ChunkExtent {
+            start: extent.range.start,
+            len,
+            body,
+        });
+    }
+    let mut raw = Vec::with_capacity(raw_sectors as usize * SECTOR_SIZE as usize);
+    for (offset, len) in reads {
+        let mut buf = AlignedBuf::zeroed(len);
+        device.read_at(&mut buf, offset)?;
+        raw.extend_from_slice(&buf);
+    }
+    let params = ChunkParams {
+        id: plan.id,
+        first_write: plan.first_write,
+        last_write: plan.last_write,
+        frame_sectors,
+        compression,
+        key: None,
+    };
+    Ok(encode_chunk(&params, &extents, &raw))
+}

@@ -1,0 +1,400 @@
+//! Attaching: taking the right to write, finding the end of the log, and only then serving.
+//!
+//! The order, and what a crash between the steps leaves:
+//! 1. Raise the epoch in `head`, with us as the owner. *Crash: the volume is ours and nobody
+//!    serves it; we attach again, others need `--force`.*
+//! 2. Find the end of the last log range: its first missing chunk. Put a seal there, create-only:
+//!    either the old writer's chunk is there first and belongs to the log, or the seal is and the
+//!    old writer's PUT fails, which tells it that it is fenced. *Crash: the seal stays; whoever
+//!    attaches next finds the same end.*
+//! 3. Record the end in `head`, and a range for our epoch. *Crash before: the range is still open,
+//!    under its old epoch; step 2 is done anew.*
+//! 4. Serve.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use quarry_cache::Recovered;
+use quarry_objfmt::chunk::{
+    CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
+};
+use quarry_objfmt::head::{Head, Lineage, LogRange, Owner};
+use quarry_objfmt::map::{Manifest, MapObjectId};
+use quarry_objfmt::{
+    CacheId, ChunkId, ChunkSeq, Epoch, MapEntry, TenantName, VolumeId, WriteSeq, keys,
+};
+use quarry_volume::map::MapRoot;
+
+use super::head::{HeadCell, HeadError, put};
+use crate::store::{Store, StoreError};
+
+/// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
+const HEADER_GUESS: u64 = 64 << 10;
+
+/// Chunks of the log looked at side by side.
+const REPLAY_CONCURRENCY: usize = 16;
+
+/// Why a volume cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Somebody else has it.
+    #[error(
+        "the volume is attached by host {host} (since {since}); detach it there, or take it over with --force if that host is lost"
+    )]
+    Owned {
+        /// The owner's host.
+        host: String,
+        /// Since when, for people.
+        since: String,
+    },
+    /// The cache has writes that the store's volume went on without.
+    #[error(
+        "the cache on this host holds {bytes} bytes written to this volume in epoch {epoch} that were never sent, and the volume \
+         has since been written elsewhere; they cannot be merged: attach with --discard-unsent to give them up"
+    )]
+    Stale {
+        /// How much.
+        bytes: u64,
+        /// Of when.
+        epoch: Epoch,
+    },
+    /// Two attached at once; the other won.
+    #[error("another daemon attached the volume at the same moment ({by}); detach it there first")]
+    Raced {
+        /// Who.
+        by: String,
+    },
+    /// An object that attaching needs is missing or damaged.
+    #[error("the volume cannot be attached: {object}: {reason}")]
+    Damaged {
+        /// The object.
+        object: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The cache device cannot be read or written.
+    #[error("the cache device failed during recovery: {0}")]
+    Cache(#[from] std::io::Error),
+    /// The store does not answer, or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<HeadError> for OpenError {
+    fn from(error: HeadError) -> Self {
+        match error {
+            HeadError::Fenced { by } => Self::Raced { by },
+            HeadError::Damaged { object, reason } => Self::Damaged { object, reason },
+            HeadError::Store(error) => error.into(),
+        }
+    }
+}
+
+/// Who attaches, and how.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Our cache device.
+    pub cache: CacheId,
+    /// Our host's name, for people.
+    pub host: String,
+    /// Now, in milliseconds of Unix time; recorded for people, decided upon by nobody.
+    pub now_ms: u64,
+    /// Take it even if somebody else has it.
+    pub force: bool,
+    /// Give up unsent writes that cannot be merged.
+    pub discard_unsent: bool,
+}
+
+/// A volume as the store has it, ours to write.
+#[derive(Debug)]
+pub struct Claimed {
+    /// Its head.
+    pub head: HeadCell,
+    /// A copy of it.
+    pub info: Head,
+    /// The map at the last checkpoint.
+    pub root: Arc<MapRoot>,
+    /// The entries of the chunks after it, oldest first.
+    pub log: Vec<Vec<MapEntry>>,
+    /// The number of the next chunk.
+    pub next_chunk: ChunkSeq,
+    /// The newest write in the store.
+    pub stored_write: WriteSeq,
+    /// What was kept in the cache is another history's: forget it.
+    pub forget_kept: bool,
+}
+
+/// Attaches a volume for writing. `kept` is what the cache device holds of it from before.
+///
+/// # Errors
+/// [`OpenError`]; up to and with step 1 nothing was changed.
+pub async fn claim(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    kept: Option<&Recovered>,
+    claim: &Claim,
+) -> Result<Claimed, OpenError> {
+    let key = keys::head_key(tenant, volume);
+    let (head, tag) = HeadCell::read(store, &key).await?;
+    if let Some(owner) = &head.owner
+        && owner.cache != claim.cache
+        && !claim.force
+    {
+        return Err(OpenError::Owned {
+            host: owner.host.clone(),
+            since: since(owner.since_ms),
+        });
+    }
+    let forget_kept = kept_is_stale(&head, kept, claim)?;
+
+    // Step 1.
+    let mut raised = head.clone();
+    raised.epoch = head.epoch.next();
+    raised.owner = Some(Owner {
+        cache: claim.cache,
+        host: claim.host.clone(),
+        since_ms: claim.now_ms,
+    });
+    let ours_before = head
+        .lineage
+        .as_ref()
+        .is_some_and(|l| l.cache == claim.cache)
+        && !forget_kept;
+    if !ours_before {
+        raised.lineage = Some(Lineage {
+            cache: claim.cache,
+            since: raised.epoch,
+        });
+    }
+    let tag = put(store, &key, &raised, &tag).await?;
+
+    // Step 2.
+    let mut log = Vec::new();
+    let mut stored_write = raised.root_write;
+    let mut end = raised
+        .log
+        .first()
+        .map_or(ChunkSeq::new(1), |range| range.first);
+    for range in &raised.log {
+        let found = replay(store, tenant, volume, range, &raised, claim).await?;
+        end = range.first;
+        for header in found {
+            if header.first_write != stored_write.next() {
+                return Err(OpenError::Damaged {
+                    object: keys::chunk_key(tenant, header.id),
+                    reason: format!(
+                        "it starts at write {}, the log before it ends at {stored_write}",
+                        header.first_write
+                    ),
+                });
+            }
+            stored_write = header.last_write;
+            end = header.id.seq.next();
+            log.push(header.map_entries());
+        }
+    }
+
+    // Step 3.
+    let cell = HeadCell::new(tenant.clone(), raised, tag);
+    let info = cell
+        .update(store, |head| {
+            if let Some(last) = head.log.last_mut() {
+                last.end = Some(end);
+            }
+            head.log.retain(|range| range.end != Some(range.first));
+            head.log.push(LogRange {
+                epoch: head.epoch,
+                first: end,
+                end: None,
+            });
+        })
+        .await?;
+    let root = load_root(store, tenant, &info).await?;
+    Ok(Claimed {
+        head: cell,
+        info,
+        root,
+        log,
+        next_chunk: end,
+        stored_write,
+        forget_kept,
+    })
+}
+
+/// Whether what the cache kept belongs to a history that the volume has left.
+fn kept_is_stale(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<bool, OpenError> {
+    let Some(kept) = kept else { return Ok(false) };
+    let unsent = kept.unsent(head.root_write);
+    let Some(epoch) = kept.newest_epoch() else {
+        return Ok(false);
+    };
+    let lineage = head.lineage.as_ref().filter(|l| l.cache == claim.cache);
+    if lineage.is_some_and(|l| kept.segments.iter().all(|s| s.epoch >= l.since)) {
+        return Ok(false);
+    }
+    if unsent.is_empty() || claim.discard_unsent {
+        return Ok(true);
+    }
+    Err(OpenError::Stale {
+        bytes: unsent.iter().map(|(_, r)| u64::from(r.len) * 512).sum(),
+        epoch,
+    })
+}
+
+/// The headers of a log range, in order, up to its end; an open range is sealed at its end.
+async fn replay(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    range: &LogRange,
+    head: &Head,
+    claim: &Claim,
+) -> Result<Vec<ChunkHeader>, OpenError> {
+    let id = |seq: u64| ChunkId {
+        volume,
+        epoch: range.epoch,
+        seq: ChunkSeq::new(seq),
+    };
+    let last = range.end.map_or(u64::MAX, ChunkSeq::get);
+    let mut found = Vec::new();
+    let mut entries = Box::pin(
+        futures::stream::iter(range.first.get()..last)
+            .map(|seq| async move { (seq, log_entry(store, tenant, id(seq)).await) })
+            .buffered(REPLAY_CONCURRENCY),
+    );
+    while let Some((seq, entry)) = entries.next().await {
+        match entry? {
+            Some(Entry::Chunk(header)) => found.push(header),
+            None if range.end.is_some() => {
+                let reason = "a chunk of the log is missing".to_owned();
+                return Err(OpenError::Damaged {
+                    object: keys::chunk_key(tenant, id(seq)),
+                    reason,
+                });
+            }
+            Some(Entry::Seal) => break,
+            None => match seal(store, tenant, id(seq), head, claim).await? {
+                // The old writer was quicker: its chunk belongs to the log.
+                Some(header) => found.push(header),
+                None => break,
+            },
+        }
+    }
+    // Behind a late chunk the stream's look-ahead may be out of date: what it called missing was
+    // sealed just now, or turned out to be there.
+    Ok(found)
+}
+
+enum Entry {
+    Chunk(ChunkHeader),
+    Seal,
+}
+
+/// What is at a place of the log: nothing, a chunk, or its end.
+async fn log_entry(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: ChunkId,
+) -> Result<Option<Entry>, OpenError> {
+    let object = keys::chunk_key(tenant, id);
+    let damaged = |reason: String| OpenError::Damaged {
+        object: object.clone(),
+        reason,
+    };
+    let prefix = match store.get_prefix(&object, HEADER_GUESS).await {
+        Ok(bytes) => bytes,
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    match classify(&prefix).map_err(|e| damaged(e.to_string()))? {
+        LogObject::Seal => {
+            Seal::decode(&prefix, id).map_err(|e| damaged(e.to_string()))?;
+            Ok(Some(Entry::Seal))
+        }
+        LogObject::Chunk => {
+            let needed = prefix
+                .get(..CHUNK_PREFIX_LEN)
+                .ok_or_else(|| damaged("it is cut off".to_owned()))
+                .and_then(|p| ChunkHeader::encoded_len(p).map_err(|e| damaged(e.to_string())))?;
+            let bytes: Bytes = if needed <= prefix.len() {
+                prefix.slice(..needed)
+            } else {
+                store
+                    .get_range(&object, 0..needed as u64)
+                    .await
+                    .map_err(|e| damaged(e.to_string()))?
+            };
+            let header = decode_header(&bytes, id).map_err(|e| damaged(e.to_string()))?;
+            Ok(Some(Entry::Chunk(header)))
+        }
+    }
+}
+
+/// Seals the log at `id`. `Some` if the old writer's chunk got there first.
+async fn seal(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: ChunkId,
+    head: &Head,
+    claim: &Claim,
+) -> Result<Option<ChunkHeader>, OpenError> {
+    let object = keys::chunk_key(tenant, id);
+    let seal = encode_seal(id, head.epoch, &claim.host);
+    match store.create(&object, seal.into()).await {
+        Ok(_) => Ok(None),
+        Err(StoreError::Exists { .. }) => match log_entry(store, tenant, id).await? {
+            Some(Entry::Chunk(header)) => Ok(Some(header)),
+            Some(Entry::Seal) => Ok(None),
+            None => {
+                let reason = "the store says that it exists, and that it does not".to_owned();
+                Err(OpenError::Damaged { object, reason })
+            }
+        },
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The map that the head points to.
+async fn load_root(
+    store: &dyn Store,
+    tenant: &TenantName,
+    head: &Head,
+) -> Result<Arc<MapRoot>, OpenError> {
+    let Some(root) = &head.root else {
+        return Ok(Arc::new(MapRoot::empty()));
+    };
+    let id = MapObjectId {
+        volume: head.volume,
+        epoch: root.epoch,
+        seq: root.seq,
+    };
+    let object = keys::map_key(tenant, head.volume, root.epoch, root.seq);
+    let damaged = |reason: String| OpenError::Damaged {
+        object: object.clone(),
+        reason,
+    };
+    let range = u64::from(root.offset)..u64::from(root.offset) + u64::from(root.len);
+    let bytes = store.get_range(&object, range).await.map_err(|e| match e {
+        StoreError::NotFound { .. } => damaged("the volume's map is missing".to_owned()),
+        other => other.into(),
+    })?;
+    let manifest = Manifest::decode(id, root.offset, &bytes).map_err(|e| damaged(e.to_string()))?;
+    Ok(Arc::new(MapRoot::new(manifest)))
+}
+
+/// Gives the volume back: no owner, so that anybody may attach it.
+///
+/// # Errors
+/// [`HeadError::Fenced`] if it is not ours any more.
+pub async fn give_back(store: &dyn Store, head: &HeadCell) -> Result<(), HeadError> {
+    head.update(store, |head| head.owner = None)
+        .await
+        .map(|_| ())
+}
+
+fn since(ms: u64) -> String {
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms);
+    humantime::format_rfc3339_seconds(at).to_string()
+}

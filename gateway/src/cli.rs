@@ -1,0 +1,141 @@
+//! The command line: a client of the control plane and nothing more, but for `serve`, `demo` and
+//! `config`, which need no daemon.
+//!
+//! Owns the flags, the form of what is printed, and the exit codes: 0 done, 1 failed, 2 misused.
+//! Every failure is one sentence on standard error that ends in what to do; with `--output json`
+//! standard output bears it too. What was asked for goes to standard output, progress never.
+
+mod args;
+mod config;
+mod demo;
+mod failure;
+mod logging;
+mod output;
+mod progress;
+mod serve;
+mod status;
+mod table;
+mod tenant;
+mod volume;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, FromArgMatches as _};
+
+pub use args::{Cli, Command, Format};
+pub use failure::Failure;
+use output::Console;
+
+use crate::control::Client;
+
+/// Exit code of a call that failed.
+const FAILED: u8 = 1;
+/// Exit code of a call that makes no sense.
+const MISUSED: u8 = 2;
+
+/// The program.
+#[must_use]
+pub fn main() -> ExitCode {
+    ExitCode::from(run(
+        std::env::args_os(),
+        &mut io::stdout(),
+        &mut io::stderr(),
+    ))
+}
+
+/// The program with its arguments (the first is its name) and outputs given; answers its exit code.
+pub fn run(
+    args: impl IntoIterator<Item = OsString>,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> u8 {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let parsed = Cli::command()
+        .try_get_matches_from(&args)
+        .and_then(|m| Cli::from_arg_matches(&m));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error, wants_json(&args), out, err),
+    };
+    let mut console = Console::new(cli.output, out);
+    match dispatch(cli, &mut console) {
+        Ok(()) => 0,
+        Err(failure) => {
+            console.fail(&failure, err);
+            FAILED
+        }
+    }
+}
+
+/// Help, the version and wrong usage, as clap words them.
+fn misused(error: &clap::Error, json: bool, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
+    if !error.use_stderr() {
+        // Nobody is left to tell when this cannot be written.
+        let _ = write!(out, "{}", error.render());
+        let _ = out.flush();
+        return 0;
+    }
+    let _ = write!(err, "{}", error.render());
+    if json {
+        let text = error.render().to_string();
+        let line = text
+            .lines()
+            .next()
+            .unwrap_or("")
+            .trim_start_matches("error: ");
+        let failure = Failure::new("usage", line, "see `quarry --help`");
+        Console::new(Format::Json, out).fail(&failure, &mut io::sink());
+    }
+    MISUSED
+}
+
+/// Whether JSON was asked for in a command line that cannot be parsed.
+fn wants_json(args: &[OsString]) -> bool {
+    let pair = |pair: &[OsString]| {
+        pair.first().is_some_and(|a| a == "--output") && pair.get(1).is_some_and(|b| b == "json")
+    };
+    args.iter().any(|arg| arg == "--output=json") || args.windows(2).any(pair)
+}
+
+fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
+    let Cli {
+        socket,
+        command,
+        output: _,
+    } = cli;
+    let client = || Client::new(socket.clone().unwrap_or_else(quarry_config::client_socket));
+    match command {
+        Command::Serve(flags) => serve::run(*flags, socket),
+        Command::Demo(flags) => demo::run(flags),
+        Command::Config(command) => config::run(command, console),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "quarry", &mut script);
+            console.raw(&script)
+        }
+        Command::Tenant(command) => wait(tenant::run(&client()?, command, console)),
+        Command::Volume(command) => wait(volume::run(&client()?, command, console)),
+        Command::Status => wait(status::run(&client()?, console)),
+    }
+}
+
+/// Runs a client's call: one thread is plenty.
+fn wait(call: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| {
+            Failure::new(
+                "internal",
+                format!("cannot start: {error}"),
+                "raise the limits of this process",
+            )
+        })?
+        .block_on(call)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,260 @@
+//! The flags, and the help that explains them.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use quarry_config::Size;
+use quarry_objfmt::{Compression, Durability, TenantName};
+
+use crate::control::{Via, VolumeRef};
+
+/// Block devices whose data live in object storage.
+#[derive(Debug, Parser)]
+#[command(name = "quarry", version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// The daemon's unix socket.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_SOCKET",
+        hide_env_values = true,
+        value_name = "PATH"
+    )]
+    pub socket: Option<PathBuf>,
+    /// Form of what is printed.
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text, value_name = "FORM")]
+    pub output: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  quarry demo
+  quarry serve --store s3://bucket/prefix --cache /var/lib/quarry/cache --cache-size 64GiB
+  quarry tenant create acme
+  quarry volume create acme/db --size 100GiB
+  quarry volume attach acme/db
+  quarry volume show acme/db --output json
+
+Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock).";
+
+/// Form of what is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show in a minute what Quarry does, without root, kernel modules or a cloud account.
+    Demo(DemoFlags),
+    /// Run the daemon.
+    Serve(Box<ServeFlags>),
+    /// Make, list and delete tenants.
+    #[command(subcommand, after_help = "Example:\n  quarry tenant create acme")]
+    Tenant(TenantCommand),
+    /// Make, use and delete volumes.
+    #[command(subcommand, after_help = VOLUME_EXAMPLES)]
+    Volume(VolumeCommand),
+    /// Show how the daemon does; fails if it is not ready.
+    #[command(after_help = "Example:\n  quarry status --output json")]
+    Status,
+    /// Check a configuration file, or print one to start from.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  quarry config example > quarry.toml"
+    )]
+    Config(ConfigCommand),
+    /// Print a shell's completion script.
+    #[command(after_help = "Example:\n  quarry completions bash > /etc/bash_completion.d/quarry")]
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Flags of `quarry demo`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  quarry demo --input disk.img")]
+pub struct DemoFlags {
+    /// A disk image to store and read back, instead of one made up.
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+}
+
+/// Flags of `quarry serve`; they win over the file.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  quarry serve --config /etc/quarry/quarry.toml
+  AWS_ENDPOINT_URL=http://127.0.0.1:8333 quarry serve --store s3://bucket/prefix
+  quarry serve --data-dir ./state --store file:///srv/quarry --socket ./quarry.sock
+
+S3 endpoint, region and keys come from the file or the standard AWS_* variables.")]
+pub struct ServeFlags {
+    /// The configuration file; `quarry config example` prints one.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory for what this host keeps itself.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// The object store: s3://bucket/prefix or file:///dir.
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+    /// File or block device of the cache.
+    #[arg(long, value_name = "PATH")]
+    pub cache: Option<PathBuf>,
+    /// How much of it to use, such as 1GiB.
+    #[arg(long, value_name = "SIZE")]
+    pub cache_size: Option<Size>,
+    /// TCP address of /metrics, /healthz and /readyz.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// TCP address of the NBD server.
+    #[arg(long, value_name = "ADDR")]
+    pub nbd_listen: Option<SocketAddr>,
+}
+
+/// What to do with tenants.
+#[derive(Debug, Subcommand)]
+pub enum TenantCommand {
+    /// Make a tenant.
+    Create {
+        /// Its name.
+        tenant: TenantName,
+    },
+    /// List all tenants.
+    List,
+    /// Delete a tenant that has no volumes.
+    Delete {
+        /// Its name.
+        tenant: TenantName,
+    },
+}
+
+const VOLUME_EXAMPLES: &str = "\
+Examples:
+  quarry volume create acme/db --size 100GiB
+  quarry volume attach acme/db --via nbd
+  quarry volume sync acme/db
+  quarry volume detach acme/db";
+
+/// What to do with volumes.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume; it reads as zeroes and takes no space.
+    #[command(
+        after_help = "Example:\n  quarry volume create acme/db --size 100GiB --compression zstd"
+    )]
+    Create(CreateFlags),
+    /// Attach a volume to the daemon's host, and print its device or address.
+    #[command(after_help = "\
+Examples:
+  quarry volume attach acme/db
+  nbdinfo \"$(quarry volume attach acme/db --via nbd --output json | jq -r .uri)\"
+  quarry volume attach acme/db --force")]
+    Attach(AttachFlags),
+    /// List volumes.
+    List {
+        /// Only this tenant's.
+        #[arg(long)]
+        tenant: Option<TenantName>,
+    },
+    /// Show all about a volume.
+    Show {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
+    /// Wait until all that was written so far is in the object store.
+    Sync {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
+    /// Upload all that was written, then take the volume off this host.
+    Detach {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
+    /// Delete a detached volume and its data, for ever.
+    Delete {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
+}
+
+/// Flags of `quarry volume create`.
+#[derive(Debug, Args)]
+pub struct CreateFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// Its size, up to 1EiB.
+    #[arg(long)]
+    pub size: Size,
+    /// Its logical block size.
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = sector_size())]
+    pub sector_size: u32,
+    /// What a flush waits for: the cache device here, or the object store.
+    #[arg(long, default_value = "local", value_name = "WHERE", value_parser = durability())]
+    pub durability: Durability,
+    /// How its data are compressed in the store.
+    #[arg(long, default_value = "lz4", value_name = "HOW", value_parser = compression())]
+    pub compression: Compression,
+}
+
+fn sector_size() -> impl TypedValueParser<Value = u32> {
+    PossibleValuesParser::new(["512", "4096"]).try_map(|text| text.parse())
+}
+
+fn durability() -> impl TypedValueParser<Value = Durability> {
+    PossibleValuesParser::new(["local", "object"]).map(|text| {
+        if text == "object" {
+            Durability::Object
+        } else {
+            Durability::Local
+        }
+    })
+}
+
+fn compression() -> impl TypedValueParser<Value = Compression> {
+    PossibleValuesParser::new(["lz4", "zstd", "none"]).try_map(|text| text.parse())
+}
+
+/// Flags of `quarry volume attach`.
+#[derive(Debug, Args)]
+pub struct AttachFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// A block device (ublk) or a network block device; by default a block device if the kernel can.
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub via: Option<Via>,
+    /// Take it over from the host that has it, which then can write no more.
+    #[arg(long)]
+    pub force: bool,
+    /// Give up writes that are in this host's cache and never reached the object store.
+    #[arg(long)]
+    pub discard_unsent: bool,
+    /// Take no writes.
+    #[arg(long)]
+    pub read_only: bool,
+}
+
+/// What to do with configuration files.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check a file.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Print a file that documents every key.
+    Example,
+}

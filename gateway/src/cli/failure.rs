@@ -1,0 +1,101 @@
+//! Why a call failed, for people and for programs.
+
+use std::fmt;
+
+use quarry_config::ConfigError;
+use serde::Serialize;
+
+use crate::control::{ApiError, ListenError};
+
+/// Why a call failed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Failure {
+    /// For programs: one of the API's kinds, `usage`, `config` or `failed`.
+    pub kind: String,
+    /// What is wrong: a sentence without its full stop.
+    pub message: String,
+    /// What to do about it; may be empty.
+    pub remedy: String,
+}
+
+impl Failure {
+    /// A failure of this kind.
+    pub fn new(kind: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            kind: kind.to_owned(),
+            message: message.into(),
+            remedy: remedy.into(),
+        }
+    }
+}
+
+/// One sentence: what is wrong; what to do.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if self.remedy.is_empty() {
+            Ok(())
+        } else {
+            write!(f, "; {}", self.remedy)
+        }
+    }
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        let kind = serde_json::to_value(error.kind).ok();
+        let kind = kind
+            .as_ref()
+            .and_then(serde_json::Value::as_str)
+            .unwrap_or("internal");
+        Self::new(kind, error.message, error.remedy)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::new("config", error.message(), error.remedy())
+    }
+}
+
+/// Errors of the daemon and the demo: those that say what to do are taken at their word.
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        if let Some(known) = error.downcast_ref::<ApiError>() {
+            return known.clone().into();
+        }
+        if let Some(known) = error.downcast_ref::<ConfigError>() {
+            return Self::new("config", known.message(), known.remedy());
+        }
+        if let Some(known) = error.downcast_ref::<ListenError>() {
+            return Self::new("conflict", known.to_string(), "");
+        }
+        Self::new("failed", format!("{error:#}"), "")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+    use crate::control::Kind;
+
+    #[test]
+    fn failure_of_a_daemon_keeps_kind_and_remedy() {
+        let error =
+            anyhow::Error::new(ApiError::new(Kind::Conflict, "it is taken", "take another"));
+        let failure = Failure::from(error.context("starting"));
+        assert_eq!(
+            failure,
+            Failure::new("conflict", "it is taken", "take another")
+        );
+    }
+
+    #[test]
+    fn failure_of_an_unknown_error_tells_the_whole_chain() {
+        let inner: Result<(), std::io::Error> = Err(std::io::Error::other("disk on fire"));
+        let failure = Failure::from(inner.context("cannot open the cache").unwrap_err());
+        assert_eq!(failure.to_string(), "cannot open the cache: disk on fire");
+    }
+}

@@ -1,0 +1,72 @@
+//! Signs of life for calls that take long: on standard error, and only if that is a terminal.
+
+use std::future::Future;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use super::table::bytes;
+use crate::control::{ApiResult, Client, VolumeRef};
+
+/// How often the spinner turns.
+const TURN: Duration = Duration::from_millis(100);
+/// How often the daemon is asked how far it is.
+const ASK: Duration = Duration::from_millis(500);
+
+fn spinner(doing: &str, volume: &VolumeRef) -> ProgressBar {
+    // Hidden by the library when standard error is no terminal.
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg}") {
+        bar.set_style(style);
+    }
+    bar.set_prefix(format!("{doing} {volume}"));
+    bar.enable_steady_tick(TURN);
+    bar
+}
+
+/// Waits for `call` while a spinner turns.
+pub(super) async fn shown<T>(
+    doing: &str,
+    volume: &VolumeRef,
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    let bar = spinner(doing, volume);
+    let result = call.await;
+    bar.finish_and_clear();
+    result
+}
+
+/// Waits for `call`, which uploads what is dirty, and shows how much still is.
+pub(super) async fn uploading<T>(
+    doing: &str,
+    client: &Client,
+    volume: &VolumeRef,
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    let bar = spinner(doing, volume);
+    if bar.is_hidden() {
+        return call.await;
+    }
+    let ask = async {
+        let mut ticks = interval(ASK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Ok(Ok(info)) = timeout(ASK, client.show_volume(volume)).await {
+                let waits = if info.stalled {
+                    ", the object store does not answer"
+                } else {
+                    ""
+                };
+                bar.set_message(format!("{} to upload{waits}", bytes(info.dirty_bytes)));
+            }
+        }
+    };
+    let result = tokio::select! {
+        result = call => result,
+        () = ask => unreachable!("it asks for ever"),
+    };
+    bar.finish_and_clear();
+    result
+}

@@ -1,0 +1,252 @@
+//! The command line as a whole: parsed, carried out on a fake engine's control plane, printed.
+
+use std::sync::Arc;
+
+use clap::CommandFactory as _;
+use serde_json::Value;
+
+use super::*;
+use crate::control::fake::{FakeDaemon, FakeEngine};
+
+struct Ran {
+    code: u8,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.out)
+            .unwrap_or_else(|e| panic!("{e}: {:?} {:?}", self.out, self.err))
+    }
+}
+
+async fn quarry(socket: &std::path::Path, line: &str) -> Ran {
+    let mut args: Vec<OsString> = vec!["quarry".into(), "--socket".into(), socket.into()];
+    args.extend(line.split_whitespace().map(OsString::from));
+    tokio::task::spawn_blocking(move || {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = run(args, &mut out, &mut err);
+        Ran {
+            code,
+            out: String::from_utf8(out).unwrap(),
+            err: String::from_utf8(err).unwrap(),
+        }
+    })
+    .await
+    .unwrap()
+}
+
+async fn daemon() -> FakeDaemon {
+    FakeDaemon::start(Arc::new(FakeEngine::default())).await
+}
+
+#[test]
+fn flags_are_consistent() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn every_line_of_the_manual_parses() {
+    for line in [
+        "demo",
+        "demo --input disk.img",
+        "serve --config quarry.toml",
+        "serve --data-dir d --store s3://b/p --cache c --cache-size 1GiB --socket s --listen 127.0.0.1:1",
+        "tenant create acme",
+        "tenant list",
+        "tenant delete acme",
+        "volume create acme/db --size 100GiB",
+        "volume create acme/db --size 1EiB --sector-size 4096 --durability object --compression zstd",
+        "volume attach acme/db",
+        "volume attach acme/db --via nbd --force --discard-unsent --read-only --output json",
+        "volume list --output json",
+        "volume list --tenant acme",
+        "volume show acme/db",
+        "volume sync acme/db",
+        "volume detach acme/db",
+        "volume delete acme/db",
+        "status --socket /s",
+        "config check quarry.toml",
+        "config example",
+        "completions zsh",
+    ] {
+        let args = std::iter::once("quarry").chain(line.split_whitespace());
+        if let Err(error) = Cli::command().try_get_matches_from(args) {
+            panic!("{line}: {error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn misuse_is_refused_before_any_daemon_is_asked() {
+    let nowhere = std::path::Path::new("/nonexistent/q.sock");
+    for line in [
+        "volume create acme --size 1GiB",
+        "volume create acme/db --size large",
+        "volume create acme/db --size 1GiB --sector-size 1024",
+        "volume create ../x/db --size 1GiB",
+        "volume attach acme/db --via iscsi",
+        "tenant create ACME",
+        "volume",
+        "serve --listen nowhere --output json",
+    ] {
+        let ran = quarry(nowhere, line).await;
+        assert_eq!(ran.code, MISUSED, "{line}: {}", ran.err);
+        assert!(!ran.err.is_empty(), "{line}");
+        if line.ends_with("json") {
+            assert_eq!(ran.json()["error"]["kind"], "usage");
+        } else {
+            assert_eq!(ran.out, "", "{line}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn volume_from_the_command_line_lives_its_whole_life() {
+    let daemon = daemon().await;
+    let socket = daemon.socket();
+    let ok = async |line: &str| {
+        let ran = quarry(&socket, line).await;
+        assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{line}: {}", ran.out);
+        ran
+    };
+    assert!(ok("tenant list").await.out.contains("quarry tenant create"));
+    ok("tenant create acme").await;
+    assert_eq!(
+        ok("tenant list --output json").await.json()["tenants"][0]["name"],
+        "acme"
+    );
+    assert!(ok("volume list").await.out.contains("quarry volume create"));
+    let made = ok("volume create acme/db --size 100GiB --output json")
+        .await
+        .json();
+    assert_eq!(
+        (&made["size_bytes"], &made["state"]),
+        (&(100_u64 << 30).into(), &"detached".into())
+    );
+
+    let attached = ok("volume attach acme/db --via nbd --output json")
+        .await
+        .json();
+    let uri = "nbd+unix:///acme/db?socket=/run/nbd.sock";
+    assert_eq!(
+        attached,
+        serde_json::json!({"volume": "acme/db", "via": "nbd", "uri": uri})
+    );
+    assert_eq!(ok("volume attach acme/db").await.out, format!("{uri}\n"));
+    let list = ok("volume list").await.out;
+    assert!(
+        list.starts_with("VOLUME ") && list.contains("acme/db  100GiB  attached"),
+        "{list}"
+    );
+    let shown = ok("volume show acme/db").await.out;
+    assert!(
+        shown.contains("dirty         5MiB\n") && shown.contains("75.0%"),
+        "{shown}"
+    );
+    let shown = ok("volume show acme/db --output json").await.json();
+    assert_eq!(
+        (&shown["attached"]["uri"], &shown["dirty_bytes"]),
+        (&uri.into(), &(5 << 20).into())
+    );
+
+    assert_eq!(
+        ok("volume sync acme/db --output json").await.json()["done"],
+        "synced"
+    );
+    ok("volume detach acme/db").await;
+    ok("volume delete acme/db").await;
+    ok("tenant delete acme").await;
+    assert!(ok("status").await.out.contains("file:///store answers"));
+    assert_eq!(ok("status --output json").await.json()["ready"], true);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn failure_is_one_sentence_and_an_object_of_json() {
+    let daemon = daemon().await;
+    let ran = quarry(&daemon.socket(), "volume show acme/none --output json").await;
+    assert_eq!(ran.code, FAILED);
+    let sentence = "there is no volume acme/none; `quarry volume list` shows those that are there";
+    assert_eq!(ran.err, format!("quarry: {sentence}\n"));
+    let expected = serde_json::json!({"error": {
+        "kind": "not_found",
+        "message": "there is no volume acme/none",
+        "remedy": "`quarry volume list` shows those that are there",
+    }});
+    assert_eq!(ran.json(), expected);
+    let ran = quarry(&daemon.socket(), "volume show acme/none").await;
+    assert_eq!((ran.code, ran.out.as_str()), (FAILED, ""));
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn status_of_a_daemon_that_is_not_ready_fails() {
+    let engine = Arc::new(FakeEngine::default());
+    *engine.not_ready.lock() = Some("the store does not answer".to_owned());
+    let daemon = FakeDaemon::start(engine).await;
+    let ran = quarry(&daemon.socket(), "status").await;
+    assert_eq!(ran.code, FAILED);
+    assert_eq!(
+        ran.err,
+        "quarry: the daemon is not ready: the store does not answer; see its log\n"
+    );
+    let ran = quarry(&daemon.socket(), "status --output json").await;
+    assert_eq!(ran.json()["error"]["kind"], "unavailable");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn client_without_a_daemon_says_how_to_start_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("q.sock");
+    let ran = quarry(&socket, "status --output json").await;
+    assert_eq!(ran.code, FAILED);
+    let message = format!("no daemon answers at {}", socket.display());
+    assert_eq!(ran.json()["error"]["message"], message);
+    assert!(
+        ran.err
+            .ends_with("start one with `quarry serve`, or name its socket with --socket\n"),
+        "{}",
+        ran.err
+    );
+}
+
+#[tokio::test]
+async fn config_example_passes_its_own_check() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("quarry.toml");
+    let example = quarry(dir.path(), "config example").await;
+    std::fs::write(&file, &example.out).unwrap();
+    let ran = quarry(dir.path(), &format!("config check {}", file.display())).await;
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.out.contains(" is valid\n"), "{}", ran.out);
+
+    std::fs::write(&file, "[cache]\nrma = \"1GiB\"\n").unwrap();
+    let ran = quarry(
+        dir.path(),
+        &format!("config check {} --output json", file.display()),
+    )
+    .await;
+    assert_eq!(ran.code, FAILED);
+    let error = &ran.json()["error"];
+    assert_eq!(
+        (&error["kind"], &error["remedy"]),
+        (&"config".into(), &"did you mean `ram`?".into())
+    );
+}
+
+#[tokio::test]
+async fn help_and_completions_go_to_standard_output() {
+    let dir = tempfile::tempdir().unwrap();
+    for (line, holds) in [
+        ("--help", "Examples:"),
+        ("--version", env!("CARGO_PKG_VERSION")),
+        ("completions bash", "quarry"),
+    ] {
+        let ran = quarry(dir.path(), line).await;
+        assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{line}");
+        assert!(ran.out.contains(holds), "{line}: {}", ran.out);
+    }
+}

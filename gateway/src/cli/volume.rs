@@ -1,0 +1,263 @@
+//! `quarry volume`.
+
+use serde_json::json;
+
+use super::Failure;
+use super::args::{AttachFlags, CreateFlags, VolumeCommand};
+use super::output::Console;
+use super::progress::{shown, uploading};
+use super::table::{bytes, fields, percent, span_ms, table, time_ms};
+use crate::control::{AttachInfo, AttachOptions, Client, State, VolumeInfo, VolumeRef, VolumeSpec};
+
+pub(super) async fn run(
+    client: &Client,
+    command: VolumeCommand,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    match command {
+        VolumeCommand::Create(flags) => create(client, flags, console).await,
+        VolumeCommand::Attach(flags) => attach(client, flags, console).await,
+        VolumeCommand::List { tenant } => {
+            let list = client.list_volumes(tenant.as_ref()).await?;
+            console.show(&list, |list| list_text(&list.volumes))
+        }
+        VolumeCommand::Show { volume } => {
+            console.show(&client.show_volume(&volume).await?, show_text)
+        }
+        VolumeCommand::Sync { volume } => {
+            uploading("syncing", client, &volume, client.sync(&volume)).await?;
+            done(
+                console,
+                &volume,
+                "synced",
+                "all that was written before is in the object store",
+            )
+        }
+        VolumeCommand::Detach { volume } => {
+            uploading("detaching", client, &volume, client.detach(&volume)).await?;
+            done(console, &volume, "detached", "it is detached")
+        }
+        VolumeCommand::Delete { volume } => {
+            shown("deleting", &volume, client.delete_volume(&volume)).await?;
+            done(console, &volume, "deleted", "it is deleted")
+        }
+    }
+}
+
+fn done(
+    console: &mut Console<'_>,
+    volume: &VolumeRef,
+    word: &str,
+    sentence: &str,
+) -> Result<(), Failure> {
+    console.show(
+        &json!({ "volume": volume.to_string(), "done": word }),
+        |_| format!("{volume}: {sentence}"),
+    )
+}
+
+async fn create(
+    client: &Client,
+    flags: CreateFlags,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    let CreateFlags {
+        volume,
+        size,
+        sector_size,
+        durability,
+        compression,
+    } = flags;
+    let VolumeRef { tenant, name } = volume.clone();
+    let spec = VolumeSpec {
+        tenant,
+        name,
+        size_bytes: size.bytes(),
+        sector_size,
+        durability,
+        compression,
+    };
+    let made = client.create_volume(&spec).await?;
+    console.show(&made, |made| {
+        format!(
+            "{volume}: {} are there; attach it with `quarry volume attach {volume}`",
+            bytes(made.size_bytes)
+        )
+    })
+}
+
+async fn attach(
+    client: &Client,
+    flags: AttachFlags,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    let AttachFlags {
+        volume,
+        via,
+        force,
+        discard_unsent,
+        read_only,
+    } = flags;
+    let options = AttachOptions {
+        via,
+        force,
+        discard_unsent,
+        read_only,
+    };
+    let attached = shown("attaching", &volume, client.attach(&volume, &options)).await?;
+    console.show(&attached, attach_text)
+}
+
+/// Where it is, and nothing else: for `$(…)`.
+fn attach_text(attached: &AttachInfo) -> String {
+    let AttachInfo {
+        device, link, uri, ..
+    } = attached;
+    link.as_ref()
+        .or(device.as_ref())
+        .or(uri.as_ref())
+        .cloned()
+        .unwrap_or_default()
+}
+
+fn list_text(volumes: &[VolumeInfo]) -> String {
+    if volumes.is_empty() {
+        return "there are no volumes; make one with `quarry volume create TENANT/NAME --size SIZE`".to_owned();
+    }
+    let row = |v: &VolumeInfo| {
+        vec![
+            format!("{}/{}", v.tenant, v.name),
+            bytes(v.size_bytes),
+            state_text(v),
+            v.attached.as_ref().map(place).unwrap_or_default(),
+            bytes(v.dirty_bytes),
+            bytes(v.stored_bytes),
+            v.problem.clone().unwrap_or_default(),
+        ]
+    };
+    let rows: Vec<_> = volumes.iter().map(row).collect();
+    table(
+        &[
+            "VOLUME", "SIZE", "STATE", "AT", "DIRTY", "STORED", "PROBLEM",
+        ],
+        &rows,
+    )
+}
+
+fn state_text(volume: &VolumeInfo) -> String {
+    match (volume.state, volume.stalled, &volume.owner) {
+        (State::Attached, true, _) => "stalled".to_owned(),
+        (State::AttachedElsewhere, _, Some(owner)) => format!("attached on {}", owner.host),
+        (state, _, _) => state.as_str().to_owned(),
+    }
+}
+
+fn place(attached: &crate::control::AttachedInfo) -> String {
+    attached
+        .device
+        .as_ref()
+        .or(attached.uri.as_ref())
+        .cloned()
+        .unwrap_or_else(|| attached.via.to_string())
+}
+
+fn show_text(v: &VolumeInfo) -> String {
+    let here = v.attached.as_ref();
+    let mode = here.map(|a| {
+        let read_only = if a.read_only { ", read-only" } else { "" };
+        let mode = if a.mode.is_empty() {
+            String::new()
+        } else {
+            format!(", {}", a.mode)
+        };
+        format!("{}{mode}{read_only}, epoch {}", a.via, a.epoch)
+    });
+    let owner = v.owner.as_ref().map(|o| {
+        let since = time_ms(o.since_ms)
+            .map(|t| format!(" since {t}"))
+            .unwrap_or_default();
+        format!("{} (cache {}){since}", o.host, o.cache)
+    });
+    let counted = |count: u64, sum: u64| here.map(|_| format!("{count} ({})", bytes(sum)));
+    fields(&[
+        ("volume", Some(format!("{}/{}", v.tenant, v.name))),
+        ("id", Some(v.id.clone())),
+        ("created", time_ms(v.created_ms)),
+        (
+            "size",
+            Some(format!(
+                "{}, sectors of {} bytes",
+                bytes(v.size_bytes),
+                v.sector_size
+            )),
+        ),
+        ("durability", Some(v.durability.to_string())),
+        ("compression", Some(v.compression.to_string())),
+        ("state", Some(state_text(v))),
+        ("problem", v.problem.clone()),
+        ("device", here.map(place)),
+        ("link", here.and_then(|a| a.link.clone())),
+        ("attached by", mode),
+        ("attached since", here.and_then(|a| time_ms(a.since_ms))),
+        ("owner", owner),
+        ("stored", Some(bytes(v.stored_bytes))),
+        ("cached", Some(bytes(v.cached_bytes))),
+        ("dirty", Some(bytes(v.dirty_bytes))),
+        (
+            "oldest dirty",
+            (v.dirty_bytes > 0).then(|| span_ms(v.rpo_ms)),
+        ),
+        ("reads", counted(v.reads, v.read_bytes)),
+        ("writes", counted(v.writes, v.write_bytes)),
+        ("hits", v.hit_ratio.map(percent)),
+        ("uploaded", here.map(|_| bytes(v.uploaded_bytes))),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::OwnerInfo;
+
+    #[test]
+    fn list_of_a_volume_elsewhere_names_the_host() {
+        let owner = OwnerInfo {
+            host: "node7".to_owned(),
+            ..OwnerInfo::default()
+        };
+        let volume = VolumeInfo {
+            tenant: "acme".to_owned(),
+            name: "db".to_owned(),
+            size_bytes: 100 << 30,
+            state: State::AttachedElsewhere,
+            owner: Some(owner),
+            ..VolumeInfo::default()
+        };
+        let text = list_text(&[volume]);
+        assert!(
+            text.contains("acme/db  100GiB  attached on node7"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn attach_text_is_the_place_alone() {
+        let link = Some("/dev/quarry/a/b".to_owned());
+        assert_eq!(
+            attach_text(&AttachInfo::ublk(
+                &"a/b".parse().unwrap(),
+                "/dev/ublkb0",
+                link
+            )),
+            "/dev/quarry/a/b"
+        );
+        assert_eq!(
+            attach_text(&AttachInfo::ublk(
+                &"a/b".parse().unwrap(),
+                "/dev/ublkb0",
+                None
+            )),
+            "/dev/ublkb0"
+        );
+    }
+}

@@ -1,0 +1,68 @@
+//! The control plane: an HTTP/JSON API on a unix socket, and the client that the command line is.
+//!
+//! Owns the API's words ([`dto`]), its errors ([`ApiError`]), its routes, the socket's life and the
+//! limits on what a client may send. Does not own what the calls do: that is the [`Engine`]'s.
+//!
+//! Invariants:
+//! - a call that changes something runs to its end even if the client hangs up meanwhile;
+//! - an engine never sees a tenant's or volume's name, or a geometry, that the rules forbid;
+//! - one daemon a socket: a lock beside it, held for the daemon's life, decides, not the socket file;
+//! - the TCP listener answers health and metrics and knows no other route.
+
+mod api;
+pub mod client;
+pub mod dto;
+mod error;
+mod name;
+mod serve;
+mod socket;
+
+#[cfg(test)]
+pub(crate) mod fake;
+
+use async_trait::async_trait;
+use quarry_objfmt::TenantName;
+
+pub use client::Client;
+pub use dto::{
+    AttachInfo, AttachOptions, AttachedInfo, CacheStatus, OwnerInfo, State, StatusInfo,
+    StoreStatus, TenantInfo, Via, VolumeInfo, VolumeSpec,
+};
+pub use error::{ApiError, Kind, Problem};
+pub use name::VolumeRef;
+pub use serve::{ListenError, Listeners, serve};
+pub use socket::{ControlSocket, SocketError};
+
+/// What an [`Engine`] answers.
+pub type ApiResult<T> = Result<T, ApiError>;
+
+/// What the daemon can do for its operator. Names and geometry are checked before they get here.
+#[async_trait]
+pub trait Engine: Send + Sync + 'static {
+    /// Makes a tenant; [`Kind::Exists`] if there is one.
+    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo>;
+    /// All tenants, by name.
+    async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>>;
+    /// Removes a tenant; [`Kind::Conflict`] while it has volumes.
+    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()>;
+    /// Makes a volume that reads as zeroes; [`Kind::Exists`] if there is one of that name.
+    async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
+    /// All volumes, of one tenant if one is named, by tenant and name.
+    async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>>;
+    /// One volume.
+    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo>;
+    /// Makes a volume usable on this host; answers when it is.
+    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo>;
+    /// Takes a volume off this host, everything uploaded first.
+    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// Answers when all that was acknowledged before the call is in the object store.
+    async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached.
+    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// How the daemon does.
+    async fn status(&self) -> ApiResult<StatusInfo>;
+    /// Whether the daemon can serve; if not, why, in words that end a sentence begun "not ready:".
+    async fn ready(&self) -> Result<(), String>;
+    /// All metrics in Prometheus' text format.
+    async fn metrics_text(&self) -> String;
+}

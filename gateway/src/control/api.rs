@@ -1,0 +1,526 @@
+//! The routes: from HTTP to the [`Engine`] and back, every refusal a [`Problem`](super::Problem).
+
+use std::future::Future;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::{delete, get, post};
+use quarry_objfmt::TenantName;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::dto::{AttachOptions, TenantList, TenantSpec, VolumeInfo, VolumeList, VolumeSpec};
+use super::error::response;
+use super::{ApiError, ApiResult, Engine, Kind, VolumeRef};
+
+/// Largest body of a request; the largest real one has some 300 bytes.
+const BODY_BYTES_MAX: usize = 16 << 10;
+/// The media type of Prometheus' text format.
+const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+type Shared = State<Arc<dyn Engine>>;
+type Body = Result<Bytes, BytesRejection>;
+type Tenant = Result<Path<String>, PathRejection>;
+type Volume = Result<Path<(String, String)>, PathRejection>;
+
+/// Everything: for the unix socket.
+pub(super) fn control_routes(engine: Arc<dyn Engine>) -> Router {
+    let routes = Router::new()
+        .route("/v1/tenants", get(list_tenants).post(create_tenant))
+        .route("/v1/tenants/{tenant}", delete(delete_tenant))
+        .route("/v1/volumes", get(list_volumes).post(create_volume))
+        .route(
+            "/v1/volumes/{tenant}/{volume}",
+            get(show_volume).delete(delete_volume),
+        )
+        .route("/v1/volumes/{tenant}/{volume}/attach", post(attach))
+        .route("/v1/volumes/{tenant}/{volume}/detach", post(detach))
+        .route("/v1/volumes/{tenant}/{volume}/sync", post(sync))
+        .route("/v1/status", get(status));
+    finish(routes.merge(health()), engine)
+}
+
+/// Health and metrics: for TCP.
+pub(super) fn health_routes(engine: Arc<dyn Engine>) -> Router {
+    finish(health(), engine)
+}
+
+fn health() -> Router<Arc<dyn Engine>> {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+}
+
+fn finish(routes: Router<Arc<dyn Engine>>, engine: Arc<dyn Engine>) -> Router {
+    routes
+        .fallback(async || {
+            ApiError::new(
+                Kind::NotFound,
+                "the API has no such path",
+                "see the paths under /v1",
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            let error =
+                ApiError::invalid("the path does not know this method", "see the Allow header");
+            response(StatusCode::METHOD_NOT_ALLOWED, error)
+        })
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(engine)
+}
+
+/// Lets `call` run to its end even if the client hangs up: a change half made would be worse.
+async fn whole<T: Send + 'static>(
+    call: impl Future<Output = ApiResult<T>> + Send + 'static,
+) -> ApiResult<T> {
+    match tokio::spawn(call).await {
+        Ok(result) => result,
+        Err(error) => {
+            tracing::error!(%error, "a control call broke off");
+            Err(ApiError::internal(
+                "the call broke off by a mistake of the daemon",
+            ))
+        }
+    }
+}
+
+/// A refusal that has a status of its own.
+struct Refused(StatusCode, ApiError);
+
+impl From<ApiError> for Refused {
+    fn from(error: ApiError) -> Self {
+        Self(error.kind.status(), error)
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        response(self.0, self.1)
+    }
+}
+
+/// The JSON body; an empty one is an object without fields.
+fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refused> {
+    let body = body.map_err(|rejection| {
+        let remedy = format!("send at most {BODY_BYTES_MAX} bytes");
+        Refused(
+            rejection.status(),
+            ApiError::invalid("the body cannot be read", remedy),
+        )
+    })?;
+    let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+    serde_json::from_slice(text).map_err(|error| {
+        ApiError::invalid(
+            format!("the body is not what this path takes: {error}"),
+            "mend the request",
+        )
+        .into()
+    })
+}
+
+fn tenant_of(path: Tenant) -> ApiResult<TenantName> {
+    let Path(tenant) = path.map_err(|_| not_utf8())?;
+    Ok(TenantName::new(tenant)?)
+}
+
+fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
+    let Path((tenant, name)) = path.map_err(|_| not_utf8())?;
+    Ok(VolumeRef::new(tenant, name)?)
+}
+
+fn not_utf8() -> ApiError {
+    ApiError::invalid("the path is not UTF-8", "mend the request")
+}
+
+async fn create_tenant(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
+    let spec: TenantSpec = json(body)?;
+    let made = whole(async move { engine.create_tenant(&spec.name).await }).await?;
+    Ok((StatusCode::CREATED, Json(made)))
+}
+
+async fn list_tenants(State(engine): Shared) -> ApiResult<Json<TenantList>> {
+    Ok(Json(TenantList {
+        tenants: engine.list_tenants().await?,
+    }))
+}
+
+async fn delete_tenant(State(engine): Shared, path: Tenant) -> ApiResult<StatusCode> {
+    let tenant = tenant_of(path)?;
+    whole(async move { engine.delete_tenant(&tenant).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn create_volume(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
+    let spec: VolumeSpec = json(body)?;
+    spec.check()?;
+    let made = whole(async move { engine.create_volume(spec).await }).await?;
+    Ok((StatusCode::CREATED, Json(made)))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Which {
+    tenant: Option<String>,
+}
+
+async fn list_volumes(
+    State(engine): Shared,
+    query: Result<Query<Which>, QueryRejection>,
+) -> ApiResult<Json<VolumeList>> {
+    let Query(which) = query.map_err(|_| {
+        ApiError::invalid(
+            "the query is not what this path takes",
+            "use ?tenant=NAME or none",
+        )
+    })?;
+    let tenant = which.tenant.map(TenantName::new).transpose()?;
+    Ok(Json(VolumeList {
+        volumes: engine.list_volumes(tenant.as_ref()).await?,
+    }))
+}
+
+async fn show_volume(State(engine): Shared, path: Volume) -> ApiResult<Json<VolumeInfo>> {
+    let volume = volume_of(path)?;
+    Ok(Json(engine.show_volume(&volume).await?))
+}
+
+async fn delete_volume(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+    let volume = volume_of(path)?;
+    whole(async move { engine.delete_volume(&volume).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn attach(
+    State(engine): Shared,
+    path: Volume,
+    body: Body,
+) -> Result<impl IntoResponse, Refused> {
+    let volume = volume_of(path)?;
+    let options: AttachOptions = json(body)?;
+    Ok(Json(
+        whole(async move { engine.attach(&volume, options).await }).await?,
+    ))
+}
+
+async fn detach(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+    let volume = volume_of(path)?;
+    whole(async move { engine.detach(&volume).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn sync(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+    let volume = volume_of(path)?;
+    // Changes nothing that must be finished: a client that hangs up need not be waited for.
+    engine.sync(&volume).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn status(State(engine): Shared) -> ApiResult<impl IntoResponse> {
+    Ok(Json(engine.status().await?))
+}
+
+async fn ready(State(engine): Shared) -> Response {
+    match engine.ready().await {
+        Ok(()) => "ready\n".into_response(),
+        Err(why) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("not ready: {why}\n"),
+        )
+            .into_response(),
+    }
+}
+
+async fn metrics(State(engine): Shared) -> impl IntoResponse {
+    (
+        [(header::CONTENT_TYPE, METRICS_TYPE)],
+        engine.metrics_text().await,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpStream, UnixStream};
+    use tokio::time::timeout;
+
+    use quarry_objfmt::{Compression, Durability};
+
+    use super::super::fake::{FakeDaemon, FakeEngine};
+    use super::super::{Client, Problem, State as VolumeState, Via};
+    use super::*;
+
+    fn acme() -> TenantName {
+        "acme".parse().unwrap()
+    }
+
+    fn spec(name: &str) -> VolumeSpec {
+        VolumeSpec {
+            tenant: "acme".parse().unwrap(),
+            name: name.parse().unwrap(),
+            size_bytes: 1 << 30,
+            sector_size: 4096,
+            durability: Durability::Object,
+            compression: Compression::Zstd,
+        }
+    }
+
+    fn volume(name: &str) -> VolumeRef {
+        VolumeRef::new("acme", name).unwrap()
+    }
+
+    /// Status and body of one request on its own connection.
+    async fn raw(daemon: &FakeDaemon, method: &str, path: &str, body: &str) -> (u16, String) {
+        let mut stream = UnixStream::connect(daemon.socket()).await.unwrap();
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        parse(&answer)
+    }
+
+    fn parse(answer: &str) -> (u16, String) {
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (
+            head.split(' ').nth(1).unwrap().parse().unwrap(),
+            body.to_owned(),
+        )
+    }
+
+    async fn refused(daemon: &FakeDaemon, method: &str, path: &str, body: &str) -> Problem {
+        let (status, body) = raw(daemon, method, path, body).await;
+        let problem: Problem =
+            serde_json::from_str(&body).unwrap_or_else(|e| panic!("{method} {path}: {e}: {body}"));
+        assert_eq!(problem.status, status);
+        assert!(
+            !problem.detail.is_empty() && !problem.remedy.is_empty(),
+            "{body}"
+        );
+        problem
+    }
+
+    #[tokio::test]
+    async fn volume_through_the_client_lives_its_whole_life() {
+        let daemon = FakeDaemon::start(Arc::new(FakeEngine::default())).await;
+        let client = daemon.client();
+        assert_eq!(client.create_tenant(&acme()).await.unwrap().name, "acme");
+        assert_eq!(client.list_tenants().await.unwrap().tenants.len(), 1);
+
+        let made = client.create_volume(&spec("db")).await.unwrap();
+        assert_eq!(
+            (made.durability, made.compression, made.sector_size),
+            (Durability::Object, Compression::Zstd, 4096)
+        );
+        assert_eq!(client.list_volumes(None).await.unwrap().volumes.len(), 1);
+        assert_eq!(
+            client
+                .list_volumes(Some(&"other".parse().unwrap()))
+                .await
+                .unwrap()
+                .volumes
+                .len(),
+            0
+        );
+
+        let options = AttachOptions {
+            via: Some(Via::Nbd),
+            read_only: true,
+            ..AttachOptions::default()
+        };
+        let attached = client.attach(&volume("db"), &options).await.unwrap();
+        assert_eq!(
+            attached.uri.as_deref(),
+            Some("nbd+unix:///acme/db?socket=/run/nbd.sock")
+        );
+        let shown = client.show_volume(&volume("db")).await.unwrap();
+        assert_eq!(shown.state, VolumeState::Attached);
+        assert!(shown.attached.unwrap().read_only);
+
+        let early = client.delete_volume(&volume("db")).await.unwrap_err();
+        assert_eq!(early.kind, Kind::Conflict);
+        client.sync(&volume("db")).await.unwrap();
+        client.detach(&volume("db")).await.unwrap();
+        client.delete_volume(&volume("db")).await.unwrap();
+        let gone = client.show_volume(&volume("db")).await.unwrap_err();
+        assert_eq!(gone, ApiError::no_volume(&volume("db")));
+        client.delete_tenant(&acme()).await.unwrap();
+        assert_eq!(client.status().await.unwrap().host, "here");
+        daemon.stop().await;
+    }
+
+    #[tokio::test]
+    async fn requests_that_are_wrong_get_a_problem_that_says_so() {
+        let daemon = FakeDaemon::start(Arc::new(FakeEngine::default())).await;
+        daemon.client().create_tenant(&acme()).await.unwrap();
+        let unknown = refused(
+            &daemon,
+            "POST",
+            "/v1/tenants",
+            r#"{"name":"b","colour":"red"}"#,
+        )
+        .await;
+        assert!(
+            unknown.detail.contains("colour") && unknown.status == 400,
+            "{unknown:?}"
+        );
+        for (method, path, body, status) in [
+            ("POST", "/v1/tenants", "{", 400),
+            ("POST", "/v1/tenants", "", 400),
+            ("POST", "/v1/tenants", r#"{"name":"../x"}"#, 400),
+            ("POST", "/v1/tenants", r#"{"name":"acme"}"#, 409),
+            (
+                "POST",
+                "/v1/volumes",
+                r#"{"tenant":"acme","name":"v","size_bytes":5}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes",
+                r#"{"tenant":"acme","name":"v","size_bytes":-5}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes",
+                r#"{"tenant":"none","name":"v","size_bytes":512}"#,
+                404,
+            ),
+            ("GET", "/v1/volumes?tenent=a", "", 400),
+            ("GET", "/v1/volumes?tenant=..", "", 400),
+            ("GET", "/v1/volumes/acme/%2e%2e%2fx", "", 400),
+            ("GET", "/v1/volumes/acme/%ff", "", 400),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"foce":true}"#,
+                400,
+            ),
+            ("GET", "/v1/nothing", "", 404),
+            ("PATCH", "/v1/tenants", "", 405),
+        ] {
+            let problem = refused(&daemon, method, path, body).await;
+            assert_eq!(problem.status, status, "{method} {path} {body}");
+        }
+        let huge = refused(
+            &daemon,
+            "POST",
+            "/v1/tenants",
+            &" ".repeat(BODY_BYTES_MAX + 1),
+        )
+        .await;
+        assert_eq!(huge.status, 413);
+        daemon.stop().await;
+    }
+
+    #[tokio::test]
+    async fn engine_that_panics_costs_one_answer() {
+        let daemon = FakeDaemon::start(Arc::new(FakeEngine::default())).await;
+        let error = daemon
+            .client()
+            .attach(&volume("panic"), &AttachOptions::default())
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind, Kind::Internal);
+        daemon.client().status().await.unwrap();
+        daemon.stop().await;
+    }
+
+    #[tokio::test]
+    async fn attach_of_a_client_that_hung_up_is_finished() {
+        let engine = Arc::new(FakeEngine::slow(Duration::from_millis(100)));
+        let daemon = FakeDaemon::start(engine).await;
+        let client = daemon.client();
+        client.create_tenant(&acme()).await.unwrap();
+        client.create_volume(&spec("db")).await.unwrap();
+        let hung_up = timeout(
+            Duration::from_millis(20),
+            client.attach(&volume("db"), &AttachOptions::default()),
+        )
+        .await;
+        assert!(hung_up.is_err());
+        let attached = async {
+            while client.show_volume(&volume("db")).await.unwrap().state != VolumeState::Attached {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), attached).await.unwrap();
+        daemon.stop().await;
+    }
+
+    #[tokio::test]
+    async fn shutdown_with_a_call_under_way_lets_it_finish() {
+        let engine = Arc::new(FakeEngine::slow(Duration::from_millis(200)));
+        let daemon = FakeDaemon::start(engine).await;
+        let socket = daemon.socket();
+        let client = daemon.client();
+        client.create_tenant(&acme()).await.unwrap();
+        client.create_volume(&spec("db")).await.unwrap();
+        let call = tokio::spawn(async move {
+            client
+                .attach(&volume("db"), &AttachOptions::default())
+                .await
+        });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        daemon.stop().await;
+        call.await.unwrap().unwrap();
+        assert!(!socket.exists());
+    }
+
+    #[tokio::test]
+    async fn tcp_answers_health_and_nothing_else() {
+        let engine = Arc::new(FakeEngine::default());
+        let daemon = FakeDaemon::start(engine.clone()).await;
+        let get = async |path: &str| {
+            let mut stream = TcpStream::connect(daemon.address).await.unwrap();
+            let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(
+                path != "/metrics" || answer.contains(METRICS_TYPE),
+                "{answer}"
+            );
+            parse(&answer)
+        };
+        assert_eq!(get("/healthz").await, (200, "ok\n".to_owned()));
+        assert_eq!(get("/readyz").await.0, 200);
+        assert_eq!(
+            get("/metrics").await,
+            (200, "quarry_build_info 1\n".to_owned())
+        );
+        for path in ["/v1/status", "/v1/tenants", "/v1/volumes"] {
+            assert_eq!(get(path).await.0, 404, "{path}");
+        }
+        *engine.not_ready.lock() = Some("the store does not answer".to_owned());
+        assert_eq!(
+            get("/readyz").await,
+            (503, "not ready: the store does not answer\n".to_owned())
+        );
+        assert_eq!(raw(&daemon, "GET", "/readyz", "").await.0, 503);
+        daemon.stop().await;
+    }
+
+    #[tokio::test]
+    async fn client_without_a_daemon_says_how_to_start_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("none.sock");
+        let error = Client::new(&socket).unwrap().status().await.unwrap_err();
+        assert_eq!(error.kind, Kind::Unavailable);
+        let expected = format!(
+            "no daemon answers at {}; start one with `quarry serve`, or name its socket with --socket",
+            socket.display()
+        );
+        assert_eq!(error.to_string(), expected);
+    }
+}

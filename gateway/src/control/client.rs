@@ -1,0 +1,274 @@
+//! The client of the API: one method a call, over the unix socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use quarry_objfmt::TenantName;
+use reqwest::{Method, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::dto::{
+    AttachInfo, AttachOptions, StatusInfo, TenantInfo, TenantList, TenantSpec, VolumeInfo,
+    VolumeList, VolumeSpec,
+};
+use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
+
+/// How long a daemon may take to answer what it should know by itself or ask the store once.
+const ANSWER_TIME: Duration = Duration::from_secs(120);
+/// How long a daemon may take to accept a connection.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// How long a call may take.
+#[derive(Clone, Copy)]
+enum Patience {
+    /// [`ANSWER_TIME`].
+    Answer,
+    /// For ever: it moves data, and the store may be away.
+    Work,
+}
+
+/// A client of the daemon at one socket.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client of the daemon at `socket`; connects with the first call.
+    ///
+    /// # Errors
+    /// If the HTTP library cannot start.
+    pub fn new(socket: impl Into<PathBuf>) -> ApiResult<Self> {
+        let socket = socket.into();
+        let http = reqwest::Client::builder()
+            .unix_socket(socket.clone())
+            .no_proxy()
+            // There is no TLS on a unix socket; without this, a host without CA certificates fails here.
+            .tls_certs_only([])
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(CONNECT_TIME)
+            .build()
+            .map_err(|error| {
+                ApiError::internal(format!("the HTTP client cannot start: {error}"))
+            })?;
+        Ok(Self { http, socket })
+    }
+
+    /// The daemon's socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+        patience: Patience,
+    ) -> ApiResult<Response> {
+        let mut request = self.http.request(method, format!("http://quarry{path}"));
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        if matches!(patience, Patience::Answer) {
+            request = request.timeout(ANSWER_TIME);
+        }
+        let response = request.send().await.map_err(|error| self.lost(&error))?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let text = response.bytes().await.map_err(|error| self.lost(&error))?;
+        Err(match serde_json::from_slice::<Problem>(&text) {
+            Ok(problem) => problem.into(),
+            Err(_) => self.stranger(status),
+        })
+    }
+
+    async fn json<T: DeserializeOwned>(&self, response: Response) -> ApiResult<T> {
+        let status = response.status();
+        let text = response.bytes().await.map_err(|error| self.lost(&error))?;
+        serde_json::from_slice(&text).map_err(|_| self.stranger(status))
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> ApiResult<T> {
+        let response = self
+            .call(Method::GET, path, None::<&()>, Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
+    async fn order(&self, method: Method, path: &str) -> ApiResult<()> {
+        self.call(method, path, None::<&()>, Patience::Work)
+            .await
+            .map(drop)
+    }
+
+    /// Why nothing came back.
+    fn lost(&self, error: &reqwest::Error) -> ApiError {
+        let socket = self.socket.display();
+        if error.is_timeout() {
+            let message = format!("the daemon at {socket} does not answer");
+            return ApiError::new(
+                Kind::Unavailable,
+                message,
+                "see its log; it may be waiting for the object store",
+            );
+        }
+        if error.is_connect() {
+            if denied(error) {
+                let message = format!("the daemon's socket {socket} does not let you in");
+                return ApiError::new(
+                    Kind::Denied,
+                    message,
+                    "run this as root or as a member of the socket's group",
+                );
+            }
+            let message = format!("no daemon answers at {socket}");
+            let remedy = "start one with `quarry serve`, or name its socket with --socket";
+            return ApiError::new(Kind::Unavailable, message, remedy);
+        }
+        let message = format!("the daemon at {socket} broke off");
+        ApiError::new(
+            Kind::Unavailable,
+            message,
+            "see its log, and check with `quarry status` whether it runs",
+        )
+    }
+
+    fn stranger(&self, status: StatusCode) -> ApiError {
+        let message = format!(
+            "what answers at {} ({status}) does not speak as this client does",
+            self.socket.display()
+        );
+        ApiError::internal(message)
+            .with_remedy("check --socket, and that client and daemon have the same version")
+    }
+
+    /// Makes a tenant.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn create_tenant(&self, name: &TenantName) -> ApiResult<TenantInfo> {
+        let spec = TenantSpec { name: name.clone() };
+        let response = self
+            .call(Method::POST, "/v1/tenants", Some(&spec), Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
+    /// All tenants.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_tenants(&self) -> ApiResult<TenantList> {
+        self.get("/v1/tenants").await
+    }
+
+    /// Removes an empty tenant.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn delete_tenant(&self, name: &TenantName) -> ApiResult<()> {
+        self.order(Method::DELETE, &format!("/v1/tenants/{name}"))
+            .await
+    }
+
+    /// Makes a volume.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn create_volume(&self, spec: &VolumeSpec) -> ApiResult<VolumeInfo> {
+        let response = self
+            .call(Method::POST, "/v1/volumes", Some(spec), Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
+    /// All volumes, or those of one tenant.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<VolumeList> {
+        match tenant {
+            None => self.get("/v1/volumes").await,
+            Some(tenant) => self.get(&format!("/v1/volumes?tenant={tenant}")).await,
+        }
+    }
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
+        self.get(&format!("/v1/volumes/{volume}")).await
+    }
+
+    /// Attaches a volume to the daemon's host.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn attach(
+        &self,
+        volume: &VolumeRef,
+        options: &AttachOptions,
+    ) -> ApiResult<AttachInfo> {
+        let path = format!("/v1/volumes/{volume}/attach");
+        let response = self
+            .call(Method::POST, &path, Some(options), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Detaches a volume.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
+        self.order(Method::POST, &format!("/v1/volumes/{volume}/detach"))
+            .await
+    }
+
+    /// Waits until all that was acknowledged before is in the object store.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
+        self.order(Method::POST, &format!("/v1/volumes/{volume}/sync"))
+            .await
+    }
+
+    /// Removes a volume for ever.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+        self.order(Method::DELETE, &format!("/v1/volumes/{volume}"))
+            .await
+    }
+
+    /// How the daemon does.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn status(&self) -> ApiResult<StatusInfo> {
+        self.get("/v1/status").await
+    }
+}
+
+/// Whether a connection failed for want of permission.
+fn denied(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && io.kind() == std::io::ErrorKind::PermissionDenied
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}

@@ -1,0 +1,515 @@
+//! What goes over the wire: requests refuse fields they do not know, answers gain fields freely.
+//!
+//! Sizes and counts are bytes unless the name says otherwise; `…_ms` in a point of time is Unix
+//! time, else a span.
+
+use std::fmt;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use quarry_objfmt::{Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeName};
+use serde::{Deserialize, Serialize};
+
+use super::{ApiError, ApiResult, VolumeRef};
+
+/// Largest volume: 1 EiB.
+pub const VOLUME_BYTES_MAX: u64 = Sectors::new(VOLUME_SECTORS_MAX).bytes();
+/// The logical block sizes there are.
+pub const SECTOR_SIZES: [u32; 2] = [512, 4096];
+
+/// How the host reaches an attached volume.
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// A block device, /dev/ublkbN.
+    #[default]
+    Ublk,
+    /// A network block device on a unix socket.
+    Nbd,
+}
+
+impl fmt::Display for Via {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ublk => "ublk",
+            Self::Nbd => "nbd",
+        })
+    }
+}
+
+/// A tenant.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct TenantInfo {
+    /// Its name.
+    pub name: String,
+    /// When it was made.
+    #[serde(default)]
+    pub created_ms: u64,
+}
+
+/// Request: make a tenant.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantSpec {
+    /// Its name.
+    pub name: TenantName,
+}
+
+/// Answer: all tenants.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct TenantList {
+    /// By name.
+    pub tenants: Vec<TenantInfo>,
+}
+
+/// Request: make a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeSpec {
+    /// Whose.
+    pub tenant: TenantName,
+    /// Its name.
+    pub name: VolumeName,
+    /// Its size; a multiple of the sector size.
+    pub size_bytes: u64,
+    /// Its logical block size.
+    #[serde(default = "default_sector_size")]
+    pub sector_size: u32,
+    /// What a flush promises.
+    #[serde(default)]
+    pub durability: Durability,
+    /// How its data are compressed.
+    #[serde(default)]
+    pub compression: Compression,
+}
+
+const fn default_sector_size() -> u32 {
+    512
+}
+
+impl VolumeSpec {
+    /// Its two names as one.
+    #[must_use]
+    pub fn volume(&self) -> VolumeRef {
+        VolumeRef {
+            tenant: self.tenant.clone(),
+            name: self.name.clone(),
+        }
+    }
+
+    /// Refuses geometry that no volume has.
+    pub(super) fn check(&self) -> ApiResult<()> {
+        if !SECTOR_SIZES.contains(&self.sector_size) {
+            let message = format!("a sector size of {} is not supported", self.sector_size);
+            return Err(ApiError::invalid(message, "use 512 or 4096"));
+        }
+        if self.size_bytes == 0 || self.size_bytes > VOLUME_BYTES_MAX {
+            let message = format!("a volume of {} bytes cannot be made", self.size_bytes);
+            return Err(ApiError::invalid(
+                message,
+                "choose a size from one sector to 1EiB",
+            ));
+        }
+        if !self.size_bytes.is_multiple_of(u64::from(self.sector_size)) {
+            let message = format!(
+                "{} bytes are not whole sectors of {} bytes",
+                self.size_bytes, self.sector_size
+            );
+            return Err(ApiError::invalid(
+                message,
+                "choose a multiple of the sector size",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What a volume is doing, seen from this host.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+pub enum State {
+    /// Nobody uses it.
+    #[default]
+    #[serde(rename = "detached")]
+    Detached,
+    /// It is being attached here.
+    #[serde(rename = "attaching")]
+    Attaching,
+    /// It is in use here.
+    #[serde(rename = "attached")]
+    Attached,
+    /// It is being detached here.
+    #[serde(rename = "detaching")]
+    Detaching,
+    /// Another host uses it.
+    #[serde(rename = "attached elsewhere")]
+    AttachedElsewhere,
+    /// It was in use here until another host took it over.
+    #[serde(rename = "fenced")]
+    Fenced,
+    /// It cannot be used; `problem` says why.
+    #[serde(rename = "failed")]
+    Failed,
+    /// A state that this client does not know.
+    #[serde(other, rename = "unknown")]
+    Unknown,
+}
+
+impl State {
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Detached => "detached",
+            Self::Attaching => "attaching",
+            Self::Attached => "attached",
+            Self::Detaching => "detaching",
+            Self::AttachedElsewhere => "attached elsewhere",
+            Self::Fenced => "fenced",
+            Self::Failed => "failed",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// How a volume is attached here.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct AttachedInfo {
+    /// By what.
+    pub via: Via,
+    /// The block device, if one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The link that names the block device for good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+    /// The NBD address, if one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
+    /// How data pass between the kernel and the cache, such as "zero copy".
+    #[serde(default)]
+    pub mode: String,
+    /// The writer's term.
+    #[serde(default)]
+    pub epoch: u32,
+    /// When it was attached.
+    #[serde(default)]
+    pub since_ms: u64,
+    /// Whether it takes no writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Who may write to a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct OwnerInfo {
+    /// The host's name.
+    pub host: String,
+    /// Its cache's id.
+    pub cache: String,
+    /// Since when.
+    #[serde(default)]
+    pub since_ms: u64,
+}
+
+/// A volume. The counters are of this attachment, and 0 when it is not attached here.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VolumeInfo {
+    /// Whose.
+    pub tenant: String,
+    /// Its name.
+    pub name: String,
+    /// Its id, for ever.
+    pub id: String,
+    /// When it was made.
+    pub created_ms: u64,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Its logical block size.
+    pub sector_size: u32,
+    /// What a flush promises.
+    pub durability: Durability,
+    /// How its data are compressed.
+    pub compression: Compression,
+    /// What it is doing.
+    pub state: State,
+    /// How it is attached here.
+    pub attached: Option<AttachedInfo>,
+    /// Who may write to it.
+    pub owner: Option<OwnerInfo>,
+    /// Writes that the store does not have yet.
+    pub dirty_bytes: u64,
+    /// Age of the oldest write that the store does not have yet: what losing the host now costs.
+    pub rpo_ms: u64,
+    /// Its data on the cache device.
+    pub cached_bytes: u64,
+    /// Its objects in the store.
+    pub stored_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Discards.
+    pub discards: u64,
+    /// Bytes read from the cache.
+    pub hit_bytes: u64,
+    /// Bytes read from the store.
+    pub miss_bytes: u64,
+    /// Share of bytes read that the cache had; none before the first read.
+    pub hit_ratio: Option<f64>,
+    /// Bytes of chunks uploaded.
+    pub uploaded_bytes: u64,
+    /// Whether writes wait for the store.
+    pub stalled: bool,
+    /// What is wrong with it, in a sentence.
+    pub problem: Option<String>,
+}
+
+/// Answer: volumes.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct VolumeList {
+    /// By tenant and name.
+    pub volumes: Vec<VolumeInfo>,
+}
+
+/// Request: attach a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AttachOptions {
+    /// By what; none: ublk where the kernel has it, else NBD.
+    pub via: Option<Via>,
+    /// Take it over from the host that has it.
+    pub force: bool,
+    /// Give up writes that this host's cache has and the store does not.
+    pub discard_unsent: bool,
+    /// Take no writes.
+    pub read_only: bool,
+}
+
+/// Answer: where an attached volume is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AttachInfo {
+    /// `tenant/name`.
+    pub volume: String,
+    /// By what.
+    pub via: Via,
+    /// ublk: the block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// ublk: the link that names it for good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+    /// NBD: the address, such as `nbd+unix:///acme/db?socket=/run/quarry/quarry-nbd.sock`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
+}
+
+impl AttachInfo {
+    /// A volume that is a block device.
+    #[must_use]
+    pub fn ublk(volume: &VolumeRef, device: impl Into<String>, link: Option<String>) -> Self {
+        Self {
+            volume: volume.to_string(),
+            via: Via::Ublk,
+            device: Some(device.into()),
+            link,
+            uri: None,
+        }
+    }
+
+    /// A volume that is exported on the NBD server's unix socket.
+    #[must_use]
+    pub fn nbd(volume: &VolumeRef, socket: &Path) -> Self {
+        let uri = format!("nbd+unix:///{volume}?socket={}", escaped(socket));
+        Self {
+            volume: volume.to_string(),
+            via: Via::Nbd,
+            device: None,
+            link: None,
+            uri: Some(uri),
+        }
+    }
+}
+
+/// A path as the value in a URL's query; slashes stay, which both sides allow and people can read.
+fn escaped(path: &Path) -> String {
+    let mut text = String::new();
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'_' | b'~' | b'-' => {
+                text.push(char::from(*byte))
+            }
+            _ => text += &format!("%{byte:02X}"),
+        }
+    }
+    text
+}
+
+/// The object store, as the daemon sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreStatus {
+    /// Its URL.
+    pub url: String,
+    /// Whether the last call succeeded.
+    pub healthy: bool,
+    /// For how long calls have been failing.
+    pub failing_ms: Option<u64>,
+    /// Why the last one failed.
+    pub last_error: Option<String>,
+}
+
+/// The cache device.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CacheStatus {
+    /// Where it is.
+    pub path: String,
+    /// Its id.
+    pub id: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Writes that the store does not have yet.
+    pub dirty_bytes: u64,
+    /// How much that may be.
+    pub dirty_max_bytes: u64,
+    /// Data that the store has too.
+    pub clean_bytes: u64,
+}
+
+/// How the daemon does.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StatusInfo {
+    /// Its version.
+    pub version: String,
+    /// The host's name.
+    pub host: String,
+    /// Its process.
+    pub pid: u32,
+    /// Since when it runs.
+    pub started_ms: u64,
+    /// Whether it can serve.
+    pub ready: bool,
+    /// Why it cannot.
+    pub not_ready: Option<String>,
+    /// The object store.
+    pub store: StoreStatus,
+    /// The cache device.
+    pub cache: CacheStatus,
+    /// Volumes attached here.
+    pub volumes_attached: u64,
+    /// Of those, how many have a problem.
+    pub volumes_failing: u64,
+    /// What the kernel's ublk can do, or why there is none.
+    pub ublk: String,
+    /// The NBD server's unix socket.
+    pub nbd_socket: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(text: &str) -> VolumeRef {
+        text.parse().unwrap()
+    }
+
+    fn spec(json: &str) -> Result<VolumeSpec, serde_json::Error> {
+        serde_json::from_str(json)
+    }
+
+    #[test]
+    fn spec_with_a_size_alone_gets_the_defaults() {
+        let spec = spec(r#"{"tenant":"acme","name":"db","size_bytes":1048576}"#).unwrap();
+        assert_eq!(
+            (spec.sector_size, spec.durability, spec.compression),
+            (512, Durability::Local, Compression::Lz4)
+        );
+        spec.check().unwrap();
+    }
+
+    #[test]
+    fn spec_with_an_unknown_field_is_refused() {
+        assert!(spec(r#"{"tenant":"acme","name":"db","size_bytes":1,"shape":"round"}"#).is_err());
+    }
+
+    #[test]
+    fn spec_with_impossible_geometry_is_refused() {
+        for (size_bytes, sector_size) in [
+            (0, 512),
+            (513, 512),
+            (512, 4096),
+            (512, 520),
+            ((1 << 60) + 4096, 4096),
+        ] {
+            let spec = VolumeSpec {
+                tenant: "t".parse().unwrap(),
+                name: "v".parse().unwrap(),
+                size_bytes,
+                sector_size,
+                durability: Durability::Local,
+                compression: Compression::Lz4,
+            };
+            assert!(spec.check().is_err(), "{size_bytes} {sector_size}");
+        }
+    }
+
+    #[test]
+    fn attach_info_has_the_fields_of_its_kind_only() {
+        let nbd = serde_json::to_value(AttachInfo::nbd(
+            &volume("acme/db"),
+            Path::new("/run/n.sock"),
+        ))
+        .unwrap();
+        let expected = serde_json::json!({
+            "volume": "acme/db", "via": "nbd", "uri": "nbd+unix:///acme/db?socket=/run/n.sock"
+        });
+        assert_eq!(nbd, expected);
+        let ublk = serde_json::to_value(AttachInfo::ublk(
+            &volume("a/b"),
+            "/dev/ublkb0",
+            Some("/dev/quarry/a/b".to_owned()),
+        ));
+        let expected = serde_json::json!({
+            "volume": "a/b", "via": "ublk", "device": "/dev/ublkb0", "link": "/dev/quarry/a/b"
+        });
+        assert_eq!(ublk.unwrap(), expected);
+    }
+
+    #[test]
+    fn nbd_address_with_an_odd_socket_path_is_escaped() {
+        let info = AttachInfo::nbd(&volume("a/b"), Path::new("/my dir/50%&.sock"));
+        assert_eq!(
+            info.uri.unwrap(),
+            "nbd+unix:///a/b?socket=/my%20dir/50%25%26.sock"
+        );
+    }
+
+    #[test]
+    fn words_are_the_same_in_json_and_in_text() {
+        for (state, word) in [
+            (State::AttachedElsewhere, "attached elsewhere"),
+            (State::Fenced, "fenced"),
+        ] {
+            assert_eq!(serde_json::to_value(state).unwrap(), word);
+            assert_eq!(state.as_str(), word);
+        }
+        assert_eq!(
+            serde_json::from_str::<State>("\"molten\"").unwrap(),
+            State::Unknown
+        );
+        assert_eq!(
+            serde_json::to_value(Via::Ublk).unwrap(),
+            Via::Ublk.to_string()
+        );
+    }
+}

@@ -1,0 +1,222 @@
+//! An engine of plain memory, for the tests of the API and of the command line.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use super::*;
+
+/// Keeps what it is told, and does nothing.
+#[derive(Default)]
+pub(crate) struct FakeEngine {
+    tenants: Mutex<Vec<TenantName>>,
+    volumes: Mutex<BTreeMap<VolumeRef, VolumeInfo>>,
+    /// How long an attach takes.
+    attach_time: Duration,
+    /// Why it is not ready, if so.
+    pub not_ready: Mutex<Option<String>>,
+}
+
+impl FakeEngine {
+    /// One whose attaches take that long.
+    pub fn slow(attach_time: Duration) -> Self {
+        Self {
+            attach_time,
+            ..Self::default()
+        }
+    }
+
+    fn change(&self, volume: &VolumeRef, change: impl FnOnce(&mut VolumeInfo)) -> ApiResult<()> {
+        let mut volumes = self.volumes.lock();
+        let found = volumes.get_mut(volume);
+        found.map(change).ok_or_else(|| ApiError::no_volume(volume))
+    }
+}
+
+#[async_trait]
+impl Engine for FakeEngine {
+    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+        let mut tenants = self.tenants.lock();
+        if tenants.iter().any(|t| t == tenant) {
+            return Err(ApiError::new(
+                Kind::Exists,
+                format!("tenant {tenant} exists already"),
+                "choose another name",
+            ));
+        }
+        tenants.push(tenant.clone());
+        Ok(TenantInfo {
+            name: tenant.to_string(),
+            created_ms: 1,
+        })
+    }
+
+    async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
+        let tenants = self.tenants.lock();
+        Ok(tenants
+            .iter()
+            .map(|name| TenantInfo {
+                name: name.to_string(),
+                created_ms: 1,
+            })
+            .collect())
+    }
+
+    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
+        let mut tenants = self.tenants.lock();
+        let at = tenants
+            .iter()
+            .position(|t| t == tenant)
+            .ok_or_else(|| ApiError::no_tenant(tenant))?;
+        tenants.remove(at);
+        Ok(())
+    }
+
+    async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
+        if !self.tenants.lock().contains(&spec.tenant) {
+            return Err(ApiError::no_tenant(&spec.tenant));
+        }
+        let info = VolumeInfo {
+            tenant: spec.tenant.to_string(),
+            name: spec.name.to_string(),
+            id: "f7a4f3a0-0000-4000-8000-000000000000".to_owned(),
+            size_bytes: spec.size_bytes,
+            sector_size: spec.sector_size,
+            durability: spec.durability,
+            compression: spec.compression,
+            ..VolumeInfo::default()
+        };
+        self.volumes.lock().insert(spec.volume(), info.clone());
+        Ok(info)
+    }
+
+    async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
+        let volumes = self.volumes.lock();
+        Ok(volumes
+            .values()
+            .filter(|v| tenant.is_none_or(|t| t.as_str() == v.tenant))
+            .cloned()
+            .collect())
+    }
+
+    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
+        let volumes = self.volumes.lock();
+        let found = volumes.get(volume).cloned();
+        found.ok_or_else(|| ApiError::no_volume(volume))
+    }
+
+    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+        assert_ne!(volume.name.as_str(), "panic", "asked to");
+        tokio::time::sleep(self.attach_time).await;
+        let info = AttachInfo::nbd(volume, std::path::Path::new("/run/nbd.sock"));
+        self.change(volume, |volume| {
+            volume.state = State::Attached;
+            volume.attached = Some(AttachedInfo {
+                via: options.via.unwrap_or(Via::Nbd),
+                uri: info.uri.clone(),
+                mode: "user memory".to_owned(),
+                epoch: 3,
+                read_only: options.read_only,
+                ..AttachedInfo::default()
+            });
+            volume.dirty_bytes = 5 << 20;
+            volume.rpo_ms = 1500;
+            volume.hit_ratio = Some(0.75);
+        })?;
+        Ok(info)
+    }
+
+    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
+        self.change(volume, |volume| {
+            volume.state = State::Detached;
+            volume.attached = None;
+        })
+    }
+
+    async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
+        self.change(volume, |volume| volume.dirty_bytes = 0)
+    }
+
+    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+        if self.show_volume(volume).await?.attached.is_some() {
+            let remedy = format!("detach it first with `quarry volume detach {volume}`");
+            return Err(ApiError::new(
+                Kind::Conflict,
+                format!("{volume} is attached"),
+                remedy,
+            ));
+        }
+        self.volumes.lock().remove(volume);
+        Ok(())
+    }
+
+    async fn status(&self) -> ApiResult<StatusInfo> {
+        let not_ready = self.not_ready.lock().clone();
+        Ok(StatusInfo {
+            version: "0.1.0".to_owned(),
+            host: "here".to_owned(),
+            ready: not_ready.is_none(),
+            not_ready,
+            store: StoreStatus {
+                url: "file:///store".to_owned(),
+                healthy: true,
+                ..StoreStatus::default()
+            },
+            ..StatusInfo::default()
+        })
+    }
+
+    async fn ready(&self) -> Result<(), String> {
+        self.not_ready.lock().clone().map_or(Ok(()), Err)
+    }
+
+    async fn metrics_text(&self) -> String {
+        "quarry_build_info 1\n".to_owned()
+    }
+}
+
+/// A control plane over `engine` in a directory of its own.
+pub(crate) struct FakeDaemon {
+    pub dir: tempfile::TempDir,
+    pub address: std::net::SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+impl FakeDaemon {
+    pub async fn start(engine: Arc<dyn Engine>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let listeners = Listeners::bind(&dir.path().join("q.sock"), Some(listen))
+            .await
+            .unwrap();
+        let address = listeners.health_address().unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let server = tokio::spawn(serve(engine, listeners, async {
+            let _ = stopped.await;
+        }));
+        Self {
+            dir,
+            address,
+            stop: Some(stop),
+            server,
+        }
+    }
+
+    pub fn socket(&self) -> std::path::PathBuf {
+        self.dir.path().join("q.sock")
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(self.socket()).unwrap()
+    }
+
+    pub async fn stop(mut self) {
+        drop(self.stop.take());
+        self.server.await.unwrap().unwrap();
+    }
+}

@@ -1,0 +1,263 @@
+//! Tenants and the names of volumes, in the object store.
+//!
+//! A name is unique because its record is created create-only. A volume's head is written before
+//! its name: a crash in between leaves a head that no name leads to. Deleting goes the other way
+//! round: without its name a volume cannot be attached any more, whatever is left of it.
+
+use bytes::Bytes;
+use quarry_objfmt::head::Head;
+use quarry_objfmt::record::{
+    NAME_KIND, NameRecord, TENANT_KIND, TenantRecord, decode_record, encode_record,
+};
+use quarry_objfmt::{
+    Encryption, Epoch, MapSeq, Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
+};
+
+use super::now_ms;
+use crate::backend::{HeadCell, HeadError};
+use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
+use crate::store::{Store, StoreError};
+
+/// Sectors of a frame in new volumes: 64 KiB, the unit of a fetch.
+const FRAME_SECTORS: u32 = 128;
+
+/// Objects deleted side by side.
+const DELETE_CONCURRENCY: usize = 16;
+
+/// A store's error as the API tells it.
+pub(super) fn store_error(error: &StoreError) -> ApiError {
+    let (kind, remedy) = match error {
+        StoreError::Denied { .. } => (Kind::Denied, "check the store's keys and their rights"),
+        StoreError::Unavailable { .. } => (Kind::Unavailable, "try again when the store answers"),
+        StoreError::NotFound { .. } => (Kind::NotFound, ""),
+        _ => (Kind::Damaged, ""),
+    };
+    ApiError::new(kind, error.to_string(), remedy)
+}
+
+fn damaged(key: &str, error: &impl std::fmt::Display) -> ApiError {
+    ApiError::new(
+        Kind::Damaged,
+        format!("{key}: {error}"),
+        "restore the object from a copy",
+    )
+}
+
+fn internal(error: &impl std::fmt::Display) -> ApiError {
+    ApiError::internal(error.to_string())
+}
+
+async fn check_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
+    match store.get(&keys::tenant_key(tenant)).await {
+        Ok(_) => Ok(()),
+        Err(StoreError::NotFound { .. }) => Err(ApiError::no_tenant(tenant)),
+        Err(error) => Err(store_error(&error)),
+    }
+}
+
+pub(super) async fn create_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<TenantInfo> {
+    let record = TenantRecord {
+        name: tenant.to_string(),
+        created_ms: now_ms(),
+    };
+    let bytes = encode_record(TENANT_KIND, &record).map_err(|e| internal(&e))?;
+    match store
+        .create(&keys::tenant_key(tenant), Bytes::from(bytes))
+        .await
+    {
+        Ok(_)
+        | Err(StoreError::Exists {
+            after_retry: true, ..
+        }) => Ok(TenantInfo {
+            name: record.name,
+            created_ms: record.created_ms,
+        }),
+        Err(StoreError::Exists { .. }) => {
+            let message = format!("there is a tenant {tenant} already");
+            Err(ApiError::new(Kind::Exists, message, "choose another name"))
+        }
+        Err(error) => Err(store_error(&error)),
+    }
+}
+
+pub(super) async fn list_tenants(store: &dyn Store) -> ApiResult<Vec<TenantInfo>> {
+    let mut all = Vec::new();
+    for key in store
+        .list(keys::TENANTS_PREFIX)
+        .await
+        .map_err(|e| store_error(&e))?
+    {
+        let (bytes, _) = store.get(&key).await.map_err(|e| store_error(&e))?;
+        let record: TenantRecord =
+            decode_record(TENANT_KIND, &bytes).map_err(|e| damaged(&key, &e))?;
+        all.push(TenantInfo {
+            name: record.name,
+            created_ms: record.created_ms,
+        });
+    }
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
+}
+
+pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
+    check_tenant(store, tenant).await?;
+    let names = store
+        .list(&keys::names_prefix(tenant))
+        .await
+        .map_err(|e| store_error(&e))?;
+    if !names.is_empty() {
+        let message = format!("tenant {tenant} has {} volumes", names.len());
+        return Err(ApiError::new(Kind::Conflict, message, "delete them first"));
+    }
+    store
+        .delete(&keys::tenant_key(tenant))
+        .await
+        .map_err(|e| store_error(&e))
+}
+
+pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiResult<()> {
+    check_tenant(store, &spec.tenant).await?;
+    let name_key = keys::name_key(&spec.tenant, &spec.name);
+    let exists = || {
+        let message = format!("there is a volume {} already", spec.volume());
+        ApiError::new(
+            Kind::Exists,
+            message,
+            "choose another name, or delete it first",
+        )
+    };
+    match store.get(&name_key).await {
+        Ok(_) => return Err(exists()),
+        Err(StoreError::NotFound { .. }) => {}
+        Err(error) => return Err(store_error(&error)),
+    }
+    let volume = VolumeId::from(uuid::Uuid::new_v4());
+    let created_ms = now_ms();
+    let size =
+        Sectors::from_bytes(spec.size_bytes).ok_or_else(|| internal(&"an unchecked size"))?;
+    let head = Head {
+        volume,
+        tenant: spec.tenant.to_string(),
+        name: spec.name.to_string(),
+        created_ms,
+        sector_size: spec.sector_size,
+        frame_sectors: FRAME_SECTORS,
+        compression: spec.compression,
+        encryption: Encryption::None,
+        durability: spec.durability,
+        size,
+        epoch: Epoch::ZERO,
+        owner: None,
+        lineage: None,
+        log: Vec::new(),
+        root: None,
+        root_write: WriteSeq::ZERO,
+        next_map: MapSeq::ZERO,
+        stored_bytes: 0,
+    };
+    let head_key = keys::head_key(&spec.tenant, volume);
+    store
+        .create(&head_key, Bytes::from(head.encode()))
+        .await
+        .map_err(|e| store_error(&e))?;
+    let bytes =
+        encode_record(NAME_KIND, &NameRecord { volume, created_ms }).map_err(|e| internal(&e))?;
+    match store.create(&name_key, Bytes::from(bytes)).await {
+        Ok(_) => Ok(()),
+        // The lost answer of our own try, or somebody quicker: the record tells.
+        Err(StoreError::Exists { .. }) if find(store, &spec.volume()).await? == volume => Ok(()),
+        Err(StoreError::Exists { .. }) => {
+            store.delete(&head_key).await.map_err(|e| store_error(&e))?;
+            Err(exists())
+        }
+        Err(error) => Err(store_error(&error)),
+    }
+}
+
+/// The volume of this name.
+pub(super) async fn find(store: &dyn Store, volume: &VolumeRef) -> ApiResult<VolumeId> {
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    match store.get(&key).await {
+        Ok((bytes, _)) => {
+            let record: NameRecord =
+                decode_record(NAME_KIND, &bytes).map_err(|e| damaged(&key, &e))?;
+            Ok(record.volume)
+        }
+        Err(StoreError::NotFound { .. }) => Err(ApiError::no_volume(volume)),
+        Err(error) => Err(store_error(&error)),
+    }
+}
+
+/// The head of the volume of this name.
+pub(super) async fn head(store: &dyn Store, volume: &VolumeRef) -> ApiResult<Head> {
+    let id = find(store, volume).await?;
+    let key = keys::head_key(&volume.tenant, id);
+    match HeadCell::read(store, &key).await {
+        Ok((head, _)) => Ok(head),
+        Err(HeadError::Store(error)) => Err(store_error(&error)),
+        Err(error) => Err(ApiError::new(
+            Kind::Damaged,
+            format!("{volume}: {error}"),
+            "restore the object from a copy",
+        )),
+    }
+}
+
+pub(super) async fn list_volumes(
+    store: &dyn Store,
+    tenant: Option<&TenantName>,
+) -> ApiResult<Vec<VolumeRef>> {
+    let tenants = match tenant {
+        Some(tenant) => {
+            check_tenant(store, tenant).await?;
+            vec![tenant.clone()]
+        }
+        None => {
+            let all = list_tenants(store).await?;
+            all.into_iter()
+                .filter_map(|t| TenantName::new(t.name).ok())
+                .collect()
+        }
+    };
+    let mut volumes = Vec::new();
+    for tenant in tenants {
+        let prefix = keys::names_prefix(&tenant);
+        for key in store.list(&prefix).await.map_err(|e| store_error(&e))? {
+            if let Some(Ok(name)) = key.strip_prefix(&prefix).map(VolumeName::new) {
+                volumes.push(VolumeRef {
+                    tenant: tenant.clone(),
+                    name,
+                });
+            }
+        }
+    }
+    volumes.sort();
+    Ok(volumes)
+}
+
+pub(super) async fn delete_volume(store: &dyn Store, volume: &VolumeRef) -> ApiResult<()> {
+    use futures::{StreamExt, TryStreamExt};
+    let id = find(store, volume).await?;
+    if let Ok(head) = head(store, volume).await
+        && let Some(owner) = head.owner
+    {
+        let message = format!("{volume} is attached by host {}", owner.host);
+        return Err(ApiError::new(
+            Kind::Conflict,
+            message,
+            "detach it there first",
+        ));
+    }
+    let name_key = keys::name_key(&volume.tenant, &volume.name);
+    store.delete(&name_key).await.map_err(|e| store_error(&e))?;
+    let objects = store
+        .list(&keys::volume_prefix(&volume.tenant, id))
+        .await
+        .map_err(|e| store_error(&e))?;
+    futures::stream::iter(objects)
+        .map(|key| async move { store.delete(&key).await })
+        .buffer_unordered(DELETE_CONCURRENCY)
+        .try_for_each(|()| async { Ok(()) })
+        .await
+        .map_err(|e| store_error(&e))
+}

@@ -1,0 +1,13 @@
+//! Quarry's daemon and its command line.
+
+pub mod backend;
+pub mod cli;
+pub mod control;
+pub mod daemon;
+pub mod demo;
+pub mod engine;
+pub mod metrics;
+pub mod nbd;
+pub mod reactor;
+pub mod store;
+pub mod ublk;

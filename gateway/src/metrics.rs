@@ -1,0 +1,611 @@
+//! Metrics: one table of all names, helps and labels, and their text at a scrape.
+//!
+//! Owns the names and nothing that is counted: the engine hands over [`Snapshot`]s of plain
+//! counters, and [`Metrics::render`] is a pure function of them and of what is in the registry
+//! (histograms and counters that other modules register). So a name exists once, counters of I/O
+//! paths stay plain integers, and the cost of metrics falls due at the scrape.
+//!
+//! **Invariant:** names follow Prometheus' conventions: base units, `_total` on counters only.
+
+use std::time::Duration;
+
+use prometheus::core::Collector;
+use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::{Registry, TextEncoder};
+
+/// What one attached volume has counted since it was attached, and its gauges.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VolumeStats {
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Read requests completed.
+    pub reads: u64,
+    /// Bytes of reads completed.
+    pub read_bytes: u64,
+    /// Write requests completed.
+    pub writes: u64,
+    /// Bytes of writes completed.
+    pub write_bytes: u64,
+    /// Flushes completed.
+    pub flushes: u64,
+    /// Discards and write-zeroes completed.
+    pub discards: u64,
+    /// Requests completed with an error.
+    pub errors: u64,
+    /// Bytes read that the cache had.
+    pub hit_bytes: u64,
+    /// Bytes read that the store had to give.
+    pub miss_bytes: u64,
+    /// Bytes of requests that passed through the daemon's memory.
+    pub copied_bytes: u64,
+    /// Bytes read that were holes.
+    pub zero_fill_bytes: u64,
+    /// Bytes that the store does not have yet.
+    pub dirty_bytes: u64,
+    /// Age of the oldest write that the store does not have yet.
+    pub rpo_ms: u64,
+    /// Bytes on the cache device.
+    pub cached_bytes: u64,
+    /// Bytes of chunks uploaded.
+    pub uploaded_bytes: u64,
+    /// Chunks uploaded.
+    pub uploaded_chunks: u64,
+    /// Checkpoints made.
+    pub checkpoints: u64,
+    /// Bytes of map objects uploaded.
+    pub map_bytes: u64,
+    /// Bytes fetched for misses and readahead.
+    pub fetched_bytes: u64,
+    /// Ranged GETs for misses and readahead.
+    pub fetches: u64,
+    /// 1 while writes wait for the store, else 0.
+    pub stalled: u64,
+    /// 1 while something is wrong with it, else 0.
+    pub failed: u64,
+}
+
+/// The cache device's gauges and counters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CacheStats {
+    /// Its size.
+    pub size_bytes: u64,
+    /// Bytes that the store does not have yet.
+    pub dirty_bytes: u64,
+    /// How many that may be.
+    pub dirty_max_bytes: u64,
+    /// Bytes that the store has too.
+    pub clean_bytes: u64,
+    /// Segments free.
+    pub segments_free: u64,
+    /// Segments in use.
+    pub segments_used: u64,
+    /// Segments reclaimed since the start.
+    pub reclaims: u64,
+    /// Memory of map nodes.
+    pub node_bytes: u64,
+    /// Lookups of map nodes that memory had.
+    pub node_hits: u64,
+    /// Lookups of map nodes that the store had to give.
+    pub node_misses: u64,
+}
+
+/// One kind of call to the object store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StoreCall {
+    /// Such as `get`, `create` or `replace`.
+    pub operation: &'static str,
+    /// Such as `ok`, `precondition` or `error`.
+    pub outcome: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// The object store's counters.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct StoreStats {
+    /// Calls by operation and outcome.
+    pub calls: Vec<StoreCall>,
+    /// Time that calls were under way, all together, by operation.
+    pub busy: Vec<(&'static str, Duration)>,
+    /// Bytes received.
+    pub read_bytes: u64,
+    /// Bytes sent.
+    pub write_bytes: u64,
+    /// Attempts after the first.
+    pub retries: u64,
+    /// Calls under way, now.
+    pub in_flight: u64,
+    /// Calls that wait for a place, now.
+    pub waiting: u64,
+    /// For how long calls have been failing; 0 when they are not.
+    pub failing_ms: u64,
+}
+
+/// All that the engine counts, at one moment.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Snapshot {
+    /// Attached volumes: tenant, name, counters.
+    pub volumes: Vec<(String, String, VolumeStats)>,
+    /// The cache device.
+    pub cache: CacheStats,
+    /// The object store.
+    pub store: StoreStats,
+}
+
+/// Where a metric's values come from.
+#[derive(Clone, Copy)]
+enum Source {
+    /// One value a volume, labelled `tenant` and `volume`.
+    Volume(fn(&VolumeStats) -> f64),
+    /// One value.
+    Cache(fn(&CacheStats) -> f64),
+    /// One value.
+    Store(fn(&StoreStats) -> f64),
+    /// One value an operation and outcome, labelled so.
+    StoreCalls,
+    /// One value an operation, labelled so.
+    StoreBusy,
+    /// Always 1, labelled `version`.
+    Build,
+}
+
+struct Definition {
+    name: &'static str,
+    help: &'static str,
+    kind: MetricType,
+    source: Source,
+}
+
+const fn counter(name: &'static str, help: &'static str, source: Source) -> Definition {
+    Definition {
+        name,
+        help,
+        kind: MetricType::COUNTER,
+        source,
+    }
+}
+
+const fn gauge(name: &'static str, help: &'static str, source: Source) -> Definition {
+    Definition {
+        name,
+        help,
+        kind: MetricType::GAUGE,
+        source,
+    }
+}
+
+macro_rules! of {
+    ($source:ident . $field:ident) => {
+        Source::$source(|stats| count(stats.$field))
+    };
+    ($source:ident . $field:ident in ms) => {
+        Source::$source(|stats| count(stats.$field) / 1000.0)
+    };
+}
+
+/// Every metric made of a snapshot. By name within each source.
+static TABLE: &[Definition] = &[
+    gauge(
+        "quarry_build_info",
+        "Version of the daemon, as a label of the constant 1.",
+        Source::Build,
+    ),
+    counter(
+        "quarry_volume_checkpoints_total",
+        "Checkpoints made.",
+        of!(Volume.checkpoints),
+    ),
+    counter(
+        "quarry_volume_copied_bytes_total",
+        "Bytes of requests that passed through the daemon's memory.",
+        of!(Volume.copied_bytes),
+    ),
+    counter(
+        "quarry_volume_discards_total",
+        "Discards and write-zeroes completed.",
+        of!(Volume.discards),
+    ),
+    counter(
+        "quarry_volume_errors_total",
+        "Requests completed with an error.",
+        of!(Volume.errors),
+    ),
+    counter(
+        "quarry_volume_fetched_bytes_total",
+        "Bytes fetched from the store for misses and readahead.",
+        of!(Volume.fetched_bytes),
+    ),
+    counter(
+        "quarry_volume_fetches_total",
+        "Ranged reads of the store for misses and readahead.",
+        of!(Volume.fetches),
+    ),
+    counter(
+        "quarry_volume_flushes_total",
+        "Flushes completed.",
+        of!(Volume.flushes),
+    ),
+    counter(
+        "quarry_volume_hit_bytes_total",
+        "Bytes read that the cache had.",
+        of!(Volume.hit_bytes),
+    ),
+    counter(
+        "quarry_volume_map_bytes_total",
+        "Bytes of map objects uploaded.",
+        of!(Volume.map_bytes),
+    ),
+    counter(
+        "quarry_volume_miss_bytes_total",
+        "Bytes read that the store had to give.",
+        of!(Volume.miss_bytes),
+    ),
+    counter(
+        "quarry_volume_read_bytes_total",
+        "Bytes read.",
+        of!(Volume.read_bytes),
+    ),
+    counter(
+        "quarry_volume_reads_total",
+        "Reads completed.",
+        of!(Volume.reads),
+    ),
+    counter(
+        "quarry_volume_uploaded_bytes_total",
+        "Bytes of chunks uploaded.",
+        of!(Volume.uploaded_bytes),
+    ),
+    counter(
+        "quarry_volume_uploaded_chunks_total",
+        "Chunks uploaded.",
+        of!(Volume.uploaded_chunks),
+    ),
+    counter(
+        "quarry_volume_write_bytes_total",
+        "Bytes written.",
+        of!(Volume.write_bytes),
+    ),
+    counter(
+        "quarry_volume_writes_total",
+        "Writes completed.",
+        of!(Volume.writes),
+    ),
+    counter(
+        "quarry_volume_zero_fill_bytes_total",
+        "Bytes read that were holes.",
+        of!(Volume.zero_fill_bytes),
+    ),
+    gauge(
+        "quarry_volume_cached_bytes",
+        "Bytes of the volume on the cache device.",
+        of!(Volume.cached_bytes),
+    ),
+    gauge(
+        "quarry_volume_dirty_bytes",
+        "Bytes that the store does not have yet.",
+        of!(Volume.dirty_bytes),
+    ),
+    gauge(
+        "quarry_volume_failed",
+        "1 while something is wrong with the volume.",
+        of!(Volume.failed),
+    ),
+    gauge(
+        "quarry_volume_rpo_seconds",
+        "Age of the oldest write that the store does not have yet.",
+        of!(Volume.rpo_ms in ms),
+    ),
+    gauge(
+        "quarry_volume_size_bytes",
+        "Size of the volume.",
+        of!(Volume.size_bytes),
+    ),
+    gauge(
+        "quarry_volume_stalled",
+        "1 while writes wait for the store.",
+        of!(Volume.stalled),
+    ),
+    counter(
+        "quarry_cache_node_hits_total",
+        "Lookups of map nodes that memory had.",
+        of!(Cache.node_hits),
+    ),
+    counter(
+        "quarry_cache_node_misses_total",
+        "Lookups of map nodes that the store had to give.",
+        of!(Cache.node_misses),
+    ),
+    counter(
+        "quarry_cache_reclaims_total",
+        "Segments reclaimed.",
+        of!(Cache.reclaims),
+    ),
+    gauge(
+        "quarry_cache_clean_bytes",
+        "Bytes cached that the store has too.",
+        of!(Cache.clean_bytes),
+    ),
+    gauge(
+        "quarry_cache_dirty_bytes",
+        "Bytes cached that the store does not have yet.",
+        of!(Cache.dirty_bytes),
+    ),
+    gauge(
+        "quarry_cache_dirty_max_bytes",
+        "How many bytes may be dirty before writes wait.",
+        of!(Cache.dirty_max_bytes),
+    ),
+    gauge(
+        "quarry_cache_node_bytes",
+        "Memory of map nodes.",
+        of!(Cache.node_bytes),
+    ),
+    gauge(
+        "quarry_cache_segments_free",
+        "Segments of the cache device that are free.",
+        of!(Cache.segments_free),
+    ),
+    gauge(
+        "quarry_cache_segments_used",
+        "Segments of the cache device that are in use.",
+        of!(Cache.segments_used),
+    ),
+    gauge(
+        "quarry_cache_size_bytes",
+        "Size of the cache device.",
+        of!(Cache.size_bytes),
+    ),
+    counter(
+        "quarry_store_busy_seconds_total",
+        "Time that calls to the store were under way, all together, by operation.",
+        Source::StoreBusy,
+    ),
+    counter(
+        "quarry_store_read_bytes_total",
+        "Bytes received from the store.",
+        of!(Store.read_bytes),
+    ),
+    counter(
+        "quarry_store_requests_total",
+        "Calls to the store, by operation and outcome.",
+        Source::StoreCalls,
+    ),
+    counter(
+        "quarry_store_retries_total",
+        "Attempts at calls to the store after the first.",
+        of!(Store.retries),
+    ),
+    counter(
+        "quarry_store_write_bytes_total",
+        "Bytes sent to the store.",
+        of!(Store.write_bytes),
+    ),
+    gauge(
+        "quarry_store_failing_seconds",
+        "For how long calls to the store have been failing.",
+        of!(Store.failing_ms in ms),
+    ),
+    gauge(
+        "quarry_store_in_flight",
+        "Calls to the store under way.",
+        of!(Store.in_flight),
+    ),
+    gauge(
+        "quarry_store_waiting",
+        "Calls to the store that wait for a place.",
+        of!(Store.waiting),
+    ),
+];
+
+/// Exact below 2^53: for bytes, 8 PiB.
+const fn count(value: u64) -> f64 {
+    value as f64
+}
+
+/// The metrics of one daemon.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    registry: Registry,
+}
+
+impl Metrics {
+    /// None yet but those of the table.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a metric that its owner keeps itself, such as a histogram.
+    ///
+    /// # Errors
+    /// If its name is taken.
+    pub fn register(&self, collector: impl Collector + 'static) -> prometheus::Result<()> {
+        if collector
+            .desc()
+            .iter()
+            .any(|desc| names().any(|name| name == desc.fq_name))
+        {
+            return Err(prometheus::Error::AlreadyReg);
+        }
+        self.registry.register(Box::new(collector))
+    }
+
+    /// The text of a scrape.
+    #[must_use]
+    pub fn render(&self, snapshot: &Snapshot) -> String {
+        let mut families: Vec<_> = TABLE
+            .iter()
+            .map(|definition| definition.family(snapshot))
+            .collect();
+        families.extend(self.registry.gather());
+        // A family without a value cannot be encoded.
+        families.retain(|family| !family.get_metric().is_empty());
+        let mut text = String::new();
+        if let Err(error) = TextEncoder::new().encode_utf8(&families, &mut text) {
+            tracing::error!(%error, "the metrics cannot be encoded");
+        }
+        text
+    }
+}
+
+/// The names of all metrics of the table.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    TABLE.iter().map(|definition| definition.name)
+}
+
+impl Definition {
+    fn family(&self, snapshot: &Snapshot) -> MetricFamily {
+        let metrics = match self.source {
+            Source::Volume(value) => snapshot
+                .volumes
+                .iter()
+                .map(|(tenant, name, stats)| {
+                    self.metric(&[("tenant", tenant), ("volume", name)], value(stats))
+                })
+                .collect(),
+            Source::Cache(value) => vec![self.metric(&[], value(&snapshot.cache))],
+            Source::Store(value) => vec![self.metric(&[], value(&snapshot.store))],
+            Source::StoreCalls => {
+                let calls = snapshot.store.calls.iter();
+                calls
+                    .map(|c| {
+                        self.metric(
+                            &[("operation", c.operation), ("outcome", c.outcome)],
+                            count(c.count),
+                        )
+                    })
+                    .collect()
+            }
+            Source::StoreBusy => {
+                let busy = snapshot.store.busy.iter();
+                busy.map(|(operation, time)| {
+                    self.metric(&[("operation", operation)], time.as_secs_f64())
+                })
+                .collect()
+            }
+            Source::Build => vec![self.metric(&[("version", env!("CARGO_PKG_VERSION"))], 1.0)],
+        };
+        let mut family = MetricFamily::default();
+        family.set_name(self.name.to_owned());
+        family.set_help(self.help.to_owned());
+        family.set_field_type(self.kind);
+        family.set_metric(metrics);
+        family
+    }
+
+    fn metric(&self, labels: &[(&str, &str)], value: f64) -> Metric {
+        let pair = |(name, value): &(&str, &str)| {
+            let mut pair = LabelPair::default();
+            pair.set_name((*name).to_owned());
+            pair.set_value((*value).to_owned());
+            pair
+        };
+        let mut metric = Metric::from_label(labels.iter().map(pair).collect());
+        if self.kind == MetricType::COUNTER {
+            let mut counter = Counter::default();
+            counter.set_value(value);
+            metric.set_counter(counter);
+        } else {
+            let mut gauge = Gauge::default();
+            gauge.set_value(value);
+            metric.set_gauge(gauge);
+        }
+        metric
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot() -> Snapshot {
+        let stats = VolumeStats {
+            read_bytes: 4096,
+            rpo_ms: 1500,
+            stalled: 1,
+            ..VolumeStats::default()
+        };
+        let call = StoreCall {
+            operation: "get",
+            outcome: "ok",
+            count: 7,
+        };
+        Snapshot {
+            volumes: vec![("acme".to_owned(), "db".to_owned(), stats)],
+            cache: CacheStats {
+                size_bytes: 1 << 30,
+                ..CacheStats::default()
+            },
+            store: StoreStats {
+                calls: vec![call],
+                busy: vec![("get", Duration::from_millis(250))],
+                ..StoreStats::default()
+            },
+        }
+    }
+
+    #[test]
+    fn scrape_of_a_snapshot_has_its_values_and_labels() {
+        let text = Metrics::new().render(&snapshot());
+        for line in [
+            "# TYPE quarry_volume_read_bytes_total counter",
+            "quarry_volume_read_bytes_total{tenant=\"acme\",volume=\"db\"} 4096",
+            "quarry_volume_rpo_seconds{tenant=\"acme\",volume=\"db\"} 1.5",
+            "quarry_volume_stalled{tenant=\"acme\",volume=\"db\"} 1",
+            "quarry_cache_size_bytes 1073741824",
+            "quarry_store_busy_seconds_total{operation=\"get\"} 0.25",
+            "quarry_store_requests_total{operation=\"get\",outcome=\"ok\"} 7",
+            concat!(
+                "quarry_build_info{version=\"",
+                env!("CARGO_PKG_VERSION"),
+                "\"} 1"
+            ),
+        ] {
+            assert!(
+                text.lines().any(|l| l == line),
+                "{line} is missing in\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn scrape_without_volumes_is_still_valid() {
+        let text = Metrics::new().render(&Snapshot::default());
+        assert!(
+            text.contains("quarry_build_info") && !text.contains("quarry_volume_"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn table_keeps_to_the_conventions() {
+        let mut seen = std::collections::BTreeSet::new();
+        for definition in TABLE {
+            let name = definition.name;
+            assert!(seen.insert(name), "{name} is there twice");
+            assert!(name.starts_with("quarry_"), "{name}");
+            assert_eq!(
+                name.ends_with("_total"),
+                definition.kind == MetricType::COUNTER,
+                "{name}"
+            );
+            assert!(definition.help.ends_with('.'), "{name}");
+            assert!(!name.contains("_ms"), "{name} is not in base units");
+        }
+    }
+
+    #[test]
+    fn metric_of_a_module_is_scraped_and_cannot_take_a_tables_name() {
+        let metrics = Metrics::new();
+        let own = prometheus::IntCounter::new("quarry_own_total", "Own.").unwrap();
+        own.inc_by(3);
+        metrics.register(own).unwrap();
+        let taken = prometheus::IntCounter::new("quarry_volume_reads_total", "Taken.").unwrap();
+        assert!(metrics.register(taken).is_err());
+        assert!(
+            metrics
+                .render(&snapshot())
+                .contains("\nquarry_own_total 3\n")
+        );
+    }
+}

@@ -1,0 +1,248 @@
+//! The NBD front end: volumes for hosts without ublk, for QEMU, and for tests.
+//!
+//! A connection is negotiated in tokio ([`negotiate`](mod@negotiate)); its socket then goes to the
+//! reactor of its volume, where a [`Connection`] serves it on the reactor's ring without ever
+//! leaving that thread.
+//!
+//! Owns: sockets, the protocol, the memory of requests. Does not own: which volumes there are
+//! ([`ExportDirectory`]), what they do.
+
+pub mod client;
+mod connection;
+pub mod negotiate;
+pub mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::Semaphore;
+
+pub use self::connection::Connection;
+use crate::reactor::{Geometry, Message, ReactorHandle, VolumeKey};
+
+/// Longest time from a connection to its first request.
+const NEGOTIATION_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// Most connections at once, in negotiation or in use.
+const CONNECTIONS_MAX: usize = 1024;
+
+/// Wait after a failed `accept` (no file descriptors left, mostly).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A volume that can be had over NBD.
+#[derive(Clone)]
+pub struct Export {
+    /// The reactor that serves the volume.
+    pub reactor: ReactorHandle,
+    /// The volume's name there.
+    pub volume: VolumeKey,
+    /// The volume's shape.
+    pub geometry: Geometry,
+}
+
+/// Which volumes can be had, by their names `tenant/volume`.
+pub trait ExportDirectory: Send + Sync + 'static {
+    /// The export of this name. Must not block.
+    fn lookup(&self, name: &str) -> Option<Export>;
+
+    /// All names. Must not block.
+    fn list(&self) -> Vec<String>;
+}
+
+/// Why an NBD socket could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another daemon listens there.
+    #[error("{path}: another daemon is listening on this socket; stop it or choose another path")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file is in the way.
+    #[error("{path}: there is a file that is not a socket; remove it or choose another path")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("{path}: the socket cannot be opened")]
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Opens a unix socket for the owner and the group; the leftover of a dead daemon is replaced.
+///
+/// # Errors
+/// See [`ListenError`].
+pub fn listen_unix(path: &Path) -> Result<UnixListener, ListenError> {
+    let fail = |source| ListenError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::NotASocket {
+                path: path.to_owned(),
+            });
+        }
+        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => {
+                return Err(ListenError::InUse {
+                    path: path.to_owned(),
+                });
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(fail)?
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(fail(error)),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(fail(error)),
+    }
+    let listener = UnixListener::bind(path).map_err(fail)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(fail)?;
+    Ok(listener)
+}
+
+/// Accepts connections and hands them to the reactors of their volumes. Cheap to clone.
+#[derive(Clone)]
+pub struct NbdServer {
+    directory: Arc<dyn ExportDirectory>,
+    connections: Arc<Semaphore>,
+}
+
+impl NbdServer {
+    /// A server of these exports.
+    #[must_use]
+    pub fn new(directory: Arc<dyn ExportDirectory>) -> Self {
+        Self {
+            directory,
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        }
+    }
+
+    /// Serves a unix socket, until the future is dropped. Connections that are through their
+    /// handshake live on: they belong to their volumes.
+    pub async fn serve_unix(&self, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    self.welcome(stream, |stream| stream.into_std().and_then(blocking_unix))
+                }
+                Err(error) => pause(&error).await,
+            }
+        }
+    }
+
+    /// Serves a TCP socket, until the future is dropped.
+    pub async fn serve_tcp(&self, listener: TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => self.welcome_tcp(stream),
+                Err(error) => pause(&error).await,
+            }
+        }
+    }
+
+    fn welcome_tcp(&self, stream: TcpStream) {
+        // Without it a reply waits for the acknowledgement of the one before it.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY was refused");
+        }
+        if let Err(error) = rustix::net::sockopt::set_socket_keepalive(&stream, true) {
+            tracing::debug!(%error, "SO_KEEPALIVE was refused");
+        }
+        self.welcome(stream, |stream| stream.into_std().and_then(blocking_tcp));
+    }
+
+    /// Starts the handshake of a fresh connection.
+    fn welcome<S>(
+        &self,
+        mut stream: S,
+        into_fd: impl FnOnce(S) -> io::Result<OwnedFd> + Send + 'static,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
+            tracing::warn!(
+                max = CONNECTIONS_MAX,
+                "an NBD connection was refused: there are too many"
+            );
+            return;
+        };
+        let directory = Arc::clone(&self.directory);
+        tokio::spawn(async move {
+            let negotiation = negotiate::negotiate(&mut stream, &*directory);
+            let negotiated = match tokio::time::timeout(NEGOTIATION_TIME_MAX, negotiation).await {
+                Ok(Ok(Some(negotiated))) => negotiated,
+                Ok(Ok(None)) => return,
+                Ok(Err(error)) => {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "an NBD handshake failed"
+                    );
+                    return;
+                }
+                Err(_) => {
+                    tracing::debug!("an NBD handshake took too long");
+                    return;
+                }
+            };
+            let fd = match into_fd(stream) {
+                Ok(fd) => fd,
+                Err(error) => {
+                    tracing::warn!(%error, "an NBD socket cannot be handed on");
+                    return;
+                }
+            };
+            let export = negotiated.export;
+            let connection =
+                Connection::new(fd, negotiated.structured).with_guard(Box::new(permit));
+            let message = Message::AddFrontEnd {
+                key: export.volume,
+                front_end: Box::new(connection),
+            };
+            if export.reactor.send(message).await.is_err() {
+                tracing::debug!("an NBD client came while the daemon went");
+            }
+        });
+    }
+}
+
+/// The ring waits by itself, if the socket is one that can block.
+fn blocking_unix(stream: std::os::unix::net::UnixStream) -> io::Result<OwnedFd> {
+    stream.set_nonblocking(false)?;
+    Ok(stream.into())
+}
+
+fn blocking_tcp(stream: std::net::TcpStream) -> io::Result<OwnedFd> {
+    stream.set_nonblocking(false)?;
+    Ok(stream.into())
+}
+
+async fn pause(error: &io::Error) {
+    tracing::warn!(%error, "an NBD connection cannot be accepted");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
+
+impl std::fmt::Debug for NbdServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NbdServer").finish_non_exhaustive()
+    }
+}

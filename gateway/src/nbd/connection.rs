@@ -1,0 +1,638 @@
+//! A connection in transmission: requests off the socket, replies back, on the reactor's ring.
+//!
+//! One receive and one send are under way at most. A receive fills the input buffer with as many
+//! requests as have come; the payload of a write that is not all there yet is received straight into
+//! the request's memory. All replies of a batch go out in one `sendmsg`.
+//!
+//! Invariants:
+//! - A request's memory is freed after its reply was sent or given up, and never while the volume
+//!   or the kernel has it.
+//! - Memory and number of requests, replies included, are bounded: at a bound the connection stops
+//!   reading its socket, and goes on when a reply is out.
+//! - The input buffer is moved and parsed only while no receive is under way.
+
+use std::any::Any;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use io_uring::{opcode, types};
+use quarry_objfmt::{LbaRange, SECTOR_SIZE};
+use quarry_volume::{IoError, Op};
+use rustix::net::Shutdown;
+use slab::Slab;
+
+use super::wire::{self, Command, REQUEST_LEN, ReplyHead, RequestHeader};
+use crate::reactor::memory::{AlignedBuf, Pool};
+use crate::reactor::{Buffer, FrontEnd, Port};
+
+/// Bytes received at once: about 31 requests of 4 KiB with their payloads. More would only mean
+/// more copying of large payloads.
+const INPUT_BYTES: usize = 128 << 10;
+
+/// Most memory of a connection's requests and replies, in bytes: two of the largest.
+const BUFFER_BYTES_MAX: usize = 64 << 20;
+
+/// Memory kept for reuse, in bytes: 256 requests of 4 KiB and more.
+const BUFFER_KEPT_BYTES: usize = 4 << 20;
+
+/// Most requests of a connection under way, replies not sent yet included. Keeps a send below the
+/// kernel's limit of 1024 parts.
+const REQUESTS_MAX: usize = 256;
+
+/// How long a connection that ends waits for a client that does not take its replies.
+const END_GRACE_MS: u64 = 5_000;
+
+const TAG_RECEIVE: u32 = 0;
+const TAG_SEND: u32 = 1;
+
+/// What a request was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Read {
+        offset: u64,
+    },
+    Write {
+        range: LbaRange,
+        fua: bool,
+    },
+    /// A discard that must be durable: a flush follows it.
+    TrimThenFlush,
+    Other,
+}
+
+/// A request under way.
+struct Pending {
+    cookie: u64,
+    kind: Kind,
+    buf: Option<AlignedBuf>,
+    len: u32,
+}
+
+/// A reply to be sent.
+struct Reply {
+    head: ReplyHead,
+    data: Option<(AlignedBuf, u32)>,
+}
+
+/// What the next bytes of the stream are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Expect {
+    Header,
+    /// The rest of a write's payload.
+    Payload {
+        key: usize,
+        filled: u32,
+    },
+    /// The rest of a refused write's payload.
+    Skip {
+        left: u32,
+    },
+}
+
+/// Where a receive puts its bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Receiving {
+    Idle,
+    Input,
+    Payload,
+}
+
+/// The replies of one send, as the kernel sees them.
+struct Outgoing {
+    message: Box<libc::msghdr>,
+    parts: Vec<libc::iovec>,
+    /// The first part that is not all sent.
+    first: usize,
+    heads: Vec<u8>,
+    replies: Vec<Reply>,
+    under_way: bool,
+}
+
+// SAFETY: the pointers in `message` and `parts` lead into `parts`, `heads` and `replies`, which move
+// with it and whose memory is on the heap.
+unsafe impl Send for Outgoing {}
+
+/// A client of one volume, in transmission.
+pub struct Connection {
+    fd: OwnedFd,
+    structured: bool,
+    input: AlignedBuf,
+    /// The bytes of `input` that were received and not parsed.
+    input_start: usize,
+    input_end: usize,
+    expect: Expect,
+    receiving: Receiving,
+    /// A bound was reached with a whole header in the input.
+    stalled: bool,
+    pool: Pool,
+    requests: Slab<Pending>,
+    outbox: Vec<Reply>,
+    outgoing: Outgoing,
+    /// When it was decided to read no more.
+    ending_since: Option<u64>,
+    /// The socket is of no more use; replies are dropped.
+    dead: bool,
+    _guard: Option<Box<dyn Any + Send>>,
+}
+
+impl Connection {
+    /// Serves a socket that is through its handshake, in blocking mode. `structured` tells whether
+    /// reads get structured replies.
+    #[must_use]
+    pub fn new(fd: OwnedFd, structured: bool) -> Self {
+        // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
+        let message = Box::new(unsafe { mem::zeroed::<libc::msghdr>() });
+        Self {
+            fd,
+            structured,
+            input: AlignedBuf::zeroed(INPUT_BYTES),
+            input_start: 0,
+            input_end: 0,
+            expect: Expect::Header,
+            receiving: Receiving::Idle,
+            stalled: false,
+            pool: Pool::new(BUFFER_BYTES_MAX, BUFFER_KEPT_BYTES),
+            requests: Slab::with_capacity(REQUESTS_MAX),
+            outbox: Vec::with_capacity(REQUESTS_MAX),
+            outgoing: Outgoing {
+                message,
+                parts: Vec::with_capacity(2 * REQUESTS_MAX),
+                first: 0,
+                heads: Vec::with_capacity(REQUESTS_MAX * ReplyHead::LEN_MAX),
+                replies: Vec::with_capacity(REQUESTS_MAX),
+                under_way: false,
+            },
+            ending_since: None,
+            dead: false,
+            _guard: None,
+        }
+    }
+
+    /// Keeps `guard` as long as the connection lives.
+    #[must_use]
+    pub fn with_guard(mut self, guard: Box<dyn Any + Send>) -> Self {
+        self._guard = Some(guard);
+        self
+    }
+
+    /// Requests under way, replies not sent yet included.
+    fn load(&self) -> usize {
+        self.requests.len() + self.outbox.len() + self.outgoing.replies.len()
+    }
+
+    /// Reads no more requests; those under way are answered.
+    fn end(&mut self, now_ms: u64) {
+        if self.ending_since.is_none() {
+            self.ending_since = Some(now_ms);
+        }
+        // A write whose payload will never be whole was not made a request yet.
+        if let Expect::Payload { key, .. } = self.expect
+            && self.receiving != Receiving::Payload
+        {
+            self.expect = Expect::Header;
+            let pending = self.requests.remove(key);
+            if let Some(buf) = pending.buf {
+                self.pool.give(buf);
+            }
+        }
+    }
+
+    /// The socket is of no more use.
+    fn fail(&mut self, now_ms: u64) {
+        self.dead = true;
+        // Wakes what is under way; that the peer has gone already is no matter.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
+        self.end(now_ms);
+    }
+
+    /// Makes requests of what has come, as far as the bounds allow, then receives more.
+    fn parse(&mut self, port: &mut Port<'_>) {
+        debug_assert_eq!(self.receiving, Receiving::Idle);
+        self.stalled = false;
+        while self.ending_since.is_none() {
+            let available = self.input_end - self.input_start;
+            match self.expect {
+                Expect::Header => {
+                    if available < REQUEST_LEN || !self.parse_request(port) {
+                        break;
+                    }
+                }
+                Expect::Payload { key, filled } => {
+                    let pending = &mut self.requests[key];
+                    let n = available.min((pending.len - filled) as usize);
+                    if n == 0 {
+                        break;
+                    }
+                    if let Some(buf) = &mut pending.buf {
+                        let input = &self.input.bytes(self.input_end)[self.input_start..];
+                        buf.copy_in(filled as usize, &input[..n]);
+                    }
+                    self.input_start += n;
+                    self.payload_came(key, filled, n, port);
+                }
+                Expect::Skip { left } => {
+                    let n = available.min(left as usize);
+                    if n == 0 {
+                        break;
+                    }
+                    self.input_start += n;
+                    let left = left - u32::try_from(n).unwrap_or(left);
+                    self.expect = if left == 0 {
+                        Expect::Header
+                    } else {
+                        Expect::Skip { left }
+                    };
+                }
+            }
+        }
+        self.receive(port);
+    }
+
+    /// Takes the request at the front of the input; false if a bound keeps it there.
+    fn parse_request(&mut self, port: &mut Port<'_>) -> bool {
+        if self.load() >= REQUESTS_MAX {
+            self.stalled = true;
+            return false;
+        }
+        let input = &self.input.bytes(self.input_end)[self.input_start..];
+        let Some(bytes) = input.first_chunk::<REQUEST_LEN>() else {
+            return false;
+        };
+        let header = match RequestHeader::decode(bytes) {
+            Ok(header) => header,
+            Err(error) => {
+                tracing::debug!(%error, "an NBD connection is closed");
+                self.fail(port.now_ms());
+                return false;
+            }
+        };
+        let command = match wire::check(&header, &port.geometry()) {
+            Ok(command) => command,
+            Err(rejected) => {
+                self.input_start += REQUEST_LEN;
+                self.reply_error(
+                    header.cookie,
+                    header.command == wire::command::READ,
+                    rejected.errno,
+                );
+                if rejected.payload > 0 {
+                    self.expect = Expect::Skip {
+                        left: rejected.payload,
+                    };
+                }
+                return true;
+            }
+        };
+        let buf = match command {
+            Command::Read { .. } | Command::Write { .. } => {
+                match self.pool.take(header.len as usize) {
+                    Some(buf) => Some(buf),
+                    None => {
+                        self.stalled = true;
+                        return false;
+                    }
+                }
+            }
+            _ => None,
+        };
+        self.input_start += REQUEST_LEN;
+        let kind = match command {
+            Command::Disconnect => {
+                self.end(port.now_ms());
+                return false;
+            }
+            Command::Read { .. } => Kind::Read {
+                offset: header.offset,
+            },
+            Command::Write { range, fua } => Kind::Write { range, fua },
+            Command::Trim { fua: true, .. } => Kind::TrimThenFlush,
+            Command::Flush | Command::Trim { .. } | Command::WriteZeroes { .. } => Kind::Other,
+        };
+        let key = self.requests.insert(Pending {
+            cookie: header.cookie,
+            kind,
+            buf,
+            len: header.len,
+        });
+        match command {
+            Command::Read { range } => self.request(key, Op::Read, range, port),
+            Command::Write { .. } => self.expect = Expect::Payload { key, filled: 0 },
+            Command::Flush => self.request(key, Op::Flush, nothing(), port),
+            Command::Trim { range, .. } => self.request(key, Op::Discard, range, port),
+            Command::WriteZeroes { range, fua } => {
+                self.request(key, Op::WriteZeroes { fua }, range, port)
+            }
+            Command::Disconnect => {}
+        }
+        true
+    }
+
+    fn request(&self, key: usize, op: Op, range: LbaRange, port: &mut Port<'_>) {
+        let pending = &self.requests[key];
+        let buffer = match (&pending.buf, op) {
+            // SAFETY: the buffer stays in `requests` until `request_done` and then goes back to the
+            // pool or with the reply; nobody touches it before.
+            (Some(buf), Op::Read | Op::Write { .. }) => unsafe {
+                Buffer::user(buf.ptr(), pending.len)
+            },
+            _ => Buffer::NONE,
+        };
+        let tag = u32::try_from(key).expect("fewer than REQUESTS_MAX");
+        port.request(op, range, buffer, tag);
+    }
+
+    /// `n` more bytes of a write's payload are in its buffer.
+    fn payload_came(&mut self, key: usize, filled: u32, n: usize, port: &mut Port<'_>) {
+        let pending = &self.requests[key];
+        let filled = filled + u32::try_from(n).expect("no more than was missing");
+        if filled < pending.len {
+            self.expect = Expect::Payload { key, filled };
+            return;
+        }
+        self.expect = Expect::Header;
+        if let Kind::Write { range, fua } = pending.kind {
+            self.request(key, Op::Write { fua }, range, port);
+        }
+    }
+
+    /// Receives more, if there is nothing to wait for first.
+    fn receive(&mut self, port: &mut Port<'_>) {
+        if self.receiving != Receiving::Idle || self.stalled || self.ending_since.is_some() {
+            return;
+        }
+        let (address, len) = match self.expect {
+            Expect::Payload { key, filled } if self.input_start == self.input_end => {
+                let pending = &self.requests[key];
+                let Some(buf) = &pending.buf else { return };
+                self.receiving = Receiving::Payload;
+                (buf.ptr_at(filled as usize), pending.len - filled)
+            }
+            _ => {
+                self.make_room();
+                self.receiving = Receiving::Input;
+                let room = u32::try_from(INPUT_BYTES - self.input_end).unwrap_or(u32::MAX);
+                (self.input.ptr_at(self.input_end), room)
+            }
+        };
+        let entry =
+            opcode::Recv::new(types::Fd(self.fd.as_raw_fd()), address.as_ptr(), len).build();
+        // SAFETY: the memory is the input's or a buffer's in `requests`; neither is given away,
+        // moved or touched while `receiving` is not idle; the socket is ours until the drop.
+        unsafe { port.push(entry, TAG_RECEIVE) };
+    }
+
+    /// Moves what was not parsed to the front of the input: less than a header.
+    fn make_room(&mut self) {
+        if self.input_start == 0 {
+            return;
+        }
+        let left = self.input_end - self.input_start;
+        let mut rest = [0; REQUEST_LEN];
+        let rest = &mut rest[..left];
+        rest.copy_from_slice(&self.input.bytes(self.input_end)[self.input_start..]);
+        self.input.copy_in(0, rest);
+        (self.input_start, self.input_end) = (0, left);
+    }
+
+    fn received(&mut self, result: i32, port: &mut Port<'_>) {
+        let target = mem::replace(&mut self.receiving, Receiving::Idle);
+        let n = match usize::try_from(result) {
+            // The client has gone; what it asked for is done nevertheless.
+            Ok(0) => return self.end(port.now_ms()),
+            Ok(n) => n,
+            Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => 0,
+            Err(_) => {
+                tracing::debug!(error = %io::Error::from_raw_os_error(-result), "an NBD socket fails");
+                return self.fail(port.now_ms());
+            }
+        };
+        if self.ending_since.is_some() {
+            return self.end(port.now_ms());
+        }
+        match (target, self.expect) {
+            (Receiving::Payload, Expect::Payload { key, filled }) => {
+                self.payload_came(key, filled, n, port)
+            }
+            _ => self.input_end += n,
+        }
+        self.parse(port);
+    }
+
+    fn reply_error(&mut self, cookie: u64, read: bool, errno: u32) {
+        let head = if read && self.structured {
+            ReplyHead::error(cookie, errno)
+        } else {
+            ReplyHead::simple(cookie, errno)
+        };
+        self.outbox.push(Reply { head, data: None });
+    }
+
+    /// Sends the replies that have gathered, if none are being sent.
+    fn send(&mut self, port: &mut Port<'_>) {
+        if self.dead {
+            for reply in self.outbox.drain(..) {
+                if let Some((buf, _)) = reply.data {
+                    self.pool.give(buf);
+                }
+            }
+        }
+        if self.outgoing.under_way || self.outbox.is_empty() {
+            return;
+        }
+        mem::swap(&mut self.outbox, &mut self.outgoing.replies);
+        self.outgoing.prepare();
+        self.push_send(port);
+    }
+
+    fn push_send(&mut self, port: &mut Port<'_>) {
+        let message = self.outgoing.message();
+        let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL).cast_unsigned();
+        let entry = opcode::SendMsg::new(types::Fd(self.fd.as_raw_fd()), message)
+            .flags(flags)
+            .build();
+        self.outgoing.under_way = true;
+        // SAFETY: the message, its parts and what they lead to are owned by `outgoing` and not
+        // touched while `under_way`.
+        unsafe { port.push(entry, TAG_SEND) };
+    }
+
+    fn sent(&mut self, result: i32, port: &mut Port<'_>) {
+        self.outgoing.under_way = false;
+        let n = match usize::try_from(result) {
+            Ok(n) => n,
+            Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => 0,
+            Err(_) => {
+                self.fail(port.now_ms());
+                0
+            }
+        };
+        if !self.dead && !self.outgoing.advance(n) {
+            self.push_send(port);
+            return;
+        }
+        for reply in self.outgoing.replies.drain(..) {
+            if let Some((buf, _)) = reply.data {
+                self.pool.give(buf);
+            }
+        }
+    }
+}
+
+impl Outgoing {
+    /// Lays out the replies as parts of a message: heads that follow each other are one part.
+    fn prepare(&mut self) {
+        self.heads.clear();
+        for reply in &self.replies {
+            self.heads.extend_from_slice(reply.head.bytes());
+        }
+        self.parts.clear();
+        self.first = 0;
+        let heads = self.heads.as_mut_ptr();
+        let (mut start, mut end) = (0, 0);
+        for reply in &self.replies {
+            end += reply.head.bytes().len();
+            if let Some((buf, len)) = &reply.data {
+                // SAFETY: `start` is inside of `heads`.
+                let iov_base = unsafe { heads.add(start) }.cast();
+                self.parts.push(libc::iovec {
+                    iov_base,
+                    iov_len: end - start,
+                });
+                self.parts.push(libc::iovec {
+                    iov_base: buf.ptr().as_ptr().cast(),
+                    iov_len: *len as usize,
+                });
+                start = end;
+            }
+        }
+        if end > start {
+            // SAFETY: as above.
+            let iov_base = unsafe { heads.add(start) }.cast();
+            self.parts.push(libc::iovec {
+                iov_base,
+                iov_len: end - start,
+            });
+        }
+    }
+
+    /// The message for what is not sent yet.
+    fn message(&mut self) -> *const libc::msghdr {
+        let rest = &mut self.parts[self.first..];
+        self.message.msg_iov = rest.as_mut_ptr();
+        self.message.msg_iovlen = rest.len();
+        &raw const *self.message
+    }
+
+    /// `n` more bytes are sent; whether that was all.
+    fn advance(&mut self, mut n: usize) -> bool {
+        while let Some(part) = self.parts.get_mut(self.first) {
+            if n < part.iov_len {
+                // SAFETY: still inside of the part.
+                part.iov_base = unsafe { part.iov_base.cast::<u8>().add(n) }.cast();
+                part.iov_len -= n;
+                return false;
+            }
+            n -= part.iov_len;
+            self.first += 1;
+        }
+        true
+    }
+}
+
+impl FrontEnd for Connection {
+    fn start(&mut self, port: &mut Port<'_>) {
+        self.receive(port);
+    }
+
+    fn op_done(&mut self, tag: u32, result: i32, _flags: u32, port: &mut Port<'_>) {
+        if tag == TAG_RECEIVE {
+            self.received(result, port);
+        } else {
+            self.sent(result, port);
+        }
+    }
+
+    fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>) {
+        let key = tag as usize;
+        if self.requests[key].kind == Kind::TrimThenFlush && result.is_ok() {
+            self.requests[key].kind = Kind::Other;
+            self.request(key, Op::Flush, nothing(), port);
+            return;
+        }
+        let pending = self.requests.remove(key);
+        match (result, pending.kind, pending.buf) {
+            (Ok(()), Kind::Read { offset }, Some(buf)) => {
+                let head = if self.structured {
+                    ReplyHead::data(pending.cookie, offset, pending.len)
+                } else {
+                    ReplyHead::simple(pending.cookie, 0)
+                };
+                self.outbox.push(Reply {
+                    head,
+                    data: Some((buf, pending.len)),
+                });
+            }
+            (result, kind, buf) => {
+                if let Some(buf) = buf {
+                    self.pool.give(buf);
+                }
+                match result {
+                    Ok(()) => self.outbox.push(Reply {
+                        head: ReplyHead::simple(pending.cookie, 0),
+                        data: None,
+                    }),
+                    Err(error) => {
+                        let read = matches!(kind, Kind::Read { .. });
+                        self.reply_error(pending.cookie, read, wire::errno_of(error));
+                    }
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self, port: &mut Port<'_>) {
+        self.send(port);
+        if self.stalled {
+            self.parse(port);
+            // Refusals are replies that no request will bring along.
+            self.send(port);
+        }
+    }
+
+    fn tick(&mut self, port: &mut Port<'_>) {
+        let waits = self.outgoing.under_way || !self.outbox.is_empty();
+        if let Some(since) = self.ending_since
+            && waits
+            && !self.dead
+            && port.now_ms().saturating_sub(since) > END_GRACE_MS
+        {
+            self.fail(port.now_ms());
+        }
+    }
+
+    fn stop(&mut self, port: &mut Port<'_>) {
+        self.end(port.now_ms());
+        // Ends the receive under way; that the peer has gone already is no matter.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Read);
+    }
+
+    fn is_finished(&self) -> bool {
+        self.ending_since.is_some()
+            && self.requests.is_empty()
+            && self.outbox.is_empty()
+            && !self.outgoing.under_way
+            && self.receiving == Receiving::Idle
+    }
+}
+
+/// The range of a flush.
+fn nothing() -> LbaRange {
+    LbaRange {
+        start: quarry_objfmt::Lba::ZERO,
+        end: quarry_objfmt::Lba::ZERO,
+    }
+}
+
+const _: () = assert!(wire::PAYLOAD_BYTES_MAX as usize <= crate::reactor::memory::POOLED_BYTES_MAX);
+const _: () = assert!(wire::PAYLOAD_BYTES_MAX.is_multiple_of(SECTOR_SIZE));

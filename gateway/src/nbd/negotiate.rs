@@ -1,0 +1,214 @@
+//! The handshake: from a fresh socket to an export that both sides agree on.
+//!
+//! Runs in tokio. Reads exactly what the handshake is made of and not a byte more, so that the
+//! socket can be handed on as it is. Invariant: what a client can make this side hold or do is
+//! bounded by [`OPTION_BYTES_MAX`] and [`OPTIONS_MAX`], the time by the caller.
+
+use std::io;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::wire::{self, Put, option, reply};
+use super::{Export, ExportDirectory};
+
+/// Most options in one handshake.
+const OPTIONS_MAX: usize = 64;
+
+/// Why a handshake came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum NegotiationError {
+    /// The socket failed, or the client went.
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+    /// The client broke the protocol.
+    #[error("the client does not speak NBD as it should: {0}")]
+    Protocol(&'static str),
+}
+
+/// What a handshake agreed on.
+#[derive(Clone)]
+pub struct Negotiated {
+    /// The export.
+    pub export: Export,
+    /// Whether reads get structured replies.
+    pub structured: bool,
+}
+
+impl std::fmt::Debug for Negotiated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Negotiated")
+            .field("volume", &self.export.volume)
+            .field("structured", &self.structured)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Negotiates; `None` if the client ended it in good order.
+///
+/// # Errors
+/// See [`NegotiationError`].
+pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    directory: &dyn ExportDirectory,
+) -> Result<Option<Negotiated>, NegotiationError> {
+    let mut greeting = Vec::with_capacity(18);
+    greeting.put_u64(wire::GREETING_MAGIC);
+    greeting.put_u64(wire::OPTION_MAGIC);
+    greeting.put_u16(wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES);
+    stream.write_all(&greeting).await?;
+
+    let flags = stream.read_u32().await?;
+    let known = u32::from(wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES);
+    if flags & !known != 0 {
+        return Err(NegotiationError::Protocol(
+            "it set client flags that were not offered",
+        ));
+    }
+    let zeroes = flags & u32::from(wire::FLAG_NO_ZEROES) == 0;
+
+    let mut structured = false;
+    let mut payload = Vec::new();
+    let mut out = Vec::new();
+    for _ in 0..OPTIONS_MAX {
+        if stream.read_u64().await? != wire::OPTION_MAGIC {
+            return Err(NegotiationError::Protocol(
+                "an option does not start with the magic",
+            ));
+        }
+        let code = stream.read_u32().await?;
+        let len = stream.read_u32().await?;
+        if len > wire::OPTION_BYTES_MAX {
+            return Err(NegotiationError::Protocol("an option is too long"));
+        }
+        payload.resize(usize::try_from(len).unwrap_or(0), 0);
+        stream.read_exact(&mut payload).await?;
+
+        out.clear();
+        let step = answer(code, &payload, directory, &mut structured, zeroes, &mut out)?;
+        stream.write_all(&out).await?;
+        stream.flush().await?;
+        match step {
+            Step::Next => {}
+            Step::End => return Ok(None),
+            Step::Go(export) => return Ok(Some(Negotiated { export, structured })),
+        }
+    }
+    Err(NegotiationError::Protocol("it sends options without end"))
+}
+
+/// What follows an option.
+enum Step {
+    Next,
+    End,
+    Go(Export),
+}
+
+fn answer(
+    code: u32,
+    payload: &[u8],
+    directory: &dyn ExportDirectory,
+    structured: &mut bool,
+    zeroes: bool,
+    out: &mut Vec<u8>,
+) -> Result<Step, NegotiationError> {
+    match code {
+        option::EXPORT_NAME => {
+            let name = std::str::from_utf8(payload).ok();
+            let Some(export) = name.and_then(|name| directory.lookup(name)) else {
+                // The protocol has no answer for this but to hang up.
+                return Ok(Step::End);
+            };
+            out.put_u64(export.geometry.size.bytes());
+            out.put_u16(wire::export_flags(&export.geometry, *structured));
+            if zeroes {
+                out.resize(out.len() + wire::EXPORT_NAME_ZEROES, 0);
+            }
+            return Ok(Step::Go(export));
+        }
+        option::ABORT => {
+            wire::put_option_reply(out, code, reply::ACK, &[]);
+            return Ok(Step::End);
+        }
+        option::LIST if payload.is_empty() => {
+            for name in directory.list() {
+                let mut entry = Vec::with_capacity(4 + name.len());
+                let len = u32::try_from(name.len())
+                    .map_err(|_| NegotiationError::Protocol("a name of 4 GiB"))?;
+                entry.put_u32(len);
+                entry.extend_from_slice(name.as_bytes());
+                wire::put_option_reply(out, code, reply::SERVER, &entry);
+            }
+            wire::put_option_reply(out, code, reply::ACK, &[]);
+        }
+        option::INFO | option::GO => {
+            let Some(request) = wire::InfoRequest::decode(payload) else {
+                wire::put_option_reply(out, code, reply::ERR_INVALID, b"malformed request");
+                return Ok(Step::Next);
+            };
+            let Some(export) = directory.lookup(request.name) else {
+                wire::put_option_reply(
+                    out,
+                    code,
+                    reply::ERR_UNKNOWN,
+                    b"no volume of this name is attached by NBD",
+                );
+                return Ok(Step::Next);
+            };
+            let mut size = Vec::with_capacity(12);
+            size.put_u16(wire::info::EXPORT);
+            size.put_u64(export.geometry.size.bytes());
+            size.put_u16(wire::export_flags(&export.geometry, *structured));
+            wire::put_option_reply(out, code, reply::INFO, &size);
+            let mut blocks = Vec::with_capacity(14);
+            blocks.put_u16(wire::info::BLOCK_SIZE);
+            blocks.put_u32(export.geometry.sector_size);
+            blocks.put_u32(wire::PREFERRED_BLOCK.max(export.geometry.sector_size));
+            blocks.put_u32(wire::PAYLOAD_BYTES_MAX);
+            wire::put_option_reply(out, code, reply::INFO, &blocks);
+            wire::put_option_reply(out, code, reply::ACK, &[]);
+            if code == option::GO {
+                return Ok(Step::Go(export));
+            }
+        }
+        option::STRUCTURED_REPLY if payload.is_empty() => {
+            *structured = true;
+            wire::put_option_reply(out, code, reply::ACK, &[]);
+        }
+        option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
+            match wire::decode_meta_query(payload) {
+                Some(_) if !*structured => {
+                    wire::put_option_reply(
+                        out,
+                        code,
+                        reply::ERR_INVALID,
+                        b"structured replies come first",
+                    );
+                }
+                Some(name) if directory.lookup(name).is_none() => {
+                    wire::put_option_reply(
+                        out,
+                        code,
+                        reply::ERR_UNKNOWN,
+                        b"no volume of this name is attached by NBD",
+                    );
+                }
+                // There are no contexts: none is named, none is set.
+                Some(_) => wire::put_option_reply(out, code, reply::ACK, &[]),
+                None => wire::put_option_reply(out, code, reply::ERR_INVALID, b"malformed query"),
+            }
+        }
+        option::LIST | option::STRUCTURED_REPLY => {
+            wire::put_option_reply(out, code, reply::ERR_INVALID, b"this option has no data");
+        }
+        option::STARTTLS => {
+            wire::put_option_reply(
+                out,
+                code,
+                reply::ERR_POLICY,
+                b"TLS is not served on this socket",
+            );
+        }
+        _ => wire::put_option_reply(out, code, reply::ERR_UNSUP, &[]),
+    }
+    Ok(Step::Next)
+}

@@ -1,0 +1,405 @@
+//! Reactors: OS threads that carry out what volumes ask for, each on one io_uring.
+//!
+//! A reactor owns the volumes given to it and all of their front ends. Its loop: wait for
+//! completions, turn them into events, let the volumes answer with actions, turn those into ring
+//! operations, submit all of it at once. Hits, writes and flushes never leave the thread; what needs
+//! the store is handed to the volume's [`BackendSink`], and the answer comes back as a message over
+//! a bounded channel with an eventfd for a doorbell.
+//!
+//! Owns: the ring, the table of operations under way, the requests of each volume, the threads.
+//! Does not own: what a volume decides (`quarry-volume`), how requests come in ([`FrontEnd`]s).
+//!
+//! Invariants:
+//! - Every request is completed exactly once, and not before the last ring operation on its buffer.
+//! - No call on the thread blocks but the ring's own wait.
+//! - A panic on the thread aborts the process: unwinding would free memory that the kernel uses.
+//!   To a volume that is a crash, which it survives.
+
+mod core;
+mod doorbell;
+mod execute;
+pub mod frontend;
+pub(crate) mod memory;
+mod op;
+mod ring;
+mod token;
+pub mod ublk_queue;
+
+#[cfg(test)]
+pub(crate) mod testing;
+
+use std::any::Any;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use quarry_volume::{Action, Event};
+use tokio::sync::{mpsc, oneshot};
+
+use self::core::Core;
+use self::doorbell::Doorbell;
+pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
+
+/// Messages that wait for a reactor: past it, senders wait.
+const MESSAGES_MAX: usize = 4096;
+
+/// A volume as a reactor sees it: the state machine, and its shape.
+pub trait Machine: Any + Send {
+    /// Takes an event and answers with actions.
+    fn apply(&mut self, event: Event, out: &mut Vec<Action>);
+
+    /// Takes a batch of events, in order, and leaves `events` empty. For machines that take a lock:
+    /// once a batch.
+    fn apply_all(&mut self, events: &mut Vec<Event>, out: &mut Vec<Action>) {
+        for event in events.drain(..) {
+            self.apply(event, out);
+        }
+    }
+
+    /// Its shape; asked once, when the reactor gets it.
+    fn geometry(&self) -> Geometry;
+
+    /// Whether it wants an [`Event::Tick`] now.
+    fn wants_tick(&self) -> bool {
+        true
+    }
+}
+
+/// Where a volume's actions go that need the store or the operator: `Fetch`, `LoadNodes`, `Upload`,
+/// `Checkpoint`, `Drained`, `Report`.
+pub trait BackendSink: Send {
+    /// Takes the action; must not block. The volume itself bounds how many are under way.
+    fn submit(&self, action: Action);
+}
+
+/// A volume's name on its reactor; never used again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct VolumeKey(u32);
+
+/// A look at a volume, or at its absence.
+pub type Look = Box<dyn FnOnce(Option<&dyn Machine>) + Send>;
+
+/// What a reactor is told by other threads.
+pub enum Message {
+    /// Serve this volume.
+    AddVolume {
+        /// From [`ReactorHandle::new_key`].
+        key: VolumeKey,
+        /// The volume.
+        machine: Box<dyn Machine>,
+        /// Where its store calls go.
+        backend: Box<dyn BackendSink>,
+    },
+    /// Feed [`Event::Stop`], stop the front ends, wait for all requests and cache I/O, and give the
+    /// volume back (`None` if there is none of this name).
+    RemoveVolume {
+        /// Which.
+        key: VolumeKey,
+        /// Gets the volume.
+        done: oneshot::Sender<Option<Box<dyn Machine>>>,
+    },
+    /// Stop the volume's front ends and say when the last one is gone. New ones may be added after.
+    StopFrontEnds {
+        /// Which.
+        key: VolumeKey,
+        /// Told at the end.
+        done: oneshot::Sender<()>,
+    },
+    /// Feed an event: the answer of a backend, or a drain. Dropped if the volume is gone.
+    VolumeEvent {
+        /// Which.
+        key: VolumeKey,
+        /// What.
+        event: Event,
+    },
+    /// Add a front end; it is dropped without a call if the volume is gone or going.
+    AddFrontEnd {
+        /// Of which volume.
+        key: VolumeKey,
+        /// The front end.
+        front_end: Box<dyn FrontEnd>,
+    },
+    /// Look at the volume (for its statistics, say): `&dyn Machine` is also a `&dyn Any`.
+    Inspect {
+        /// Which.
+        key: VolumeKey,
+        /// Called on the reactor's thread; must not block. `None` if there is no such volume.
+        look: Look,
+    },
+}
+
+/// The reactor came to an end, and takes no more messages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the reactor has come to an end")]
+pub struct ReactorGone;
+
+/// Why [`ReactorHandle::try_send`] did not send.
+#[derive(thiserror::Error)]
+pub enum TrySendError {
+    /// Too many messages wait.
+    #[error("the reactor's mailbox is full")]
+    Full(Box<Message>),
+    /// See [`ReactorGone`].
+    #[error("the reactor has come to an end")]
+    Gone(Box<Message>),
+}
+
+impl std::fmt::Debug for TrySendError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// What reactors count, since they started.
+#[derive(Debug, Default)]
+pub struct ReactorStats {
+    /// Rounds of the loop: one submission each.
+    pub batches: AtomicU64,
+    /// Completions of ring operations.
+    pub completions: AtomicU64,
+    /// Requests that were completed.
+    pub requests: AtomicU64,
+}
+
+/// How other threads reach a reactor. Cheap to clone; the reactor outlives its handles.
+#[derive(Clone)]
+pub struct ReactorHandle {
+    messages: mpsc::Sender<Message>,
+    doorbell: Arc<Doorbell>,
+    next_key: Arc<AtomicU32>,
+    stats: Arc<ReactorStats>,
+}
+
+impl ReactorHandle {
+    /// A name for a volume about to be added.
+    ///
+    /// # Panics
+    /// After 2^32 volumes.
+    #[must_use]
+    pub fn new_key(&self) -> VolumeKey {
+        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+        assert!(key != u32::MAX, "a reactor's volume keys are used up");
+        VolumeKey(key)
+    }
+
+    /// Sends without waiting.
+    ///
+    /// # Errors
+    /// See [`TrySendError`]; both give the message back.
+    pub fn try_send(&self, message: Message) -> Result<(), TrySendError> {
+        self.messages
+            .try_send(message)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(message) => TrySendError::Full(Box::new(message)),
+                mpsc::error::TrySendError::Closed(message) => TrySendError::Gone(Box::new(message)),
+            })?;
+        self.doorbell.ring();
+        Ok(())
+    }
+
+    /// Sends, and waits for room first if there is none.
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn send(&self, message: Message) -> Result<(), ReactorGone> {
+        self.messages.send(message).await.map_err(|_| ReactorGone)?;
+        self.doorbell.ring();
+        Ok(())
+    }
+
+    /// Sends, and blocks the thread for room first. Not for tokio's threads.
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub fn send_blocking(&self, message: Message) -> Result<(), ReactorGone> {
+        self.messages
+            .blocking_send(message)
+            .map_err(|_| ReactorGone)?;
+        self.doorbell.ring();
+        Ok(())
+    }
+
+    /// Sends an event to a volume, as [`ReactorHandle::send`].
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn send_event(&self, key: VolumeKey, event: Event) -> Result<(), ReactorGone> {
+        self.send(Message::VolumeEvent { key, event }).await
+    }
+
+    /// Adds a volume and gives its name.
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn add_volume(
+        &self,
+        machine: Box<dyn Machine>,
+        backend: Box<dyn BackendSink>,
+    ) -> Result<VolumeKey, ReactorGone> {
+        let key = self.new_key();
+        self.send(Message::AddVolume {
+            key,
+            machine,
+            backend,
+        })
+        .await?;
+        Ok(key)
+    }
+
+    /// Removes a volume: see [`Message::RemoveVolume`].
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn remove_volume(
+        &self,
+        key: VolumeKey,
+    ) -> Result<Option<Box<dyn Machine>>, ReactorGone> {
+        let (done, answer) = oneshot::channel();
+        self.send(Message::RemoveVolume { key, done }).await?;
+        answer.await.map_err(|_| ReactorGone)
+    }
+
+    /// Stops a volume's front ends: see [`Message::StopFrontEnds`].
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn stop_front_ends(&self, key: VolumeKey) -> Result<(), ReactorGone> {
+        let (done, answer) = oneshot::channel();
+        self.send(Message::StopFrontEnds { key, done }).await?;
+        answer.await.map_err(|_| ReactorGone)
+    }
+
+    /// Calls `look` with the volume on the reactor's thread and gives its answer; `None` if there is
+    /// no such volume or it is not an `M`.
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn inspect<M: Machine, T: Send + 'static>(
+        &self,
+        key: VolumeKey,
+        look: impl FnOnce(&M) -> T + Send + 'static,
+    ) -> Result<Option<T>, ReactorGone> {
+        let (done, answer) = oneshot::channel();
+        let look = Box::new(move |machine: Option<&dyn Machine>| {
+            let machine = machine.and_then(|machine| (machine as &dyn Any).downcast_ref::<M>());
+            // The asker may have gone: then nobody wants the answer.
+            let _ = done.send(machine.map(look));
+        });
+        self.send(Message::Inspect { key, look }).await?;
+        answer.await.map_err(|_| ReactorGone)
+    }
+
+    /// What the reactor counted.
+    #[must_use]
+    pub fn stats(&self) -> &ReactorStats {
+        &self.stats
+    }
+}
+
+/// How a reactor is set up.
+#[derive(Clone, Debug)]
+pub struct ReactorConfig {
+    /// Its number: the N of its thread's name.
+    pub index: usize,
+    /// The cache device, opened for direct I/O or not.
+    pub cache: Arc<File>,
+    /// Entries of the registered buffer table: one for each tag of each ublk queue; 0 for none.
+    pub buffer_entries: u16,
+}
+
+/// A running reactor. Dropped, it stops all front ends and volumes, completes every request, and
+/// then ends; [`Reactor::shutdown`] also waits for that.
+pub struct Reactor {
+    handle: ReactorHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reactor {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// If the kernel refuses a thread or an io_uring.
+    pub fn spawn(config: ReactorConfig) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
+        let doorbell = Arc::new(Doorbell::new()?);
+        let stats = Arc::new(ReactorStats::default());
+        let handle = ReactorHandle {
+            messages: sender,
+            doorbell: Arc::clone(&doorbell),
+            next_key: Arc::new(AtomicU32::new(0)),
+            stats: Arc::clone(&stats),
+        };
+        let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name(format!("reactor-{}", config.index))
+            .spawn(move || {
+                let _guard = AbortOnPanic;
+                set_io_flusher();
+                match Core::new(&config, receiver, doorbell, stats) {
+                    Ok(core) => {
+                        let _ = ready.send(Ok(()));
+                        core.run();
+                    }
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
+                }
+            })?;
+        is_ready
+            .recv()
+            .map_err(|_| io::Error::other("the reactor's thread ended at once"))??;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+
+    /// How to reach it.
+    #[must_use]
+    pub fn handle(&self) -> ReactorHandle {
+        self.handle.clone()
+    }
+
+    /// Stops it as the drop does, and waits until the thread has ended. Blocks: not for tokio's
+    /// threads.
+    pub fn shutdown(mut self) {
+        self.handle.doorbell.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the reactor's thread ended by a panic");
+        }
+    }
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        self.handle.doorbell.stop();
+    }
+}
+
+/// Aborts the process if the thread unwinds: see the invariants.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+/// From `linux/prctl.h`.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Keeps the kernel's memory reclaim on this thread from waiting for a device that it serves itself.
+fn set_io_flusher() {
+    // SAFETY: this prctl takes plain numbers and changes a flag of the calling thread only.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!(%error, "PR_SET_IO_FLUSHER was refused (it needs CAP_SYS_RESOURCE)");
+    }
+}

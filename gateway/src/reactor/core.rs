@@ -1,0 +1,546 @@
+//! The reactor's loop: completions and messages in, one submission a batch out.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use std::{io, mem};
+
+use io_uring::{cqueue, opcode, types};
+use quarry_volume::{Action, Event, IoError};
+use slab::Slab;
+use tokio::sync::{mpsc, oneshot};
+
+use super::doorbell::Doorbell;
+use super::execute::{FILL_BYTES_MAX, WaitingFills};
+use super::frontend::{FrontEnd, Inbox, Pending, Port};
+use super::memory::Pool;
+use super::op::{CacheOp, Step};
+use super::ring::{Completion, Ring};
+use super::token::Token;
+use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorStats, VolumeKey};
+
+/// Time between two ticks, in milliseconds.
+const TICK_MS: u64 = 100;
+
+/// How long a reactor that was told to end waits for front ends that have no request under way but
+/// do not end by themselves (queues of ublk devices that live on), in milliseconds.
+const END_GRACE_MS: u64 = 2_000;
+
+/// Record pages kept for reuse, in bytes.
+const PAGES_KEPT_BYTES: usize = 1 << 20;
+
+/// How far a volume is on its way out.
+enum Stage {
+    Serving,
+    /// Waits for its requests and I/O; then goes to whoever asked.
+    Leaving(Vec<oneshot::Sender<Option<Box<dyn Machine>>>>),
+}
+
+/// A volume and all that is under way for it.
+pub(super) struct VolumeSlot {
+    key: VolumeKey,
+    machine: Box<dyn Machine>,
+    pub(super) backend: Box<dyn BackendSink>,
+    pub(super) inbox: Inbox,
+    actions: Vec<Action>,
+    /// Cache operations under way or waiting for memory.
+    pub(super) ops: u32,
+    front_ends: u32,
+    stage: Stage,
+    /// Told when the last front end is gone.
+    without_front_ends: Vec<oneshot::Sender<()>>,
+    touched: bool,
+}
+
+struct FrontEndSlot {
+    front_end: Box<dyn FrontEnd>,
+    volume: u32,
+    pending: Pending,
+    touched: bool,
+}
+
+/// What the kernel reads and writes for as long as the ring lives.
+struct Fixed {
+    doorbell_count: u64,
+    tick: types::Timespec,
+}
+
+/// A reactor's whole state.
+pub(super) struct Core {
+    pub(super) ring: Ring,
+    pub(super) ops: Slab<CacheOp>,
+    pub(super) volumes: Slab<VolumeSlot>,
+    pub(super) pages: Pool,
+    pub(super) fills: WaitingFills,
+    pub(super) zeroes: File,
+    _cache: Arc<File>,
+    fixed: Box<Fixed>,
+    keys: HashMap<VolumeKey, u32>,
+    front_ends: Slab<FrontEndSlot>,
+    touched_volumes: Vec<u32>,
+    touched_front_ends: Vec<u32>,
+    messages: mpsc::Receiver<Message>,
+    doorbell: Arc<Doorbell>,
+    stats: Arc<ReactorStats>,
+    started: Instant,
+    now_ms: u64,
+    timer_armed: bool,
+    /// When it was told to end.
+    ending_since: Option<u64>,
+}
+
+impl Core {
+    /// Must be called on the thread that runs it.
+    pub(super) fn new(
+        config: &ReactorConfig,
+        messages: mpsc::Receiver<Message>,
+        doorbell: Arc<Doorbell>,
+        stats: Arc<ReactorStats>,
+    ) -> io::Result<Self> {
+        let tick =
+            types::Timespec::new().nsec(u32::try_from(TICK_MS * 1_000_000).unwrap_or(u32::MAX));
+        Ok(Self {
+            ring: Ring::new(config.cache.as_raw_fd(), config.buffer_entries)?,
+            ops: Slab::with_capacity(1024),
+            volumes: Slab::new(),
+            pages: Pool::new(usize::MAX, PAGES_KEPT_BYTES),
+            fills: WaitingFills::new(FILL_BYTES_MAX),
+            zeroes: File::open("/dev/zero")?,
+            _cache: Arc::clone(&config.cache),
+            fixed: Box::new(Fixed {
+                doorbell_count: 0,
+                tick,
+            }),
+            keys: HashMap::new(),
+            front_ends: Slab::new(),
+            touched_volumes: Vec::new(),
+            touched_front_ends: Vec::new(),
+            messages,
+            doorbell,
+            stats,
+            started: Instant::now(),
+            now_ms: 0,
+            timer_armed: false,
+            ending_since: None,
+        })
+    }
+
+    /// Runs until it was told to stop and everything under way is done.
+    ///
+    /// # Panics
+    /// If the ring itself fails, which leaves nothing that could be completed.
+    pub(super) fn run(mut self) {
+        let mut completions = Vec::with_capacity(1024);
+        self.arm_doorbell();
+        while !self.is_over() {
+            self.ring.submit(true).expect("io_uring_enter");
+            self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.ring.completions(&mut completions);
+            self.stats.batches.fetch_add(1, Ordering::Relaxed);
+            self.stats
+                .completions
+                .fetch_add(completions.len() as u64, Ordering::Relaxed);
+            for completion in completions.drain(..) {
+                self.complete(completion);
+            }
+            self.settle();
+        }
+        self.abandon();
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        match Token::unpack(completion.user_data) {
+            Token::Op { index } => self.op_done(index, completion.result),
+            Token::FrontEnd { index, tag } => {
+                if !cqueue::more(completion.flags)
+                    && let Some(slot) = self.front_ends.get_mut(index as usize)
+                {
+                    slot.pending.ops -= 1;
+                }
+                self.with_front_end(index, |front_end, port| {
+                    front_end.op_done(tag, completion.result, completion.flags, port);
+                });
+            }
+            Token::Doorbell => {
+                self.arm_doorbell();
+                self.receive();
+            }
+            Token::Timer => self.tick(),
+            Token::Unknown => tracing::error!(?completion, "a completion that nobody asked for"),
+        }
+    }
+
+    /// Runs volumes and front ends until none has anything left to say in this batch.
+    fn settle(&mut self) {
+        loop {
+            while let Some(index) = self.touched_volumes.pop() {
+                self.run_volume(index);
+            }
+            let Some(index) = self.touched_front_ends.pop() else {
+                break;
+            };
+            self.with_front_end(index, FrontEnd::flush);
+            if let Some(slot) = self.front_ends.get_mut(index as usize) {
+                slot.touched = false;
+            }
+            self.reap_front_end(index);
+        }
+    }
+
+    fn run_volume(&mut self, index: u32) {
+        let Some(slot) = self.volumes.get_mut(index as usize) else {
+            return;
+        };
+        let mut actions = mem::take(&mut slot.actions);
+        loop {
+            let slot = &mut self.volumes[index as usize];
+            if slot.inbox.events.is_empty() {
+                break;
+            }
+            slot.machine.apply_all(&mut slot.inbox.events, &mut actions);
+            assert!(slot.inbox.events.is_empty(), "a machine left events unread");
+            for action in actions.drain(..) {
+                self.execute(index, action);
+            }
+        }
+        let slot = &mut self.volumes[index as usize];
+        slot.actions = actions;
+        slot.touched = false;
+        self.reap_volume(index);
+    }
+
+    /// A cache operation's completion.
+    fn op_done(&mut self, index: u32, result: i32) {
+        let op = &mut self.ops[index as usize];
+        match op.advance(result) {
+            Step::Again => self.submit_op(index),
+            Step::Done(result) => {
+                let op = self.ops.remove(index as usize);
+                let (volume, io, request) = (op.volume, op.io, op.request);
+                self.release(op.hold);
+                self.volumes[volume as usize].ops -= 1;
+                if let Some(request) = request {
+                    self.buffer_released(volume, request);
+                }
+                self.feed(volume, Event::IoDone { io, result });
+            }
+        }
+    }
+
+    /// One operation less uses the request's buffer.
+    fn buffer_released(&mut self, volume: u32, request: usize) {
+        let slot = &mut self.volumes[volume as usize];
+        let in_flight = &mut slot.inbox.requests[request];
+        in_flight.ops -= 1;
+        if in_flight.ops == 0
+            && let Some(result) = in_flight.answer.take()
+        {
+            self.answer(volume, request, result);
+        }
+    }
+
+    /// The volume has completed a request: tells the front end, once the buffer is free.
+    pub(super) fn request_done(
+        &mut self,
+        volume: u32,
+        request: usize,
+        result: Result<(), IoError>,
+    ) {
+        let in_flight = &mut self.volumes[volume as usize].inbox.requests[request];
+        assert!(in_flight.answer.is_none(), "a request is completed twice");
+        if in_flight.ops > 0 {
+            in_flight.answer = Some(result);
+        } else {
+            self.answer(volume, request, result);
+        }
+    }
+
+    fn answer(&mut self, volume: u32, request: usize, result: Result<(), IoError>) {
+        let in_flight = self.volumes[volume as usize].inbox.requests.remove(request);
+        self.stats.requests.fetch_add(1, Ordering::Relaxed);
+        let slot = &mut self.front_ends[in_flight.front_end as usize];
+        slot.pending.requests -= 1;
+        self.with_front_end(in_flight.front_end, |front_end, port| {
+            front_end.request_done(in_flight.tag, result, port);
+        });
+    }
+
+    /// Gives a volume an event in this batch.
+    pub(super) fn feed(&mut self, volume: u32, event: Event) {
+        let slot = &mut self.volumes[volume as usize];
+        slot.inbox.events.push(event);
+        if !slot.touched {
+            slot.touched = true;
+            self.touched_volumes.push(volume);
+        }
+    }
+
+    fn with_front_end(
+        &mut self,
+        index: u32,
+        call: impl FnOnce(&mut (dyn FrontEnd + 'static), &mut Port<'_>),
+    ) {
+        let Some(slot) = self.front_ends.get_mut(index as usize) else {
+            return;
+        };
+        let volume = &mut self.volumes[slot.volume as usize];
+        let mut port = Port {
+            ring: &mut self.ring,
+            inbox: &mut volume.inbox,
+            front_end: index,
+            pending: &mut slot.pending,
+            now_ms: self.now_ms,
+        };
+        call(&mut *slot.front_end, &mut port);
+        if !slot.touched {
+            slot.touched = true;
+            self.touched_front_ends.push(index);
+        }
+        if !volume.touched && !volume.inbox.events.is_empty() {
+            volume.touched = true;
+            self.touched_volumes.push(slot.volume);
+        }
+    }
+
+    /// Drops a front end that has come to its end.
+    fn reap_front_end(&mut self, index: u32) {
+        let Some(slot) = self.front_ends.get(index as usize) else {
+            return;
+        };
+        if slot.pending.ops > 0 || slot.pending.requests > 0 || !slot.front_end.is_finished() {
+            return;
+        }
+        let slot = self.front_ends.remove(index as usize);
+        let volume = &mut self.volumes[slot.volume as usize];
+        volume.front_ends -= 1;
+        if volume.front_ends == 0 {
+            for done in volume.without_front_ends.drain(..) {
+                // Nobody may wait any more.
+                let _ = done.send(());
+            }
+        }
+        self.reap_volume(slot.volume);
+    }
+
+    /// Gives away a volume that leaves and has nothing under way.
+    fn reap_volume(&mut self, index: u32) {
+        let slot = &self.volumes[index as usize];
+        let busy = slot.ops > 0
+            || slot.front_ends > 0
+            || slot.touched
+            || !slot.inbox.requests.is_empty()
+            || !slot.inbox.events.is_empty();
+        if busy || matches!(slot.stage, Stage::Serving) {
+            return;
+        }
+        let slot = self.volumes.remove(index as usize);
+        self.keys.remove(&slot.key);
+        if let Stage::Leaving(waiters) = slot.stage {
+            let mut machine = Some(slot.machine);
+            for done in waiters {
+                // Nobody may wait any more: then the volume is dropped here.
+                let _ = done.send(machine.take());
+            }
+        }
+    }
+
+    fn receive(&mut self) {
+        self.doorbell.answer();
+        if self.doorbell.stopped() && self.ending_since.is_none() {
+            self.end();
+        }
+        for n in 0.. {
+            let Ok(message) = self.messages.try_recv() else {
+                break;
+            };
+            self.hear(message);
+            if n == MESSAGES_MAX {
+                // The rest in the next batch: completions wait as well.
+                self.doorbell.ring();
+                break;
+            }
+        }
+    }
+
+    fn hear(&mut self, message: Message) {
+        match message {
+            Message::AddVolume {
+                key,
+                machine,
+                backend,
+            } => {
+                if self.ending_since.is_some() {
+                    return;
+                }
+                let inbox = Inbox {
+                    geometry: machine.geometry(),
+                    requests: Slab::new(),
+                    events: Vec::new(),
+                };
+                let slot = VolumeSlot {
+                    key,
+                    machine,
+                    backend,
+                    inbox,
+                    actions: Vec::new(),
+                    ops: 0,
+                    front_ends: 0,
+                    stage: Stage::Serving,
+                    without_front_ends: Vec::new(),
+                    touched: false,
+                };
+                let index = index_of(self.volumes.insert(slot));
+                let before = self.keys.insert(key, index);
+                assert!(before.is_none(), "two volumes of one key");
+                self.arm_timer();
+            }
+            Message::RemoveVolume { key, done } => match self.keys.get(&key) {
+                Some(&index) => self.leave(index, Some(done)),
+                None => {
+                    let _ = done.send(None);
+                }
+            },
+            Message::StopFrontEnds { key, done } => match self.keys.get(&key) {
+                Some(&index) if self.volumes[index as usize].front_ends > 0 => {
+                    self.volumes[index as usize].without_front_ends.push(done);
+                    self.stop_front_ends(index);
+                }
+                _ => {
+                    let _ = done.send(());
+                }
+            },
+            Message::VolumeEvent { key, event } => {
+                if let Some(&index) = self.keys.get(&key) {
+                    self.feed(index, event);
+                }
+            }
+            Message::AddFrontEnd { key, front_end } => {
+                let Some(&volume) = self.keys.get(&key) else {
+                    return;
+                };
+                let slot = &mut self.volumes[volume as usize];
+                if matches!(slot.stage, Stage::Serving) {
+                    slot.front_ends += 1;
+                    let slot = FrontEndSlot {
+                        front_end,
+                        volume,
+                        pending: Pending::default(),
+                        touched: false,
+                    };
+                    let index = index_of(self.front_ends.insert(slot));
+                    self.with_front_end(index, FrontEnd::start);
+                }
+            }
+            Message::Inspect { key, look } => {
+                let index = self.keys.get(&key);
+                look(index.map(|index| &*self.volumes[*index as usize].machine));
+            }
+        }
+    }
+
+    /// Sends a volume on its way out.
+    fn leave(&mut self, index: u32, done: Option<oneshot::Sender<Option<Box<dyn Machine>>>>) {
+        match &mut self.volumes[index as usize].stage {
+            Stage::Leaving(waiters) => waiters.extend(done),
+            stage @ Stage::Serving => {
+                *stage = Stage::Leaving(done.into_iter().collect());
+                self.feed(index, Event::Stop);
+                self.stop_front_ends(index);
+            }
+        }
+    }
+
+    fn stop_front_ends(&mut self, volume: u32) {
+        let indices: Vec<u32> = self
+            .front_ends
+            .iter()
+            .filter(|(_, slot)| slot.volume == volume)
+            .map(|(n, _)| index_of(n))
+            .collect();
+        for index in indices {
+            self.with_front_end(index, FrontEnd::stop);
+        }
+    }
+
+    fn tick(&mut self) {
+        self.timer_armed = false;
+        if self.volumes.is_empty() {
+            return;
+        }
+        self.arm_timer();
+        let now_ms = self.now_ms;
+        let volumes: Vec<u32> = self.volumes.iter().map(|(n, _)| index_of(n)).collect();
+        for index in volumes {
+            if self.volumes[index as usize].machine.wants_tick() {
+                self.feed(index, Event::Tick { now_ms });
+            }
+        }
+        let front_ends: Vec<u32> = self.front_ends.iter().map(|(n, _)| index_of(n)).collect();
+        for index in front_ends {
+            self.with_front_end(index, FrontEnd::tick);
+        }
+    }
+
+    /// Told to end: every volume leaves.
+    fn end(&mut self) {
+        self.ending_since = Some(self.now_ms);
+        let volumes: Vec<u32> = self.volumes.iter().map(|(n, _)| index_of(n)).collect();
+        for index in volumes {
+            self.leave(index, None);
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let Some(since) = self.ending_since else {
+            return false;
+        };
+        if self.volumes.is_empty() {
+            return true;
+        }
+        let idle = self.ops.is_empty()
+            && self
+                .volumes
+                .iter()
+                .all(|(_, slot)| slot.inbox.requests.is_empty() && slot.ops == 0);
+        idle && self.now_ms.saturating_sub(since) >= END_GRACE_MS
+    }
+
+    /// The thread ends. Memory that the kernel may still use must outlive the ring, which the
+    /// kernel takes apart in its own time: it is never freed.
+    fn abandon(mut self) {
+        for slot in self.front_ends.drain() {
+            if slot.pending.ops > 0 {
+                mem::forget(slot.front_end);
+            }
+        }
+        mem::forget(self.fixed);
+    }
+
+    fn arm_doorbell(&mut self) {
+        let count: *mut u64 = &raw mut self.fixed.doorbell_count;
+        let read = opcode::Read::new(types::Fd(self.doorbell.raw_fd()), count.cast(), 8).build();
+        // SAFETY: the count is in a box that is never freed while the ring may use it (`abandon`),
+        // and nothing else reads or writes it.
+        unsafe { self.ring.push(read.user_data(Token::Doorbell.pack())) };
+    }
+
+    fn arm_timer(&mut self) {
+        if mem::replace(&mut self.timer_armed, true) {
+            return;
+        }
+        let tick: *const types::Timespec = &raw const self.fixed.tick;
+        let entry = opcode::Timeout::new(tick)
+            .build()
+            .user_data(Token::Timer.pack());
+        // SAFETY: as the doorbell's count; the kernel reads it at submission.
+        unsafe { self.ring.push(entry) };
+    }
+}
+
+/// A slab's key as the 28-bit index that fits a token.
+pub(super) fn index_of(key: usize) -> u32 {
+    u32::try_from(key).expect("fewer than 2^32 entries")
+}

@@ -1,0 +1,211 @@
+//! Memory that the kernel reads and writes: page-aligned buffers, and pools of them with a cap.
+//!
+//! Owns: the allocations. Invariant: a buffer's address does not change while it lives, so that
+//! moving its owner is no matter to a ring operation under way.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
+
+/// Alignment of every buffer, in bytes: what direct I/O needs on any device.
+pub(crate) const ALIGNMENT: usize = 4096;
+
+/// Size classes of a pool: 4 KiB << 0 up to 4 KiB << 13 = 32 MiB.
+const CLASSES: usize = 14;
+
+/// The largest buffer that a pool gives, in bytes.
+pub(crate) const POOLED_BYTES_MAX: usize = ALIGNMENT << (CLASSES - 1);
+
+/// A page-aligned allocation.
+pub(crate) struct AlignedBuf {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: it owns its memory, like a `Box<[u8]>`.
+unsafe impl Send for AlignedBuf {}
+
+impl AlignedBuf {
+    /// `bytes` zeroed bytes, rounded up to whole pages.
+    ///
+    /// # Panics
+    /// If `bytes` is larger than the address space.
+    pub(crate) fn zeroed(bytes: usize) -> Self {
+        let size = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let layout =
+            Layout::from_size_align(size, ALIGNMENT).expect("a buffer fits the address space");
+        // SAFETY: the layout's size is not zero.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(ptr) else {
+            handle_alloc_error(layout)
+        };
+        Self { ptr, layout }
+    }
+
+    /// Where it starts.
+    pub(crate) fn ptr(&self) -> NonNull<u8> {
+        self.ptr
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn capacity(&self) -> usize {
+        self.layout.size()
+    }
+
+    /// The byte at `at` and all after it, as an address for the kernel.
+    ///
+    /// # Panics
+    /// If `at` is behind the end.
+    pub(crate) fn ptr_at(&self, at: usize) -> NonNull<u8> {
+        assert!(at <= self.capacity(), "an address behind a buffer's end");
+        // SAFETY: `at` is inside the allocation or one past it.
+        unsafe { self.ptr.add(at) }
+    }
+
+    /// Copies `bytes` to `at`. No ring operation may be using that part.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub(crate) fn copy_in(&mut self, at: usize, bytes: &[u8]) {
+        assert!(
+            at <= self.capacity() && bytes.len() <= self.capacity() - at,
+            "more bytes than the buffer holds"
+        );
+        // SAFETY: the destination lies inside the allocation by the line above, and `bytes` cannot
+        // overlap it, for no reference into it is ever given out together with `&mut self`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.ptr.add(at).as_ptr(), bytes.len())
+        };
+    }
+
+    /// The first `len` bytes. No ring operation may be writing them.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(crate) fn bytes(&self, len: usize) -> &[u8] {
+        assert!(len <= self.capacity(), "more bytes than the buffer holds");
+        // SAFETY: the allocation is initialised (zeroed) and at least `len` long.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), len) }
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and only once freed.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+    }
+}
+
+/// Buffers of power-of-two sizes, kept for reuse, with a cap on what is out.
+///
+/// What a buffer held stays in it: a pool never serves more than one client.
+pub(crate) struct Pool {
+    free: [Vec<AlignedBuf>; CLASSES],
+    free_bytes: usize,
+    out_bytes: usize,
+    out_bytes_max: usize,
+    free_bytes_max: usize,
+}
+
+impl Pool {
+    /// A pool with at most `out_bytes_max` in use and `free_bytes_max` kept for reuse.
+    pub(crate) fn new(out_bytes_max: usize, free_bytes_max: usize) -> Self {
+        Self {
+            free: std::array::from_fn(|_| Vec::new()),
+            free_bytes: 0,
+            out_bytes: 0,
+            out_bytes_max,
+            free_bytes_max,
+        }
+    }
+
+    /// A buffer of at least `bytes`; `None` while the cap is reached. With nothing out it always
+    /// gives one, so that a single large request is never stuck.
+    ///
+    /// # Panics
+    /// If `bytes` is more than [`POOLED_BYTES_MAX`].
+    pub(crate) fn take(&mut self, bytes: usize) -> Option<AlignedBuf> {
+        assert!(
+            bytes <= POOLED_BYTES_MAX,
+            "a pool has no buffer of this size"
+        );
+        let class = class_of(bytes);
+        let size = ALIGNMENT << class;
+        if self.out_bytes > 0 && self.out_bytes.saturating_add(size) > self.out_bytes_max {
+            return None;
+        }
+        self.out_bytes += size;
+        Some(match self.free[class].pop() {
+            Some(buf) => {
+                self.free_bytes -= size;
+                buf
+            }
+            None => AlignedBuf::zeroed(size),
+        })
+    }
+
+    /// Takes a buffer back.
+    pub(crate) fn give(&mut self, buf: AlignedBuf) {
+        let size = buf.capacity();
+        self.out_bytes -= size;
+        if self.free_bytes + size <= self.free_bytes_max {
+            self.free_bytes += size;
+            self.free[class_of(size)].push(buf);
+        }
+    }
+
+    /// Bytes in use.
+    #[cfg(test)]
+    pub(crate) fn out_bytes(&self) -> usize {
+        self.out_bytes
+    }
+}
+
+/// The smallest class whose buffers hold `bytes`.
+fn class_of(bytes: usize) -> usize {
+    let pages = bytes.div_ceil(ALIGNMENT).max(1);
+    pages.next_power_of_two().trailing_zeros() as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pool_at_its_cap_gives_none_until_one_comes_back() {
+        let mut pool = Pool::new(16 << 10, 16 << 10);
+        let a = pool.take(5000).unwrap();
+        assert_eq!(a.capacity(), 8192);
+        let b = pool.take(8192).unwrap();
+        assert!(pool.take(1).is_none());
+        pool.give(a);
+        let c = pool.take(4096).unwrap();
+        pool.give(b);
+        pool.give(c);
+        assert_eq!(pool.out_bytes(), 0);
+    }
+
+    #[test]
+    fn pool_with_nothing_out_gives_more_than_its_cap() {
+        let mut pool = Pool::new(4096, 0);
+        let a = pool.take(POOLED_BYTES_MAX).unwrap();
+        assert_eq!(a.capacity(), POOLED_BYTES_MAX);
+        assert!(pool.take(1).is_none());
+        pool.give(a);
+        assert!(pool.take(1).is_some());
+    }
+
+    #[test]
+    fn buffer_is_aligned_zeroed_and_copied_into_in_bounds() {
+        let mut buf = AlignedBuf::zeroed(5000);
+        assert_eq!(buf.ptr().as_ptr() as usize % ALIGNMENT, 0);
+        assert!(buf.bytes(8192).iter().all(|b| *b == 0));
+        buf.copy_in(8190, &[1, 2]);
+        assert_eq!(&buf.bytes(8192)[8190..], &[1, 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "more bytes than the buffer holds")]
+    fn buffer_copied_into_past_its_end_panics() {
+        AlignedBuf::zeroed(4096).copy_in(4095, &[1, 2]);
+    }
+}

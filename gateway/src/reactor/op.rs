@@ -1,0 +1,236 @@
+//! One I/O of a volume on the ring: from its first submission to its last byte.
+//!
+//! A transfer that ends short is submitted again for the rest; the volume only hears of whole ones.
+
+use bytes::Bytes;
+use io_uring::{opcode, squeue, types};
+use quarry_volume::IoId;
+
+use super::memory::AlignedBuf;
+use super::ring::{File, Ring};
+
+/// How often an I/O that the kernel turned away (`EAGAIN`, `EINTR`) is tried again.
+const TRIES_MAX: u8 = 100;
+
+/// What to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Code {
+    /// Read to an address of ours.
+    Read,
+    /// Write from an address of ours; `durable` until it is on stable media.
+    Write { durable: bool },
+    /// Read into a registered buffer.
+    ReadFixed { buf_index: u16 },
+    /// Write from a registered buffer.
+    WriteFixed { buf_index: u16 },
+    /// Sync the file's data.
+    Sync,
+}
+
+/// What the kernel must find alive until the I/O is done.
+pub(super) enum Hold {
+    /// Memory that a request owns, or none.
+    Nothing,
+    /// A page to write.
+    Page(AlignedBuf),
+    /// An aligned copy of a fill.
+    Fill(AlignedBuf),
+    /// Fetched bytes; held, not read again.
+    Bytes(#[expect(dead_code, reason = "kept alive for the kernel")] Bytes),
+}
+
+/// One I/O under way.
+pub(super) struct CacheOp {
+    /// Index of the volume that asked.
+    pub(super) volume: u32,
+    /// The volume's name for it.
+    pub(super) io: IoId,
+    /// The request whose buffer it uses.
+    pub(super) request: Option<usize>,
+    pub(super) code: Code,
+    pub(super) file: File,
+    /// Bytes from the file's start.
+    pub(super) offset: u64,
+    /// An address of ours, or the offset in a registered buffer.
+    pub(super) address: u64,
+    /// Bytes in all.
+    pub(super) len: u32,
+    /// Bytes transferred.
+    pub(super) done: u32,
+    pub(super) tries: u8,
+    pub(super) hold: Hold,
+}
+
+/// What a completion means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Step {
+    /// Submit again for the rest.
+    Again,
+    /// Over; `Err` holds the errno.
+    Done(Result<(), i32>),
+}
+
+impl CacheOp {
+    /// The entry for what is left of it. What it points to lives as long as `self` or the request.
+    pub(super) fn entry(&self, ring: &Ring) -> squeue::Entry {
+        let offset = self.offset + u64::from(self.done);
+        let address = (self.address + u64::from(self.done)) as *mut u8;
+        let len = self.len - self.done;
+        match self.code {
+            Code::Read => ring.entry_for(
+                self.file,
+                |fd| opcode::Read::new(fd, address, len).offset(offset).build(),
+                |fd| opcode::Read::new(fd, address, len).offset(offset).build(),
+            ),
+            Code::Write { durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                ring.entry_for(
+                    self.file,
+                    |fd| {
+                        opcode::Write::new(fd, address, len)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    },
+                    |fd| {
+                        opcode::Write::new(fd, address, len)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    },
+                )
+            }
+            Code::ReadFixed { buf_index } => ring.entry_for(
+                self.file,
+                |fd| {
+                    opcode::ReadFixed::new(fd, address, len, buf_index)
+                        .offset(offset)
+                        .build()
+                },
+                |fd| {
+                    opcode::ReadFixed::new(fd, address, len, buf_index)
+                        .offset(offset)
+                        .build()
+                },
+            ),
+            Code::WriteFixed { buf_index } => ring.entry_for(
+                self.file,
+                |fd| {
+                    opcode::WriteFixed::new(fd, address, len, buf_index)
+                        .offset(offset)
+                        .build()
+                },
+                |fd| {
+                    opcode::WriteFixed::new(fd, address, len, buf_index)
+                        .offset(offset)
+                        .build()
+                },
+            ),
+            Code::Sync => ring.entry_for(
+                self.file,
+                |fd| {
+                    opcode::Fsync::new(fd)
+                        .flags(types::FsyncFlags::DATASYNC)
+                        .build()
+                },
+                |fd| {
+                    opcode::Fsync::new(fd)
+                        .flags(types::FsyncFlags::DATASYNC)
+                        .build()
+                },
+            ),
+        }
+    }
+
+    /// Takes a completion's result into account.
+    pub(super) fn advance(&mut self, result: i32) -> Step {
+        if result == -libc::EINTR || result == -libc::EAGAIN {
+            self.tries += 1;
+            // A sync is never repeated: the kernel reports a lost page once only.
+            return if self.tries < TRIES_MAX && self.code != Code::Sync {
+                Step::Again
+            } else {
+                Step::Done(Err(-result))
+            };
+        }
+        let Ok(bytes) = u32::try_from(result) else {
+            return Step::Done(Err(-result));
+        };
+        if self.code == Code::Sync {
+            return Step::Done(Ok(()));
+        }
+        if bytes == 0 || bytes > self.len - self.done {
+            // The end of the file inside the cache device's extent, or nonsense.
+            return Step::Done(Err(libc::EIO));
+        }
+        self.done += bytes;
+        self.tries = 0;
+        if self.done == self.len {
+            Step::Done(Ok(()))
+        } else {
+            Step::Again
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn op(code: Code, len: u32) -> CacheOp {
+        CacheOp {
+            volume: 0,
+            io: IoId(1),
+            request: None,
+            code,
+            file: File::Cache,
+            offset: 0,
+            address: 0,
+            len,
+            done: 0,
+            tries: 0,
+            hold: Hold::Nothing,
+        }
+    }
+
+    #[test]
+    fn transfer_short_is_submitted_again_for_the_rest() {
+        let mut op = op(Code::Read, 4096);
+        assert_eq!(op.advance(512), Step::Again);
+        assert_eq!(op.advance(-libc::EINTR), Step::Again);
+        assert_eq!(op.done, 512);
+        assert_eq!(op.advance(3584), Step::Done(Ok(())));
+    }
+
+    #[test]
+    fn transfer_of_nothing_is_an_error() {
+        assert_eq!(op(Code::Read, 512).advance(0), Step::Done(Err(libc::EIO)));
+        assert_eq!(
+            op(Code::Write { durable: true }, 512).advance(-28),
+            Step::Done(Err(28))
+        );
+        assert_eq!(
+            op(Code::Write { durable: false }, 512).advance(513),
+            Step::Done(Err(libc::EIO))
+        );
+    }
+
+    #[test]
+    fn transfer_turned_away_for_ever_ends() {
+        let mut op = op(Code::Read, 512);
+        let mut steps = 0;
+        while op.advance(-libc::EAGAIN) == Step::Again {
+            steps += 1;
+            assert!(steps < 1000);
+        }
+    }
+
+    #[test]
+    fn sync_turned_away_is_not_repeated() {
+        assert_eq!(
+            op(Code::Sync, 0).advance(-libc::EINTR),
+            Step::Done(Err(libc::EINTR))
+        );
+        assert_eq!(op(Code::Sync, 0).advance(0), Step::Done(Ok(())));
+    }
+}

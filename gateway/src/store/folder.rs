@@ -1,0 +1,639 @@
+//! A store in a folder of a local (or shared) file system.
+//!
+//! An object is a plain file at its key's path. `.quarry/` beside them holds the lock and the files
+//! being written. Several processes may use one folder at once.
+//!
+//! **Invariants.**
+//! - A file at a key's path is always whole: it is written and synced under another name first, and
+//!   gets its name by `link` (create: fails if the name is taken) or `rename` (replace).
+//! - `replace` and `delete` hold the folder's lock from the comparison to the change; `create` needs
+//!   no lock, for `link` itself lets one through.
+//! - An answer that an object exists is only given once its directory is synced, so that what a
+//!   caller relies on survives a crash. A crash before that leaves the old state, or the new one.
+//! - A folder that is gone (not mounted) is [`StoreError::Unavailable`], never an empty store: its
+//!   `.quarry/` is gone too.
+
+use std::collections::HashSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rustix::fs::{FlockOperation, flock};
+use uuid::Uuid;
+
+use super::{
+    GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, Store, StoreError, Tag, check_key,
+    check_list_prefix, check_range,
+};
+
+/// Our own directory in the folder.
+const OWN_DIR: &str = ".quarry";
+/// How long an operation waits for the folder's lock.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How often it asks for it.
+const LOCK_POLL: Duration = Duration::from_millis(2);
+/// How many directories are remembered as synced.
+const SYNCED_DIRS_MAX: usize = 65_536;
+
+/// A store in a folder.
+#[derive(Clone, Debug)]
+pub struct FolderStore {
+    folder: Arc<Folder>,
+}
+
+#[derive(Debug)]
+struct Folder {
+    root: PathBuf,
+    /// Directories that are there and whose names are synced. Nobody removes a directory.
+    synced_dirs: Mutex<HashSet<PathBuf>>,
+}
+
+impl FolderStore {
+    /// Opens the folder, which must exist, and removes what a crash left of unfinished writes.
+    ///
+    /// # Errors
+    /// If it does not exist, or cannot be written.
+    pub fn open(root: &Path) -> Result<Self, OpenError> {
+        let refused = |source: io::Error| OpenError::Folder {
+            path: root.to_owned(),
+            remedy: match source.kind() {
+                io::ErrorKind::NotFound => "make it (mkdir -p), or mount what belongs there",
+                io::ErrorKind::PermissionDenied => "let the daemon's user write there",
+                _ => "it must be a directory on a file system that can be written",
+            },
+            source,
+        };
+        let root_now = fs::canonicalize(root).map_err(refused)?;
+        let folder = Folder {
+            root: root_now,
+            synced_dirs: Mutex::default(),
+        };
+        folder.prepare().map_err(refused)?;
+        Ok(Self {
+            folder: Arc::new(folder),
+        })
+    }
+
+    /// Does blocking `work` on a thread made for that.
+    async fn run<T: Send + 'static>(
+        &self,
+        operation: Operation,
+        key: &str,
+        work: impl FnOnce(&Folder, &str) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let folder = Arc::clone(&self.folder);
+        let owned = key.to_owned();
+        let done = tokio::task::spawn_blocking(move || {
+            work(&folder, &owned).map_err(|failure| folder.explain(operation, &owned, failure))
+        });
+        match done.await {
+            Ok(result) => result,
+            Err(error) => Err(StoreError::unavailable(operation, key, error.to_string())),
+        }
+    }
+}
+
+#[async_trait]
+impl Store for FolderStore {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        check_key(key)?;
+        self.run(Operation::Get, key, |folder, key| {
+            let bytes = folder
+                .read(key, GET_BYTES_MAX)?
+                .ok_or_else(|| StoreError::too_large(key))?;
+            let tag = tag_of(&bytes);
+            Ok((bytes, tag))
+        })
+        .await
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        check_key(key)?;
+        check_range(key, &range)?;
+        self.run(Operation::GetRange, key, move |folder, key| {
+            folder.read_range(key, &range)
+        })
+        .await
+    }
+
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        check_key(key)?;
+        check_range(key, &(0..len))?;
+        self.run(Operation::GetRange, key, move |folder, key| {
+            let (file, size) = folder.open(key)?;
+            let mut bytes = Vec::new();
+            (&file).take(len.min(size)).read_to_end(&mut bytes)?;
+            Ok(bytes.into())
+        })
+        .await
+    }
+
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        check_key(key)?;
+        self.run(Operation::Create, key, move |folder, key| {
+            folder.create(key, &body)
+        })
+        .await
+    }
+
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        check_key(key)?;
+        let seen = seen.clone();
+        self.run(Operation::Replace, key, move |folder, key| {
+            folder.replace(key, &body, &seen)
+        })
+        .await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        check_key(key)?;
+        self.run(Operation::Delete, key, |folder, key| folder.delete(key))
+            .await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        check_list_prefix(prefix)?;
+        self.run(Operation::List, prefix, |folder, prefix| {
+            folder.list(prefix)
+        })
+        .await
+    }
+
+    fn describe(&self) -> String {
+        format!("file://{}", self.folder.root.display())
+    }
+}
+
+/// What went wrong inside, before it is put into words.
+enum Failure {
+    Io(io::Error),
+    Store(StoreError),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl Folder {
+    fn own(&self, name: &str) -> PathBuf {
+        self.root.join(OWN_DIR).join(name)
+    }
+
+    fn path(&self, key: &str) -> Result<PathBuf, StoreError> {
+        if key.split('/').next() == Some(OWN_DIR) {
+            return Err(StoreError::invalid(
+                key,
+                "keys under .quarry are the folder store's own",
+            ));
+        }
+        Ok(self.root.join(key))
+    }
+
+    fn prepare(&self) -> io::Result<()> {
+        fs::create_dir_all(self.own("tmp"))?;
+        self.open_lock()?;
+        sync_dir(&self.root)?;
+        sync_dir(&self.root.join(OWN_DIR))?;
+        for entry in fs::read_dir(self.own("tmp"))? {
+            let path = entry?.path();
+            // Who writes such a file holds its lock; a free one is what a crash left.
+            let Ok(file) = File::open(&path) else {
+                continue;
+            };
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                remove_if_there(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn open_lock(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(self.own("lock"))
+    }
+
+    /// Takes the folder's lock, which ends with the answer.
+    fn lock(&self) -> io::Result<File> {
+        let file = self.open_lock()?;
+        let begun = Instant::now();
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => {
+                    thread::sleep(LOCK_POLL);
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(io::Error::other("another process keeps the folder locked"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Opens the file of a key; also its size. A directory is not an object.
+    fn open(&self, key: &str) -> Result<(File, u64), Failure> {
+        let file = File::open(self.path(key)?)?;
+        let meta = file.metadata()?;
+        if meta.is_file() {
+            return Ok((file, meta.len()));
+        }
+        Err(StoreError::not_found(key).into())
+    }
+
+    /// The whole object; none if it has more than `max` bytes.
+    fn read(&self, key: &str, max: u64) -> Result<Option<Bytes>, Failure> {
+        let (file, size) = self.open(key)?;
+        if size > max {
+            return Ok(None);
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
+        file.take(max).read_to_end(&mut bytes)?;
+        Ok(Some(bytes.into()))
+    }
+
+    fn read_range(&self, key: &str, range: &Range<u64>) -> Result<Bytes, Failure> {
+        let (file, size) = self.open(key)?;
+        if size < range.end {
+            let got = size.saturating_sub(range.start);
+            return Err(StoreError::wrong_length(key, range, got).into());
+        }
+        let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+        let mut bytes = vec![0; len];
+        match file.read_exact_at(&mut bytes, range.start) {
+            Ok(()) => Ok(bytes.into()),
+            // Cut off after its size was read.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(StoreError::wrong_length(key, range, 0).into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn create(&self, key: &str, body: &[u8]) -> Result<Tag, Failure> {
+        let path = self.path(key)?;
+        let unfinished = Unfinished::write(self.own("tmp"), body)?;
+        let dir = self.make_parents(&path)?;
+        let linked = fs::hard_link(&unfinished.path, &path);
+        match linked {
+            Ok(()) => {
+                sync_dir(dir)?;
+                Ok(tag_of(body))
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                // Its maker may not have come to that yet, and our caller will rely on it.
+                sync_dir(dir)?;
+                Err(StoreError::exists(key).into())
+            }
+            Err(error) => {
+                // Somebody may have removed a directory that we remember.
+                self.synced_dirs.lock().clear();
+                Err(error.into())
+            }
+        }
+    }
+
+    fn replace(&self, key: &str, body: &[u8], seen: &Tag) -> Result<Tag, Failure> {
+        let path = self.path(key)?;
+        let unfinished = Unfinished::write(self.own("tmp"), body)?;
+        let _lock = self.lock()?;
+        match self.read(key, GET_BYTES_MAX) {
+            Ok(Some(now)) if tag_of(&now) == *seen => {}
+            Ok(_) | Err(Failure::Store(StoreError::NotFound { .. })) => {
+                return Err(StoreError::changed(key).into());
+            }
+            Err(Failure::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
+                self.check_root(Operation::Replace, key)?;
+                return Err(StoreError::changed(key).into());
+            }
+            Err(failure) => return Err(failure),
+        }
+        fs::rename(&unfinished.path, &path)?;
+        sync_dir(path.parent().unwrap_or(&self.root))?;
+        Ok(tag_of(body))
+    }
+
+    fn delete(&self, key: &str) -> Result<(), Failure> {
+        let path = self.path(key)?;
+        let _lock = self.lock()?;
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(sync_dir(path.parent().unwrap_or(&self.root))?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(self.check_root(Operation::Delete, key)?)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Makes the directories above `path` and syncs their names; the last is the answer.
+    fn make_parents<'a>(&self, path: &'a Path) -> io::Result<&'a Path> {
+        let dir = path.parent().unwrap_or(path);
+        if self.synced_dirs.lock().contains(dir) {
+            return Ok(dir);
+        }
+        let below = dir.strip_prefix(&self.root).map_err(io::Error::other)?;
+        let mut made = self.root.clone();
+        for part in below {
+            let parent = made.clone();
+            made.push(part);
+            match fs::create_dir(&made) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                // If another process has just made it, its sync may be outstanding: ours comes first.
+                _ => sync_dir(&parent)?,
+            }
+        }
+        let mut synced = self.synced_dirs.lock();
+        if synced.len() >= SYNCED_DIRS_MAX {
+            synced.clear();
+        }
+        synced.insert(dir.to_owned());
+        Ok(dir)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<String>, Failure> {
+        let mut keys = Vec::new();
+        if !prefix.is_empty() {
+            self.path(prefix)?;
+        }
+        let mut dirs = vec![prefix.to_owned()];
+        while let Some(dir) = dirs.pop() {
+            let entries = match fs::read_dir(self.root.join(&dir)) {
+                Err(error) if is_nothing_there(&error) => continue,
+                entries => entries?,
+            };
+            for entry in entries {
+                let entry = entry?;
+                let name = entry.file_name();
+                let Some(key) = name.to_str().map(|name| format!("{dir}{name}")) else {
+                    continue;
+                };
+                // Not ours: a file that no key can name.
+                if check_key(&key).is_err() || key == OWN_DIR {
+                    continue;
+                }
+                if entry.file_type()?.is_dir() {
+                    dirs.push(key + "/");
+                } else if keys.len() == LIST_KEYS_MAX {
+                    return Err(StoreError::invalid(prefix, "too many keys to list").into());
+                } else {
+                    keys.push(key);
+                }
+            }
+        }
+        self.check_root(Operation::List, prefix)?;
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// An error unless the folder is where it was.
+    fn check_root(&self, operation: Operation, key: &str) -> Result<(), StoreError> {
+        if self.own("lock").exists() {
+            return Ok(());
+        }
+        let root = self.root.display();
+        let reason = format!("the folder {root} is gone: mount it again");
+        Err(StoreError::unavailable(operation, key, reason))
+    }
+
+    /// Puts a failure into words.
+    fn explain(&self, operation: Operation, key: &str, failure: Failure) -> StoreError {
+        let error = match failure {
+            Failure::Store(error) => return error,
+            Failure::Io(error) => error,
+        };
+        let root = self.root.display();
+        match error.kind() {
+            io::ErrorKind::NotFound => match self.check_root(operation, key) {
+                Err(gone) => gone,
+                Ok(()) if matches!(operation, Operation::Get | Operation::GetRange) => {
+                    StoreError::not_found(key)
+                }
+                Ok(()) => StoreError::unavailable(operation, key, error.to_string()),
+            },
+            // A key whose beginning is an object is no object.
+            io::ErrorKind::NotADirectory
+                if matches!(operation, Operation::Get | Operation::GetRange) =>
+            {
+                StoreError::not_found(key)
+            }
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                StoreError::denied(
+                    key,
+                    format!("{error}: let the daemon's user write in {root}"),
+                )
+            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let reason = format!("the disk of {root} is full ({error}): free some space on it");
+                StoreError::unavailable(operation, key, reason)
+            }
+            io::ErrorKind::NotADirectory
+            | io::ErrorKind::IsADirectory
+            | io::ErrorKind::AlreadyExists
+            | io::ErrorKind::InvalidFilename => StoreError::invalid(key, error.to_string()),
+            _ => StoreError::unavailable(operation, key, error.to_string()),
+        }
+    }
+}
+
+/// A file being written, gone when this is dropped. It is locked, so that nobody takes it for a
+/// crash's leftover.
+struct Unfinished {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Unfinished {
+    /// Writes a whole file and syncs it.
+    fn write(dir: PathBuf, body: &[u8]) -> io::Result<Self> {
+        let path = dir.join(Uuid::new_v4().to_string());
+        let file = File::create_new(&path)?;
+        let mut this = Self { path, _file: file };
+        flock(&this._file, FlockOperation::NonBlockingLockExclusive)?;
+        this._file.write_all(body)?;
+        this._file.sync_all()?;
+        Ok(this)
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Already renamed, or left for the sweep at the next opening.
+        drop(fs::remove_file(&self.path));
+    }
+}
+
+/// The tag of a content.
+fn tag_of(body: &[u8]) -> Tag {
+    let digest = ring::digest::digest(&ring::digest::SHA256, body);
+    let mut hex = String::with_capacity(64);
+    for byte in digest.as_ref() {
+        for nibble in [byte >> 4, byte & 15] {
+            hex.extend(char::from_digit(nibble.into(), 16));
+        }
+    }
+    Tag::new(&hex)
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn is_nothing_there(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::contract;
+
+    fn open(dir: &Path) -> FolderStore {
+        FolderStore::open(dir).unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn folder_keeps_the_contract() {
+        let dir = tempfile::tempdir().unwrap();
+        contract::run(Arc::new(open(dir.path()))).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn folder_opened_twice_keeps_writers_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let both: [Arc<dyn Store>; 2] = [Arc::new(open(dir.path())), Arc::new(open(dir.path()))];
+        contract::racing_creates(&both).await;
+        contract::racing_replaces(&both).await;
+        contract::counting_replaces(&both).await;
+    }
+
+    #[tokio::test]
+    async fn folder_missing_is_refused_with_a_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = FolderStore::open(&dir.path().join("none")).unwrap_err();
+        assert!(error.to_string().contains("mkdir -p"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn folder_gone_is_unavailable_and_not_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("store");
+        fs::create_dir(&root).unwrap();
+        let store = open(&root);
+        let tag = store
+            .create("a/head", Bytes::from_static(b"1"))
+            .await
+            .unwrap();
+        fs::rename(&root, dir.path().join("elsewhere")).unwrap();
+        fs::create_dir(&root).unwrap();
+        let body = Bytes::from_static(b"2");
+        for error in [
+            store.get("a/head").await.unwrap_err(),
+            store.get_range("a/head", 0..1).await.unwrap_err(),
+            store.create("a/b", body.clone()).await.unwrap_err(),
+            store.replace("a/head", body, &tag).await.unwrap_err(),
+            store.delete("a/head").await.unwrap_err(),
+            store.list("a/").await.unwrap_err(),
+        ] {
+            assert!(error.is_transient(), "{error}");
+        }
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn leftovers_are_swept_at_open_and_files_being_written_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()));
+        let tmp = dir.path().join(OWN_DIR).join("tmp");
+        fs::write(tmp.join("left"), b"half").unwrap();
+        let writing = Unfinished::write(tmp.clone(), b"whole").unwrap();
+        drop(open(dir.path()));
+        let left: Vec<_> = fs::read_dir(&tmp)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .collect();
+        assert_eq!(left, [writing.path.clone()]);
+        drop(writing);
+        assert_eq!(fs::read_dir(&tmp).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn failed_write_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        store.create("a", Bytes::from_static(b"1")).await.unwrap();
+        let body = Bytes::from_static(b"2");
+        assert!(store.create("a", body.clone()).await.is_err());
+        assert!(
+            store
+                .replace("a", body.clone(), &Tag::new("x"))
+                .await
+                .is_err()
+        );
+        assert!(store.create("a/b", body).await.is_err());
+        let tmp = dir.path().join(OWN_DIR).join("tmp");
+        assert_eq!(fs::read_dir(tmp).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn own_directory_is_out_of_reach_and_foreign_files_are_not_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        fs::write(dir.path().join("a file"), b"").unwrap();
+        store.create("b/.quarry", Bytes::new()).await.unwrap();
+        assert_eq!(store.list("").await.unwrap(), ["b/.quarry"]);
+        for key in [".quarry/lock", ".quarry", ".quarry/tmp/x"] {
+            assert!(matches!(
+                store.get(key).await,
+                Err(StoreError::Invalid { .. })
+            ));
+            assert!(matches!(
+                store.delete(key).await,
+                Err(StoreError::Invalid { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn disk_full_says_so_and_passes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        let full = io::Error::from_raw_os_error(libc_enospc());
+        let error = store.folder.explain(Operation::Create, "k", full.into());
+        assert!(
+            error.is_transient() && error.to_string().contains("is full"),
+            "{error}"
+        );
+    }
+
+    fn libc_enospc() -> i32 {
+        rustix::io::Errno::NOSPC.raw_os_error()
+    }
+}

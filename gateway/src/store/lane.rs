@@ -1,0 +1,406 @@
+//! The way to a store: bounded concurrency, a time limit an attempt, and retries until it works.
+//!
+//! Everything but provisioning goes through a lane, one for each endpoint. Handles to it are cheap
+//! and differ in two things: how urgent they are ([`Priority`]), and whether they wait for ever (the
+//! default: what I/O needs) or have a deadline ([`Lane::with_deadline`]: what a control call needs).
+//!
+//! **Invariants.**
+//! - A handle without a deadline never gives up on [`StoreError::Unavailable`] and
+//!   [`StoreError::Denied`]: it waits, and [`StoreHealth`] says so. After [`Lane::stop`] it never
+//!   answers them either: it just waits, to be dropped with its runtime.
+//! - No place is held while waiting to try again.
+//! - Requests of the background never fill the lane: some are the foreground's alone.
+
+use std::fmt;
+use std::future::{self, Future};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use uuid::Uuid;
+
+use super::backoff::Jitter;
+use super::{Operation, Outcome, Store, StoreError, StoreHealth, StoreStats, Tag};
+
+/// How long an attempt may take, besides the time for its bytes.
+const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(15);
+/// The slowest transfer that is waited for, in bytes a second. It makes 32 s for a chunk of 8 MiB.
+const RATE_BYTES_MIN: u64 = 256 << 10;
+/// How long a listing may take, all its pages together.
+const LIST_TIME_MAX: Duration = Duration::from_secs(300);
+/// Attempts at a range read that gets a wrong length, before that is taken for the truth. An object
+/// never changes, so a second answer differs only if the first was damaged on its way.
+const WRONG_LENGTH_ATTEMPTS_MAX: u32 = 3;
+
+/// How urgent a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Priority {
+    /// Somebody waits: reads of data, control calls.
+    #[default]
+    Foreground,
+    /// Uploads, checkpoints, readahead, reclaim.
+    Background,
+}
+
+/// Limits of a lane.
+#[derive(Clone, Debug)]
+pub struct LaneSettings {
+    /// Requests under way at once.
+    pub requests_max: usize,
+    /// How many of them are the foreground's alone; fewer than `requests_max`.
+    pub foreground_min: usize,
+    /// The longest that an attempt may take besides the time for its bytes.
+    pub attempt_time_max: Duration,
+    /// Seed of the waiting times; none: a different one each time.
+    pub seed: Option<u64>,
+}
+
+impl Default for LaneSettings {
+    fn default() -> Self {
+        Self {
+            requests_max: 64,
+            foreground_min: 16,
+            attempt_time_max: ATTEMPT_TIME_MAX,
+            seed: None,
+        }
+    }
+}
+
+/// A handle to a lane, which is itself a [`Store`].
+#[derive(Clone)]
+pub struct Lane {
+    shared: Arc<Shared>,
+    priority: Priority,
+    deadline: Option<Duration>,
+}
+
+struct Shared {
+    store: Arc<dyn Store>,
+    /// One for each request under way.
+    all: Semaphore,
+    /// One for each request of the background under way or waiting for one of `all`.
+    background: Semaphore,
+    attempt_time_max: Duration,
+    jitter: Jitter,
+    health: Arc<StoreHealth>,
+    stats: Arc<StoreStats>,
+    stop: watch::Sender<bool>,
+}
+
+impl Lane {
+    /// A lane to `store`; the handle is for the foreground and waits for ever.
+    ///
+    /// # Panics
+    /// If the limits leave the background no place.
+    #[must_use]
+    pub fn new(store: Arc<dyn Store>, settings: &LaneSettings) -> Self {
+        assert!(
+            settings.foreground_min < settings.requests_max,
+            "the background needs a place too"
+        );
+        let seed = settings
+            .seed
+            .unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
+        let shared = Shared {
+            store,
+            all: Semaphore::new(settings.requests_max),
+            background: Semaphore::new(settings.requests_max - settings.foreground_min),
+            attempt_time_max: settings.attempt_time_max,
+            jitter: Jitter::new(seed),
+            health: Arc::default(),
+            stats: Arc::default(),
+            stop: watch::Sender::new(false),
+        };
+        Self {
+            shared: Arc::new(shared),
+            priority: Priority::Foreground,
+            deadline: None,
+        }
+    }
+
+    /// The same lane for work that nobody waits for.
+    #[must_use]
+    pub fn background(&self) -> Self {
+        Self {
+            priority: Priority::Background,
+            ..self.clone()
+        }
+    }
+
+    /// The same lane, each of whose calls ends after `limit` with the newest error, and ends at
+    /// once if the store refuses our keys.
+    #[must_use]
+    pub fn with_deadline(&self, limit: Duration) -> Self {
+        Self {
+            deadline: Some(limit),
+            ..self.clone()
+        }
+    }
+
+    /// Whether the store answers; shared by all handles.
+    #[must_use]
+    pub fn health(&self) -> Arc<StoreHealth> {
+        Arc::clone(&self.shared.health)
+    }
+
+    /// The counters, shared by all handles.
+    #[must_use]
+    pub fn stats(&self) -> Arc<StoreStats> {
+        Arc::clone(&self.shared.stats)
+    }
+
+    /// Ends the lane, for all handles: calls with a deadline answer [`StoreError::Unavailable`] at
+    /// once, calls without one never return. To be called when nothing is to be brought to an end
+    /// any more.
+    pub fn stop(&self) {
+        self.shared.stop.send_replace(true);
+    }
+
+    /// Runs `attempt` until it has an answer.
+    async fn run<T, F>(
+        &self,
+        operation: Operation,
+        key: &str,
+        limit: Duration,
+        attempt: impl Fn() -> F + Send + Sync,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>> + Send,
+        T: Send,
+    {
+        let mut progress = Progress::default();
+        let mut stop = self.shared.stop.subscribe();
+        let due = self.deadline.map(|limit| Instant::now() + limit);
+        let answer = tokio::select! {
+            biased;
+            // Its sender lives in `self`, so it cannot end otherwise.
+            _ = stop.wait_for(|stop| *stop) => None,
+            () = sleep_until_some(due) => None,
+            answer = self.persist(operation, key, limit, &attempt, &mut progress) => Some(answer),
+        };
+        if let Some(answer) = answer {
+            return answer;
+        }
+        let Some(limit) = self.deadline else {
+            return future::pending().await;
+        };
+        let stopped = *stop.borrow();
+        if let Some(error) = progress.last_error.filter(|_| !stopped) {
+            return Err(error);
+        }
+        let reason = if stopped {
+            "the daemon is stopping".to_owned()
+        } else {
+            format!("no answer within {limit:?}")
+        };
+        let error = StoreError::unavailable(operation, key, reason);
+        if progress.is_under_way && !stopped {
+            self.shared.health.failed(&error);
+        }
+        Err(error)
+    }
+
+    async fn persist<T, F>(
+        &self,
+        operation: Operation,
+        key: &str,
+        limit: Duration,
+        attempt: &(impl Fn() -> F + Send + Sync),
+        progress: &mut Progress,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>> + Send,
+        T: Send,
+    {
+        let shared = &*self.shared;
+        let (mut failures, mut wrong_lengths) = (0, 0);
+        loop {
+            let tried = self.attempt(operation, key, limit, attempt, progress).await;
+            let mut error = match tried {
+                Ok(value) => {
+                    shared.health.answered();
+                    return Ok(value);
+                }
+                Err(error) => error,
+            };
+            match &mut error {
+                StoreError::Unavailable { .. } => {
+                    progress.is_uncertain = true;
+                    shared.health.failed(&error);
+                }
+                StoreError::Denied { .. } => {
+                    shared.health.failed(&error);
+                    if self.deadline.is_some() {
+                        return Err(error);
+                    }
+                }
+                StoreError::WrongLength { .. } => {
+                    shared.health.answered();
+                    wrong_lengths += 1;
+                    if wrong_lengths == WRONG_LENGTH_ATTEMPTS_MAX {
+                        return Err(error);
+                    }
+                }
+                StoreError::Exists { after_retry, .. }
+                | StoreError::Changed { after_retry, .. } => {
+                    shared.health.answered();
+                    *after_retry |= progress.is_uncertain;
+                    return Err(error);
+                }
+                StoreError::NotFound { .. } => {
+                    shared.health.answered();
+                    return Err(error);
+                }
+                StoreError::Invalid { .. } => return Err(error),
+            }
+            progress.last_error = Some(error);
+            failures += 1;
+            sleep(shared.jitter.wait(failures)).await;
+            shared.stats.retried();
+        }
+    }
+
+    /// One attempt, from the wait for a place on.
+    async fn attempt<T, F>(
+        &self,
+        operation: Operation,
+        key: &str,
+        limit: Duration,
+        attempt: &(impl Fn() -> F + Send + Sync),
+        progress: &mut Progress,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>> + Send,
+        T: Send,
+    {
+        const OPEN: &str = "the lane's places are never closed";
+        let shared = &*self.shared;
+        let waiting = shared.stats.wait();
+        // In this order: the background waits for its own share before it stands in the common line.
+        let _background = match self.priority {
+            Priority::Foreground => None,
+            Priority::Background => Some(shared.background.acquire().await.expect(OPEN)),
+        };
+        let _place = shared.all.acquire().await.expect(OPEN);
+        drop(waiting);
+        let counted = shared.stats.attempt(operation);
+        progress.is_under_way = true;
+        let ended = timeout(limit, attempt()).await;
+        progress.is_under_way = false;
+        match ended {
+            Ok(result) => {
+                counted.end(Outcome::of(&result));
+                result
+            }
+            Err(_) => {
+                counted.end(Outcome::GivenUp);
+                let reason = format!("no answer within {limit:?}");
+                Err(StoreError::unavailable(operation, key, reason))
+            }
+        }
+    }
+
+    /// How long an attempt may take that moves `bytes`.
+    fn limit(&self, bytes: u64) -> Duration {
+        self.shared.attempt_time_max
+            + Duration::from_millis(bytes.saturating_mul(1000) / RATE_BYTES_MIN)
+    }
+}
+
+/// What is known of a call that goes on.
+#[derive(Default)]
+struct Progress {
+    last_error: Option<StoreError>,
+    /// An attempt ended without an answer, and may have had its effect.
+    is_uncertain: bool,
+    /// The store was asked and has not answered yet.
+    is_under_way: bool,
+}
+
+async fn sleep_until_some(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => future::pending().await,
+    }
+}
+
+#[async_trait]
+impl Store for Lane {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        let limit = self.limit(8 << 20);
+        let store = &self.shared.store;
+        let got = self
+            .run(Operation::Get, key, limit, || store.get(key))
+            .await?;
+        self.shared.stats.read(got.0.len());
+        Ok(got)
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let limit = self.limit(range.end.saturating_sub(range.start));
+        let store = &self.shared.store;
+        let read = || store.get_range(key, range.clone());
+        let got = self.run(Operation::GetRange, key, limit, read).await?;
+        self.shared.stats.read(got.len());
+        Ok(got)
+    }
+
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        let limit = self.limit(len);
+        let store = &self.shared.store;
+        let read = || store.get_prefix(key, len);
+        let got = self.run(Operation::GetRange, key, limit, read).await?;
+        self.shared.stats.read(got.len());
+        Ok(got)
+    }
+
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        let limit = self.limit(body.len() as u64);
+        let store = &self.shared.store;
+        let write = || store.create(key, body.clone());
+        let tag = self.run(Operation::Create, key, limit, write).await?;
+        self.shared.stats.written(body.len());
+        Ok(tag)
+    }
+
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        let limit = self.limit(body.len() as u64);
+        let store = &self.shared.store;
+        let write = || store.replace(key, body.clone(), seen);
+        let tag = self.run(Operation::Replace, key, limit, write).await?;
+        self.shared.stats.written(body.len());
+        Ok(tag)
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let store = &self.shared.store;
+        self.run(Operation::Delete, key, self.limit(0), || store.delete(key))
+            .await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let store = &self.shared.store;
+        self.run(Operation::List, prefix, LIST_TIME_MAX, || {
+            store.list(prefix)
+        })
+        .await
+    }
+
+    fn describe(&self) -> String {
+        self.shared.store.describe()
+    }
+}
+
+impl fmt::Debug for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lane")
+            .field("store", &self.shared.store)
+            .field("priority", &self.priority)
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
+    }
+}

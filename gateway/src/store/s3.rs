@@ -1,0 +1,410 @@
+//! A store in a bucket of an S3 server, by the crate `object_store`.
+//!
+//! One request an operation (but for a listing's pages): retries, places and the size of time
+//! limits are the [`Lane`](super::Lane)'s. The same code over the library's store in memory is what
+//! the contract's tests run on without a server.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use futures::TryStreamExt as _;
+use object_store::aws::{
+    AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsCredentialProvider, S3ConditionalPut,
+};
+use object_store::path::Path;
+use object_store::{
+    BackoffConfig, ClientOptions, GetOptions, GetRange, GetResult, ObjectStore,
+    ObjectStoreExt as _, PutMode, PutOptions, RetryConfig, UpdateVersion,
+};
+
+use super::s3_error::Asked;
+use super::{
+    GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, S3Settings, Store, StoreError, Tag,
+    check_key, check_list_prefix, check_range,
+};
+
+/// How long a connection may take to be made.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long nothing may come on a connection that we read from.
+const READ_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long any request may take; a lane's limits are shorter.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(300);
+/// How long a connection is kept without use: shorter than servers and load balancers do.
+const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+/// Variables that say how to get the machine's or container's role.
+const ROLE_VARIABLES: [&str; 9] = [
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
+    "AWS_ENDPOINT_URL_STS",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_METADATA_ENDPOINT",
+    "AWS_IMDSV1_FALLBACK",
+];
+
+/// Chooses the process's cryptography for TLS. Before the first HTTP client is made (also one that
+/// only speaks plain HTTP): without it, making one panics. Doing it again changes nothing.
+pub fn install_crypto() {
+    // An error means that it was chosen before.
+    drop(rustls::crypto::ring::default_provider().install_default());
+}
+
+/// A store in a bucket.
+#[derive(Clone)]
+pub struct S3Store {
+    inner: Arc<dyn ObjectStore>,
+    /// What is put before each key: empty, or ends with `/`.
+    prefix: String,
+    description: String,
+}
+
+impl S3Store {
+    /// A store as `settings` say; nothing is asked of the server yet.
+    ///
+    /// # Errors
+    /// [`OpenError::Client`] if the settings are none.
+    pub fn open(settings: &S3Settings) -> Result<Self, OpenError> {
+        let inner = client(settings)?;
+        Ok(Self::over(
+            Arc::new(inner),
+            &settings.prefix,
+            settings.describe(),
+        ))
+    }
+
+    fn over(inner: Arc<dyn ObjectStore>, prefix: &str, description: String) -> Self {
+        let prefix = match prefix {
+            "" => String::new(),
+            prefix => format!("{prefix}/"),
+        };
+        Self {
+            inner,
+            prefix,
+            description,
+        }
+    }
+
+    fn path(&self, key: &str) -> Result<Path, StoreError> {
+        check_key(key)?;
+        let path = format!("{}{key}", self.prefix);
+        Path::parse(path).map_err(|error| StoreError::invalid(key, error.to_string()))
+    }
+
+    async fn put(&self, asked: Asked<'_>, body: Bytes, mode: PutMode) -> Result<Tag, StoreError> {
+        let path = self.path(asked.key)?;
+        let options = PutOptions {
+            mode,
+            ..PutOptions::default()
+        };
+        match self.inner.put_opts(&path, body.into(), options).await {
+            Ok(done) => tag(asked, done.e_tag),
+            Err(error) => Err(asked.explain(&error).unwrap_or_else(|| {
+                asked.unavailable("the server refuses a range that was not set")
+            })),
+        }
+    }
+}
+
+/// The library's client for `settings`.
+pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
+    install_crypto();
+    let options = ClientOptions::new()
+        .with_allow_http(is_plain(settings))
+        .with_connect_timeout(CONNECT_TIME_MAX)
+        .with_read_timeout(READ_TIME_MAX)
+        .with_timeout(REQUEST_TIME_MAX)
+        .with_pool_idle_timeout(IDLE_TIME_MAX);
+    let mut builder = AmazonS3Builder::new()
+        .with_bucket_name(&settings.bucket)
+        .with_region(&settings.region)
+        .with_virtual_hosted_style_request(!settings.path_style)
+        .with_conditional_put(S3ConditionalPut::ETagMatch)
+        .with_disable_bulk_delete(true)
+        .with_client_options(options)
+        .with_retry(RetryConfig {
+            backoff: BackoffConfig::default(),
+            max_retries: 0,
+            retry_timeout: Duration::ZERO,
+        });
+    if let Some(endpoint) = &settings.endpoint {
+        builder = builder.with_endpoint(endpoint_of(endpoint, settings));
+    }
+    if let Some((id, secret)) = &settings.keys {
+        builder = builder
+            .with_access_key_id(id)
+            .with_secret_access_key(secret.expose());
+        if let Some(token) = &settings.session_token {
+            builder = builder.with_token(token.expose());
+        }
+    } else {
+        for name in ROLE_VARIABLES {
+            let key = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>();
+            if let (Ok(key), Ok(value)) = (key, std::env::var(name)) {
+                builder = builder.with_config(key, value);
+            }
+        }
+    }
+    builder.build().map_err(|source| OpenError::Client {
+        place: settings.describe(),
+        source,
+    })
+}
+
+/// Where the client gets its keys from: the provisioning client asks the same source.
+#[allow(dead_code, reason = "provisioning is not there yet")]
+pub(crate) fn credentials(settings: &S3Settings) -> Result<AwsCredentialProvider, OpenError> {
+    Ok(Arc::clone(client(settings)?.credentials()))
+}
+
+fn is_plain(settings: &S3Settings) -> bool {
+    settings
+        .endpoint
+        .as_ref()
+        .is_some_and(|url| url.starts_with("http://"))
+}
+
+/// The library wants the bucket in the endpoint's host if it goes there.
+fn endpoint_of(endpoint: &str, settings: &S3Settings) -> String {
+    let endpoint = endpoint.trim_end_matches('/');
+    match endpoint.split_once("://") {
+        Some((scheme, host)) if !settings.path_style => {
+            format!("{scheme}://{}.{host}", settings.bucket)
+        }
+        _ => endpoint.to_owned(),
+    }
+}
+
+#[async_trait]
+impl Store for S3Store {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        let path = self.path(key)?;
+        let asked = Asked {
+            operation: Operation::Get,
+            key,
+        };
+        let failed = |error| {
+            asked
+                .explain(&error)
+                .unwrap_or_else(|| asked.unavailable("the server refuses a range that was not set"))
+        };
+        let got = self.inner.get(&path).await.map_err(failed)?;
+        if got.meta.size > GET_BYTES_MAX {
+            return Err(StoreError::too_large(key));
+        }
+        let tag = tag(asked, got.meta.e_tag.clone())?;
+        let size = got.meta.size;
+        let bytes = collect(got, size).await.map_err(failed)?;
+        if bytes.len() as u64 != size {
+            return Err(asked.unavailable(format!("got {} bytes of {size}", bytes.len())));
+        }
+        Ok((bytes, tag))
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        check_range(key, &range)?;
+        let bytes = self.read(key, range.clone()).await?.unwrap_or_default();
+        match bytes.len() as u64 {
+            got if got == range.end - range.start => Ok(bytes),
+            got => Err(StoreError::wrong_length(key, &range, got)),
+        }
+    }
+
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        check_range(key, &(0..len))?;
+        let bytes = self.read(key, 0..len).await?.unwrap_or_default();
+        match bytes.len() as u64 {
+            got if got <= len => Ok(bytes),
+            got => Err(StoreError::wrong_length(key, &(0..len), got)),
+        }
+    }
+
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        let asked = Asked {
+            operation: Operation::Create,
+            key,
+        };
+        self.put(asked, body, PutMode::Create).await
+    }
+
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        let asked = Asked {
+            operation: Operation::Replace,
+            key,
+        };
+        let version = UpdateVersion {
+            e_tag: Some(seen.as_str().to_owned()),
+            version: None,
+        };
+        self.put(asked, body, PutMode::Update(version)).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let asked = Asked {
+            operation: Operation::Delete,
+            key,
+        };
+        let Err(error) = self.inner.delete(&path).await else {
+            return Ok(());
+        };
+        match asked.explain(&error) {
+            Some(StoreError::NotFound { .. }) => Ok(()),
+            Some(error) => Err(error),
+            None => Err(asked.unavailable("the server refuses a range that was not set")),
+        }
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        check_list_prefix(prefix)?;
+        let asked = Asked {
+            operation: Operation::List,
+            key: prefix,
+        };
+        let whole = format!("{}{prefix}", self.prefix);
+        let path = Path::parse(whole.trim_end_matches('/'))
+            .map_err(|error| StoreError::invalid(prefix, error.to_string()))?;
+        let failed = |error| {
+            asked
+                .explain(&error)
+                .unwrap_or_else(|| asked.unavailable("the server refuses a range that was not set"))
+        };
+        let mut keys = Vec::new();
+        let mut pages = self.inner.list(Some(&path));
+        while let Some(meta) = pages.try_next().await.map_err(failed)? {
+            // What no key can name is not ours.
+            let Some(key) = meta.location.as_ref().strip_prefix(&self.prefix) else {
+                continue;
+            };
+            if !key.starts_with(prefix) || check_key(key).is_err() {
+                continue;
+            }
+            if keys.len() == LIST_KEYS_MAX {
+                return Err(StoreError::invalid(prefix, "too many keys to list"));
+            }
+            keys.push(key.to_owned());
+        }
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+}
+
+impl S3Store {
+    /// What is there of a range: none if the object ends before it begins.
+    async fn read(&self, key: &str, range: Range<u64>) -> Result<Option<Bytes>, StoreError> {
+        let path = self.path(key)?;
+        let asked = Asked {
+            operation: Operation::GetRange,
+            key,
+        };
+        let options = GetOptions {
+            range: Some(GetRange::Bounded(range.clone())),
+            ..GetOptions::default()
+        };
+        let got = match self.inner.get_opts(&path, options).await {
+            Ok(got) => got,
+            Err(error) => return asked.explain(&error).map_or(Ok(None), Err),
+        };
+        if got.range.start != range.start {
+            return Err(asked.unavailable(format!("got bytes from {} on", got.range.start)));
+        }
+        match collect(got, range.end - range.start).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) => Err(asked
+                .explain(&error)
+                .unwrap_or_else(|| asked.unavailable("the answer ended early"))),
+        }
+    }
+}
+
+impl fmt::Debug for S3Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("S3Store").field(&self.description).finish()
+    }
+}
+
+/// The answer's body: all of it, or so much that it is more than `max`.
+async fn collect(got: GetResult, max: u64) -> object_store::Result<Bytes> {
+    let mut stream = got.into_stream();
+    // A body in one piece is not copied.
+    let first = stream.try_next().await?.unwrap_or_default();
+    if first.len() as u64 > max {
+        return Ok(first);
+    }
+    let Some(second) = stream.try_next().await? else {
+        return Ok(first);
+    };
+    let mut bytes = BytesMut::with_capacity(usize::try_from(max).unwrap_or_default());
+    bytes.extend_from_slice(&first);
+    bytes.extend_from_slice(&second);
+    while bytes.len() as u64 <= max
+        && let Some(more) = stream.try_next().await?
+    {
+        bytes.extend_from_slice(&more);
+    }
+    Ok(bytes.freeze())
+}
+
+fn tag(asked: Asked<'_>, e_tag: Option<String>) -> Result<Tag, StoreError> {
+    match e_tag {
+        Some(e_tag) => Ok(Tag::new(&e_tag)),
+        None => Err(StoreError::invalid(asked.key, "the server gives no ETag")),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+    use crate::store::contract;
+
+    /// The adapter over a store in memory.
+    pub(crate) fn in_memory(prefix: &str) -> S3Store {
+        S3Store::over(Arc::new(InMemory::new()), prefix, "memory".to_owned())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn adapter_over_memory_keeps_the_contract() {
+        contract::run(Arc::new(in_memory("some/prefix"))).await;
+        contract::run(Arc::new(in_memory(""))).await;
+    }
+
+    #[tokio::test]
+    async fn prefix_hides_what_is_outside() {
+        let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let store = |prefix| S3Store::over(Arc::clone(&memory), prefix, String::new());
+        store("a").create("x/1", Bytes::new()).await.unwrap();
+        store("ab").create("x/2", Bytes::new()).await.unwrap();
+        assert_eq!(store("a").list("").await.unwrap(), ["x/1"]);
+        assert_eq!(store("").list("").await.unwrap(), ["a/x/1", "ab/x/2"]);
+        assert!(store("a").get("x/2").await.is_err());
+    }
+
+    #[test]
+    fn endpoint_has_the_bucket_in_its_host_only_if_asked_for() {
+        let settings = |path_style| S3Settings {
+            bucket: "b".to_owned(),
+            prefix: String::new(),
+            endpoint: None,
+            region: "r".to_owned(),
+            keys: None,
+            session_token: None,
+            path_style,
+        };
+        assert_eq!(endpoint_of("https://h:1/", &settings(true)), "https://h:1");
+        assert_eq!(
+            endpoint_of("https://h:1/", &settings(false)),
+            "https://b.h:1"
+        );
+    }
+}

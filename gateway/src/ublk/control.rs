@@ -1,0 +1,601 @@
+//! The devices' life cycle: probe, add and start, find and recover, stop and delete.
+//!
+//! Each command runs on a short-lived thread of its own. libublk's control ring is thread-local, so
+//! a control object must not leave its thread; and a command may wait in the kernel for the
+//! device's own requests (starting reads the partition table, stopping writes the page cache back),
+//! so that one stalled volume must not hold up the others' commands. No control object outlives its
+//! command: the kernel and the file under `/run/ublksrvd` are the state.
+//!
+//! A device is started in this order, and a crash between two steps leaves what is said:
+//! 1. add: a dead device without a file, which serves nobody; [`Control::find`] shows it by its word.
+//! 2. file with the stamp, start: a device that can be recovered.
+//! 3. node, link: a recovered device gets its link anew.
+
+use std::fs;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
+use libublk::io::UblkDev;
+use libublk::{UblkFlags, sys};
+use quarry_objfmt::VolumeId;
+use tokio::sync::{Semaphore, oneshot};
+
+use super::stamp::{self, Stamp};
+use super::{
+    Device, DeviceSpec, Features, IO_BYTES_MAX, LINK_ROOT, Mode, QUEUE_DEPTH, UblkError, link,
+    params,
+};
+use crate::reactor::ublk_queue::{Running, UblkQueue};
+
+/// The kind of our devices, in libublk's file.
+const TARGET: &str = "quarry";
+
+/// The driver's control device.
+const CONTROL_PATH: &str = "/dev/ublk-control";
+
+/// Where the kernel lists the devices.
+const LIST_PATH: &str = "/sys/class/ublk-char";
+
+/// Commands under way at once; one whose kernel part hangs keeps its place.
+const COMMANDS_MAX: usize = 64;
+
+/// How long a reactor may take to give a new queue's commands to the kernel.
+const QUEUE_START_MAX: Duration = Duration::from_secs(10);
+
+/// How long a device's node may take to appear.
+const NODE_MAX: Duration = Duration::from_secs(5);
+
+/// Pause between two looks at something that is about to happen.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Gives a queue to the reactor that owns the volume. Called once, on a thread that may wait. `Err`
+/// says why there is none.
+pub type Host = Box<dyn FnOnce(UblkQueue) -> Result<(), String> + Send>;
+
+/// What the kernel says of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// Added, never started, or stopped.
+    Dead,
+    /// Served by this process.
+    Live {
+        /// The process.
+        pid: i32,
+    },
+    /// Its daemon is gone; its requests wait to be served again.
+    Quiesced,
+    /// Its daemon is gone; its requests fail.
+    Failing,
+}
+
+/// A ublk device of this host, ours or not.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// N of `/dev/ublkbN`.
+    pub id: u32,
+    /// What it is doing.
+    pub state: State,
+    /// The stamp in its file, if that is there and agrees with the kernel's word.
+    pub stamp: Option<Stamp>,
+    word: u64,
+}
+
+impl Found {
+    /// Whether it was made for this volume, by the kernel's own word.
+    #[must_use]
+    pub fn is_of(&self, volume: VolumeId) -> bool {
+        self.word == stamp::word(volume)
+    }
+
+    /// Whether [`Control::recover`] can take it over.
+    #[must_use]
+    pub fn is_recoverable(&self) -> bool {
+        matches!(self.state, State::Quiesced | State::Failing)
+    }
+}
+
+/// Gives commands to the ublk driver. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Control {
+    places: Arc<Semaphore>,
+    link_root: Arc<Path>,
+    zero_copy: bool,
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Self::new(PathBuf::from(LINK_ROOT))
+    }
+}
+
+impl Control {
+    /// With the devices' names under `link_root`.
+    #[must_use]
+    pub fn new(link_root: PathBuf) -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(COMMANDS_MAX)),
+            link_root: link_root.into(),
+            zero_copy: true,
+        }
+    }
+
+    /// The same, but new devices copy their data, whatever the driver can do.
+    #[must_use]
+    pub fn without_zero_copy(mut self) -> Self {
+        self.zero_copy = false;
+        self
+    }
+
+    /// What the driver can do.
+    ///
+    /// # Errors
+    /// [`UblkError::Absent`] and [`UblkError::Denied`], each with its remedy.
+    pub async fn probe(&self) -> Result<Features, UblkError> {
+        self.run(probe).await
+    }
+
+    /// Makes a device of a volume and starts it: when it returns the node is there. `host` gives
+    /// the queue to the volume's reactor.
+    ///
+    /// # Errors
+    /// Any; nothing is left behind then.
+    pub async fn start(&self, spec: DeviceSpec, host: Host) -> Result<Device, UblkError> {
+        let root = Arc::clone(&self.link_root);
+        let zero_copy = self.zero_copy;
+        self.run(move || start(&spec, host, zero_copy, &root)).await
+    }
+
+    /// The ublk devices of this host.
+    ///
+    /// # Errors
+    /// Only if the driver cannot be asked at all; none without a driver.
+    pub async fn find(&self) -> Result<Vec<Found>, UblkError> {
+        self.run(find).await
+    }
+
+    /// The devices of dead daemons that carry our stamp: what is to be checked against the volumes
+    /// of this daemon, and recovered.
+    ///
+    /// # Errors
+    /// See [`Control::find`].
+    pub async fn find_recoverable(&self) -> Result<Vec<Found>, UblkError> {
+        let mut found = self.find().await?;
+        found.retain(|device| device.is_recoverable() && device.stamp.is_some());
+        Ok(found)
+    }
+
+    /// Takes over the device that a dead daemon left for a volume. Requests that were under way
+    /// come again, writes among them perhaps for the second time.
+    ///
+    /// # Errors
+    /// [`UblkError::Foreign`] and [`UblkError::Shape`] if it is not this volume's as it is now;
+    /// [`UblkError::Served`] if its daemon lives. The device is not deleted.
+    pub async fn recover(
+        &self,
+        id: u32,
+        spec: DeviceSpec,
+        host: Host,
+    ) -> Result<Device, UblkError> {
+        let root = Arc::clone(&self.link_root);
+        self.run(move || recover(id, &spec, host, &root)).await
+    }
+
+    /// Stops and deletes a volume's device. What the page cache holds for it is written first, so
+    /// the volume must still be served: its front ends are stopped *after* this. A device that is
+    /// gone already is fine.
+    ///
+    /// # Errors
+    /// [`UblkError::InUse`] unless `force`: with it, whoever uses the device gets errors.
+    pub async fn remove(&self, id: u32, spec: DeviceSpec, force: bool) -> Result<(), UblkError> {
+        let root = Arc::clone(&self.link_root);
+        self.run(move || remove(id, &spec, force, &root)).await
+    }
+
+    /// Runs `command` on a thread of its own.
+    async fn run<T: Send + 'static>(
+        &self,
+        command: impl FnOnce() -> Result<T, UblkError> + Send + 'static,
+    ) -> Result<T, UblkError> {
+        let place = Arc::clone(&self.places)
+            .try_acquire_owned()
+            .map_err(|_| UblkError::Busy)?;
+        let (send, answer) = oneshot::channel();
+        let work = move || {
+            prepare_thread();
+            let result = command();
+            drop(place);
+            // Whoever asked may have gone; the command is carried out all the same.
+            let _ = send.send(result);
+        };
+        std::thread::Builder::new()
+            .name("ublk-control".to_owned())
+            .spawn(work)
+            .map_err(UblkError::Thread)?;
+        answer
+            .await
+            .map_err(|_| UblkError::Thread(io::Error::other("its thread panicked")))?
+    }
+}
+
+/// Makes the calling thread fit for commands: no signal may end a wait for the kernel early, as
+/// libublk would take the command for failed while the kernel still writes into its buffer; and its
+/// memory must not be reclaimed through the very device that it stops.
+fn prepare_thread() {
+    let mut all = std::mem::MaybeUninit::uninit();
+    // SAFETY: it writes the set it is given.
+    unsafe { libc::sigfillset(all.as_mut_ptr()) };
+    // SAFETY: the set was just filled, and the old mask is not asked for.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
+    UblkCtrl::init_queue_thread();
+}
+
+fn probe() -> Result<Features, UblkError> {
+    match fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(CONTROL_PATH)
+    {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(UblkError::Absent),
+        Err(error) => return Err(UblkError::Denied(error)),
+        Ok(_) => {}
+    }
+    // A driver that does not know the command is older than all we need.
+    Ok(Features::from_bits(UblkCtrl::get_features().unwrap_or(0)))
+}
+
+fn start(
+    spec: &DeviceSpec,
+    host: Host,
+    zero_copy: bool,
+    link_root: &Path,
+) -> Result<Device, UblkError> {
+    let mode = match probe()?.mode()? {
+        Mode::ZeroCopy if zero_copy => Mode::ZeroCopy,
+        _ => Mode::UserCopy,
+    };
+    make_run_folder().map_err(UblkError::Folder)?;
+    let ctrl = UblkCtrlBuilder::default()
+        .name(TARGET)
+        .id(-1)
+        .nr_queues(1)
+        .depth(QUEUE_DEPTH)
+        .io_buf_bytes(IO_BYTES_MAX)
+        .ctrl_flags(mode.flags())
+        .ctrl_target_flags(stamp::word(spec.volume))
+        .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
+        .build()
+        .map_err(|error| command(u32::MAX, "adding a device", error))?;
+    // Until it is disowned, dropping `ctrl` deletes the device again.
+    let id = ctrl.dev_info().dev_id;
+    let started = serve(&ctrl, spec, host).and_then(|mode| {
+        let node = wait_for_node(&ctrl)?;
+        Ok(Device {
+            id,
+            link: link::make(link_root, &spec.tenant, &spec.name, &node),
+            node,
+            mode,
+        })
+    });
+    match started {
+        Ok(device) => {
+            ctrl.disown();
+            tracing::info!(device = %device.node.display(), volume = %spec.volume, mode = %device.mode, "device started");
+            Ok(device)
+        }
+        Err(error) => {
+            // Takes the commands from the queue, if it has any: the queue ends, the character
+            // device is closed, and only then does the deletion return.
+            let _ = ctrl.kill_dev();
+            Err(error)
+        }
+    }
+}
+
+/// Makes the folder of libublk's files, which would make it writable to all: then anybody could have
+/// us write through a symbolic link.
+fn make_run_folder() -> io::Result<()> {
+    match fs::DirBuilder::new()
+        .mode(0o755)
+        .create(UblkCtrl::run_dir())
+    {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<Device, UblkError> {
+    probe()?.mode()?;
+    let old = open(id, spec.volume)?;
+    let mut of_device = sys::ublk_params::default();
+    old.get_params(&mut of_device)
+        .and_then(done)
+        .map_err(|error| command(id, "reading its parameters", error))?;
+    params::check(id, &of_device, spec)?;
+    let info = old.dev_info();
+    drop(old);
+    let ctrl = UblkCtrlBuilder::default()
+        .name(TARGET)
+        .id(i32::try_from(id).map_err(|_| UblkError::Foreign {
+            id,
+            volume: spec.volume,
+        })?)
+        .nr_queues(info.nr_hw_queues)
+        .depth(info.queue_depth)
+        .io_buf_bytes(info.max_io_buf_bytes)
+        .dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
+        .build()
+        .map_err(|error| command(id, "opening it for recovery", error))?;
+    // Waits until the kernel has cleared up after the dead daemon.
+    match ctrl.start_user_recover() {
+        Ok(answer) if answer == -libc::EBUSY => {
+            return Err(UblkError::Served {
+                id,
+                pid: info.ublksrv_pid,
+            });
+        }
+        Ok(_) => {}
+        Err(error) => return Err(command(id, "starting its recovery", error)),
+    }
+    // A failure from here on leaves the device as it is until this process ends: what the reactor
+    // has of it by then, the kernel gives back only to a daemon that comes after.
+    let mode = serve(&ctrl, spec, host)?;
+    let node = wait_for_node(&ctrl)?;
+    let link = link::make(link_root, &spec.tenant, &spec.name, &node);
+    tracing::info!(device = %node.display(), volume = %spec.volume, %mode, "device recovered");
+    Ok(Device {
+        id,
+        node,
+        link,
+        mode,
+    })
+}
+
+/// Gives the device's queue to the reactor and starts the device, or ends its recovery.
+fn serve(ctrl: &UblkCtrl, spec: &DeviceSpec, host: Host) -> Result<Mode, UblkError> {
+    let info = ctrl.dev_info();
+    let id = info.dev_id;
+    let mode = Mode::of_flags(info.flags);
+    let dev = UblkDev::new(
+        TARGET.to_owned(),
+        |dev| {
+            dev.tgt.dev_size = spec.size.bytes();
+            dev.tgt.params = params::of_spec(spec);
+            dev.set_target_json(Stamp::of(spec).to_json());
+            Ok(())
+        },
+        ctrl,
+    )
+    .map_err(|error| command(id, "opening its character device", error))?;
+    let queue = |reason: String| UblkError::Queue { id, reason };
+    let cdev = character_device(&dev).map_err(|error| queue(error.to_string()))?;
+    let (front_end, started) = UblkQueue::open(id, cdev, info.queue_depth, mode)
+        .map_err(|error| queue(error.to_string()))?;
+    host(front_end).map_err(queue)?;
+    let Running { tid, mode } = started
+        .recv_timeout(QUEUE_START_MAX)
+        .map_err(|error| queue(format!("its reactor gave no answer ({error})")))?
+        .map_err(|error| queue(error.to_string()))?;
+    ctrl.configure_queue(&dev, 0, tid)
+        .map_err(|error| command(id, "asking for its queue's processors", error))?;
+    ctrl.start_dev(&dev)
+        .and_then(done)
+        .map_err(|error| command(id, "starting it", error))?;
+    Ok(mode)
+}
+
+/// A descriptor of our own: the character device can be opened only once.
+fn character_device(dev: &UblkDev) -> io::Result<OwnedFd> {
+    // SAFETY: entry 0 is the character device, open as long as `dev`.
+    let fd = unsafe { BorrowedFd::borrow_raw(dev.tgt.fds[0]) };
+    fd.try_clone_to_owned()
+}
+
+fn find() -> Result<Vec<Found>, UblkError> {
+    match probe() {
+        Ok(_) => {}
+        Err(UblkError::Absent) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    }
+    let entries = match fs::read_dir(LIST_PATH) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(UblkError::Denied(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(id) = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("ublkc")?.parse().ok())
+        else {
+            continue;
+        };
+        // It may be gone since it was listed, or another user's.
+        let Ok(ctrl) = simple(id) else { continue };
+        found.push(describe(&ctrl));
+    }
+    found.sort_unstable_by_key(|device| device.id);
+    Ok(found)
+}
+
+fn describe(ctrl: &UblkCtrl) -> Found {
+    let info = ctrl.dev_info();
+    let state = match u32::from(info.state) {
+        sys::UBLK_S_DEV_LIVE => State::Live {
+            pid: info.ublksrv_pid,
+        },
+        sys::UBLK_S_DEV_QUIESCED => State::Quiesced,
+        sys::UBLK_S_DEV_FAIL_IO => State::Failing,
+        _ => State::Dead,
+    };
+    let word = info.ublksrv_flags;
+    let stamp = ctrl
+        .get_target_data_from_json()
+        .and_then(Stamp::from_json)
+        .filter(|stamp| stamp::word(stamp.volume) == word);
+    Found {
+        id: info.dev_id,
+        state,
+        stamp,
+        word,
+    }
+}
+
+fn remove(id: u32, spec: &DeviceSpec, force: bool, link_root: &Path) -> Result<(), UblkError> {
+    let ctrl = match open(id, spec.volume) {
+        Ok(ctrl) => ctrl,
+        Err(UblkError::Command { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    let node = PathBuf::from(ctrl.get_bdev_path());
+    if !force && is_in_use(&node) {
+        return Err(UblkError::InUse { node });
+    }
+    link::remove(link_root, &spec.tenant, &spec.name, &node);
+    ctrl.kill_dev()
+        .and_then(done)
+        .map_err(|error| command(id, "stopping it", error))?;
+    match ctrl.del_dev().and_then(done) {
+        Ok(()) => {}
+        Err(error) if errno(&error) == Some(libc::ENODEV) => {}
+        Err(error) => return Err(command(id, "deleting it", error)),
+    }
+    tracing::info!(device = %node.display(), volume = %spec.volume, "device removed");
+    Ok(())
+}
+
+/// Whether somebody holds the device for himself alone. Only a live disk can be asked: the others
+/// do not answer, and then the answer is no.
+fn is_in_use(node: &Path) -> bool {
+    let opened = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+        .open(node);
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+}
+
+/// The control object of a device that exists and is `volume`'s.
+fn open(id: u32, volume: VolumeId) -> Result<UblkCtrl, UblkError> {
+    let ctrl = simple(id).map_err(|error| command(id, "asking for it", error))?;
+    if ctrl.dev_info().ublksrv_flags != stamp::word(volume) {
+        return Err(UblkError::Foreign { id, volume });
+    }
+    Ok(ctrl)
+}
+
+/// The control object of a device that exists.
+fn simple(id: u32) -> Result<UblkCtrl, libublk::UblkError> {
+    UblkCtrl::new_simple(i32::try_from(id).map_err(|_| libublk::UblkError::InvalidVal)?)
+}
+
+/// Waits until the block device's node is there, and is this device's.
+fn wait_for_node(ctrl: &UblkCtrl) -> Result<PathBuf, UblkError> {
+    let id = ctrl.dev_info().dev_id;
+    let node = PathBuf::from(ctrl.get_bdev_path());
+    let mut of_device = sys::ublk_params::default();
+    ctrl.get_params(&mut of_device)
+        .and_then(done)
+        .map_err(|error| command(id, "reading its parameters", error))?;
+    let wanted = rustix::fs::makedev(of_device.devt.disk_major, of_device.devt.disk_minor);
+    let deadline = Instant::now() + NODE_MAX;
+    loop {
+        match fs::metadata(&node) {
+            Ok(found) if found.file_type().is_block_device() && found.rdev() == wanted => {
+                return Ok(node);
+            }
+            _ if Instant::now() >= deadline => return Err(UblkError::NoNode { node }),
+            _ => std::thread::sleep(POLL),
+        }
+    }
+}
+
+/// libublk counts `EBUSY` among the successes.
+fn done(answer: i32) -> Result<(), libublk::UblkError> {
+    if answer < 0 {
+        Err(libublk::UblkError::UringIOError(answer))
+    } else {
+        Ok(())
+    }
+}
+
+fn errno(error: &libublk::UblkError) -> Option<i32> {
+    match error {
+        libublk::UblkError::UringIOError(code) | libublk::UblkError::OtherError(code) => {
+            Some(code.abs())
+        }
+        libublk::UblkError::IOError(error) => error.raw_os_error(),
+        _ => None,
+    }
+}
+
+fn command(id: u32, doing: &'static str, error: libublk::UblkError) -> UblkError {
+    let source = match (errno(&error), error) {
+        (Some(code), _) => io::Error::from_raw_os_error(code),
+        (None, libublk::UblkError::IOError(error)) => error,
+        (None, error) => io::Error::other(error),
+    };
+    UblkError::Command { id, doing, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_error_keeps_the_kernels_errno() {
+        let error = command(
+            3,
+            "starting it",
+            libublk::UblkError::UringIOError(-libc::EPERM),
+        );
+        let UblkError::Command { source, .. } = &error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(source.raw_os_error(), Some(libc::EPERM));
+        assert!(
+            error
+                .to_string()
+                .starts_with("ublk device 3: starting it failed: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn busy_answer_is_an_error() {
+        assert_eq!(
+            done(-libc::EBUSY).map_err(|e| errno(&e)),
+            Err(Some(libc::EBUSY))
+        );
+        assert!(done(0).is_ok());
+    }
+
+    #[tokio::test]
+    async fn probe_without_a_driver_names_the_remedy() {
+        if Path::new(CONTROL_PATH).exists() {
+            eprintln!("SKIPPED: this kernel has ublk");
+            return;
+        }
+        let control = Control::default();
+        let error = control.probe().await.unwrap_err();
+        assert!(matches!(error, UblkError::Absent));
+        assert!(error.to_string().contains("--via nbd"), "{error}");
+        assert_eq!(control.find().await.unwrap(), Vec::new());
+    }
+
+    #[tokio::test]
+    async fn commands_past_the_maximum_are_refused() {
+        let control = Control::default();
+        let _all = Arc::clone(&control.places)
+            .acquire_many_owned(COMMANDS_MAX.try_into().unwrap())
+            .await
+            .unwrap();
+        assert!(matches!(control.probe().await, Err(UblkError::Busy)));
+    }
+}

@@ -1,0 +1,41 @@
+# The commands of this repository; `.ci/run` calls the same ones.
+
+# What there is
+default:
+    @just --list
+
+# Format and lints, as a change must have them
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# Every test that needs nothing but this checkout and installed programs
+test *arguments:
+    bash tests/run --no-install --no-vm {{arguments}}
+
+# Every test, after installing what they need and building the virtual machine's kernel
+test-all *arguments:
+    bash tests/run {{arguments}}
+
+# The tests on a real ublk device, in the virtual machine
+ublk:
+    tests/vm/build-uml.sh
+    bash tests/run --no-install -E 'binary_id(quarry-tests::vm)'
+
+# An object store, a volume, a crash and a recovery, shown in a minute
+demo *arguments:
+    cargo run --release -- demo {{arguments}}
+
+# Longer than a change needs: many crashes, a minute's outage, more bit flips
+long:
+    QUARRY_TEST_OPERATIONS=100000 QUARRY_TEST_CRASHES=40 QUARRY_TEST_OUTAGE_SECONDS=60 \
+    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 bash tests/run --no-install
+
+# Decoders under a fuzzer, for a minute each
+fuzz seconds="60":
+    cd objfmt && for target in $(cargo +nightly fuzz list); do \
+        cargo +nightly fuzz run "$target" -- -max_total_time={{seconds}} || exit 1; done
+
+# All that must hold before a change goes in
+ci:
+    ./.ci/run

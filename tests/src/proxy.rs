@@ -1,0 +1,201 @@
+//! A TCP proxy between the daemon and its store that can fail on command, and that counts bytes.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+/// What the proxy does at the moment; shared by all of its threads.
+#[derive(Debug, Default)]
+struct State {
+    cut: AtomicBool,
+    stop: AtomicBool,
+    delay_ms: AtomicU64,
+    upstream_bytes: AtomicU64,
+    downstream_bytes: AtomicU64,
+    open: Mutex<Vec<TcpStream>>,
+}
+
+/// A proxy on a loopback port; it ends when dropped.
+#[derive(Debug)]
+pub struct FaultProxy {
+    address: SocketAddr,
+    state: Arc<State>,
+}
+
+impl FaultProxy {
+    /// Starts a proxy in front of `upstream`.
+    ///
+    /// # Errors
+    /// If no port can be had.
+    pub fn start(upstream: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let address = listener.local_addr()?;
+        let state = Arc::new(State::default());
+        let shared = Arc::clone(&state);
+        thread::Builder::new()
+            .name("fault-proxy".to_owned())
+            .spawn(move || accept(&listener, upstream, &shared))?;
+        Ok(Self { address, state })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Breaks all connections, and every new one at once, until [`FaultProxy::heal`].
+    pub fn cut(&self) {
+        self.state.cut.store(true, Ordering::SeqCst);
+        self.state.close_all();
+    }
+
+    /// Lets connections through again.
+    pub fn heal(&self) {
+        self.state.cut.store(false, Ordering::SeqCst);
+    }
+
+    /// Holds each piece of what the daemon sends for `delay` before it goes on to the store.
+    pub fn delay(&self, delay: Duration) {
+        let milliseconds = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        self.state.delay_ms.store(milliseconds, Ordering::SeqCst);
+    }
+
+    /// Bytes that went to the store so far, protocol included.
+    #[must_use]
+    pub fn upstream_bytes(&self) -> u64 {
+        self.state.upstream_bytes.load(Ordering::SeqCst)
+    }
+
+    /// Bytes that came from the store so far, protocol included.
+    #[must_use]
+    pub fn downstream_bytes(&self) -> u64 {
+        self.state.downstream_bytes.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for FaultProxy {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::SeqCst);
+        self.state.close_all();
+        // Wakes the accepting thread, which then sees that it is to stop.
+        drop(TcpStream::connect(self.address));
+    }
+}
+
+impl State {
+    fn close_all(&self) {
+        let mut open = self.open.lock().expect("no holder of this lock panics");
+        for stream in open.drain(..) {
+            // It may be closed already, which is what is wanted.
+            drop(stream.shutdown(Shutdown::Both));
+        }
+    }
+
+    fn remember(&self, stream: &TcpStream) -> io::Result<()> {
+        let copy = stream.try_clone()?;
+        self.open
+            .lock()
+            .expect("no holder of this lock panics")
+            .push(copy);
+        Ok(())
+    }
+}
+
+fn accept(listener: &TcpListener, upstream: SocketAddr, state: &Arc<State>) {
+    for client in listener.incoming() {
+        if state.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(client) = client else { continue };
+        if !state.cut.load(Ordering::SeqCst)
+            && let Err(error) = join(client, upstream, state)
+        {
+            eprintln!("fault proxy: {upstream}: {error}");
+        }
+    }
+}
+
+/// Joins a new connection to the store, a thread for each direction.
+fn join(client: TcpStream, upstream: SocketAddr, state: &Arc<State>) -> io::Result<()> {
+    let server = TcpStream::connect(upstream)?;
+    for stream in [&client, &server] {
+        stream.set_nodelay(true)?;
+        state.remember(stream)?;
+    }
+    if state.cut.load(Ordering::SeqCst) {
+        // A cut came in between and may have missed these two.
+        state.close_all();
+    }
+    let up = (client.try_clone()?, server.try_clone()?, Arc::clone(state));
+    let down = (server, client, Arc::clone(state));
+    thread::spawn(move || {
+        pump(up.0, up.1, &up.2.upstream_bytes, || {
+            let delay = up.2.delay_ms.load(Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(delay));
+        });
+    });
+    thread::spawn(move || pump(down.0, down.1, &down.2.downstream_bytes, || {}));
+    Ok(())
+}
+
+/// Copies until either end closes, then closes both.
+fn pump(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, before: impl Fn()) {
+    let mut buffer = vec![0; 256 << 10];
+    while let Ok(len @ 1..) = from.read(&mut buffer) {
+        before();
+        count.fetch_add(len as u64, Ordering::SeqCst);
+        if to.write_all(&buffer[..len]).is_err() {
+            break;
+        }
+    }
+    // Either may be closed already, which is what is wanted.
+    drop(from.shutdown(Shutdown::Both));
+    drop(to.shutdown(Shutdown::Both));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn echo() -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                thread::spawn(move || {
+                    let mut byte = [0];
+                    while stream.read_exact(&mut byte).is_ok() {
+                        stream.write_all(&byte).unwrap();
+                    }
+                });
+            }
+        });
+        address
+    }
+
+    fn call(address: SocketAddr) -> io::Result<u8> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(b"x")?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        Ok(byte[0])
+    }
+
+    #[test]
+    fn proxy_cut_and_healed_breaks_and_mends_connections() {
+        let proxy = FaultProxy::start(echo()).unwrap();
+        let mut old = TcpStream::connect(proxy.address()).unwrap();
+        assert_eq!(call(proxy.address()).unwrap(), b'x');
+        assert_eq!((proxy.upstream_bytes(), proxy.downstream_bytes()), (1, 1));
+        proxy.cut();
+        assert!(call(proxy.address()).is_err());
+        assert!(!matches!(old.read(&mut [0]), Ok(1..)));
+        proxy.heal();
+        assert_eq!(call(proxy.address()).unwrap(), b'x');
+    }
+}

@@ -1,0 +1,236 @@
+//! What a person sees: every step of a volume's life, and every refusal with its words.
+
+use anyhow::Result;
+use quarry_tests::{MIB, Nbd, NbdError, Site, http_get};
+use serde_json::Value;
+use tempfile::tempdir;
+
+/// Whether a list answers with something of this name.
+fn lists(answer: &Value, name: &str) -> bool {
+    answer.to_string().contains(&format!("\"{name}\""))
+}
+
+#[test]
+fn volume_life_from_create_to_delete_answers_each_step() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    daemon.quarry(&["status"])?;
+    daemon.quarry(&["tenant", "create", "acme"])?;
+    assert!(lists(&daemon.json(&["tenant", "list"])?, "acme"));
+
+    daemon.quarry(&["volume", "create", "acme/db", "--size", "64MiB"])?;
+    let shown = daemon.show("acme/db")?;
+    assert_eq!(shown["state"], "detached", "{shown}");
+    assert_eq!(shown["size_bytes"], 64 * MIB, "{shown}");
+
+    let attached = daemon.json(&["volume", "attach", "acme/db", "--via", "nbd"])?;
+    assert_eq!(attached["volume"], "acme/db");
+    assert_eq!(attached["via"], "nbd");
+    let uri = attached["uri"].as_str().unwrap_or_default();
+    assert!(uri.starts_with("nbd+unix:///acme/db?socket=/"), "{uri}");
+    assert_eq!(daemon.show("acme/db")?["state"], "attached");
+
+    let mut nbd = daemon.connect("acme/db")?;
+    assert_eq!(nbd.size(), 64 * MIB);
+    assert!(nbd.flags().all_commands() && nbd.flags().multi_conn());
+    nbd.write(4096, &[1; 4096], false)?;
+    nbd.flush()?;
+    assert!(daemon.show("acme/db")?["dirty_bytes"].as_u64() >= Some(4096));
+    daemon.sync("acme/db")?;
+    assert_eq!(daemon.show("acme/db")?["dirty_bytes"], 0);
+    nbd.disconnect()?;
+
+    daemon.quarry(&["volume", "detach", "acme/db"])?;
+    assert_eq!(daemon.show("acme/db")?["state"], "detached");
+    daemon.quarry(&["volume", "delete", "acme/db"])?;
+    let left = daemon.json(&["volume", "list"])?;
+    assert!(!left.to_string().contains("db"), "{left}");
+    daemon.quarry(&["tenant", "delete", "acme"])?;
+    daemon.stop()
+}
+
+#[test]
+fn volume_detached_and_attached_again_keeps_its_data() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
+    nbd.write(MIB, &[9; 8192], false)?;
+    nbd.disconnect()?;
+    daemon.quarry(&["volume", "detach", "acme/db"])?;
+    let mut nbd = daemon.attach("acme/db", &[])?;
+    assert!(nbd.read_vec(MIB, 8192)? == [9; 8192]);
+    daemon.stop()
+}
+
+#[test]
+fn daemon_restarted_attaches_what_it_had_attached() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut one = daemon.fresh_volume("acme/one", 64 * MIB, &[])?;
+    let mut two = daemon.fresh_volume("acme/two", 64 * MIB, &["--compression", "zstd"])?;
+    daemon.create("acme/idle", 64 * MIB, &[])?;
+    one.write(0, &[1; 4096], true)?;
+    two.write(0, &[2; 4096], true)?;
+    daemon.stop()?;
+
+    let daemon = site.start()?;
+    assert!(daemon.connect("acme/one")?.read_vec(0, 4096)? == [1; 4096]);
+    assert!(daemon.connect("acme/two")?.read_vec(0, 4096)? == [2; 4096]);
+    assert_eq!(daemon.show("acme/idle")?["state"], "detached");
+    daemon.stop()
+}
+
+#[test]
+fn command_without_daemon_says_where_it_looked_and_what_to_do() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    for command in [["status"].as_slice(), &["volume", "list"]] {
+        let refusal = site.quarry_json(command)?.refusal()?;
+        assert!(refusal.mentions("q.sock"), "{refusal:?}");
+        assert!(refusal.mentions("quarry serve"), "{refusal:?}");
+        assert_eq!(refusal.stderr.lines().count(), 1, "{refusal:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn command_on_wrong_thing_is_refused_by_its_name() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    daemon.create("acme/db", 64 * MIB, &[])?;
+    let long = "x".repeat(64);
+    let long = format!("acme/{long}");
+    let refusals: &[(&[&str], &str)] = &[
+        (
+            &["volume", "attach", "acme/none", "--via", "nbd"],
+            "acme/none",
+        ),
+        (&["volume", "show", "acme/none"], "acme/none"),
+        (&["volume", "delete", "acme/none"], "acme/none"),
+        (
+            &["volume", "create", "acme/db", "--size", "1GiB"],
+            "acme/db",
+        ),
+        (
+            &["volume", "create", "nobody/db", "--size", "1GiB"],
+            "nobody",
+        ),
+        (&["volume", "create", &long, "--size", "1GiB"], "63"),
+        (&["volume", "create", "acme/Big", "--size", "1GiB"], "Big"),
+        (&["volume", "create", "acme/odd", "--size", "1000B"], "512"),
+        (&["volume", "create", "acme/nil", "--size", "0B"], "size"),
+        (&["volume", "detach", "acme/db"], "acme/db"),
+        (&["volume", "sync", "acme/db"], "acme/db"),
+        (&["tenant", "create", "acme"], "acme"),
+        (&["tenant", "delete", "acme"], "acme"),
+        (&["tenant", "delete", "nobody"], "nobody"),
+    ];
+    for (command, word) in refusals {
+        let refusal = site.quarry_json(command)?.refusal()?;
+        assert!(refusal.mentions(word), "{command:?}: {refusal:?}");
+    }
+    daemon.quarry(&["volume", "show", "acme/db"])?;
+    daemon.stop()
+}
+
+#[test]
+fn attached_volume_cannot_be_attached_twice_or_deleted() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
+    let deleted = site.quarry_json(&["volume", "delete", "acme/db"])?;
+    assert!(deleted.refusal()?.mentions("detach"));
+    let again = site.quarry_json(&["volume", "attach", "acme/db", "--via", "nbd"])?;
+    // Either the same answer again or a refusal that says so; never a second owner.
+    if again.code != Some(0) {
+        assert!(again.refusal()?.mentions("attached"));
+    }
+    nbd.write(0, &[3; 512], true)?;
+    assert!(nbd.read_vec(0, 512)? == [3; 512]);
+    daemon.stop()
+}
+
+#[test]
+fn unknown_export_is_refused_by_name() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    drop(daemon.fresh_volume("acme/db", 64 * MIB, &[])?);
+    let uri = daemon.uri("acme/db")?;
+    let (_, socket) = uri.split_once("?socket=").unwrap_or_default();
+    let refused = Nbd::connect(socket.as_ref(), "acme/other");
+    assert!(matches!(refused, Err(NbdError::Refused(_))), "{refused:?}");
+    daemon.stop()
+}
+
+#[test]
+fn request_outside_or_off_the_blocks_is_refused_and_harmless() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &["--sector-size", "4096"])?;
+    let size = nbd.size();
+    assert_eq!(nbd.blocks().map(|blocks| blocks.minimum), Some(4096));
+    assert!(nbd.write(size, &[1; 4096], false).is_err());
+    assert!(nbd.write(size - 4096, &[1; 8192], false).is_err());
+    assert!(nbd.write(512, &[1; 4096], false).is_err());
+    assert!(nbd.write(0, &[1; 512], false).is_err());
+    assert!(nbd.read(u64::MAX - 4095, &mut [0; 4096]).is_err());
+    assert!(nbd.trim(size - 4096, 8192).is_err());
+    assert!(nbd.write_zeroes(!4095, 4096, true).is_err());
+    assert!(nbd.read_vec(0, size)?.iter().all(|byte| *byte == 0));
+    daemon.stop()
+}
+
+#[test]
+fn read_only_attachment_refuses_writes() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], false)?;
+    nbd.disconnect()?;
+    daemon.quarry(&["volume", "detach", "acme/db"])?;
+    let mut nbd = daemon.attach("acme/db", &["--read-only"])?;
+    assert!(nbd.flags().read_only());
+    assert!(nbd.write(0, &[6; 4096], false).is_err());
+    assert!(nbd.trim(0, 4096).is_err());
+    assert!(nbd.read_vec(0, 4096)? == [5; 4096]);
+    daemon.stop()
+}
+
+#[test]
+fn second_daemon_on_the_same_socket_is_refused() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let second = site.serve_refused()?;
+    assert!(second.stderr.contains("q.sock"), "{second}");
+    assert!(!second.stderr.contains("panicked"), "{second}");
+    daemon.quarry(&["status"])?;
+    daemon.stop()
+}
+
+#[test]
+fn metrics_and_health_are_served_on_the_socket() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    drop(daemon.fresh_volume("acme/db", 64 * MIB, &[])?);
+    assert_eq!(http_get(&site.socket(), "/healthz")?.status, 200);
+    assert_eq!(http_get(&site.socket(), "/readyz")?.status, 200);
+    assert_eq!(http_get(&site.socket(), "/nothing-here")?.status, 404);
+    let metrics = daemon.metrics()?;
+    let samples = metrics.lines().filter(|line| line.starts_with("quarry_"));
+    assert!(samples.count() > 5, "{metrics}");
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        let value = line.rsplit(' ').next().map(str::parse::<f64>);
+        assert!(matches!(value, Some(Ok(_))), "not a sample: {line}");
+    }
+    daemon.stop()
+}

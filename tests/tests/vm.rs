@@ -1,0 +1,109 @@
+//! The product itself: a Linux block device by ublk, in a kernel of our own (User Mode Linux), with a file system
+//! on it, and the crashes of a daemon and of a whole host.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use quarry_tests::{MIB, Ran, quarry_program, skip, target_dir, test_number, tool};
+use tempfile::{TempDir, tempdir_in};
+
+/// The kernel, if `tests/vm/build-uml.sh` has made one.
+fn kernel() -> Option<PathBuf> {
+    let path = match (
+        std::env::var_os("QUARRY_VM_KERNEL"),
+        std::env::var_os("QUARRY_VM_CACHE"),
+    ) {
+        (Some(kernel), _) => PathBuf::from(kernel),
+        (None, Some(cache)) => Path::new(&cache).join("linux"),
+        (None, None) => target_dir().join("vm/linux"),
+    };
+    if path.is_file() {
+        return Some(path);
+    }
+    skip(&format!(
+        "no kernel at {} (tests/vm/build-uml.sh makes it)",
+        path.display()
+    ));
+    None
+}
+
+/// All that a guest needs from the host.
+struct Host {
+    kernel: PathBuf,
+    dir: TempDir,
+}
+
+impl Host {
+    fn new() -> Result<Option<Self>> {
+        let Some(kernel) = kernel() else {
+            return Ok(None);
+        };
+        for program in ["busybox", "mkfs.ext4", "e2fsck", "taskset"] {
+            if tool(program).is_none() {
+                return Ok(None);
+            }
+        }
+        // Not /tmp, which may be in memory.
+        let dir = tempdir_in(target_dir())?;
+        Ok(Some(Self { kernel, dir }))
+    }
+
+    /// The directory that outlives the guests.
+    fn dir(&self) -> &str {
+        self.dir.path().to_str().expect("a plain path")
+    }
+
+    /// Boots a guest that runs a script of `tests/vm` and ends.
+    fn boot(&self, disks: &[&Path], script: &str, arguments: &[&str]) -> Result<()> {
+        let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm");
+        let mut command = Command::new(vm.join("run-in-uml"));
+        command
+            .env("QUARRY_VM_KERNEL", &self.kernel)
+            .env("QUARRY_BIN", quarry_program())
+            .args(["-t", "240"]);
+        for disk in disks {
+            command.arg("-d").arg(disk);
+        }
+        command.arg(vm.join(script)).arg(self.dir()).args(arguments);
+        let ran = Ran::run(&mut command)?.ok()?;
+        println!("{}{}", ran.stdout, ran.stderr);
+        ensure!(!ran.stdout.contains("FAILED"), "{ran}");
+        Ok(())
+    }
+
+    fn disk(&self, name: &str) -> Result<PathBuf> {
+        let path = self.dir.path().join(name);
+        File::create(&path)?.set_len(256 * MIB)?;
+        Ok(path)
+    }
+}
+
+#[test]
+fn ublk_device_of_a_killed_daemon_comes_back_and_its_ext4_notices_nothing() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    let rounds = test_number("QUARRY_TEST_CRASHES", 4).to_string();
+    host.boot(&[], "guest-daemon-killed.sh", &[&rounds])
+}
+
+#[test]
+fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    let disk = host.disk("cache.img")?;
+    let script = "guest-power-cut.sh";
+    host.boot(&[&disk], script, &["first", "3"])
+        .context("the first life")?;
+    host.boot(&[&disk], script, &["again", "2.5"])
+        .context("after a power cut")?;
+    host.boot(&[&disk], script, &["again", "2"])
+        .context("after two power cuts")?;
+    let fresh = host.disk("another-cache.img")?;
+    std::fs::remove_dir_all(host.dir.path().join("state"))?;
+    host.boot(&[&fresh], script, &["elsewhere", "0"])
+        .context("on another host")
+}

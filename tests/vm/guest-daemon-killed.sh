@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# In the guest: ext4 on a ublk device whose daemon is killed again and again under load, and comes back.
+# usage: guest-daemon-killed.sh DIRECTORY ROUNDS
+dir=$1 rounds=$2
+state=/mnt/state cache=/mnt/cache cache_size=256MiB
+# shellcheck source=guest.sh
+source "$(dirname "$0")/guest.sh"
+
+start_daemon
+quarry tenant create acme
+quarry volume create "$volume" --size 1GiB
+attached=$(quarry volume attach "$volume" --via ublk --output json)
+say "attached: $attached"
+disk=$(await_device)
+[[ -L /dev/quarry/$volume ]] || fail "no link /dev/quarry/$volume"
+[[ $(readlink -f "/dev/quarry/$volume") == "$disk" ]] || fail "the link leads elsewhere"
+[[ $(blockdev --getsize64 "$disk") == 1073741824 ]] || fail "wrong size"
+
+mkfs.ext4 -q "$disk" || fail "mkfs.ext4"
+mkdir /mnt/fs
+mount "$disk" /mnt/fs || fail "mount"
+record=/mnt/record
+: >"$record"
+write_files /mnt/fs "$record" 0 &
+writer=$!
+for round in $(seq "$rounds"); do
+    sleep "1.$((RANDOM % 10))"
+    kill_daemon
+    sleep 0.3
+    start_daemon
+    kill -0 "$writer" 2>/dev/null || fail "the writer saw an error in round $round"
+    [[ $(await_device) == "$disk" ]] || fail "the device has another name after round $round"
+done
+touch "$dir/enough"
+wait "$writer" || fail "the writer saw an error"
+check_files /mnt/fs "$record"
+fstrim -v /mnt/fs || fail "fstrim"
+check_files /mnt/fs "$record"
+umount /mnt/fs || fail "umount"
+check_clean "$disk"
+
+# Detached and attached elsewhere: everything is in the store.
+quarry volume detach "$volume"
+[[ ! -e $disk ]] || fail "the device is still there after detach"
+[[ ! -e /dev/quarry/$volume ]] || fail "the link is still there after detach"
+kill "$daemon"
+wait "$daemon" || fail "the daemon did not end well"
+rm -rf "$state" "$cache"
+start_daemon
+quarry volume attach "$volume" --via ublk
+disk=$(await_device)
+check_clean "$disk"
+mount -o ro "$disk" /mnt/fs || fail "mount after all"
+check_files /mnt/fs "$record"
+umount /mnt/fs
+quarry volume detach "$volume"
+kill "$daemon"
+wait "$daemon" || fail "the daemon did not end well"
+say "passed"
