@@ -70,6 +70,7 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
     );
     let size = length.next_multiple_of(4096).max(STEP as u64);
     let volume: VolumeRef = "demo/disk".parse()?;
+    std::fs::create_dir_all(home.join("store"))?;
 
     let first = Host::start(home, "first", options.cache_bytes).await?;
     first.daemon.create_tenant(&volume.tenant).await?;
