@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use quarry_objfmt::CacheId;
 use quarry_objfmt::page::Superblock;
@@ -119,15 +120,7 @@ impl CacheDevice {
             .truncate(false)
             .open(path)
             .map_err(fail("open"))?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
-            if errno == rustix::io::Errno::WOULDBLOCK {
-                CacheError::Locked {
-                    path: path.to_owned(),
-                }
-            } else {
-                fail("lock")(errno.into())
-            }
-        })?;
+        lock(&file, path)?;
         let meta = file.metadata().map_err(fail("inspect"))?;
         let is_device = meta.file_type().is_block_device();
         let length = if is_device {
@@ -193,11 +186,7 @@ impl CacheDevice {
             Ok(direct_file) => {
                 // The lock is the first descriptor's: take it over to the one that stays.
                 drop(std::mem::replace(&mut file, direct_file));
-                rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(
-                    |_| CacheError::Locked {
-                        path: path.to_owned(),
-                    },
-                )?;
+                lock(&file, path)?;
                 true
             }
             Err(error) => {
@@ -289,6 +278,38 @@ impl AsRawFd for CacheDevice {
         self.file.as_raw_fd()
     }
 }
+
+/// Locks the cache for this process. Waits a little: the kernel takes a dead daemon's io_uring
+/// down behind its back, and until then the ring keeps the file, and the lock on it, alive.
+fn lock(file: &File, path: &Path) -> Result<(), CacheError> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_WAIT_MAX => {
+                std::thread::sleep(LOCK_WAIT_STEP);
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(CacheError::Locked {
+                    path: path.to_owned(),
+                });
+            }
+            Err(errno) => {
+                return Err(CacheError::Io {
+                    action: "lock",
+                    path: path.to_owned(),
+                    source: errno.into(),
+                });
+            }
+        }
+    }
+}
+
+/// Longest wait for a lock that a dead process may still hold.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// Between two tries.
+const LOCK_WAIT_STEP: Duration = Duration::from_millis(10);
 
 /// The geometry for `size` bytes; `None` if they are too few.
 fn cut(size: u64) -> Option<Geometry> {
