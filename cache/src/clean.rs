@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 
-use quarry_objfmt::{ChunkId, SegmentId};
+use quarry_objfmt::{ChunkId, SECTOR_SIZE, SegmentId, VolumeId};
 
 use crate::CacheLoc;
 
@@ -31,6 +31,8 @@ impl CleanRun {
 #[derive(Default, Debug)]
 pub struct CleanIndex {
     chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<DefaultHasher>>,
+    /// Sectors of each volume's chunks.
+    sectors: HashMap<VolumeId, u64, BuildHasherDefault<DefaultHasher>>,
 }
 
 impl CleanIndex {
@@ -48,6 +50,7 @@ impl CleanIndex {
             }
         });
         for gap in gaps {
+            *self.sectors.entry(chunk.volume).or_default() += u64::from(gap.len);
             let place = runs.partition_point(|r| r.raw < gap.raw);
             match place.checked_sub(1).and_then(|before| runs.get_mut(before)) {
                 Some(before) if before.end() == gap.raw && before.at.skip(before.len) == gap.at => {
@@ -85,11 +88,29 @@ impl CleanIndex {
     /// Forgets what `segment` holds of `chunk`.
     pub fn forget(&mut self, chunk: &ChunkId, segment: SegmentId) {
         if let Some(runs) = self.chunks.get_mut(chunk) {
-            runs.retain(|run| run.at.segment != segment);
+            let mut forgotten = 0;
+            runs.retain(|run| {
+                let stays = run.at.segment != segment;
+                forgotten += if stays { 0 } else { u64::from(run.len) };
+                stays
+            });
+            if let Some(sectors) = self.sectors.get_mut(&chunk.volume) {
+                *sectors -= forgotten;
+                if *sectors == 0 {
+                    self.sectors.remove(&chunk.volume);
+                }
+            }
             if runs.is_empty() {
                 self.chunks.remove(chunk);
             }
         }
+    }
+
+    /// Bytes of a volume's chunks that are on the device.
+    #[must_use]
+    pub fn bytes_of(&self, volume: VolumeId) -> u64 {
+        let sectors = self.sectors.get(&volume).copied().unwrap_or_default();
+        sectors * u64::from(SECTOR_SIZE)
     }
 
     /// Chunks of which something is here.
@@ -208,7 +229,9 @@ mod tests {
             vec![(0, 8, None), (8, 8, Some(at(1, 100))), (16, 8, None)]
         );
         assert!(index.holds(&chunk(), 9, 7));
+        assert_eq!(index.bytes_of(chunk().volume), 8 * 512);
         index.forget(&chunk(), SegmentId::new(1));
         assert_eq!(index.chunks(), 0);
+        assert_eq!(index.bytes_of(chunk().volume), 0);
     }
 }

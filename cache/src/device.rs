@@ -17,6 +17,9 @@ use rustix::fs::{FallocateFlags, FlockOperation};
 
 use crate::{AlignedBuf, Geometry};
 
+/// Size of a cache file when none is named.
+pub const CACHE_FILE_SIZE_DEFAULT: u64 = 8 << 30;
+
 /// Bytes kept at the front of the device for the superblock and what may come to stand beside it.
 const DATA_START: u64 = 1 << 20;
 
@@ -78,7 +81,8 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// An open cache device. The lock lasts as long as this value.
+/// An open cache device. The lock lasts as long as this value, and every file that was
+/// [reopened](Self::reopen), and every I/O on one of them that is under way.
 #[derive(Debug)]
 pub struct CacheDevice {
     file: File,
@@ -90,8 +94,8 @@ pub struct CacheDevice {
 }
 
 impl CacheDevice {
-    /// Opens the cache at `path`, formatting it if it is new: a file is made `size` bytes long, a
-    /// block device is used whole if `size` is larger than it.
+    /// Opens the cache at `path`, formatting it if it is new: a file is made `size` bytes long (none:
+    /// [`CACHE_FILE_SIZE_DEFAULT`]), of a block device at most `size` bytes are used.
     ///
     /// A cache that exists keeps its size: changing it needs an empty one. `fresh_id` names it if
     /// it is formatted now; `host` and `now_ms` are recorded in it for people.
@@ -100,7 +104,7 @@ impl CacheDevice {
     /// [`CacheError`], each naming the path and what to do.
     pub fn open(
         path: &Path,
-        size: u64,
+        size: Option<u64>,
         fresh_id: CacheId,
         host: &str,
         now_ms: u64,
@@ -113,7 +117,7 @@ impl CacheDevice {
                 source,
             }
         };
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
@@ -121,6 +125,13 @@ impl CacheDevice {
             .open(path)
             .map_err(fail("open"))?;
         lock(&file, path)?;
+        let lost = |errno: rustix::io::Errno| match errno {
+            // Another daemon came in between.
+            rustix::io::Errno::WOULDBLOCK => CacheError::Locked {
+                path: path.to_owned(),
+            },
+            errno => fail("lock")(errno.into()),
+        };
         let meta = file.metadata().map_err(fail("inspect"))?;
         let is_device = meta.file_type().is_block_device();
         let length = if is_device {
@@ -135,7 +146,11 @@ impl CacheDevice {
         }
         let blank = first.iter().all(|b| *b == 0);
         let (id, geometry, fresh) = if blank {
-            let size = if is_device { size.min(length) } else { size };
+            let size = if is_device {
+                size.unwrap_or(u64::MAX).min(length)
+            } else {
+                size.unwrap_or(CACHE_FILE_SIZE_DEFAULT)
+            };
             let geometry = cut(size).ok_or_else(|| CacheError::TooSmall {
                 path: path.to_owned(),
                 size,
@@ -182,16 +197,17 @@ impl CacheDevice {
             (superblock.cache, geometry, false)
         };
 
-        let direct = match reopen_direct(path) {
-            Ok(direct_file) => {
-                // The lock is the first descriptor's: take it over to the one that stays.
-                drop(std::mem::replace(&mut file, direct_file));
-                lock(&file, path)?;
-                true
+        // From here on several of our open files hold it together, each shut out by a lock like the
+        // one above.
+        share(&file).map_err(lost)?;
+        let (file, direct) = match open_again(&file, true) {
+            Ok(direct) => {
+                share(&direct).map_err(lost)?;
+                (direct, true)
             }
             Err(error) => {
                 tracing::info!(path = %path.display(), %error, "the cache is used through the page cache: no direct I/O here");
-                false
+                (file, false)
             }
         };
         Ok(Self {
@@ -228,12 +244,15 @@ impl CacheDevice {
         self.fresh
     }
 
-    /// The descriptor once more, for a ring: the lock is shared with this value.
+    /// The device opened once more, for a ring, with a share in the lock: so the lock lasts until the
+    /// last I/O of a daemon that died is done, and none can land in what its successor writes.
     ///
     /// # Errors
     /// If the process has too many descriptors.
-    pub fn file(&self) -> io::Result<File> {
-        self.file.try_clone()
+    pub fn reopen(&self) -> io::Result<File> {
+        let file = open_again(&self.file, self.direct)?;
+        share(&file)?;
+        Ok(file)
     }
 
     /// Where it is.
@@ -329,17 +348,26 @@ fn cut(size: u64) -> Option<Geometry> {
     })
 }
 
-/// Opens for direct I/O if sectors of 512 bytes can be read that way; a device that wants more
-/// would need bounce buffers for small writes, and is used through the page cache instead.
-fn reopen_direct(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
+/// A share in the lock; see [`lock`].
+fn share(file: &File) -> rustix::io::Result<()> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockShared)
+}
+
+/// Opens the same file once more, for direct I/O if sectors of 512 bytes can be read that way; a
+/// device that wants more would need bounce buffers for small writes, and is used through the page
+/// cache instead.
+fn open_again(file: &File, direct: bool) -> io::Result<File> {
+    // By its descriptor: the path may lead elsewhere by now.
+    let again = OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(path)?;
-    let mut probe = AlignedBuf::zeroed(1024);
-    file.read_exact_at(&mut probe[512..1024], 512)?;
-    Ok(file)
+        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    if direct {
+        let mut probe = AlignedBuf::zeroed(1024);
+        again.read_exact_at(&mut probe[512..1024], 512)?;
+    }
+    Ok(again)
 }
 
 fn rustix_device_size(file: &File) -> io::Result<u64> {
@@ -357,11 +385,11 @@ mod tests {
     fn reopened_cache_keeps_its_name_and_size() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cache");
-        let first = CacheDevice::open(&path, 64 << 20, ID, "a", 1).unwrap();
+        let first = CacheDevice::open(&path, Some(64 << 20), ID, "a", 1).unwrap();
         assert!(first.fresh());
         let geometry = first.geometry();
         drop(first);
-        let again = CacheDevice::open(&path, 128 << 20, OTHER, "b", 2).unwrap();
+        let again = CacheDevice::open(&path, Some(128 << 20), OTHER, "b", 2).unwrap();
         assert_eq!(
             (again.id(), again.geometry(), again.fresh()),
             (ID, geometry, false)
@@ -372,11 +400,26 @@ mod tests {
     fn second_opener_is_refused_while_the_first_lives() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cache");
-        let _first = CacheDevice::open(&path, 64 << 20, ID, "a", 1).unwrap();
+        let _first = CacheDevice::open(&path, Some(64 << 20), ID, "a", 1).unwrap();
         assert!(matches!(
-            CacheDevice::open(&path, 64 << 20, ID, "a", 1),
+            CacheDevice::open(&path, Some(64 << 20), ID, "a", 1),
             Err(CacheError::Locked { .. })
         ));
+    }
+
+    #[test]
+    fn lock_outlives_the_device_while_a_file_of_it_is_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        let first = CacheDevice::open(&path, Some(64 << 20), ID, "a", 1).unwrap();
+        let of_a_ring = first.reopen().unwrap();
+        drop(first);
+        assert!(matches!(
+            CacheDevice::open(&path, None, ID, "a", 1),
+            Err(CacheError::Locked { .. })
+        ));
+        drop(of_a_ring);
+        CacheDevice::open(&path, None, ID, "a", 1).unwrap();
     }
 
     #[test]
@@ -385,7 +428,7 @@ mod tests {
         let path = dir.path().join("cache");
         std::fs::write(&path, vec![b'x'; 20 << 20]).unwrap();
         assert!(matches!(
-            CacheDevice::open(&path, 20 << 20, ID, "a", 1),
+            CacheDevice::open(&path, Some(20 << 20), ID, "a", 1),
             Err(CacheError::Foreign { .. })
         ));
         assert_eq!(std::fs::read(&path).unwrap(), vec![b'x'; 20 << 20]);
@@ -394,7 +437,8 @@ mod tests {
     #[test]
     fn too_small_a_cache_names_the_least_size() {
         let dir = tempfile::tempdir().unwrap();
-        let error = CacheDevice::open(&dir.path().join("cache"), 1 << 20, ID, "a", 1).unwrap_err();
+        let error =
+            CacheDevice::open(&dir.path().join("cache"), Some(1 << 20), ID, "a", 1).unwrap_err();
         assert!(error.to_string().contains(&CACHE_SIZE_MIN.to_string()));
     }
 

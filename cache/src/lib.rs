@@ -15,12 +15,14 @@ mod aligned;
 mod clean;
 pub mod device;
 mod extent;
+mod journal;
 mod recover;
 mod segment;
 
 pub use aligned::AlignedBuf;
 pub use clean::{CleanIndex, CleanRun};
-pub use device::{CacheDevice, CacheError};
+pub use device::{CACHE_FILE_SIZE_DEFAULT, CacheDevice, CacheError};
 pub use extent::{Carried, ExtentMap};
+pub use journal::{Journal, Journals};
 pub use recover::{Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
 pub use segment::{Cache, CacheCounts, CacheLoc, Geometry, NoSpace, OpenedSegment};

@@ -6,14 +6,20 @@
 //! A flush round writes its pages in any order. So a crash inside a round can leave a later write's
 //! record without an earlier one's; no flush that covers either was acknowledged. Such records are
 //! cut off ([`Recovered::cut`]), for the volume must stay a prefix of its writes.
+//!
+//! If only the daemon died, not the host, the journal holds the records that had no page yet. Their
+//! data are on the device, perhaps not stable: recovery does for them what a flush would have done.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use quarry_objfmt::page::{Record, RecordPage, SegmentHeader, SegmentKind};
+use quarry_objfmt::page::{
+    RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,
+};
 use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 
-use crate::{AlignedBuf, CacheDevice};
+use crate::segment::PAGE_SIZE;
+use crate::{AlignedBuf, CacheDevice, Journals};
 
 /// A record page found on the device.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,10 +48,12 @@ pub struct RecoveredSegment {
 pub struct Recovered {
     /// The segments, by position.
     pub segments: Vec<RecoveredSegment>,
+    /// What the journal of a daemon that died in this boot says; some of it may be in pages too.
+    pub journal: Vec<(SegmentId, Record)>,
 }
 
 /// What [`scan`] found.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub struct Scan {
     /// By volume.
     pub volumes: BTreeMap<VolumeId, Recovered>,
@@ -53,11 +61,60 @@ pub struct Scan {
     pub next_generation: Generation,
 }
 
+impl Default for Scan {
+    /// An empty device.
+    fn default() -> Self {
+        Self {
+            volumes: BTreeMap::new(),
+            next_generation: Generation::new(1),
+        }
+    }
+}
+
+impl Scan {
+    /// Adds what the journals say of the segments that were found.
+    ///
+    /// # Errors
+    /// If a journal is there and cannot be read.
+    pub fn add_journals(&mut self, journals: &Journals) -> io::Result<()> {
+        for (volume, found) in &mut self.volumes {
+            let generations: BTreeMap<SegmentId, Generation> = found
+                .segments
+                .iter()
+                .map(|s| (s.segment, s.generation))
+                .collect();
+            found.journal = journals.read(*volume, |id| generations.get(&id).copied())?;
+        }
+        Ok(())
+    }
+}
+
 impl Recovered {
-    /// The newest epoch of any of its segments.
+    /// Parts with the segments that were opened before `since`, and the journal's records in them.
     #[must_use]
-    pub fn newest_epoch(&self) -> Option<Epoch> {
-        self.segments.iter().map(|s| s.epoch).max()
+    pub fn split_off_before(&mut self, since: Epoch) -> Self {
+        let (kept, old): (Vec<_>, Vec<_>) = self.segments.drain(..).partition(|s| s.epoch >= since);
+        let is_kept = |id: SegmentId| kept.iter().any(|s| s.segment == id);
+        let (journal, old_journal) = self.journal.drain(..).partition(|(id, _)| is_kept(*id));
+        self.segments = kept;
+        self.journal = journal;
+        Self {
+            segments: old,
+            journal: old_journal,
+        }
+    }
+
+    /// Bytes of all data that any record names.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        let data = |r: &Record| match r.body {
+            RecordBody::Data { .. } => u64::from(r.len) * 512,
+            RecordBody::Zero | RecordBody::Discard => 0,
+        };
+        self.unsent(WriteSeq::ZERO)
+            .iter()
+            .map(|(_, r)| data(r))
+            .sum()
     }
 
     /// Every record newer than `stored`, oldest first, with its segment: what the store lacks.
@@ -72,10 +129,51 @@ impl Recovered {
                     .flat_map(|p| &p.records)
                     .map(|r| (s.segment, *r))
             })
+            .chain(self.journal.iter().copied())
             .filter(|(_, r)| r.seq > stored)
             .collect();
         all.sort_by_key(|(_, r)| r.seq);
+        all.dedup_by_key(|(_, r)| r.seq);
         all
+    }
+
+    /// Gives the journal's records that no page holds and the store lacks pages of their own, as
+    /// the flush would have done that the daemon did not live to see. Their room was set aside when
+    /// the writes were placed.
+    ///
+    /// The order: sync the data, write the pages; the caller syncs once more. *Killed in between: the journal is still
+    /// there, and the pages that are written are found the next time.*
+    fn write_journal(
+        &mut self,
+        device: &CacheDevice,
+        volume: VolumeId,
+        stored: WriteSeq,
+    ) -> io::Result<()> {
+        let in_pages: BTreeSet<WriteSeq> = self
+            .segments
+            .iter()
+            .flat_map(|s| s.pages.iter().flat_map(|p| &p.records))
+            .map(|r| r.seq)
+            .collect();
+        let mut missing: Vec<(SegmentId, Record)> = std::mem::take(&mut self.journal);
+        missing.retain(|(_, r)| r.seq > stored && !in_pages.contains(&r.seq));
+        if missing.is_empty() {
+            return Ok(());
+        }
+        missing.sort_by_key(|(_, r)| r.seq);
+        // Before the pages that name them.
+        device.sync()?;
+        for segment in &mut self.segments {
+            let of_segment = missing.iter().filter(|(id, _)| *id == segment.segment);
+            let records: Vec<Record> = of_segment.map(|(_, r)| *r).collect();
+            let pages = segment.pages_for(&records, device.geometry().segment_size);
+            for page in pages {
+                segment.write(&page, device, volume)?;
+                segment.pages.push(page);
+            }
+            segment.pages.sort_by_key(|page| page.index);
+        }
+        Ok(())
     }
 
     /// Cuts off all records behind the first gap after `stored`, here and on the device, so that a
@@ -91,6 +189,7 @@ impl Recovered {
         volume: VolumeId,
         stored: WriteSeq,
     ) -> io::Result<usize> {
+        self.write_journal(device, volume, stored)?;
         let mut last = stored;
         for (_, record) in self.unsent(stored) {
             if record.seq != last.next() {
@@ -100,29 +199,20 @@ impl Recovered {
         }
         let mut cut = 0;
         for segment in &mut self.segments {
-            for page in &mut segment.pages {
+            let mut pages = std::mem::take(&mut segment.pages);
+            for page in &mut pages {
                 let before = page.records.len();
                 page.records.retain(|r| r.seq <= last);
-                if page.records.len() == before {
-                    continue;
+                if page.records.len() != before {
+                    cut += before - page.records.len();
+                    segment.write(page, device, volume)?;
                 }
-                cut += before - page.records.len();
-                let bytes = RecordPage {
-                    segment: segment.segment,
-                    generation: segment.generation,
-                    volume,
-                    epoch: segment.epoch,
-                    page: page.index,
-                    records: page.records.clone(),
-                }
-                .encode(device.id());
-                let offset = device.geometry().page_byte(segment.segment, page.index);
-                device.write_at(&AlignedBuf::copy_of(&bytes[..]), offset)?;
             }
+            segment.pages = pages;
         }
-        if cut > 0 {
-            device.sync()?;
-        }
+        // Also with nothing cut: the daemon may have died before a page that was found became
+        // stable, and from here on it counts as durable.
+        device.sync()?;
         Ok(cut)
     }
 
@@ -150,6 +240,46 @@ impl Recovered {
     }
 }
 
+impl RecoveredSegment {
+    /// Pages for `records`, at the first places that no page has. Records that would not fit
+    /// between those and the data are left out: a gap, behind which is cut off.
+    fn pages_for(&self, records: &[Record], segment_size: u32) -> Vec<RecoveredPage> {
+        let in_pages = self.pages.iter().flat_map(|p| &p.records);
+        let data_end = in_pages.chain(records).filter_map(|r| match r.body {
+            RecordBody::Data { offset } => Some((u64::from(offset) + u64::from(r.len)) * 512),
+            RecordBody::Zero | RecordBody::Discard => None,
+        });
+        let room = u64::from(segment_size) - data_end.max().unwrap_or(0).min(segment_size.into());
+        let places = 1..u32::try_from(room / PAGE_SIZE).unwrap_or(0);
+        let free = places.filter(|index| self.pages.iter().all(|p| p.index != *index));
+        free.zip(records.chunks(RECORDS_PER_PAGE))
+            .map(|(index, records)| RecoveredPage {
+                index,
+                records: records.to_vec(),
+            })
+            .collect()
+    }
+
+    fn write(
+        &self,
+        page: &RecoveredPage,
+        device: &CacheDevice,
+        volume: VolumeId,
+    ) -> io::Result<()> {
+        let bytes = RecordPage {
+            segment: self.segment,
+            generation: self.generation,
+            volume,
+            epoch: self.epoch,
+            page: page.index,
+            records: page.records.clone(),
+        }
+        .encode(device.id());
+        let offset = device.geometry().page_byte(self.segment, page.index);
+        device.write_at(&AlignedBuf::copy_of(&bytes[..]), offset)
+    }
+}
+
 /// Reads all headers, and the record pages of segments that were open for writes.
 ///
 /// A page that does not pass ends its segment's run: pages are written from the header downwards,
@@ -160,13 +290,7 @@ impl Recovered {
 /// as a gap.
 pub fn scan(device: &CacheDevice) -> io::Result<Scan> {
     let geometry = device.geometry();
-    let mut found = Scan {
-        next_generation: Generation::new(1),
-        ..Scan::default()
-    };
-    if device.fresh() {
-        return Ok(found);
-    }
+    let mut found = Scan::default();
     let pages_max = geometry.segment_size / 4096;
     let mut buf = AlignedBuf::zeroed(4096);
     for id in (0..geometry.segments).map(SegmentId::new) {
@@ -238,7 +362,7 @@ mod tests {
     const VOLUME: VolumeId = VolumeId::from_bytes([9; 16]);
 
     fn device(dir: &tempfile::TempDir) -> CacheDevice {
-        CacheDevice::open(&dir.path().join("cache"), 32 << 20, ID, "a", 1).unwrap()
+        CacheDevice::open(&dir.path().join("cache"), Some(32 << 20), ID, "a", 1).unwrap()
     }
 
     fn write_header(device: &CacheDevice, segment: u32, generation: u64) {
@@ -282,7 +406,8 @@ mod tests {
 
     fn reopen(device: CacheDevice, dir: &tempfile::TempDir) -> CacheDevice {
         drop(device);
-        let device = CacheDevice::open(&dir.path().join("cache"), 32 << 20, ID, "a", 1).unwrap();
+        let device =
+            CacheDevice::open(&dir.path().join("cache"), Some(32 << 20), ID, "a", 1).unwrap();
         assert!(!device.fresh());
         device
     }
@@ -352,6 +477,75 @@ mod tests {
         let recovered = found.volumes.get_mut(&VOLUME).unwrap();
         assert_eq!(recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap(), 1);
         assert!(seqs(&scan(&device).unwrap().volumes[&VOLUME], 1).is_empty());
+    }
+
+    fn journaled(segment: u32, seqs: &[u64]) -> Vec<(SegmentId, Record)> {
+        let record = |n: &u64| Record {
+            seq: WriteSeq::new(*n),
+            start: Lba::new(n * 8),
+            len: 8,
+            body: RecordBody::Data {
+                offset: u32::try_from(*n).unwrap() * 8,
+            },
+        };
+        let of_segment = seqs.iter().map(|n| (SegmentId::new(segment), record(n)));
+        of_segment.collect()
+    }
+
+    #[test]
+    fn records_of_the_journal_get_pages_and_close_the_gaps() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 0, 1);
+        write_header(&device, 1, 2);
+        write_page(&device, 0, 1, 1, &[1]);
+        // Page 2 was lost: a round was under way when the daemon died.
+        write_page(&device, 0, 1, 3, &[4]);
+        let device = reopen(device, &dir);
+        let mut found = scan(&device).unwrap();
+        let recovered = found.volumes.get_mut(&VOLUME).unwrap();
+        recovered.journal = journaled(0, &[4, 3, 1]);
+        recovered.journal.extend(journaled(1, &[2, 5]));
+        assert_eq!(seqs(recovered, 1), [2, 3, 4, 5]);
+        assert_eq!(recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap(), 0);
+        let again = scan(&device).unwrap();
+        assert_eq!(seqs(&again.volumes[&VOLUME], 0), [1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn record_of_the_journal_that_has_no_room_is_cut_and_not_put_over_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 0, 1);
+        let device = reopen(device, &dir);
+        let mut found = scan(&device).unwrap();
+        let recovered = found.volumes.get_mut(&VOLUME).unwrap();
+        recovered.journal = journaled(0, &[1]);
+        let sectors = device.geometry().segment_sectors();
+        recovered.journal[0].1.body = RecordBody::Data {
+            offset: sectors - 16,
+        };
+        recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap();
+        assert!(seqs(recovered, 0).is_empty());
+    }
+
+    #[test]
+    fn segments_of_older_epochs_are_split_off_with_their_journal() {
+        let mut recovered = Recovered {
+            segments: [(0, 3), (1, 5)]
+                .map(|(id, epoch)| RecoveredSegment {
+                    segment: SegmentId::new(id),
+                    generation: Generation::new(1),
+                    epoch: Epoch::new(epoch),
+                    pages: Vec::new(),
+                })
+                .to_vec(),
+            journal: [journaled(0, &[1]), journaled(1, &[2])].concat(),
+        };
+        let old = recovered.split_off_before(Epoch::new(5));
+        assert_eq!((seqs(&old, 0), seqs(&recovered, 0)), (vec![1], vec![2]));
+        assert_eq!(old.segments.len(), 1);
+        assert_eq!(old.data_bytes(), 4096);
     }
 
     #[test]

@@ -8,12 +8,16 @@
 
 use std::collections::VecDeque;
 
-use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId};
+use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
 
 use crate::{CleanIndex, CleanRun};
 
 /// Bytes of a page: segment headers and record pages.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// Most sectors of fills under way: bounds the memory that they wait in, for a store may deliver
+/// faster than the device takes. What would go past it is a later miss.
+const FILL_SECTORS_MAX: u32 = (32 << 20) / 512;
 
 /// Where sectors lie on the cache device.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -162,6 +166,10 @@ pub struct Cache {
     dirty: u32,
     dirty_max: u32,
     fill: Option<Fill>,
+    /// Sectors of fills under way.
+    fill_sectors: u32,
+    /// Volumes that were refused a segment for writes, first come first served.
+    line: VecDeque<VolumeId>,
     clean: CleanIndex,
     reclaimed: u64,
 }
@@ -206,6 +214,8 @@ impl Cache {
             dirty: u32::try_from(dirty.len()).expect("fewer segments than u32 holds"),
             dirty_max: dirty_max.clamp(1, geometry.segments.saturating_sub(1).max(1)),
             fill: None,
+            fill_sectors: 0,
+            line: VecDeque::new(),
             clean: CleanIndex::default(),
             reclaimed: 0,
             segments,
@@ -243,14 +253,33 @@ impl Cache {
     /// its header durably before any data.
     ///
     /// # Errors
-    /// [`NoSpace`] if the dirty budget is used up or nothing can be reclaimed.
-    pub fn open_for_writes(&mut self) -> Result<OpenedSegment, NoSpace> {
-        if self.dirty >= self.dirty_max {
+    /// [`NoSpace`] if the dirty budget is used up, or what is left of it is for volumes that were
+    /// refused before, or nothing can be reclaimed. The volume then stands in the line until it
+    /// gets one or calls [`Self::leave_line`].
+    pub fn open_for_writes(&mut self, volume: VolumeId) -> Result<OpenedSegment, NoSpace> {
+        let left = self.dirty_max.saturating_sub(self.dirty) as usize;
+        let place = self.line.iter().position(|other| *other == volume);
+        if place.unwrap_or(self.line.len()) >= left {
+            if place.is_none() {
+                self.line.push_back(volume);
+            }
             return Err(NoSpace::DirtyCap);
         }
         let segment = self.take_free().ok_or(NoSpace::Busy)?;
+        self.leave_line(volume);
         self.dirty += 1;
         Ok(self.open(segment, State::Dirty))
+    }
+
+    /// Whether some volume waits for a segment for its writes.
+    #[must_use]
+    pub fn has_line(&self) -> bool {
+        !self.line.is_empty()
+    }
+
+    /// The volume wants no segment any more.
+    pub fn leave_line(&mut self, volume: VolumeId) {
+        self.line.retain(|other| *other != volume);
     }
 
     fn open(&mut self, id: SegmentId, state: State) -> OpenedSegment {
@@ -303,6 +332,17 @@ impl Cache {
         was_dirty
     }
 
+    /// A volume goes and gives up all its holds on a segment at once: none is left, or one if the
+    /// segment has data that must stay for whoever recovers them.
+    pub fn part_with(&mut self, id: SegmentId, keep: bool) {
+        let segment = self.segment_mut(id);
+        assert!(segment.holds > 0, "a segment that nobody holds is given up");
+        segment.holds = 1;
+        if !keep {
+            let _ = self.release(id);
+        }
+    }
+
     /// A segment's generation.
     #[must_use]
     pub fn generation(&self, id: SegmentId) -> Generation {
@@ -353,7 +393,7 @@ impl Cache {
     /// but a later miss. The place is held until [`Self::finish_fill`].
     pub fn reserve_fill(&mut self, sectors: u32) -> Option<CacheLoc> {
         let room = self.geometry.segment_sectors() - u32::try_from(PAGE_SIZE / 512).expect("eight");
-        if sectors > room {
+        if sectors > room || self.fill_sectors + sectors > FILL_SECTORS_MAX {
             return None;
         }
         if let Some(fill) = &self.fill
@@ -374,12 +414,15 @@ impl Cache {
             offset: fill.next,
         };
         fill.next += sectors;
+        self.fill_sectors += sectors;
         self.hold(at.segment);
         Some(at)
     }
 
-    /// A fill is on the device (or failed, with no runs): its runs can be found from now on.
-    pub fn finish_fill(&mut self, at: CacheLoc, runs: &[(ChunkId, CleanRun)]) {
+    /// A fill of `sectors` is on the device (or failed, with no runs): its runs can be found from
+    /// now on.
+    pub fn finish_fill(&mut self, at: CacheLoc, sectors: u32, runs: &[(ChunkId, CleanRun)]) {
+        self.fill_sectors -= sectors;
         for (chunk, run) in runs {
             self.add_clean(*chunk, *run);
         }
@@ -414,10 +457,11 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::{ChunkSeq, Epoch, VolumeId};
+    use quarry_objfmt::{ChunkSeq, Epoch};
 
     use super::*;
 
+    const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
     const ID: CacheId = CacheId::from_bytes([3; 16]);
     const GEOMETRY: Geometry = Geometry {
         data_start: 1 << 20,
@@ -440,28 +484,72 @@ mod tests {
     #[test]
     fn dirty_cap_refuses_and_a_release_gives_back() {
         let mut cache = cache();
-        let first = cache.open_for_writes().unwrap();
-        cache.open_for_writes().unwrap();
-        assert_eq!(cache.open_for_writes(), Err(NoSpace::DirtyCap));
+        let first = cache.open_for_writes(VOLUME).unwrap();
+        cache.open_for_writes(VOLUME).unwrap();
+        assert_eq!(cache.open_for_writes(VOLUME), Err(NoSpace::DirtyCap));
         cache.hold(first.segment);
         assert!(!cache.release(first.segment));
         assert!(cache.release(first.segment));
-        assert!(cache.open_for_writes().is_ok());
+        assert!(cache.open_for_writes(VOLUME).is_ok());
+    }
+
+    #[test]
+    fn volume_refused_a_segment_gets_the_next_before_who_asks_first() {
+        let mut cache = cache();
+        let other = VolumeId::from_bytes([2; 16]);
+        let first = cache.open_for_writes(VOLUME).unwrap();
+        cache.open_for_writes(VOLUME).unwrap();
+        assert_eq!(cache.open_for_writes(other), Err(NoSpace::DirtyCap));
+        assert!(cache.has_line());
+        assert!(cache.release(first.segment));
+        assert_eq!(cache.open_for_writes(VOLUME), Err(NoSpace::DirtyCap));
+        let second = cache.open_for_writes(other).unwrap();
+        assert!(cache.release(second.segment));
+        cache.open_for_writes(VOLUME).unwrap();
+        assert!(!cache.has_line());
+    }
+
+    #[test]
+    fn fills_under_way_past_their_bound_are_left_out() {
+        let geometry = Geometry {
+            segment_size: 8 << 20,
+            segments: 16,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 2, Generation::new(1), &[]);
+        let at = cache.reserve_fill(128).unwrap();
+        let more = (0..1000).map_while(|_| cache.reserve_fill(128));
+        assert_eq!(more.count(), 511);
+        cache.finish_fill(at, 128, &[]);
+        assert!(cache.reserve_fill(128).is_some());
+    }
+
+    #[test]
+    fn segment_parted_with_is_clean_unless_its_data_must_stay() {
+        let mut cache = cache();
+        let [one, two] = [(); 2].map(|()| cache.open_for_writes(VOLUME).unwrap().segment);
+        cache.hold(one);
+        cache.hold(two);
+        cache.part_with(one, true);
+        cache.part_with(two, false);
+        assert_eq!(cache.counts().dirty, 1);
+        assert!(cache.release(one));
+        assert_eq!(cache.counts().dirty, 0);
     }
 
     #[test]
     fn dirty_segments_are_never_reclaimed_by_fills() {
         let mut cache = cache();
         let dirty = [
-            cache.open_for_writes().unwrap().segment,
-            cache.open_for_writes().unwrap().segment,
+            cache.open_for_writes(VOLUME).unwrap().segment,
+            cache.open_for_writes(VOLUME).unwrap().segment,
         ];
         for _ in 0..50 {
             let at = cache
                 .reserve_fill(112)
                 .expect("two segments are left for fills");
             assert!(!dirty.contains(&at.segment));
-            cache.finish_fill(at, &[]);
+            cache.finish_fill(at, 112, &[]);
         }
         assert_eq!(cache.counts().dirty, 2);
     }
@@ -472,6 +560,7 @@ mod tests {
         let at = cache.reserve_fill(120).unwrap();
         cache.finish_fill(
             at,
+            120,
             &[(
                 chunk(1),
                 CleanRun {
@@ -484,13 +573,13 @@ mod tests {
         cache.pin(at.segment);
         for _ in 0..50 {
             let other = cache.reserve_fill(120).unwrap();
-            cache.finish_fill(other, &[]);
+            cache.finish_fill(other, 120, &[]);
         }
         assert!(cache.clean().holds(&chunk(1), 0, 120));
         cache.unpin(at.segment);
         for _ in 0..50 {
             let other = cache.reserve_fill(120).unwrap();
-            cache.finish_fill(other, &[]);
+            cache.finish_fill(other, 120, &[]);
         }
         assert!(!cache.clean().holds(&chunk(1), 0, 120));
         assert_eq!(cache.clean().chunks(), 0);
@@ -501,7 +590,7 @@ mod tests {
         let mut cache = Cache::new(ID, GEOMETRY, 3, Generation::new(7), &[]);
         let mut seen = std::collections::BTreeSet::new();
         for _ in 0..40 {
-            let opened = cache.open_for_writes().unwrap();
+            let opened = cache.open_for_writes(VOLUME).unwrap();
             assert!(seen.insert(opened.generation));
             assert!(cache.release(opened.segment));
         }

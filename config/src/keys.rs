@@ -110,6 +110,17 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| c.daemon.nbd_listen.map(quoted),
     },
     Key {
+        path: "daemon.journal_dir",
+        doc: "Folder for what must outlive the daemon but not the host: where unflushed writes lie on the\n\
+              cache, 260 KiB a volume. Best on a tmpfs. Unset: beside the control socket and named after it\n\
+              (quarry.sock gives quarry-journal).",
+        expected: PATH,
+        sample: "\"/run/quarry/quarry-journal\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.daemon.journal_dir = Some(p)),
+        get: |c| c.daemon.journal_dir.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
         path: "daemon.log",
         doc: "Form of the log on standard error: \"human\" or \"json\".",
         expected: "write \"human\" or \"json\"",
@@ -218,6 +229,19 @@ pub(crate) const KEYS: &[Key] = &[
                 .ok_or_else(|| wrong_type(v))
         },
         get: |c| c.store.path_style.map(|b| b.to_string()),
+    },
+    Key {
+        path: "store.make_bucket",
+        doc: "Whether the daemon makes the bucket if there is none. With false a misspelt name is refused.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| {
+            v.as_bool()
+                .map(|b| c.store.make_bucket = b)
+                .ok_or_else(|| wrong_type(v))
+        },
+        get: |c| Some(c.store.make_bucket.to_string()),
     },
     Key {
         path: "cache.path",

@@ -29,9 +29,6 @@ pub use overrides::Overrides;
 pub use paths::client_socket;
 pub use value::{Bound, LogFormat, Secret, Size, SizeError};
 
-/// Size of the cache file when the configuration names none and the path is no block device.
-pub const CACHE_FILE_SIZE_DEFAULT: Size = Size::new(8 << 30);
-
 /// Everything that the daemon can be told.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Config {
@@ -60,6 +57,8 @@ pub struct Daemon {
     pub nbd_socket: Option<PathBuf>,
     /// TCP address of the NBD server; none: on its unix socket only.
     pub nbd_listen: Option<SocketAddr>,
+    /// Folder of the journals; none: see [`Config::journal_dir`].
+    pub journal_dir: Option<PathBuf>,
     /// Form of the log on standard error.
     pub log: LogFormat,
     /// What is logged, in the syntax of `RUST_LOG` (which wins over it).
@@ -74,6 +73,7 @@ impl Default for Daemon {
             listen: None,
             nbd_socket: None,
             nbd_listen: None,
+            journal_dir: None,
             log: LogFormat::default(),
             log_filter: "info".to_owned(),
         }
@@ -81,7 +81,7 @@ impl Default for Daemon {
 }
 
 /// `[store]`: the object store.
-#[derive(Clone, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Store {
     /// `s3://bucket/prefix` or `file:///dir`. Always set in what [`Config::complete`] returns.
     pub url: Option<String>,
@@ -99,6 +99,24 @@ pub struct Store {
     pub session_token: Option<Secret>,
     /// Bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
+    /// Whether the daemon makes the bucket if there is none.
+    pub make_bucket: bool,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            url: None,
+            endpoint: None,
+            region: None,
+            access_key: None,
+            secret_key: None,
+            secret_key_file: None,
+            session_token: None,
+            path_style: None,
+            make_bucket: true,
+        }
+    }
 }
 
 impl Store {
@@ -114,7 +132,7 @@ impl Store {
 pub struct Cache {
     /// A file or a block device; none: see [`Config::cache_path`].
     pub path: Option<PathBuf>,
-    /// How much of it to use; none: [`CACHE_FILE_SIZE_DEFAULT`] of a file, all of a block device.
+    /// How much of it to use; none: 8 GiB of a file, all of a block device.
     pub size: Option<Size>,
     /// How much may hold data that the store does not have yet.
     pub dirty_max: Bound,
@@ -184,17 +202,23 @@ impl Config {
     /// after it (`quarry.sock` gives `quarry-nbd.sock`).
     #[must_use]
     pub fn nbd_socket(&self) -> PathBuf {
-        if let Some(path) = &self.daemon.nbd_socket {
-            return path.clone();
-        }
-        let mut name = self
-            .daemon
-            .socket
-            .file_stem()
-            .unwrap_or_default()
-            .to_os_string();
-        name.push("-nbd.sock");
-        self.daemon.socket.with_file_name(name)
+        let configured = self.daemon.nbd_socket.clone();
+        configured.unwrap_or_else(|| self.beside_socket("-nbd.sock"))
+    }
+
+    /// The folder of the journals: the one configured, else beside the control socket and named
+    /// after it (`quarry.sock` gives `quarry-journal`).
+    #[must_use]
+    pub fn journal_dir(&self) -> PathBuf {
+        let configured = self.daemon.journal_dir.clone();
+        configured.unwrap_or_else(|| self.beside_socket("-journal"))
+    }
+
+    fn beside_socket(&self, ending: &str) -> PathBuf {
+        let socket = &self.daemon.socket;
+        let mut name = socket.file_stem().unwrap_or_default().to_os_string();
+        name.push(ending);
+        socket.with_file_name(name)
     }
 
     /// What is allowed but worth a second look, one sentence each.
@@ -215,6 +239,10 @@ mod tests {
         assert_eq!(
             config.nbd_socket(),
             PathBuf::from("/run/quarry/second-nbd.sock")
+        );
+        assert_eq!(
+            config.journal_dir(),
+            PathBuf::from("/run/quarry/second-journal")
         );
         config.daemon.nbd_socket = Some("/tmp/n".into());
         assert_eq!(config.nbd_socket(), PathBuf::from("/tmp/n"));

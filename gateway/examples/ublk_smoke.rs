@@ -259,6 +259,7 @@ async fn main() -> Result<()> {
     let buffer_entries = if has("no-table") { 0 } else { 256 };
     let reactor = Reactor::spawn(ReactorConfig {
         index: 0,
+        sync_failure: Default::default(),
         cache,
         buffer_entries,
     })?;

@@ -73,6 +73,17 @@ pub struct Common {
     pub runtime: tokio::runtime::Handle,
 }
 
+impl Common {
+    /// The way to the store for a read that somebody waits for, or not.
+    fn reads(&self, foreground: bool) -> &Arc<dyn Store> {
+        if foreground {
+            &self.store
+        } else {
+            &self.background
+        }
+    }
+}
+
 /// What the operator is told of a volume, beside its counters.
 #[derive(Clone, Default, Debug)]
 pub struct Condition {
@@ -104,8 +115,11 @@ pub struct VolumeBackend {
     key: VolumeKey,
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
-    drains: parking_lot::Mutex<std::collections::HashMap<IoId, oneshot::Sender<bool>>>,
+    drains: parking_lot::Mutex<Drains>,
 }
+
+/// Who waits for which drain; `None`: the volume is gone.
+type Drains = Option<std::collections::HashMap<IoId, oneshot::Sender<bool>>>;
 
 impl VolumeBackend {
     /// The backend of the volume that was claimed, answering to `reactor`.
@@ -129,8 +143,18 @@ impl VolumeBackend {
             key,
             reactor,
             condition: parking_lot::Mutex::default(),
-            drains: parking_lot::Mutex::default(),
+            drains: parking_lot::Mutex::new(Some(std::collections::HashMap::new())),
         })
+    }
+
+    /// `tenant/volume`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> VolumeId {
+        self.volume
     }
 
     /// What the operator is told.
@@ -162,6 +186,9 @@ impl VolumeBackend {
         let (tx, rx) = oneshot::channel();
         let io = {
             let mut drains = self.drains.lock();
+            let Some(drains) = &mut *drains else {
+                return false;
+            };
             let io = (0..)
                 .map(IoId)
                 .find(|io| !drains.contains_key(io))
@@ -171,6 +198,11 @@ impl VolumeBackend {
         };
         self.tell(Event::Drain { io, checkpoint }).await;
         rx.await.unwrap_or(false)
+    }
+
+    /// The volume is gone from its reactor: whoever waits for a drain of it waits no longer.
+    pub fn close(&self) {
+        *self.drains.lock() = None;
     }
 
     /// Feeds the volume an event.
@@ -189,8 +221,12 @@ impl VolumeBackend {
                 let result = self.fetch(&fetch, foreground).await;
                 self.tell(Event::Fetched { io, result }).await;
             }
-            Action::LoadNodes { io, nodes } => {
-                let result = self.load_nodes(&nodes).await;
+            Action::LoadNodes {
+                io,
+                nodes,
+                foreground,
+            } => {
+                let result = self.load_nodes(&nodes, foreground).await;
                 self.tell(Event::NodesLoaded { io, result }).await;
             }
             Action::Upload(plan) => match self.upload(&plan).await {
@@ -213,16 +249,20 @@ impl VolumeBackend {
                     .await
                 }
                 Err(checkpoint::Stopped::Fenced { by }) => self.tell(Event::Fenced { by }).await,
-                Err(checkpoint::Stopped::Damaged(error)) => self.report(Report::Damaged {
-                    object: error.object,
-                    reason: format!(
-                        "{}; no checkpoint can be made, and the log grows",
-                        error.reason
-                    ),
-                }),
+                Err(checkpoint::Stopped::Damaged(error)) => {
+                    self.report(Report::Damaged {
+                        object: error.object,
+                        reason: format!(
+                            "{}; no checkpoint can be made, and the log grows",
+                            error.reason
+                        ),
+                    });
+                    self.tell(Event::CheckpointFailed).await;
+                }
             },
             Action::Drained { io, complete } => {
-                if let Some(tx) = self.drains.lock().remove(&io) {
+                let waiting = self.drains.lock().as_mut().and_then(|d| d.remove(&io));
+                if let Some(tx) = waiting {
                     // Nobody listens if the caller gave up, and nothing is lost by that.
                     let _ = tx.send(complete);
                 }
@@ -259,6 +299,11 @@ impl VolumeBackend {
         }
     }
 
+    fn problem(&self, problem: String) {
+        tracing::error!(volume = self.name, problem);
+        self.condition.lock().problem = Some(problem);
+    }
+
     /// The raw contents of the frames, from memory or by one GET.
     async fn fetch(&self, fetch: &Fetch, foreground: bool) -> Result<Vec<Bytes>, DataError> {
         let held: Option<Vec<Bytes>> = fetch
@@ -273,11 +318,7 @@ impl VolumeBackend {
         let (first, last) = (fetch.frames[0], fetch.frames[fetch.frames.len() - 1]);
         let range = u64::from(first.stored_offset)
             ..u64::from(last.stored_offset) + u64::from(last.stored_len);
-        let store = if foreground {
-            &self.common.store
-        } else {
-            &self.common.background
-        };
+        let store = self.common.reads(foreground);
         let mut tries = 0;
         loop {
             let error = match store.get_range(&object, range.clone()).await {
@@ -332,18 +373,27 @@ impl VolumeBackend {
             .map_err(|e| e.to_string())?
     }
 
-    async fn load_nodes(&self, nodes: &[NodeRef]) -> Result<Vec<(NodeRef, Arc<Node>)>, DataError> {
-        let loads = nodes.iter().map(|node| self.load_node(*node));
+    async fn load_nodes(
+        &self,
+        nodes: &[NodeRef],
+        foreground: bool,
+    ) -> Result<Vec<(NodeRef, Arc<Node>)>, DataError> {
+        let loads = nodes.iter().map(|node| self.load_node(*node, foreground));
         futures::future::try_join_all(loads).await
     }
 
-    async fn load_node(&self, node: NodeRef) -> Result<(NodeRef, Arc<Node>), DataError> {
+    async fn load_node(
+        &self,
+        node: NodeRef,
+        foreground: bool,
+    ) -> Result<(NodeRef, Arc<Node>), DataError> {
+        let store = self.common.reads(foreground);
         let id = node.object;
         let object = keys::map_key(self.head.tenant(), id.volume, id.epoch, id.seq);
         let range = u64::from(node.offset)..u64::from(node.offset) + u64::from(node.len);
         let mut tries = 0;
         loop {
-            let reason = match self.common.store.get_range(&object, range.clone()).await {
+            let reason = match store.get_range(&object, range.clone()).await {
                 Ok(bytes) => match Node::decode(&node, &bytes) {
                     Ok(decoded) => return Ok((node, Arc::new(decoded))),
                     Err(error) => error.to_string(),
@@ -386,17 +436,16 @@ impl VolumeBackend {
             }
         };
         let stored_bytes = encoded.bytes.len() as u64;
-        match self
-            .common
-            .background
-            .create(&object, encoded.bytes.clone())
-            .await
-        {
-            Ok(_) => {}
-            Err(StoreError::Exists { .. }) => self.settle_existing(&object, plan).await?,
-            Err(error) => {
-                panic!("the lane waits for what passes, and a create has no other end: {error}")
+        let store = &self.common.background;
+        while let Err(error) = store.create(&object, encoded.bytes.clone()).await {
+            if let StoreError::Exists { .. } = error {
+                self.settle_existing(&object, plan).await?;
+                break;
             }
+            // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
+            // somebody can mend it, and the writes are safe in the cache until then.
+            self.problem(format!("the store takes no chunks: {error}"));
+            tokio::time::sleep(REFUSED_RETRY_DELAY).await;
         }
         self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
         Ok((encoded.header.map_entries(), stored_bytes))
@@ -428,6 +477,9 @@ impl VolumeBackend {
         }
     }
 }
+
+/// Between tries to store a chunk that the store refuses.
+const REFUSED_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Between tries to read unsent data from a cache device that fails.
 const READ_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);

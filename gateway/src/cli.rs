@@ -39,8 +39,6 @@ const MISUSED: u8 = 2;
 /// The program.
 #[must_use]
 pub fn main() -> ExitCode {
-    // The HTTP client wants a TLS provider even on a unix socket.
-    crate::store::install_crypto();
     ExitCode::from(run(
         std::env::args_os(),
         &mut io::stdout(),

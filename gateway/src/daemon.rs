@@ -1,34 +1,47 @@
 //! `quarry serve`: from a configuration to a running daemon, and its orderly end.
 //!
-//! Start: the store, the cache device and what it kept, the reactors, then the control socket; then
-//! what was attached before is attached again, one by one, and a volume that cannot be is told of
-//! and left in the list. End: no more control calls, everything uploaded and folded into the map;
-//! the volumes stay ours, and their ublk devices stay for the next daemon to take over.
+//! Start: the store, which is checked before anything is kept in it, the cache device and what it
+//! kept, the reactors, then the control socket; then what was attached before is attached again,
+//! several at a time: what the store cannot answer is tried until it does, and a volume that cannot
+//! be attached is told of and left in the list. End: no more control calls, everything uploaded and
+//! folded into the map; the volumes stay ours, and their ublk devices stay for the next daemon to
+//! take over.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::control::{self, AttachOptions, Engine, Listeners};
-use crate::engine::Daemon;
+use crate::control::{self, AttachOptions, Engine, Kind, Listeners, VolumeRef};
+use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
-use crate::store::{Lane, LaneSettings, StoreSettings, install_crypto, open_store};
+use crate::provision;
+use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 
 /// Longest time that the end waits for uploads: what is left then stays in the cache.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// Longest time that a request of the first look at the store waits for an answer.
+const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Volumes attached again at once: each reads its log.
+const ATTACH_AGAIN_AT_ONCE: usize = 8;
+
+/// Between two tries to attach a volume again, at first and at most.
+const ATTACH_AGAIN_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// If something that serving needs cannot be had; each names what and what to do.
 pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
-    install_crypto();
     let settings = StoreSettings::from(&config.store);
     let store = open_store(&settings)?;
     let url = store.describe();
     let lane = Lane::new(store, &LaneSettings::default());
+    check_store(&settings, &lane, config.store.make_bucket).await?;
     let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let daemon = Daemon::start(config, lane.clone(), url)?;
@@ -68,26 +81,78 @@ pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Looks at the store before anything is kept in it. A store that does not answer is no reason not
+/// to start if it may have been found fit before: what is cached can be served, and the volumes'
+/// own conditional writes would find out a store without them.
+async fn check_store(
+    settings: &StoreSettings,
+    lane: &Lane,
+    make_bucket: bool,
+) -> anyhow::Result<()> {
+    let limited = lane.with_deadline(PREPARE_DEADLINE);
+    match provision::prepare(settings, &limited, make_bucket).await {
+        Ok(prepared) => {
+            for warning in &prepared.warnings {
+                tracing::warn!("{warning}");
+            }
+            if prepared.made_bucket {
+                tracing::info!("made the bucket");
+            }
+            if prepared.probed {
+                tracing::info!("the store keeps two writers apart");
+            }
+            Ok(())
+        }
+        Err(error) if error.is_transient() => {
+            tracing::warn!(%error, "the store was not checked");
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Attaches what was attached when the last daemon of this data folder ended.
 async fn attach_again(daemon: Arc<Daemon>) {
-    let list = match daemon.read_list() {
-        Ok(list) => list,
-        Err(error) => {
-            tracing::error!(%error, "the list of attached volumes cannot be read; attach them by hand");
-            Vec::new()
-        }
+    let wanted = daemon.wanted().all();
+    let mut left = wanted.len();
+    if left > 0 {
+        daemon.set_ready(Err(format!("{left} volumes are being attached again")));
+    }
+    let mut tries = futures::stream::iter(wanted)
+        .map(|(volume, how)| attach_one_again(&daemon, volume, how))
+        .buffer_unordered(ATTACH_AGAIN_AT_ONCE);
+    while let Some(()) = tries.next().await {
+        left -= 1;
+        daemon.set_ready(Err(format!("{left} volumes are being attached again")));
+    }
+    daemon.set_ready(Ok(()));
+}
+
+/// Tries until it works or cannot.
+async fn attach_one_again(daemon: &Daemon, volume: VolumeRef, how: How) {
+    let options = AttachOptions {
+        via: Some(how.via),
+        read_only: how.read_only,
+        ..AttachOptions::default()
     };
-    for (volume, via) in list {
-        let options = AttachOptions {
-            via: Some(via),
-            ..AttachOptions::default()
-        };
-        match daemon.attach(&volume, options).await {
+    let mut delay = ATTACH_AGAIN_DELAY.0;
+    // Who detaches it meanwhile takes it out of the list.
+    while daemon.wanted().contains(&volume) {
+        match daemon.attach(&volume, options.clone()).await {
             Ok(info) => {
-                tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again")
+                tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");
+                return;
             }
-            Err(error) => tracing::error!(%volume, %error, "cannot be attached again"),
+            Err(error) => {
+                daemon.wanted().note(&volume, Some(error.to_string()));
+                if error.kind != Kind::Unavailable {
+                    tracing::error!(%volume, %error, "cannot be attached again");
+                    return;
+                }
+                tracing::warn!(%volume, %error, "cannot be attached again yet");
+                tokio::time::sleep(delay).await;
+                delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
+            }
         }
     }
-    daemon.set_ready();
 }

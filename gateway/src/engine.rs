@@ -7,10 +7,13 @@
 //! Invariants:
 //! - One call at a time changes a given volume; calls on different volumes do not wait for each
 //!   other.
-//! - A volume leaves the list only when it was detached for good.
+//! - Looking never waits for changing: a volume that hangs hangs alone.
 
 mod attach;
 mod registry;
+mod report;
+mod slot;
+mod wanted;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,22 +21,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use quarry_cache::{Cache, CacheDevice, Recovered};
-use quarry_objfmt::{TenantName, VolumeId};
+use quarry_cache::{Cache, CacheDevice, Journal, Journals, Recovered, Scan};
+use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
-use crate::backend::{self, Common, VolumeBackend, frame_cache};
+use self::slot::{Slot, Stage};
+pub use self::wanted::{How, Wanted};
+use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CacheStatus, Engine, Kind, StatusInfo,
-    StoreStatus, TenantInfo, VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, StatusInfo, TenantInfo,
+    VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
-use crate::reactor::{Geometry, Machine, Reactor, ReactorConfig};
-use crate::store::{Lane, StoreState};
+use crate::reactor::{Geometry, Machine, Reactor, ReactorConfig, SyncFailure};
+use crate::store::Lane;
 use crate::ublk;
 
 /// Longest time that a control call waits for the store before it answers with the store's error.
@@ -49,6 +55,8 @@ const NODE_SHARE: u64 = 2;
 pub struct VolumeMachine {
     volume: Volume,
     shared: Arc<Mutex<Shared>>,
+    /// None for a volume that takes no writes.
+    journal: Option<Journal>,
     /// What the volume asked for when it was made: carried out with the first event.
     first: Vec<quarry_volume::Action>,
 }
@@ -61,14 +69,23 @@ impl Machine for VolumeMachine {
 
     fn apply_all(
         &mut self,
+        now_ms: u64,
         events: &mut Vec<quarry_volume::Event>,
         out: &mut Vec<quarry_volume::Action>,
     ) {
         out.append(&mut self.first);
+        self.volume.set_now(now_ms);
         let mut shared = self.shared.lock();
         for event in events.drain(..) {
             self.volume.apply(event, &mut shared, out);
         }
+    }
+
+    fn journal(&mut self, segment: SegmentId, generation: Generation, record: &Record) {
+        let journal = self.journal.as_mut();
+        journal
+            .expect("a volume that takes writes has a journal")
+            .put(segment, generation, record);
     }
 
     fn geometry(&self) -> Geometry {
@@ -84,18 +101,6 @@ impl Machine for VolumeMachine {
     }
 }
 
-/// A volume attached here.
-struct Attached {
-    backend: Arc<VolumeBackend>,
-    info: AttachInfo,
-    mode: String,
-    since_ms: u64,
-    device: Option<(u32, ublk::DeviceSpec)>,
-}
-
-/// What a slot of the table holds: the lock on it is held for as long as a call changes the volume.
-type Slot = Arc<tokio::sync::Mutex<Option<Attached>>>;
-
 /// The engine of one daemon.
 pub struct Daemon {
     config: quarry_config::Config,
@@ -110,10 +115,13 @@ pub struct Daemon {
     next_reactor: AtomicUsize,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
-    slots: Mutex<BTreeMap<VolumeRef, Slot>>,
+    journals: Journals,
+    slots: Mutex<BTreeMap<VolumeRef, Arc<Slot>>>,
+    wanted: Wanted,
     ublk: ublk::Control,
     metrics: metrics::Metrics,
-    ready: std::sync::atomic::AtomicBool,
+    /// Why the daemon is not ready, if it is not.
+    not_ready: Mutex<Option<String>>,
     exports: Arc<Exports>,
 }
 
@@ -153,19 +161,23 @@ impl Daemon {
             .to_string_lossy()
             .into_owned();
         let path = config.cache_path();
-        let size = config
-            .cache
-            .size
-            .unwrap_or(quarry_config::CACHE_FILE_SIZE_DEFAULT);
+        let size = config.cache.size.map(quarry_config::Size::bytes);
         let fresh = quarry_objfmt::CacheId::from(uuid::Uuid::new_v4());
-        let device = Arc::new(CacheDevice::open(
-            &path,
-            size.bytes(),
-            fresh,
-            &host,
-            now_ms(),
-        )?);
-        let scan = quarry_cache::scan(&device)?;
+        let device = Arc::new(CacheDevice::open(&path, size, fresh, &host, now_ms())?);
+        let journal_dir = config.journal_dir();
+        let journals = Journals::open(&journal_dir, device.id()).with_context(|| {
+            format!(
+                "the journals' folder {} cannot be used (set daemon.journal_dir to another)",
+                journal_dir.display()
+            )
+        })?;
+        // On a device formatted just now there is nothing to find.
+        let mut scan = if device.fresh() {
+            Scan::default()
+        } else {
+            quarry_cache::scan(&device)?
+        };
+        scan.add_journals(&journals)?;
         let geometry = device.geometry();
         let total = u64::from(geometry.segments) * u64::from(geometry.segment_size);
         let dirty_max = config.cache.dirty_max.of(total) / u64::from(geometry.segment_size);
@@ -184,17 +196,18 @@ impl Daemon {
         let ram = config.cache.ram.bytes();
         let nodes = NodeCache::new(usize::try_from(ram / NODE_SHARE)?);
         let shared = Arc::new(Mutex::new(Shared { cache, nodes }));
-        let file = Arc::new(device.file()?);
+        let sync_failure = SyncFailure::default();
         let threads = config.reactor.threads.max(1);
         let reactors = (0..threads as usize)
             .map(|index| {
                 Reactor::spawn(ReactorConfig {
                     index,
-                    cache: Arc::clone(&file),
+                    cache: Arc::new(device.reopen()?),
+                    sync_failure: sync_failure.clone(),
                     buffer_entries: BUFFER_ENTRIES,
                 })
             })
-            .collect::<Result<Vec<_>, _>>()?;
+            .collect::<std::io::Result<Vec<_>>>()?;
         let common = Common {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
@@ -214,17 +227,28 @@ impl Daemon {
             reactors: Mutex::new(reactors),
             next_reactor: AtomicUsize::new(0),
             kept: Mutex::new(scan.volumes),
+            journals,
             slots: Mutex::default(),
+            wanted: Wanted::load(&config.daemon.data_dir)?,
             ublk: ublk::Control::new(PathBuf::from("/dev/quarry")),
             metrics: metrics::Metrics::new(),
-            ready: std::sync::atomic::AtomicBool::new(false),
+            not_ready: Mutex::new(Some("it has just started".to_owned())),
             exports: Arc::default(),
             config,
         }))
     }
 
-    fn slot(&self, volume: &VolumeRef) -> Slot {
+    fn slot(&self, volume: &VolumeRef) -> Arc<Slot> {
         Arc::clone(self.slots.lock().entry(volume.clone()).or_default())
+    }
+
+    /// Forgets a slot in which nothing happens any more; the caller holds `slot`.
+    fn forget_idle(&self, volume: &VolumeRef, slot: &Arc<Slot>) {
+        let mut slots = self.slots.lock();
+        // One in the table, one the caller's.
+        if slot.is_detached() && Arc::strong_count(slot) == 2 {
+            slots.remove(volume);
+        }
     }
 
     fn tuning(&self) -> Tuning {
@@ -244,24 +268,45 @@ impl Daemon {
         reactors[at].handle()
     }
 
+    /// Makes the volume ours, so that nobody else can write to it, and deletes it.
+    async fn delete_detached(&self, volume: &VolumeRef) -> ApiResult<()> {
+        let owner = quarry_objfmt::Owner {
+            cache: self.common.device.id(),
+            host: self.host.clone(),
+            since_ms: now_ms(),
+        };
+        registry::delete_volume(&self.control, volume, owner).await
+    }
+
     /// What can be had over NBD.
     pub fn exports(&self) -> Arc<Exports> {
         Arc::clone(&self.exports)
     }
 
-    /// What was attached before has been seen to.
-    pub fn set_ready(&self) {
-        self.ready.store(true, Ordering::Release);
+    /// The volumes that are to be attached here.
+    pub fn wanted(&self) -> &Wanted {
+        &self.wanted
+    }
+
+    /// Says whether the daemon is ready, and if not, why.
+    pub fn set_ready(&self, ready: Result<(), String>) {
+        *self.not_ready.lock() = ready.err();
+    }
+
+    fn readiness(&self) -> Result<(), String> {
+        self.not_ready.lock().clone().map_or(Ok(()), Err)
     }
 
     /// Uploads everything of all volumes and folds it into their maps; they stay attached.
     pub async fn drain_all(&self) {
-        let slots: Vec<Slot> = self.slots.lock().values().cloned().collect();
-        for slot in slots {
-            if let Some(attached) = &*slot.lock().await {
-                attached.backend.drain(true).await;
-            }
-        }
+        let slots: Vec<Arc<Slot>> = self.slots.lock().values().cloned().collect();
+        let drains = slots.iter().filter_map(|slot| match slot.stage() {
+            Stage::Attached(attached) if !attached.read_only => Some(attached),
+            _ => None,
+        });
+        // All at once: one that cannot be drained holds up no other.
+        let drains = drains.map(|attached| async move { attached.backend.drain(true).await });
+        futures::future::join_all(drains).await;
     }
 
     /// Ends the reactors. Requests under way are answered; what comes later is not taken.
@@ -271,27 +316,6 @@ impl Daemon {
         if let Err(error) = tokio::task::spawn_blocking(join).await {
             tracing::error!(%error, "a reactor did not end well");
         }
-    }
-
-    /// What was attached when the last daemon of this data folder ended.
-    ///
-    /// # Errors
-    /// If the list is there and cannot be read.
-    pub fn read_list(&self) -> anyhow::Result<Vec<(VolumeRef, crate::control::Via)>> {
-        let bytes = match std::fs::read(self.list_path()) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let list: Vec<(String, crate::control::Via)> = serde_json::from_slice(&bytes)?;
-        list.into_iter()
-            .map(|(name, via)| Ok((name.parse::<VolumeRef>()?, via)))
-            .collect()
-    }
-
-    /// Where the list of attached volumes is kept.
-    fn list_path(&self) -> PathBuf {
-        self.config.daemon.data_dir.join("attached.json")
     }
 }
 
@@ -335,12 +359,14 @@ impl Engine for Daemon {
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let backend = {
-            let slot = self.slot(volume);
-            let attached = slot.lock().await;
-            let attached = attached.as_ref().ok_or_else(|| not_attached(volume))?;
-            Arc::clone(&attached.backend)
+        let slot = self.slots.lock().get(volume).cloned().unwrap_or_default();
+        let Stage::Attached(attached) = slot.stage() else {
+            return Err(not_attached(volume));
         };
+        let backend = &attached.backend;
+        if attached.read_only {
+            return Ok(());
+        }
         if backend.drain(false).await {
             return Ok(());
         }
@@ -355,72 +381,23 @@ impl Engine for Daemon {
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
         let slot = self.slot(volume);
-        let attached = slot.lock().await;
-        if attached.is_some() {
+        let _change = slot.change.lock().await;
+        let answer = if slot.is_detached() {
+            self.delete_detached(volume).await
+        } else {
             let message = format!("{volume} is attached");
-            return Err(ApiError::new(Kind::Conflict, message, "detach it first"));
-        }
-        registry::delete_volume(&self.control, volume).await
+            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+        };
+        self.forget_idle(volume, &slot);
+        answer
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {
-        let counts = self.shared.lock().cache.counts();
-        let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
-        let health = self.lane.health().state();
-        let (failing_ms, last_error) = match &health {
-            StoreState::Healthy => (None, None),
-            StoreState::Failing {
-                lasting,
-                last_error,
-                ..
-            } => {
-                let lasting = u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX);
-                (Some(lasting), Some(last_error.to_string()))
-            }
-        };
-        let slots: Vec<Slot> = self.slots.lock().values().cloned().collect();
-        let attached = slots
-            .iter()
-            .filter(|s| s.try_lock().is_ok_and(|a| a.is_some()))
-            .count();
-        let ublk = match self.ublk.probe().await {
-            Ok(_) => "available".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        let not_ready = self.ready().await.err();
-        Ok(StatusInfo {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            host: self.host.clone(),
-            pid: std::process::id(),
-            started_ms: self.started_ms,
-            ready: not_ready.is_none(),
-            not_ready,
-            store: StoreStatus {
-                url: self.store_url.clone(),
-                healthy: failing_ms.is_none(),
-                failing_ms,
-                last_error,
-            },
-            cache: CacheStatus {
-                path: self.common.device.path().display().to_string(),
-                id: self.common.device.id().to_string(),
-                size_bytes: bytes(counts.total),
-                dirty_bytes: bytes(counts.dirty),
-                dirty_max_bytes: bytes(counts.dirty_max),
-                clean_bytes: bytes(counts.clean),
-            },
-            volumes_attached: attached as u64,
-            volumes_failing: 0,
-            ublk,
-            nbd_socket: self.config.nbd_socket().display().to_string(),
-        })
+        Ok(self.tell_status().await)
     }
 
     async fn ready(&self) -> Result<(), String> {
-        if !self.ready.load(Ordering::Acquire) {
-            return Err("what was attached before is being attached again".to_owned());
-        }
-        Ok(())
+        self.readiness()
     }
 
     async fn metrics_text(&self) -> String {

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod engine;
 pub mod metrics;
 pub mod nbd;
+pub mod provision;
 pub mod reactor;
 pub mod store;
 pub mod ublk;

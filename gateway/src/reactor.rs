@@ -22,6 +22,7 @@ pub mod frontend;
 pub(crate) mod memory;
 mod op;
 mod ring;
+mod sync;
 mod token;
 pub mod ublk_queue;
 
@@ -35,12 +36,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use quarry_objfmt::{Generation, Record, SegmentId};
 use quarry_volume::{Action, Event};
 use tokio::sync::{mpsc, oneshot};
 
 use self::core::Core;
 use self::doorbell::Doorbell;
 pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
+pub use self::sync::SyncFailure;
 
 /// Messages that wait for a reactor: past it, senders wait.
 const MESSAGES_MAX: usize = 4096;
@@ -51,12 +54,16 @@ pub trait Machine: Any + Send {
     fn apply(&mut self, event: Event, out: &mut Vec<Action>);
 
     /// Takes a batch of events, in order, and leaves `events` empty. For machines that take a lock:
-    /// once a batch.
-    fn apply_all(&mut self, events: &mut Vec<Event>, out: &mut Vec<Action>) {
+    /// once a batch. `now_ms` is the time of the batch, as in [`Event::Tick`].
+    fn apply_all(&mut self, _now_ms: u64, events: &mut Vec<Event>, out: &mut Vec<Action>) {
         for event in events.drain(..) {
             self.apply(event, out);
         }
     }
+
+    /// Takes an [`Action::Journal`]: done before any action that comes after it. For machines that
+    /// take no writes: never called.
+    fn journal(&mut self, _segment: SegmentId, _generation: Generation, _record: &Record) {}
 
     /// Its shape; asked once, when the reactor gets it.
     fn geometry(&self) -> Geometry;
@@ -303,8 +310,11 @@ impl ReactorHandle {
 pub struct ReactorConfig {
     /// Its number: the N of its thread's name.
     pub index: usize,
-    /// The cache device, opened for direct I/O or not.
+    /// The cache device, opened for direct I/O or not: an open file of this reactor's own, for the
+    /// kernel tells of a lost write once for each.
     pub cache: Arc<File>,
+    /// Shared by all reactors of the cache device.
+    pub sync_failure: SyncFailure,
     /// Entries of the registered buffer table: one for each tag of each ublk queue; 0 for none.
     pub buffer_entries: u16,
 }

@@ -26,7 +26,7 @@ mod s3_error;
 mod settings;
 mod stats;
 #[cfg(test)]
-mod stub;
+pub(crate) mod stub;
 
 use std::fmt;
 use std::ops::Range;
@@ -38,6 +38,7 @@ use bytes::Bytes;
 pub use folder::FolderStore;
 pub use health::{StoreHealth, StoreState};
 pub use lane::{Lane, LaneSettings, Priority};
+pub(crate) use s3::credentials;
 pub use s3::{S3Store, install_crypto};
 pub use settings::{OpenError, Place, S3Settings, StoreSettings, open_store};
 pub use stats::{Outcome, StoreSnapshot, StoreStats};

@@ -9,6 +9,7 @@ pub mod codec;
 pub mod error;
 pub mod frame;
 pub mod head;
+pub mod journal;
 pub mod keys;
 pub mod map;
 pub mod page;
@@ -27,6 +28,7 @@ pub use codec::{Compression, DataKey, Encryption};
 pub use error::FormatError;
 pub use frame::decode_frame;
 pub use head::{Durability, Head, Lineage, LogRange, Owner, RootRef};
+pub use journal::{JOURNAL_ENTRY_LEN, JournalHeader};
 pub use keys::{NameError, SnapName, TenantName, VolumeName};
 pub use page::{
     PAGE_SIZE, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,

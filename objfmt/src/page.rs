@@ -124,9 +124,9 @@ pub struct RecordPage {
 }
 
 /// One kind of page.
-struct Kind {
-    magic: [u8; 4],
-    what: &'static str,
+pub(crate) struct Kind {
+    pub(crate) magic: [u8; 4],
+    pub(crate) what: &'static str,
 }
 
 const SUPERBLOCK: Kind = Kind {
@@ -309,15 +309,10 @@ impl RecordPage {
         page.put(&self.page.to_le_bytes());
         page.put(&base.get().to_le_bytes());
         for record in &self.records {
-            check_record(record).unwrap_or_else(|error| panic!("{error}"));
-            let (kind, offset) = match record.body {
-                RecordBody::Data { offset } => (0u64, offset),
-                RecordBody::Zero => (1, 0),
-                RecordBody::Discard => (2, 0),
-            };
+            let (word, offset) = pack_record(record);
             let delta =
                 u32::try_from(record.seq.get() - base.get()).expect("writes of one segment");
-            page.put(&(record.start.get() | kind << START_BITS).to_le_bytes());
+            page.put(&word.to_le_bytes());
             page.put(&record.len.to_le_bytes());
             page.put(&offset.to_le_bytes());
             page.put(&delta.to_le_bytes());
@@ -365,17 +360,45 @@ impl RecordPage {
 
 fn read_record(reader: &mut Reader<'_>, base: u64) -> Result<Record> {
     const WHAT: &str = RECORDS.what;
-    let word = reader.u64()?;
-    let len = reader.u32()?;
-    let offset = reader.u32()?;
-    let delta = reader.u32()?;
+    let (word, len, offset, delta) = (reader.u64()?, reader.u32()?, reader.u32()?, reader.u32()?);
+    let Some(seq) = base.checked_add(delta.into()) else {
+        return Err(FormatError::invalid(
+            WHAT,
+            "a write's number does not fit 64 bits",
+        ));
+    };
+    unpack_record(WHAT, WriteSeq::new(seq), word, len, offset)
+}
+
+/// A record's start with its kind, and its data's offset, as they are written.
+///
+/// # Panics
+/// If it is empty or outside any volume.
+pub(crate) fn pack_record(record: &Record) -> (u64, u32) {
+    check_record(RECORDS.what, record).unwrap_or_else(|error| panic!("{error}"));
+    let (kind, offset) = match record.body {
+        RecordBody::Data { offset } => (0u64, offset),
+        RecordBody::Zero => (1, 0),
+        RecordBody::Discard => (2, 0),
+    };
+    (record.start.get() | kind << START_BITS, offset)
+}
+
+/// The record of write `seq` from what [`pack_record`] gave.
+pub(crate) fn unpack_record(
+    what: &'static str,
+    seq: WriteSeq,
+    word: u64,
+    len: u32,
+    offset: u32,
+) -> Result<Record> {
     let body = match word >> START_BITS {
         0 => RecordBody::Data { offset },
         1 => RecordBody::Zero,
         2 => RecordBody::Discard,
         found => {
             return Err(FormatError::Unknown {
-                what: WHAT,
+                what,
                 field: "kind of record",
                 found,
             });
@@ -383,56 +406,49 @@ fn read_record(reader: &mut Reader<'_>, base: u64) -> Result<Record> {
     };
     if offset != 0 && !matches!(body, RecordBody::Data { .. }) {
         return Err(FormatError::invalid(
-            WHAT,
+            what,
             "a record without data says where they are",
         ));
     }
-    let Some(seq) = base.checked_add(delta.into()) else {
-        return Err(FormatError::invalid(
-            WHAT,
-            "a write's number does not fit 64 bits",
-        ));
-    };
     let start = Lba::new(word & ((1 << START_BITS) - 1));
     let record = Record {
-        seq: WriteSeq::new(seq),
+        seq,
         start,
         len,
         body,
     };
-    check_record(&record)?;
+    check_record(what, &record)?;
     Ok(record)
 }
 
-fn check_record(record: &Record) -> Result<()> {
-    const WHAT: &str = RECORDS.what;
+fn check_record(what: &'static str, record: &Record) -> Result<()> {
     if record.len == 0 {
-        return Err(FormatError::invalid(WHAT, "a record is empty"));
+        return Err(FormatError::invalid(what, "a record is empty"));
     }
     let end = record.start.get().checked_add(record.len.into());
     if end.is_none_or(|end| end > VOLUME_SECTORS_MAX) {
         return Err(FormatError::invalid(
-            WHAT,
+            what,
             "a record lies outside any volume",
         ));
     }
     match record.body {
         RecordBody::Data { offset } if offset.checked_add(record.len).is_none() => Err(
-            FormatError::invalid(WHAT, "a record's data lie outside any segment"),
+            FormatError::invalid(what, "a record's data lie outside any segment"),
         ),
         _ => Ok(()),
     }
 }
 
 /// Fills a page from the front.
-struct Writer {
+pub(crate) struct Writer {
     page: Page,
     at: usize,
 }
 
 impl Writer {
     /// `word` is the kind's own use of bytes 6 and 7.
-    fn new(kind: &Kind, word: u16) -> Self {
+    pub(crate) fn new(kind: &Kind, word: u16) -> Self {
         let mut writer = Self {
             page: Box::new([0; PAGE_SIZE]),
             at: 0,
@@ -444,12 +460,12 @@ impl Writer {
         writer
     }
 
-    fn put(&mut self, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, bytes: &[u8]) {
         self.page[self.at..self.at + bytes.len()].copy_from_slice(bytes);
         self.at += bytes.len();
     }
 
-    fn seal(mut self, cache: CacheId) -> Page {
+    pub(crate) fn seal(mut self, cache: CacheId) -> Page {
         let crc = checksum(&self.page[..], cache);
         self.page[CRC_AT..BODY_AT].copy_from_slice(&crc.to_le_bytes());
         self.page
@@ -464,7 +480,7 @@ fn checksum(page: &[u8], cache: CacheId) -> u32 {
 }
 
 /// A reader from byte 12 on, and bytes 6 and 7.
-fn open<'a>(kind: &Kind, bytes: &'a [u8], cache: CacheId) -> Result<(Reader<'a>, u16)> {
+pub(crate) fn open<'a>(kind: &Kind, bytes: &'a [u8], cache: CacheId) -> Result<(Reader<'a>, u16)> {
     let what = kind.what;
     if bytes.len() > PAGE_SIZE {
         return Err(FormatError::Trailing {
@@ -498,7 +514,7 @@ fn open<'a>(kind: &Kind, bytes: &'a [u8], cache: CacheId) -> Result<(Reader<'a>,
 }
 
 /// The rest of a page is zeroes.
-fn finish(mut reader: Reader<'_>) -> Result<()> {
+pub(crate) fn finish(mut reader: Reader<'_>) -> Result<()> {
     let what = reader.what();
     let rest = reader.bytes(reader.remaining())?;
     if rest.iter().any(|byte| *byte != 0) {

@@ -10,10 +10,10 @@ use quarry_objfmt::head::{Lineage, LogRange, Owner, RootRef};
 use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
 use quarry_objfmt::{
     CHUNK_PREFIX_LEN, CacheId, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
-    Compression, DataKey, Durability, Encryption, Epoch, ExtentBody, Generation, Head, Lba, MapSeq,
-    NameRecord, Record, RecordBody, RecordPage, Seal, Sectors, SegmentHeader, SegmentId,
-    SegmentKind, Snapshot, Superblock, TenantRecord, VolumeId, WriteSeq, decode_frame,
-    decode_header, decode_record, encode_chunk, encode_record,
+    Compression, DataKey, Durability, Encryption, Epoch, ExtentBody, Generation, Head,
+    JournalHeader, Lba, MapSeq, NameRecord, Record, RecordBody, RecordPage, Seal, Sectors,
+    SegmentHeader, SegmentId, SegmentKind, Snapshot, Superblock, TenantRecord, VolumeId, WriteSeq,
+    decode_frame, decode_header, decode_record, encode_chunk, encode_record,
 };
 
 const VOLUME: VolumeId = VolumeId::from_bytes(*b"golden volume id");
@@ -213,6 +213,27 @@ fn key() -> DataKey {
     DataKey::new(*b"golden data key, of 32 bytes 32.")
 }
 
+fn journal() -> JournalHeader {
+    JournalHeader {
+        entries: 8192,
+        boot: *b"golden boot id..",
+        volume: VOLUME,
+        attachment: *b"golden attaching",
+    }
+}
+
+fn journal_entry() -> (SegmentId, Record) {
+    let record = Record {
+        seq: WriteSeq::new(8192 * 3 + 17),
+        start: Lba::new(0x1234_5678),
+        len: 96,
+        body: RecordBody::Data { offset: 1024 },
+    };
+    (SegmentId::new(7), record)
+}
+
+const JOURNAL_GENERATION: Generation = Generation::new(11);
+
 fn chunk(compression: Compression, key: Option<&DataKey>) -> Vec<u8> {
     let params = ChunkParams {
         id: chunk_id(),
@@ -246,6 +267,13 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
             segment_header().encode(CACHE).to_vec(),
         ),
         ("record-page-v1.bin", record_page().encode(CACHE).to_vec()),
+        ("journal-header-v1.bin", journal().encode(CACHE).to_vec()),
+        ("journal-entry-v1.bin", {
+            let (segment, record) = journal_entry();
+            journal()
+                .encode_entry(segment, JOURNAL_GENERATION, &record)
+                .to_vec()
+        }),
         ("chunk-none-v1.bin", chunk(Compression::None, None)),
         ("chunk-lz4-v1.bin", chunk(Compression::Lz4, None)),
         ("chunk-zstd-v1.bin", chunk(Compression::Zstd, None)),
@@ -302,6 +330,15 @@ fn golden_files_of_the_cache_read_as_ever() {
     assert_eq!(header, Ok(segment_header()));
     let page = RecordPage::decode(&golden("record-page-v1.bin"), CACHE);
     assert_eq!(page, Ok(record_page()));
+}
+
+#[test]
+fn golden_files_of_the_journal_read_as_ever() {
+    let header = JournalHeader::decode(&golden("journal-header-v1.bin"), CACHE);
+    assert_eq!(header, Ok(journal()));
+    let entry = golden("journal-entry-v1.bin");
+    let entry = journal().decode_entry(17, &entry, |_| Some(JOURNAL_GENERATION));
+    assert_eq!(entry, Ok(journal_entry()));
 }
 
 #[test]

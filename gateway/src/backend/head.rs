@@ -39,6 +39,8 @@ pub struct HeadCell {
     compression: Compression,
     epoch: Epoch,
     state: Mutex<(Head, Tag)>,
+    /// A copy to look at while a change is under way.
+    latest: parking_lot::Mutex<Head>,
 }
 
 impl HeadCell {
@@ -52,6 +54,7 @@ impl HeadCell {
             frame_sectors: head.frame_sectors,
             compression: head.compression,
             epoch: head.epoch,
+            latest: parking_lot::Mutex::new(head.clone()),
             state: Mutex::new((head, tag)),
         }
     }
@@ -97,9 +100,9 @@ impl HeadCell {
         self.epoch
     }
 
-    /// A copy.
-    pub async fn get(&self) -> Head {
-        self.state.lock().await.0.clone()
+    /// A copy, as it was before the change that is under way, if one is.
+    pub fn get(&self) -> Head {
+        self.latest.lock().clone()
     }
 
     /// Changes the head by conditional PUT. `change` is applied to our copy, which is the store's
@@ -120,6 +123,7 @@ impl HeadCell {
         change(&mut head);
         let tag = put(store, &self.key, &head, &state.1).await?;
         *state = (head.clone(), tag);
+        *self.latest.lock() = head.clone();
         Ok(head)
     }
 }

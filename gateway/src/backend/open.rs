@@ -50,15 +50,20 @@ pub enum OpenError {
     },
     /// The cache has writes that the store's volume went on without.
     #[error(
-        "the cache on this host holds {bytes} bytes written to this volume in epoch {epoch} that were never sent, and the volume \
-         has since been written elsewhere; they cannot be merged: attach with --discard-unsent to give them up"
+        "the cache on this host holds up to {bytes} bytes written to this volume up to epoch {epoch} that may never have been \
+         sent, and the volume has since been written elsewhere; they cannot be merged: attach with --discard-unsent to give them up"
     )]
     Stale {
-        /// How much.
+        /// How much at most: which of it was sent, nobody knows any more.
         bytes: u64,
         /// Of when.
         epoch: Epoch,
     },
+    /// Read-only, while this host's cache has writes that the store lacks.
+    #[error(
+        "the cache on this host holds writes to this volume that were never sent: attach it without --read-only, which sends them"
+    )]
+    Unsent,
     /// Two attached at once; the other won.
     #[error("another daemon attached the volume at the same moment ({by}); detach it there first")]
     Raced {
@@ -121,8 +126,8 @@ pub struct Claimed {
     pub next_chunk: ChunkSeq,
     /// The newest write in the store.
     pub stored_write: WriteSeq,
-    /// What was kept in the cache is another history's: forget it.
-    pub forget_kept: bool,
+    /// What the cache kept from before this epoch is of a history that the volume has left.
+    pub kept_since: Epoch,
 }
 
 /// Attaches a volume for writing. `kept` is what the cache device holds of it from before.
@@ -147,7 +152,7 @@ pub async fn claim(
             since: since(owner.since_ms),
         });
     }
-    let forget_kept = kept_is_stale(&head, kept, claim)?;
+    let kept_since = kept_since(&head, kept, claim)?;
 
     // Step 1.
     let mut raised = head.clone();
@@ -157,12 +162,7 @@ pub async fn claim(
         host: claim.host.clone(),
         since_ms: claim.now_ms,
     });
-    let ours_before = head
-        .lineage
-        .as_ref()
-        .is_some_and(|l| l.cache == claim.cache)
-        && !forget_kept;
-    if !ours_before {
+    if kept_since > head.epoch {
         raised.lineage = Some(Lineage {
             cache: claim.cache,
             since: raised.epoch,
@@ -171,30 +171,11 @@ pub async fn claim(
     let tag = put(store, &key, &raised, &tag).await?;
 
     // Step 2.
-    let mut log = Vec::new();
-    let mut stored_write = raised.root_write;
-    let mut end = raised
-        .log
-        .first()
-        .map_or(ChunkSeq::new(1), |range| range.first);
-    for range in &raised.log {
-        let found = replay(store, tenant, volume, range, &raised, claim).await?;
-        end = range.first;
-        for header in found {
-            if header.first_write != stored_write.next() {
-                return Err(OpenError::Damaged {
-                    object: keys::chunk_key(tenant, header.id),
-                    reason: format!(
-                        "it starts at write {}, the log before it ends at {stored_write}",
-                        header.first_write
-                    ),
-                });
-            }
-            stored_write = header.last_write;
-            end = header.id.seq.next();
-            log.push(header.map_entries());
-        }
-    }
+    let Replayed {
+        log,
+        stored_write,
+        end,
+    } = replay(store, tenant, &raised, Some(claim)).await?;
 
     // Step 3.
     let cell = HeadCell::new(tenant.clone(), raised, tag);
@@ -219,41 +200,127 @@ pub async fn claim(
         log,
         next_chunk: end,
         stored_write,
-        forget_kept,
+        kept_since,
     })
 }
 
-/// Whether what the cache kept belongs to a history that the volume has left.
-fn kept_is_stale(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<bool, OpenError> {
-    let Some(kept) = kept else { return Ok(false) };
-    let unsent = kept.unsent(head.root_write);
-    let Some(epoch) = kept.newest_epoch() else {
-        return Ok(false);
-    };
-    let lineage = head.lineage.as_ref().filter(|l| l.cache == claim.cache);
-    if lineage.is_some_and(|l| kept.segments.iter().all(|s| s.epoch >= l.since)) {
-        return Ok(false);
-    }
-    if unsent.is_empty() || claim.discard_unsent {
-        return Ok(true);
-    }
-    Err(OpenError::Stale {
-        bytes: unsent.iter().map(|(_, r)| u64::from(r.len) * 512).sum(),
-        epoch,
-    })
-}
-
-/// The headers of a log range, in order, up to its end; an open range is sealed at its end.
-async fn replay(
+/// Opens a volume as the store has it at this moment, without the right to write: nothing in the
+/// store changes, and what a writer elsewhere adds later does not show.
+///
+/// # Errors
+/// [`OpenError`]; with a writer elsewhere only if `claim` does not say `force`.
+pub async fn open_read_only(
     store: &dyn Store,
     tenant: &TenantName,
     volume: VolumeId,
+    kept: Option<&Recovered>,
+    claim: &Claim,
+) -> Result<Claimed, OpenError> {
+    let key = keys::head_key(tenant, volume);
+    let (head, tag) = HeadCell::read(store, &key).await?;
+    if let Some(owner) = &head.owner
+        && owner.cache != claim.cache
+        && !claim.force
+    {
+        return Err(OpenError::Owned {
+            host: owner.host.clone(),
+            since: since(owner.since_ms),
+        });
+    }
+    let replayed = replay(store, tenant, &head, None).await?;
+    if kept.is_some_and(|kept| !kept.unsent(replayed.stored_write).is_empty())
+        && !claim.discard_unsent
+    {
+        return Err(OpenError::Unsent);
+    }
+    let root = load_root(store, tenant, &head).await?;
+    Ok(Claimed {
+        head: HeadCell::new(tenant.clone(), head.clone(), tag),
+        kept_since: head.epoch,
+        info: head,
+        root,
+        log: replayed.log,
+        next_chunk: replayed.end,
+        stored_write: replayed.stored_write,
+    })
+}
+
+/// The log after the map.
+struct Replayed {
+    /// The entries of its chunks, oldest first.
+    log: Vec<Vec<MapEntry>>,
+    /// The newest write in it.
+    stored_write: WriteSeq,
+    /// The number of the chunk that would come next.
+    end: ChunkSeq,
+}
+
+/// Reads the log of `head`. With a claim its open end is sealed on the way; without, it ends where
+/// it ends now.
+async fn replay(
+    store: &dyn Store,
+    tenant: &TenantName,
+    head: &Head,
+    claim: Option<&Claim>,
+) -> Result<Replayed, OpenError> {
+    let mut log = Vec::new();
+    let mut stored_write = head.root_write;
+    let first = head.log.first();
+    let mut end = first.map_or(ChunkSeq::new(1), |range| range.first);
+    for range in &head.log {
+        end = range.first;
+        for header in replay_range(store, tenant, range, head, claim).await? {
+            if header.first_write != stored_write.next() {
+                return Err(OpenError::Damaged {
+                    object: keys::chunk_key(tenant, header.id),
+                    reason: format!(
+                        "it starts at write {}, the log before it ends at {stored_write}",
+                        header.first_write
+                    ),
+                });
+            }
+            stored_write = header.last_write;
+            end = header.id.seq.next();
+            log.push(header.map_entries());
+        }
+    }
+    Ok(Replayed {
+        log,
+        stored_write,
+        end,
+    })
+}
+
+/// The first epoch of the unbroken row in which this cache wrote the volume: what it kept from then
+/// on follows upon what the store has. Writes from before cannot be told from those that were sent,
+/// for the volume has gone on counting elsewhere; they are given up only by the operator's word.
+fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Epoch, OpenError> {
+    let lineage = head.lineage.as_ref().filter(|l| l.cache == claim.cache);
+    let since = lineage.map_or(head.epoch.next(), |l| l.since);
+    let Some(mut kept) = kept.cloned() else {
+        return Ok(since);
+    };
+    let stale = kept.split_off_before(since);
+    match stale.segments.iter().map(|s| s.epoch).max() {
+        Some(epoch) if !stale.unsent(WriteSeq::ZERO).is_empty() && !claim.discard_unsent => {
+            let bytes = stale.data_bytes();
+            Err(OpenError::Stale { bytes, epoch })
+        }
+        _ => Ok(since),
+    }
+}
+
+/// The headers of a log range, in order, up to its end; the end of an open range is sealed if we
+/// have a claim.
+async fn replay_range(
+    store: &dyn Store,
+    tenant: &TenantName,
     range: &LogRange,
     head: &Head,
-    claim: &Claim,
+    claim: Option<&Claim>,
 ) -> Result<Vec<ChunkHeader>, OpenError> {
     let id = |seq: u64| ChunkId {
-        volume,
+        volume: head.volume,
         epoch: range.epoch,
         seq: ChunkSeq::new(seq),
     };
@@ -275,11 +342,14 @@ async fn replay(
                 });
             }
             Some(Entry::Seal) => break,
-            None => match seal(store, tenant, id(seq), head, claim).await? {
-                // The old writer was quicker: its chunk belongs to the log.
-                Some(header) => found.push(header),
-                None => break,
-            },
+            None => {
+                let Some(claim) = claim else { break };
+                match seal(store, tenant, id(seq), head, claim).await? {
+                    // The old writer was quicker: its chunk belongs to the log.
+                    Some(header) => found.push(header),
+                    None => break,
+                }
+            }
         }
     }
     // Behind a late chunk the stream's look-ahead may be out of date: what it called missing was

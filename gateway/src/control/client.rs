@@ -42,6 +42,8 @@ impl Client {
     /// If the HTTP library cannot start.
     pub fn new(socket: impl Into<PathBuf>) -> ApiResult<Self> {
         let socket = socket.into();
+        // The library wants one, even for plain HTTP on a unix socket.
+        crate::store::install_crypto();
         let http = reqwest::Client::builder()
             .unix_socket(socket.clone())
             .no_proxy()

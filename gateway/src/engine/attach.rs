@@ -1,29 +1,35 @@
-//! Attaching and detaching: the steps, their order, and what `show` and `/metrics` tell.
+//! Attaching and detaching: the steps and their order.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use quarry_cache::Recovered;
-use quarry_objfmt::WriteSeq;
-use quarry_volume::{Event, Opened, Volume, VolumeParams, VolumeStats};
+use quarry_objfmt::page::Record;
+use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
+use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
-use super::{Attached, Daemon, Slot, VolumeMachine, not_attached, now_ms, registry};
-use crate::backend::open::{Claim, OpenError, claim, give_back};
+use super::slot::{Attached, Slot, Stage};
+use super::wanted::How;
+use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
+use crate::backend::open::{Claim, Claimed, OpenError, claim, give_back, open_read_only};
 use crate::backend::{HeadError, VolumeBackend};
-use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, AttachedInfo, Kind, OwnerInfo, State, Via,
-    VolumeInfo, VolumeRef,
-};
-use crate::metrics;
+use crate::control::{ApiError, ApiResult, AttachInfo, AttachOptions, Kind, Via, VolumeRef};
 use crate::nbd::Export;
-use crate::reactor::{Geometry, Message};
-use crate::ublk::{DeviceSpec, UblkError};
+use crate::reactor::ublk_queue::UblkQueue;
+use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
+use crate::ublk::{Device, DeviceSpec, UblkError};
+
+/// How long the front ends of a volume may take to end. A ublk queue ends when its device is
+/// stopped, which comes first; one whose device could not be recovered never does.
+const FRONT_ENDS_END_MAX: Duration = Duration::from_secs(10);
 
 impl From<OpenError> for ApiError {
     fn from(error: OpenError) -> Self {
         let kind = match &error {
-            OpenError::Owned { .. } | OpenError::Stale { .. } | OpenError::Raced { .. } => {
-                Kind::Conflict
-            }
+            OpenError::Owned { .. }
+            | OpenError::Stale { .. }
+            | OpenError::Unsent
+            | OpenError::Raced { .. } => Kind::Conflict,
             OpenError::Damaged { .. } | OpenError::Cache(_) => Kind::Damaged,
             OpenError::Store(error) => return registry::store_error(error),
         };
@@ -45,23 +51,38 @@ impl From<UblkError> for ApiError {
     }
 }
 
+impl From<ReactorGone> for ApiError {
+    fn from(error: ReactorGone) -> Self {
+        Self::internal(error.to_string())
+    }
+}
+
+/// A volume that a reactor serves, without a front end yet.
+struct Opening {
+    backend: Arc<VolumeBackend>,
+    spec: DeviceSpec,
+}
+
 impl Daemon {
     pub(super) async fn attach_volume(
         &self,
         volume: &VolumeRef,
         options: &AttachOptions,
     ) -> ApiResult<AttachInfo> {
-        if options.read_only {
-            let message = "attaching for reading only is not supported yet";
-            return Err(ApiError::new(
-                Kind::Unsupported,
-                message,
-                "attach without --read-only",
-            ));
-        }
         let slot = self.slot(volume);
-        let mut attached = slot.lock().await;
-        if let Some(attached) = &*attached {
+        let _change = slot.change.lock().await;
+        let answer = self.attach_to(&slot, volume, options).await;
+        self.forget_idle(volume, &slot);
+        answer
+    }
+
+    async fn attach_to(
+        &self,
+        slot: &Slot,
+        volume: &VolumeRef,
+        options: &AttachOptions,
+    ) -> ApiResult<AttachInfo> {
+        if let Some(attached) = slot.stage().attached() {
             let message = format!("{volume} is attached already");
             let place = attached.info.device.as_ref().or(attached.info.uri.as_ref());
             let remedy = place.map_or_else(String::new, |place| format!("use {place}"));
@@ -76,45 +97,118 @@ impl Daemon {
             }
             None => self.ublk.probe().await.map_or(Via::Nbd, |_| Via::Ublk),
         };
-        *attached = Some(self.open(volume, options, via).await?);
-        let info = attached.as_ref().expect("just put there").info.clone();
-        drop(attached);
-        self.write_list().await?;
-        Ok(info)
+        slot.set(Stage::Attaching);
+        match self.open(volume, options, via).await {
+            Ok(attached) => {
+                let info = attached.info.clone();
+                slot.set(Stage::Attached(Arc::new(attached)));
+                let read_only = options.read_only;
+                self.wanted
+                    .add(volume, How { via, read_only })
+                    .map_err(|error| {
+                        let message = format!(
+                            "{volume} is attached, but that cannot be noted for the next start: {error}"
+                        );
+                        ApiError::internal(message)
+                    })?;
+                Ok(info)
+            }
+            Err((error, left)) => {
+                slot.set(left.map_or(Stage::Detached, |left| Stage::Attached(Arc::new(left))));
+                Err(error)
+            }
+        }
     }
 
+    /// Opens the volume and gives it a front end. With the error comes what could not be taken back.
     async fn open(
         &self,
         volume: &VolumeRef,
         options: &AttachOptions,
         via: Via,
-    ) -> ApiResult<Attached> {
+    ) -> Result<Attached, (ApiError, Option<Attached>)> {
+        let opening = self.serve(volume, options).await.map_err(|e| (e, None))?;
+        let mut attached = Attached {
+            backend: opening.backend,
+            info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
+            mode: "nbd".to_owned(),
+            since_ms: now_ms(),
+            read_only: options.read_only,
+            device: None,
+        };
+        match via {
+            Via::Ublk => match self.make_device(&attached.backend, &opening.spec).await {
+                Ok(device) => {
+                    let link = device.link.as_ref().map(|l| l.display().to_string());
+                    attached.info =
+                        AttachInfo::ublk(volume, device.node.display().to_string(), link);
+                    attached.mode = format!("ublk, {}", device.mode);
+                    attached.device = Some((device.id, opening.spec));
+                }
+                Err(error) => {
+                    // As if it had been detached again: what the cache has of it stays findable.
+                    let error = ApiError::from(error);
+                    let left = self.let_go(&attached).await.is_err().then_some(attached);
+                    return Err((error, left));
+                }
+            },
+            Via::Nbd => {
+                let (reactor, key) = attached.backend.place();
+                let export = Export {
+                    reactor: reactor.clone(),
+                    volume: key,
+                    geometry: Geometry {
+                        size: opening.spec.size,
+                        sector_size: opening.spec.sector_size,
+                        read_only: options.read_only,
+                    },
+                };
+                self.exports.0.lock().insert(volume.to_string(), export);
+            }
+        }
+        Ok(attached)
+    }
+
+    /// Takes the right to write (or reads what is there), takes up what the cache kept, and puts
+    /// the volume on a reactor. After an error all is as before, but for a raised epoch.
+    async fn serve(&self, volume: &VolumeRef, options: &AttachOptions) -> ApiResult<Opening> {
         let id = registry::find(&self.control, volume).await?;
-        let mut kept = self.kept.lock().remove(&id);
-        let device = Arc::clone(&self.common.device);
+        let kept = self.kept.lock().remove(&id);
+        let answer = self.serve_kept(volume, id, kept.clone(), options).await;
+        if answer.is_err()
+            && let Some(kept) = kept
+        {
+            self.kept.lock().insert(id, kept);
+        }
+        answer
+    }
+
+    async fn serve_kept(
+        &self,
+        volume: &VolumeRef,
+        id: VolumeId,
+        kept: Option<Recovered>,
+        options: &AttachOptions,
+    ) -> ApiResult<Opening> {
         let how = Claim {
-            cache: device.id(),
+            cache: self.common.device.id(),
             host: self.host.clone(),
             now_ms: now_ms(),
             force: options.force,
             discard_unsent: options.discard_unsent,
         };
-        let claimed = match claim(&self.control, &volume.tenant, id, kept.as_ref(), &how).await {
-            Ok(claimed) => claimed,
-            Err(error) => {
-                if let Some(kept) = kept {
-                    self.kept.lock().insert(id, kept);
-                }
-                return Err(error.into());
-            }
+        let read_only = options.read_only;
+        let (store, tenant) = (&self.control, &volume.tenant);
+        let claimed = if read_only {
+            open_read_only(store, tenant, id, kept.as_ref(), &how).await?
+        } else {
+            claim(store, tenant, id, kept.as_ref(), &how).await?
         };
-        let stored = claimed.stored_write;
-        let forget = claimed.forget_kept;
-        let recover = move || recover(&device, id, kept.as_mut(), stored, forget);
-        let (unsent, kept_segments) = tokio::task::spawn_blocking(recover)
-            .await
-            .map_err(|e| ApiError::internal(e.to_string()))?
-            .map_err(OpenError::Cache)?;
+        let taken = if read_only {
+            Taken::default()
+        } else {
+            self.take_up(id, kept, &claimed).await?
+        };
         let head = &claimed.info;
         let params = VolumeParams {
             id,
@@ -123,7 +217,7 @@ impl Daemon {
             frame_sectors: head.frame_sectors,
             epoch: head.epoch,
             durability: head.durability,
-            read_only: false,
+            read_only,
             tuning: self.tuning(),
         };
         let spec = DeviceSpec {
@@ -132,119 +226,127 @@ impl Daemon {
             name: volume.name.clone(),
             size: head.size,
             sector_size: head.sector_size,
-            read_only: false,
+            read_only,
         };
         let opened = Opened {
             root: Arc::clone(&claimed.root),
             log: claimed.log.clone(),
             next_chunk: claimed.next_chunk,
-            stored_write: stored,
-            unsent,
-            kept_segments,
+            stored_write: claimed.stored_write,
+            unsent: taken.unsent,
+            kept_segments: taken.segments,
         };
         let mut actions = Vec::new();
         let machine = VolumeMachine {
             volume: Volume::new(params, opened, &mut self.shared.lock(), &mut actions),
             shared: Arc::clone(&self.shared),
+            journal: taken.journal,
             first: actions,
         };
         let reactor = self.pick_reactor();
         let key = reactor.new_key();
-        let backend = VolumeBackend::new(
-            self.common.clone(),
-            volume.to_string(),
-            claimed,
-            key,
-            reactor.clone(),
-        );
-        let gone = |e: crate::reactor::ReactorGone| ApiError::internal(e.to_string());
+        let (common, name) = (self.common.clone(), volume.to_string());
+        let backend = VolumeBackend::new(common, name, claimed, key, reactor.clone());
         let add = Message::AddVolume {
             key,
             machine: Box::new(machine),
             backend: Box::new(Arc::clone(&backend)),
         };
-        reactor.send(add).await.map_err(gone)?;
-        let (info, mode, device) = match via {
-            Via::Ublk => {
-                let host = {
-                    let reactor = reactor.clone();
-                    Box::new(move |queue: crate::reactor::ublk_queue::UblkQueue| {
-                        let front_end = Box::new(queue);
-                        reactor
-                            .send_blocking(Message::AddFrontEnd { key, front_end })
-                            .map_err(|e| e.to_string())
-                    })
-                };
-                // A device that the last daemon left serves on; its requests are given to us anew.
-                let left = self.ublk.find_recoverable().await?;
-                let device = match left.iter().find(|found| found.is_of(id)) {
-                    Some(found) => self.ublk.recover(found.id, spec.clone(), host).await?,
-                    None => self.ublk.start(spec.clone(), host).await?,
-                };
-                let link = device.link.as_ref().map(|l| l.display().to_string());
-                let info = AttachInfo::ublk(volume, device.node.display().to_string(), link);
-                (
-                    info,
-                    format!("ublk, {}", device.mode),
-                    Some((device.id, spec)),
-                )
-            }
-            Via::Nbd => {
-                let geometry = Geometry {
-                    size: spec.size,
-                    sector_size: spec.sector_size,
-                    read_only: false,
-                };
-                let export = Export {
-                    reactor,
-                    volume: key,
-                    geometry,
-                };
-                self.exports.0.lock().insert(volume.to_string(), export);
-                (
-                    AttachInfo::nbd(volume, &self.config.nbd_socket()),
-                    "nbd".to_owned(),
-                    None,
-                )
-            }
-        };
-        Ok(Attached {
-            backend,
-            info,
-            mode,
-            since_ms: now_ms(),
-            device,
-        })
+        reactor.send(add).await?;
+        Ok(Opening { backend, spec })
+    }
+
+    /// Takes up what the cache kept, and makes the journal anew.
+    async fn take_up(
+        &self,
+        id: VolumeId,
+        kept: Option<Recovered>,
+        claimed: &Claimed,
+    ) -> ApiResult<Taken> {
+        let device = Arc::clone(&self.common.device);
+        let (stored, since) = (claimed.stored_write, claimed.kept_since);
+        let recover = move || recover(&device, id, kept, stored, since);
+        let mut taken = tokio::task::spawn_blocking(recover)
+            .await
+            .map_err(|e| ApiError::internal(e.to_string()))?
+            .map_err(OpenError::Cache)?;
+        let attachment = *uuid::Uuid::new_v4().as_bytes();
+        let entries = self.tuning().journal_entries;
+        let journal = self.journals.create(id, attachment, entries);
+        taken.journal = Some(journal.map_err(|error| {
+            let message = format!(
+                "the journal in {} cannot be made: {error}",
+                self.config.journal_dir().display()
+            );
+            ApiError::new(
+                Kind::Internal,
+                message,
+                "free memory there, or set daemon.journal_dir",
+            )
+        })?);
+        Ok(taken)
+    }
+
+    /// Makes a ublk device for the volume, or takes over the one that the last daemon left: its
+    /// requests are then given to us anew.
+    async fn make_device(
+        &self,
+        backend: &VolumeBackend,
+        spec: &DeviceSpec,
+    ) -> Result<Device, UblkError> {
+        let (reactor, key) = backend.place();
+        let host = Box::new(add_queue(reactor.clone(), key));
+        let left = self.ublk.find_recoverable().await?;
+        match left.iter().find(|found| found.is_of(spec.volume)) {
+            Some(found) => self.ublk.recover(found.id, spec.clone(), host).await,
+            None => self.ublk.start(spec.clone(), host).await,
+        }
     }
 
     pub(super) async fn detach_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
         let slot = self.slot(volume);
-        let mut attached = slot.lock().await;
-        let there = attached.as_ref().ok_or_else(|| not_attached(volume))?;
-        let (reactor, key) = there.backend.place();
-        let gone = |e: crate::reactor::ReactorGone| ApiError::internal(e.to_string());
+        let _change = slot.change.lock().await;
+        let answer = self.detach_from(&slot, volume).await;
+        self.forget_idle(volume, &slot);
+        answer
+    }
+
+    async fn detach_from(&self, slot: &Slot, volume: &VolumeRef) -> ApiResult<()> {
+        let unlist = || {
+            self.wanted.remove(volume).map_err(|error| {
+                let message = format!(
+                    "{volume} is detached, but the next start will attach it again: {error}"
+                );
+                ApiError::internal(message)
+            })
+        };
+        let Some(attached) = slot.stage().attached().cloned() else {
+            // It may be one that is waited for since the start: then it is not any more.
+            return if self.wanted.contains(volume) {
+                unlist()
+            } else {
+                Err(not_attached(volume))
+            };
+        };
+        slot.set(Stage::Detaching(Arc::clone(&attached)));
         // The device goes first: what its users wrote is then all acknowledged.
-        if let Some((id, spec)) = &there.device {
-            self.ublk.remove(*id, spec.clone(), false).await?;
+        if let Some((id, spec)) = &attached.device
+            && let Err(error) = self.ublk.remove(*id, spec.clone(), false).await
+        {
+            slot.set(Stage::Attached(attached));
+            return Err(error.into());
         }
         self.exports.0.lock().remove(&volume.to_string());
-        reactor.stop_front_ends(key).await.map_err(gone)?;
-        there.backend.tell(Event::Stop).await;
-        let complete = there.backend.drain(true).await;
-        let fenced = there.backend.condition().fenced;
-        if complete {
-            match give_back(&self.control, there.backend.head()).await {
-                Ok(()) | Err(HeadError::Fenced { .. }) => {}
-                Err(error) => {
-                    tracing::warn!(%volume, %error, "detached, but the store still names this host as the owner")
-                }
+        let complete = match self.let_go(&attached).await {
+            Ok(complete) => complete,
+            Err(error) => {
+                slot.set(Stage::Attached(attached));
+                return Err(error);
             }
-        }
-        reactor.remove_volume(key).await.map_err(gone)?;
-        *attached = None;
-        drop(attached);
-        self.write_list().await?;
-        if complete || fenced {
+        };
+        slot.set(Stage::Detached);
+        unlist()?;
+        if complete || attached.backend.condition().fenced {
             return Ok(());
         }
         let message = format!(
@@ -257,203 +359,132 @@ impl Daemon {
         ))
     }
 
-    /// The list of what is attached, replaced in one step.
-    async fn write_list(&self) -> ApiResult<()> {
-        let slots: Vec<(VolumeRef, Slot)> = self
-            .slots
-            .lock()
-            .iter()
-            .map(|(v, s)| (v.clone(), Arc::clone(s)))
-            .collect();
-        let mut list = Vec::new();
-        for (volume, slot) in slots {
-            if let Some(attached) = &*slot.lock().await {
-                list.push((volume.to_string(), attached.info.via));
+    /// Ends the service of a volume: everything sent, the right to write given back, the cache's
+    /// segments given up. Answers whether all of its writes are in the store; those that are not
+    /// stay in the cache and the journal, for whoever attaches it next.
+    ///
+    /// The order: no more requests, drain, give back, take apart. *Crash before the giving back: it
+    /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
+    async fn let_go(&self, attached: &Attached) -> ApiResult<bool> {
+        let backend = &attached.backend;
+        let (reactor, key) = backend.place();
+        let ended = tokio::time::timeout(FRONT_ENDS_END_MAX, reactor.stop_front_ends(key)).await;
+        ended.map_err(|_| {
+            let message = "the device's queue does not end";
+            ApiError::new(
+                Kind::Internal,
+                message,
+                "restart the daemon, which takes it over",
+            )
+        })??;
+        backend.tell(Event::Stop).await;
+        let mut complete = true;
+        if !attached.read_only {
+            complete = backend.drain(true).await;
+            if complete {
+                match give_back(&self.control, backend.head()).await {
+                    Ok(()) | Err(HeadError::Fenced { .. }) => {}
+                    Err(error) => {
+                        tracing::warn!(volume = backend.name(), %error, "detached, but the store still names this host as the owner");
+                    }
+                }
             }
         }
-        let path = self.list_path();
-        let write = || -> std::io::Result<()> {
-            let new = path.with_extension("new");
-            let file = std::fs::File::create(&new)?;
-            serde_json::to_writer(&file, &list)?;
-            file.sync_all()?;
-            std::fs::rename(&new, &path)?;
-            std::fs::File::open(&self.config.daemon.data_dir)?.sync_all()
-        };
-        write().map_err(|e| ApiError::internal(format!("cannot write {}: {e}", path.display())))
-    }
-
-    async fn stats(&self, attached: &Attached) -> VolumeStats {
-        let (reactor, key) = attached.backend.place();
-        let stats = reactor
-            .inspect(key, |m: &VolumeMachine| m.volume.stats())
-            .await;
-        stats.ok().flatten().unwrap_or_default()
-    }
-
-    pub(super) async fn show(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
-        let slot = self.slot(volume);
-        let attached = slot.lock().await;
-        let head = match &*attached {
-            Some(attached) => attached.backend.head().get().await,
-            None => registry::head(&self.control, volume).await?,
-        };
-        let mut info = VolumeInfo {
-            tenant: volume.tenant.to_string(),
-            name: volume.name.to_string(),
-            id: head.volume.to_string(),
-            created_ms: head.created_ms,
-            size_bytes: head.size.bytes(),
-            sector_size: head.sector_size,
-            durability: head.durability,
-            compression: head.compression,
-            stored_bytes: head.stored_bytes,
-            state: if head.owner.is_some() {
-                State::AttachedElsewhere
-            } else {
-                State::Detached
-            },
-            owner: head.owner.as_ref().map(|o| OwnerInfo {
-                host: o.host.clone(),
-                cache: o.cache.to_string(),
-                since_ms: o.since_ms,
-            }),
-            ..VolumeInfo::default()
-        };
-        let Some(attached) = &*attached else {
-            return Ok(info);
-        };
-        let stats = self.stats(attached).await;
-        let condition = attached.backend.condition();
-        info.state = match (condition.fenced, condition.failed) {
-            (true, _) => State::Fenced,
-            (_, true) => State::Failed,
-            _ => State::Attached,
-        };
-        info.attached = Some(AttachedInfo {
-            via: attached.info.via,
-            device: attached.info.device.clone(),
-            link: attached.info.link.clone(),
-            uri: attached.info.uri.clone(),
-            mode: attached.mode.clone(),
-            epoch: attached.backend.head().epoch().get(),
-            since_ms: attached.since_ms,
-            read_only: false,
-        });
-        let read = stats.hit_bytes + stats.miss_bytes;
-        info.dirty_bytes = stats.dirty_bytes;
-        info.rpo_ms = stats.rpo_ms;
-        info.stored_bytes = attached.backend.stored().0;
-        (info.reads, info.read_bytes) = (stats.reads, stats.read_bytes);
-        (info.writes, info.write_bytes) = (stats.writes, stats.write_bytes);
-        (info.flushes, info.discards) = (stats.flushes, stats.discards);
-        (info.hit_bytes, info.miss_bytes) = (stats.hit_bytes, stats.miss_bytes);
-        #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
-        let ratio = (read > 0).then(|| stats.hit_bytes as f64 / read as f64);
-        info.hit_ratio = ratio;
-        info.uploaded_bytes = stats.uploaded_bytes;
-        info.stalled = stats.stalled;
-        info.problem = condition.problem;
-        Ok(info)
-    }
-
-    pub(super) async fn snapshot(&self) -> metrics::Snapshot {
-        let slots: Vec<(VolumeRef, Slot)> = self
-            .slots
-            .lock()
-            .iter()
-            .map(|(v, s)| (v.clone(), Arc::clone(s)))
-            .collect();
-        let mut volumes = Vec::new();
-        for (volume, slot) in slots {
-            // A volume that is being attached or detached is left out rather than waited for.
-            let Ok(attached) = slot.try_lock() else {
-                continue;
-            };
-            let Some(attached) = &*attached else { continue };
-            let s = self.stats(attached).await;
-            let of = metrics::VolumeStats {
-                size_bytes: attached.backend.head().get().await.size.bytes(),
-                reads: s.reads,
-                read_bytes: s.read_bytes,
-                writes: s.writes,
-                write_bytes: s.write_bytes,
-                flushes: s.flushes,
-                discards: s.discards,
-                errors: s.errors,
-                hit_bytes: s.hit_bytes,
-                miss_bytes: s.miss_bytes,
-                copied_bytes: s.copied_bytes,
-                zero_fill_bytes: s.zero_bytes,
-                dirty_bytes: s.dirty_bytes,
-                rpo_ms: s.rpo_ms,
-                cached_bytes: 0,
-                uploaded_bytes: s.uploaded_bytes,
-                uploaded_chunks: s.uploaded_chunks,
-                checkpoints: s.checkpoints,
-                map_bytes: attached.backend.stored().1,
-                fetched_bytes: s.fetched_bytes,
-                fetches: s.fetches,
-                stalled: u64::from(s.stalled),
-                failed: u64::from(attached.backend.condition().problem.is_some()),
-            };
-            volumes.push((volume.tenant.to_string(), volume.name.to_string(), of));
+        let machine = reactor.remove_volume(key).await?;
+        backend.close();
+        let kept = machine
+            .map(|machine| self.close(machine))
+            .unwrap_or_default();
+        if !attached.read_only {
+            self.settle_cache(backend.volume(), kept).await;
         }
-        let shared = self.shared.lock();
-        let counts = shared.cache.counts();
-        let nodes = shared.nodes.stats();
-        let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
-        let store = self.lane.stats().snapshot();
-        metrics::Snapshot {
-            volumes,
-            cache: metrics::CacheStats {
-                size_bytes: bytes(counts.total),
-                dirty_bytes: bytes(counts.dirty),
-                dirty_max_bytes: bytes(counts.dirty_max),
-                clean_bytes: bytes(counts.clean),
-                segments_free: u64::from(counts.free),
-                segments_used: u64::from(counts.total - counts.free),
-                reclaims: counts.reclaimed,
-                node_bytes: nodes.bytes as u64,
-                node_hits: nodes.hits,
-                node_misses: nodes.misses,
-            },
-            store: metrics::StoreStats {
-                read_bytes: store.bytes_read,
-                write_bytes: store.bytes_written,
-                retries: store.retries,
-                in_flight: store.in_flight,
-                waiting: store.waiting,
-                ..metrics::StoreStats::default()
-            },
+        Ok(complete)
+    }
+
+    /// Gives up a volume's place on the cache device, but for the segments that it answers.
+    fn close(&self, machine: Box<dyn Machine>) -> Vec<(SegmentId, Generation)> {
+        let machine: Box<dyn std::any::Any> = machine;
+        let machine = machine.downcast::<VolumeMachine>();
+        let machine = machine.expect("the engine makes no other machines");
+        machine.volume.close(&mut self.shared.lock())
+    }
+
+    /// After a volume is gone: what the device says of it is made stable, or found again. `kept` are
+    /// the segments that still hold writes of it, and are held for whoever attaches it next.
+    async fn settle_cache(&self, volume: VolumeId, kept: Vec<(SegmentId, Generation)>) {
+        let (device, journals) = (Arc::clone(&self.common.device), self.journals.clone());
+        let settle = move || -> std::io::Result<Option<Recovered>> {
+            if kept.is_empty() {
+                journals.remove(volume)?;
+                // The notes that its segments are clean: after a power cut, too, nobody is to ask
+                // for writes that were sent long ago.
+                device.sync()?;
+                return Ok(None);
+            }
+            let mut found = quarry_cache::scan(&device)?;
+            found.volumes.retain(|id, _| *id == volume);
+            for found in found.volumes.values_mut() {
+                // Others that bear its name may be in other hands by now.
+                found
+                    .segments
+                    .retain(|s| kept.contains(&(s.segment, s.generation)));
+            }
+            found.add_journals(&journals)?;
+            Ok(found.volumes.remove(&volume))
+        };
+        match tokio::task::spawn_blocking(settle).await {
+            Ok(Ok(Some(kept))) => {
+                self.kept.lock().insert(volume, kept);
+            }
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => tracing::error!(%volume, %error, "the cache device failed"),
+            Err(error) => tracing::error!(%volume, %error, "the cache was not settled"),
         }
     }
 }
 
-type Kept = (
-    Vec<(quarry_objfmt::SegmentId, quarry_objfmt::page::Record)>,
-    Vec<quarry_objfmt::SegmentId>,
-);
+/// Gives a queue to the reactor of its volume.
+fn add_queue(
+    reactor: ReactorHandle,
+    key: VolumeKey,
+) -> impl FnOnce(UblkQueue) -> Result<(), String> + Send + 'static {
+    move |queue| {
+        let front_end = Box::new(queue);
+        reactor
+            .send_blocking(Message::AddFrontEnd { key, front_end })
+            .map_err(|e| e.to_string())
+    }
+}
+
+/// What was taken up from the cache.
+#[derive(Default)]
+struct Taken {
+    unsent: Vec<(SegmentId, Record)>,
+    segments: Vec<SegmentId>,
+    journal: Option<quarry_cache::Journal>,
+}
 
 /// What of the kept segments is still unsent; the rest is given up, here and on the device.
 fn recover(
     device: &quarry_cache::CacheDevice,
-    volume: quarry_objfmt::VolumeId,
-    kept: Option<&mut Recovered>,
+    volume: VolumeId,
+    kept: Option<Recovered>,
     stored: WriteSeq,
-    forget: bool,
-) -> std::io::Result<Kept> {
-    let Some(kept) = kept else {
-        return Ok((Vec::new(), Vec::new()));
+    since: Epoch,
+) -> std::io::Result<Taken> {
+    let Some(mut kept) = kept else {
+        return Ok(Taken::default());
     };
     let segments = kept.segments.iter().map(|s| s.segment).collect();
-    if forget {
-        Recovered::forget(device, volume, &kept.segments)?;
-        return Ok((Vec::new(), segments));
-    }
+    let stale = kept.split_off_before(since);
+    Recovered::forget(device, volume, &stale.segments)?;
     let cut = kept.cut(device, volume, stored)?;
     if cut > 0 {
         tracing::warn!(%volume, cut, "writes behind a gap in the records were given up: no flush had covered them");
     }
-    Ok((kept.unsent(stored), segments))
+    Ok(Taken {
+        unsent: kept.unsent(stored),
+        segments,
+        journal: None,
+    })
 }

@@ -10,7 +10,7 @@ use quarry_objfmt::record::{
     NAME_KIND, NameRecord, TENANT_KIND, TenantRecord, decode_record, encode_record,
 };
 use quarry_objfmt::{
-    Encryption, Epoch, MapSeq, Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
+    Encryption, Epoch, MapSeq, Owner, Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
 };
 
 use super::now_ms;
@@ -235,18 +235,43 @@ pub(super) async fn list_volumes(
     Ok(volumes)
 }
 
-pub(super) async fn delete_volume(store: &dyn Store, volume: &VolumeRef) -> ApiResult<()> {
+/// Deletes a volume: first its head is made `owner`'s, in a term of its own, so that whoever attached
+/// it meanwhile is fenced; then it loses its name, then its objects. *Crash in between: it is `owner`'s
+/// and can be deleted again; or nothing leads to it any more.*
+pub(super) async fn delete_volume(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    owner: Owner,
+) -> ApiResult<()> {
     use futures::{StreamExt, TryStreamExt};
     let id = find(store, volume).await?;
-    if let Ok(head) = head(store, volume).await
-        && let Some(owner) = head.owner
-    {
-        let message = format!("{volume} is attached by host {}", owner.host);
-        return Err(ApiError::new(
-            Kind::Conflict,
-            message,
-            "detach it there first",
-        ));
+    let head_key = keys::head_key(&volume.tenant, id);
+    match HeadCell::read(store, &head_key).await {
+        Ok((head, tag)) => {
+            if let Some(other) = head.owner.as_ref().filter(|o| o.cache != owner.cache) {
+                let message = format!("{volume} is attached by host {}", other.host);
+                let remedy = "detach it there first";
+                return Err(ApiError::new(Kind::Conflict, message, remedy));
+            }
+            let cell = HeadCell::new(volume.tenant.clone(), head, tag);
+            let taken = cell.update(store, |head| {
+                head.epoch = head.epoch.next();
+                head.owner = Some(owner);
+            });
+            match taken.await {
+                Ok(_) => {}
+                Err(HeadError::Fenced { by }) => {
+                    let message = format!("{volume} was attached just now by {by}");
+                    let remedy = "detach it there first";
+                    return Err(ApiError::new(Kind::Conflict, message, remedy));
+                }
+                Err(HeadError::Store(error)) => return Err(store_error(&error)),
+                Err(HeadError::Damaged { .. }) => {}
+            }
+        }
+        Err(HeadError::Store(error)) => return Err(store_error(&error)),
+        // Nobody can attach it, and that is a reason more to be rid of it.
+        Err(_) => {}
     }
     let name_key = keys::name_key(&volume.tenant, &volume.name);
     store.delete(&name_key).await.map_err(|e| store_error(&e))?;

@@ -17,16 +17,17 @@ use super::doorbell::Doorbell;
 use super::execute::{FILL_BYTES_MAX, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::memory::Pool;
-use super::op::{CacheOp, Step};
+use super::op::{CacheOp, Code, Step};
 use super::ring::{Completion, Ring};
+use super::sync::Syncs;
 use super::token::Token;
 use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorStats, VolumeKey};
 
 /// Time between two ticks, in milliseconds.
 const TICK_MS: u64 = 100;
 
-/// How long a reactor that was told to end waits for front ends that have no request under way but
-/// do not end by themselves (queues of ublk devices that live on), in milliseconds.
+/// How long a reactor that was told to end waits for front ends that do not end by themselves
+/// (queues of ublk devices that live on) and for requests that wait for the store, in milliseconds.
 const END_GRACE_MS: u64 = 2_000;
 
 /// Record pages kept for reuse, in bytes.
@@ -42,7 +43,7 @@ enum Stage {
 /// A volume and all that is under way for it.
 pub(super) struct VolumeSlot {
     key: VolumeKey,
-    machine: Box<dyn Machine>,
+    pub(super) machine: Box<dyn Machine>,
     pub(super) backend: Box<dyn BackendSink>,
     pub(super) inbox: Inbox,
     actions: Vec<Action>,
@@ -75,6 +76,7 @@ pub(super) struct Core {
     pub(super) volumes: Slab<VolumeSlot>,
     pub(super) pages: Pool,
     pub(super) fills: WaitingFills,
+    pub(super) syncs: Syncs,
     pub(super) zeroes: File,
     _cache: Arc<File>,
     fixed: Box<Fixed>,
@@ -108,6 +110,7 @@ impl Core {
             volumes: Slab::new(),
             pages: Pool::new(usize::MAX, PAGES_KEPT_BYTES),
             fills: WaitingFills::new(FILL_BYTES_MAX),
+            syncs: Syncs::new(config.sync_failure.clone()),
             zeroes: File::open("/dev/zero")?,
             _cache: Arc::clone(&config.cache),
             fixed: Box::new(Fixed {
@@ -169,6 +172,7 @@ impl Core {
                 self.receive();
             }
             Token::Timer => self.tick(),
+            Token::Sync => self.synced(completion.result),
             Token::Unknown => tracing::error!(?completion, "a completion that nobody asked for"),
         }
     }
@@ -200,7 +204,8 @@ impl Core {
             if slot.inbox.events.is_empty() {
                 break;
             }
-            slot.machine.apply_all(&mut slot.inbox.events, &mut actions);
+            slot.machine
+                .apply_all(self.now_ms, &mut slot.inbox.events, &mut actions);
             assert!(slot.inbox.events.is_empty(), "a machine left events unread");
             for action in actions.drain(..) {
                 self.execute(index, action);
@@ -219,6 +224,10 @@ impl Core {
             Step::Again => self.submit_op(index),
             Step::Done(result) => {
                 let op = self.ops.remove(index as usize);
+                if let (Err(errno), Code::Write { durable: true }) = (result, op.code) {
+                    // It was a sync too.
+                    self.syncs.failure().note(errno);
+                }
                 let (volume, io, request) = (op.volume, op.io, op.request);
                 self.release(op.hold);
                 self.volumes[volume as usize].ops -= 1;
@@ -500,11 +509,8 @@ impl Core {
         if self.volumes.is_empty() {
             return true;
         }
-        let idle = self.ops.is_empty()
-            && self
-                .volumes
-                .iter()
-                .all(|(_, slot)| slot.inbox.requests.is_empty() && slot.ops == 0);
+        // Requests that wait for the store are not waited for: nobody was told that they are done.
+        let idle = self.ops.is_empty() && self.volumes.iter().all(|(_, slot)| slot.ops == 0);
         idle && self.now_ms.saturating_sub(since) >= END_GRACE_MS
     }
 

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 
 use bytes::Bytes;
+use io_uring::{opcode, types};
 use quarry_volume::{Action, Event, IoId, RequestId};
 
 use super::core::{Core, index_of};
@@ -136,18 +137,18 @@ impl Core {
                     Hold::Page(copy),
                 );
             }
+            Action::Journal {
+                segment,
+                generation,
+                record,
+            } => {
+                let machine = &mut self.volumes[volume as usize].machine;
+                machine.journal(segment, generation, &record);
+            }
             Action::Sync { io } => {
-                self.start(
-                    volume,
-                    io,
-                    None,
-                    Code::Sync,
-                    File::Cache,
-                    0,
-                    0,
-                    0,
-                    Hold::Nothing,
-                );
+                self.volumes[volume as usize].ops += 1;
+                self.syncs.ask((volume, io));
+                self.start_sync();
             }
             Action::FillWrite { io, offset, data } => {
                 self.volumes[volume as usize].ops += 1;
@@ -332,6 +333,35 @@ impl Core {
         unsafe { self.ring.push(entry) };
     }
 
+    fn start_sync(&mut self) {
+        if !self.syncs.start() {
+            return;
+        }
+        let sync = |fd: types::Fd| {
+            opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build()
+        };
+        let fixed = |fd: types::Fixed| {
+            opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build()
+        };
+        let entry = self.ring.entry_for(File::Cache, fixed, sync);
+        // SAFETY: a sync points to nothing, and the cache device is open as long as the reactor.
+        unsafe { self.ring.push(entry.user_data(Token::Sync.pack())) };
+    }
+
+    /// The sync under way has ended. It is never repeated, whatever it says.
+    pub(super) fn synced(&mut self, result: i32) {
+        let (waiters, result) = self.syncs.end(result);
+        for (volume, io) in waiters {
+            self.volumes[volume as usize].ops -= 1;
+            self.feed(volume, Event::IoDone { io, result });
+        }
+        self.start_sync();
+    }
+
     /// Takes back the memory of an operation that is done.
     pub(super) fn release(&mut self, hold: Hold) {
         match hold {
@@ -398,4 +428,286 @@ impl Core {
 
 fn request_key(request: RequestId) -> usize {
     usize::try_from(request.0).expect("a request id that this reactor gave out")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Lba, LbaRange, Sectors, VolumeId};
+    use quarry_volume::{Fetch, IoError, Op};
+
+    use super::super::memory::AlignedBuf;
+    use super::super::testing::{geometry, reactor};
+    use super::super::{
+        BackendSink, Buffer, FrontEnd, Geometry, Machine, Message, Port, ReactorHandle,
+    };
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// A machine that says what it is told to, and tells what it hears.
+    struct Script {
+        on_drain: Vec<Action>,
+        on_request: fn(RequestId) -> Vec<Action>,
+        heard: mpsc::Sender<Event>,
+    }
+
+    impl Machine for Script {
+        fn apply(&mut self, event: Event, out: &mut Vec<Action>) {
+            match event {
+                Event::Drain { .. } => out.append(&mut self.on_drain),
+                Event::Request(request) => out.extend((self.on_request)(request.id)),
+                Event::Tick { .. } => {}
+                event => {
+                    // Nobody may listen any more.
+                    let _ = self.heard.send(event);
+                }
+            }
+        }
+
+        fn geometry(&self) -> Geometry {
+            geometry(1 << 20, 512)
+        }
+    }
+
+    struct Sink(mpsc::Sender<Action>);
+
+    impl BackendSink for Sink {
+        fn submit(&self, action: Action) {
+            self.0.send(action).unwrap();
+        }
+    }
+
+    fn add(
+        handle: &ReactorHandle,
+        on_drain: Vec<Action>,
+        on_request: fn(RequestId) -> Vec<Action>,
+    ) -> (
+        super::super::VolumeKey,
+        mpsc::Receiver<Event>,
+        mpsc::Receiver<Action>,
+    ) {
+        let (heard, events) = mpsc::channel();
+        let (asked, actions) = mpsc::channel();
+        let key = handle.new_key();
+        let machine = Box::new(Script {
+            on_drain,
+            on_request,
+            heard,
+        });
+        handle
+            .send_blocking(Message::AddVolume {
+                key,
+                machine,
+                backend: Box::new(Sink(asked)),
+            })
+            .unwrap();
+        (key, events, actions)
+    }
+
+    fn drain(handle: &ReactorHandle, key: super::super::VolumeKey) {
+        let event = Event::Drain {
+            io: IoId(0),
+            checkpoint: false,
+        };
+        handle
+            .send_blocking(Message::VolumeEvent { key, event })
+            .unwrap();
+    }
+
+    #[test]
+    fn pages_fills_and_syncs_reach_the_cache_file_and_answer_once_each() {
+        let (reactor, cache) = reactor(64 << 20);
+        let mut actions = vec![
+            Action::WritePage {
+                io: IoId(1),
+                offset: 8192,
+                page: Box::new([1; 4096]),
+                durable: true,
+            },
+            Action::WritePage {
+                io: IoId(2),
+                offset: 12288,
+                page: Box::new([2; 4096]),
+                durable: false,
+            },
+            Action::Sync { io: IoId(3) },
+            Action::FillWrite {
+                io: IoId(4),
+                offset: 16384,
+                data: Bytes::new(),
+            },
+        ];
+        // Twice as much as there is memory for at once, from odd addresses.
+        let fills = 2 * FILL_BYTES_MAX as u64 / (1 << 20);
+        let data = Bytes::from(vec![7; (1 << 20) + 1]).slice(1..);
+        for n in 0..fills {
+            actions.push(Action::FillWrite {
+                io: IoId(10 + n),
+                offset: 1 << 20,
+                data: data.clone(),
+            });
+        }
+        let (key, events, _) = add(&reactor.handle(), actions, |_| Vec::new());
+        drain(&reactor.handle(), key);
+        let mut heard: Vec<u64> = (0..4 + fills)
+            .map(|_| match events.recv_timeout(LIMIT).unwrap() {
+                Event::IoDone { io, result: Ok(()) } => io.0,
+                event => panic!("{event:?}"),
+            })
+            .collect();
+        heard.sort_unstable();
+        assert!(heard.into_iter().eq((1..=4).chain(10..10 + fills)));
+        let mut page = [0; 4096];
+        for (offset, byte) in [(8192, 1), (12288, 2), (1 << 20, 7), ((2 << 20) - 4096, 7)] {
+            cache.read_exact_at(&mut page, offset).unwrap();
+            assert_eq!(page, [byte; 4096]);
+        }
+        reactor.shutdown();
+    }
+
+    #[test]
+    fn store_actions_go_to_the_backend_and_answers_come_back() {
+        let (reactor, _cache) = reactor(1 << 20);
+        let chunk = ChunkId {
+            volume: VolumeId::from_bytes([1; 16]),
+            epoch: Epoch::ZERO,
+            seq: ChunkSeq::ZERO,
+        };
+        let fetch = Action::Fetch {
+            io: IoId(5),
+            fetch: Fetch {
+                chunk,
+                frames: Vec::new(),
+            },
+            foreground: true,
+        };
+        let (key, events, actions) = add(&reactor.handle(), vec![fetch], |_| Vec::new());
+        drain(&reactor.handle(), key);
+        assert!(matches!(
+            actions.recv_timeout(LIMIT).unwrap(),
+            Action::Fetch { io: IoId(5), .. }
+        ));
+        let event = Event::Fetched {
+            io: IoId(5),
+            result: Ok(Vec::new()),
+        };
+        reactor
+            .handle()
+            .send_blocking(Message::VolumeEvent { key, event })
+            .unwrap();
+        assert!(matches!(
+            events.recv_timeout(LIMIT).unwrap(),
+            Event::Fetched { io: IoId(5), .. }
+        ));
+        reactor.shutdown();
+        assert!(matches!(events.recv_timeout(LIMIT).unwrap(), Event::Stop));
+    }
+
+    #[test]
+    fn cache_write_that_fails_says_its_errno() {
+        let file = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap());
+        let config = super::super::ReactorConfig {
+            index: 7,
+            cache: file,
+            sync_failure: super::super::SyncFailure::default(),
+            buffer_entries: 0,
+        };
+        let reactor = super::super::Reactor::spawn(config).unwrap();
+        let page = Action::WritePage {
+            io: IoId(1),
+            offset: 0,
+            page: Box::new([1; 4096]),
+            durable: true,
+        };
+        let (key, events, _) = add(&reactor.handle(), vec![page], |_| Vec::new());
+        drain(&reactor.handle(), key);
+        let event = events.recv_timeout(LIMIT).unwrap();
+        assert!(
+            matches!(
+                event,
+                Event::IoDone {
+                    io: IoId(1),
+                    result: Err(libc::EBADF)
+                }
+            ),
+            "{event:?}"
+        );
+        reactor.shutdown();
+    }
+
+    /// A front end that makes one read and looks at what it got.
+    struct OneRead {
+        buf: AlignedBuf,
+        found: mpsc::Sender<(Result<(), IoError>, u8)>,
+        done: bool,
+    }
+
+    impl FrontEnd for OneRead {
+        fn start(&mut self, port: &mut Port<'_>) {
+            // SAFETY: the buffer is ours until our drop, which comes after the request's end.
+            let buffer = unsafe { Buffer::user(self.buf.ptr(), 65536) };
+            let range = LbaRange::new(Lba::ZERO, Sectors::new(128)).unwrap();
+            port.request(Op::Read, range, buffer, 3);
+        }
+
+        fn op_done(&mut self, _: u32, _: i32, _: u32, _: &mut Port<'_>) {}
+
+        fn request_done(&mut self, tag: u32, result: Result<(), IoError>, _: &mut Port<'_>) {
+            assert_eq!(tag, 3);
+            self.done = true;
+            self.found
+                .send((result, self.buf.bytes(65536)[65535]))
+                .unwrap();
+        }
+
+        fn stop(&mut self, _: &mut Port<'_>) {}
+
+        fn is_finished(&self) -> bool {
+            self.done
+        }
+    }
+
+    #[test]
+    fn request_completed_before_its_io_keeps_its_buffer_until_the_io_is_done() {
+        let (reactor, cache) = reactor(1 << 20);
+        cache.write_all_at(&[9; 65536], 0).unwrap();
+        let (key, events, _) = add(&reactor.handle(), Vec::new(), |request| {
+            vec![
+                Action::CacheRead {
+                    io: IoId(1),
+                    request,
+                    buffer_offset: 0,
+                    offset: 0,
+                    len: 65536,
+                },
+                Action::Complete {
+                    request,
+                    result: Err(IoError::Io),
+                },
+            ]
+        });
+        let (found, answers) = mpsc::channel();
+        let front_end = Box::new(OneRead {
+            buf: AlignedBuf::zeroed(65536),
+            found,
+            done: false,
+        });
+        reactor
+            .handle()
+            .send_blocking(Message::AddFrontEnd { key, front_end })
+            .unwrap();
+        assert_eq!(answers.recv_timeout(LIMIT).unwrap(), (Err(IoError::Io), 9));
+        assert!(matches!(
+            events.recv_timeout(LIMIT).unwrap(),
+            Event::IoDone {
+                io: IoId(1),
+                result: Ok(())
+            }
+        ));
+        reactor.shutdown();
+    }
 }

@@ -3,7 +3,7 @@
 //! A transfer that ends short is submitted again for the rest; the volume only hears of whole ones.
 
 use bytes::Bytes;
-use io_uring::{opcode, squeue, types};
+use io_uring::{opcode, squeue};
 use quarry_volume::IoId;
 
 use super::memory::AlignedBuf;
@@ -23,8 +23,6 @@ pub(super) enum Code {
     ReadFixed { buf_index: u16 },
     /// Write from a registered buffer.
     WriteFixed { buf_index: u16 },
-    /// Sync the file's data.
-    Sync,
 }
 
 /// What the kernel must find alive until the I/O is done.
@@ -126,19 +124,6 @@ impl CacheOp {
                         .build()
                 },
             ),
-            Code::Sync => ring.entry_for(
-                self.file,
-                |fd| {
-                    opcode::Fsync::new(fd)
-                        .flags(types::FsyncFlags::DATASYNC)
-                        .build()
-                },
-                |fd| {
-                    opcode::Fsync::new(fd)
-                        .flags(types::FsyncFlags::DATASYNC)
-                        .build()
-                },
-            ),
         }
     }
 
@@ -146,8 +131,7 @@ impl CacheOp {
     pub(super) fn advance(&mut self, result: i32) -> Step {
         if result == -libc::EINTR || result == -libc::EAGAIN {
             self.tries += 1;
-            // A sync is never repeated: the kernel reports a lost page once only.
-            return if self.tries < TRIES_MAX && self.code != Code::Sync {
+            return if self.tries < TRIES_MAX {
                 Step::Again
             } else {
                 Step::Done(Err(-result))
@@ -156,9 +140,6 @@ impl CacheOp {
         let Ok(bytes) = u32::try_from(result) else {
             return Step::Done(Err(-result));
         };
-        if self.code == Code::Sync {
-            return Step::Done(Ok(()));
-        }
         if bytes == 0 || bytes > self.len - self.done {
             // The end of the file inside the cache device's extent, or nonsense.
             return Step::Done(Err(libc::EIO));
@@ -223,14 +204,5 @@ mod tests {
             steps += 1;
             assert!(steps < 1000);
         }
-    }
-
-    #[test]
-    fn sync_turned_away_is_not_repeated() {
-        assert_eq!(
-            op(Code::Sync, 0).advance(-libc::EINTR),
-            Step::Done(Err(libc::EINTR))
-        );
-        assert_eq!(op(Code::Sync, 0).advance(0), Step::Done(Ok(())));
     }
 }

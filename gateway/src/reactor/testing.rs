@@ -183,6 +183,7 @@ impl Machine for Mirror {
             | Event::NodesLoaded { .. }
             | Event::Uploaded { .. }
             | Event::Checkpointed { .. }
+            | Event::CheckpointFailed
             | Event::Fenced { .. } => {}
         }
     }
@@ -208,6 +209,7 @@ pub(crate) fn reactor(bytes: u64) -> (Reactor, Arc<File>) {
     let cache = Arc::new(cache);
     let config = ReactorConfig {
         index: 0,
+        sync_failure: Default::default(),
         cache: Arc::clone(&cache),
         buffer_entries: 8,
     };

@@ -27,6 +27,8 @@ pub(super) enum Token {
     Doorbell,
     /// The timer.
     Timer,
+    /// The sync of the cache device.
+    Sync,
     /// None of ours: cannot come back from a kernel that works.
     Unknown,
 }
@@ -42,6 +44,7 @@ impl Token {
             Self::FrontEnd { index, tag } => (2, index, tag),
             Self::Doorbell => (3, 0, 0),
             Self::Timer => (4, 0, 0),
+            Self::Sync => (5, 0, 0),
             Self::Unknown => (0, 0, 0),
         };
         assert!(index <= INDEX_MAX, "an index that 28 bits do not hold");
@@ -57,6 +60,7 @@ impl Token {
             2 => Self::FrontEnd { index, tag },
             3 => Self::Doorbell,
             4 => Self::Timer,
+            5 => Self::Sync,
             _ => Self::Unknown,
         }
     }
@@ -81,6 +85,7 @@ mod tests {
             },
             Token::Doorbell,
             Token::Timer,
+            Token::Sync,
             Token::Unknown,
         ] {
             assert_eq!(Token::unpack(token.pack()), token);

@@ -47,15 +47,15 @@ async fn reads(store: &dyn Store, base: &str) {
     let size = body.len() as u64;
     let tag = store.create(key, body.clone()).await.unwrap();
     assert_eq!(store.get(key).await.unwrap(), (body.clone(), tag));
-    for (start, end) in [
-        (0, 1),
-        (0, size),
-        (1, 65_537),
-        (size - 1, size),
-        (499_999, 700_001),
+    for part in [
+        0..1,
+        0..body.len(),
+        1..65_537,
+        body.len() - 1..body.len(),
+        499_999..700_001,
     ] {
-        let got = store.get_range(key, start..end).await.unwrap();
-        assert!(got == body[start as usize..end as usize], "{start}..{end}");
+        let got = store.get_range(key, part.start as u64..part.end as u64);
+        assert!(got.await.unwrap() == body[part.clone()], "{part:?}");
     }
     for (start, end, there) in [
         (size - 1, size + 1, 1),
@@ -347,4 +347,83 @@ pub async fn counting_replaces(stores: &[Arc<dyn Store>]) {
     let (body, _) = stores[0].get(&key).await.unwrap();
     assert_eq!(body, text(&(RACERS * EACH).to_string()));
     stores[0].delete(&key).await.unwrap();
+}
+
+mod tests {
+    use quarry_config::Secret;
+
+    use super::*;
+    use crate::provision::{self, ProvisionError};
+    use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
+
+    /// The server that `QUARRY_TEST_S3` names by its endpoint, with the keys of the `AWS_*` variables;
+    /// the bucket is made.
+    fn server() -> Option<StoreSettings> {
+        let var = |name| std::env::var(name).ok();
+        let Some(endpoint) = var("QUARRY_TEST_S3") else {
+            println!("skipped: QUARRY_TEST_S3 does not name an S3 server");
+            return None;
+        };
+        let bucket = var("QUARRY_TEST_BUCKET").unwrap_or_else(|| "quarry-contract".to_owned());
+        Some(StoreSettings {
+            url: format!("s3://{bucket}/{}", Uuid::new_v4()),
+            endpoint: Some(endpoint),
+            region: var("AWS_REGION"),
+            access_key: var("AWS_ACCESS_KEY_ID"),
+            secret_key: var("AWS_SECRET_ACCESS_KEY").map(Secret::new),
+            ..StoreSettings::default()
+        })
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn s3_server_keeps_the_contract_and_passes_the_probe() {
+        let Some(settings) = server() else { return };
+        let store = open_store(&settings).unwrap();
+        let lane = Lane::new(Arc::clone(&store), &LaneSettings::default());
+        let limited = lane.with_deadline(std::time::Duration::from_secs(30));
+        let prepared = provision::prepare(&settings, &limited, true).await.unwrap();
+        assert!(prepared.probed, "{prepared:?}");
+        println!("{}: {prepared:?}", store.describe());
+        assert!(
+            !provision::prepare(&settings, &limited, false)
+                .await
+                .unwrap()
+                .probed
+        );
+        run(store).await;
+        run(Arc::new(lane.clone())).await;
+        println!("{:?}", lane.stats().snapshot());
+        limited.delete(provision::MARKER_KEY).await.unwrap();
+        assert_eq!(limited.list("").await.unwrap(), [""; 0]);
+    }
+
+    #[tokio::test]
+    async fn s3_server_without_the_bucket_is_refused() {
+        let Some(mut settings) = server() else { return };
+        settings.url = format!("s3://quarry-{}/x", Uuid::new_v4());
+        let store = open_store(&settings).unwrap();
+        let error = provision::prepare(&settings, &store, false)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, ProvisionError::BucketMissing { .. }),
+            "{error}"
+        );
+        // Nothing in it is "not found": that would be taken for an empty store.
+        let error = store.get("head").await.unwrap_err();
+        assert!(error.is_transient(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn s3_server_with_a_wrong_key_is_refused() {
+        let Some(mut settings) = server() else { return };
+        settings.secret_key = Some(Secret::new("wrong"));
+        let store = open_store(&settings).unwrap();
+        let error = store.get("head").await.unwrap_err();
+        assert!(matches!(error, StoreError::Denied { .. }), "{error}");
+        let error = provision::prepare(&settings, &store, false)
+            .await
+            .unwrap_err();
+        assert!(!error.to_string().contains("wrong\""), "{error}");
+    }
 }

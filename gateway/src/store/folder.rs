@@ -579,7 +579,7 @@ mod tests {
             .unwrap()
             .map(|e| e.unwrap().path())
             .collect();
-        assert_eq!(left, [writing.path.clone()]);
+        assert_eq!(left, std::slice::from_ref(&writing.path));
         drop(writing);
         assert_eq!(fs::read_dir(&tmp).unwrap().count(), 0);
     }

@@ -404,3 +404,6 @@ impl fmt::Debug for Lane {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -157,7 +157,6 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
 }
 
 /// Where the client gets its keys from: the provisioning client asks the same source.
-#[allow(dead_code, reason = "provisioning is not there yet")]
 pub(crate) fn credentials(settings: &S3Settings) -> Result<AwsCredentialProvider, OpenError> {
     Ok(Arc::clone(client(settings)?.credentials()))
 }

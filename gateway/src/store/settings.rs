@@ -163,7 +163,9 @@ impl StoreSettings {
                     return Err(refuse("it names no bucket", "write s3://bucket/prefix"));
                 };
                 let prefix = url.path().trim_matches('/');
-                let is_good = prefix.is_empty() || prefix.split('/').all(is_key_part);
+                // `..` and its disguises are gone from the parsed path already, and a piece of it.
+                let is_plain = !self.url.contains("%") && !self.url.contains("/.");
+                let is_good = is_plain && (prefix.is_empty() || prefix.split('/').all(is_key_part));
                 if !is_good || prefix.len() > PREFIX_BYTES_MAX {
                     return Err(refuse(
                         "its prefix is not one",

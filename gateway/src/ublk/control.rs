@@ -67,6 +67,8 @@ pub enum State {
         /// The process.
         pid: i32,
     },
+    /// Its daemon died just now, and the kernel has not yet cleared up after it.
+    Orphaned,
     /// Its daemon is gone; its requests wait to be served again.
     Quiesced,
     /// Its daemon is gone; its requests fail.
@@ -95,7 +97,10 @@ impl Found {
     /// Whether [`Control::recover`] can take it over.
     #[must_use]
     pub fn is_recoverable(&self) -> bool {
-        matches!(self.state, State::Quiesced | State::Failing)
+        matches!(
+            self.state,
+            State::Orphaned | State::Quiesced | State::Failing
+        )
     }
 }
 
@@ -423,9 +428,21 @@ fn find() -> Result<Vec<Found>, UblkError> {
     Ok(found)
 }
 
+/// Whether a process has ended, if perhaps nobody took note of it yet.
+fn is_gone(pid: i32) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        // The name before the state is in parentheses, and may hold any character.
+        Ok(stat) => stat
+            .rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
 fn describe(ctrl: &UblkCtrl) -> Found {
     let info = ctrl.dev_info();
     let state = match u32::from(info.state) {
+        sys::UBLK_S_DEV_LIVE if is_gone(info.ublksrv_pid) => State::Orphaned,
         sys::UBLK_S_DEV_LIVE => State::Live {
             pid: info.ublksrv_pid,
         },
@@ -574,6 +591,18 @@ mod tests {
             Err(Some(libc::EBUSY))
         );
         assert!(done(0).is_ok());
+    }
+
+    #[test]
+    fn process_that_ended_is_gone_before_and_after_it_is_reaped() {
+        assert!(!is_gone(std::process::id().cast_signed()));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        while !is_gone(pid) {
+            std::thread::sleep(POLL);
+        }
+        child.wait().unwrap();
+        assert!(is_gone(pid));
     }
 
     #[tokio::test]

@@ -9,7 +9,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quarry_objfmt::{ChunkId, ChunkSeq, Lba, LbaRange, MapEntry, Sectors, WriteSeq};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, Generation, Lba, LbaRange, MapEntry, Record, Sectors, SegmentId, WriteSeq,
+};
 
 use crate::map::{MapRoot, Node, NodeRef};
 
@@ -195,6 +197,9 @@ pub enum Event {
         /// The last chunk it holds.
         upto: ChunkSeq,
     },
+    /// The checkpoint under way cannot be made: the map that is there is damaged. The log stays as it
+    /// is, and no other checkpoint is tried.
+    CheckpointFailed,
     /// A newer writer took the volume; nothing of ours will ever be committed again.
     Fenced {
         /// By whom, for the operator.
@@ -212,7 +217,8 @@ pub enum Event {
         /// Also fold the whole log into the map.
         checkpoint: bool,
     },
-    /// Complete nothing new: fail all requests that come from now on with `ShuttingDown`.
+    /// Complete nothing new: fail all requests that come from now on with `ShuttingDown`. With the
+    /// next drain that is complete, the volume gives up its place on the cache device too.
     Stop,
 }
 
@@ -289,6 +295,16 @@ pub enum Action {
         /// Whether it must be durable when it completes.
         durable: bool,
     },
+    /// Put the record of a write into the journal: memory that outlives this process. Done at once,
+    /// before any action that comes after it; nothing comes back.
+    Journal {
+        /// The segment that holds the write's data, or of a discard its record.
+        segment: SegmentId,
+        /// The segment's generation.
+        generation: Generation,
+        /// The record.
+        record: Record,
+    },
     /// Sync the cache device's data (`fdatasync`).
     Sync {
         /// Comes back in `IoDone`.
@@ -318,6 +334,8 @@ pub enum Action {
         io: IoId,
         /// Which; at least one.
         nodes: Vec<NodeRef>,
+        /// Whether a request waits for them (false: readahead).
+        foreground: bool,
     },
     /// Make a chunk of this plan and store it, create-only; answer `Uploaded` or `Fenced`. Several
     /// may be under way at once; the volume commits them in order.
@@ -331,7 +349,8 @@ pub enum Action {
         /// How it went.
         result: Result<(), IoError>,
     },
-    /// The drain of this name is done: all that was acknowledged before it is in the store.
+    /// The drain of this name is done: all that was acknowledged before it is in the store (and, if
+    /// that was asked for and the map is not damaged, folded into the map).
     Drained {
         /// Its name.
         io: IoId,

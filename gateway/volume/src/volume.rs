@@ -10,6 +10,9 @@
 //!   so the orders of completion, of records, of the index and of the log are one order.
 //! - A chunk is a cut of that order; chunks are committed in order. So the store holds a prefix.
 //! - A segment is held by each of its writes until the chunk with that write is committed.
+//! - A write is in the journal before it is acknowledged, and stays there until its record page is
+//!   durable or its chunk committed. *Process killed: the journal and the device say all that was
+//!   acknowledged. Power lost: the journal is void, and recovery goes by the record pages.*
 
 mod flush;
 mod read;
@@ -23,7 +26,8 @@ use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, LbaRange, Location, MapEntry, Sectors, SegmentId, VolumeId, WriteSeq,
+    ChunkId, ChunkSeq, Epoch, Generation, LbaRange, Location, MapEntry, Sectors, SegmentId,
+    VolumeId, WriteSeq,
 };
 use slab::Slab;
 
@@ -57,6 +61,9 @@ pub struct Tuning {
     pub checkpoint_chunks: u64,
     /// Most sectors that readahead runs before a sequential reader.
     pub readahead_sectors_max: u64,
+    /// Entries of the journal: so many writes at most lack a durable record page. At half of them
+    /// a round of record pages is started, whether or not anybody flushes.
+    pub journal_entries: u32,
 }
 
 impl Default for Tuning {
@@ -69,6 +76,7 @@ impl Default for Tuning {
             checkpoint_entries: 256 << 10,
             checkpoint_chunks: 128,
             readahead_sectors_max: (4 << 20) / 512,
+            journal_entries: 8 << 10,
         }
     }
 }
@@ -130,8 +138,6 @@ pub enum VolumeState {
         /// What was being done.
         doing: &'static str,
     },
-    /// Being detached: nothing new is taken.
-    Stopping,
 }
 
 /// Counters and gauges of a volume.
@@ -266,6 +272,7 @@ enum Io {
         frames: Vec<crate::event::FrameRef>,
         readahead: bool,
     },
+    /// Without a slot: for readahead.
     Nodes {
         slot: Option<usize>,
     },
@@ -287,6 +294,8 @@ struct Cx<'a> {
 pub struct Volume {
     params: VolumeParams,
     state: VolumeState,
+    /// Being detached: nothing new is taken.
+    stopping: bool,
     now_ms: u64,
     active: Slab<Active>,
     ios: Slab<Io>,
@@ -323,6 +332,7 @@ impl Volume {
             } else {
                 VolumeState::Serving
             },
+            stopping: false,
             now_ms: 0,
             active: Slab::new(),
             ios: Slab::new(),
@@ -344,6 +354,11 @@ impl Volume {
         };
         volume.adopt(&opened.unsent, &opened.kept_segments, &mut cx);
         volume
+    }
+
+    /// Tells the volume what time it is, in milliseconds from any fixed point; it never goes back.
+    pub fn set_now(&mut self, now_ms: u64) {
+        self.now_ms = self.now_ms.max(now_ms);
     }
 
     /// One step. Feeds one event, appends what is to be done to `out`.
@@ -368,8 +383,26 @@ impl Volume {
             Event::Fenced { by } => self.fenced(by, cx),
             Event::Tick { now_ms } => self.tick(now_ms, cx),
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
-            Event::Stop => self.state = VolumeState::Stopping,
+            Event::CheckpointFailed => self.checkpoint_failed(cx),
+            Event::Stop => self.stopping = true,
         }
+    }
+
+    /// The end, with no I/O under way: gives up what the volume holds of the cache. Segments with
+    /// writes that the store lacks stay, held once, as recovery would find them.
+    ///
+    /// Answers with those segments.
+    pub fn close(self, shared: &mut Shared) -> Vec<(SegmentId, Generation)> {
+        let cache = &mut shared.cache;
+        cache.leave_line(self.params.id);
+        let mut kept = Vec::new();
+        for (segment, unsent) in self.into_segments() {
+            cache.part_with(segment, unsent);
+            if unsent {
+                kept.push((segment, cache.generation(segment)));
+            }
+        }
+        kept
     }
 
     /// Its name for ever.
@@ -470,7 +503,7 @@ impl Volume {
 
     /// The checks that every request passes before anything of it is done.
     fn admit(&self, request: &Request) -> Result<(), IoError> {
-        if self.state == VolumeState::Stopping {
+        if self.stopping {
             return Err(IoError::ShuttingDown);
         }
         let block = u64::from(self.params.sector_size / quarry_objfmt::SECTOR_SIZE);
@@ -508,8 +541,9 @@ impl Volume {
             Io::RecordPage { segment } => self.record_page_done(segment, result, cx),
             Io::Fill { at, run } => {
                 let run = [run];
+                let len = run[0].1.len;
                 cx.cache
-                    .finish_fill(at, if result.is_ok() { &run } else { &[] });
+                    .finish_fill(at, len, if result.is_ok() { &run } else { &[] });
             }
             other @ (Io::Fetch { .. } | Io::Nodes { .. }) => {
                 panic!("{other:?} completes by an event of its own")
@@ -600,11 +634,12 @@ impl Volume {
         for slot in self.writes.take_waiting() {
             self.piece_done(slot, Err(error), cx);
         }
+        cx.cache.leave_line(self.params.id);
         self.finish_drains(cx);
     }
 
     fn tick(&mut self, now_ms: u64, cx: &mut Cx<'_>) {
-        self.now_ms = self.now_ms.max(now_ms);
+        self.set_now(now_ms);
         self.pump_writes(cx);
         self.close_idle(cx);
         self.pump_writeback(cx);

@@ -1,5 +1,6 @@
 //! The volume against a byte array: random requests, their I/O completed in random order, with
-//! crashes that keep the cache device, crashes that lose it, and clean reopenings in between.
+//! crashes that keep the cache device, crashes that lose it, deaths of the daemon alone, and clean
+//! reopenings in between.
 //!
 //! The world here is small and honest: a cache device with a volatile layer that a crash throws
 //! away in any subset of its writes, and a store of real encoded chunks and map objects.
@@ -18,7 +19,7 @@ use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, e
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId};
-use quarry_objfmt::page::{Record, RecordPage, SegmentHeader, SegmentKind};
+use quarry_objfmt::page::{Record, RecordBody, RecordPage, SegmentHeader, SegmentKind};
 use quarry_objfmt::{
     CacheId, ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, MapEntry, MapSeq, Sectors,
     SegmentId, VolumeId, WriteSeq,
@@ -39,6 +40,7 @@ const GEOMETRY: Geometry = Geometry {
     segments: 24,
 };
 const FRAME_SECTORS: u32 = 32;
+const JOURNAL_ENTRIES: u32 = 24;
 const SIZE: u64 = 4096;
 
 fn range(start: u64, len: u64) -> LbaRange {
@@ -122,6 +124,15 @@ struct Asked {
     data: Vec<u8>,
 }
 
+/// A write, and when it was made and acknowledged.
+struct Recent {
+    request: u64,
+    range: LbaRange,
+    stamp: u64,
+    made: u64,
+    acknowledged: Option<u64>,
+}
+
 struct World {
     rng: SmallRng,
     device: Device,
@@ -140,6 +151,12 @@ struct World {
     next_stamp: u64,
     durability: Durability,
     drains: usize,
+    /// The writes since everything was read last.
+    recent: Vec<Recent>,
+    /// Counts requests made and completed: tells before from after.
+    clock: u64,
+    /// The journal: by slot, the segment, its generation, and the record.
+    journal: BTreeMap<u64, (SegmentId, Generation, Record)>,
     /// What the read that completed last has read.
     last_read: Vec<u8>,
 }
@@ -161,6 +178,7 @@ fn params(epoch: u32, durability: Durability) -> VolumeParams {
             checkpoint_entries: 400,
             checkpoint_chunks: 12,
             readahead_sectors_max: 256,
+            journal_entries: JOURNAL_ENTRIES,
         },
     }
 }
@@ -196,6 +214,9 @@ impl World {
             next_stamp: 1,
             durability,
             drains: 0,
+            recent: Vec::new(),
+            clock: 0,
+            journal: BTreeMap::new(),
             last_read: Vec::new(),
         }
     }
@@ -222,9 +243,9 @@ impl World {
                 for (n, sector) in data.chunks_mut(512).enumerate() {
                     fill(sector, stamp, range.start.get() + n as u64);
                 }
-                self.may_read_as(range, stamp);
+                self.may_read_as(id, range, stamp);
             }
-            Op::Discard | Op::WriteZeroes { .. } => self.may_read_as(range, 0),
+            Op::Discard | Op::WriteZeroes { .. } => self.may_read_as(id, range, 0),
             Op::Read | Op::Flush => {}
         }
         self.asked.insert(id, Asked { op, range, data });
@@ -235,14 +256,42 @@ impl World {
         }));
     }
 
-    fn may_read_as(&mut self, range: LbaRange, stamp: u64) {
+    fn may_read_as(&mut self, request: u64, range: LbaRange, stamp: u64) {
+        self.clock += 1;
+        self.recent.push(Recent {
+            request,
+            range,
+            stamp,
+            made: self.clock,
+            acknowledged: None,
+        });
         for sector in range.start.get()..range.end.get() {
             self.sectors[sector as usize].push(stamp);
         }
     }
 
+    /// Puts the records that are due into the journal: a driver does that before anything that was
+    /// asked for after them.
+    fn write_journal(&mut self) {
+        let journal = &mut self.journal;
+        self.due.retain(|action| {
+            let Action::Journal {
+                segment,
+                generation,
+                record,
+            } = action
+            else {
+                return true;
+            };
+            let slot = record.seq.get() % u64::from(JOURNAL_ENTRIES);
+            journal.insert(slot, (*segment, *generation, *record));
+            false
+        });
+    }
+
     /// Carries out one of the actions that are due, any one.
     fn step(&mut self) -> bool {
+        self.write_journal();
         if self.due.is_empty() {
             return false;
         }
@@ -317,7 +366,7 @@ impl World {
                 let result = Ok(frames.collect());
                 self.feed(Event::Fetched { io, result });
             }
-            Action::LoadNodes { io, nodes } => {
+            Action::LoadNodes { io, nodes, .. } => {
                 let nodes = nodes.into_iter().map(|place| {
                     let bytes = &self.store.maps[&place.object]
                         [place.offset as usize..(place.offset + place.len) as usize];
@@ -401,6 +450,7 @@ impl World {
                 self.drains += 1;
             }
             Action::Report(_) => {}
+            Action::Journal { .. } => unreachable!("written before"),
         }
         true
     }
@@ -418,7 +468,37 @@ impl World {
         asked.data[at as usize..at as usize + data.len()].copy_from_slice(data);
     }
 
+    /// From here on no sector may read as a write that was acknowledged before another was made
+    /// that was acknowledged too.
+    fn forget_what_was_overwritten(&mut self) {
+        for sector in 0..SIZE {
+            let here = Lba::new(sector);
+            let of_sector = self.recent.iter();
+            let of_sector: Vec<&Recent> = of_sector
+                .filter(|w| w.range.start <= here && here < w.range.end)
+                .collect();
+            let is_over = |acknowledged: u64| {
+                let mut later = of_sector.iter().filter(|w| w.made > acknowledged);
+                later.any(|w| w.acknowledged.is_some())
+            };
+            let options = &mut self.sectors[sector as usize];
+            let settled = options[0];
+            options.clear();
+            if !is_over(0) {
+                options.push(settled);
+            }
+            let open = of_sector
+                .iter()
+                .filter(|w| !w.acknowledged.is_some_and(is_over));
+            options.extend(open.map(|w| w.stamp));
+        }
+    }
+
     fn complete(&mut self, id: u64, result: Result<(), IoError>) {
+        self.clock += 1;
+        if let Some(write) = self.recent.iter_mut().find(|w| w.request == id) {
+            write.acknowledged = Some(self.clock);
+        }
         let asked = self.asked.remove(&id).expect("completed once");
         result.unwrap();
         if asked.op == Op::Read {
@@ -460,6 +540,7 @@ impl World {
                 self.sectors[lba as usize] = vec![stamp_of(sector, lba)];
             }
         }
+        self.recent.clear();
     }
 
     /// Everything acknowledged is durable from here on.
@@ -468,7 +549,8 @@ impl World {
         self.settle();
     }
 
-    fn reopen(&mut self, keep_cache: bool) {
+    fn reopen(&mut self, end: End) {
+        self.write_journal();
         self.asked.clear();
         self.due.clear();
         self.epoch += 1;
@@ -481,14 +563,23 @@ impl World {
             stored_write = *last;
             next = next.next();
         }
-        let end = next.get();
-        self.store.chunks.retain(|seq, _| *seq < end);
-        if keep_cache {
-            self.device.crash(&mut self.rng);
-        } else {
-            self.device = Device::new();
+        let log_end = next.get();
+        self.store.chunks.retain(|seq, _| *seq < log_end);
+        match end {
+            End::Killed => {}
+            End::PowerCut => {
+                self.device.crash(&mut self.rng);
+                self.journal.clear();
+            }
+            End::CacheLost => {
+                self.device = Device::new();
+                self.journal.clear();
+            }
         }
-        let (found, next_generation) = scan(&self.device, stored_write);
+        let (mut found, next_generation) = scan(&self.device, stored_write);
+        self.device.sync();
+        add_journal(&mut self.device, &mut found, &self.journal, stored_write);
+        self.journal.clear();
         let mut unsent: Vec<(SegmentId, Record)> = found
             .iter()
             .flat_map(|(s, _, rs)| rs.iter().map(|r| (*s, *r)))
@@ -503,7 +594,7 @@ impl World {
             next
         });
         // As `Recovered::cut`: what is behind a gap is gone from the device too.
-        for (segment, generation, _) in &found {
+        for (segment, generation, ..) in &found {
             rewrite(&mut self.device, *segment, *generation, last);
         }
         let dirty: Vec<(SegmentId, Generation)> = found.iter().map(|(s, g, _)| (*s, *g)).collect();
@@ -550,7 +641,63 @@ fn stamp_of(sector: &[u8], lba: u64) -> u64 {
     stamp
 }
 
+/// How a daemon's life ends.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// The daemon alone: the device has all that it took, the journal all that was acknowledged.
+    Killed,
+    PowerCut,
+    CacheLost,
+}
+
 type Found = Vec<(SegmentId, Generation, Vec<Record>)>;
+
+/// As `Recovered::cut` does first: the journal's records that no page holds get pages.
+fn add_journal(
+    device: &mut Device,
+    found: &mut Found,
+    journal: &BTreeMap<u64, (SegmentId, Generation, Record)>,
+    stored: WriteSeq,
+) {
+    for (segment, generation, records) in found {
+        let mut missing: Vec<Record> = journal
+            .values()
+            .filter(|(id, of, r)| id == segment && of == generation && r.seq > stored)
+            .map(|(_, _, r)| *r)
+            .filter(|r| !records.contains(r))
+            .collect();
+        missing.sort_by_key(|r| r.seq);
+        let used = |index: u32| {
+            let page = device.read(GEOMETRY.page_byte(*segment, index), 4096);
+            RecordPage::decode(&page, CACHE)
+                .is_ok_and(|p| p.generation == *generation && p.page == index)
+        };
+        let free = (1..GEOMETRY.segment_size / 4096).find(|index| !used(*index));
+        let Some(index) = free.filter(|_| !missing.is_empty()) else {
+            continue;
+        };
+        let page = RecordPage {
+            segment: *segment,
+            generation: *generation,
+            volume: VOLUME,
+            epoch: Epoch::ZERO,
+            page: index,
+            records: missing.clone(),
+        };
+        let at = GEOMETRY.page_byte(*segment, index);
+        let ends = |r: &Record| match r.body {
+            RecordBody::Data { offset } => Some(offset + r.len),
+            RecordBody::Zero | RecordBody::Discard => None,
+        };
+        let data_end = records.iter().chain(&missing).filter_map(ends).max();
+        let data_end = GEOMETRY.data_start
+            + u64::from(segment.get()) * u64::from(GEOMETRY.segment_size)
+            + u64::from(data_end.unwrap_or(0)) * 512;
+        assert!(at >= data_end, "no room was left for the journal's records");
+        device.write(at, &page.encode(CACHE)[..], true);
+        records.append(&mut missing);
+    }
+}
 
 fn scan(device: &Device, stored: WriteSeq) -> (Found, Generation) {
     let mut found = Vec::new();
@@ -654,7 +801,26 @@ fn crash_with_the_cache_keeps_every_flushed_write() {
                 random_request(world);
                 world.step();
             }
-            world.reopen(true);
+            world.reopen(End::PowerCut);
+            world.read_all();
+        });
+    }
+}
+
+#[test]
+fn daemon_killed_keeps_every_acknowledged_write() {
+    for seed in 500..520 {
+        run(seed, Durability::Local, 6, |world, _| {
+            world.read_all();
+            for _ in 0..60 {
+                random_request(world);
+                for _ in 0..world.rng.random_range(0..6) {
+                    world.step();
+                }
+            }
+            // Those that were acknowledged by now must be there; the others may be.
+            world.forget_what_was_overwritten();
+            world.reopen(End::Killed);
             world.read_all();
         });
     }
@@ -670,7 +836,7 @@ fn crash_without_the_cache_keeps_every_write_flushed_to_the_store() {
                 random_request(world);
                 world.step();
             }
-            world.reopen(false);
+            world.reopen(End::CacheLost);
             world.read_all();
         });
     }
@@ -704,7 +870,7 @@ fn lost_cache_leaves_a_prefix_of_the_writes() {
                 world.step();
             }
         }
-        world.reopen(false);
+        world.reopen(End::CacheLost);
         world.read_all();
         let image: Vec<u64> = world.sectors.iter().map(|options| options[0]).collect();
         let mut state = vec![0; SIZE as usize];
@@ -750,7 +916,7 @@ fn drained_volume_holds_nothing_dirty_and_reopens_the_same() {
                 0,
                 "an idle, drained volume holds no segment"
             );
-            world.reopen(false);
+            world.reopen(End::CacheLost);
             world.read_all();
         });
     }

@@ -56,6 +56,10 @@ impl Flush {
         }
     }
 
+    pub(super) const fn durable(&self) -> WriteSeq {
+        self.durable
+    }
+
     pub(super) fn durable_up_to(&mut self, seq: WriteSeq) {
         self.durable = self.durable.max(seq);
     }
@@ -78,7 +82,7 @@ impl Volume {
             return;
         }
         match self.state {
-            VolumeState::Serving | VolumeState::ReadOnly | VolumeState::Stopping => {}
+            VolumeState::Serving | VolumeState::ReadOnly => {}
             VolumeState::Fenced { .. } => return self.complete_with(slot, IoError::ReadOnly, cx),
             VolumeState::Failed { .. } => return self.complete_with(slot, IoError::Io, cx),
         }
@@ -117,8 +121,10 @@ impl Volume {
         }
     }
 
-    fn start_round(&mut self, cx: &mut Cx<'_>) {
-        if self.flush.round.is_some() {
+    /// Makes the records of all that was acknowledged durable, unless that is under way.
+    pub(super) fn start_round(&mut self, cx: &mut Cx<'_>) {
+        let serving = self.state == VolumeState::Serving;
+        if self.flush.round.is_some() || !serving {
             return;
         }
         let target = self.writes.last_acknowledged();
@@ -212,5 +218,7 @@ impl Volume {
         }
         self.flush.durable_up_to(target);
         self.pump_flush(cx);
+        // The journal has room again.
+        self.pump_writes(cx);
     }
 }

@@ -52,6 +52,8 @@ struct Stream {
 pub(super) struct Reads {
     fetching: BTreeMap<(ChunkId, u32), Vec<Waiter>>,
     readahead_frames: usize,
+    /// Map nodes are being loaded for readahead: one load at a time is enough.
+    readahead_nodes: bool,
     streams: Queue<Stream>,
     /// Kept between calls for its memory.
     pieces: Vec<Piece>,
@@ -110,7 +112,11 @@ impl Volume {
             Err(missing) => {
                 self.active[slot].left = 1;
                 let io = self.io(Io::Nodes { slot: Some(slot) });
-                cx.out.push(Action::LoadNodes { io, nodes: missing });
+                cx.out.push(Action::LoadNodes {
+                    io,
+                    nodes: missing,
+                    foreground: true,
+                });
             }
         }
         self.reads.pieces = pieces;
@@ -392,11 +398,15 @@ impl Volume {
                     cx.nodes.insert_all(self.active[slot].held.clone());
                     self.start_read(slot, cx);
                 }
-                None => cx.nodes.insert_all(nodes),
+                None => {
+                    self.reads.readahead_nodes = false;
+                    cx.nodes.insert_all(nodes);
+                }
             },
             Err(DataError { object, reason }) => {
                 cx.out
                     .push(Action::Report(Report::Damaged { object, reason }));
+                // For readahead it is not tried again: the flag stays, and misses go on without it.
                 if let Some(slot) = slot {
                     self.complete_with(slot, IoError::Io, cx);
                 }
@@ -425,7 +435,8 @@ impl Volume {
         let from = stream.ahead.max(end);
         // In strides of half a window, so that its GETs are long.
         let due = from < until && until - from >= stream.window / 2;
-        if due && self.reads.readahead_frames < READAHEAD_FRAMES_MAX {
+        let room = self.reads.readahead_frames < READAHEAD_FRAMES_MAX;
+        if due && room && !self.reads.readahead_nodes {
             let ahead = LbaRange {
                 start: Lba::new(from),
                 end: Lba::new(until),
@@ -453,8 +464,13 @@ impl Volume {
                         (stream.window * 2).min(self.params.tuning.readahead_sectors_max);
                 }
                 Err(nodes) => {
+                    self.reads.readahead_nodes = true;
                     let io = self.io(Io::Nodes { slot: None });
-                    cx.out.push(Action::LoadNodes { io, nodes });
+                    cx.out.push(Action::LoadNodes {
+                        io,
+                        nodes,
+                        foreground: false,
+                    });
                 }
             }
         }

@@ -5,6 +5,8 @@
 //! index. Discards and zeroes have no data: they are a record alone. Room for the record pages of
 //! all that is in flight is set aside before a piece is placed, so a flush never lacks room.
 
+use std::collections::BTreeSet;
+
 use quarry_cache::{CacheLoc, NoSpace};
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordBody, SegmentHeader, SegmentKind};
 use quarry_objfmt::{Generation, Lba, LbaRange, Sectors, SegmentId, WriteSeq};
@@ -24,6 +26,10 @@ const ZERO_SECTORS_MAX: u64 = 1 << 31;
 
 /// Sectors of a page.
 const PAGE_SECTORS: u32 = 8;
+
+/// Most writes that the store may lack: bounds the memory that they take here, about 200 bytes each,
+/// for small ones and discards fill it long before they fill the cache.
+const UNSENT_WRITES_MAX: u64 = 1 << 20;
 
 /// How long an open segment without unsent data is kept for the next write, in milliseconds:
 /// hundreds of quiet volumes must not hold a segment each.
@@ -80,6 +86,8 @@ pub(super) struct Writes {
     /// Requests that wait for room, in order of arrival.
     waiting: Queue<usize>,
     starved: bool,
+    /// Pieces placed and not yet arrived, of all segments.
+    in_flight: u64,
     idle_since: Option<u64>,
 }
 
@@ -95,6 +103,7 @@ impl Writes {
             preparing: None,
             waiting: Queue::new(),
             starved: false,
+            in_flight: 0,
             idle_since: None,
         }
     }
@@ -200,6 +209,14 @@ impl Volume {
             if left == 0 {
                 return true;
             }
+            if self.writes.unsent.len() as u64 + self.writes.in_flight >= UNSENT_WRITES_MAX {
+                self.starve(cx);
+                return false;
+            }
+            if self.journal_used() >= u64::from(self.params.tuning.journal_entries) {
+                self.start_round(cx);
+                return false;
+            }
             let whole = if matches!(request.op, Op::Write { .. }) && placed == Sectors::ZERO {
                 u32::try_from(left.min(WHOLE_SECTORS_MAX)).expect("bounded just now")
             } else {
@@ -224,6 +241,7 @@ impl Volume {
                 };
                 segment.data_end += len;
                 segment.in_flight += 1;
+                self.writes.in_flight += 1;
                 let nearly_full = segment.data_end > segment_sectors / 4 * 3;
                 cx.cache.hold(id);
                 let range = LbaRange {
@@ -257,12 +275,18 @@ impl Volume {
                     RecordBody::Zero
                 };
                 cx.cache.hold(id);
-                let seq = self.record(id, range, body);
+                let seq = self.record(id, range, body, cx);
                 let active = &mut self.active[slot];
                 active.placed = range.end.since(request.range.start);
                 active.last_write = seq;
             }
         }
+    }
+
+    /// Writes that are, or will be, in the journal and in no durable record page.
+    fn journal_used(&self) -> u64 {
+        let durable = self.flush.durable().max(self.writeback.committed());
+        self.writes.last.get() - durable.get() + self.writes.in_flight
     }
 
     /// The open segment and its room: at least `least` sectors, and one record.
@@ -293,11 +317,11 @@ impl Volume {
     /// header is durable before the first byte of data: recovery then never takes what lay there
     /// before, under the old header, for that header's.
     fn prepare_segment(&mut self, cx: &mut Cx<'_>) {
-        let serving = matches!(self.state, VolumeState::Serving | VolumeState::Stopping);
+        let serving = self.state == VolumeState::Serving;
         if self.writes.ready.is_some() || self.writes.preparing.is_some() || !serving {
             return;
         }
-        match cx.cache.open_for_writes() {
+        match cx.cache.open_for_writes(self.params.id) {
             Ok(opened) => {
                 let id = opened.segment;
                 self.writes.preparing = Some(id);
@@ -313,11 +337,18 @@ impl Volume {
             }
             // Both pass: the first when the store has taken something, the second in a moment.
             Err(NoSpace::DirtyCap | NoSpace::Busy) => {
-                if self.writes.open.is_none() && !self.writes.starved {
-                    self.writes.starved = true;
-                    cx.out.push(Action::Report(Report::Stalled(true)));
+                if self.writes.open.is_none() {
+                    self.starve(cx);
                 }
             }
+        }
+    }
+
+    /// Writes wait until the store has taken something.
+    fn starve(&mut self, cx: &mut Cx<'_>) {
+        if !self.writes.starved {
+            self.writes.starved = true;
+            cx.out.push(Action::Report(Report::Stalled(true)));
         }
     }
 
@@ -362,6 +393,9 @@ impl Volume {
         }
         self.writes.ready = Some(segment);
         self.pump_writes(cx);
+        if self.stopping && !self.writeback.pending() {
+            self.give_up_segments(cx);
+        }
     }
 
     /// A piece has arrived on the device: only now does it exist.
@@ -379,10 +413,16 @@ impl Volume {
             .get_mut(&at.segment)
             .expect("held for this piece");
         segment.in_flight -= 1;
+        self.writes.in_flight -= 1;
         let result = match (result, &self.state) {
-            (Ok(()), VolumeState::Serving | VolumeState::Stopping) => {
+            (Ok(()), VolumeState::Serving) => {
                 // The piece's hold on the segment goes over to the record.
-                let seq = self.record(at.segment, range, RecordBody::Data { offset: at.offset });
+                let seq = self.record(
+                    at.segment,
+                    range,
+                    RecordBody::Data { offset: at.offset },
+                    cx,
+                );
                 self.active[slot].last_write = seq;
                 Ok(())
             }
@@ -400,8 +440,15 @@ impl Volume {
         self.pump_writeback(cx);
     }
 
-    /// Number, record and index of a write, in one step. The caller has held the segment for it.
-    fn record(&mut self, id: SegmentId, range: LbaRange, body: RecordBody) -> WriteSeq {
+    /// Number, record, journal and index of a write, in one step. The caller has held the segment
+    /// for it.
+    fn record(
+        &mut self,
+        id: SegmentId,
+        range: LbaRange,
+        body: RecordBody,
+        cx: &mut Cx<'_>,
+    ) -> WriteSeq {
         let record = Record {
             seq: self.writes.last.next(),
             start: range.start,
@@ -414,7 +461,15 @@ impl Volume {
             .expect("held")
             .pending
             .push(record);
+        cx.out.push(Action::Journal {
+            segment: id,
+            generation: cx.cache.generation(id),
+            record,
+        });
         self.index(id, &record);
+        if self.journal_used() >= u64::from(self.params.tuning.journal_entries / 2) {
+            self.start_round(cx);
+        }
         record.seq
     }
 
@@ -472,23 +527,39 @@ impl Volume {
         }
     }
 
+    /// The segments of this volume and whether each holds writes that the store lacks.
+    pub(super) fn into_segments(self) -> Vec<(SegmentId, bool)> {
+        let unsent: BTreeSet<SegmentId> = self.writes.unsent.iter().map(|u| u.segment).collect();
+        let idle = self.writes.segments.into_keys();
+        let idle = idle.filter(|id| !unsent.contains(id)).map(|id| (id, false));
+        let idle: Vec<_> = idle.collect();
+        unsent.iter().map(|id| (*id, true)).chain(idle).collect()
+    }
+
     /// Gives the open segment back when there was nothing to write for a while.
     pub(super) fn close_idle(&mut self, cx: &mut Cx<'_>) {
-        let quiet = self.writes.unsent.is_empty()
-            && self.writes.waiting.is_empty()
-            && self.active.is_empty();
+        let quiet = self.writes.unsent.is_empty() && self.writes.waiting.is_empty();
+        if cx.cache.has_line() && self.writes.waiting.is_empty() {
+            // Somebody has no segment at all: what is in ours goes out, and ours goes back.
+            self.upload_up_to(self.writes.last, cx);
+            self.give_up_segments(cx);
+            return;
+        }
         if !quiet || !self.writes.holds_segments() {
             self.writes.idle_since = None;
             return;
         }
         let since = *self.writes.idle_since.get_or_insert(self.now_ms);
         if self.now_ms.saturating_sub(since) >= IDLE_SEGMENT_MS {
-            for id in [self.writes.open.take(), self.writes.ready.take()]
-                .into_iter()
-                .flatten()
-            {
-                self.release(id, cx);
-            }
+            self.give_up_segments(cx);
+        }
+    }
+
+    /// Gives back the open segment and the one that is ready, which stay while they hold unsent data.
+    pub(super) fn give_up_segments(&mut self, cx: &mut Cx<'_>) {
+        let segments = [self.writes.open.take(), self.writes.ready.take()];
+        for id in segments.into_iter().flatten() {
+            self.release(id, cx);
         }
     }
 

@@ -59,6 +59,10 @@ pub(super) struct Writeback {
     log_chunks: u64,
     last_chunk: Option<ChunkSeq>,
     checkpoint_upto: Option<ChunkSeq>,
+    /// Chunks that the checkpoint under way folds.
+    checkpoint_chunks: u64,
+    /// The map cannot be read, so that nothing can be folded into it.
+    map_damaged: bool,
     drains: Vec<Drain>,
 }
 
@@ -80,6 +84,8 @@ impl Writeback {
                 .filter(|_| log_chunks > 0)
                 .map(ChunkSeq::new),
             checkpoint_upto: None,
+            checkpoint_chunks: 0,
+            map_damaged: false,
             drains: Vec::new(),
         }
     }
@@ -138,7 +144,7 @@ impl Volume {
 
     fn cut_is_due(&self) -> bool {
         let wb = &self.writeback;
-        let serving = matches!(self.state, VolumeState::Serving | VolumeState::Stopping);
+        let serving = self.state == VolumeState::Serving;
         if !serving || wb.uncut_writes == 0 || wb.planned.len() >= self.params.tuning.uploads_max {
             return false;
         }
@@ -283,7 +289,7 @@ impl Volume {
     fn pump_checkpoint(&mut self, cx: &mut Cx<'_>) {
         let wb = &self.writeback;
         let tuning = &self.params.tuning;
-        let serving = matches!(self.state, VolumeState::Serving | VolumeState::Stopping);
+        let serving = self.state == VolumeState::Serving;
         let asked = wb
             .drains
             .iter()
@@ -293,7 +299,7 @@ impl Volume {
             || asked;
         let (Some(upto), true) = (
             wb.last_chunk,
-            due && serving && wb.log_chunks > 0 && self.frozen.is_none(),
+            due && serving && !wb.map_damaged && wb.log_chunks > 0 && self.frozen.is_none(),
         ) else {
             return;
         };
@@ -303,7 +309,7 @@ impl Volume {
             .flat_map(|(range, found)| committed_entries(range, found))
             .collect();
         self.frozen = Some(frozen);
-        self.writeback.log_chunks = 0;
+        self.writeback.checkpoint_chunks = std::mem::take(&mut self.writeback.log_chunks);
         self.writeback.checkpoint_upto = Some(upto);
         let last_write = self.writeback.committed;
         cx.out.push(Action::Checkpoint(CheckpointPlan {
@@ -325,6 +331,20 @@ impl Volume {
         self.pump_writeback(cx);
     }
 
+    /// The log goes on, longer; what was to be folded lies under what came since.
+    pub(super) fn checkpoint_failed(&mut self, cx: &mut Cx<'_>) {
+        let frozen = self.frozen.take().expect("a checkpoint was under way");
+        let newer = std::mem::replace(&mut self.tail, frozen);
+        for (range, found) in newer.iter() {
+            self.tail.insert(range, found);
+        }
+        let wb = &mut self.writeback;
+        wb.checkpoint_upto = None;
+        wb.log_chunks += std::mem::take(&mut wb.checkpoint_chunks);
+        wb.map_damaged = true;
+        self.finish_drains(cx);
+    }
+
     pub(super) fn drain(&mut self, io: IoId, checkpoint: bool, cx: &mut Cx<'_>) {
         let target = self.writes.last_acknowledged();
         self.writeback.drains.push(Drain {
@@ -340,10 +360,13 @@ impl Volume {
             self.state,
             VolumeState::Fenced { .. } | VolumeState::Failed { .. }
         );
-        let folded = self.writeback.log_chunks == 0 && self.frozen.is_none();
+        let wb = &self.writeback;
+        let folded = wb.map_damaged || (wb.log_chunks == 0 && self.frozen.is_none());
         let committed = self.writeback.committed;
+        let mut all_sent = false;
         self.writeback.drains.retain(|drain| {
             let complete = drain.target <= committed && (folded || !drain.checkpoint);
+            all_sent |= complete;
             if complete || stuck {
                 cx.out.push(Action::Drained {
                     io: drain.io,
@@ -352,6 +375,9 @@ impl Volume {
             }
             !(complete || stuck)
         });
+        if all_sent && self.stopping {
+            self.give_up_segments(cx);
+        }
     }
 }
 

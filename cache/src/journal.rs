@@ -1,0 +1,244 @@
+//! The journal: the records of acknowledged writes that are in no durable record page yet, in a
+//! mapped file. It outlives a daemon that is killed, and is void after a power cut.
+//!
+//! The data themselves are safe from the daemon's death as soon as the device took them; what dies
+//! with it is the knowledge where they lie. A store into mapped memory keeps that, without a
+//! syscall. The file belongs on a tmpfs, where the kernel never writes it back.
+//!
+//! Invariant: an entry that reads as valid names data that the device had taken in this very boot.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use memmap2::MmapMut;
+use quarry_objfmt::{
+    CacheId, Generation, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE, Record, SegmentId, VolumeId,
+};
+
+/// Where the kernel tells which boot this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The folder of one cache device's journals, one file for each attached volume.
+#[derive(Clone, Debug)]
+pub struct Journals {
+    folder: PathBuf,
+    cache: CacheId,
+    boot: [u8; 16],
+}
+
+/// The journal of one attached volume.
+pub struct Journal {
+    header: JournalHeader,
+    map: MmapMut,
+}
+
+impl Journals {
+    /// The journals for writes on the cache device `cache`, in a folder of its own below `root`.
+    /// Both are made, for this user alone.
+    ///
+    /// # Errors
+    /// If they cannot be made, or `root` is somebody else's.
+    pub fn open(root: &Path, cache: CacheId) -> io::Result<Self> {
+        let folder = root.join(cache.to_string());
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)?;
+        // Who can write here can have us believe in writes that never were.
+        let found = fs::symlink_metadata(root)?;
+        if found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "others can write there",
+            ));
+        }
+        Ok(Self {
+            folder,
+            cache,
+            boot: boot_id()?,
+        })
+    }
+
+    fn path(&self, volume: VolumeId) -> PathBuf {
+        self.folder.join(volume.to_string())
+    }
+
+    /// Makes a volume's journal anew, named `attachment` at random. The one before it stays until
+    /// this one is whole.
+    ///
+    /// # Errors
+    /// If there is no room for it.
+    pub fn create(
+        &self,
+        volume: VolumeId,
+        attachment: [u8; 16],
+        entries: u32,
+    ) -> io::Result<Journal> {
+        let header = JournalHeader {
+            entries,
+            boot: self.boot,
+            volume,
+            attachment,
+        };
+        let path = self.path(volume);
+        let new = path.with_extension("new");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)?;
+        file.write_all(&header.encode(self.cache)[..])?;
+        // All of it now: a store into a page that the file system has no room for kills the process.
+        file.write_all(&vec![0; entries as usize * JOURNAL_ENTRY_LEN])?;
+        fs::rename(&new, &path)?;
+        Ok(Journal {
+            header,
+            map: map(&file)?,
+        })
+    }
+
+    /// What the last daemon's journal of a volume says: the records in it that were valid on the
+    /// device when it died, in no order. `generation_of` tells the generation of a segment that
+    /// holds writes of this volume. Nothing if there is no journal, or one of another boot.
+    ///
+    /// # Errors
+    /// If it is there and cannot be read.
+    pub fn read(
+        &self,
+        volume: VolumeId,
+        generation_of: impl Fn(SegmentId) -> Option<Generation>,
+    ) -> io::Result<Vec<(SegmentId, Record)>> {
+        let bytes = match fs::read(self.path(volume)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let Some((page, entries)) = bytes.split_at_checked(PAGE_SIZE) else {
+            return Ok(Vec::new());
+        };
+        let header = match JournalHeader::decode(page, self.cache) {
+            Ok(header) if header.boot == self.boot && header.volume == volume => header,
+            Ok(_) => return Ok(Vec::new()),
+            Err(error) => {
+                tracing::warn!(%volume, %error, "the journal of the last daemon says nothing");
+                return Ok(Vec::new());
+            }
+        };
+        Ok(entries
+            .chunks_exact(JOURNAL_ENTRY_LEN)
+            .take(header.entries as usize)
+            .enumerate()
+            .filter_map(|(slot, entry)| header.decode_entry(slot, entry, &generation_of).ok())
+            .collect())
+    }
+
+    /// Removes a volume's journal: everything is in the store, or given up.
+    ///
+    /// # Errors
+    /// If it is there and stays.
+    pub fn remove(&self, volume: VolumeId) -> io::Result<()> {
+        match fs::remove_file(self.path(volume)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Journal {
+    /// Puts a record in, over the one that lay there `entries` writes ago.
+    pub fn put(&mut self, segment: SegmentId, generation: Generation, record: &Record) {
+        let entry = self.header.encode_entry(segment, generation, record);
+        let at = PAGE_SIZE + self.header.slot(record.seq) * JOURNAL_ENTRY_LEN;
+        self.map[at..at + JOURNAL_ENTRY_LEN].copy_from_slice(&entry);
+    }
+}
+
+fn map(file: &File) -> io::Result<MmapMut> {
+    // SAFETY: the file lies in a folder that only this user may write to, and nothing of ours
+    // makes one shorter or writes to it but through its one mapping.
+    unsafe { MmapMut::map_mut(file) }
+}
+
+fn boot_id() -> io::Result<[u8; 16]> {
+    let text = fs::read_to_string(BOOT_ID)?;
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let mut id = [0; 16];
+    if digits.len() != 2 * id.len() {
+        return Err(io::Error::other(format!("{BOOT_ID} is no UUID")));
+    }
+    for (byte, pair) in id.iter_mut().zip(digits.chunks(2)) {
+        let pair = std::str::from_utf8(pair).map_err(io::Error::other)?;
+        *byte = u8::from_str_radix(pair, 16).map_err(io::Error::other)?;
+    }
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::{Lba, RecordBody, WriteSeq};
+
+    use super::*;
+
+    const CACHE: CacheId = CacheId::from_bytes([3; 16]);
+    const VOLUME: VolumeId = VolumeId::from_bytes([9; 16]);
+    const GENERATION: Generation = Generation::new(4);
+
+    fn record(seq: u64) -> Record {
+        Record {
+            seq: WriteSeq::new(seq),
+            start: Lba::new(seq * 8),
+            len: 8,
+            body: RecordBody::Zero,
+        }
+    }
+
+    fn seqs(journals: &Journals) -> Vec<u64> {
+        let found = journals.read(VOLUME, |_| Some(GENERATION)).unwrap();
+        let mut seqs: Vec<u64> = found.iter().map(|(_, r)| r.seq.get()).collect();
+        seqs.sort_unstable();
+        seqs
+    }
+
+    #[test]
+    fn journal_of_a_dead_daemon_holds_its_newest_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = Journals::open(&dir.path().join("j"), CACHE).unwrap();
+        assert!(seqs(&journals).is_empty());
+        let mut journal = journals.create(VOLUME, [1; 16], 8).unwrap();
+        for seq in 1..=11 {
+            journal.put(SegmentId::new(2), GENERATION, &record(seq));
+        }
+        assert_eq!(seqs(&journals), [4, 5, 6, 7, 8, 9, 10, 11]);
+        drop(journal);
+        assert_eq!(seqs(&journals).len(), 8);
+        let _next = journals.create(VOLUME, [2; 16], 8).unwrap();
+        assert!(seqs(&journals).is_empty());
+        journals.remove(VOLUME).unwrap();
+        journals.remove(VOLUME).unwrap();
+    }
+
+    #[test]
+    fn journal_of_another_boot_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journals = Journals::open(&dir.path().join("j"), CACHE).unwrap();
+        let mut journal = journals.create(VOLUME, [1; 16], 8).unwrap();
+        journal.put(SegmentId::new(2), GENERATION, &record(1));
+        assert_eq!(seqs(&journals), [1]);
+        journals.boot[0] ^= 1;
+        assert!(seqs(&journals).is_empty());
+    }
+
+    #[test]
+    fn folder_that_others_can_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("j");
+        fs::create_dir(&root).unwrap();
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(Journals::open(&root, CACHE).is_err());
+    }
+}

@@ -1,0 +1,237 @@
+//! What `show`, `status` and `/metrics` tell.
+
+use std::sync::Arc;
+
+use quarry_volume::VolumeStats;
+
+use super::slot::{Attached, Slot};
+use super::{Daemon, VolumeMachine, registry};
+use crate::control::{
+    ApiResult, AttachedInfo, CacheStatus, OwnerInfo, State, StatusInfo, StoreStatus, VolumeInfo,
+    VolumeRef,
+};
+use crate::metrics;
+use crate::store::{Operation, Outcome, StoreState};
+
+impl Daemon {
+    async fn stats(&self, attached: &Attached) -> VolumeStats {
+        let (reactor, key) = attached.backend.place();
+        let stats = reactor
+            .inspect(key, |m: &VolumeMachine| m.volume.stats())
+            .await;
+        stats.ok().flatten().unwrap_or_default()
+    }
+
+    /// Never waits for a call that changes the volume.
+    pub(super) async fn show(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
+        let slot = self.slots.lock().get(volume).cloned().unwrap_or_default();
+        let attached = slot.stage().attached().cloned();
+        let head = match &attached {
+            Some(attached) => attached.backend.head().get(),
+            None => registry::head(&self.control, volume).await?,
+        };
+        let elsewhere = |o: &quarry_objfmt::Owner| o.cache != self.common.device.id();
+        let mut info = VolumeInfo {
+            tenant: volume.tenant.to_string(),
+            name: volume.name.to_string(),
+            id: head.volume.to_string(),
+            created_ms: head.created_ms,
+            size_bytes: head.size.bytes(),
+            sector_size: head.sector_size,
+            durability: head.durability,
+            compression: head.compression,
+            stored_bytes: head.stored_bytes,
+            state: match slot.state() {
+                State::Detached if head.owner.as_ref().is_some_and(elsewhere) => {
+                    State::AttachedElsewhere
+                }
+                state => state,
+            },
+            owner: head.owner.as_ref().map(|o| OwnerInfo {
+                host: o.host.clone(),
+                cache: o.cache.to_string(),
+                since_ms: o.since_ms,
+            }),
+            problem: self.wanted.problem(volume),
+            ..VolumeInfo::default()
+        };
+        let Some(attached) = attached else {
+            return Ok(info);
+        };
+        let stats = self.stats(&attached).await;
+        info.attached = Some(AttachedInfo {
+            via: attached.info.via,
+            device: attached.info.device.clone(),
+            link: attached.info.link.clone(),
+            uri: attached.info.uri.clone(),
+            mode: attached.mode.clone(),
+            epoch: attached.backend.head().epoch().get(),
+            since_ms: attached.since_ms,
+            read_only: attached.read_only,
+        });
+        let read = stats.hit_bytes + stats.miss_bytes;
+        info.dirty_bytes = stats.dirty_bytes;
+        info.rpo_ms = stats.rpo_ms;
+        info.stored_bytes = attached.backend.stored().0;
+        info.cached_bytes = self.cached_bytes(&attached);
+        (info.reads, info.read_bytes) = (stats.reads, stats.read_bytes);
+        (info.writes, info.write_bytes) = (stats.writes, stats.write_bytes);
+        (info.flushes, info.discards) = (stats.flushes, stats.discards);
+        (info.hit_bytes, info.miss_bytes) = (stats.hit_bytes, stats.miss_bytes);
+        #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
+        let ratio = (read > 0).then(|| stats.hit_bytes as f64 / read as f64);
+        info.hit_ratio = ratio;
+        info.uploaded_bytes = stats.uploaded_bytes;
+        info.stalled = stats.stalled;
+        info.problem = attached.backend.condition().problem;
+        Ok(info)
+    }
+
+    /// Clean data of a volume on the cache device.
+    fn cached_bytes(&self, attached: &Attached) -> u64 {
+        let volume = attached.backend.volume();
+        self.shared.lock().cache.clean().bytes_of(volume)
+    }
+
+    fn attached(&self) -> Vec<(VolumeRef, Arc<Attached>)> {
+        let slots: Vec<(VolumeRef, Arc<Slot>)> = self
+            .slots
+            .lock()
+            .iter()
+            .map(|(v, s)| (v.clone(), Arc::clone(s)))
+            .collect();
+        let attached = |(v, s): (VolumeRef, Arc<Slot>)| Some((v, s.stage().attached().cloned()?));
+        slots.into_iter().filter_map(attached).collect()
+    }
+
+    pub(super) async fn tell_status(&self) -> StatusInfo {
+        let counts = self.shared.lock().cache.counts();
+        let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
+        let (failing_ms, last_error) = match self.lane.health().state() {
+            StoreState::Healthy => (None, None),
+            StoreState::Failing {
+                lasting,
+                last_error,
+                ..
+            } => {
+                let lasting = u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX);
+                (Some(lasting), Some(last_error.to_string()))
+            }
+        };
+        let ublk = match self.ublk.probe().await {
+            Ok(_) => "available".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let attached = self.attached();
+        let failing = attached
+            .iter()
+            .filter(|(_, a)| a.backend.condition().problem.is_some());
+        let not_ready = self.readiness().err();
+        StatusInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            host: self.host.clone(),
+            pid: std::process::id(),
+            started_ms: self.started_ms,
+            ready: not_ready.is_none(),
+            not_ready,
+            store: StoreStatus {
+                url: self.store_url.clone(),
+                healthy: failing_ms.is_none(),
+                failing_ms,
+                last_error,
+            },
+            cache: CacheStatus {
+                path: self.common.device.path().display().to_string(),
+                id: self.common.device.id().to_string(),
+                size_bytes: bytes(counts.total),
+                dirty_bytes: bytes(counts.dirty),
+                dirty_max_bytes: bytes(counts.dirty_max),
+                clean_bytes: bytes(counts.clean),
+            },
+            volumes_attached: attached.len() as u64,
+            volumes_failing: (failing.count() + self.wanted.failing()) as u64,
+            ublk,
+            nbd_socket: self.config.nbd_socket().display().to_string(),
+        }
+    }
+
+    pub(super) async fn snapshot(&self) -> metrics::Snapshot {
+        let mut volumes = Vec::new();
+        for (volume, attached) in self.attached() {
+            let s = self.stats(&attached).await;
+            let of = metrics::VolumeStats {
+                size_bytes: attached.backend.head().get().size.bytes(),
+                reads: s.reads,
+                read_bytes: s.read_bytes,
+                writes: s.writes,
+                write_bytes: s.write_bytes,
+                flushes: s.flushes,
+                discards: s.discards,
+                errors: s.errors,
+                hit_bytes: s.hit_bytes,
+                miss_bytes: s.miss_bytes,
+                copied_bytes: s.copied_bytes,
+                zero_fill_bytes: s.zero_bytes,
+                dirty_bytes: s.dirty_bytes,
+                rpo_ms: s.rpo_ms,
+                cached_bytes: self.cached_bytes(&attached),
+                uploaded_bytes: s.uploaded_bytes,
+                uploaded_chunks: s.uploaded_chunks,
+                checkpoints: s.checkpoints,
+                map_bytes: attached.backend.stored().1,
+                fetched_bytes: s.fetched_bytes,
+                fetches: s.fetches,
+                stalled: u64::from(s.stalled),
+                failed: u64::from(attached.backend.condition().problem.is_some()),
+            };
+            volumes.push((volume.tenant.to_string(), volume.name.to_string(), of));
+        }
+        let shared = self.shared.lock();
+        let counts = shared.cache.counts();
+        let nodes = shared.nodes.stats();
+        let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
+        let store = self.lane.stats().snapshot();
+        metrics::Snapshot {
+            volumes,
+            cache: metrics::CacheStats {
+                size_bytes: bytes(counts.total),
+                dirty_bytes: bytes(counts.dirty),
+                dirty_max_bytes: bytes(counts.dirty_max),
+                clean_bytes: bytes(counts.clean),
+                segments_free: u64::from(counts.free),
+                segments_used: u64::from(counts.total - counts.free),
+                reclaims: counts.reclaimed,
+                node_bytes: nodes.bytes as u64,
+                node_hits: nodes.hits,
+                node_misses: nodes.misses,
+            },
+            store: metrics::StoreStats {
+                read_bytes: store.bytes_read,
+                write_bytes: store.bytes_written,
+                retries: store.retries,
+                in_flight: store.in_flight,
+                waiting: store.waiting,
+                failing_ms: match self.lane.health().state() {
+                    StoreState::Healthy => 0,
+                    StoreState::Failing { lasting, .. } => {
+                        u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX)
+                    }
+                },
+                calls: Operation::ALL
+                    .iter()
+                    .flat_map(|operation| Outcome::ALL.iter().map(move |o| (*operation, *o)))
+                    .map(|(operation, outcome)| metrics::StoreCall {
+                        operation: operation.as_str(),
+                        outcome: outcome.as_str(),
+                        count: store.attempts(operation, outcome),
+                    })
+                    .filter(|call| call.count > 0)
+                    .collect(),
+                busy: Operation::ALL
+                    .iter()
+                    .map(|operation| (operation.as_str(), store.busy(*operation)))
+                    .collect(),
+            },
+        }
+    }
+}

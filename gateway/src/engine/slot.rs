@@ -1,0 +1,78 @@
+//! A volume's place in the engine: what it is doing here, and the right to change that.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::backend::VolumeBackend;
+use crate::control::{AttachInfo, State};
+use crate::ublk;
+
+/// A volume attached here.
+pub(super) struct Attached {
+    pub(super) backend: Arc<VolumeBackend>,
+    pub(super) info: AttachInfo,
+    /// How its data travel, for people.
+    pub(super) mode: String,
+    pub(super) since_ms: u64,
+    pub(super) read_only: bool,
+    pub(super) device: Option<(u32, ublk::DeviceSpec)>,
+}
+
+/// How far a volume is attached.
+#[derive(Clone, Default)]
+pub(super) enum Stage {
+    #[default]
+    Detached,
+    Attaching,
+    Attached(Arc<Attached>),
+    Detaching(Arc<Attached>),
+}
+
+impl Stage {
+    pub(super) fn attached(&self) -> Option<&Arc<Attached>> {
+        match self {
+            Self::Attached(attached) | Self::Detaching(attached) => Some(attached),
+            Self::Detached | Self::Attaching => None,
+        }
+    }
+}
+
+/// One volume's place. Looking never waits for changing.
+#[derive(Default)]
+pub(super) struct Slot {
+    /// Held for as long as a call changes the volume.
+    pub(super) change: tokio::sync::Mutex<()>,
+    stage: Mutex<Stage>,
+}
+
+impl Slot {
+    pub(super) fn stage(&self) -> Stage {
+        self.stage.lock().clone()
+    }
+
+    /// Only by who holds `change`.
+    pub(super) fn set(&self, stage: Stage) {
+        *self.stage.lock() = stage;
+    }
+
+    pub(super) fn is_detached(&self) -> bool {
+        matches!(*self.stage.lock(), Stage::Detached)
+    }
+
+    pub(super) fn state(&self) -> State {
+        match &*self.stage.lock() {
+            Stage::Detached => State::Detached,
+            Stage::Attaching => State::Attaching,
+            Stage::Detaching(_) => State::Detaching,
+            Stage::Attached(attached) => {
+                let condition = attached.backend.condition();
+                match (condition.fenced, condition.failed) {
+                    (true, _) => State::Fenced,
+                    (_, true) => State::Failed,
+                    _ => State::Attached,
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! What is to be attached here: the list that survives the daemon, so that the next one goes on.
+//!
+//! Invariants:
+//! - The list on disk is the list in memory; a change that cannot be written is not made.
+//! - A volume leaves it only when it was detached for good.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::control::{Via, VolumeRef};
+
+/// Version of the file.
+const VERSION: u32 = 1;
+
+/// How a volume is to be attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct How {
+    /// By what.
+    pub via: Via,
+    /// Whether it takes no writes.
+    pub read_only: bool,
+}
+
+/// A volume of the list, and why it is not attached, if it is not.
+#[derive(Clone, Debug)]
+struct Entry {
+    how: How,
+    problem: Option<String>,
+}
+
+/// The list.
+#[derive(Debug)]
+pub struct Wanted {
+    path: PathBuf,
+    entries: Mutex<BTreeMap<VolumeRef, Entry>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct OnDisk {
+    version: u32,
+    attached: BTreeMap<String, How>,
+}
+
+impl Wanted {
+    /// The list kept in `data_dir`; empty if there is none yet.
+    ///
+    /// # Errors
+    /// If it is there and cannot be read, with what to do.
+    pub fn load(data_dir: &Path) -> anyhow::Result<Self> {
+        let path = data_dir.join("attached.json");
+        let entries = match fs::read(&path) {
+            Ok(bytes) => parse(&bytes).map_err(|error| {
+                anyhow::anyhow!(
+                    "{} cannot be read ({error}): mend it, or remove it and attach the volumes by hand",
+                    path.display()
+                )
+            })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Self {
+            path,
+            entries: Mutex::new(entries),
+        })
+    }
+
+    /// All of it.
+    pub fn all(&self) -> Vec<(VolumeRef, How)> {
+        let entries = self.entries.lock();
+        entries.iter().map(|(v, e)| (v.clone(), e.how)).collect()
+    }
+
+    /// Whether a volume is in it.
+    pub fn contains(&self, volume: &VolumeRef) -> bool {
+        self.entries.lock().contains_key(volume)
+    }
+
+    /// Puts a volume in.
+    ///
+    /// # Errors
+    /// If that cannot be written.
+    pub fn add(&self, volume: &VolumeRef, how: How) -> io::Result<()> {
+        self.change(|entries| {
+            let problem = None;
+            entries.insert(volume.clone(), Entry { how, problem });
+        })
+    }
+
+    /// Takes a volume out.
+    ///
+    /// # Errors
+    /// If that cannot be written.
+    pub fn remove(&self, volume: &VolumeRef) -> io::Result<()> {
+        self.change(|entries| {
+            entries.remove(volume);
+        })
+    }
+
+    /// Notes why a volume is not attached, or that it is.
+    pub fn note(&self, volume: &VolumeRef, problem: Option<String>) {
+        if let Some(entry) = self.entries.lock().get_mut(volume) {
+            entry.problem = problem;
+        }
+    }
+
+    /// Why a volume of the list is not attached.
+    pub fn problem(&self, volume: &VolumeRef) -> Option<String> {
+        self.entries.lock().get(volume)?.problem.clone()
+    }
+
+    /// How many are not attached, for a reason that was noted.
+    pub fn failing(&self) -> usize {
+        let entries = self.entries.lock();
+        entries.values().filter(|e| e.problem.is_some()).count()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<VolumeRef, Entry>)) -> io::Result<()> {
+        let mut entries = self.entries.lock();
+        let mut changed = entries.clone();
+        change(&mut changed);
+        write(&self.path, &changed)?;
+        *entries = changed;
+        Ok(())
+    }
+}
+
+fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<VolumeRef, Entry>> {
+    let on_disk: OnDisk = serde_json::from_slice(bytes)?;
+    anyhow::ensure!(
+        on_disk.version == VERSION,
+        "its version is {}, and this program knows {VERSION}",
+        on_disk.version
+    );
+    let entry = |(name, how): (String, How)| {
+        let volume: VolumeRef = name.parse()?;
+        Ok((volume, Entry { how, problem: None }))
+    };
+    on_disk.attached.into_iter().map(entry).collect()
+}
+
+/// Replaces the file in one step: written, synced, renamed, and the folder synced.
+fn write(path: &Path, entries: &BTreeMap<VolumeRef, Entry>) -> io::Result<()> {
+    let on_disk = OnDisk {
+        version: VERSION,
+        attached: entries
+            .iter()
+            .map(|(volume, entry)| (volume.to_string(), entry.how))
+            .collect(),
+    };
+    let new = path.with_extension("new");
+    let file = File::create(&new)?;
+    serde_json::to_writer(&file, &on_disk)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOW: How = How {
+        via: Via::Nbd,
+        read_only: true,
+    };
+
+    #[test]
+    fn list_written_is_read_by_the_next_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = Wanted::load(dir.path()).unwrap();
+        assert!(list.all().is_empty());
+        let (one, two): (VolumeRef, VolumeRef) =
+            ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
+        list.add(&one, HOW).unwrap();
+        list.add(&two, HOW).unwrap();
+        list.note(&two, Some("the store is away".to_owned()));
+        list.remove(&one).unwrap();
+        assert_eq!(list.failing(), 1);
+        let next = Wanted::load(dir.path()).unwrap();
+        assert_eq!(next.all(), [(two.clone(), HOW)]);
+        assert_eq!(next.problem(&two), None);
+    }
+
+    #[test]
+    fn list_damaged_is_named_and_not_taken_for_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        for bytes in ["", "{}", r#"{"version":9,"attached":{}}"#] {
+            fs::write(dir.path().join("attached.json"), bytes).unwrap();
+            let error = Wanted::load(dir.path()).unwrap_err().to_string();
+            assert!(error.contains("attached.json"), "{error}");
+        }
+    }
+
+    #[test]
+    fn change_that_cannot_be_written_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = Wanted::load(dir.path()).unwrap();
+        let one: VolumeRef = "acme/one".parse().unwrap();
+        dir.close().unwrap();
+        assert!(list.add(&one, HOW).is_err());
+        assert!(!list.contains(&one));
+    }
+}

@@ -1,0 +1,242 @@
+//! Makes and checks the place where a store lives, before anything is kept in it.
+//!
+//! Owns: the bucket (made if allowed), the refusal of lifecycle rules that would expire our objects,
+//! the probe of conditional writes, and the marker object that says a prefix was probed. Does not
+//! own: anything under the prefix but the marker and the probe's own keys.
+//!
+//! **Invariant.** A prefix without a marker, or with one that another address left, is used only
+//! after [`probe_conditional_writes`] has passed: the marker is created after that, never before. A
+//! crash between the two leaves no marker, so the next start probes again.
+
+mod bucket;
+mod probe;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::store::{OpenError, Place, Store, StoreError, StoreSettings};
+
+pub use probe::probe_conditional_writes;
+
+/// The key of the marker.
+pub const MARKER_KEY: &str = "quarry-store";
+/// The version of the store's layout that this code reads and writes.
+const LAYOUT: u32 = 1;
+
+/// Why a place cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ProvisionError {
+    /// The settings name no store.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The bucket is not there.
+    #[error("the bucket {bucket} does not exist: make it, or check its name")]
+    BucketMissing {
+        /// The bucket.
+        bucket: String,
+    },
+    /// The server refuses, or cannot be reached.
+    #[error("the bucket {bucket} cannot be {action}: {reason}: {remedy}")]
+    Bucket {
+        /// The bucket.
+        bucket: String,
+        /// What was tried: `reached`, `made`, ….
+        action: &'static str,
+        /// What the server said.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+        /// Whether it may pass by itself.
+        transient: bool,
+    },
+    /// A lifecycle rule would take live objects away.
+    #[error(
+        "the lifecycle rule {rule:?} of the bucket {bucket} {effect} objects under {prefix:?}, which volumes need for ever: remove it, or limit it to another prefix"
+    )]
+    Lifecycle {
+        /// The bucket.
+        bucket: String,
+        /// The rule's id.
+        rule: String,
+        /// What it does: `deletes` or `archives`.
+        effect: &'static str,
+        /// Our prefix.
+        prefix: String,
+    },
+    /// The store does not keep two writers apart.
+    #[error(
+        "the store {place} cannot be used: {finding}. Two hosts could write to one volume at once and destroy it; use a store that supports conditional writes (If-None-Match and If-Match)"
+    )]
+    Preconditions {
+        /// Where the store is.
+        place: String,
+        /// What it did.
+        finding: String,
+    },
+    /// The store answers something else than it should.
+    #[error("the store {place} cannot be used: {finding}: {remedy}")]
+    Unfit {
+        /// Where the store is.
+        place: String,
+        /// What it did.
+        finding: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+}
+
+impl ProvisionError {
+    /// Whether it says nothing of the place, only that it does not answer just now.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Store(error) => matches!(error, StoreError::Unavailable { .. }),
+            Self::Bucket { transient, .. } => *transient,
+            _ => false,
+        }
+    }
+}
+
+/// What [`prepare`] found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prepared {
+    /// The bucket was made.
+    pub made_bucket: bool,
+    /// Conditional writes were probed.
+    pub probed: bool,
+    /// What could not be checked, for the log.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Marker {
+    /// See [`LAYOUT`].
+    quarry_store: u32,
+    /// Where the store was when it was probed.
+    probed: String,
+}
+
+/// Makes the place that `settings` name ready for use through `store`, which must be the store
+/// they name, with a deadline. Cheap when done before: a request to the bucket, one for its rules
+/// and one for the marker.
+///
+/// # Errors
+/// [`ProvisionError`], which names the remedy; the place must not be used then.
+pub async fn prepare(
+    settings: &StoreSettings,
+    store: &dyn Store,
+    may_make_bucket: bool,
+) -> Result<Prepared, ProvisionError> {
+    let mut prepared = Prepared::default();
+    if let Place::S3(s3) = settings.place()? {
+        let bucket = bucket::Bucket::open(&s3).await?;
+        prepared.made_bucket = bucket.ensure(may_make_bucket).await?;
+        prepared.warnings.extend(bucket.check_lifecycle().await?);
+    }
+    prepared.probed = ensure_probed(store).await?;
+    Ok(prepared)
+}
+
+/// Probes the store if that was not done at this address before; says whether it was done now.
+async fn ensure_probed(store: &dyn Store) -> Result<bool, ProvisionError> {
+    let place = store.describe();
+    let is_marked = match store.get(MARKER_KEY).await {
+        Ok((bytes, _)) => {
+            if read_marker(&bytes, &place)?.probed == place {
+                return Ok(false);
+            }
+            true
+        }
+        Err(StoreError::NotFound { .. }) => false,
+        Err(error @ StoreError::Denied { .. }) => return Err(probe::hidden(&place, &error)),
+        Err(error) => return Err(error.into()),
+    };
+    probe_conditional_writes(store).await?;
+    if !is_marked {
+        let marker = Marker {
+            quarry_store: LAYOUT,
+            probed: place,
+        };
+        let body = serde_json::to_vec(&marker).expect("a number and a text are always JSON");
+        match store.create(MARKER_KEY, Bytes::from(body)).await {
+            // Another daemon was first, or our own first attempt.
+            Ok(_) | Err(StoreError::Exists { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(true)
+}
+
+fn read_marker(bytes: &[u8], place: &str) -> Result<Marker, ProvisionError> {
+    let unfit = |finding: String, remedy| ProvisionError::Unfit {
+        place: place.to_owned(),
+        finding,
+        remedy,
+    };
+    let marker: Marker = serde_json::from_slice(bytes).map_err(|error| {
+        let finding = format!("its object {MARKER_KEY} is not one of ours ({error})");
+        unfit(finding, "use an empty prefix, or restore that object")
+    })?;
+    if marker.quarry_store == LAYOUT {
+        return Ok(marker);
+    }
+    let finding = format!(
+        "its layout is version {}, and this program knows {LAYOUT}",
+        marker.quarry_store
+    );
+    Err(unfit(finding, "use a newer program"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::FolderStore;
+
+    fn folder() -> (tempfile::TempDir, StoreSettings, FolderStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = StoreSettings {
+            url: format!("file://{}", dir.path().display()),
+            ..StoreSettings::default()
+        };
+        let store = FolderStore::open(dir.path()).unwrap();
+        (dir, settings, store)
+    }
+
+    #[tokio::test]
+    async fn prefix_is_probed_once_and_again_elsewhere() {
+        let (_dir, settings, store) = folder();
+        assert!(prepare(&settings, &store, false).await.unwrap().probed);
+        assert_eq!(store.list("").await.unwrap(), [MARKER_KEY]);
+        assert!(!prepare(&settings, &store, false).await.unwrap().probed);
+
+        let (bytes, tag) = store.get(MARKER_KEY).await.unwrap();
+        let mut marker = read_marker(&bytes, "").unwrap();
+        marker.probed = "file:///elsewhere".to_owned();
+        let moved = Bytes::from(serde_json::to_vec(&marker).unwrap());
+        store
+            .replace(MARKER_KEY, moved.clone(), &tag)
+            .await
+            .unwrap();
+        assert!(prepare(&settings, &store, false).await.unwrap().probed);
+        assert_eq!(store.get(MARKER_KEY).await.unwrap().0, moved);
+    }
+
+    #[tokio::test]
+    async fn marker_foreign_or_newer_is_refused() {
+        for (body, word) in [
+            ("hello", "not one of ours"),
+            (r#"{"quarry_store":2,"probed":""}"#, "newer program"),
+        ] {
+            let (_dir, settings, store) = folder();
+            store.create(MARKER_KEY, Bytes::from(body)).await.unwrap();
+            let error = prepare(&settings, &store, false)
+                .await
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}

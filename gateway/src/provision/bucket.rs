@@ -1,0 +1,390 @@
+//! The bucket itself: whether it is there, and whether its rules leave our objects alone.
+//!
+//! The client of the AWS SDK serves here only; it gets its keys from where the store's client does.
+
+use std::time::Duration;
+
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
+use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::create_bucket::CreateBucketError;
+use aws_sdk_s3::types::{
+    BucketLocationConstraint, CreateBucketConfiguration, ExpirationStatus, LifecycleRule,
+    TransitionStorageClass,
+};
+use aws_smithy_http_client::tls;
+
+use super::ProvisionError;
+use crate::store::{S3Settings, credentials, install_crypto};
+
+/// How long a request may take, its retries included.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(20);
+/// How long an attempt may take.
+const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(8);
+/// The region that a request to make a bucket must not name.
+const REGION_UNNAMED: &str = "us-east-1";
+
+/// A bucket on its server.
+pub(super) struct Bucket {
+    client: Client,
+    name: String,
+    region: String,
+    /// What our keys begin with: empty, or ends with `/`.
+    prefix: String,
+}
+
+impl Bucket {
+    pub(super) async fn open(settings: &S3Settings) -> Result<Self, ProvisionError> {
+        install_crypto();
+        let bucket = |reason: String| ProvisionError::Bucket {
+            bucket: settings.bucket.clone(),
+            action: "reached",
+            reason,
+            remedy: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
+            transient: false,
+        };
+        let keys = tokio::time::timeout(REQUEST_TIME_MAX, credentials(settings)?.get_credential())
+            .await
+            .map_err(|_| bucket("nobody gave us keys in time".to_owned()))?
+            .map_err(|error| bucket(error.to_string()))?;
+        let http = aws_smithy_http_client::Builder::new()
+            .tls_provider(tls::Provider::Rustls(
+                tls::rustls_provider::CryptoMode::Ring,
+            ))
+            .build_https();
+        let mut config = aws_sdk_s3::Config::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .http_client(http)
+            .region(Region::new(settings.region.clone()))
+            .credentials_provider(Credentials::new(
+                &keys.key_id,
+                &keys.secret_key,
+                keys.token.clone(),
+                None,
+                "quarry",
+            ))
+            .force_path_style(settings.path_style)
+            .retry_config(RetryConfig::standard())
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .operation_timeout(REQUEST_TIME_MAX)
+                    .operation_attempt_timeout(ATTEMPT_TIME_MAX)
+                    .build(),
+            );
+        if let Some(endpoint) = &settings.endpoint {
+            config = config.endpoint_url(endpoint);
+        }
+        let prefix = match settings.prefix.as_str() {
+            "" => String::new(),
+            prefix => format!("{prefix}/"),
+        };
+        Ok(Self {
+            client: Client::from_conf(config.build()),
+            name: settings.bucket.clone(),
+            region: settings.region.clone(),
+            prefix,
+        })
+    }
+
+    /// Makes the bucket if it is not there; whether that was done.
+    pub(super) async fn ensure(&self, may_make: bool) -> Result<bool, ProvisionError> {
+        let Err(error) = self.client.head_bucket().bucket(&self.name).send().await else {
+            return Ok(false);
+        };
+        match status(&error) {
+            Some(404) if may_make => self.make().await,
+            Some(404) => Err(ProvisionError::BucketMissing {
+                bucket: self.name.clone(),
+            }),
+            Some(301 | 400) => {
+                Err(self.failed("reached", &error, "check AWS_REGION: it may be in another"))
+            }
+            Some(401 | 403) => Err(self.failed(
+                "reached",
+                &error,
+                "check the access key and the bucket's name, and grant s3:ListBucket",
+            )),
+            _ => Err(self.failed("reached", &error, "check the endpoint and the network")),
+        }
+    }
+
+    async fn make(&self) -> Result<bool, ProvisionError> {
+        let mut request = self.client.create_bucket().bucket(&self.name);
+        if self.region != REGION_UNNAMED {
+            let place = BucketLocationConstraint::from(self.region.as_str());
+            let place = CreateBucketConfiguration::builder().location_constraint(place);
+            request = request.create_bucket_configuration(place.build());
+        }
+        match request.send().await {
+            Ok(_) => Ok(true),
+            // Another daemon was first.
+            Err(error)
+                if matches!(
+                    error.as_service_error(),
+                    Some(CreateBucketError::BucketAlreadyOwnedByYou(_))
+                ) =>
+            {
+                Ok(false)
+            }
+            Err(error) => {
+                let remedy = "make it yourself, or grant s3:CreateBucket, or choose another name";
+                Err(self.failed("made", &error, remedy))
+            }
+        }
+    }
+
+    /// Refuses rules that would take our objects away. What could not be checked is a warning.
+    pub(super) async fn check_lifecycle(&self) -> Result<Option<String>, ProvisionError> {
+        let request = self.client.get_bucket_lifecycle_configuration();
+        let error = match request.bucket(&self.name).send().await {
+            Ok(found) => {
+                for rule in found.rules() {
+                    if let Some(effect) = effect(rule, &self.prefix) {
+                        return Err(ProvisionError::Lifecycle {
+                            bucket: self.name.clone(),
+                            rule: rule.id().unwrap_or("(without a name)").to_owned(),
+                            effect,
+                            prefix: self.prefix.clone(),
+                        });
+                    }
+                }
+                return Ok(None);
+            }
+            Err(error) => error,
+        };
+        match status(&error) {
+            // No rules, or a server that knows none.
+            Some(404 | 405 | 501) => Ok(None),
+            Some(400..=499) => Ok(Some(format!(
+                "the lifecycle rules of the bucket {} cannot be read ({}): make sure that none \
+                 expires objects under {:?}, or grant s3:GetLifecycleConfiguration",
+                self.name,
+                words(&error),
+                self.prefix
+            ))),
+            _ => Err(self.failed("asked for its lifecycle rules", &error, "try again")),
+        }
+    }
+
+    fn failed<E, R>(
+        &self,
+        action: &'static str,
+        error: &SdkError<E, R>,
+        remedy: &'static str,
+    ) -> ProvisionError
+    where
+        SdkError<E, R>: ProvideErrorMetadata + std::error::Error,
+    {
+        ProvisionError::Bucket {
+            bucket: self.name.clone(),
+            action,
+            reason: words(error),
+            remedy,
+            // No connection, no answer in time, or the server's own trouble.
+            transient: match error {
+                SdkError::TimeoutError(_)
+                | SdkError::DispatchFailure(_)
+                | SdkError::ResponseError(_) => true,
+                SdkError::ServiceError(_) => error.code().is_some_and(|code| {
+                    matches!(code, "InternalError" | "ServiceUnavailable" | "SlowDown")
+                }),
+                _ => false,
+            },
+        }
+    }
+}
+
+fn status<E>(error: &SdkError<E>) -> Option<u16> {
+    error.raw_response().map(|answer| answer.status().as_u16())
+}
+
+/// The server's code and message, else all that is known.
+fn words<E, R>(error: &SdkError<E, R>) -> String
+where
+    SdkError<E, R>: ProvideErrorMetadata + std::error::Error,
+{
+    match (error.code(), error.message()) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code.to_owned(),
+        _ => DisplayErrorContext(error).to_string(),
+    }
+}
+
+/// What a rule does to objects under `prefix` that they do not survive. Our objects have no tags,
+/// and any size.
+fn effect(rule: &LifecycleRule, prefix: &str) -> Option<&'static str> {
+    if *rule.status() != ExpirationStatus::Enabled {
+        return None;
+    }
+    #[expect(deprecated, reason = "old rules still say their prefix there")]
+    let mut of = rule.prefix();
+    if let Some(filter) = rule.filter() {
+        let and = filter.and();
+        if filter.tag().is_some() || and.is_some_and(|and| !and.tags().is_empty()) {
+            return None;
+        }
+        of = of.or(filter.prefix()).or(and.and_then(|and| and.prefix()));
+    }
+    let of = of.unwrap_or_default();
+    if !of.starts_with(prefix) && !prefix.starts_with(of) {
+        return None;
+    }
+    let expires = rule
+        .expiration()
+        .is_some_and(|when| when.days().is_some() || when.date().is_some());
+    let archives = rule.transitions().iter().any(|to| {
+        matches!(
+            to.storage_class(),
+            Some(TransitionStorageClass::Glacier | TransitionStorageClass::DeepArchive)
+        )
+    });
+    match (expires, archives) {
+        (true, _) => Some("deletes"),
+        (false, true) => Some("archives"),
+        (false, false) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_s3::types::{
+        LifecycleExpiration, LifecycleRuleAndOperator, LifecycleRuleFilter, Tag, Transition,
+    };
+
+    use super::*;
+    use crate::store::stub::{Answer, stub_settings};
+
+    fn rule(filter: Option<LifecycleRuleFilter>) -> LifecycleRule {
+        let days = LifecycleExpiration::builder().days(30).build();
+        LifecycleRule::builder()
+            .status(ExpirationStatus::Enabled)
+            .set_filter(filter)
+            .expiration(days)
+            .build()
+            .unwrap()
+    }
+
+    fn of(prefix: &str) -> LifecycleRuleFilter {
+        LifecycleRuleFilter::builder().prefix(prefix).build()
+    }
+
+    #[test]
+    fn rule_that_meets_our_prefix_is_refused() {
+        for ours in ["a/b/", ""] {
+            for theirs in ["", "a", "a/", "a/b", "a/b/", "a/b/t/acme"] {
+                let rule = rule(Some(of(theirs)));
+                assert_eq!(effect(&rule, ours), Some("deletes"), "{theirs:?} {ours:?}");
+            }
+        }
+        assert_eq!(effect(&rule(None), "a/"), Some("deletes"));
+        for theirs in ["b", "a/c", "a/b.c"] {
+            assert_eq!(effect(&rule(Some(of(theirs))), "a/b/"), None, "{theirs}");
+        }
+    }
+
+    #[test]
+    fn rule_of_other_objects_or_without_effect_is_let_be() {
+        let tag = Tag::builder().key("k").value("v").build().unwrap();
+        let tagged = LifecycleRuleFilter::builder().tag(tag.clone()).build();
+        assert_eq!(effect(&rule(Some(tagged)), ""), None);
+        let and = LifecycleRuleAndOperator::builder()
+            .prefix("a/")
+            .tags(tag)
+            .build();
+        let tagged = LifecycleRuleFilter::builder().and(and).build();
+        assert_eq!(effect(&rule(Some(tagged)), ""), None);
+        let large = LifecycleRuleAndOperator::builder()
+            .prefix("a/")
+            .object_size_greater_than(1);
+        let large = LifecycleRuleFilter::builder().and(large.build()).build();
+        assert_eq!(effect(&rule(Some(large.clone())), "a/"), Some("deletes"));
+        assert_eq!(effect(&rule(Some(large)), "b/"), None);
+
+        let mut off = rule(None);
+        off.status = ExpirationStatus::Disabled;
+        assert_eq!(effect(&off, ""), None);
+        let mut markers = rule(None);
+        markers.expiration = Some(
+            LifecycleExpiration::builder()
+                .expired_object_delete_marker(true)
+                .build(),
+        );
+        assert_eq!(effect(&markers, ""), None);
+    }
+
+    #[test]
+    fn rule_that_archives_is_refused_and_one_to_a_cheaper_class_is_not() {
+        let to = |class| {
+            let to = Transition::builder().days(1).storage_class(class).build();
+            LifecycleRule::builder()
+                .status(ExpirationStatus::Enabled)
+                .transitions(to)
+                .build()
+                .unwrap()
+        };
+        assert_eq!(
+            effect(&to(TransitionStorageClass::DeepArchive), ""),
+            Some("archives")
+        );
+        assert_eq!(effect(&to(TransitionStorageClass::StandardIa), ""), None);
+        assert_eq!(effect(&to(TransitionStorageClass::GlacierIr), ""), None);
+    }
+
+    async fn bucket(answer: Answer) -> Bucket {
+        Bucket::open(&stub_settings(answer).await).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn lifecycle_rules_are_read_and_refused() {
+        let rules = "<LifecycleConfiguration><Rule><ID>tidy</ID><Filter><Prefix>some</Prefix></Filter>\
+            <Status>Enabled</Status><Expiration><Days>7</Days></Expiration></Rule></LifecycleConfiguration>";
+        let error = bucket(Answer::new(200, rules))
+            .await
+            .check_lifecycle()
+            .await
+            .unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("\"tidy\"") && text.contains("deletes"),
+            "{text}"
+        );
+    }
+
+    #[tokio::test]
+    async fn lifecycle_rules_absent_unknown_or_hidden_are_let_be() {
+        for answer in [
+            Answer::error(404, "NoSuchLifecycleConfiguration"),
+            Answer::error(501, "NotImplemented"),
+            Answer::error(405, "MethodNotAllowed"),
+        ] {
+            assert_eq!(bucket(answer).await.check_lifecycle().await.unwrap(), None);
+        }
+        let denied = bucket(Answer::error(403, "AccessDenied")).await;
+        let warning = denied.check_lifecycle().await.unwrap().unwrap();
+        assert!(
+            warning.contains("s3:GetLifecycleConfiguration"),
+            "{warning}"
+        );
+    }
+
+    #[tokio::test]
+    async fn bucket_missing_or_denied_is_refused_with_a_remedy() {
+        let missing = bucket(Answer::new(404, ""))
+            .await
+            .ensure(false)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(missing, ProvisionError::BucketMissing { .. }),
+            "{missing}"
+        );
+        let denied = bucket(Answer::new(403, ""))
+            .await
+            .ensure(true)
+            .await
+            .unwrap_err();
+        assert!(denied.to_string().contains("s3:ListBucket"), "{denied}");
+    }
+}

@@ -1,0 +1,119 @@
+//! Syncs of the cache device: one at a time a reactor, shared by all volumes that wait for one.
+//!
+//! Invariants:
+//! - A volume is answered by a sync that was started after it asked.
+//! - A failure is everybody's, and for ever: the kernel tells of a write that it lost once for each
+//!   open file, to whoever syncs next, and that one need not be whose write it was. So a sync that
+//!   failed on any reactor fails all that end after it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use quarry_volume::IoId;
+
+/// The errno of the first sync of the cache device that failed, or 0. All reactors share it.
+#[derive(Clone, Debug, Default)]
+pub struct SyncFailure(Arc<AtomicI32>);
+
+impl SyncFailure {
+    fn get(&self) -> Result<(), i32> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(errno),
+        }
+    }
+
+    /// Notes a failure, unless there was one before.
+    pub(super) fn note(&self, errno: i32) {
+        let first = self
+            .0
+            .compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst);
+        if first.is_ok() {
+            let error = std::io::Error::from_raw_os_error(errno);
+            tracing::error!(%error, "the cache device failed a sync: no flush is acknowledged until the daemon is started anew");
+        }
+    }
+}
+
+/// Who waits for a sync: the volume's index, and its name for the I/O.
+pub(super) type Waiter = (u32, IoId);
+
+/// The syncs of one reactor.
+pub(super) struct Syncs {
+    failure: SyncFailure,
+    /// Those that the sync under way answers; none: none is under way.
+    running: Vec<Waiter>,
+    waiting: Vec<Waiter>,
+}
+
+impl Syncs {
+    pub(super) fn new(failure: SyncFailure) -> Self {
+        Self {
+            failure,
+            running: Vec::new(),
+            waiting: Vec::new(),
+        }
+    }
+
+    pub(super) fn failure(&self) -> &SyncFailure {
+        &self.failure
+    }
+
+    /// One more waits.
+    pub(super) fn ask(&mut self, waiter: Waiter) {
+        self.waiting.push(waiter);
+    }
+
+    /// Whether a sync is to be submitted now.
+    pub(super) fn start(&mut self) -> bool {
+        if !self.running.is_empty() || self.waiting.is_empty() {
+            return false;
+        }
+        std::mem::swap(&mut self.running, &mut self.waiting);
+        true
+    }
+
+    /// The sync under way has ended; answers whom it was for, and how it went.
+    pub(super) fn end(&mut self, result: i32) -> (Vec<Waiter>, Result<(), i32>) {
+        if result < 0 {
+            self.failure.note(-result);
+        }
+        (std::mem::take(&mut self.running), self.failure.get())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sync_answers_those_that_asked_before_it_and_no_others() {
+        let mut syncs = Syncs::new(SyncFailure::default());
+        assert!(!syncs.start());
+        syncs.ask((1, IoId(1)));
+        assert!(syncs.start());
+        syncs.ask((2, IoId(2)));
+        syncs.ask((3, IoId(3)));
+        assert!(!syncs.start());
+        assert_eq!(syncs.end(0), (vec![(1, IoId(1))], Ok(())));
+        assert!(syncs.start());
+        assert_eq!(syncs.end(0), (vec![(2, IoId(2)), (3, IoId(3))], Ok(())));
+        assert!(!syncs.start());
+    }
+
+    #[test]
+    fn sync_that_failed_on_one_reactor_fails_all_later_ones_everywhere() {
+        let failure = SyncFailure::default();
+        let (mut one, mut other) = (Syncs::new(failure.clone()), Syncs::new(failure));
+        other.ask((7, IoId(7)));
+        assert!(other.start());
+        one.ask((1, IoId(1)));
+        assert!(one.start());
+        assert_eq!(one.end(-libc::EIO).1, Err(libc::EIO));
+        // The kernel had nothing to tell this one.
+        assert_eq!(other.end(0).1, Err(libc::EIO));
+        one.ask((1, IoId(2)));
+        assert!(one.start());
+        assert_eq!(one.end(0).1, Err(libc::EIO));
+    }
+}
