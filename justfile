@@ -11,7 +11,7 @@ check:
 
 # Every test that needs nothing but this checkout and installed programs
 test *arguments:
-    bash tests/run --no-install --no-vm {{arguments}}
+    bash tests/run --no-install --no-lint --no-vm {{arguments}}
 
 # Every test, after installing what they need and building the virtual machine's kernel
 test-all *arguments:
@@ -20,7 +20,7 @@ test-all *arguments:
 # The tests on a real ublk device, in the virtual machine
 ublk:
     tests/vm/build-uml.sh
-    bash tests/run --no-install -E 'binary_id(quarry-tests::vm)'
+    bash tests/run --no-install --no-lint -E 'binary_id(quarry-tests::vm)'
 
 # An object store, a volume, a crash and a recovery, shown in a minute
 demo *arguments:
@@ -29,7 +29,7 @@ demo *arguments:
 # Longer than a change needs: many crashes, a minute's outage, more bit flips
 long:
     QUARRY_TEST_OPERATIONS=100000 QUARRY_TEST_CRASHES=40 QUARRY_TEST_OUTAGE_SECONDS=60 \
-    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 bash tests/run --no-install
+    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 bash tests/run --no-install --no-lint
 
 # Decoders under a fuzzer, for a minute each
 fuzz seconds="60":

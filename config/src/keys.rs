@@ -121,6 +121,16 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| c.daemon.journal_dir.as_ref().map(|p| quoted(p.display())),
     },
     Key {
+        path: "daemon.stop_time_max",
+        doc: "How long a daemon that is told to stop waits for the store to take everything. What is left then\n\
+              stays in the cache, for the next daemon on this host.",
+        expected: "write a duration such as \"60s\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.daemon.stop_time_max = d),
+        get: |c| Some(quoted(humantime::format_duration(c.daemon.stop_time_max))),
+    },
+    Key {
         path: "daemon.log",
         doc: "Form of the log on standard error: \"human\" or \"json\".",
         expected: "write \"human\" or \"json\"",

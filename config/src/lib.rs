@@ -59,6 +59,8 @@ pub struct Daemon {
     pub nbd_listen: Option<SocketAddr>,
     /// Folder of the journals; none: see [`Config::journal_dir`].
     pub journal_dir: Option<PathBuf>,
+    /// How long the end waits for uploads.
+    pub stop_time_max: Duration,
     /// Form of the log on standard error.
     pub log: LogFormat,
     /// What is logged, in the syntax of `RUST_LOG` (which wins over it).
@@ -74,8 +76,9 @@ impl Default for Daemon {
             nbd_socket: None,
             nbd_listen: None,
             journal_dir: None,
+            stop_time_max: Duration::from_secs(60),
             log: LogFormat::default(),
-            log_filter: "info".to_owned(),
+            log_filter: "info,libublk=warn".to_owned(),
         }
     }
 }

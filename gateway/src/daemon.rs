@@ -1,7 +1,7 @@
 //! `quarry serve`: from a configuration to a running daemon, and its orderly end.
 //!
-//! Start: the store, which is checked before anything is kept in it, the cache device and what it
-//! kept, the reactors, then the control socket; then what was attached before is attached again,
+//! Start: the control socket, the store, which is checked before anything is kept in it, the cache
+//! device and what it kept, the reactors; then what was attached before is attached again,
 //! several at a time: what the store cannot answer is tried until it does, and a volume that cannot
 //! be attached is told of and left in the list. End: no more control calls, everything uploaded and
 //! folded into the map; the volumes stay ours, and their ublk devices stay for the next daemon to
@@ -19,9 +19,6 @@ use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision;
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
-
-/// Longest time that the end waits for uploads: what is left then stays in the cache.
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Longest time that a request of the first look at the store waits for an answer.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
@@ -41,9 +38,11 @@ pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
     let store = open_store(&settings)?;
     let url = store.describe();
     let lane = Lane::new(store, &LaneSettings::default());
-    check_store(&settings, &lane, config.store.make_bucket).await?;
+    // From here on clients wait rather than find nobody.
     let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
+    check_store(&settings, &lane, config.store.make_bucket).await?;
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
+    let stop_time_max = config.daemon.stop_time_max;
     let daemon = Daemon::start(config, lane.clone(), url)?;
     let nbd = NbdServer::new(daemon.exports());
     let unix = listen_unix(&nbd_socket)?;
@@ -70,7 +69,7 @@ pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
     let engine: Arc<dyn Engine> = Arc::clone(&daemon) as _;
     control::serve(engine, listeners, shutdown).await?;
     again.abort();
-    if tokio::time::timeout(DRAIN_TIME_MAX, daemon.drain_all())
+    if tokio::time::timeout(stop_time_max, daemon.drain_all())
         .await
         .is_err()
     {

@@ -16,6 +16,7 @@
 mod command;
 mod daemon;
 mod http;
+mod nanio;
 mod nbd;
 mod proxy;
 mod seaweed;
@@ -28,6 +29,7 @@ mod tools;
 pub use command::{Ran, Refusal, quarry_program};
 pub use daemon::Daemon;
 pub use http::{HttpAnswer, http_get, metric_sum};
+pub use nanio::Nanio;
 pub use nbd::{BlockSizes, Nbd, NbdError, NbdFlags};
 pub use proxy::FaultProxy;
 pub use seaweed::SeaweedFs;

@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{free_port, tool};
 
-const ACCESS_KEY: &str = "quarry-tests";
-const SECRET_KEY: &str = "not-a-secret";
+pub(crate) const ACCESS_KEY: &str = "quarry-tests";
+pub(crate) const SECRET_KEY: &str = "not-a-secret";
 /// How long the server may take to come up.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// From an HTTP port to its gRPC port.
@@ -124,16 +124,21 @@ impl SeaweedFs {
     /// The variables with which a client reaches it at `address`: its own, or a proxy's.
     #[must_use]
     pub fn client_environment(&self, address: SocketAddr) -> Vec<(String, String)> {
-        [
-            ("AWS_ENDPOINT_URL", format!("http://{address}")),
-            ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
-            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
-            ("AWS_REGION", "us-east-1".to_owned()),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+        client_environment(address)
     }
+}
+
+/// The variables with which a client reaches a server of these tests at `address`.
+pub(crate) fn client_environment(address: SocketAddr) -> Vec<(String, String)> {
+    [
+        ("AWS_ENDPOINT_URL", format!("http://{address}")),
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
+        ("AWS_REGION", "us-east-1".to_owned()),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
 }
 
 impl Drop for SeaweedFs {

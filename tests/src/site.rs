@@ -63,8 +63,22 @@ impl Site {
         address: SocketAddr,
         bucket: &str,
     ) -> Result<Self> {
+        let environment = server.client_environment(address);
+        Self::with_environment(root, name, bucket, environment)
+    }
+
+    /// A site in `root/NAME` over the bucket `bucket` of the server that `environment` leads to.
+    ///
+    /// # Errors
+    /// If a directory cannot be made.
+    pub fn with_environment(
+        root: &Path,
+        name: &str,
+        bucket: &str,
+        environment: Vec<(String, String)>,
+    ) -> Result<Self> {
         let mut site = Self::new(&root.join(name), &format!("s3://{bucket}/some/prefix"))?;
-        site.environment = server.client_environment(address);
+        site.environment = environment;
         Ok(site)
     }
 

@@ -128,6 +128,37 @@ fn daemon_killed_with_cache_kept_loses_no_flushed_write() -> Result<()> {
     daemon.stop()
 }
 
+#[test]
+fn daemon_killed_loses_no_acknowledged_write_flushed_or_not() -> Result<()> {
+    let (mut random, seed) = seeded("killed, nothing flushed");
+    let stamps = Stamps::new(seed);
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?.cache_size("64MiB");
+    let mut daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, SIZE, &[])?;
+    let mut expected = vec![0; in_memory(SIZE)];
+    for round in 1..=4 {
+        // More than the journal has room for, so that record pages are written unasked.
+        for number in 0..random.random_range(1..6000) {
+            let first = random.random_range(0..SECTORS / 8) * 8;
+            let place = in_memory(first * SECTOR)..in_memory((first + 8) * SECTOR);
+            if number % 50 == 49 {
+                nbd.trim(first * SECTOR, 4096)?;
+                expected[place].fill(0);
+            } else {
+                let data = stamps.fill(first, 8, round * 10_000 + number);
+                nbd.write(first * SECTOR, &data, false)?;
+                expected[place].copy_from_slice(&data);
+            }
+        }
+        daemon.kill()?;
+        daemon = site.start()?;
+        nbd = daemon.connect(VOLUME)?;
+        same_bytes(&format!("kill {round}"), &nbd.read_vec(0, SIZE)?, &expected)?;
+    }
+    daemon.stop()
+}
+
 /// Crashes that take the cache along: what is left is the exact state after some prefix of the writes.
 fn lose_hosts(site: &Site, name: &str, crashes: u64) -> Result<()> {
     let (mut random, seed) = seeded(name);

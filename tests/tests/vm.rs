@@ -40,7 +40,7 @@ impl Host {
         let Some(kernel) = kernel() else {
             return Ok(None);
         };
-        for program in ["busybox", "mkfs.ext4", "e2fsck", "taskset"] {
+        for program in ["busybox", "mkfs.ext4", "e2fsck", "taskset", "fio"] {
             if tool(program).is_none() {
                 return Ok(None);
             }

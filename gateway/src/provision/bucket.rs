@@ -157,7 +157,8 @@ impl Bucket {
         match status(&error) {
             // No rules, or a server that knows none.
             Some(404 | 405 | 501) => Ok(None),
-            Some(400..=499) => Ok(Some(format!(
+            // An answer of success that is none: a server that does not know the question.
+            Some(200..=299 | 400..=499) => Ok(Some(format!(
                 "the lifecycle rules of the bucket {} cannot be read ({}): make sure that none \
                  expires objects under {:?}, or grant s3:GetLifecycleConfiguration",
                 self.name,
@@ -208,7 +209,13 @@ where
     match (error.code(), error.message()) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         (Some(code), None) => code.to_owned(),
-        _ => DisplayErrorContext(error).to_string(),
+        _ => match error {
+            // It repeats itself, and ends with the whole answer.
+            SdkError::ServiceError(_) | SdkError::ResponseError(_) => {
+                "the server's answer makes no sense".to_owned()
+            }
+            error => DisplayErrorContext(error).to_string(),
+        },
     }
 }
 

@@ -351,33 +351,38 @@ pub async fn counting_replaces(stores: &[Arc<dyn Store>]) {
 
 mod tests {
     use quarry_config::Secret;
+    use quarry_tests::SeaweedFs;
 
     use super::*;
     use crate::provision::{self, ProvisionError};
     use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 
-    /// The server that `QUARRY_TEST_S3` names by its endpoint, with the keys of the `AWS_*` variables;
-    /// the bucket is made.
-    fn server() -> Option<StoreSettings> {
-        let var = |name| std::env::var(name).ok();
-        let Some(endpoint) = var("QUARRY_TEST_S3") else {
-            println!("skipped: QUARRY_TEST_S3 does not name an S3 server");
-            return None;
+    /// A SeaweedFS of the test's own, and settings for a prefix of a bucket in it. `None`, and counted
+    /// as skipped, where the program is missing.
+    fn server() -> Option<(SeaweedFs, tempfile::TempDir, StoreSettings)> {
+        let dir = tempfile::tempdir().unwrap();
+        let server = SeaweedFs::start(dir.path()).unwrap()?;
+        let environment = server.client_environment(server.address());
+        let var = |name| {
+            let found = environment.iter().find(|(known, _)| known == name);
+            found.map(|(_, value)| value.clone())
         };
-        let bucket = var("QUARRY_TEST_BUCKET").unwrap_or_else(|| "quarry-contract".to_owned());
-        Some(StoreSettings {
-            url: format!("s3://{bucket}/{}", Uuid::new_v4()),
-            endpoint: Some(endpoint),
+        let settings = StoreSettings {
+            url: format!("s3://quarry-contract/{}", Uuid::new_v4()),
+            endpoint: var("AWS_ENDPOINT_URL"),
             region: var("AWS_REGION"),
             access_key: var("AWS_ACCESS_KEY_ID"),
             secret_key: var("AWS_SECRET_ACCESS_KEY").map(Secret::new),
             ..StoreSettings::default()
-        })
+        };
+        Some((server, dir, settings))
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn s3_server_keeps_the_contract_and_passes_the_probe() {
-        let Some(settings) = server() else { return };
+        let Some((_server, _dir, settings)) = server() else {
+            return;
+        };
         let store = open_store(&settings).unwrap();
         let lane = Lane::new(Arc::clone(&store), &LaneSettings::default());
         let limited = lane.with_deadline(std::time::Duration::from_secs(30));
@@ -399,7 +404,9 @@ mod tests {
 
     #[tokio::test]
     async fn s3_server_without_the_bucket_is_refused() {
-        let Some(mut settings) = server() else { return };
+        let Some((_server, _dir, mut settings)) = server() else {
+            return;
+        };
         settings.url = format!("s3://quarry-{}/x", Uuid::new_v4());
         let store = open_store(&settings).unwrap();
         let error = provision::prepare(&settings, &store, false)
@@ -416,7 +423,9 @@ mod tests {
 
     #[tokio::test]
     async fn s3_server_with_a_wrong_key_is_refused() {
-        let Some(mut settings) = server() else { return };
+        let Some((_server, _dir, mut settings)) = server() else {
+            return;
+        };
         settings.secret_key = Some(Secret::new("wrong"));
         let store = open_store(&settings).unwrap();
         let error = store.get("head").await.unwrap_err();

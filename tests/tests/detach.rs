@@ -1,0 +1,152 @@
+//! Detaching and stopping where something is in the way: they end, and say what is left.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use quarry_tests::{FaultProxy, MIB, NbdError, SeaweedFs, Site, Stamps, StoreDir, seeded};
+use tempfile::tempdir;
+
+const VOLUME: &str = "acme/left";
+
+#[test]
+fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()> {
+    let dir = tempdir()?;
+    let old = Site::with_folder(dir.path(), "old")?;
+    let new = Site::with_folder(dir.path(), "new")?;
+    let (first, second) = (old.start()?, new.start()?);
+    let mut nbd = first.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[1; 4096], true)?;
+    first.sync(VOLUME)?;
+    drop(second.attach(VOLUME, &["--force"])?);
+    // Acknowledged in ignorance of the new owner, and never sent.
+    nbd.write(MIB, &[2; 4096], false)?;
+    let begun = Instant::now();
+    while first.show(VOLUME)?["state"] != "fenced" {
+        ensure!(begun.elapsed() < Duration::from_secs(60), "never fenced");
+        thread::sleep(Duration::from_millis(100));
+    }
+    drop(nbd);
+    first.quarry(&["volume", "detach", VOLUME])?;
+    second.quarry(&["volume", "detach", VOLUME])?;
+
+    let again = old.quarry_json(&["volume", "attach", VOLUME, "--via", "nbd"])?;
+    let refusal = again.refusal()?;
+    ensure!(refusal.mentions("--discard-unsent"), "{refusal:?}");
+    let mut nbd = first.attach(VOLUME, &["--discard-unsent"])?;
+    ensure!(nbd.read_vec(0, 4096)? == [1; 4096]);
+    ensure!(nbd.read_vec(MIB, 4096)? == [0; 4096]);
+    drop(nbd);
+    first.quarry(&["volume", "detach", VOLUME])?;
+    drop(first.attach(VOLUME, &[])?);
+    first.stop()?;
+    second.stop()
+}
+
+#[test]
+fn volume_attached_and_detached_many_times_leaves_the_cache_free() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?.cache_size("64MiB");
+    let daemon = site.start()?;
+    daemon.create(VOLUME, 64 * MIB, &[])?;
+    // More often than the cache has segments.
+    for turn in 0..100_u64 {
+        let mut nbd = daemon.attach(VOLUME, &[])?;
+        nbd.write(turn * 4096, &[7; 4096], turn % 2 == 0)?;
+        drop(nbd);
+        daemon.quarry(&["volume", "detach", VOLUME])?;
+    }
+    let status = daemon.json(&["status"])?;
+    ensure!(status["cache"]["dirty_bytes"] == 0, "{status}");
+    daemon.stop()?;
+    // Nor does the next daemon find anything that would have to be sent.
+    let daemon = site.start()?;
+    let status = daemon.json(&["status"])?;
+    ensure!(status["cache"]["dirty_bytes"] == 0, "{status}");
+    let mut nbd = daemon.attach(VOLUME, &[])?;
+    ensure!(nbd.read_vec(0, 100 * 4096)?.iter().all(|byte| *byte == 7));
+    daemon.stop()
+}
+
+#[test]
+fn volume_with_a_damaged_map_is_detached_with_all_its_writes_sent() -> Result<()> {
+    let dir = tempdir()?;
+    let store = StoreDir::of(dir.path());
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    daemon.create(VOLUME, 64 * MIB, &[])?;
+    for turn in 0..2_u8 {
+        let mut nbd = daemon.attach(VOLUME, &[])?;
+        nbd.write(u64::from(turn) * MIB, &[turn + 1; 4096], false)?;
+        drop(nbd);
+        daemon.quarry(&["volume", "detach", VOLUME])?;
+    }
+    let mut nbd = daemon.attach(VOLUME, &[])?;
+    // Its index is read with the attach; its leaves are not, until they are merged.
+    for map in store.objects("map")? {
+        let bytes = fs::read(&map)?;
+        let hurt: Vec<u8> = bytes
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| if at < 32 { byte ^ 0x55 } else { *byte })
+            .collect();
+        fs::write(&map, hurt)?;
+    }
+    nbd.write(8 * MIB, &[9; 4096], false)?;
+    drop(nbd);
+    daemon.quarry(&["volume", "detach", VOLUME])?;
+    let mut nbd = daemon.attach(VOLUME, &[])?;
+    ensure!(nbd.read_vec(8 * MIB, 4096)? == [9; 4096]);
+    daemon.stop()
+}
+
+#[test]
+fn daemon_told_to_stop_with_the_store_away_ends_and_loses_nothing() -> Result<()> {
+    let dir = tempdir()?;
+    let Some(server) = SeaweedFs::start(dir.path())? else {
+        return Ok(());
+    };
+    let (_, seed) = seeded("stop without a store");
+    let stamps = Stamps::new(seed);
+    let proxy = FaultProxy::start(server.address())?;
+    let site = Site::with_s3(dir.path(), "a", &server, proxy.address(), "quarry")?
+        .cache_size("64MiB")
+        .settings("[daemon]\nstop_time_max = \"2s\"\n");
+    let daemon = site.start()?;
+    let nbd = daemon.fresh_volume(VOLUME, 256 * MIB, &[])?;
+    proxy.cut();
+    // Until the cache is full, and one write waits.
+    let writer = thread::spawn(move || {
+        let mut nbd = nbd;
+        let mut acknowledged = 0;
+        for at in (0..256 * MIB).step_by(1 << 18) {
+            match nbd.write(at, &stamps.fill(at / 512, 512, 1), false) {
+                Ok(()) => acknowledged = at + (1 << 18),
+                Err(NbdError::Io(_)) => return acknowledged,
+                Err(error) => panic!("a write failed before the end: {error}"),
+            }
+        }
+        panic!("all of it was acknowledged without a store")
+    });
+    let begun = Instant::now();
+    while daemon.show(VOLUME)?["stalled"] != true {
+        ensure!(begun.elapsed() < Duration::from_secs(60), "never stalled");
+        thread::sleep(Duration::from_millis(100));
+    }
+    let begun = Instant::now();
+    daemon.stop()?;
+    println!("the stop took {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < Duration::from_secs(20), "the stop hangs");
+    let acknowledged = writer.join().expect("the writer does not panic");
+    ensure!(acknowledged > 0);
+
+    proxy.heal();
+    let daemon = site.start()?;
+    let mut nbd = daemon.connect(VOLUME)?;
+    for at in (0..acknowledged).step_by(1 << 18) {
+        let right = stamps.fill(at / 512, 512, 1);
+        ensure!(nbd.read_vec(at, 1 << 18)? == right, "lost at {at}");
+    }
+    daemon.stop()
+}
