@@ -15,7 +15,7 @@ use quarry_objfmt::CacheId;
 use quarry_objfmt::page::Superblock;
 use rustix::fs::{FallocateFlags, FlockOperation};
 
-use crate::{AlignedBuf, Geometry};
+use crate::{AlignedBuf, Geometry, SyncFailure};
 
 /// Size of a cache file when none is named.
 pub const CACHE_FILE_SIZE_DEFAULT: u64 = 8 << 30;
@@ -91,6 +91,7 @@ pub struct CacheDevice {
     geometry: Geometry,
     direct: bool,
     fresh: bool,
+    failure: SyncFailure,
 }
 
 impl CacheDevice {
@@ -217,6 +218,7 @@ impl CacheDevice {
             geometry,
             direct,
             fresh,
+            failure: SyncFailure::default(),
         })
     }
 
@@ -277,12 +279,21 @@ impl CacheDevice {
         self.file.write_all_at(buf, offset)
     }
 
+    /// Whether a sync failed, here or on a ring; to be shared with the rings.
+    #[must_use]
+    pub const fn failure(&self) -> &SyncFailure {
+        &self.failure
+    }
+
     /// Makes what was written stable.
     ///
     /// # Errors
-    /// What the system says; the caller never tries again, for a second sync proves nothing.
+    /// What the system says, or said to anybody who synced before: see [`SyncFailure`].
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        if let Err(error) = self.file.sync_data() {
+            self.failure.note(error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        self.failure.get().map_err(io::Error::from_raw_os_error)
     }
 }
 

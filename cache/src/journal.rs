@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::MmapMut;
 use quarry_objfmt::{
-    CacheId, Generation, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE, Record, SegmentId, VolumeId,
+    CacheId, Epoch, Generation, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE, Record, SegmentId,
+    VolumeId,
 };
 
 /// Where the kernel tells which boot this is.
@@ -73,6 +74,7 @@ impl Journals {
     pub fn create(
         &self,
         volume: VolumeId,
+        epoch: Epoch,
         attachment: [u8; 16],
         entries: u32,
     ) -> io::Result<Journal> {
@@ -81,6 +83,7 @@ impl Journals {
             boot: self.boot,
             volume,
             attachment,
+            epoch,
         };
         let path = self.path(volume);
         let new = path.with_extension("new");
@@ -102,14 +105,16 @@ impl Journals {
     }
 
     /// What the last daemon's journal of a volume says: the records in it that were valid on the
-    /// device when it died, in no order. `generation_of` tells the generation of a segment that
-    /// holds writes of this volume. Nothing if there is no journal, or one of another boot.
+    /// device when it died, in no order. `newest` is the newest epoch of the volume's segments, and
+    /// `generation_of` tells the generation of one. Nothing if there is no journal, one of another
+    /// boot, or one that was left behind when a daemon went on without it.
     ///
     /// # Errors
     /// If it is there and cannot be read.
     pub fn read(
         &self,
         volume: VolumeId,
+        newest: Epoch,
         generation_of: impl Fn(SegmentId) -> Option<Generation>,
     ) -> io::Result<Vec<(SegmentId, Record)>> {
         let bytes = match fs::read(self.path(volume)) {
@@ -121,7 +126,13 @@ impl Journals {
             return Ok(Vec::new());
         };
         let header = match JournalHeader::decode(page, self.cache) {
-            Ok(header) if header.boot == self.boot && header.volume == volume => header,
+            Ok(header)
+                if header.boot == self.boot
+                    && header.volume == volume
+                    && header.epoch >= newest =>
+            {
+                header
+            }
             Ok(_) => return Ok(Vec::new()),
             Err(error) => {
                 tracing::warn!(%volume, %error, "the journal of the last daemon says nothing");
@@ -134,6 +145,13 @@ impl Journals {
             .enumerate()
             .filter_map(|(slot, entry)| header.decode_entry(slot, entry, &generation_of).ok())
             .collect())
+    }
+
+    /// Makes all journals void: what they name may not be on the device.
+    pub fn void(&self) {
+        if let Err(error) = fs::remove_dir_all(&self.folder) {
+            tracing::error!(folder = %self.folder.display(), %error, "the journals cannot be removed; remove them before the next start");
+        }
     }
 
     /// Removes a volume's journal: everything is in the store, or given up.
@@ -197,7 +215,8 @@ mod tests {
     }
 
     fn seqs(journals: &Journals) -> Vec<u64> {
-        let found = journals.read(VOLUME, |_| Some(GENERATION)).unwrap();
+        let found = journals.read(VOLUME, Epoch::new(3), |_| Some(GENERATION));
+        let found = found.unwrap();
         let mut seqs: Vec<u64> = found.iter().map(|(_, r)| r.seq.get()).collect();
         seqs.sort_unstable();
         seqs
@@ -208,24 +227,37 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journals = Journals::open(&dir.path().join("j"), CACHE).unwrap();
         assert!(seqs(&journals).is_empty());
-        let mut journal = journals.create(VOLUME, [1; 16], 8).unwrap();
+        let mut journal = journals.create(VOLUME, Epoch::new(3), [1; 16], 8).unwrap();
         for seq in 1..=11 {
             journal.put(SegmentId::new(2), GENERATION, &record(seq));
         }
         assert_eq!(seqs(&journals), [4, 5, 6, 7, 8, 9, 10, 11]);
         drop(journal);
         assert_eq!(seqs(&journals).len(), 8);
-        let _next = journals.create(VOLUME, [2; 16], 8).unwrap();
+        let _next = journals.create(VOLUME, Epoch::new(4), [2; 16], 8).unwrap();
         assert!(seqs(&journals).is_empty());
         journals.remove(VOLUME).unwrap();
         journals.remove(VOLUME).unwrap();
     }
 
     #[test]
+    fn journal_that_a_later_attachment_went_on_without_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = Journals::open(&dir.path().join("j"), CACHE).unwrap();
+        let mut journal = journals.create(VOLUME, Epoch::new(3), [1; 16], 8).unwrap();
+        journal.put(SegmentId::new(2), GENERATION, &record(1));
+        let later = journals.read(VOLUME, Epoch::new(4), |_| Some(GENERATION));
+        assert!(later.unwrap().is_empty());
+        assert_eq!(seqs(&journals), [1]);
+        journals.void();
+        assert!(seqs(&journals).is_empty());
+    }
+
+    #[test]
     fn journal_of_another_boot_says_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let mut journals = Journals::open(&dir.path().join("j"), CACHE).unwrap();
-        let mut journal = journals.create(VOLUME, [1; 16], 8).unwrap();
+        let mut journal = journals.create(VOLUME, Epoch::new(3), [1; 16], 8).unwrap();
         journal.put(SegmentId::new(2), GENERATION, &record(1));
         assert_eq!(seqs(&journals), [1]);
         journals.boot[0] ^= 1;

@@ -83,7 +83,10 @@ impl Scan {
                 .iter()
                 .map(|s| (s.segment, s.generation))
                 .collect();
-            found.journal = journals.read(*volume, |id| generations.get(&id).copied())?;
+            let newest = found.segments.iter().map(|s| s.epoch).max();
+            found.journal = journals.read(*volume, newest.unwrap_or_default(), |id| {
+                generations.get(&id).copied()
+            })?;
         }
         Ok(())
     }

@@ -112,13 +112,13 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         path: "daemon.journal_dir",
         doc: "Folder for what must outlive the daemon but not the host: where unflushed writes lie on the\n\
-              cache, 260 KiB a volume. Best on a tmpfs. Unset: beside the control socket and named after it\n\
-              (quarry.sock gives quarry-journal).",
+              cache, 260 KiB a volume. Best on a tmpfs, and the same at every start: a journal that is not\n\
+              found is taken for none. /run/quarry/journal for root, else quarry/journal under $XDG_RUNTIME_DIR.",
         expected: PATH,
-        sample: "\"/run/quarry/quarry-journal\"",
+        sample: "",
         secret: false,
-        set: |c, v, base| path(v, base).map(|p| c.daemon.journal_dir = Some(p)),
-        get: |c| c.daemon.journal_dir.as_ref().map(|p| quoted(p.display())),
+        set: |c, v, base| path(v, base).map(|p| c.daemon.journal_dir = p),
+        get: |c| Some(quoted(c.daemon.journal_dir.display())),
     },
     Key {
         path: "daemon.stop_time_max",
@@ -241,17 +241,18 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| c.store.path_style.map(|b| b.to_string()),
     },
     Key {
-        path: "store.make_bucket",
-        doc: "Whether the daemon makes the bucket if there is none. With false a misspelt name is refused.",
+        path: "store.make_missing",
+        doc: "Whether the daemon makes the bucket, or the folder, if there is none. With false a misspelt name is\n\
+              refused, and so is the mount point of a folder that is not mounted.",
         expected: "write true or false",
         sample: "",
         secret: false,
         set: |c, v, _| {
             v.as_bool()
-                .map(|b| c.store.make_bucket = b)
+                .map(|b| c.store.make_missing = b)
                 .ok_or_else(|| wrong_type(v))
         },
-        get: |c| Some(c.store.make_bucket.to_string()),
+        get: |c| Some(c.store.make_missing.to_string()),
     },
     Key {
         path: "cache.path",

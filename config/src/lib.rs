@@ -57,8 +57,9 @@ pub struct Daemon {
     pub nbd_socket: Option<PathBuf>,
     /// TCP address of the NBD server; none: on its unix socket only.
     pub nbd_listen: Option<SocketAddr>,
-    /// Folder of the journals; none: see [`Config::journal_dir`].
-    pub journal_dir: Option<PathBuf>,
+    /// Folder of the journals, each cache device's in one of its own. The same for every start on a
+    /// cache device: a journal that is not found is taken for none.
+    pub journal_dir: PathBuf,
     /// How long the end waits for uploads.
     pub stop_time_max: Duration,
     /// Form of the log on standard error.
@@ -75,7 +76,7 @@ impl Default for Daemon {
             listen: None,
             nbd_socket: None,
             nbd_listen: None,
-            journal_dir: None,
+            journal_dir: paths::journal_dir(),
             stop_time_max: Duration::from_secs(60),
             log: LogFormat::default(),
             log_filter: "info,libublk=warn".to_owned(),
@@ -102,8 +103,8 @@ pub struct Store {
     pub session_token: Option<Secret>,
     /// Bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
-    /// Whether the daemon makes the bucket if there is none.
-    pub make_bucket: bool,
+    /// Whether the daemon makes the bucket or the folder if there is none.
+    pub make_missing: bool,
 }
 
 impl Default for Store {
@@ -117,7 +118,7 @@ impl Default for Store {
             secret_key_file: None,
             session_token: None,
             path_style: None,
-            make_bucket: true,
+            make_missing: true,
         }
     }
 }
@@ -205,22 +206,12 @@ impl Config {
     /// after it (`quarry.sock` gives `quarry-nbd.sock`).
     #[must_use]
     pub fn nbd_socket(&self) -> PathBuf {
-        let configured = self.daemon.nbd_socket.clone();
-        configured.unwrap_or_else(|| self.beside_socket("-nbd.sock"))
-    }
-
-    /// The folder of the journals: the one configured, else beside the control socket and named
-    /// after it (`quarry.sock` gives `quarry-journal`).
-    #[must_use]
-    pub fn journal_dir(&self) -> PathBuf {
-        let configured = self.daemon.journal_dir.clone();
-        configured.unwrap_or_else(|| self.beside_socket("-journal"))
-    }
-
-    fn beside_socket(&self, ending: &str) -> PathBuf {
+        if let Some(path) = &self.daemon.nbd_socket {
+            return path.clone();
+        }
         let socket = &self.daemon.socket;
         let mut name = socket.file_stem().unwrap_or_default().to_os_string();
-        name.push(ending);
+        name.push("-nbd.sock");
         socket.with_file_name(name)
     }
 
@@ -242,10 +233,6 @@ mod tests {
         assert_eq!(
             config.nbd_socket(),
             PathBuf::from("/run/quarry/second-nbd.sock")
-        );
-        assert_eq!(
-            config.journal_dir(),
-            PathBuf::from("/run/quarry/second-journal")
         );
         config.daemon.nbd_socket = Some("/tmp/n".into());
         assert_eq!(config.nbd_socket(), PathBuf::from("/tmp/n"));

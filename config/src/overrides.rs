@@ -23,6 +23,8 @@ pub struct Overrides {
     pub listen: Option<SocketAddr>,
     /// `--nbd-listen`
     pub nbd_listen: Option<SocketAddr>,
+    /// `--journal-dir`
+    pub journal_dir: Option<PathBuf>,
 }
 
 impl Config {
@@ -84,6 +86,7 @@ impl Config {
             socket,
             listen,
             nbd_listen,
+            journal_dir,
         } = flags;
         if let Some(path) = data_dir {
             self.daemon.data_dir = here(path);
@@ -100,6 +103,9 @@ impl Config {
         self.cache.size = cache_size.or(self.cache.size);
         self.daemon.listen = listen.or(self.daemon.listen);
         self.daemon.nbd_listen = nbd_listen.or(self.daemon.nbd_listen);
+        if let Some(path) = journal_dir {
+            self.daemon.journal_dir = here(path);
+        }
     }
 }
 
@@ -155,6 +161,7 @@ mod tests {
             socket: Some("/flag/s".into()),
             listen: Some("127.0.0.1:1".parse().unwrap()),
             nbd_listen: Some("127.0.0.1:2".parse().unwrap()),
+            journal_dir: Some("/flag/journal".into()),
         };
         let config = file.complete(flags, |_| None).unwrap();
         assert_eq!(
@@ -166,6 +173,7 @@ mod tests {
         assert_eq!(config.cache.size, Some(Size::new(2 << 30)));
         assert_eq!(config.cache.ram, Size::new(32 << 20));
         assert_eq!(config.daemon.socket, PathBuf::from("/flag/s"));
+        assert_eq!(config.daemon.journal_dir, PathBuf::from("/flag/journal"));
     }
 
     #[test]

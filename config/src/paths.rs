@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 /// Socket of the system's daemon.
 const SYSTEM_SOCKET: &str = "/run/quarry/quarry.sock";
+/// Journals of the system's daemons.
+const SYSTEM_JOURNAL: &str = "/run/quarry/journal";
 /// Data directory of the system's daemon.
 const SYSTEM_DATA: &str = "/var/lib/quarry";
 
@@ -45,6 +47,22 @@ pub(crate) fn data_dir() -> PathBuf {
         SYSTEM_DATA.into()
     } else {
         user_data(absolute("XDG_STATE_HOME"), absolute("HOME"))
+    }
+}
+
+/// The default folder of the journals: in memory, where there is such a place for this user.
+pub(crate) fn journal_dir() -> PathBuf {
+    if is_root() {
+        SYSTEM_JOURNAL.into()
+    } else {
+        user_journal(absolute("XDG_RUNTIME_DIR"), &data_dir())
+    }
+}
+
+fn user_journal(runtime: Option<PathBuf>, data: &Path) -> PathBuf {
+    match runtime {
+        Some(runtime) => runtime.join("quarry/journal"),
+        None => data.join("journal"),
     }
 }
 
@@ -95,6 +113,14 @@ mod tests {
         assert_eq!(
             user_socket(None, Path::new("/d")),
             PathBuf::from("/d/quarry.sock")
+        );
+        assert_eq!(
+            user_journal(Some("/run/user/7".into()), Path::new("/d")),
+            PathBuf::from("/run/user/7/quarry/journal")
+        );
+        assert_eq!(
+            user_journal(None, Path::new("/d")),
+            PathBuf::from("/d/journal")
         );
     }
 }

@@ -14,14 +14,17 @@ use anyhow::Context;
 use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::control::{self, AttachOptions, Engine, Kind, Listeners, VolumeRef};
+use crate::control::{self, ApiError, AttachOptions, Engine, Kind, Listeners, VolumeRef};
 use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
-use crate::provision;
+use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 
 /// Longest time that a request of the first look at the store waits for an answer.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Between two looks at a store that does not answer.
+const CHECK_AGAIN_DELAY: Duration = Duration::from_secs(2);
 
 /// Volumes attached again at once: each reads its log.
 const ATTACH_AGAIN_AT_ONCE: usize = 8;
@@ -40,10 +43,18 @@ pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
     let lane = Lane::new(store, &LaneSettings::default());
     // From here on clients wait rather than find nobody.
     let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
-    check_store(&settings, &lane, config.store.make_bucket).await?;
+    let fitness = check_store(&settings, &lane).await?;
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
     let daemon = Daemon::start(config, lane.clone(), url)?;
+    if let Fitness::Unknown(error) = fitness {
+        daemon.set_fit(Err(unchecked(&error)));
+        tokio::spawn(check_store_later(
+            Arc::clone(&daemon),
+            settings,
+            lane.clone(),
+        ));
+    }
     let nbd = NbdServer::new(daemon.exports());
     let unix = listen_unix(&nbd_socket)?;
     tokio::spawn({
@@ -80,16 +91,17 @@ pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Looks at the store before anything is kept in it. A store that does not answer is no reason not
-/// to start if it may have been found fit before: what is cached can be served, and the volumes'
-/// own conditional writes would find out a store without them.
-async fn check_store(
-    settings: &StoreSettings,
-    lane: &Lane,
-    make_bucket: bool,
-) -> anyhow::Result<()> {
+/// What is known of the store.
+enum Fitness {
+    Fit,
+    /// It does not answer.
+    Unknown(ProvisionError),
+}
+
+/// Looks at the store before anything is kept in it.
+async fn check_store(settings: &StoreSettings, lane: &Lane) -> Result<Fitness, ProvisionError> {
     let limited = lane.with_deadline(PREPARE_DEADLINE);
-    match provision::prepare(settings, &limited, make_bucket).await {
+    match provision::prepare(settings, &limited).await {
         Ok(prepared) => {
             for warning in &prepared.warnings {
                 tracing::warn!("{warning}");
@@ -100,14 +112,43 @@ async fn check_store(
             if prepared.probed {
                 tracing::info!("the store keeps two writers apart");
             }
-            Ok(())
+            Ok(Fitness::Fit)
         }
         Err(error) if error.is_transient() => {
-            tracing::warn!(%error, "the store was not checked");
-            Ok(())
+            tracing::warn!(%error, "the store could not be checked yet");
+            Ok(Fitness::Unknown(error))
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
+}
+
+/// Looks at a store that did not answer, until it does. Nothing is made or attached before.
+async fn check_store_later(daemon: Arc<Daemon>, settings: StoreSettings, lane: Lane) {
+    loop {
+        tokio::time::sleep(CHECK_AGAIN_DELAY).await;
+        match check_store(&settings, &lane).await {
+            Ok(Fitness::Fit) => return daemon.set_fit(Ok(())),
+            Ok(Fitness::Unknown(error)) => daemon.set_fit(Err(unchecked(&error))),
+            Err(error) => {
+                tracing::error!(%error, "the store cannot be used");
+                let remedy = "mend the store and start the daemon anew";
+                return daemon.set_fit(Err(ApiError::new(
+                    Kind::Unsupported,
+                    error.to_string(),
+                    remedy,
+                )));
+            }
+        }
+    }
+}
+
+fn unchecked(error: &ProvisionError) -> ApiError {
+    let message = format!("the store was not found fit yet: {error}");
+    ApiError::new(
+        Kind::Unavailable,
+        message,
+        "try again when the store answers",
+    )
 }
 
 /// Attaches what was attached when the last daemon of this data folder ended.
@@ -132,6 +173,7 @@ async fn attach_one_again(daemon: &Daemon, volume: VolumeRef, how: How) {
     let options = AttachOptions {
         via: Some(how.via),
         read_only: how.read_only,
+        force: how.force,
         ..AttachOptions::default()
     };
     let mut delay = ATTACH_AGAIN_DELAY.0;

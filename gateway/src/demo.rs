@@ -173,7 +173,7 @@ impl Host {
         let mut config = quarry_config::Config::default();
         config.daemon.data_dir = home.join(name);
         config.daemon.nbd_socket = Some(socket.clone());
-        config.daemon.journal_dir = Some(home.join(format!("{name}.journal")));
+        config.daemon.journal_dir = home.join(format!("{name}.journal"));
         config.store.url = Some(url.to_string());
         config.cache.path = Some(home.join(format!("{name}.cache")));
         config.cache.size = Some(quarry_config::Size::new(cache_bytes));

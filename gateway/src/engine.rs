@@ -38,7 +38,7 @@ use crate::control::{
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
-use crate::reactor::{Geometry, Machine, Reactor, ReactorConfig, SyncFailure};
+use crate::reactor::{Geometry, Machine, Reactor, ReactorConfig};
 use crate::store::Lane;
 use crate::ublk;
 
@@ -115,6 +115,8 @@ pub struct Daemon {
     next_reactor: AtomicUsize,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
+    /// Segments with unsent writes of volumes that went, which could not be read again.
+    unsettled: Mutex<BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>>,
     journals: Journals,
     slots: Mutex<BTreeMap<VolumeRef, Arc<Slot>>>,
     wanted: Wanted,
@@ -122,6 +124,8 @@ pub struct Daemon {
     metrics: metrics::Metrics,
     /// Why the daemon is not ready, if it is not.
     not_ready: Mutex<Option<String>>,
+    /// Why nothing is to be kept in the store yet, or ever.
+    unfit: Mutex<Option<ApiError>>,
     exports: Arc<Exports>,
 }
 
@@ -164,8 +168,8 @@ impl Daemon {
         let size = config.cache.size.map(quarry_config::Size::bytes);
         let fresh = quarry_objfmt::CacheId::from(uuid::Uuid::new_v4());
         let device = Arc::new(CacheDevice::open(&path, size, fresh, &host, now_ms())?);
-        let journal_dir = config.journal_dir();
-        let journals = Journals::open(&journal_dir, device.id()).with_context(|| {
+        let journal_dir = &config.daemon.journal_dir;
+        let journals = Journals::open(journal_dir, device.id()).with_context(|| {
             format!(
                 "the journals' folder {} cannot be used (set daemon.journal_dir to another)",
                 journal_dir.display()
@@ -196,14 +200,18 @@ impl Daemon {
         let ram = config.cache.ram.bytes();
         let nodes = NodeCache::new(usize::try_from(ram / NODE_SHARE)?);
         let shared = Arc::new(Mutex::new(Shared { cache, nodes }));
-        let sync_failure = SyncFailure::default();
+        // What the journals name may be what the device lost.
+        device.failure().then({
+            let journals = journals.clone();
+            move || journals.void()
+        });
         let threads = config.reactor.threads.max(1);
         let reactors = (0..threads as usize)
             .map(|index| {
                 Reactor::spawn(ReactorConfig {
                     index,
                     cache: Arc::new(device.reopen()?),
-                    sync_failure: sync_failure.clone(),
+                    sync_failure: device.failure().clone(),
                     buffer_entries: BUFFER_ENTRIES,
                 })
             })
@@ -227,12 +235,14 @@ impl Daemon {
             reactors: Mutex::new(reactors),
             next_reactor: AtomicUsize::new(0),
             kept: Mutex::new(scan.volumes),
+            unsettled: Mutex::default(),
             journals,
             slots: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
             ublk: ublk::Control::new(PathBuf::from("/dev/quarry")),
             metrics: metrics::Metrics::new(),
             not_ready: Mutex::new(Some("it has just started".to_owned())),
+            unfit: Mutex::default(),
             exports: Arc::default(),
             config,
         }))
@@ -275,7 +285,26 @@ impl Daemon {
             host: self.host.clone(),
             since_ms: now_ms(),
         };
-        registry::delete_volume(&self.control, volume, owner).await
+        let id = registry::delete_volume(&self.control, volume, owner).await?;
+        if let Some(kept) = self.kept.lock().remove(&id) {
+            self.forget(id, &kept);
+        }
+        Ok(())
+    }
+
+    /// Gives up what the cache kept of a volume that is no more. What cannot be noted on the device
+    /// is found again at the next start, and does no harm but for the room that it takes.
+    fn forget(&self, volume: VolumeId, kept: &Recovered) {
+        let device = &self.common.device;
+        let noted = Recovered::forget(device, volume, &kept.segments)
+            .and_then(|()| self.journals.remove(volume));
+        if let Err(error) = noted {
+            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there");
+        }
+        let mut shared = self.shared.lock();
+        for segment in &kept.segments {
+            shared.cache.part_with(segment.segment, false);
+        }
     }
 
     /// What can be had over NBD.
@@ -293,7 +322,19 @@ impl Daemon {
         *self.not_ready.lock() = ready.err();
     }
 
+    /// Says whether the store was found fit to keep something in it, and if not, why.
+    pub fn set_fit(&self, fit: Result<(), ApiError>) {
+        *self.unfit.lock() = fit.err();
+    }
+
+    fn fit(&self) -> ApiResult<()> {
+        self.unfit.lock().clone().map_or(Ok(()), Err)
+    }
+
     fn readiness(&self) -> Result<(), String> {
+        if let Some(unfit) = &*self.unfit.lock() {
+            return Err(unfit.message.clone());
+        }
         self.not_ready.lock().clone().map_or(Ok(()), Err)
     }
 
@@ -322,6 +363,7 @@ impl Daemon {
 #[async_trait]
 impl Engine for Daemon {
     async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+        self.fit()?;
         registry::create_tenant(&self.control, tenant).await
     }
 
@@ -334,6 +376,7 @@ impl Engine for Daemon {
     }
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
+        self.fit()?;
         registry::create_volume(&self.control, &spec).await?;
         self.show_volume(&spec.volume()).await
     }
@@ -351,6 +394,7 @@ impl Engine for Daemon {
     }
 
     async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+        self.fit()?;
         self.attach_volume(volume, &options).await
     }
 

@@ -128,12 +128,11 @@ struct Marker {
 pub async fn prepare(
     settings: &StoreSettings,
     store: &dyn Store,
-    may_make_bucket: bool,
 ) -> Result<Prepared, ProvisionError> {
     let mut prepared = Prepared::default();
     if let Place::S3(s3) = settings.place()? {
         let bucket = bucket::Bucket::open(&s3).await?;
-        prepared.made_bucket = bucket.ensure(may_make_bucket).await?;
+        prepared.made_bucket = bucket.ensure(settings.make_missing).await?;
         prepared.warnings.extend(bucket.check_lifecycle().await?);
     }
     prepared.probed = ensure_probed(store).await?;
@@ -201,16 +200,16 @@ mod tests {
             url: format!("file://{}", dir.path().display()),
             ..StoreSettings::default()
         };
-        let store = FolderStore::open(dir.path()).unwrap();
+        let store = FolderStore::open(dir.path(), false).unwrap();
         (dir, settings, store)
     }
 
     #[tokio::test]
     async fn prefix_is_probed_once_and_again_elsewhere() {
         let (_dir, settings, store) = folder();
-        assert!(prepare(&settings, &store, false).await.unwrap().probed);
+        assert!(prepare(&settings, &store).await.unwrap().probed);
         assert_eq!(store.list("").await.unwrap(), [MARKER_KEY]);
-        assert!(!prepare(&settings, &store, false).await.unwrap().probed);
+        assert!(!prepare(&settings, &store).await.unwrap().probed);
 
         let (bytes, tag) = store.get(MARKER_KEY).await.unwrap();
         let mut marker = read_marker(&bytes, "").unwrap();
@@ -220,7 +219,7 @@ mod tests {
             .replace(MARKER_KEY, moved.clone(), &tag)
             .await
             .unwrap();
-        assert!(prepare(&settings, &store, false).await.unwrap().probed);
+        assert!(prepare(&settings, &store).await.unwrap().probed);
         assert_eq!(store.get(MARKER_KEY).await.unwrap().0, moved);
     }
 
@@ -232,10 +231,7 @@ mod tests {
         ] {
             let (_dir, settings, store) = folder();
             store.create(MARKER_KEY, Bytes::from(body)).await.unwrap();
-            let error = prepare(&settings, &store, false)
-                .await
-                .unwrap_err()
-                .to_string();
+            let error = prepare(&settings, &store).await.unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
     }

@@ -36,6 +36,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use quarry_cache::SyncFailure;
 use quarry_objfmt::{Generation, Record, SegmentId};
 use quarry_volume::{Action, Event};
 use tokio::sync::{mpsc, oneshot};
@@ -43,7 +44,6 @@ use tokio::sync::{mpsc, oneshot};
 use self::core::Core;
 use self::doorbell::Doorbell;
 pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
-pub use self::sync::SyncFailure;
 
 /// Messages that wait for a reactor: past it, senders wait.
 const MESSAGES_MAX: usize = 4096;

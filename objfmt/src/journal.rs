@@ -10,7 +10,7 @@
 use crate::error::{FormatError, Result};
 use crate::page::{Kind, Page, Record, Writer, finish, open, pack_record, unpack_record};
 use crate::prologue::crc_holds;
-use crate::types::{CacheId, Generation, SegmentId, VolumeId, WriteSeq};
+use crate::types::{CacheId, Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 use crate::wire::Reader;
 
 /// Bytes of an entry.
@@ -39,6 +39,9 @@ pub struct JournalHeader {
     pub volume: VolumeId,
     /// The attachment, named at random.
     pub attachment: [u8; 16],
+    /// The term in which the volume was attached: once the cache has segments of a later one, the
+    /// journal is of the past.
+    pub epoch: Epoch,
 }
 
 impl JournalHeader {
@@ -58,6 +61,7 @@ impl JournalHeader {
         page.put(&self.boot);
         page.put(&self.volume.to_bytes());
         page.put(&self.attachment);
+        page.put(&self.epoch.get().to_le_bytes());
         page.seal(cache)
     }
 
@@ -78,6 +82,7 @@ impl JournalHeader {
             boot: reader.array()?,
             volume: VolumeId::from_bytes(reader.array()?),
             attachment: reader.array()?,
+            epoch: Epoch::new(reader.u32()?),
         };
         finish(reader)?;
         if !(1..=JOURNAL_ENTRIES_MAX).contains(&header.entries) {
@@ -164,6 +169,7 @@ mod tests {
             boot: [1; 16],
             volume: VolumeId::from_bytes([2; 16]),
             attachment: [4; 16],
+            epoch: Epoch::new(6),
         }
     }
 

@@ -219,6 +219,7 @@ fn journal() -> JournalHeader {
         boot: *b"golden boot id..",
         volume: VOLUME,
         attachment: *b"golden attaching",
+        epoch: Epoch::new(3),
     }
 }
 

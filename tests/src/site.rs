@@ -202,6 +202,8 @@ impl Site {
             .args(["--cache-size", &self.cache_size])
             .arg("--socket")
             .arg(self.socket())
+            .arg("--journal-dir")
+            .arg(self.root.join("journal"))
             .args(["--listen", &self.listen.to_string()])
             .envs(self.environment.iter().cloned())
             .env("RUST_BACKTRACE", "1");

@@ -1,8 +1,14 @@
 //! What the store is made to carry for a byte of the volume.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{
-    FaultProxy, MIB, SeaweedFs, Site, Stamps, StoreDir, metric_sum, seeded, test_number,
+    FaultProxy, MIB, SeaweedFs, Site, Stamps, StoreDir, http_get, metric_sum, seeded, test_number,
 };
 use rand::seq::SliceRandom as _;
 use tempfile::tempdir;
@@ -71,6 +77,35 @@ fn judge(what: &str, (count, weight): (f64, f64), limit: f64) -> Result<()> {
     Ok(())
 }
 
+/// Watches how many requests to the store are under way.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    watcher: JoinHandle<f64>,
+}
+
+fn most_at_once(socket: PathBuf) -> Watch {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let watcher = thread::spawn(move || {
+        let mut most: f64 = 0.0;
+        while !stopped.load(Ordering::SeqCst) {
+            let now = http_get(&socket, "/metrics").ok();
+            let now = now.and_then(|a| metric_sum(&a.body, "quarry_store_in_flight", ""));
+            most = most.max(now.unwrap_or_default());
+            thread::sleep(Duration::from_millis(5));
+        }
+        most
+    });
+    Watch { stop, watcher }
+}
+
+impl Watch {
+    fn end(self) -> f64 {
+        self.stop.store(true, Ordering::SeqCst);
+        self.watcher.join().expect("the watcher does not panic")
+    }
+}
+
 #[test]
 fn random_pages_upload_little_more_than_themselves() -> Result<()> {
     let (mut random, seed) = seeded("random pages");
@@ -113,7 +148,10 @@ fn cold_sequential_read_fetches_each_byte_about_once() -> Result<()> {
 
     let daemon = site.start()?;
     let mut nbd = daemon.attach(VOLUME, &["--force"])?;
+    // A store at some distance, so that what is under way at once shows.
+    proxy.delay(Duration::from_millis(10));
     let before = proxy.downstream_bytes();
+    let gets = most_at_once(site.socket());
     for at in (0..size).step_by(128 << 10) {
         let found = nbd.read_vec(at, 128 << 10)?;
         ensure!(
@@ -122,7 +160,11 @@ fn cold_sequential_read_fetches_each_byte_about_once() -> Result<()> {
         );
     }
     let fetched = share(proxy.downstream_bytes() - before, size);
-    println!("cold sequential read: {fetched:.4} bytes fetched a byte");
+    let at_once = gets.end();
+    println!(
+        "cold sequential read: {fetched:.4} bytes fetched a byte, up to {at_once} GETs at once"
+    );
+    ensure!(at_once >= 4.0, "never more than {at_once} GETs at once");
     ensure!(fetched <= 1.1, "{fetched} bytes fetched for each byte read");
     daemon.stop()
 }

@@ -5,22 +5,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use quarry_tests::{FaultProxy, MIB, NbdError, SeaweedFs, Site, Stamps, StoreDir, seeded};
+use quarry_tests::{Daemon, FaultProxy, MIB, NbdError, SeaweedFs, Site, Stamps, StoreDir, seeded};
 use tempfile::tempdir;
 
 const VOLUME: &str = "acme/left";
 
-#[test]
-fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()> {
-    let dir = tempdir()?;
-    let old = Site::with_folder(dir.path(), "old")?;
-    let new = Site::with_folder(dir.path(), "new")?;
+/// A volume that `old` had, wrote to in ignorance of its new owner, and detached; `new` has detached it
+/// too. One page of what `old` keeps was never sent.
+fn fenced_and_detached(old: &Site, new: &Site) -> Result<[Daemon; 2]> {
     let (first, second) = (old.start()?, new.start()?);
     let mut nbd = first.fresh_volume(VOLUME, 64 * MIB, &[])?;
     nbd.write(0, &[1; 4096], true)?;
     first.sync(VOLUME)?;
     drop(second.attach(VOLUME, &["--force"])?);
-    // Acknowledged in ignorance of the new owner, and never sent.
     nbd.write(MIB, &[2; 4096], false)?;
     let begun = Instant::now();
     while first.show(VOLUME)?["state"] != "fenced" {
@@ -30,16 +27,55 @@ fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()
     drop(nbd);
     first.quarry(&["volume", "detach", VOLUME])?;
     second.quarry(&["volume", "detach", VOLUME])?;
+    Ok([first, second])
+}
 
-    let again = old.quarry_json(&["volume", "attach", VOLUME, "--via", "nbd"])?;
+/// Attaching is refused for the sake of unsent writes.
+fn refuses_to_attach(site: &Site) -> Result<()> {
+    let again = site.quarry_json(&["volume", "attach", VOLUME, "--via", "nbd"])?;
     let refusal = again.refusal()?;
     ensure!(refusal.mentions("--discard-unsent"), "{refusal:?}");
+    Ok(())
+}
+
+#[test]
+fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()> {
+    let dir = tempdir()?;
+    let old = Site::with_folder(dir.path(), "old")?;
+    let new = Site::with_folder(dir.path(), "new")?;
+    let [first, second] = fenced_and_detached(&old, &new)?;
+    refuses_to_attach(&old)?;
+    // To look at what the store has gives nothing up.
+    let mut nbd = first.attach(VOLUME, &["--read-only", "--discard-unsent"])?;
+    ensure!(nbd.read_vec(0, 4096)? == [1; 4096]);
+    drop(nbd);
+    first.quarry(&["volume", "detach", VOLUME])?;
+    refuses_to_attach(&old)?;
+
     let mut nbd = first.attach(VOLUME, &["--discard-unsent"])?;
     ensure!(nbd.read_vec(0, 4096)? == [1; 4096]);
     ensure!(nbd.read_vec(MIB, 4096)? == [0; 4096]);
     drop(nbd);
     first.quarry(&["volume", "detach", VOLUME])?;
     drop(first.attach(VOLUME, &[])?);
+    first.stop()?;
+    second.stop()
+}
+
+#[test]
+fn volume_deleted_gives_back_what_the_cache_kept_of_it() -> Result<()> {
+    let dir = tempdir()?;
+    let old = Site::with_folder(dir.path(), "old")?;
+    let new = Site::with_folder(dir.path(), "new")?;
+    let [first, second] = fenced_and_detached(&old, &new)?;
+    ensure!(first.json(&["status"])?["cache"]["dirty_bytes"].as_u64() > Some(0));
+    first.quarry(&["volume", "delete", VOLUME])?;
+    let status = first.json(&["status"])?;
+    ensure!(status["cache"]["dirty_bytes"] == 0, "{status}");
+    first.stop()?;
+    let first = old.start()?;
+    let status = first.json(&["status"])?;
+    ensure!(status["cache"]["dirty_bytes"] == 0, "{status}");
     first.stop()?;
     second.stop()
 }

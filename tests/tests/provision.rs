@@ -31,7 +31,7 @@ fn bucket_that_is_missing_is_made_or_refused_by_name() -> Result<()> {
     };
     let at = server.address();
     let careful = Site::with_s3(dir.path(), "a", &server, at, "quarry-mispelt")?
-        .settings("[store]\nmake_bucket = false\n");
+        .settings("[store]\nmake_missing = false\n");
     let refused = careful.serve_refused()?;
     ensure!(refused.stderr.contains("quarry-mispelt"), "{refused}");
     let daemon = Site::with_s3(dir.path(), "b", &server, at, "quarry-mispelt")?.start()?;
@@ -64,7 +64,7 @@ fn store_away_at_the_start_is_waited_for_and_volumes_come_back_by_themselves() -
     let status = site.quarry(&["status"])?;
     ensure!(status.code != Some(0), "{status}");
     let said = format!("{}{}", status.stdout, status.stderr);
-    ensure!(said.contains("attached again"), "no reason: {said}");
+    ensure!(said.contains("not found fit yet"), "no reason: {said}");
     proxy.heal();
     let daemon = starting.join().expect("starting does not panic")?;
     ensure!(daemon.connect("acme/db")?.read_vec(0, 4096)? == [1; 4096]);

@@ -122,6 +122,9 @@ pub struct ServeFlags {
     /// TCP address of the NBD server.
     #[arg(long, value_name = "ADDR")]
     pub nbd_listen: Option<SocketAddr>,
+    /// Folder in memory for what must outlive the daemon; the same at every start.
+    #[arg(long, value_name = "DIR")]
+    pub journal_dir: Option<PathBuf>,
 }
 
 /// What to do with tenants.

@@ -70,8 +70,20 @@ impl From<anyhow::Error> for Failure {
         if let Some(known) = error.downcast_ref::<ListenError>() {
             return Self::new("conflict", known.to_string(), "");
         }
-        Self::new("failed", format!("{error:#}"), "")
+        Self::new("failed", chain(&error), "")
     }
+}
+
+/// An error and its causes in one sentence, without those that an error before has told in full.
+fn chain(error: &anyhow::Error) -> String {
+    let mut sentence = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !sentence.contains(&cause) {
+            let colon = if sentence.is_empty() { "" } else { ": " };
+            sentence = sentence + colon + &cause;
+        }
+    }
+    sentence
 }
 
 #[cfg(test)]
@@ -97,5 +109,12 @@ mod tests {
         let inner: Result<(), std::io::Error> = Err(std::io::Error::other("disk on fire"));
         let failure = Failure::from(inner.context("cannot open the cache").unwrap_err());
         assert_eq!(failure.to_string(), "cannot open the cache: disk on fire");
+        let told: Result<(), std::io::Error> = Err(std::io::Error::other("disk on fire"));
+        let told = told.context("it cannot be opened (disk on fire): mend it");
+        let failure = Failure::from(told.unwrap_err());
+        assert_eq!(
+            failure.to_string(),
+            "it cannot be opened (disk on fire): mend it"
+        );
     }
 }

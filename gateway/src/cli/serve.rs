@@ -36,6 +36,7 @@ fn configure(
         cache_size,
         listen,
         nbd_listen,
+        journal_dir,
     } = flags;
     let file = match config {
         Some(path) => Config::load(&path)?,
@@ -49,6 +50,7 @@ fn configure(
         socket,
         listen,
         nbd_listen,
+        journal_dir,
     };
     Ok(file.complete(flags, env)?)
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quarry_cache::Recovered;
+use quarry_cache::{CacheDevice, Journals, Recovered};
 use quarry_objfmt::page::Record;
 use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
@@ -102,15 +102,18 @@ impl Daemon {
             Ok(attached) => {
                 let info = attached.info.clone();
                 slot.set(Stage::Attached(Arc::new(attached)));
-                let read_only = options.read_only;
-                self.wanted
-                    .add(volume, How { via, read_only })
-                    .map_err(|error| {
-                        let message = format!(
-                            "{volume} is attached, but that cannot be noted for the next start: {error}"
-                        );
-                        ApiError::internal(message)
-                    })?;
+                let how = How {
+                    via,
+                    read_only: options.read_only,
+                    // To take it away from somebody is said once; to look on takes nothing away.
+                    force: options.force && options.read_only,
+                };
+                self.wanted.add(volume, how).map_err(|error| {
+                    let message = format!(
+                        "{volume} is attached, but that cannot be noted for the next start: {error}"
+                    );
+                    ApiError::internal(message)
+                })?;
                 Ok(info)
             }
             Err((error, left)) => {
@@ -131,7 +134,7 @@ impl Daemon {
         let mut attached = Attached {
             backend: opening.backend,
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
-            mode: "nbd".to_owned(),
+            mode: "through the daemon".to_owned(),
             since_ms: now_ms(),
             read_only: options.read_only,
             device: None,
@@ -142,7 +145,7 @@ impl Daemon {
                     let link = device.link.as_ref().map(|l| l.display().to_string());
                     attached.info =
                         AttachInfo::ublk(volume, device.node.display().to_string(), link);
-                    attached.mode = format!("ublk, {}", device.mode);
+                    attached.mode = device.mode.to_string();
                     attached.device = Some((device.id, opening.spec));
                 }
                 Err(error) => {
@@ -173,14 +176,19 @@ impl Daemon {
     /// the volume on a reactor. After an error all is as before, but for a raised epoch.
     async fn serve(&self, volume: &VolumeRef, options: &AttachOptions) -> ApiResult<Opening> {
         let id = registry::find(&self.control, volume).await?;
-        let kept = self.kept.lock().remove(&id);
-        let answer = self.serve_kept(volume, id, kept.clone(), options).await;
-        if answer.is_err()
-            && let Some(kept) = kept
-        {
-            self.kept.lock().insert(id, kept);
+        let unsettled = self.unsettled.lock().remove(&id);
+        if let Some(segments) = unsettled {
+            self.settle_cache(id, segments)
+                .await
+                .map_err(OpenError::Cache)?;
         }
-        answer
+        // It stays known until the volume has taken it up.
+        let kept = self.kept.lock().get(&id).cloned();
+        let opening = self.serve_kept(volume, id, kept, options).await?;
+        if !options.read_only {
+            self.kept.lock().remove(&id);
+        }
+        Ok(opening)
     }
 
     async fn serve_kept(
@@ -272,11 +280,12 @@ impl Daemon {
             .map_err(OpenError::Cache)?;
         let attachment = *uuid::Uuid::new_v4().as_bytes();
         let entries = self.tuning().journal_entries;
-        let journal = self.journals.create(id, attachment, entries);
+        let epoch = claimed.info.epoch;
+        let journal = self.journals.create(id, epoch, attachment, entries);
         taken.journal = Some(journal.map_err(|error| {
             let message = format!(
                 "the journal in {} cannot be made: {error}",
-                self.config.journal_dir().display()
+                self.config.daemon.journal_dir.display()
             );
             ApiError::new(
                 Kind::Internal,
@@ -336,6 +345,7 @@ impl Daemon {
             slot.set(Stage::Attached(attached));
             return Err(error.into());
         }
+        // Nobody new comes in from here on.
         self.exports.0.lock().remove(&volume.to_string());
         let complete = match self.let_go(&attached).await {
             Ok(complete) => complete,
@@ -359,44 +369,49 @@ impl Daemon {
         ))
     }
 
-    /// Ends the service of a volume: everything sent, the right to write given back, the cache's
-    /// segments given up. Answers whether all of its writes are in the store; those that are not
-    /// stay in the cache and the journal, for whoever attaches it next.
+    /// Ends the service of a volume: everything sent, the cache's segments given up, the right to
+    /// write given back. Answers whether all of its writes are in the store; those that are not stay
+    /// in the cache and the journal, for whoever attaches it next.
     ///
-    /// The order: no more requests, drain, give back, take apart. *Crash before the giving back: it
+    /// The order: no more requests, drain, take apart, give back. *Crash before the giving back: it
     /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
     async fn let_go(&self, attached: &Attached) -> ApiResult<bool> {
         let backend = &attached.backend;
         let (reactor, key) = backend.place();
-        let ended = tokio::time::timeout(FRONT_ENDS_END_MAX, reactor.stop_front_ends(key)).await;
-        ended.map_err(|_| {
-            let message = "the device's queue does not end";
-            ApiError::new(
-                Kind::Internal,
-                message,
-                "restart the daemon, which takes it over",
-            )
-        })??;
+        let ended = reactor.stop_front_ends(key);
+        if attached.info.via == Via::Ublk {
+            let ended = tokio::time::timeout(FRONT_ENDS_END_MAX, ended).await;
+            ended.map_err(|_| {
+                let message = "the device's queue does not end";
+                ApiError::new(
+                    Kind::Internal,
+                    message,
+                    "restart the daemon, which takes it over",
+                )
+            })??;
+        } else {
+            // Requests that wait for the store end when it answers.
+            ended.await?;
+        }
         backend.tell(Event::Stop).await;
-        let mut complete = true;
-        if !attached.read_only {
-            complete = backend.drain(true).await;
-            if complete {
-                match give_back(&self.control, backend.head()).await {
-                    Ok(()) | Err(HeadError::Fenced { .. }) => {}
-                    Err(error) => {
-                        tracing::warn!(volume = backend.name(), %error, "detached, but the store still names this host as the owner");
-                    }
+        let drained = attached.read_only || backend.drain(true).await;
+        let machine = reactor.remove_volume(key).await?;
+        backend.close();
+        let kept = machine.map(|m| self.close(m)).unwrap_or_default();
+        let complete = drained && kept.is_empty();
+        if attached.read_only {
+            return Ok(true);
+        }
+        if complete {
+            match give_back(&self.control, backend.head()).await {
+                Ok(()) | Err(HeadError::Fenced { .. }) => {}
+                Err(error) => {
+                    tracing::warn!(volume = backend.name(), %error, "detached, but the store still names this host as the owner");
                 }
             }
         }
-        let machine = reactor.remove_volume(key).await?;
-        backend.close();
-        let kept = machine
-            .map(|machine| self.close(machine))
-            .unwrap_or_default();
-        if !attached.read_only {
-            self.settle_cache(backend.volume(), kept).await;
+        if let Err(error) = self.settle_cache(backend.volume(), kept).await {
+            tracing::error!(volume = backend.name(), %error, "the cache device failed; what it has of the volume is looked for again when it is attached");
         }
         Ok(complete)
     }
@@ -411,35 +426,58 @@ impl Daemon {
 
     /// After a volume is gone: what the device says of it is made stable, or found again. `kept` are
     /// the segments that still hold writes of it, and are held for whoever attaches it next.
-    async fn settle_cache(&self, volume: VolumeId, kept: Vec<(SegmentId, Generation)>) {
+    async fn settle_cache(
+        &self,
+        volume: VolumeId,
+        kept: Vec<(SegmentId, Generation)>,
+    ) -> std::io::Result<()> {
         let (device, journals) = (Arc::clone(&self.common.device), self.journals.clone());
-        let settle = move || -> std::io::Result<Option<Recovered>> {
-            if kept.is_empty() {
-                journals.remove(volume)?;
-                // The notes that its segments are clean: after a power cut, too, nobody is to ask
-                // for writes that were sent long ago.
-                device.sync()?;
-                return Ok(None);
+        let wanted = kept.clone();
+        let settle = move || settle(&device, &journals, volume, &wanted);
+        let settled = tokio::task::spawn_blocking(settle).await;
+        match settled.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+            Ok(Some(found)) => {
+                self.kept.lock().insert(volume, found);
+                Ok(())
             }
-            let mut found = quarry_cache::scan(&device)?;
-            found.volumes.retain(|id, _| *id == volume);
-            for found in found.volumes.values_mut() {
-                // Others that bear its name may be in other hands by now.
-                found
-                    .segments
-                    .retain(|s| kept.contains(&(s.segment, s.generation)));
+            Ok(None) => Ok(()),
+            Err(error) if kept.is_empty() => Err(error),
+            Err(error) => {
+                self.unsettled.lock().insert(volume, kept);
+                Err(error)
             }
-            found.add_journals(&journals)?;
-            Ok(found.volumes.remove(&volume))
-        };
-        match tokio::task::spawn_blocking(settle).await {
-            Ok(Ok(Some(kept))) => {
-                self.kept.lock().insert(volume, kept);
-            }
-            Ok(Ok(None)) => {}
-            Ok(Err(error)) => tracing::error!(%volume, %error, "the cache device failed"),
-            Err(error) => tracing::error!(%volume, %error, "the cache was not settled"),
         }
+    }
+}
+
+/// What the device and the journal say of the segments that a volume left; `None` if it left none.
+fn settle(
+    device: &CacheDevice,
+    journals: &Journals,
+    volume: VolumeId,
+    kept: &[(SegmentId, Generation)],
+) -> std::io::Result<Option<Recovered>> {
+    if kept.is_empty() {
+        journals.remove(volume)?;
+        // The notes that its segments are clean: after a power cut, too, nobody is to ask for
+        // writes that were sent long ago.
+        device.sync()?;
+        return Ok(None);
+    }
+    let mut found = quarry_cache::scan(device)?;
+    found.volumes.retain(|id, _| *id == volume);
+    for found in found.volumes.values_mut() {
+        // Others that bear its name may be in other hands by now.
+        found
+            .segments
+            .retain(|s| kept.contains(&(s.segment, s.generation)));
+    }
+    found.add_journals(journals)?;
+    match found.volumes.remove(&volume) {
+        Some(found) if found.segments.len() == kept.len() => Ok(Some(found)),
+        _ => Err(std::io::Error::other(
+            "segments with unsent writes cannot be found again on the cache device",
+        )),
     }
 }
 
@@ -466,7 +504,7 @@ struct Taken {
 
 /// What of the kept segments is still unsent; the rest is given up, here and on the device.
 fn recover(
-    device: &quarry_cache::CacheDevice,
+    device: &CacheDevice,
     volume: VolumeId,
     kept: Option<Recovered>,
     stored: WriteSeq,

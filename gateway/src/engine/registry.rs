@@ -242,7 +242,7 @@ pub(super) async fn delete_volume(
     store: &dyn Store,
     volume: &VolumeRef,
     owner: Owner,
-) -> ApiResult<()> {
+) -> ApiResult<VolumeId> {
     use futures::{StreamExt, TryStreamExt};
     let id = find(store, volume).await?;
     let head_key = keys::head_key(&volume.tenant, id);
@@ -284,5 +284,6 @@ pub(super) async fn delete_volume(
         .buffer_unordered(DELETE_CONCURRENCY)
         .try_for_each(|()| async { Ok(()) })
         .await
-        .map_err(|e| store_error(&e))
+        .map_err(|e| store_error(&e))?;
+    Ok(id)
 }

@@ -24,6 +24,9 @@ pub struct How {
     pub via: Via,
     /// Whether it takes no writes.
     pub read_only: bool,
+    /// Of one that takes no writes: whether somebody else may be writing to it.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A volume of the list, and why it is not attached, if it is not.
@@ -167,6 +170,7 @@ mod tests {
     const HOW: How = How {
         via: Via::Nbd,
         read_only: true,
+        force: true,
     };
 
     #[test]

@@ -38,17 +38,17 @@ pub(super) struct Bucket {
 impl Bucket {
     pub(super) async fn open(settings: &S3Settings) -> Result<Self, ProvisionError> {
         install_crypto();
-        let bucket = |reason: String| ProvisionError::Bucket {
+        let bucket = |reason: String, transient| ProvisionError::Bucket {
             bucket: settings.bucket.clone(),
             action: "reached",
             reason,
             remedy: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
-            transient: false,
+            transient,
         };
         let keys = tokio::time::timeout(REQUEST_TIME_MAX, credentials(settings)?.get_credential())
             .await
-            .map_err(|_| bucket("nobody gave us keys in time".to_owned()))?
-            .map_err(|error| bucket(error.to_string()))?;
+            .map_err(|_| bucket("nobody gave us keys in time".to_owned(), true))?
+            .map_err(|error| bucket(error.to_string(), false))?;
         let http = aws_smithy_http_client::Builder::new()
             .tls_provider(tls::Provider::Rustls(
                 tls::rustls_provider::CryptoMode::Ring,
@@ -169,29 +169,25 @@ impl Bucket {
         }
     }
 
-    fn failed<E, R>(
+    fn failed<E>(
         &self,
         action: &'static str,
-        error: &SdkError<E, R>,
+        error: &SdkError<E>,
         remedy: &'static str,
     ) -> ProvisionError
     where
-        SdkError<E, R>: ProvideErrorMetadata + std::error::Error,
+        SdkError<E>: ProvideErrorMetadata + std::error::Error,
     {
         ProvisionError::Bucket {
             bucket: self.name.clone(),
             action,
             reason: words(error),
             remedy,
-            // No connection, no answer in time, or the server's own trouble.
+            // No connection, no answer in time, or the server's own trouble; its code is not asked,
+            // for an answer to HEAD has none.
             transient: match error {
-                SdkError::TimeoutError(_)
-                | SdkError::DispatchFailure(_)
-                | SdkError::ResponseError(_) => true,
-                SdkError::ServiceError(_) => error.code().is_some_and(|code| {
-                    matches!(code, "InternalError" | "ServiceUnavailable" | "SlowDown")
-                }),
-                _ => false,
+                SdkError::TimeoutError(_) | SdkError::DispatchFailure(_) => true,
+                error => status(error).is_some_and(|status| status >= 500 || status == 429),
             },
         }
     }

@@ -613,7 +613,7 @@ mod tests {
         let config = super::super::ReactorConfig {
             index: 7,
             cache: file,
-            sync_failure: super::super::SyncFailure::default(),
+            sync_failure: Default::default(),
             buffer_entries: 0,
         };
         let reactor = super::super::Reactor::spawn(config).unwrap();

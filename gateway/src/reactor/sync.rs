@@ -6,34 +6,8 @@
 //!   open file, to whoever syncs next, and that one need not be whose write it was. So a sync that
 //!   failed on any reactor fails all that end after it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
-
+use quarry_cache::SyncFailure;
 use quarry_volume::IoId;
-
-/// The errno of the first sync of the cache device that failed, or 0. All reactors share it.
-#[derive(Clone, Debug, Default)]
-pub struct SyncFailure(Arc<AtomicI32>);
-
-impl SyncFailure {
-    fn get(&self) -> Result<(), i32> {
-        match self.0.load(Ordering::SeqCst) {
-            0 => Ok(()),
-            errno => Err(errno),
-        }
-    }
-
-    /// Notes a failure, unless there was one before.
-    pub(super) fn note(&self, errno: i32) {
-        let first = self
-            .0
-            .compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst);
-        if first.is_ok() {
-            let error = std::io::Error::from_raw_os_error(errno);
-            tracing::error!(%error, "the cache device failed a sync: no flush is acknowledged until the daemon is started anew");
-        }
-    }
-}
 
 /// Who waits for a sync: the volume's index, and its name for the I/O.
 pub(super) type Waiter = (u32, IoId);

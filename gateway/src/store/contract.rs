@@ -373,6 +373,7 @@ mod tests {
             region: var("AWS_REGION"),
             access_key: var("AWS_ACCESS_KEY_ID"),
             secret_key: var("AWS_SECRET_ACCESS_KEY").map(Secret::new),
+            make_missing: true,
             ..StoreSettings::default()
         };
         Some((server, dir, settings))
@@ -386,11 +387,11 @@ mod tests {
         let store = open_store(&settings).unwrap();
         let lane = Lane::new(Arc::clone(&store), &LaneSettings::default());
         let limited = lane.with_deadline(std::time::Duration::from_secs(30));
-        let prepared = provision::prepare(&settings, &limited, true).await.unwrap();
+        let prepared = provision::prepare(&settings, &limited).await.unwrap();
         assert!(prepared.probed, "{prepared:?}");
         println!("{}: {prepared:?}", store.describe());
         assert!(
-            !provision::prepare(&settings, &limited, false)
+            !provision::prepare(&settings, &limited)
                 .await
                 .unwrap()
                 .probed
@@ -408,10 +409,9 @@ mod tests {
             return;
         };
         settings.url = format!("s3://quarry-{}/x", Uuid::new_v4());
+        settings.make_missing = false;
         let store = open_store(&settings).unwrap();
-        let error = provision::prepare(&settings, &store, false)
-            .await
-            .unwrap_err();
+        let error = provision::prepare(&settings, &store).await.unwrap_err();
         assert!(
             matches!(error, ProvisionError::BucketMissing { .. }),
             "{error}"
@@ -430,9 +430,7 @@ mod tests {
         let store = open_store(&settings).unwrap();
         let error = store.get("head").await.unwrap_err();
         assert!(matches!(error, StoreError::Denied { .. }), "{error}");
-        let error = provision::prepare(&settings, &store, false)
-            .await
-            .unwrap_err();
+        let error = provision::prepare(&settings, &store).await.unwrap_err();
         assert!(!error.to_string().contains("wrong\""), "{error}");
     }
 }

@@ -57,11 +57,12 @@ struct Folder {
 }
 
 impl FolderStore {
-    /// Opens the folder, which must exist, and removes what a crash left of unfinished writes.
+    /// Opens the folder, which is made if it is missing and `may_make`, and removes what a crash left
+    /// of unfinished writes.
     ///
     /// # Errors
     /// If it does not exist, or cannot be written.
-    pub fn open(root: &Path) -> Result<Self, OpenError> {
+    pub fn open(root: &Path, may_make: bool) -> Result<Self, OpenError> {
         let refused = |source: io::Error| OpenError::Folder {
             path: root.to_owned(),
             remedy: match source.kind() {
@@ -71,6 +72,9 @@ impl FolderStore {
             },
             source,
         };
+        if may_make {
+            fs::create_dir_all(root).map_err(refused)?;
+        }
         let root_now = fs::canonicalize(root).map_err(refused)?;
         let folder = Folder {
             root: root_now,
@@ -516,7 +520,7 @@ mod tests {
     use crate::store::contract;
 
     fn open(dir: &Path) -> FolderStore {
-        FolderStore::open(dir).unwrap()
+        FolderStore::open(dir, false).unwrap()
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -537,7 +541,7 @@ mod tests {
     #[tokio::test]
     async fn folder_missing_is_refused_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
-        let error = FolderStore::open(&dir.path().join("none")).unwrap_err();
+        let error = FolderStore::open(&dir.path().join("none"), false).unwrap_err();
         assert!(error.to_string().contains("mkdir -p"), "{error}");
     }
 

@@ -31,6 +31,8 @@ pub struct StoreSettings {
     pub session_token: Option<Secret>,
     /// The bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
+    /// Whether a bucket or folder that is missing is made.
+    pub make_missing: bool,
 }
 
 impl From<&quarry_config::Store> for StoreSettings {
@@ -43,6 +45,7 @@ impl From<&quarry_config::Store> for StoreSettings {
             secret_key: config.secret_key.clone(),
             session_token: config.session_token.clone(),
             path_style: config.path_style,
+            make_missing: config.make_missing,
         }
     }
 }
@@ -211,7 +214,7 @@ impl StoreSettings {
 /// [`OpenError`], which names the remedy.
 pub fn open_store(settings: &StoreSettings) -> Result<Arc<dyn Store>, OpenError> {
     Ok(match settings.place()? {
-        Place::Folder(path) => Arc::new(FolderStore::open(&path)?),
+        Place::Folder(path) => Arc::new(FolderStore::open(&path, settings.make_missing)?),
         Place::S3(s3) => Arc::new(S3Store::open(&s3)?),
     })
 }

@@ -75,7 +75,7 @@ impl Default for Tuning {
             uploads_max: 8,
             checkpoint_entries: 256 << 10,
             checkpoint_chunks: 128,
-            readahead_sectors_max: (4 << 20) / 512,
+            readahead_sectors_max: (16 << 20) / 512,
             journal_entries: 8 << 10,
         }
     }

@@ -20,7 +20,7 @@ use crate::map::{Node, NodeRef};
 const FETCH_FRAMES_MAX: usize = 16;
 
 /// Most frames that readahead has in flight, so that it cannot crowd out what someone waits for.
-const READAHEAD_FRAMES_MAX: usize = 128;
+const READAHEAD_FRAMES_MAX: usize = 512;
 
 /// Sequential readers told apart.
 const STREAMS_MAX: usize = 8;

@@ -192,9 +192,13 @@ impl Volume {
             self.writes.waiting.pop_front();
             self.piece_done(slot, Ok(()), cx);
         }
-        if self.writes.waiting.is_empty() && self.writes.starved {
-            self.writes.starved = false;
-            cx.out.push(Action::Report(Report::Stalled(false)));
+        if self.writes.waiting.is_empty() {
+            // One that wanted a segment beforehand, and does without, keeps nobody waiting.
+            cx.cache.leave_line(self.params.id);
+            if self.writes.starved {
+                self.writes.starved = false;
+                cx.out.push(Action::Report(Report::Stalled(false)));
+            }
         }
         self.pump_writeback(cx);
     }
