@@ -22,6 +22,11 @@ ublk:
     tests/vm/build-uml.sh
     bash tests/run --no-install --no-lint -E 'binary_id(quarry-tests::vm)'
 
+# A volume by ublk beside rublk's loop target, in the virtual machine (needs `cargo install rublk`)
+bench-ublk *arguments:
+    cargo build --release
+    tests/bench/ublk {{arguments}}
+
 # An object store, a volume, a crash and a recovery, shown in a minute
 demo *arguments:
     cargo run --release -- demo {{arguments}}

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 
 use quarry_objfmt::page::{
     RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,
@@ -283,72 +284,108 @@ impl RecoveredSegment {
     }
 }
 
-/// Reads all headers, and the record pages of segments that were open for writes.
-///
-/// A page that does not pass ends its segment's run: pages are written from the header downwards,
-/// those of a round together, and none of a round is counted before all of it is durable.
+/// Reads all headers, and the record pages of segments that were open for writes, by several threads:
+/// a large device has a hundred thousand headers, and while they are read nobody is served.
 ///
 /// # Errors
 /// If the device cannot be read. Damaged pages are no error: what they named is missing, and shows
 /// as a gap.
 pub fn scan(device: &CacheDevice) -> io::Result<Scan> {
-    let geometry = device.geometry();
+    let segments = device.geometry().segments;
+    let share = segments.div_ceil(SCAN_THREADS).max(1);
+    let parts = std::thread::scope(|scope| {
+        let scans: Vec<_> = (0..segments)
+            .step_by(share as usize)
+            .map(|first| {
+                let part = first..(first + share).min(segments);
+                scope.spawn(move || scan_part(device, part))
+            })
+            .collect();
+        let join = |scan: std::thread::ScopedJoinHandle<'_, io::Result<Scan>>| {
+            scan.join().expect("a scan does not panic")
+        };
+        scans.into_iter().map(join).collect::<io::Result<Vec<_>>>()
+    })?;
     let mut found = Scan::default();
-    let pages_max = geometry.segment_size / 4096;
-    let mut buf = AlignedBuf::zeroed(4096);
-    for id in (0..geometry.segments).map(SegmentId::new) {
-        device.read_at(&mut buf, geometry.page_byte(id, 0))?;
-        let Ok(header) = SegmentHeader::decode(&buf, device.id()) else {
+    for part in parts {
+        found.next_generation = found.next_generation.max(part.next_generation);
+        for (volume, mut of_part) in part.volumes {
+            let of_volume = found.volumes.entry(volume).or_default();
+            of_volume.segments.append(&mut of_part.segments);
+        }
+    }
+    Ok(found)
+}
+
+/// Threads of a scan: enough reads at once for any device.
+const SCAN_THREADS: u32 = 16;
+
+fn scan_part(device: &CacheDevice, part: Range<u32>) -> io::Result<Scan> {
+    let mut found = Scan::default();
+    let mut page = AlignedBuf::zeroed(4096);
+    for id in part.map(SegmentId::new) {
+        device.read_at(&mut page, device.geometry().page_byte(id, 0))?;
+        let Ok(header) = SegmentHeader::decode(&page, device.id()) else {
             continue;
         };
         if header.segment != id {
             continue;
         }
         found.next_generation = found.next_generation.max(header.generation.next());
-        if header.kind != SegmentKind::Write {
-            continue;
-        }
-        let mut pages = Vec::new();
-        // A round may have lost a page in the middle: look one round's worth further than the
-        // last good one, so that its gap is seen as a gap and not as the end.
-        let mut misses = 0;
-        for index in 1..pages_max {
-            device.read_at(&mut buf, geometry.page_byte(id, index))?;
-            match RecordPage::decode(&buf, device.id()) {
-                Ok(page)
-                    if page.segment == id
-                        && page.generation == header.generation
-                        && page.volume == header.volume
-                        && page.page == index =>
-                {
-                    pages.push(RecoveredPage {
-                        index,
-                        records: page.records,
-                    });
-                    misses = 0;
-                }
-                _ => {
-                    misses += 1;
-                    if misses > MISSING_PAGES_MAX {
-                        break;
-                    }
-                }
-            }
-        }
-        found
-            .volumes
-            .entry(header.volume)
-            .or_default()
-            .segments
-            .push(RecoveredSegment {
+        if header.kind == SegmentKind::Write {
+            let pages = read_pages(device, &header)?;
+            let of_volume = found.volumes.entry(header.volume).or_default();
+            of_volume.segments.push(RecoveredSegment {
                 segment: id,
                 generation: header.generation,
                 epoch: header.epoch,
                 pages,
             });
+        }
     }
     Ok(found)
 }
+
+/// The record pages of a segment.
+///
+/// They are written from the header downwards, those of a round together, and none of a round is
+/// counted before all of it is durable. A round may have lost a page in the middle: so a page that
+/// does not pass ends the run only if one round's worth behind it does not either, and a gap is seen
+/// as a gap and not as the end.
+fn read_pages(device: &CacheDevice, header: &SegmentHeader) -> io::Result<Vec<RecoveredPage>> {
+    let geometry = device.geometry();
+    let pages_max = geometry.segment_size / 4096;
+    let mut pages = Vec::new();
+    let mut misses = 0;
+    for first in (1..pages_max).step_by(BLOCK_PAGES as usize) {
+        let end = (first + BLOCK_PAGES).min(pages_max);
+        // The page of the highest index comes first on the device.
+        let mut block = AlignedBuf::zeroed((end - first) as usize * 4096);
+        device.read_at(&mut block, geometry.page_byte(header.segment, end - 1))?;
+        for (index, bytes) in (first..end).zip(block.chunks(4096).rev()) {
+            match RecordPage::decode(bytes, device.id()) {
+                Ok(page)
+                    if page.segment == header.segment
+                        && page.generation == header.generation
+                        && page.volume == header.volume
+                        && page.page == index =>
+                {
+                    misses = 0;
+                    let records = page.records;
+                    pages.push(RecoveredPage { index, records });
+                }
+                _ => misses += 1,
+            }
+            if misses > MISSING_PAGES_MAX {
+                return Ok(pages);
+            }
+        }
+    }
+    Ok(pages)
+}
+
+/// Record pages that are read at once.
+const BLOCK_PAGES: u32 = 64;
 
 /// Pages that may be missing in a row before the rest of a segment is taken for unwritten: those
 /// of one round, which are written at once.

@@ -42,7 +42,7 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 5] = [
+pub(crate) const SECTIONS: [(&str, &str); 6] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("store", "The object store that keeps everything durable."),
     (
@@ -50,6 +50,7 @@ pub(crate) const SECTIONS: [(&str, &str); 5] = [
         "The local cache device: hot data, and writes that the store does not have yet.",
     ),
     ("reactor", "The threads that serve I/O."),
+    ("ublk", "The volumes' block devices, /dev/ublkbN."),
     ("writeback", "The way from the cache to the store."),
 ];
 
@@ -308,6 +309,20 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| count(v).map(|n| c.reactor.threads = n),
         get: |c| Some(c.reactor.threads.to_string()),
+    },
+    Key {
+        path: "ublk.zero_copy",
+        doc: "Whether requests' data go between their own pages and the cache without a copy, where the kernel\n\
+              can (Linux 6.16). Of devices made from now on; those that are there keep their way.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| {
+            v.as_bool()
+                .map(|b| c.ublk.zero_copy = b)
+                .ok_or_else(|| wrong_type(v))
+        },
+        get: |c| Some(c.ublk.zero_copy.to_string()),
     },
     Key {
         path: "writeback.delay",

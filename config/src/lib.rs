@@ -40,6 +40,8 @@ pub struct Config {
     pub cache: Cache,
     /// `[reactor]`
     pub reactor: Reactor,
+    /// `[ublk]`
+    pub ublk: Ublk,
     /// `[writeback]`
     pub writeback: Writeback,
 }
@@ -168,6 +170,19 @@ impl Default for Reactor {
         Self {
             threads: u32::try_from(cpus).unwrap_or(1).clamp(1, 4),
         }
+    }
+}
+
+/// `[ublk]`: the volumes' block devices.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ublk {
+    /// Whether new devices hand their requests' pages on without a copy, where the kernel can.
+    pub zero_copy: bool,
+}
+
+impl Default for Ublk {
+    fn default() -> Self {
+        Self { zero_copy: true }
     }
 }
 

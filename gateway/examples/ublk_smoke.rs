@@ -248,6 +248,7 @@ async fn main() -> Result<()> {
         read_only: false,
     };
     let spec = DeviceSpec {
+        cache: quarry_objfmt::CacheId::from_bytes([1; 16]),
         volume: VolumeId::from_bytes(VOLUME),
         tenant: TenantName::new("smoke")?,
         name: VolumeName::new("plain")?,

@@ -165,6 +165,7 @@ async fn attach_again(daemon: Arc<Daemon>) {
         left -= 1;
         daemon.set_ready(Err(format!("{left} volumes are being attached again")));
     }
+    daemon.remove_left_devices().await;
     daemon.set_ready(Ok(()));
 }
 
@@ -182,6 +183,13 @@ async fn attach_one_again(daemon: &Daemon, volume: VolumeRef, how: How) {
         match daemon.attach(&volume, options.clone()).await {
             Ok(info) => {
                 tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");
+                return;
+            }
+            Err(error) if error.kind == Kind::NotFound => {
+                tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");
+                if let Err(error) = daemon.wanted().remove(&volume) {
+                    tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
+                }
                 return;
             }
             Err(error) => {

@@ -10,6 +10,7 @@
 //! - Looking never waits for changing: a volume that hangs hangs alone.
 
 mod attach;
+mod handover;
 mod registry;
 mod report;
 mod slot;
@@ -57,6 +58,8 @@ pub struct VolumeMachine {
     shared: Arc<Mutex<Shared>>,
     /// None for a volume that takes no writes.
     journal: Option<Journal>,
+    /// Bytes of requests that passed through the daemon's memory.
+    copied_bytes: u64,
     /// What the volume asked for when it was made: carried out with the first event.
     first: Vec<quarry_volume::Action>,
 }
@@ -88,6 +91,10 @@ impl Machine for VolumeMachine {
             .put(segment, generation, record);
     }
 
+    fn copied(&mut self, bytes: u64) {
+        self.copied_bytes += bytes;
+    }
+
     fn geometry(&self) -> Geometry {
         Geometry {
             size: self.volume.size(),
@@ -115,6 +122,8 @@ pub struct Daemon {
     next_reactor: AtomicUsize,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
+    /// Since when the devices that the last daemon left have been waiting.
+    waiting_since: Option<handover::Since>,
     /// Segments with unsent writes of volumes that went, which could not be read again.
     unsettled: Mutex<BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>>,
     journals: Journals,
@@ -235,11 +244,15 @@ impl Daemon {
             reactors: Mutex::new(reactors),
             next_reactor: AtomicUsize::new(0),
             kept: Mutex::new(scan.volumes),
+            waiting_since: handover::take(&config.daemon.data_dir),
             unsettled: Mutex::default(),
             journals,
             slots: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
-            ublk: ublk::Control::new(PathBuf::from("/dev/quarry")),
+            ublk: match ublk::Control::new(PathBuf::from(ublk::LINK_ROOT)) {
+                control if config.ublk.zero_copy => control,
+                control => control.without_zero_copy(),
+            },
             metrics: metrics::Metrics::new(),
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
@@ -353,6 +366,7 @@ impl Daemon {
     /// Ends the reactors. Requests under way are answered; what comes later is not taken.
     pub async fn stop(&self) {
         let reactors = std::mem::take(&mut *self.reactors.lock());
+        handover::leave(&self.config.daemon.data_dir);
         let join = move || reactors.into_iter().for_each(Reactor::shutdown);
         if let Err(error) = tokio::task::spawn_blocking(join).await {
             tracing::error!(%error, "a reactor did not end well");

@@ -65,6 +65,10 @@ pub trait Machine: Any + Send {
     /// take no writes: never called.
     fn journal(&mut self, _segment: SegmentId, _generation: Generation, _record: &Record) {}
 
+    /// So many bytes of its requests passed through this process' memory: counted where they do, not
+    /// where they should not.
+    fn copied(&mut self, _bytes: u64) {}
+
     /// Its shape; asked once, when the reactor gets it.
     fn geometry(&self) -> Geometry;
 

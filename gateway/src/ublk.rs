@@ -20,7 +20,7 @@ use std::io;
 use std::path::PathBuf;
 
 use libublk::sys;
-use quarry_objfmt::{Sectors, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName};
 
 pub use control::{Control, Found, Host, State};
 pub use stamp::Stamp;
@@ -123,6 +123,8 @@ impl fmt::Display for Mode {
 /// The device to make of a volume, or that was made of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DeviceSpec {
+    /// The cache device of the daemon that serves it.
+    pub cache: CacheId,
     /// The volume.
     pub volume: VolumeId,
     /// Its tenant.

@@ -62,7 +62,7 @@ impl Host {
         command
             .env("QUARRY_VM_KERNEL", &self.kernel)
             .env("QUARRY_BIN", quarry_program())
-            .args(["-t", "240"]);
+            .args(["-t", "330"]);
         for disk in disks {
             command.arg("-d").arg(disk);
         }
@@ -85,8 +85,17 @@ fn ublk_device_of_a_killed_daemon_comes_back_and_its_ext4_notices_nothing() -> R
     let Some(host) = Host::new()? else {
         return Ok(());
     };
-    let rounds = test_number("QUARRY_TEST_CRASHES", 4).to_string();
-    host.boot(&[], "guest-daemon-killed.sh", &[&rounds])
+    let kills = test_number("QUARRY_TEST_CRASHES", 4).to_string();
+    let replacements = test_number("QUARRY_TEST_REPLACEMENTS", 2).to_string();
+    host.boot(&[], "guest-daemon-killed.sh", &[&kills, &replacements])
+}
+
+#[test]
+fn devices_of_a_dead_daemon_are_taken_over_removed_or_left_alone() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-devices.sh", &[])
 }
 
 #[test]

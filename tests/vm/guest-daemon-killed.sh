@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # In the guest: ext4 on a ublk device, and fio on another without any file system, whose daemon is killed again and
-# again under load, and comes back. fio reads back what was acknowledged and never flushed.
-# usage: guest-daemon-killed.sh DIRECTORY ROUNDS
-dir=$1 rounds=$2
+# again under load, and comes back, and then is replaced in good order. fio reads back what was acknowledged and never
+# flushed.
+# usage: guest-daemon-killed.sh DIRECTORY KILLS REPLACEMENTS
+dir=$1 kills=$2 replacements=$3
 state=/mnt/state cache=/mnt/cache cache_size=256MiB
 # shellcheck source=guest.sh
 source "$(dirname "$0")/guest.sh"
@@ -32,15 +33,29 @@ record=/mnt/record
 : >"$record"
 write_files /mnt/fs "$record" 0 &
 writer=$!
-for round in $(seq "$rounds"); do
+look() { # ROUND: nobody has noticed anything
+    kill -0 "$writer" 2>/dev/null || fail "the writer saw an error $1"
+    [[ $(await_device) == "$disk" ]] || fail "the device has another name $1"
+    kill -0 "$fio" 2>/dev/null || { cat /mnt/fio.out >&2; fail "fio saw an error or wrong data $1"; }
+}
+for round in $(seq "$kills"); do
     sleep "1.$((RANDOM % 10))"
     kill_daemon
     sleep 0.3
     start_daemon
-    kill -0 "$writer" 2>/dev/null || fail "the writer saw an error in round $round"
-    [[ $(await_device) == "$disk" ]] || fail "the device has another name after round $round"
-    kill -0 "$fio" 2>/dev/null || { cat /mnt/fio.out >&2; fail "fio saw an error or wrong data in round $round"; }
+    look "after kill $round"
 done
+for round in $(seq "$replacements"); do
+    sleep "1.$((RANDOM % 10))"
+    kill -TERM "$daemon"
+    wait "$daemon" || fail "the daemon did not end well"
+    start_daemon
+    look "after replacement $round"
+done
+pauses=$(sed -n 's/.*pause_ms=\([0-9]*\).*/\1/p' "$log" | sort -n)
+say "the devices' users waited (ms):" $pauses
+[[ $(wc -w <<<"$pauses") == $((2 * replacements)) ]] || fail "not every pause is told"
+
 sleep 1
 kill -INT "$fio"
 # An fio that was interrupted ends with 128; its own count of errors is the fifth field.

@@ -1,7 +1,7 @@
 # Functions for the scripts that run inside the guest; sourced by them.
 #
 # They expect: $QUARRY_BIN the program; $dir a directory for store, records and log (the host's, by hostfs);
-# $state a directory for the daemon's own state; $cache the cache file or device; $cache_size.
+# $state a directory for the daemon's own state; $cache the cache file or device; $cache_size; if wanted, $QUARRY_CONFIG.
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -22,7 +22,7 @@ fail() {
 start_daemon() {
     rm -f "$QUARRY_SOCKET"
     mkdir -p "$state" "$dir/store"
-    "$QUARRY_BIN" serve --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
+    "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
         --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen 127.0.0.1:9400 >>"$log" 2>&1 &
     daemon=$!
     for _ in $(seq 600); do

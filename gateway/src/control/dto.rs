@@ -263,6 +263,9 @@ pub struct VolumeInfo {
     pub hit_bytes: u64,
     /// Bytes read from the store.
     pub miss_bytes: u64,
+    /// Bytes of requests that passed through the daemon's memory: all of NBD's, and of ublk's those
+    /// that missed or could not go without a copy.
+    pub copied_bytes: u64,
     /// Share of bytes read that the cache had; none before the first read.
     pub hit_ratio: Option<f64>,
     /// Bytes of chunks uploaded.

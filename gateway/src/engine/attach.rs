@@ -229,6 +229,7 @@ impl Daemon {
             tuning: self.tuning(),
         };
         let spec = DeviceSpec {
+            cache: how.cache,
             volume: id,
             tenant: volume.tenant.clone(),
             name: volume.name.clone(),
@@ -249,6 +250,7 @@ impl Daemon {
             volume: Volume::new(params, opened, &mut self.shared.lock(), &mut actions),
             shared: Arc::clone(&self.shared),
             journal: taken.journal,
+            copied_bytes: 0,
             first: actions,
         };
         let reactor = self.pick_reactor();
@@ -307,8 +309,50 @@ impl Daemon {
         let host = Box::new(add_queue(reactor.clone(), key));
         let left = self.ublk.find_recoverable().await?;
         match left.iter().find(|found| found.is_of(spec.volume)) {
-            Some(found) => self.ublk.recover(found.id, spec.clone(), host).await,
+            Some(found) => {
+                let device = self.ublk.recover(found.id, spec.clone(), host).await?;
+                if let Some(since) = self.waiting_since {
+                    let pause_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    tracing::info!(volume = backend.name(), device = %device.node.display(), pause_ms, "the device's users waited so long for this daemon");
+                }
+                Ok(device)
+            }
             None => self.ublk.start(spec.clone(), host).await,
+        }
+    }
+
+    /// Removes the devices that an earlier daemon on this cache device left and that are not to be
+    /// attached: one that died before it had noted the device, or whose volume is no more. Another
+    /// daemon's devices are left alone.
+    pub async fn remove_left_devices(&self) {
+        let left = match self.ublk.find_recoverable().await {
+            Ok(left) => left,
+            Err(error) => {
+                tracing::warn!(%error, "the devices of earlier daemons cannot be looked for");
+                return;
+            }
+        };
+        for found in left {
+            let Some(stamp) = found.stamp.filter(|s| s.cache == self.common.device.id()) else {
+                continue;
+            };
+            let volume = VolumeRef {
+                tenant: stamp.tenant.clone(),
+                name: stamp.name.clone(),
+            };
+            let slot = self.slot(&volume);
+            let _change = slot.change.lock().await;
+            if self.wanted.contains(&volume) || !slot.is_detached() {
+                continue;
+            }
+            match self.ublk.remove_left(found.id, stamp).await {
+                Ok(()) => {
+                    tracing::warn!(%volume, device = found.id, "removed a device that an earlier daemon left and nobody wants");
+                }
+                Err(error) => {
+                    tracing::error!(%volume, device = found.id, %error, "a device that nobody wants stays");
+                }
+            }
         }
     }
 

@@ -14,11 +14,11 @@ use crate::metrics;
 use crate::store::{Operation, Outcome, StoreState};
 
 impl Daemon {
-    async fn stats(&self, attached: &Attached) -> VolumeStats {
+    /// A volume's counters, and the bytes of its requests that passed through the daemon's memory.
+    async fn stats(&self, attached: &Attached) -> (VolumeStats, u64) {
         let (reactor, key) = attached.backend.place();
-        let stats = reactor
-            .inspect(key, |m: &VolumeMachine| m.volume.stats())
-            .await;
+        let look = |m: &VolumeMachine| (m.volume.stats(), m.copied_bytes);
+        let stats = reactor.inspect(key, look).await;
         stats.ok().flatten().unwrap_or_default()
     }
 
@@ -58,7 +58,7 @@ impl Daemon {
         let Some(attached) = attached else {
             return Ok(info);
         };
-        let stats = self.stats(&attached).await;
+        let (stats, copied_bytes) = self.stats(&attached).await;
         info.attached = Some(AttachedInfo {
             via: attached.info.via,
             device: attached.info.device.clone(),
@@ -80,6 +80,7 @@ impl Daemon {
         (info.hit_bytes, info.miss_bytes) = (stats.hit_bytes, stats.miss_bytes);
         #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
         let ratio = (read > 0).then(|| stats.hit_bytes as f64 / read as f64);
+        info.copied_bytes = copied_bytes;
         info.hit_ratio = ratio;
         info.uploaded_bytes = stats.uploaded_bytes;
         info.stalled = stats.stalled;
@@ -158,7 +159,7 @@ impl Daemon {
     pub(super) async fn snapshot(&self) -> metrics::Snapshot {
         let mut volumes = Vec::new();
         for (volume, attached) in self.attached() {
-            let s = self.stats(&attached).await;
+            let (s, copied_bytes) = self.stats(&attached).await;
             let of = metrics::VolumeStats {
                 size_bytes: attached.backend.head().get().size.bytes(),
                 reads: s.reads,
@@ -170,7 +171,7 @@ impl Daemon {
                 errors: s.errors,
                 hit_bytes: s.hit_bytes,
                 miss_bytes: s.miss_bytes,
-                copied_bytes: s.copied_bytes,
+                copied_bytes,
                 zero_fill_bytes: s.zero_bytes,
                 dirty_bytes: s.dirty_bytes,
                 rpo_ms: s.rpo_ms,

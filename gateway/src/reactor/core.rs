@@ -26,8 +26,8 @@ use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorS
 /// Time between two ticks, in milliseconds.
 const TICK_MS: u64 = 100;
 
-/// How long a reactor that was told to end waits for front ends that do not end by themselves
-/// (queues of ublk devices that live on) and for requests that wait for the store, in milliseconds.
+/// How long a reactor that was told to end waits for NBD's clients to be gone and for requests that wait
+/// for the store, in milliseconds.
 const END_GRACE_MS: u64 = 2_000;
 
 /// Record pages kept for reuse, in bytes.
@@ -509,9 +509,15 @@ impl Core {
         if self.volumes.is_empty() {
             return true;
         }
+        if !self.ops.is_empty() || self.volumes.iter().any(|(_, slot)| slot.ops > 0) {
+            return false;
+        }
+        // The users of a ublk device wait for the next daemon from here on.
+        let mut front_ends = self.front_ends.iter();
+        let done =
+            |slot: &FrontEndSlot| slot.pending.requests == 0 && !slot.front_end.ends_by_itself();
         // Requests that wait for the store are not waited for: nobody was told that they are done.
-        let idle = self.ops.is_empty() && self.volumes.iter().all(|(_, slot)| slot.ops == 0);
-        idle && self.now_ms.saturating_sub(since) >= END_GRACE_MS
+        front_ends.all(|(_, slot)| done(slot)) || self.now_ms.saturating_sub(since) >= END_GRACE_MS
     }
 
     /// The thread ends. Memory that the kernel may still use must outlive the ring, which the

@@ -196,6 +196,7 @@ impl Core {
         let (code, file, offset, address, hold) = match (buffer.0, what) {
             (BufferKind::None, _) => unreachable!("its length is 0"),
             (BufferKind::User { ptr, .. }, what) => {
+                self.volumes[volume as usize].machine.copied(len.into());
                 // SAFETY: `at` is inside the buffer by the assertion, and whoever made the buffer
                 // vouched for its memory (`Buffer::user`).
                 let ptr = unsafe { ptr.add(at as usize) };
@@ -261,6 +262,7 @@ impl Core {
                     )
                 }
                 Transfer::Copy(data) => {
+                    self.volumes[volume as usize].machine.copied(len.into());
                     let address = data.as_ptr() as u64;
                     let offset = user_copy_base + u64::from(at);
                     (

@@ -54,6 +54,11 @@ pub trait FrontEnd: Send {
     /// kernel gives back when the device is stopped) does nothing here.
     fn stop(&mut self, port: &mut Port<'_>);
 
+    /// Whether it comes to an end after [`FrontEnd::stop`] without anybody's help.
+    fn ends_by_itself(&self) -> bool {
+        true
+    }
+
     /// Whether it wants nothing more, ever. Asked after each call.
     fn is_finished(&self) -> bool;
 }

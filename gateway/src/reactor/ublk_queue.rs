@@ -333,6 +333,10 @@ impl FrontEnd for UblkQueue {
         self.stopped = true;
     }
 
+    fn ends_by_itself(&self) -> bool {
+        false
+    }
+
     fn is_finished(&self) -> bool {
         self.begun && self.alive == 0
     }

@@ -198,7 +198,18 @@ impl Control {
     /// [`UblkError::InUse`] unless `force`: with it, whoever uses the device gets errors.
     pub async fn remove(&self, id: u32, spec: DeviceSpec, force: bool) -> Result<(), UblkError> {
         let root = Arc::clone(&self.link_root);
-        self.run(move || remove(id, &spec, force, &root)).await
+        self.run(move || remove(id, &Stamp::of(&spec), force, &root))
+            .await
+    }
+
+    /// Stops and deletes a device that nobody will recover: who has it open gets errors, rather than
+    /// to wait for ever.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub async fn remove_left(&self, id: u32, stamp: Stamp) -> Result<(), UblkError> {
+        let root = Arc::clone(&self.link_root);
+        self.run(move || remove(id, &stamp, true, &root)).await
     }
 
     /// Runs `command` on a thread of its own.
@@ -463,8 +474,8 @@ fn describe(ctrl: &UblkCtrl) -> Found {
     }
 }
 
-fn remove(id: u32, spec: &DeviceSpec, force: bool, link_root: &Path) -> Result<(), UblkError> {
-    let ctrl = match open(id, spec.volume) {
+fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), UblkError> {
+    let ctrl = match open(id, stamp.volume) {
         Ok(ctrl) => ctrl,
         Err(UblkError::Command { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
             return Ok(());
@@ -475,7 +486,7 @@ fn remove(id: u32, spec: &DeviceSpec, force: bool, link_root: &Path) -> Result<(
     if !force && is_in_use(&node) {
         return Err(UblkError::InUse { node });
     }
-    link::remove(link_root, &spec.tenant, &spec.name, &node);
+    link::remove(link_root, &stamp.tenant, &stamp.name, &node);
     ctrl.kill_dev()
         .and_then(done)
         .map_err(|error| command(id, "stopping it", error))?;
@@ -484,7 +495,7 @@ fn remove(id: u32, spec: &DeviceSpec, force: bool, link_root: &Path) -> Result<(
         Err(error) if errno(&error) == Some(libc::ENODEV) => {}
         Err(error) => return Err(command(id, "deleting it", error)),
     }
-    tracing::info!(device = %node.display(), volume = %spec.volume, "device removed");
+    tracing::info!(device = %node.display(), volume = %stamp.volume, "device removed");
     Ok(())
 }
 

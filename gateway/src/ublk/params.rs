@@ -12,6 +12,10 @@ const PHYSICAL_BLOCK_SHIFT: u8 = 12;
 /// Preferred size of an I/O: a frame of a chunk, 64 KiB.
 const IO_OPT_SHIFT: u8 = 16;
 
+/// Mask of a request's pages' addresses: aligned to 512 bytes they suit direct I/O on any cache
+/// device. Left out, the kernel would take 3.
+const DMA_ALIGNMENT: u32 = 511;
+
 /// The parameters of a device that is to be made.
 pub(super) fn of_spec(spec: &DeviceSpec) -> sys::ublk_params {
     let read_only = if spec.read_only {
@@ -20,9 +24,6 @@ pub(super) fn of_spec(spec: &DeviceSpec) -> sys::ublk_params {
         0
     };
     sys::ublk_params {
-        // The kernel's struct goes on behind the part that libublk knows; what lies there stays
-        // zero. So naming the DMA alignment leaves it 0, for which the block layer puts 511: a
-        // request's pages then suit direct I/O on any cache device. Without the bit it is 3.
         types: sys::UBLK_PARAM_TYPE_BASIC
             | sys::UBLK_PARAM_TYPE_DISCARD
             | sys::UBLK_PARAM_TYPE_DMA_ALIGN,
@@ -41,6 +42,10 @@ pub(super) fn of_spec(spec: &DeviceSpec) -> sys::ublk_params {
             max_discard_sectors: DISCARD_BYTES_MAX / SECTOR_SIZE,
             max_write_zeroes_sectors: DISCARD_BYTES_MAX / SECTOR_SIZE,
             max_discard_segments: 1,
+            ..Default::default()
+        },
+        dma: sys::ublk_param_dma_align {
+            alignment: DMA_ALIGNMENT,
             ..Default::default()
         },
         ..Default::default()
@@ -95,12 +100,13 @@ fn logical_shift(sector_size: u32) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::{Sectors, TenantName, VolumeId, VolumeName};
+    use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName};
 
     use super::*;
 
     fn spec() -> DeviceSpec {
         DeviceSpec {
+            cache: CacheId::from_bytes([8; 16]),
             volume: VolumeId::from_bytes([7; 16]),
             tenant: TenantName::new("acme").unwrap(),
             name: VolumeName::new("db").unwrap(),

@@ -3,10 +3,10 @@
 //!
 //! The kernel keeps 64 bits of ours with the device (`ublksrv_flags`), which nobody can change: the
 //! first half of the volume's id. The file that libublk keeps for the device under `/run/ublksrvd`
-//! holds the [`Stamp`] in words; that directory is open to all, so the stamp counts only where it
+//! holds the [`Stamp`] in words, among them whose device it is: each daemon has a cache device of its own; that directory is open to all, so the stamp counts only where it
 //! agrees with the kernel's word.
 
-use quarry_objfmt::{TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{CacheId, TenantName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::DeviceSpec;
@@ -18,6 +18,8 @@ const VERSION: u32 = 1;
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Stamp {
     version: u32,
+    /// The cache device of the daemon that made it.
+    pub cache: CacheId,
     /// The volume.
     pub volume: VolumeId,
     /// Its tenant.
@@ -34,6 +36,7 @@ impl Stamp {
     pub fn of(spec: &DeviceSpec) -> Self {
         Self {
             version: VERSION,
+            cache: spec.cache,
             volume: spec.volume,
             tenant: spec.tenant.clone(),
             name: spec.name.clone(),
@@ -63,12 +66,13 @@ pub(super) fn word(volume: VolumeId) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::Sectors;
+    use quarry_objfmt::{CacheId, Sectors};
 
     use super::*;
 
     fn spec() -> DeviceSpec {
         DeviceSpec {
+            cache: CacheId::from_bytes([8; 16]),
             volume: VolumeId::from_bytes([7; 16]),
             tenant: TenantName::new("acme").unwrap(),
             name: VolumeName::new("db").unwrap(),

@@ -4,7 +4,9 @@
 //! Stands in for the crate of this name from the registry, which is the same but makes its bindings with
 //! bindgen at each build and so needs libclang on every machine: with this one a Rust toolchain is
 //! enough. The constants and structs below are bindgen's output, without the header's comments; the
-//! assertions on sizes and offsets are its own. Only `libublk` should use this crate by name.
+//! assertions on sizes and offsets are its own. `ublk_params` goes on to the end that the kernel's has
+//! had since 6.15: cut off before `dma`, as the registry's is, its last bytes are padding, with
+//! whatever lay there, and the kernel takes them for the DMA alignment. Only `libublk` should use this crate by name.
 
 #![allow(
     non_upper_case_globals,
@@ -317,6 +319,8 @@ pub struct ublk_params {
     pub discard: ublk_param_discard,
     pub devt: ublk_param_devt,
     pub zoned: ublk_param_zoned,
+    pub dma: ublk_param_dma_align,
+    pub seg: ublk_param_segment,
 }
 pub const UBLK_U_CMD_GET_QUEUE_AFFINITY: libc::c_uint = 2149610753;
 pub const UBLK_U_CMD_GET_DEV_INFO: libc::c_uint = 2149610754;
@@ -452,11 +456,13 @@ const _: () = {
     assert!(offset_of!(ublk_param_segment, max_segment_size) == 8);
     assert!(offset_of!(ublk_param_segment, max_segments) == 12);
     assert!(offset_of!(ublk_param_segment, pad) == 14);
-    assert!(size_of::<ublk_params>() == 112);
+    assert!(size_of::<ublk_params>() == 136);
     assert!(offset_of!(ublk_params, len) == 0);
     assert!(offset_of!(ublk_params, types) == 4);
     assert!(offset_of!(ublk_params, basic) == 8);
     assert!(offset_of!(ublk_params, discard) == 40);
     assert!(offset_of!(ublk_params, devt) == 60);
     assert!(offset_of!(ublk_params, zoned) == 76);
+    assert!(offset_of!(ublk_params, dma) == 108);
+    assert!(offset_of!(ublk_params, seg) == 120);
 };

@@ -163,8 +163,6 @@ pub struct VolumeStats {
     pub miss_bytes: u64,
     /// Bytes read as zeroes, from nowhere.
     pub zero_bytes: u64,
-    /// Bytes copied in user space into request buffers (misses).
-    pub copied_bytes: u64,
     /// Fetches of frames sent to the store.
     pub fetches: u64,
     /// Stored bytes asked for by them.

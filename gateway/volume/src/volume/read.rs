@@ -343,7 +343,6 @@ impl Volume {
         let Some(raw) = raw else {
             return self.piece_done(waiter.slot, Err(IoError::Io), cx);
         };
-        self.stats.copied_bytes += waiter.len as u64;
         let io = self.io(Io::Buffer { slot: waiter.slot });
         cx.out.push(Action::CopyToRequest {
             io,

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# In the guest: devices that a dead daemon left. Those that are wanted come back, those that nobody wants any more go,
+# another daemon's are left alone; and a device that copies its data does all that one without copies does.
+# usage: guest-devices.sh DIRECTORY
+dir=$1
+state=/mnt/state cache=/mnt/cache cache_size=128MiB
+# shellcheck source=guest.sh
+source "$(dirname "$0")/guest.sh"
+
+node() { readlink -f "/dev/quarry/acme/$1"; }
+counter() { # METRIC VOLUME
+    busybox wget -q -O - http://127.0.0.1:9400/metrics |
+        awk -v m="$1{" -v v="volume=\"$2\"" 'index($0, m) == 1 && index($0, v) { print $2 }'
+}
+
+start_daemon
+quarry tenant create acme
+for name in kept unlisted deleted; do
+    quarry volume create "acme/$name" --size 64MiB
+    quarry volume attach "acme/$name" --via ublk
+done
+kept=$(node kept) unlisted=$(node unlisted) deleted=$(node deleted)
+# Less than a chunk, so that it is still unsent when the daemon dies, and a hit afterwards.
+dd if=/dev/urandom of=/mnt/data bs=1M count=4 status=none
+for device in "$kept" "$unlisted" "$deleted"; do
+    dd if=/mnt/data of="$device" bs=1M oflag=direct conv=notrunc status=none || fail "write to $device"
+done
+kill_daemon
+# Meanwhile one volume is deleted elsewhere, and of another nobody has noted that it is attached.
+rm "$dir/store/t/acme/names/deleted"
+sed -i 's/"acme\/unlisted":{[^}]*},\{0,1\}//; s/,}/}/' "$state/attached.json"
+timeout 60 dd if="$deleted" of=/dev/null bs=4096 count=1 iflag=direct status=none 2>/mnt/reader &
+reader=$!
+
+# Another daemon on this host has no business with these devices.
+state=/mnt/state2 cache=/mnt/cache2 QUARRY_SOCKET=/run/other.sock start_daemon
+[[ -b $kept && -b $unlisted && -b $deleted ]] || fail "another daemon's devices were touched"
+kill "$daemon"
+wait "$daemon" || fail "the other daemon did not end well"
+kill -0 "$reader" || fail "a reader of a device without a daemon was not kept waiting"
+
+start_daemon
+for _ in $(seq 100); do
+    [[ ! -e $unlisted && ! -e $deleted ]] && break
+    sleep 0.1
+done
+[[ ! -e $unlisted && ! -e $deleted ]] || fail "devices that nobody wants are still there"
+[[ ! -e /dev/quarry/acme/unlisted && ! -e /dev/quarry/acme/deleted ]] || fail "their names are still there"
+wait "$reader" && fail "a read of a deleted volume succeeded"
+cmp -n 4194304 /mnt/data "$kept" || fail "the device that is wanted has lost its data"
+[[ $(counter quarry_volume_copied_bytes_total kept) == 0 ]] || fail "hits of a zero-copy device were copied"
+quarry volume attach acme/unlisted --via ublk
+cmp -n 4194304 /mnt/data "$(node unlisted)" || fail "the unlisted volume has lost its data"
+for name in kept unlisted; do
+    quarry volume detach "acme/$name"
+done
+
+# The same by user copy.
+printf '[ublk]\nzero_copy = false\n' >/mnt/quarry.toml
+kill "$daemon"
+wait "$daemon" || fail "the daemon did not end well"
+export QUARRY_CONFIG=/mnt/quarry.toml
+start_daemon
+quarry volume attach acme/kept --via ublk
+[[ $(quarry volume show acme/kept --output json) == *"user copy"* ]] || fail "the mode is not shown"
+cmp -n 4194304 /mnt/data "$(node kept)" || fail "user copy: other data"
+fio --name=copy --filename="$(node kept)" --ioengine=libaio --direct=1 --rw=randrw --bsrange=512-128k --iodepth=16 --size=64m \
+    --verify=crc32c --verify_fatal=1 --verify_state_save=0 --minimal --eta=never --output=/mnt/fio.out ||
+    { cat /mnt/fio.out >&2; fail "user copy: fio"; }
+(($(counter quarry_volume_copied_bytes_total kept) > 64 << 20)) || fail "user copy is not counted"
+kill_daemon
+start_daemon
+fio --name=copy --filename="$(node kept)" --ioengine=libaio --direct=1 --rw=randread --bs=64k --iodepth=16 --size=64m \
+    --minimal --eta=never --output=/dev/null || fail "user copy: reading after a kill"
+quarry volume detach acme/kept
+kill "$daemon"
+wait "$daemon" || fail "the daemon did not end well"
+say "passed"
