@@ -3,29 +3,39 @@
 # Prints one line a run: WORK TARGET ROUND IOPS.
 # usage: guest-ublk.sh DIRECTORY ROUNDS SECONDS
 dir=$1 rounds=$2 seconds=$3
-state=/mnt/state cache=/mnt/cache cache_size=1536MiB
+# Small enough to be as warm in the CPU's caches as rublk's file, large enough for what is unsent. Without compression:
+# the one chunk that is made while writes are measured would cost the one CPU as much as thousands of writes.
+state=/mnt/state cache=/mnt/cache cache_size=640MiB
 # shellcheck source=../vm/guest.sh
 source "$(dirname "$0")/../vm/guest.sh"
 size=256m
 
-fio_iops() { # DEVICE OPTIONS...: operations a second
-    local device=$1
-    shift
-    fio --name=b --filename="$device" --ioengine=io_uring --direct=1 --size=$size --runtime="$seconds" --time_based \
-        --randrepeat=0 --norandommap --minimal --eta=never "$@" | awk -F';' '/^3;/ { print $8 + $49 }'
+# OPTIONS...: operations a second. Random reads for a time, random writes once over the device.
+fio_iops() {
+    fio --name=b --ioengine=io_uring --direct=1 --size=$size --randrepeat=0 --minimal --eta=never "$@" |
+        awk -F';' '/^3;/ { print $8 + $49 }'
+}
+
+# Both devices written from end to end, so that each is laid out in order.
+fill() {
+    for device in "$mine" "$theirs"; do
+        fio --name=fill --filename="$device" --ioengine=io_uring --direct=1 --size=$size --rw=write --bs=1m --iodepth=4 \
+            --minimal --eta=never --output=/dev/null
+    done
+    quarry volume sync "$volume" >/dev/null 2>&1
 }
 
 cat >/mnt/quarry.toml <<TOML
 [writeback]
-# No upload in a measurement: the work is the cache's.
 delay = "1h"
+uploads_max = 1
 [reactor]
 threads = 1
 TOML
 export QUARRY_CONFIG=/mnt/quarry.toml
 start_daemon
 quarry tenant create acme
-quarry volume create "$volume" --size 256MiB
+quarry volume create "$volume" --size 256MiB --compression none
 quarry volume attach "$volume" --via ublk
 mine=$(await_device)
 truncate -s 256M /mnt/back
@@ -36,29 +46,27 @@ for _ in $(seq 100); do
     sleep 0.1
 done
 say "Quarry is $mine, rublk is $theirs"
-for device in "$mine" "$theirs"; do
-    fio --name=fill --filename="$device" --ioengine=io_uring --direct=1 --size=$size --rw=write --bs=1m --iodepth=4 \
-        --minimal --eta=never --output=/dev/null
-done
 
 for round in $(seq "$rounds"); do
-    for work in randread:4k:1 randread:4k:32 randread:4k:128 randwrite:4k:1 randwrite:4k:32 randwrite:4k:128 \
-        randread:64k:32 randwrite:64k:32 randread:512k:8 randwrite:512k:8; do
+    for work in ${QUARRY_BENCH_WORK:-randread:4k:1 randread:4k:32 randread:4k:128 randread:64k:32 randread:512k:8 \
+        randwrite:4k:1 randwrite:4k:32 randwrite:4k:128 randwrite:64k:32 randwrite:512k:8}; do
         IFS=: read -r kind block depth <<<"$work"
+        [[ $work == randread:4k:1 || $kind == randwrite ]] && fill
+        length=(--runtime="$seconds" --time_based --norandommap)
+        # A write costs the same whatever the store does later; that comes after the measurement.
+        [[ $kind == randwrite ]] && { length=(--io_size=$size); mv "$dir/store" "$dir/store.away"; }
         for target in quarry rublk; do
             device=$mine
             [[ $target == rublk ]] && device=$theirs
-            iops=$(fio_iops "$device" --rw="$kind" --bs="$block" --iodepth="$depth")
-            echo "$work $target $round $iops"
+            echo "$work $target $round $(fio_iops --filename="$device" --rw="$kind" --bs="$block" --iodepth="$depth" "${length[@]}")"
         done
-        # Everything unsent goes out between the runs, so that each finds the cache as empty as the others.
-        quarry volume sync "$volume" >/dev/null
+        [[ $kind == randwrite ]] && mv "$dir/store.away" "$dir/store"
     done
 done
 shown=$(quarry volume show "$volume" --output json)
 [[ $shown =~ \"copied_bytes\":\ *([0-9]+) ]] && echo "copied_bytes ${BASH_REMATCH[1]}"
 [[ $shown =~ \"mode\":\ *\"([a-z ]+)\" ]] && echo "mode ${BASH_REMATCH[1]}"
-rublk del --all >&2 || true
-quarry volume detach "$volume" >&2
+rublk del -n "${theirs#/dev/ublkb}" >&2 || true
+quarry volume detach "$volume" >/dev/null 2>&1
 kill "$daemon"
 wait "$daemon"

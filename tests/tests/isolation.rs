@@ -17,7 +17,7 @@ const WARM: u64 = 16 * MIB;
 /// Reads that wait for the store at once.
 const STUCK_READS: u64 = 24;
 /// Reads of the lively volume in a round.
-const READS: usize = 3000;
+const READS: usize = 1000;
 
 /// Latencies of random 4 KiB reads, one at a time: the 99th percentile and the longest.
 fn latencies(nbd: &mut Nbd, random: &mut StdRng) -> Result<(Duration, Duration)> {
@@ -62,9 +62,9 @@ fn reads_that_hit_are_not_held_up_by_another_volumes_reads_that_wait_for_the_sto
     daemon.sync(LIVELY)?;
     drop(daemon.attach(STUCK, &[])?);
     let mut ratios = Vec::new();
-    for round in 0..5_u64 {
+    for round in 0..3_u64 {
         let (alone, _) = latencies(&mut lively, &mut random)?;
-        proxy.delay(Duration::from_secs(4));
+        proxy.delay(Duration::from_secs(5));
         let under_way = Arc::new(AtomicUsize::new(0));
         let readers: Vec<_> = (0..STUCK_READS)
             .map(|reader| {

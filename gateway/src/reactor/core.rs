@@ -140,7 +140,6 @@ impl Core {
         self.arm_doorbell();
         while !self.is_over() {
             self.ring.submit(true).expect("io_uring_enter");
-            self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.ring.completions(&mut completions);
             self.stats.batches.fetch_add(1, Ordering::Relaxed);
             self.stats
@@ -357,6 +356,7 @@ impl Core {
     }
 
     fn receive(&mut self) {
+        self.look_at_the_clock();
         self.doorbell.answer();
         if self.doorbell.stopped() && self.ending_since.is_none() {
             self.end();
@@ -474,7 +474,14 @@ impl Core {
         }
     }
 
+    /// Time goes on with ticks and messages only: nobody needs it finer, and where a kernel has no
+    /// vDSO the clock is a system call in each batch.
+    fn look_at_the_clock(&mut self) {
+        self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    }
+
     fn tick(&mut self) {
+        self.look_at_the_clock();
         self.timer_armed = false;
         if self.volumes.is_empty() {
             return;

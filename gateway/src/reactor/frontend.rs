@@ -250,7 +250,7 @@ impl Port<'_> {
         self.ring.give_buffer_entries(first, count);
     }
 
-    /// Milliseconds since the reactor started, as of the beginning of the batch.
+    /// Milliseconds since the reactor started, as of the last tick or message.
     #[must_use]
     pub fn now_ms(&self) -> u64 {
         self.now_ms

@@ -509,9 +509,14 @@ fn is_in_use(node: &Path) -> bool {
     opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
-/// The control object of a device that exists and is `volume`'s.
+/// The control object of a device that exists and is `volume`'s; `ENODEV` if there is none.
 fn open(id: u32, volume: VolumeId) -> Result<UblkCtrl, UblkError> {
-    let ctrl = simple(id).map_err(|error| command(id, "asking for it", error))?;
+    let ctrl = simple(id).map_err(|error| {
+        // libublk tries an older command then, and tells what the driver thinks of that.
+        let gone = !Path::new(LIST_PATH).join(format!("ublkc{id}")).exists();
+        let gone = gone.then_some(libublk::UblkError::UringIOError(-libc::ENODEV));
+        command(id, "asking for it", gone.unwrap_or(error))
+    })?;
     if ctrl.dev_info().ublksrv_flags != stamp::word(volume) {
         return Err(UblkError::Foreign { id, volume });
     }
