@@ -2,15 +2,11 @@
 
 use std::future::Future;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use quarry_config::{Config, Overrides};
 
 use super::args::ServeFlags;
 use super::{Failure, logging};
-
-/// How long blocking work left over by the daemon may hold up the exit.
-const EXIT_GRACE: Duration = Duration::from_secs(5);
 
 /// Runs the daemon until it is told to stop.
 pub(super) fn run(flags: ServeFlags, socket: Option<PathBuf>) -> Result<(), Failure> {
@@ -69,7 +65,9 @@ pub(super) fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> Re
         )
     })?;
     let result = runtime.block_on(work);
-    runtime.shutdown_timeout(EXIT_GRACE);
+    // What is still being encoded or written nobody waits for: it is as if the process had died a
+    // moment earlier, while the users of its devices wait for the next one.
+    runtime.shutdown_background();
     Ok(result?)
 }
 
