@@ -234,11 +234,7 @@ pub(crate) const KEYS: &[Key] = &[
         expected: "write true or false",
         sample: "true",
         secret: false,
-        set: |c, v, _| {
-            v.as_bool()
-                .map(|b| c.store.path_style = Some(b))
-                .ok_or_else(|| wrong_type(v))
-        },
+        set: |c, v, _| boolean(v).map(|b| c.store.path_style = Some(b)),
         get: |c| c.store.path_style.map(|b| b.to_string()),
     },
     Key {
@@ -248,11 +244,7 @@ pub(crate) const KEYS: &[Key] = &[
         expected: "write true or false",
         sample: "",
         secret: false,
-        set: |c, v, _| {
-            v.as_bool()
-                .map(|b| c.store.make_missing = b)
-                .ok_or_else(|| wrong_type(v))
-        },
+        set: |c, v, _| boolean(v).map(|b| c.store.make_missing = b),
         get: |c| Some(c.store.make_missing.to_string()),
     },
     Key {
@@ -317,11 +309,7 @@ pub(crate) const KEYS: &[Key] = &[
         expected: "write true or false",
         sample: "",
         secret: false,
-        set: |c, v, _| {
-            v.as_bool()
-                .map(|b| c.ublk.zero_copy = b)
-                .ok_or_else(|| wrong_type(v))
-        },
+        set: |c, v, _| boolean(v).map(|b| c.ublk.zero_copy = b),
         get: |c| Some(c.ublk.zero_copy.to_string()),
     },
     Key {
@@ -379,6 +367,10 @@ fn text<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
     } else {
         Ok(text)
     }
+}
+
+fn boolean(value: &DeValue<'_>) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| wrong_type(value))
 }
 
 fn parsed<T: FromStr<Err: Display>>(value: &DeValue<'_>) -> Result<T, String> {

@@ -27,7 +27,7 @@ use quarry_objfmt::{
 use quarry_volume::map::MapRoot;
 
 use super::head::{HeadCell, HeadError, put};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
 const HEADER_GUESS: u64 = 64 << 10;
@@ -141,17 +141,7 @@ pub async fn claim(
     kept: Option<&Recovered>,
     claim: &Claim,
 ) -> Result<Claimed, OpenError> {
-    let key = keys::head_key(tenant, volume);
-    let (head, tag) = HeadCell::read(store, &key).await?;
-    if let Some(owner) = &head.owner
-        && owner.cache != claim.cache
-        && !claim.force
-    {
-        return Err(OpenError::Owned {
-            host: owner.host.clone(),
-            since: since(owner.since_ms),
-        });
-    }
+    let (head, tag) = read_head(store, tenant, volume, claim).await?;
     let kept_since = kept_since(&head, kept, claim)?;
 
     // Step 1.
@@ -168,6 +158,7 @@ pub async fn claim(
             since: raised.epoch,
         });
     }
+    let key = keys::head_key(tenant, volume);
     let tag = put(store, &key, &raised, &tag).await?;
 
     // Step 2.
@@ -204,6 +195,23 @@ pub async fn claim(
     })
 }
 
+/// The volume's head, unless somebody else has the volume and `claim` does not say `force`.
+async fn read_head(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    claim: &Claim,
+) -> Result<(Head, Tag), OpenError> {
+    let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
+    match &head.owner {
+        Some(owner) if owner.cache != claim.cache && !claim.force => Err(OpenError::Owned {
+            host: owner.host.clone(),
+            since: since(owner.since_ms),
+        }),
+        _ => Ok((head, tag)),
+    }
+}
+
 /// Opens a volume as the store has it at this moment, without the right to write: nothing in the
 /// store changes, and what a writer elsewhere adds later does not show.
 ///
@@ -216,17 +224,7 @@ pub async fn open_read_only(
     kept: Option<&Recovered>,
     claim: &Claim,
 ) -> Result<Claimed, OpenError> {
-    let key = keys::head_key(tenant, volume);
-    let (head, tag) = HeadCell::read(store, &key).await?;
-    if let Some(owner) = &head.owner
-        && owner.cache != claim.cache
-        && !claim.force
-    {
-        return Err(OpenError::Owned {
-            host: owner.host.clone(),
-            since: since(owner.since_ms),
-        });
-    }
+    let (head, tag) = read_head(store, tenant, volume, claim).await?;
     let replayed = replay(store, tenant, &head, None).await?;
     if kept.is_some_and(|kept| !kept.unsent(replayed.stored_write).is_empty())
         && !claim.discard_unsent
