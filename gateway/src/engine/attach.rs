@@ -17,7 +17,7 @@ use crate::control::{ApiError, ApiResult, AttachInfo, AttachOptions, Kind, Via, 
 use crate::nbd::Export;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
-use crate::ublk::{Device, DeviceSpec, UblkError};
+use crate::ublk::{Device, DeviceSpec, Stamp, UblkError};
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
 /// stopped, which comes first; one whose device could not be recovered never does.
@@ -342,16 +342,20 @@ impl Daemon {
             };
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
-            if self.wanted.contains(&volume) || !slot.is_detached() {
-                continue;
+            if !self.wanted.contains(&volume) && slot.is_detached() {
+                self.remove_left_device(&volume, found.id, stamp).await;
             }
-            match self.ublk.remove_left(found.id, stamp).await {
-                Ok(()) => {
-                    tracing::warn!(%volume, device = found.id, "removed a device that an earlier daemon left and nobody wants");
-                }
-                Err(error) => {
-                    tracing::error!(%volume, device = found.id, %error, "a device that nobody wants stays");
-                }
+            self.forget_idle(&volume, &slot);
+        }
+    }
+
+    async fn remove_left_device(&self, volume: &VolumeRef, device: u32, stamp: Stamp) {
+        match self.ublk.remove_left(device, stamp).await {
+            Ok(()) => {
+                tracing::warn!(%volume, device, "removed a device that an earlier daemon left and nobody wants");
+            }
+            Err(error) => {
+                tracing::error!(%volume, device, %error, "a device that nobody wants stays");
             }
         }
     }
