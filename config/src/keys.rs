@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-use crate::{Bound, Config, LogFormat, Secret, Size};
+use crate::{Bound, Config, LogFormat, Secret, Size, UblkMode};
 
 /// A key of the file.
 pub(crate) struct Key {
@@ -303,14 +303,20 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(c.reactor.threads.to_string()),
     },
     Key {
-        path: "ublk.zero_copy",
-        doc: "Whether requests' data go between their own pages and the cache without a copy, where the kernel\n\
-              can (Linux 6.16). Of devices made from now on; those that are there keep their way.",
-        expected: "write true or false",
+        path: "ublk.mode",
+        doc: "The best way that requests' data may go between their own pages and the cache: \"zero-copy\" (Linux\n\
+              6.16), \"zero-copy-by-hand\" (6.15), \"user-copy\" (6.5) or \"plain\". The kernel's best one up to it is\n\
+              taken, for devices made from now on; those that are there keep theirs.",
+        expected: "write \"zero-copy\", \"zero-copy-by-hand\", \"user-copy\" or \"plain\"",
         sample: "",
         secret: false,
-        set: |c, v, _| boolean(v).map(|b| c.ublk.zero_copy = b),
-        get: |c| Some(c.ublk.zero_copy.to_string()),
+        set: |c, v, _| {
+            let text = text(v)?;
+            let mode = UblkMode::ALL.into_iter().find(|m| m.as_str() == text);
+            mode.map(|m| c.ublk.mode = m)
+                .ok_or_else(|| "there is no such mode".to_owned())
+        },
+        get: |c| Some(quoted(c.ublk.mode.as_str())),
     },
     Key {
         path: "writeback.delay",

@@ -27,7 +27,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Place};
 pub use overrides::Overrides;
 pub use paths::client_socket;
-pub use value::{Bound, LogFormat, Secret, Size, SizeError};
+pub use value::{Bound, LogFormat, Secret, Size, SizeError, UblkMode};
 
 /// Everything that the daemon can be told.
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -174,16 +174,10 @@ impl Default for Reactor {
 }
 
 /// `[ublk]`: the volumes' block devices.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ublk {
-    /// Whether new devices hand their requests' pages on without a copy, where the kernel can.
-    pub zero_copy: bool,
-}
-
-impl Default for Ublk {
-    fn default() -> Self {
-        Self { zero_copy: true }
-    }
+    /// The best way for the data of new devices; worse ones where the kernel has no better.
+    pub mode: UblkMode,
 }
 
 /// `[writeback]`: from the cache to the store.

@@ -198,6 +198,41 @@ impl LogFormat {
     }
 }
 
+/// The best way that a block device's data may go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum UblkMode {
+    /// No copy; the kernel hands a request's pages on by itself.
+    #[default]
+    ZeroCopy,
+    /// No copy; the daemon asks for a request's pages.
+    ZeroCopyByHand,
+    /// One copy, made by the daemon.
+    UserCopy,
+    /// One copy, made by the kernel.
+    Plain,
+}
+
+impl UblkMode {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::ZeroCopy,
+        Self::ZeroCopyByHand,
+        Self::UserCopy,
+        Self::Plain,
+    ];
+
+    /// As written in the file.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ZeroCopy => "zero-copy",
+            Self::ZeroCopyByHand => "zero-copy-by-hand",
+            Self::UserCopy => "user-copy",
+            Self::Plain => "plain",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -175,6 +175,7 @@ async fn attach_one_again(daemon: &Daemon, volume: VolumeRef, how: How) {
         via: Some(how.via),
         read_only: how.read_only,
         force: how.force,
+        queues: how.queues,
         ..AttachOptions::default()
     };
     let mut delay = ATTACH_AGAIN_DELAY.0;

@@ -19,7 +19,6 @@ mod wanted;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -39,7 +38,9 @@ use crate::control::{
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
-use crate::reactor::{Geometry, Machine, Reactor, ReactorConfig};
+use crate::reactor::{
+    Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, VolumeKey,
+};
 use crate::store::Lane;
 use crate::ublk;
 
@@ -119,7 +120,6 @@ pub struct Daemon {
     common: Common,
     shared: Arc<Mutex<Shared>>,
     reactors: Mutex<Vec<Reactor>>,
-    next_reactor: AtomicUsize,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
     /// Since when the devices that the last daemon left have been waiting.
@@ -242,17 +242,14 @@ impl Daemon {
             common,
             shared,
             reactors: Mutex::new(reactors),
-            next_reactor: AtomicUsize::new(0),
             kept: Mutex::new(scan.volumes),
             waiting_since: handover::take(&config.daemon.data_dir),
             unsettled: Mutex::default(),
             journals,
             slots: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
-            ublk: match ublk::Control::new(PathBuf::from(ublk::LINK_ROOT)) {
-                control if config.ublk.zero_copy => control,
-                control => control.without_zero_copy(),
-            },
+            ublk: ublk::Control::new(PathBuf::from(ublk::LINK_ROOT))
+                .no_better_than(config.ublk.mode.into()),
             metrics: metrics::Metrics::new(),
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
@@ -285,10 +282,14 @@ impl Daemon {
         }
     }
 
-    fn pick_reactor(&self) -> crate::reactor::ReactorHandle {
+    /// The reactor with the least to do, and a name for a volume on it.
+    fn place(&self) -> Result<(ReactorHandle, VolumeKey), ReactorGone> {
         let reactors = self.reactors.lock();
-        let at = self.next_reactor.fetch_add(1, Ordering::Relaxed) % reactors.len();
-        reactors[at].handle()
+        let idlest = reactors.iter().min_by_key(|r| r.stats().load());
+        let handle = idlest.ok_or(ReactorGone)?.handle();
+        // Under the lock: the next one sees that this volume is there.
+        let key = handle.new_key();
+        Ok((handle, key))
     }
 
     /// Makes the volume ours, so that nobody else can write to it, and deletes it.

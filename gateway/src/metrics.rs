@@ -121,11 +121,39 @@ pub struct StoreStats {
     pub failing_ms: u64,
 }
 
+/// An attached volume.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct VolumeSample {
+    /// Whose.
+    pub tenant: String,
+    /// Its name.
+    pub volume: String,
+    /// By what it is attached.
+    pub via: &'static str,
+    /// How its data travel, such as `zero copy`.
+    pub mode: &'static str,
+    /// What it counted.
+    pub stats: VolumeStats,
+}
+
+/// What a reactor counts, and its gauges.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ReactorCounts {
+    /// Rounds of its loop.
+    pub batches: u64,
+    /// Requests completed.
+    pub requests: u64,
+    /// Volumes on it.
+    pub volumes: u64,
+}
+
 /// All that the engine counts, at one moment.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Snapshot {
-    /// Attached volumes: tenant, name, counters.
-    pub volumes: Vec<(String, String, VolumeStats)>,
+    /// Attached volumes.
+    pub volumes: Vec<VolumeSample>,
+    /// Reactors, by their number.
+    pub reactors: Vec<ReactorCounts>,
     /// The cache device.
     pub cache: CacheStats,
     /// The object store.
@@ -137,6 +165,10 @@ pub struct Snapshot {
 enum Source {
     /// One value a volume, labelled `tenant` and `volume`.
     Volume(fn(&VolumeStats) -> f64),
+    /// The constant 1 a volume, labelled with what does not change while it is attached.
+    VolumeInfo,
+    /// One value a reactor, labelled `reactor`.
+    Reactor(fn(&ReactorCounts) -> f64),
     /// One value.
     Cache(fn(&CacheStats) -> f64),
     /// One value.
@@ -291,6 +323,11 @@ static TABLE: &[Definition] = &[
         of!(Volume.failed),
     ),
     gauge(
+        "quarry_volume_info",
+        "How the volume is attached, and how its data travel, as labels of the constant 1.",
+        Source::VolumeInfo,
+    ),
+    gauge(
         "quarry_volume_rpo_seconds",
         "Age of the oldest write that the store does not have yet.",
         of!(Volume.rpo_ms in ms),
@@ -304,6 +341,21 @@ static TABLE: &[Definition] = &[
         "quarry_volume_stalled",
         "1 while writes wait for the store.",
         of!(Volume.stalled),
+    ),
+    counter(
+        "quarry_reactor_batches_total",
+        "Rounds of the reactor's loop: one submission each.",
+        of!(Reactor.batches),
+    ),
+    counter(
+        "quarry_reactor_requests_total",
+        "Requests completed by the reactor.",
+        of!(Reactor.requests),
+    ),
+    gauge(
+        "quarry_reactor_volumes",
+        "Volumes on the reactor.",
+        of!(Reactor.volumes),
     ),
     counter(
         "quarry_cache_node_hits_total",
@@ -459,8 +511,24 @@ impl Definition {
             Source::Volume(value) => snapshot
                 .volumes
                 .iter()
-                .map(|(tenant, name, stats)| {
-                    self.metric(&[("tenant", tenant), ("volume", name)], value(stats))
+                .map(|v| {
+                    let labels = [("tenant", v.tenant.as_str()), ("volume", &v.volume)];
+                    self.metric(&labels, value(&v.stats))
+                })
+                .collect(),
+            Source::VolumeInfo => snapshot
+                .volumes
+                .iter()
+                .map(|v| {
+                    let name = [("tenant", v.tenant.as_str()), ("volume", &v.volume)];
+                    let info = [("via", v.via), ("mode", v.mode)];
+                    self.metric(&[name, info].concat(), 1.0)
+                })
+                .collect(),
+            Source::Reactor(value) => (0_u32..)
+                .zip(&snapshot.reactors)
+                .map(|(n, counts)| {
+                    self.metric(&[("reactor", n.to_string().as_str())], value(counts))
                 })
                 .collect(),
             Source::Cache(value) => vec![self.metric(&[], value(&snapshot.cache))],
@@ -531,7 +599,20 @@ mod tests {
             count: 7,
         };
         Snapshot {
-            volumes: vec![("acme".to_owned(), "db".to_owned(), stats)],
+            volumes: vec![VolumeSample {
+                tenant: "acme".to_owned(),
+                volume: "db".to_owned(),
+                via: "ublk",
+                mode: "zero copy",
+                stats,
+            }],
+            reactors: vec![
+                ReactorCounts::default(),
+                ReactorCounts {
+                    requests: 9,
+                    ..ReactorCounts::default()
+                },
+            ],
             cache: CacheStats {
                 size_bytes: 1 << 30,
                 ..CacheStats::default()
@@ -552,6 +633,8 @@ mod tests {
             "quarry_volume_read_bytes_total{tenant=\"acme\",volume=\"db\"} 4096",
             "quarry_volume_rpo_seconds{tenant=\"acme\",volume=\"db\"} 1.5",
             "quarry_volume_stalled{tenant=\"acme\",volume=\"db\"} 1",
+            "quarry_volume_info{tenant=\"acme\",volume=\"db\",via=\"ublk\",mode=\"zero copy\"} 1",
+            "quarry_reactor_requests_total{reactor=\"1\"} 9",
             "quarry_cache_size_bytes 1073741824",
             "quarry_store_busy_seconds_total{operation=\"get\"} 0.25",
             "quarry_store_requests_total{operation=\"get\",outcome=\"ok\"} 7",

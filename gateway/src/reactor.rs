@@ -21,6 +21,7 @@ mod execute;
 pub mod frontend;
 pub(crate) mod memory;
 mod op;
+mod rate;
 mod ring;
 mod sync;
 mod token;
@@ -47,6 +48,9 @@ pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
 
 /// Messages that wait for a reactor: past it, senders wait.
 const MESSAGES_MAX: usize = 4096;
+
+/// Requests a second that a volume may begin to make, by which quiet volumes are spread evenly.
+const REQUESTS_EXPECTED: u64 = 100;
 
 /// A volume as a reactor sees it: the state machine, and its shape.
 pub trait Machine: Any + Send {
@@ -172,6 +176,20 @@ pub struct ReactorStats {
     pub completions: AtomicU64,
     /// Requests that were completed.
     pub requests: AtomicU64,
+    /// Requests a second, over the last ten seconds or so.
+    pub rate: AtomicU64,
+    /// Volumes that it serves or is about to.
+    pub volumes: AtomicU64,
+}
+
+impl ReactorStats {
+    /// How busy it is, or will be, for the choice of a volume's reactor: requests a second, where
+    /// each volume counts as if it made some more.
+    #[must_use]
+    pub fn load(&self) -> u64 {
+        let volumes = self.volumes.load(Ordering::Relaxed);
+        self.rate.load(Ordering::Relaxed) + volumes * REQUESTS_EXPECTED
+    }
 }
 
 /// How other threads reach a reactor. Cheap to clone; the reactor outlives its handles.
@@ -184,7 +202,7 @@ pub struct ReactorHandle {
 }
 
 impl ReactorHandle {
-    /// A name for a volume about to be added.
+    /// A name for a volume about to be added, which is counted from now on.
     ///
     /// # Panics
     /// After 2^32 volumes.
@@ -192,6 +210,7 @@ impl ReactorHandle {
     pub fn new_key(&self) -> VolumeKey {
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         assert!(key != u32::MAX, "a reactor's volume keys are used up");
+        self.stats.volumes.fetch_add(1, Ordering::Relaxed);
         VolumeKey(key)
     }
 
@@ -301,12 +320,6 @@ impl ReactorHandle {
         self.send(Message::Inspect { key, look }).await?;
         answer.await.map_err(|_| ReactorGone)
     }
-
-    /// What the reactor counted.
-    #[must_use]
-    pub fn stats(&self) -> &ReactorStats {
-        &self.stats
-    }
 }
 
 /// How a reactor is set up.
@@ -368,6 +381,12 @@ impl Reactor {
             handle,
             thread: Some(thread),
         })
+    }
+
+    /// What it counted.
+    #[must_use]
+    pub fn stats(&self) -> &ReactorStats {
+        &self.handle.stats
     }
 
     /// How to reach it.

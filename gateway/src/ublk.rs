@@ -25,8 +25,11 @@ use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName};
 pub use control::{Control, Found, Host, State};
 pub use stamp::Stamp;
 
-/// Requests that a device has under way at most.
+/// Requests that a queue of a device has under way at most.
 pub const QUEUE_DEPTH: u16 = 128;
+
+/// Queues of a device at most.
+pub const QUEUES_MAX: u16 = 16;
 
 /// Largest read or write of one request, in bytes.
 pub const IO_BYTES_MAX: u32 = 1 << 20;
@@ -60,63 +63,92 @@ impl Features {
         self.0 & flags == flags
     }
 
-    /// The best mode that it can run a device in.
+    /// The best mode that it can run a device in, and that is no better than `best`.
     ///
     /// # Errors
-    /// [`UblkError::TooOld`] without user copy or user recovery (both since Linux 6.5).
-    pub const fn mode(self) -> Result<Mode, UblkError> {
-        if !self.has(MODE_USER_COPY) {
-            return Err(UblkError::TooOld { features: self.0 });
-        }
-        Ok(Mode::of_flags(self.0))
+    /// [`UblkError::TooOld`] if it has none, for want of user recovery (Linux 6.1).
+    pub fn mode(self, best: Mode) -> Result<Mode, UblkError> {
+        Mode::ALL
+            .into_iter()
+            .find(|mode| *mode >= best && self.has(mode.flags()))
+            .ok_or(UblkError::TooOld { features: self.0 })
     }
 }
 
-/// What every device of ours has: data by `pread` and `pwrite`, and life beyond its daemon.
-const MODE_USER_COPY: u64 =
-    (sys::UBLK_F_USER_COPY | sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
+/// What every device of ours has: life beyond its daemon.
+const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 
-/// What a zero-copy device has beside.
-const MODE_ZERO_COPY: u64 =
-    MODE_USER_COPY | (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG) as u64;
-
-/// How a request's data get between its pages and the cache device.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// How a request's data get between its pages and the cache device; better ones first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Mode {
     /// The kernel puts the pages into the ring's buffer table with each request; a request for
-    /// which it cannot is served as in the other mode.
+    /// which it cannot is served as in the next mode (Linux 6.16).
     ZeroCopy,
-    /// By way of the daemon's memory, one copy (Linux 6.5 to 6.15).
+    /// We have the kernel put the pages into the buffer table, one more command a request; a request
+    /// for which it cannot is served as in the next mode (Linux 6.15).
+    ZeroCopyByHand,
+    /// By way of the daemon's memory, one copy, by `pread` and `pwrite` (Linux 6.5).
     UserCopy,
+    /// By way of the daemon's memory, one copy, which the kernel makes with the commands.
+    Plain,
 }
 
 impl Mode {
+    /// All of them, the best one first.
+    const ALL: [Self; 4] = [
+        Self::ZeroCopy,
+        Self::ZeroCopyByHand,
+        Self::UserCopy,
+        Self::Plain,
+    ];
+
     /// The mode of a device with these `UBLK_F_*` flags.
     #[must_use]
-    pub const fn of_flags(flags: u64) -> Self {
-        if flags & MODE_ZERO_COPY == MODE_ZERO_COPY {
-            Self::ZeroCopy
-        } else {
-            Self::UserCopy
-        }
+    pub fn of_flags(flags: u64) -> Self {
+        let has = |mode: &Self| flags & mode.flags() == mode.flags();
+        Self::ALL.into_iter().find(has).unwrap_or(Self::Plain)
     }
 
     /// The `UBLK_F_*` flags to add a device with.
     #[must_use]
     pub const fn flags(self) -> u64 {
+        let flags = match self {
+            Self::ZeroCopy => {
+                sys::UBLK_F_USER_COPY | sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG
+            }
+            Self::ZeroCopyByHand => sys::UBLK_F_USER_COPY | sys::UBLK_F_SUPPORT_ZERO_COPY,
+            Self::UserCopy => sys::UBLK_F_USER_COPY,
+            Self::Plain => sys::UBLK_F_NEED_GET_DATA,
+        };
+        RECOVERY | flags as u64
+    }
+
+    /// As it is written: in `volume show`, the log and the metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
         match self {
-            Self::ZeroCopy => MODE_ZERO_COPY,
-            Self::UserCopy => MODE_USER_COPY,
+            Self::ZeroCopy => "zero copy",
+            Self::ZeroCopyByHand => "zero copy by hand",
+            Self::UserCopy => "user copy",
+            Self::Plain => "plain",
+        }
+    }
+}
+
+impl From<quarry_config::UblkMode> for Mode {
+    fn from(mode: quarry_config::UblkMode) -> Self {
+        match mode {
+            quarry_config::UblkMode::ZeroCopy => Self::ZeroCopy,
+            quarry_config::UblkMode::ZeroCopyByHand => Self::ZeroCopyByHand,
+            quarry_config::UblkMode::UserCopy => Self::UserCopy,
+            quarry_config::UblkMode::Plain => Self::Plain,
         }
     }
 }
 
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::ZeroCopy => "zero copy",
-            Self::UserCopy => "user copy",
-        })
+        f.write_str(self.as_str())
     }
 }
 
@@ -137,6 +169,10 @@ pub struct DeviceSpec {
     pub sector_size: u32,
     /// Whether the device takes no writes.
     pub read_only: bool,
+    /// Queues of a device that is to be made: all on the volume's reactor, so more of them mean more
+    /// requests under way and less contention among those who make them. The kernel has no more than
+    /// CPUs.
+    pub queues: u16,
 }
 
 /// A device that is there.
@@ -150,6 +186,8 @@ pub struct Device {
     pub link: Option<PathBuf>,
     /// How its data travel.
     pub mode: Mode,
+    /// How many queues it has.
+    pub queues: u16,
 }
 
 /// Why something could not be done with a device.
@@ -163,7 +201,7 @@ pub enum UblkError {
     Denied(#[source] io::Error),
     /// The driver lacks what we cannot do without.
     #[error(
-        "ublk of this kernel is too old (features {features:#x}; Linux 6.5 is the first that will do): use --via nbd"
+        "ublk of this kernel is too old (features {features:#x}; Linux 6.1 is the first that will do): use --via nbd"
     )]
     TooOld {
         /// `UBLK_F_*`.
@@ -244,32 +282,43 @@ pub enum UblkError {
 mod tests {
     use super::*;
 
-    #[test]
-    fn features_of_linux_7_3_give_zero_copy() {
-        assert_eq!(
-            Features::from_bits(0x1e_ffff).mode().unwrap(),
-            Mode::ZeroCopy
-        );
+    const LINUX_7_3: u64 = 0x1e_ffff;
+
+    fn without(flags: u32) -> Features {
+        Features::from_bits(LINUX_7_3 & !u64::from(flags))
     }
 
     #[test]
-    fn features_without_auto_registration_give_user_copy() {
-        let bits = 0x1e_ffff & !u64::from(sys::UBLK_F_AUTO_BUF_REG);
-        assert_eq!(Features::from_bits(bits).mode().unwrap(), Mode::UserCopy);
+    fn features_give_the_best_mode_that_they_have() {
+        for (features, mode) in [
+            (without(0), Mode::ZeroCopy),
+            (without(sys::UBLK_F_AUTO_BUF_REG), Mode::ZeroCopyByHand),
+            (without(sys::UBLK_F_SUPPORT_ZERO_COPY), Mode::UserCopy),
+            (without(sys::UBLK_F_USER_COPY), Mode::Plain),
+        ] {
+            assert_eq!(features.mode(Mode::ZeroCopy).unwrap(), mode);
+        }
     }
 
     #[test]
-    fn features_without_user_copy_are_too_old() {
-        let bits = 0x1e_ffff & !u64::from(sys::UBLK_F_USER_COPY);
+    fn mode_is_no_better_than_asked_for() {
+        assert_eq!(without(0).mode(Mode::UserCopy).unwrap(), Mode::UserCopy);
+        let old = without(sys::UBLK_F_USER_COPY);
+        assert_eq!(old.mode(Mode::UserCopy).unwrap(), Mode::Plain);
+    }
+
+    #[test]
+    fn features_without_recovery_are_too_old() {
+        let features = without(sys::UBLK_F_USER_RECOVERY);
         assert!(matches!(
-            Features::from_bits(bits).mode(),
+            features.mode(Mode::ZeroCopy),
             Err(UblkError::TooOld { .. })
         ));
     }
 
     #[test]
     fn mode_of_its_own_flags_is_itself() {
-        for mode in [Mode::ZeroCopy, Mode::UserCopy] {
+        for mode in Mode::ALL {
             assert_eq!(Mode::of_flags(mode.flags()), mode);
         }
     }

@@ -55,24 +55,52 @@ for name in kept unlisted; do
     quarry volume detach "acme/$name"
 done
 
-# The same by user copy.
-printf '[ublk]\nzero_copy = false\n' >/mnt/quarry.toml
+# The same in the other modes, each forced: what the device is told to have, what the metrics say, and all data right
+# through verified I/O, a kill, and a replacement.
+copied() { counter quarry_volume_copied_bytes_total kept; }
 kill "$daemon"
 wait "$daemon" || fail "the daemon did not end well"
 export QUARRY_CONFIG=/mnt/quarry.toml
-start_daemon
-quarry volume attach acme/kept --via ublk
-[[ $(quarry volume show acme/kept --output json) == *"user copy"* ]] || fail "the mode is not shown"
-cmp -n 4194304 /mnt/data "$(node kept)" || fail "user copy: other data"
-fio --name=copy --filename="$(node kept)" --ioengine=libaio --direct=1 --rw=randrw --bsrange=512-128k --iodepth=16 --size=64m \
-    --verify=crc32c --verify_fatal=1 --verify_state_save=0 --minimal --eta=never --output=/mnt/fio.out ||
-    { cat /mnt/fio.out >&2; fail "user copy: fio"; }
-(($(counter quarry_volume_copied_bytes_total kept) > 64 << 20)) || fail "user copy is not counted"
-kill_daemon
-start_daemon
-fio --name=copy --filename="$(node kept)" --ioengine=libaio --direct=1 --rw=randread --bs=64k --iodepth=16 --size=64m \
-    --minimal --eta=never --output=/dev/null || fail "user copy: reading after a kill"
-quarry volume detach acme/kept
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+for mode in zero-copy-by-hand user-copy plain; do
+    words=${mode//-/ }
+    printf '[ublk]\nmode = "%s"\n' "$mode" >/mnt/quarry.toml
+    start_daemon
+    quarry volume attach acme/kept --via ublk
+    [[ $(quarry volume show acme/kept --output json) == *"\"$words\""* ]] || fail "$mode: not shown"
+    busybox wget -q -O - http://127.0.0.1:9400/metrics | grep -q "^quarry_volume_info{.*mode=\"$words\"" || fail "$mode: wrong metric"
+    # The first time from the store, for it was detached; then from the cache.
+    cmp -n 4194304 /mnt/data "$(node kept)" || fail "$mode: other data"
+    before=$(copied)
+    fio --name="$mode" --filename="$(node kept)" --offset=8m --ioengine=libaio --direct=1 --rw=randrw --bsrange=512-1m --iodepth=32 --size=48m \
+        --verify=crc32c --verify_fatal=1 --verify_state_save=0 --minimal --eta=never --output=/mnt/fio.out ||
+        { cat /mnt/fio.out >&2; fail "$mode: fio"; }
+    blkdiscard -z -o 0 -l 1048576 "$(node kept)" || fail "$mode: write zeroes"
+    cmp -n 1048576 /dev/zero "$(node kept)" || fail "$mode: zeroes are not"
+    dd if=/mnt/data of="$(node kept)" bs=64k count=16 oflag=direct conv=notrunc status=none || fail "$mode: dd"
+    if [[ $mode == zero-copy* ]]; then
+        (($(copied) == before)) || fail "$mode: data were copied"
+    else
+        (($(copied) - before > 48 << 20)) || fail "$mode: copies are not counted"
+    fi
+    fio --name=load --filename="$(node kept)" --offset=8m --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-256k --iodepth=32 --size=48m \
+        --verify=crc32c --verify_backlog=64 --verify_fatal=1 --verify_state_save=0 --io_size=100g --runtime=1h --time_based \
+        --minimal --eta=never --output=/mnt/fio.out &
+    load=$!
+    sleep 1
+    kill_daemon
+    start_daemon
+    sleep 1
+    kill -TERM "$daemon"
+    wait "$daemon" || fail "$mode: the daemon did not end well"
+    start_daemon
+    sleep 1
+    kill -INT "$load"
+    wait "$load" || [[ $? == 128 ]] || fail "$mode: fio ended badly"
+    [[ $(grep '^3;' /mnt/fio.out | cut -d';' -f5) == 0 ]] || { cat /mnt/fio.out >&2; fail "$mode: an error or wrong data over a kill"; }
+    cmp -n 4194304 /mnt/data "$(node kept)" || fail "$mode: other data after a kill"
+    quarry volume detach acme/kept
+    kill "$daemon"
+    wait "$daemon" || fail "$mode: the daemon did not end well"
+    say "$mode: passed"
+done
 say "passed"

@@ -248,6 +248,9 @@ pub struct AttachFlags {
     /// Take no writes.
     #[arg(long)]
     pub read_only: bool,
+    /// Queues of the block device, 1 to 16 and no more than CPUs: for one that many CPUs use at once.
+    #[arg(long, value_name = "COUNT")]
+    pub queues: Option<u16>,
 }
 
 /// What to do with configuration files.

@@ -97,12 +97,14 @@ async fn attach(
         force,
         discard_unsent,
         read_only,
+        queues,
     } = flags;
     let options = AttachOptions {
         via,
         force,
         discard_unsent,
         read_only,
+        queues,
     };
     let attached = shown("attaching", &volume, client.attach(&volume, &options)).await?;
     console.show(&attached, attach_text)
@@ -170,7 +172,12 @@ fn show_text(v: &VolumeInfo) -> String {
         } else {
             format!(", {}", a.mode)
         };
-        format!("{}{mode}{read_only}, epoch {}", a.via, a.epoch)
+        let queues = if a.queues > 1 {
+            format!(", {} queues", a.queues)
+        } else {
+            String::new()
+        };
+        format!("{}{mode}{queues}{read_only}, epoch {}", a.via, a.epoch)
     });
     let owner = v.owner.as_ref().map(|o| {
         let since = time_ms(o.since_ms)

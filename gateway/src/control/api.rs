@@ -203,6 +203,7 @@ async fn attach(
 ) -> Result<impl IntoResponse, Refused> {
     let volume = volume_of(path)?;
     let options: AttachOptions = json(body)?;
+    options.check()?;
     Ok(Json(
         whole(async move { engine.attach(&volume, options).await }).await?,
     ))

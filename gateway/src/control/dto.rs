@@ -11,6 +11,7 @@ use quarry_objfmt::{Compression, Durability, Sectors, TenantName, VOLUME_SECTORS
 use serde::{Deserialize, Serialize};
 
 use super::{ApiError, ApiResult, VolumeRef};
+use crate::ublk::QUEUES_MAX;
 
 /// Largest volume: 1 EiB.
 pub const VOLUME_BYTES_MAX: u64 = Sectors::new(VOLUME_SECTORS_MAX).bytes();
@@ -30,12 +31,20 @@ pub enum Via {
     Nbd,
 }
 
-impl fmt::Display for Via {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Via {
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
             Self::Ublk => "ublk",
             Self::Nbd => "nbd",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Via {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
@@ -190,6 +199,9 @@ pub struct AttachedInfo {
     /// How data pass between the kernel and the cache, such as "zero copy".
     #[serde(default)]
     pub mode: String,
+    /// ublk: queues of the device.
+    #[serde(default)]
+    pub queues: u16,
     /// The writer's term.
     #[serde(default)]
     pub epoch: u32,
@@ -295,6 +307,22 @@ pub struct AttachOptions {
     pub discard_unsent: bool,
     /// Take no writes.
     pub read_only: bool,
+    /// ublk: queues of the device, from 1 to 16; none: 1.
+    pub queues: Option<u16>,
+}
+
+impl AttachOptions {
+    /// Refuses what no device has.
+    pub(super) fn check(&self) -> ApiResult<()> {
+        match self.queues {
+            Some(queues) if queues == 0 || queues > QUEUES_MAX => {
+                let message = format!("a device of {queues} queues cannot be made");
+                let remedy = format!("choose from 1 to {QUEUES_MAX}");
+                Err(ApiError::invalid(message, remedy))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Answer: where an attached volume is.

@@ -23,6 +23,9 @@ use crate::ublk::{Device, DeviceSpec, Stamp, UblkError};
 /// stopped, which comes first; one whose device could not be recovered never does.
 const FRONT_ENDS_END_MAX: Duration = Duration::from_secs(10);
 
+/// How the data of a volume travel that is attached by NBD.
+const THROUGH_THE_DAEMON: &str = "through the daemon";
+
 impl From<OpenError> for ApiError {
     fn from(error: OpenError) -> Self {
         let kind = match &error {
@@ -97,6 +100,11 @@ impl Daemon {
             }
             None => self.ublk.probe().await.map_or(Via::Nbd, |_| Via::Ublk),
         };
+        if via == Via::Nbd && options.queues.is_some() {
+            let message = "queues are a block device's, and NBD has none";
+            let remedy = "leave them out, or attach by ublk";
+            return Err(ApiError::new(Kind::Invalid, message, remedy));
+        }
         slot.set(Stage::Attaching);
         match self.open(volume, options, via).await {
             Ok(attached) => {
@@ -107,6 +115,7 @@ impl Daemon {
                     read_only: options.read_only,
                     // To take it away from somebody is said once; to look on takes nothing away.
                     force: options.force && options.read_only,
+                    queues: options.queues,
                 };
                 self.wanted.add(volume, how).map_err(|error| {
                     let message = format!(
@@ -134,7 +143,8 @@ impl Daemon {
         let mut attached = Attached {
             backend: opening.backend,
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
-            mode: "through the daemon".to_owned(),
+            mode: THROUGH_THE_DAEMON,
+            queues: 0,
             since_ms: now_ms(),
             read_only: options.read_only,
             device: None,
@@ -145,7 +155,8 @@ impl Daemon {
                     let link = device.link.as_ref().map(|l| l.display().to_string());
                     attached.info =
                         AttachInfo::ublk(volume, device.node.display().to_string(), link);
-                    attached.mode = device.mode.to_string();
+                    attached.mode = device.mode.as_str();
+                    attached.queues = device.queues;
                     attached.device = Some((device.id, opening.spec));
                 }
                 Err(error) => {
@@ -236,6 +247,7 @@ impl Daemon {
             size: head.size,
             sector_size: head.sector_size,
             read_only,
+            queues: options.queues.unwrap_or(1),
         };
         let opened = Opened {
             root: Arc::clone(&claimed.root),
@@ -253,8 +265,7 @@ impl Daemon {
             copied_bytes: 0,
             first: actions,
         };
-        let reactor = self.pick_reactor();
-        let key = reactor.new_key();
+        let (reactor, key) = self.place()?;
         let (common, name) = (self.common.clone(), volume.to_string());
         let backend = VolumeBackend::new(common, name, claimed, key, reactor.clone());
         let add = Message::AddVolume {
@@ -533,7 +544,7 @@ fn settle(
 fn add_queue(
     reactor: ReactorHandle,
     key: VolumeKey,
-) -> impl FnOnce(UblkQueue) -> Result<(), String> + Send + 'static {
+) -> impl FnMut(UblkQueue) -> Result<(), String> + Send + 'static {
     move |queue| {
         let front_end = Box::new(queue);
         reactor

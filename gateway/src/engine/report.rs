@@ -1,6 +1,7 @@
 //! What `show`, `status` and `/metrics` tell.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use quarry_volume::VolumeStats;
 
@@ -11,6 +12,7 @@ use crate::control::{
     VolumeRef,
 };
 use crate::metrics;
+use crate::reactor::ReactorStats;
 use crate::store::{Operation, Outcome, StoreState};
 
 impl Daemon {
@@ -64,7 +66,8 @@ impl Daemon {
             device: attached.info.device.clone(),
             link: attached.info.link.clone(),
             uri: attached.info.uri.clone(),
-            mode: attached.mode.clone(),
+            mode: attached.mode.to_owned(),
+            queues: attached.queues,
             epoch: attached.backend.head().epoch().get(),
             since_ms: attached.since_ms,
             read_only: attached.read_only,
@@ -185,8 +188,21 @@ impl Daemon {
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };
-            volumes.push((volume.tenant.to_string(), volume.name.to_string(), of));
+            volumes.push(metrics::VolumeSample {
+                tenant: volume.tenant.to_string(),
+                volume: volume.name.to_string(),
+                via: attached.info.via.as_str(),
+                mode: attached.mode,
+                stats: of,
+            });
         }
+        let reactors = self.reactors.lock();
+        let counts = |stats: &ReactorStats| metrics::ReactorCounts {
+            batches: stats.batches.load(Ordering::Relaxed),
+            requests: stats.requests.load(Ordering::Relaxed),
+            volumes: stats.volumes.load(Ordering::Relaxed),
+        };
+        let reactors = reactors.iter().map(|r| counts(r.stats())).collect();
         let shared = self.shared.lock();
         let counts = shared.cache.counts();
         let nodes = shared.nodes.stats();
@@ -194,6 +210,7 @@ impl Daemon {
         let store = self.lane.stats().snapshot();
         metrics::Snapshot {
             volumes,
+            reactors,
             cache: metrics::CacheStats {
                 size_bytes: bytes(counts.total),
                 dirty_bytes: bytes(counts.dirty),

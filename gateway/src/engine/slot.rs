@@ -13,7 +13,9 @@ pub(super) struct Attached {
     pub(super) backend: Arc<VolumeBackend>,
     pub(super) info: AttachInfo,
     /// How its data travel, for people.
-    pub(super) mode: String,
+    pub(super) mode: &'static str,
+    /// Queues of its block device.
+    pub(super) queues: u16,
     pub(super) since_ms: u64,
     pub(super) read_only: bool,
     pub(super) device: Option<(u32, ublk::DeviceSpec)>,

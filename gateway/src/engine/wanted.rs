@@ -27,6 +27,9 @@ pub struct How {
     /// Of one that takes no writes: whether somebody else may be writing to it.
     #[serde(default)]
     pub force: bool,
+    /// Queues of its block device, if that was said.
+    #[serde(default)]
+    pub queues: Option<u16>,
 }
 
 /// A volume of the list, and why it is not attached, if it is not.
@@ -171,6 +174,7 @@ mod tests {
         via: Via::Nbd,
         read_only: true,
         force: true,
+        queues: Some(2),
     };
 
     #[test]

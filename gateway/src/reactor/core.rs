@@ -18,6 +18,7 @@ use super::execute::{FILL_BYTES_MAX, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::memory::Pool;
 use super::op::{CacheOp, Code, Step};
+use super::rate::Rate;
 use super::ring::{Completion, Ring};
 use super::sync::Syncs;
 use super::token::Token;
@@ -26,8 +27,7 @@ use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorS
 /// Time between two ticks, in milliseconds.
 const TICK_MS: u64 = 100;
 
-/// How long a reactor that was told to end waits for NBD's clients to be gone and for requests that wait
-/// for the store, in milliseconds.
+/// How long a reactor that was told to end waits for NBD's clients to be gone, in milliseconds.
 const END_GRACE_MS: u64 = 2_000;
 
 /// Record pages kept for reuse, in bytes.
@@ -87,6 +87,7 @@ pub(super) struct Core {
     messages: mpsc::Receiver<Message>,
     doorbell: Arc<Doorbell>,
     stats: Arc<ReactorStats>,
+    rate: Rate,
     started: Instant,
     now_ms: u64,
     timer_armed: bool,
@@ -124,6 +125,7 @@ impl Core {
             messages,
             doorbell,
             stats,
+            rate: Rate::default(),
             started: Instant::now(),
             now_ms: 0,
             timer_armed: false,
@@ -345,6 +347,7 @@ impl Core {
             return;
         }
         let slot = self.volumes.remove(index as usize);
+        self.stats.volumes.fetch_sub(1, Ordering::Relaxed);
         self.keys.remove(&slot.key);
         if let Stage::Leaving(waiters) = slot.stage {
             let mut machine = Some(slot.machine);
@@ -382,6 +385,7 @@ impl Core {
                 backend,
             } => {
                 if self.ending_since.is_some() {
+                    self.stats.volumes.fetch_sub(1, Ordering::Relaxed);
                     return;
                 }
                 let inbox = Inbox {
@@ -483,9 +487,13 @@ impl Core {
     fn tick(&mut self) {
         self.look_at_the_clock();
         self.timer_armed = false;
+        let requests = self.stats.requests.load(Ordering::Relaxed);
+        let rate = self.rate.update(requests, self.now_ms);
         if self.volumes.is_empty() {
+            self.stats.rate.store(0, Ordering::Relaxed);
             return;
         }
+        self.stats.rate.store(rate, Ordering::Relaxed);
         self.arm_timer();
         let now_ms = self.now_ms;
         let volumes: Vec<u32> = self.volumes.iter().map(|(n, _)| index_of(n)).collect();
@@ -519,12 +527,11 @@ impl Core {
         if !self.ops.is_empty() || self.volumes.iter().any(|(_, slot)| slot.ops > 0) {
             return false;
         }
-        // The users of a ublk device wait for the next daemon from here on.
+        // What waits now waits for the store, or for room that it makes. A ublk device gives such a
+        // request to the next daemon; an NBD client is given some time, for it has only this one.
         let mut front_ends = self.front_ends.iter();
-        let done =
-            |slot: &FrontEndSlot| slot.pending.requests == 0 && !slot.front_end.ends_by_itself();
-        // Requests that wait for the store are not waited for: nobody was told that they are done.
-        front_ends.all(|(_, slot)| done(slot)) || self.now_ms.saturating_sub(since) >= END_GRACE_MS
+        front_ends.all(|(_, slot)| !slot.front_end.ends_by_itself())
+            || self.now_ms.saturating_sub(since) >= END_GRACE_MS
     }
 
     /// The thread ends. Memory that the kernel may still use must outlive the ring, which the

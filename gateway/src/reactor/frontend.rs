@@ -250,6 +250,22 @@ impl Port<'_> {
         self.ring.give_buffer_entries(first, count);
     }
 
+    /// Whether the ring has a table of registered buffers at all.
+    #[must_use]
+    pub fn has_buffer_table(&self) -> bool {
+        self.ring.has_buffer_table()
+    }
+
+    /// Takes an entry of the buffer table for the time of one request; `None` if all are taken.
+    pub fn take_loose_entry(&mut self) -> Option<u16> {
+        self.ring.take_loose_entry()
+    }
+
+    /// Gives back an entry taken with [`Port::take_loose_entry`]; it must be unregistered.
+    pub fn give_loose_entry(&mut self, entry: u16) {
+        self.ring.give_loose_entry(entry);
+    }
+
     /// Milliseconds since the reactor started, as of the last tick or message.
     #[must_use]
     pub fn now_ms(&self) -> u64 {

@@ -15,6 +15,11 @@ pub(super) const SUBMISSION_ENTRIES: u32 = 1024;
 /// Entries of the completion queue: completions past it are kept by the kernel and cost a syscall.
 const COMPLETION_ENTRIES: u32 = 8 * SUBMISSION_ENTRIES;
 
+/// Entries of the buffer table that are taken one by one, for the time of a request; the others are
+/// taken by whole queues. More requests than these at once, of queues without entries of their own,
+/// are copied.
+const LOOSE_ENTRIES: u16 = 1024;
+
 /// Index of the cache device in the ring's table of registered files.
 const CACHE_FILE: u32 = 0;
 
@@ -40,8 +45,11 @@ pub(super) struct Ring {
     ring: IoUring,
     /// Entries that wait for room in the submission queue, in order.
     backlog: VecDeque<squeue::Entry>,
-    /// Whether an entry of the registered buffer table is taken; empty without a table.
+    /// Whether an entry of the registered buffer table is taken; empty without a table. Those that
+    /// are taken one by one are behind these.
     buffer_entries: Vec<bool>,
+    /// Entries to be taken one by one.
+    loose_entries: Vec<u16>,
     cache_fd: RawFd,
     cache_registered: bool,
 }
@@ -51,13 +59,17 @@ impl Ring {
     /// thread that will use it.
     pub(super) fn new(cache_fd: RawFd, buffer_entries: u16) -> io::Result<Self> {
         let ring = build()?;
-        let mut taken = Vec::new();
+        let (mut taken, mut loose) = (Vec::new(), Vec::new());
         if buffer_entries > 0 {
             match ring
                 .submitter()
                 .register_buffers_sparse(u32::from(buffer_entries))
             {
-                Ok(()) => taken = vec![false; usize::from(buffer_entries)],
+                Ok(()) => {
+                    let first_loose = buffer_entries - LOOSE_ENTRIES.min(buffer_entries / 2);
+                    taken = vec![false; usize::from(first_loose)];
+                    loose = (first_loose..buffer_entries).rev().collect();
+                }
                 Err(error) => {
                     tracing::warn!(%error, "no registered buffer table: ublk devices copy their data");
                 }
@@ -68,6 +80,7 @@ impl Ring {
             ring,
             backlog: VecDeque::new(),
             buffer_entries: taken,
+            loose_entries: loose,
             cache_fd,
             cache_registered,
         })
@@ -159,6 +172,25 @@ impl Ring {
         u16::try_from(first).ok()
     }
 
+    /// See [`super::Port::has_buffer_table`].
+    pub(super) fn has_buffer_table(&self) -> bool {
+        !self.buffer_entries.is_empty()
+    }
+
+    /// See [`super::Port::take_loose_entry`].
+    pub(super) fn take_loose_entry(&mut self) -> Option<u16> {
+        self.loose_entries.pop()
+    }
+
+    /// See [`super::Port::give_loose_entry`].
+    pub(super) fn give_loose_entry(&mut self, entry: u16) {
+        assert!(
+            usize::from(entry) >= self.buffer_entries.len(),
+            "an entry that belongs to a queue is given back alone"
+        );
+        self.loose_entries.push(entry);
+    }
+
     /// See [`super::Port::give_buffer_entries`].
     pub(super) fn give_buffer_entries(&mut self, first: u16, count: u16) {
         let run =
@@ -204,7 +236,7 @@ mod tests {
 
     fn ring() -> (Ring, std::fs::File) {
         let file = std::fs::File::open("/dev/null").unwrap();
-        (Ring::new(file.as_raw_fd(), 8).unwrap(), file)
+        (Ring::new(file.as_raw_fd(), 16).unwrap(), file)
     }
 
     #[test]
@@ -234,5 +266,15 @@ mod tests {
         ring.give_buffer_entries(0, 3);
         assert_eq!(ring.take_buffer_entries(2), Some(0));
         assert_eq!(ring.take_buffer_entries(0), None);
+    }
+
+    #[test]
+    fn loose_entries_are_none_of_the_queues_and_come_back() {
+        let (mut ring, _file) = ring();
+        let taken: Vec<u16> = std::iter::from_fn(|| ring.take_loose_entry()).collect();
+        assert!(taken.iter().copied().eq(8..16));
+        assert_eq!(ring.take_buffer_entries(8), Some(0));
+        ring.give_loose_entry(11);
+        assert_eq!(ring.take_loose_entry(), Some(11));
     }
 }

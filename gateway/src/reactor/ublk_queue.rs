@@ -2,9 +2,13 @@
 //!
 //! Each tag always has one command with the kernel: FETCH at first, then COMMIT_AND_FETCH with the
 //! result of the request before. A command's completion is a request, described in memory shared
-//! with the kernel ([`descriptor`]). With [`Mode::ZeroCopy`] the kernel has put the request's pages
-//! into the ring's buffer table by then, at the tag's own entry; where it could not, and with
-//! [`Mode::UserCopy`], the data go through a bounce buffer of ours.
+//! with the kernel ([`descriptor`]). How its data are reached is the device's [`Mode`]:
+//! - zero copy: the kernel has put the request's pages into the ring's buffer table by then, at the
+//!   tag's own entry. Where it could not, and by hand, a REGISTER command puts them at an entry
+//!   taken for the time of the request.
+//! - user copy, and where registration failed: by a bounce buffer of ours, `pread` and `pwrite`.
+//! - plain: by a bounce buffer, which the kernel fills when it is asked to (NEED_GET_DATA) and
+//!   empties at the commit.
 //!
 //! Owns: the character device's descriptor, the shared memory, the tags and the bounce buffers.
 //! Does not own: the device ([`crate::ublk`]): a queue ends when the kernel gives all tags back,
@@ -14,8 +18,10 @@
 //! - A tag is committed exactly once for each request, always with the whole length or an errno: a
 //!   short result would complete the rest unfilled.
 //! - A tag is fetched and committed on the ring and thread that the queue was started on.
+//! - A request that waits for memory is not overtaken by later ones that need memory too.
 
 mod descriptor;
+mod operation;
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,6 +33,7 @@ use libublk::sys;
 use quarry_volume::{IoError, Op};
 
 use self::descriptor::{Data, Descriptors, IoRequest};
+use self::operation::Operation;
 use super::frontend::{Buffer, FrontEnd, Port};
 use super::memory::{AlignedBuf, Pool};
 use crate::ublk::Mode;
@@ -37,11 +44,11 @@ const BOUNCE_BYTES_MAX: usize = 16 << 20;
 /// Bounce buffers kept for reuse, in bytes.
 const BOUNCE_KEPT_BYTES_MAX: usize = 4 << 20;
 
-/// A buffer index that no table has: registration there fails, and the request is bounced.
+/// A buffer index that no table has: registration there fails, and the request is served without.
 const NO_BUFFER: u16 = u16::MAX;
 
-/// Name of the operation that follows the first FETCHes; tags are 16 bits.
-const FENCE: u32 = u32::MAX;
+/// An address for the commit of a read that failed: the kernel insists on one, and does not use it.
+const UNUSED_ADDRESS: u64 = 1;
 
 /// What a queue tells when its commands are with the kernel, or why they are not.
 pub(crate) type Started = Result<Running, io::Error>;
@@ -51,22 +58,26 @@ pub(crate) type Started = Result<Running, io::Error>;
 pub(crate) struct Running {
     /// The thread of its reactor.
     pub(crate) tid: i32,
-    /// How its data travel: without zero copy if the reactor's buffer table was full.
+    /// How its data travel: a worse way than its device's if the reactor's buffer table is full.
     pub(crate) mode: Mode,
 }
 
-/// The one queue of a ublk device: a front end.
+/// A queue of a ublk device: a front end.
 pub struct UblkQueue {
     device: u32,
+    /// Its number among the device's queues.
+    queue: u16,
     cdev: OwnedFd,
     descriptors: Descriptors,
     mode: Mode,
     tags: Vec<Tag>,
-    /// The tags' entries of the ring's buffer table: the first one's index.
-    buffers: Option<u16>,
+    /// The tags' own entries of the ring's buffer table: the first one's index.
+    entries: Option<u16>,
     bounce: Pool,
     /// Tags with a request that waits for a bounce buffer, oldest first.
     waiting: VecDeque<u16>,
+    /// Buffers of reads whose commits the kernel has not seen yet, oldest first.
+    lent: VecDeque<AlignedBuf>,
     /// Tags that the kernel did not give back.
     alive: u16,
     started: Option<SyncSender<Started>>,
@@ -83,48 +94,57 @@ pub struct UblkQueue {
 enum Tag {
     /// With the kernel, or waiting for a bounce buffer.
     Idle,
+    /// The kernel puts its request's pages into the buffer table, at this entry.
+    Registering { entry: u16 },
+    /// The kernel copies its write's data into the bounce buffer.
+    Copying(AlignedBuf),
     /// The volume works on its request.
     Busy {
+        op: Op,
         /// The result to commit if it goes well.
         bytes: i32,
-        /// The bounce buffer, with where it belongs.
-        bounce: Option<Bounce>,
+        memory: Memory,
     },
     /// Given back.
     Gone,
 }
 
-/// The memory of a request whose pages are out of reach.
-struct Bounce {
-    buffer: AlignedBuf,
-    len: usize,
-    /// Whether it goes into the request's pages at the end.
-    read: bool,
+/// By what a request's data are reached.
+enum Memory {
+    /// It has none, or its pages are at the tag's own entry.
+    Own,
+    /// Its pages are at this entry.
+    Entry(u16),
+    /// A bounce buffer.
+    Bounce(AlignedBuf),
 }
 
 impl UblkQueue {
-    /// The queue 0, of `depth` tags, of device number `device`, open at `cdev`. The receiver gets
-    /// one answer once the queue runs on a reactor; it is disconnected if it never will.
+    /// Queue number `queue`, of `depth` tags, of device number `device`, open at `cdev`. The receiver
+    /// gets one answer once the queue runs on a reactor; it is disconnected if it never will.
     ///
     /// # Errors
     /// If the descriptors cannot be mapped.
     pub(crate) fn open(
         device: u32,
+        queue: u16,
         cdev: OwnedFd,
         depth: u16,
         mode: Mode,
     ) -> io::Result<(Self, Receiver<Started>)> {
-        let descriptors = Descriptors::map(&cdev, 0, depth)?;
+        let descriptors = Descriptors::map(&cdev, queue, depth)?;
         let (started, answer) = sync_channel(1);
         let queue = Self {
             device,
+            queue,
             cdev,
             descriptors,
             mode,
             tags: (0..depth).map(|_| Tag::Idle).collect(),
-            buffers: None,
+            entries: None,
             bounce: Pool::new(BOUNCE_BYTES_MAX, BOUNCE_KEPT_BYTES_MAX),
             waiting: VecDeque::new(),
+            lent: VecDeque::new(),
             alive: depth,
             started: Some(started),
             refused: None,
@@ -139,24 +159,50 @@ impl UblkQueue {
         self.descriptors.depth()
     }
 
-    /// Gives the kernel the tag's next command; `result` is the last request's.
-    fn command(&self, tag: u16, operation: u32, result: i32, port: &mut Port<'_>) {
-        let index = self.buffers.map_or(NO_BUFFER, |first| first + tag);
-        let auto = match self.mode {
-            Mode::ZeroCopy => u64::from(index) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16,
-            Mode::UserCopy => 0,
-        };
-        let entry = opcode::UringCmd16::new(types::Fd(self.cdev.as_raw_fd()), operation)
-            .cmd(descriptor::io_command(0, tag, result))
-            .addr(Some(auto))
-            .build();
-        // SAFETY: the command holds all its data; the descriptor lives as long as the queue, which
-        // is dropped only when none of its operations is under way.
-        unsafe { port.push(entry, u32::from(tag)) };
+    fn registers(&self) -> bool {
+        self.mode <= Mode::ZeroCopyByHand
     }
 
-    fn commit(&self, tag: u16, result: i32, port: &mut Port<'_>) {
-        self.command(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result, port);
+    /// Gives the kernel a command: `result` is the last request's, `address` as in
+    /// [`descriptor::io_command`].
+    fn command(
+        &self,
+        operation: Operation,
+        code: u32,
+        tag: u16,
+        result: i32,
+        address: u64,
+        port: &mut Port<'_>,
+    ) {
+        let own = match self.mode {
+            Mode::ZeroCopy => {
+                let index = self.entries.map_or(NO_BUFFER, |first| first + tag);
+                u64::from(index) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
+            }
+            _ => 0,
+        };
+        let entry = opcode::UringCmd16::new(types::Fd(self.cdev.as_raw_fd()), code)
+            .cmd(descriptor::io_command(self.queue, tag, result, address))
+            .addr(Some(own))
+            .build();
+        // SAFETY: the command holds all its data but the buffer at `address`, if it is one, which the
+        // tag owns until the command's completion (`Tag::Copying`) or until the kernel has seen it
+        // (`lent`); the descriptor lives as long as the queue, which is dropped only when none of
+        // its operations is under way.
+        unsafe { port.push(entry, operation.pack()) };
+    }
+
+    /// Ends a request and asks for the next one.
+    fn commit(&self, tag: u16, result: i32, address: u64, port: &mut Port<'_>) {
+        let code = sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ;
+        self.command(Operation::Fetch(tag), code, tag, result, address, port);
+    }
+
+    /// Ends a request that never came to the volume.
+    fn refuse(&self, tag: u16, errno: i32, port: &mut Port<'_>) {
+        let plain = self.mode == Mode::Plain;
+        let address = if plain { UNUSED_ADDRESS } else { 0 };
+        self.commit(tag, -errno, address, port);
     }
 
     /// The kernel keeps the tag.
@@ -168,67 +214,162 @@ impl UblkQueue {
                 self.refused.get_or_insert(error);
             }
         }
-        self.tags[usize::from(tag)] = Tag::Gone;
+        let state = std::mem::replace(&mut self.tags[usize::from(tag)], Tag::Gone);
+        if let Tag::Copying(buffer) = state {
+            self.bounce.give(buffer);
+        }
         self.alive -= 1;
         if self.alive == 0
-            && let Some(first) = self.buffers.take()
+            && let Some(first) = self.entries.take()
         {
             port.give_buffer_entries(first, self.depth());
         }
     }
 
-    /// Makes a request of what the tag's descriptor says. False if it waits for a bounce buffer.
+    /// The kernel has a request: serves it, or lets it wait. `copied` holds a write's data, if the
+    /// kernel was asked for them.
+    fn arrived(&mut self, tag: u16, copied: Option<AlignedBuf>, port: &mut Port<'_>) {
+        match copied {
+            Some(buffer) if self.stopped => self.bounce.give(buffer),
+            Some(buffer) => return self.serve_copied(tag, buffer, port),
+            None => {}
+        }
+        // Those that wait are older.
+        if self.stopped || !self.waiting.is_empty() || !self.serve(tag, port) {
+            self.waiting.push_back(tag);
+        }
+    }
+
+    /// Makes a request of what the tag's descriptor says, or takes the next step towards it. False if
+    /// it waits for a bounce buffer.
     fn serve(&mut self, tag: u16, port: &mut Port<'_>) -> bool {
         let request = match IoRequest::parse(&self.descriptors.read(tag)) {
             Ok(request) => request,
             Err(errno) => {
-                self.commit(tag, -errno, port);
+                self.refuse(tag, errno, port);
                 return true;
             }
         };
-        let bytes = request.result();
-        let IoRequest { op, range, data } = request;
-        let (buffer, bounce) = match (data, self.buffers) {
-            (Data::None, _) => (Buffer::NONE, None),
-            (Data::Registered { len }, Some(first)) if self.mode == Mode::ZeroCopy => {
-                let base = descriptor::user_copy_offset(0, tag);
-                (
-                    Buffer::registered(first + tag, len, self.cdev.as_raw_fd(), base),
-                    None,
-                )
+        match (request.data, self.entries) {
+            (Data::None, _) => self.make(tag, request, Buffer::NONE, Memory::Own, port),
+            (
+                Data::Bytes {
+                    registered: true, ..
+                },
+                Some(first),
+            ) => {
+                let buffer = self.registered(tag, &request, first + tag);
+                self.make(tag, request, buffer, Memory::Own, port);
             }
-            (Data::Registered { len } | Data::Unregistered { len }, _) => {
-                let len = len as usize;
-                if self.buffers.is_some() && !std::mem::replace(&mut self.warned, true) {
-                    tracing::warn!(
-                        device = self.device,
-                        "the kernel could not register a request's pages: its data are copied"
-                    );
-                }
-                let Some(mut buffer) = self.bounce.take(len) else {
-                    return false;
-                };
-                if matches!(op, Op::Write { .. })
-                    && let Err(error) = descriptor::copy_out(&self.cdev, tag, &mut buffer, len)
-                {
-                    self.bounce.give(buffer);
-                    self.commit(tag, -error.raw_os_error().unwrap_or(libc::EIO), port);
-                    return true;
-                }
-                let bounce = Bounce {
-                    buffer,
-                    len,
-                    read: op == Op::Read,
-                };
-                // SAFETY: the tag owns the memory until `request_done`, and nobody looks at it
-                // before; moving its owner does not move it.
-                let buffer = unsafe { Buffer::user(bounce.buffer.ptr(), bytes.unsigned_abs()) };
-                (buffer, Some(bounce))
+            _ if self.registers()
+                && let Some(entry) = port.take_loose_entry() =>
+            {
+                self.tags[usize::from(tag)] = Tag::Registering { entry };
+                let (operation, code) = (Operation::Register(tag), sys::UBLK_U_IO_REGISTER_IO_BUF);
+                self.command(operation, code, tag, 0, entry.into(), port);
             }
-        };
-        self.tags[usize::from(tag)] = Tag::Busy { bytes, bounce };
-        port.request(op, range, buffer, u32::from(tag));
+            _ => return self.bounce(tag, request, port),
+        }
         true
+    }
+
+    /// The request's pages at an entry of the buffer table.
+    fn registered(&self, tag: u16, request: &IoRequest, entry: u16) -> Buffer {
+        let len = request.result().unsigned_abs();
+        let base = descriptor::user_copy_offset(self.queue, tag);
+        Buffer::registered(entry, len, self.cdev.as_raw_fd(), base)
+    }
+
+    /// Serves a request by a bounce buffer. False if there is none.
+    fn bounce(&mut self, tag: u16, request: IoRequest, port: &mut Port<'_>) -> bool {
+        let len = request.result().unsigned_abs() as usize;
+        let Some(mut buffer) = self.bounce.take(len) else {
+            return false;
+        };
+        let write = matches!(request.op, Op::Write { .. });
+        if write && self.mode == Mode::Plain {
+            let (operation, code) = (Operation::Fetch(tag), sys::UBLK_U_IO_NEED_GET_DATA);
+            let address = buffer.ptr().as_ptr() as u64;
+            self.tags[usize::from(tag)] = Tag::Copying(buffer);
+            self.command(operation, code, tag, 0, address, port);
+            return true;
+        }
+        let offset = descriptor::user_copy_offset(self.queue, tag);
+        if write && let Err(error) = descriptor::copy_out(&self.cdev, offset, &mut buffer, len) {
+            self.bounce.give(buffer);
+            self.refuse(tag, error.raw_os_error().unwrap_or(libc::EIO), port);
+            return true;
+        }
+        self.make_bounced(tag, request, buffer, port);
+        true
+    }
+
+    /// Makes a request of a write whose data the kernel has copied.
+    fn serve_copied(&mut self, tag: u16, buffer: AlignedBuf, port: &mut Port<'_>) {
+        match IoRequest::parse(&self.descriptors.read(tag)) {
+            Ok(request)
+                if matches!(request.op, Op::Write { .. })
+                    && request.result().unsigned_abs() as usize <= buffer.capacity() =>
+            {
+                self.make_bounced(tag, request, buffer, port);
+            }
+            // The kernel had to give the write up, and came with another request.
+            _ => {
+                self.bounce.give(buffer);
+                self.arrived(tag, None, port);
+            }
+        }
+    }
+
+    fn make_bounced(
+        &mut self,
+        tag: u16,
+        request: IoRequest,
+        memory: AlignedBuf,
+        port: &mut Port<'_>,
+    ) {
+        // SAFETY: the tag owns the memory until `request_done`, and nobody looks at it before; moving
+        // its owner does not move it.
+        let buffer = unsafe { Buffer::user(memory.ptr(), request.result().unsigned_abs()) };
+        self.make(tag, request, buffer, Memory::Bounce(memory), port);
+    }
+
+    fn make(
+        &mut self,
+        tag: u16,
+        request: IoRequest,
+        buffer: Buffer,
+        memory: Memory,
+        port: &mut Port<'_>,
+    ) {
+        let (op, bytes) = (request.op, request.result());
+        self.tags[usize::from(tag)] = Tag::Busy { op, bytes, memory };
+        port.request(op, request.range, buffer, u32::from(tag));
+    }
+
+    /// The kernel has put a request's pages into the buffer table, or could not.
+    fn registered_by_hand(&mut self, tag: u16, result: i32, port: &mut Port<'_>) {
+        let state = std::mem::replace(&mut self.tags[usize::from(tag)], Tag::Idle);
+        let Tag::Registering { entry } = state else {
+            panic!("a registration that nobody asked for")
+        };
+        // What cannot be read now could be when it was registered.
+        let request = IoRequest::parse(&self.descriptors.read(tag));
+        let Ok(request) = request.map_err(|errno| self.refuse(tag, errno, port)) else {
+            return;
+        };
+        if result == 0 {
+            let buffer = self.registered(tag, &request, entry);
+            return self.make(tag, request, buffer, Memory::Entry(entry), port);
+        }
+        port.give_loose_entry(entry);
+        if !std::mem::replace(&mut self.warned, true) {
+            let error = io::Error::from_raw_os_error(-result);
+            tracing::warn!(device = self.device, %error, "the kernel could not register a request's pages: its data are copied");
+        }
+        if self.stopped || !self.bounce(tag, request, port) {
+            self.waiting.push_back(tag);
+        }
     }
 
     /// Serves those that wait for bounce buffers, as far as these go.
@@ -244,17 +385,19 @@ impl UblkQueue {
     }
 
     /// Tells whoever waits for it that all first FETCHes are with the kernel, or that they are not.
-    fn report_started(&mut self) {
+    fn report_started(&mut self, port: &Port<'_>) {
         let Some(started) = self.started.take() else {
             return;
         };
         let answer = match self.refused.take() {
             Some(error) => Err(error),
             None => {
-                let mode = if self.buffers.is_some() {
-                    self.mode
-                } else {
-                    Mode::UserCopy
+                let mode = match self.mode {
+                    Mode::ZeroCopy | Mode::ZeroCopyByHand if !port.has_buffer_table() => {
+                        Mode::UserCopy
+                    }
+                    Mode::ZeroCopy if self.entries.is_none() => Mode::ZeroCopyByHand,
+                    mode => mode,
                 };
                 Ok(Running {
                     tid: rustix::thread::gettid().as_raw_pid(),
@@ -271,58 +414,100 @@ impl FrontEnd for UblkQueue {
     fn start(&mut self, port: &mut Port<'_>) {
         self.begun = true;
         if self.mode == Mode::ZeroCopy {
-            self.buffers = port.take_buffer_entries(self.depth());
-            if self.buffers.is_none() {
+            self.entries = port.take_buffer_entries(self.depth());
+            if self.entries.is_none() {
                 tracing::warn!(
                     device = self.device,
-                    "the reactor's buffer table is full: the device copies its data"
+                    "the reactor's buffer table is full: the device's requests are registered one by one"
                 );
             }
         }
         for tag in 0..self.depth() {
-            self.command(tag, sys::UBLK_U_IO_FETCH_REQ, 0, port);
+            let (operation, code) = (Operation::Fetch(tag), sys::UBLK_U_IO_FETCH_REQ);
+            self.command(operation, code, tag, 0, 0, port);
         }
         // A FETCH that is refused completes at once, so before this one.
         // SAFETY: a no-op points to nothing.
-        unsafe { port.push(opcode::Nop::new().build(), FENCE) };
+        unsafe { port.push(opcode::Nop::new().build(), Operation::Fence.pack()) };
     }
 
     fn op_done(&mut self, tag: u32, result: i32, _flags: u32, port: &mut Port<'_>) {
-        if tag == FENCE {
-            self.report_started();
-            return;
-        }
-        let tag = u16::try_from(tag).expect("tags are given by us");
-        if result != i32::try_from(sys::UBLK_IO_RES_OK).expect("it is 0") {
-            self.retire(tag, result, port);
-            return;
-        }
-        // Those that wait are older.
-        if self.stopped || !self.waiting.is_empty() || !self.serve(tag, port) {
-            self.waiting.push_back(tag);
+        match Operation::unpack(tag) {
+            Operation::Fence => self.report_started(port),
+            Operation::Fetch(tag) => {
+                const OK: i32 = sys::UBLK_IO_RES_OK.cast_signed();
+                const NEED_GET_DATA: i32 = sys::UBLK_IO_RES_NEED_GET_DATA.cast_signed();
+                if !matches!(result, OK | NEED_GET_DATA) {
+                    return self.retire(tag, result, port);
+                }
+                let state = std::mem::replace(&mut self.tags[usize::from(tag)], Tag::Idle);
+                let copied = match state {
+                    Tag::Copying(buffer) if result == OK => Some(buffer),
+                    Tag::Copying(buffer) => {
+                        // The kernel had to give the write up, and came with another one.
+                        self.bounce.give(buffer);
+                        None
+                    }
+                    _ => None,
+                };
+                self.arrived(tag, copied, port);
+            }
+            Operation::Register(tag) => self.registered_by_hand(tag, result, port),
+            Operation::Unregister(entry) if result == 0 => port.give_loose_entry(entry),
+            Operation::Unregister(entry) => {
+                let error = io::Error::from_raw_os_error(-result);
+                tracing::error!(device = self.device, entry, %error, "an entry of the buffer table is lost");
+            }
+            Operation::Lent => {
+                let buffer = self.lent.pop_front();
+                self.bounce
+                    .give(buffer.expect("one for each such operation"));
+                self.serve_waiting(port);
+            }
         }
     }
 
     fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>) {
         let tag = u16::try_from(tag).expect("tags are given by us");
         let state = std::mem::replace(&mut self.tags[usize::from(tag)], Tag::Idle);
-        let Tag::Busy { bytes, bounce } = state else {
+        let Tag::Busy { op, bytes, memory } = state else {
             panic!("a request is done that was not made")
         };
         let mut answer = result.map_or_else(|error| -error.errno(), |()| bytes);
-        let bounced = bounce.is_some();
-        if let Some(Bounce { buffer, len, read }) = bounce {
-            if read
-                && answer >= 0
-                && let Err(error) = descriptor::copy_in(&self.cdev, tag, &buffer, len)
-            {
-                answer = -error.raw_os_error().unwrap_or(libc::EIO);
+        match memory {
+            Memory::Own => self.commit(tag, answer, 0, port),
+            Memory::Entry(entry) => {
+                let (operation, code) = (
+                    Operation::Unregister(entry),
+                    sys::UBLK_U_IO_UNREGISTER_IO_BUF,
+                );
+                self.command(operation, code, tag, 0, entry.into(), port);
+                self.commit(tag, answer, 0, port);
             }
-            self.bounce.give(buffer);
-        }
-        self.commit(tag, answer, port);
-        if bounced {
-            self.serve_waiting(port);
+            Memory::Bounce(buffer) if self.mode == Mode::Plain && op == Op::Read => {
+                self.commit(tag, answer, buffer.ptr().as_ptr() as u64, port);
+                self.lent.push_back(buffer);
+                // The kernel looks at entries in their order: when it is at this one, it has copied.
+                // SAFETY: a no-op points to nothing.
+                unsafe { port.push(opcode::Nop::new().build(), Operation::Lent.pack()) };
+            }
+            Memory::Bounce(buffer) => {
+                let offset = descriptor::user_copy_offset(self.queue, tag);
+                if op == Op::Read
+                    && answer >= 0
+                    && let Err(error) = descriptor::copy_in(
+                        &self.cdev,
+                        offset,
+                        &buffer,
+                        bytes.unsigned_abs() as usize,
+                    )
+                {
+                    answer = -error.raw_os_error().unwrap_or(libc::EIO);
+                }
+                self.bounce.give(buffer);
+                self.commit(tag, answer, 0, port);
+                self.serve_waiting(port);
+            }
         }
     }
 

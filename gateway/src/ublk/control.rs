@@ -53,9 +53,9 @@ const NODE_MAX: Duration = Duration::from_secs(5);
 /// Pause between two looks at something that is about to happen.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Gives a queue to the reactor that owns the volume. Called once, on a thread that may wait. `Err`
-/// says why there is none.
-pub type Host = Box<dyn FnOnce(UblkQueue) -> Result<(), String> + Send>;
+/// Gives a queue to the reactor that owns the volume. Called once for each of the device's queues, on
+/// a thread that may wait. `Err` says why there is none.
+pub type Host = Box<dyn FnMut(UblkQueue) -> Result<(), String> + Send>;
 
 /// What the kernel says of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -109,7 +109,7 @@ impl Found {
 pub struct Control {
     places: Arc<Semaphore>,
     link_root: Arc<Path>,
-    zero_copy: bool,
+    best: Mode,
 }
 
 impl Default for Control {
@@ -125,14 +125,14 @@ impl Control {
         Self {
             places: Arc::new(Semaphore::new(COMMANDS_MAX)),
             link_root: link_root.into(),
-            zero_copy: true,
+            best: Mode::ZeroCopy,
         }
     }
 
-    /// The same, but new devices copy their data, whatever the driver can do.
+    /// The same, but new devices run in no better mode than this, whatever the driver can do.
     #[must_use]
-    pub fn without_zero_copy(mut self) -> Self {
-        self.zero_copy = false;
+    pub fn no_better_than(mut self, best: Mode) -> Self {
+        self.best = best;
         self
     }
 
@@ -151,8 +151,8 @@ impl Control {
     /// Any; nothing is left behind then.
     pub async fn start(&self, spec: DeviceSpec, host: Host) -> Result<Device, UblkError> {
         let root = Arc::clone(&self.link_root);
-        let zero_copy = self.zero_copy;
-        self.run(move || start(&spec, host, zero_copy, &root)).await
+        let best = self.best;
+        self.run(move || start(&spec, host, best, &root)).await
     }
 
     /// The ublk devices of this host.
@@ -264,21 +264,13 @@ fn probe() -> Result<Features, UblkError> {
     Ok(Features::from_bits(UblkCtrl::get_features().unwrap_or(0)))
 }
 
-fn start(
-    spec: &DeviceSpec,
-    host: Host,
-    zero_copy: bool,
-    link_root: &Path,
-) -> Result<Device, UblkError> {
-    let mode = match probe()?.mode()? {
-        Mode::ZeroCopy if zero_copy => Mode::ZeroCopy,
-        _ => Mode::UserCopy,
-    };
+fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<Device, UblkError> {
+    let mode = probe()?.mode(best)?;
     make_run_folder().map_err(UblkError::Folder)?;
     let ctrl = UblkCtrlBuilder::default()
         .name(TARGET)
         .id(-1)
-        .nr_queues(1)
+        .nr_queues(spec.queues)
         .depth(QUEUE_DEPTH)
         .io_buf_bytes(IO_BYTES_MAX)
         .ctrl_flags(mode.flags())
@@ -295,6 +287,7 @@ fn start(
             link: link::make(link_root, &spec.tenant, &spec.name, &node),
             node,
             mode,
+            queues: ctrl.dev_info().nr_hw_queues,
         })
     });
     match started {
@@ -325,7 +318,7 @@ fn make_run_folder() -> io::Result<()> {
 }
 
 fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<Device, UblkError> {
-    probe()?.mode()?;
+    probe()?;
     let old = open(id, spec.volume)?;
     let mut of_device = sys::ublk_params::default();
     old.get_params(&mut of_device)
@@ -368,11 +361,13 @@ fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<D
         node,
         link,
         mode,
+        queues: info.nr_hw_queues,
     })
 }
 
-/// Gives the device's queue to the reactor and starts the device, or ends its recovery.
-fn serve(ctrl: &UblkCtrl, spec: &DeviceSpec, host: Host) -> Result<Mode, UblkError> {
+/// Gives the device's queues to the reactor and starts the device, or ends its recovery. Answers the
+/// mode of the worst of them.
+fn serve(ctrl: &UblkCtrl, spec: &DeviceSpec, mut host: Host) -> Result<Mode, UblkError> {
     let info = ctrl.dev_info();
     let id = info.dev_id;
     let mode = Mode::of_flags(info.flags);
@@ -388,20 +383,30 @@ fn serve(ctrl: &UblkCtrl, spec: &DeviceSpec, host: Host) -> Result<Mode, UblkErr
     )
     .map_err(|error| command(id, "opening its character device", error))?;
     let queue = |reason: String| UblkError::Queue { id, reason };
-    let cdev = character_device(&dev).map_err(|error| queue(error.to_string()))?;
-    let (front_end, started) = UblkQueue::open(id, cdev, info.queue_depth, mode)
-        .map_err(|error| queue(error.to_string()))?;
-    host(front_end).map_err(queue)?;
-    let Running { tid, mode } = started
-        .recv_timeout(QUEUE_START_MAX)
-        .map_err(|error| queue(format!("its reactor gave no answer ({error})")))?
-        .map_err(|error| queue(error.to_string()))?;
-    ctrl.configure_queue(&dev, 0, tid)
-        .map_err(|error| command(id, "asking for its queue's processors", error))?;
+    let mut starting = Vec::new();
+    for number in 0..info.nr_hw_queues {
+        let cdev = character_device(&dev).map_err(|error| queue(error.to_string()))?;
+        let (front_end, started) = UblkQueue::open(id, number, cdev, info.queue_depth, mode)
+            .map_err(|error| queue(error.to_string()))?;
+        host(front_end).map_err(queue)?;
+        starting.push((number, started));
+    }
+    let mut worst = mode;
+    for (number, started) in starting {
+        let Running { tid, mode } = started
+            .recv_timeout(QUEUE_START_MAX)
+            .map_err(|error| queue(format!("its reactor gave no answer ({error})")))?
+            .map_err(|error| queue(error.to_string()))?;
+        worst = worst.max(mode);
+        // libublk waits for it before it starts a device whose data the kernel copies.
+        dev.notify_buffer_registration_complete(false);
+        ctrl.configure_queue(&dev, number, tid)
+            .map_err(|error| command(id, "asking for its queue's processors", error))?;
+    }
     ctrl.start_dev(&dev)
         .and_then(done)
         .map_err(|error| command(id, "starting it", error))?;
-    Ok(mode)
+    Ok(worst)
 }
 
 /// A descriptor of our own: the character device can be opened only once.

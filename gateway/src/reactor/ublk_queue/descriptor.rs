@@ -80,15 +80,12 @@ impl Drop for Descriptors {
 pub(super) enum Data {
     /// It has none.
     None,
-    /// In the buffer table, if this device uses one.
-    Registered {
-        /// Bytes.
+    /// It has some.
+    Bytes {
+        /// How many.
         len: u32,
-    },
-    /// Not in the buffer table: registration failed.
-    Unregistered {
-        /// Bytes.
-        len: u32,
+        /// Whether the kernel could put its pages into the buffer table, if it was to.
+        registered: bool,
     },
 }
 
@@ -135,11 +132,8 @@ impl IoRequest {
             if len == 0 || len > IO_BYTES_MAX {
                 return Err(libc::EINVAL);
             }
-            if flags & sys::UBLK_IO_F_NEED_REG_BUF != 0 {
-                Data::Unregistered { len }
-            } else {
-                Data::Registered { len }
-            }
+            let registered = flags & sys::UBLK_IO_F_NEED_REG_BUF == 0;
+            Data::Bytes { len, registered }
         } else {
             Data::None
         };
@@ -150,24 +144,25 @@ impl IoRequest {
     pub(super) fn result(&self) -> i32 {
         match self.data {
             Data::None => 0,
-            Data::Registered { len } | Data::Unregistered { len } => {
+            Data::Bytes { len, .. } => {
                 i32::try_from(len).expect("a request is at most IO_BYTES_MAX long")
             }
         }
     }
 }
 
-/// The bytes of a FETCH or COMMIT_AND_FETCH command (`struct ublksrv_io_cmd`); its address is
-/// unused with user copy.
+/// The bytes of a command of a queue (`struct ublksrv_io_cmd`). `address` is that of the request's
+/// buffer where the kernel copies, the index of its entry where it registers, else 0.
 #[expect(
     clippy::host_endian_bytes,
     reason = "it is a struct of the running kernel's"
 )]
-pub(super) fn io_command(queue: u16, tag: u16, result: i32) -> [u8; 16] {
+pub(super) fn io_command(queue: u16, tag: u16, result: i32, address: u64) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[0..2].copy_from_slice(&queue.to_ne_bytes());
     bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
     bytes[4..8].copy_from_slice(&result.to_ne_bytes());
+    bytes[8..16].copy_from_slice(&address.to_ne_bytes());
     bytes
 }
 
@@ -178,10 +173,10 @@ pub(super) fn user_copy_offset(queue: u16, tag: u16) -> u64 {
         + (u64::from(tag) << sys::UBLK_TAG_OFF)
 }
 
-/// Copies `len` bytes of a write's pages into `buffer`.
+/// Copies `len` bytes of a write's pages, at `offset` of the character device, into `buffer`.
 pub(super) fn copy_out(
     cdev: &OwnedFd,
-    tag: u16,
+    offset: u64,
     buffer: &mut AlignedBuf,
     len: usize,
 ) -> io::Result<()> {
@@ -191,15 +186,20 @@ pub(super) fn copy_out(
     );
     // SAFETY: the allocation is initialised, at least `len` long, and borrowed mutably.
     let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.ptr().as_ptr(), len) };
-    copy_all(cdev.as_fd(), tag, len, |fd, done, at| {
+    copy_all(cdev.as_fd(), offset, len, |fd, done, at| {
         rustix::io::pread(fd, &mut bytes[done..], at)
     })
 }
 
-/// Copies `len` bytes of `buffer` into a read's pages.
-pub(super) fn copy_in(cdev: &OwnedFd, tag: u16, buffer: &AlignedBuf, len: usize) -> io::Result<()> {
+/// Copies `len` bytes of `buffer` into a read's pages, at `offset` of the character device.
+pub(super) fn copy_in(
+    cdev: &OwnedFd,
+    offset: u64,
+    buffer: &AlignedBuf,
+    len: usize,
+) -> io::Result<()> {
     let bytes = buffer.bytes(len);
-    copy_all(cdev.as_fd(), tag, len, |fd, done, at| {
+    copy_all(cdev.as_fd(), offset, len, |fd, done, at| {
         rustix::io::pwrite(fd, &bytes[done..], at)
     })
 }
@@ -207,14 +207,13 @@ pub(super) fn copy_in(cdev: &OwnedFd, tag: u16, buffer: &AlignedBuf, len: usize)
 /// Repeats `copy` until all is done: a copy between memories, which never waits.
 fn copy_all(
     cdev: BorrowedFd<'_>,
-    tag: u16,
+    offset: u64,
     len: usize,
     mut copy: impl FnMut(BorrowedFd<'_>, usize, u64) -> rustix::io::Result<usize>,
 ) -> io::Result<()> {
-    let start = user_copy_offset(0, tag);
     let mut done = 0;
     while done < len {
-        match copy(cdev, done, start + done as u64) {
+        match copy(cdev, done, offset + done as u64) {
             Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
             Ok(bytes) => done += bytes,
             Err(rustix::io::Errno::INTR) => {}
@@ -257,7 +256,10 @@ mod tests {
             IoRequest {
                 op: Op::Write { fua: true },
                 range: range(8, 24),
-                data: Data::Registered { len: 8192 }
+                data: Data::Bytes {
+                    len: 8192,
+                    registered: true
+                }
             }
         );
         assert_eq!(request.result(), 8192);
@@ -271,7 +273,13 @@ mod tests {
             1,
         ))
         .unwrap();
-        assert_eq!(request.data, Data::Unregistered { len: 512 });
+        assert_eq!(
+            request.data,
+            Data::Bytes {
+                len: 512,
+                registered: false
+            }
+        );
     }
 
     #[test]
@@ -342,12 +350,12 @@ mod tests {
 
     #[test]
     fn io_command_has_the_kernels_layout() {
-        let bytes = io_command(0x0102, 0x0304, -5);
+        let bytes = io_command(0x0102, 0x0304, -5, 0x0506_0708_090a_0b0c);
         let command = sys::ublksrv_io_cmd {
             q_id: 0x0102,
             tag: 0x0304,
             result: -5,
-            addr: 0,
+            addr: 0x0506_0708_090a_0b0c,
         };
         // SAFETY: both are 16 plain bytes, and the struct has no padding.
         let expected: [u8; 16] = unsafe { std::mem::transmute(command) };
