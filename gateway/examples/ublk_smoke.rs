@@ -17,7 +17,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use quarry_gateway::reactor::{BackendSink, Geometry, Machine, Message, Reactor, ReactorConfig};
-use quarry_gateway::ublk::{Control, DeviceSpec, Host};
+use quarry_gateway::ublk::{Control, DeviceSpec, Host, Permissions};
 use quarry_objfmt::{Sectors, TenantName, VolumeId, VolumeName};
 use quarry_volume::{Action, Event, IoError, IoId, Op, Request, RequestId};
 use tokio::signal::unix::{SignalKind, signal};
@@ -255,6 +255,7 @@ async fn main() -> Result<()> {
         size: geometry.size,
         sector_size,
         read_only: false,
+        permissions: Permissions::default(),
     };
     let cache = Arc::new(open(&file, bytes)?);
     let buffer_entries = if has("no-table") { 0 } else { 256 };

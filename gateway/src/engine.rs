@@ -9,6 +9,7 @@
 //!   other.
 //! - Looking never waits for changing: a volume that hangs hangs alone.
 
+mod access;
 mod attach;
 mod handover;
 mod registry;
@@ -30,6 +31,7 @@ use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
+use self::access::Access;
 use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
@@ -225,6 +227,11 @@ impl Daemon {
                 })
             })
             .collect::<std::io::Result<Vec<_>>>()?;
+        let ublk = match ublk::Control::new(PathBuf::from(ublk::LINK_ROOT)) {
+            control if config.ublk.zero_copy => control,
+            control => control.without_zero_copy(),
+        };
+        ublk.sweep();
         let common = Common {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
@@ -249,10 +256,7 @@ impl Daemon {
             journals,
             slots: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
-            ublk: match ublk::Control::new(PathBuf::from(ublk::LINK_ROOT)) {
-                control if config.ublk.zero_copy => control,
-                control => control.without_zero_copy(),
-            },
+            ublk,
             metrics: metrics::Metrics::new(),
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
@@ -409,7 +413,8 @@ impl Engine for Daemon {
 
     async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
         self.fit()?;
-        self.attach_volume(volume, &options).await
+        let access = Access::resolve(&options).await?;
+        self.attach_volume(volume, &options, access).await
     }
 
     async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {

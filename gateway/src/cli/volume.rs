@@ -97,12 +97,16 @@ async fn attach(
         force,
         discard_unsent,
         read_only,
+        owner,
+        mode,
     } = flags;
     let options = AttachOptions {
         via,
         force,
         discard_unsent,
         read_only,
+        device_owner: owner,
+        device_mode: mode,
     };
     let attached = shown("attaching", &volume, client.attach(&volume, &options)).await?;
     console.show(&attached, attach_text)
@@ -197,6 +201,8 @@ fn show_text(v: &VolumeInfo) -> String {
         ("problem", v.problem.clone()),
         ("device", here.map(place)),
         ("link", here.and_then(|a| a.link.clone())),
+        ("device owner", here.and_then(|a| a.device_owner.clone())),
+        ("device mode", here.and_then(|a| a.device_mode.clone())),
         ("attached by", mode),
         ("attached since", here.and_then(|a| time_ms(a.since_ms))),
         ("owner", owner),

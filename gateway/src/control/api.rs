@@ -203,6 +203,7 @@ async fn attach(
 ) -> Result<impl IntoResponse, Refused> {
     let volume = volume_of(path)?;
     let options: AttachOptions = json(body)?;
+    options.check()?;
     Ok(Json(
         whole(async move { engine.attach(&volume, options).await }).await?,
     ))
@@ -404,6 +405,30 @@ mod tests {
                 "POST",
                 "/v1/volumes/acme/db/attach",
                 r#"{"foce":true}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"via":"nbd","device_owner":"root"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"device_owner":"a b"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"device_mode":"1777"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"device_mode":640}"#,
                 400,
             ),
             ("GET", "/v1/nothing", "", 404),

@@ -10,7 +10,7 @@ use std::path::Path;
 use quarry_objfmt::{Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use super::{ApiError, ApiResult, VolumeRef};
+use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, VolumeRef};
 
 /// Largest volume: 1 EiB.
 pub const VOLUME_BYTES_MAX: u64 = Sectors::new(VOLUME_SECTORS_MAX).bytes();
@@ -199,6 +199,12 @@ pub struct AttachedInfo {
     /// Whether it takes no writes.
     #[serde(default)]
     pub read_only: bool,
+    /// Whose the block device was to be, if that was said: `USER` or `USER:GROUP`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_owner: Option<String>,
+    /// Who was to use it, if that was said: an octal mode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_mode: Option<String>,
 }
 
 /// Who may write to a volume.
@@ -295,6 +301,31 @@ pub struct AttachOptions {
     pub discard_unsent: bool,
     /// Take no writes.
     pub read_only: bool,
+    /// ublk: whose the block device is to be; none: as the kernel or udev has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_owner: Option<DeviceOwner>,
+    /// ublk: the block device's permission bits; none: as the kernel or udev has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_mode: Option<DeviceMode>,
+}
+
+impl AttachOptions {
+    /// Whether it says anything that only a block device can have.
+    #[must_use]
+    pub fn wants_a_device(&self) -> bool {
+        self.device_owner.is_some() || self.device_mode.is_some()
+    }
+
+    /// Refuses what cannot be had together.
+    pub(super) fn check(&self) -> ApiResult<()> {
+        if self.via == Some(Via::Nbd) && self.wants_a_device() {
+            return Err(ApiError::invalid(
+                "there is no block device by NBD that could have an owner or a mode",
+                "leave --owner and --mode out, or use --via ublk",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Answer: where an attached volume is.

@@ -113,6 +113,7 @@ mod tests {
             size: Sectors::new(2048),
             sector_size: 4096,
             read_only: false,
+            permissions: super::super::Permissions::default(),
         }
     }
 

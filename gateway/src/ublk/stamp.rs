@@ -79,6 +79,7 @@ mod tests {
             size: Sectors::new(2048),
             sector_size: 512,
             read_only: false,
+            permissions: super::super::Permissions::default(),
         }
     }
 
