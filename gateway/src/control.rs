@@ -14,6 +14,7 @@ pub mod client;
 pub mod dto;
 mod error;
 mod name;
+mod permissions;
 mod serve;
 mod socket;
 
@@ -30,6 +31,7 @@ pub use dto::{
 };
 pub use error::{ApiError, Kind, Problem};
 pub use name::VolumeRef;
+pub use permissions::{DeviceMode, DeviceOwner};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
 

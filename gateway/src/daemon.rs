@@ -14,7 +14,7 @@ use anyhow::Context;
 use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::control::{self, ApiError, AttachOptions, Engine, Kind, Listeners, VolumeRef};
+use crate::control::{self, ApiError, Engine, Kind, Listeners, VolumeRef};
 use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
@@ -171,17 +171,10 @@ async fn attach_again(daemon: Arc<Daemon>) {
 
 /// Tries until it works or cannot.
 async fn attach_one_again(daemon: &Daemon, volume: VolumeRef, how: How) {
-    let options = AttachOptions {
-        via: Some(how.via),
-        read_only: how.read_only,
-        force: how.force,
-        queues: how.queues,
-        ..AttachOptions::default()
-    };
     let mut delay = ATTACH_AGAIN_DELAY.0;
     // Who detaches it meanwhile takes it out of the list.
     while daemon.wanted().contains(&volume) {
-        match daemon.attach(&volume, options.clone()).await {
+        match daemon.attach_again(&volume, &how).await {
             Ok(info) => {
                 tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");
                 return;

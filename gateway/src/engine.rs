@@ -9,6 +9,7 @@
 //!   other.
 //! - Looking never waits for changing: a volume that hangs hangs alone.
 
+mod access;
 mod attach;
 mod handover;
 mod registry;
@@ -29,6 +30,7 @@ use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
+use self::access::Access;
 use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
@@ -225,6 +227,9 @@ impl Daemon {
                 })
             })
             .collect::<std::io::Result<Vec<_>>>()?;
+        let ublk = ublk::Control::new(PathBuf::from(ublk::LINK_ROOT))
+            .no_better_than(config.ublk.mode.into());
+        ublk.sweep();
         let common = Common {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
@@ -248,8 +253,7 @@ impl Daemon {
             journals,
             slots: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
-            ublk: ublk::Control::new(PathBuf::from(ublk::LINK_ROOT))
-                .no_better_than(config.ublk.mode.into()),
+            ublk,
             metrics: metrics::Metrics::new(),
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
@@ -410,7 +414,8 @@ impl Engine for Daemon {
 
     async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
         self.fit()?;
-        self.attach_volume(volume, &options).await
+        let access = Access::resolve(&options).await?;
+        self.attach_volume(volume, &options, access).await
     }
 
     async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {

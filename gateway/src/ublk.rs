@@ -1,19 +1,23 @@
 //! The ublk front end: volumes as block devices of the Linux kernel, `/dev/ublkbN`.
 //!
 //! Owns: the life of the devices (add, start, recover, stop, delete), the stamp by which a device
-//! is known again after a crash, and the names under `/dev/quarry`. Does not own: the requests,
-//! which a queue on a reactor's ring carries ([`crate::reactor::ublk_queue`]), nor the volumes.
+//! is known again after a crash, the names under `/dev/quarry`, and the devices' owners and modes. Does
+//! not own: the requests, which a queue on a reactor's ring carries ([`crate::reactor::ublk_queue`]), nor
+//! the volumes.
 //!
 //! Invariants:
 //! - A device is recovered or removed only if the stamp that the *kernel* keeps for it names the
 //!   volume: device numbers are used again, and files under `/run` can be forged.
 //! - A device outlives the daemon: nothing but [`Control::remove`] deletes one that was started.
 //! - The link under `/dev/quarry` exists only while the device node does.
+//! - A start that succeeds has given the device the owner and the mode that were asked for.
 
 mod control;
 mod link;
+mod node;
 mod params;
 mod stamp;
+mod udev;
 
 use std::fmt;
 use std::io;
@@ -23,6 +27,7 @@ use libublk::sys;
 use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName};
 
 pub use control::{Control, Found, Host, State};
+pub use node::Permissions;
 pub use stamp::Stamp;
 
 /// Requests that a queue of a device has under way at most.
@@ -173,6 +178,8 @@ pub struct DeviceSpec {
     /// requests under way and less contention among those who make them. The kernel has no more than
     /// CPUs.
     pub queues: u16,
+    /// Whose its node is to be and who may use it.
+    pub permissions: Permissions,
 }
 
 /// A device that is there.
@@ -266,6 +273,26 @@ pub enum UblkError {
     NoNode {
         /// The node.
         node: PathBuf,
+    },
+    /// The node is there, but its owner or mode cannot be set.
+    #[error(
+        "{} cannot be given its owner and mode ({source}): run the daemon as root, with CAP_CHOWN and CAP_FOWNER, or leave them out", .node.display()
+    )]
+    Permissions {
+        /// The node.
+        node: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The folder from which udev's rule learns of the devices cannot be used.
+    #[error(
+        "{} cannot be used ({source}): it and the folder above must be directories of the daemon's user, writable by nobody else", .path.display()
+    )]
+    UdevFolder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The folder of the devices' files cannot be made.
     #[error("/run/ublksrvd cannot be made: {0}")]

@@ -109,6 +109,14 @@ fn command_on_wrong_thing_is_refused_by_its_name() -> Result<()> {
             &["volume", "attach", "acme/none", "--via", "nbd"],
             "acme/none",
         ),
+        (
+            &["volume", "attach", "acme/db", "--owner", "nobody-here"],
+            "nobody-here",
+        ),
+        (
+            &["volume", "attach", "acme/db", "--via=nbd", "--mode=0640"],
+            "--via ublk",
+        ),
         (&["volume", "show", "acme/none"], "acme/none"),
         (&["volume", "delete", "acme/none"], "acme/none"),
         (
@@ -133,7 +141,7 @@ fn command_on_wrong_thing_is_refused_by_its_name() -> Result<()> {
         let refusal = site.quarry_json(command)?.refusal()?;
         assert!(refusal.mentions(word), "{command:?}: {refusal:?}");
     }
-    daemon.quarry(&["volume", "show", "acme/db"])?;
+    assert_eq!(daemon.show("acme/db")?["state"], "detached");
     daemon.stop()
 }
 

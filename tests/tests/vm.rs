@@ -9,6 +9,9 @@ use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{MIB, Ran, quarry_program, skip, target_dir, test_number, tool};
 use tempfile::{TempDir, tempdir_in};
 
+/// How a script of the guest ends that cannot be run in its kernel.
+const SKIPPED: i32 = 77;
+
 /// The kernel, if `tests/vm/build-uml.sh` has made one.
 fn kernel() -> Option<PathBuf> {
     let path = match (
@@ -57,6 +60,13 @@ impl Host {
 
     /// Boots a guest that runs a script of `tests/vm` and ends.
     fn boot(&self, disks: &[&Path], script: &str, arguments: &[&str]) -> Result<()> {
+        let ran = self.run(disks, script, arguments)?.ok()?;
+        println!("{}{}", ran.stdout, ran.stderr);
+        ensure!(!ran.stdout.contains("FAILED"), "{ran}");
+        Ok(())
+    }
+
+    fn run(&self, disks: &[&Path], script: &str, arguments: &[&str]) -> Result<Ran> {
         let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm");
         let mut command = Command::new(vm.join("run-in-uml"));
         command
@@ -67,10 +77,7 @@ impl Host {
             command.arg("-d").arg(disk);
         }
         command.arg(vm.join(script)).arg(self.dir()).args(arguments);
-        let ran = Ran::run(&mut command)?.ok()?;
-        println!("{}{}", ran.stdout, ran.stderr);
-        ensure!(!ran.stdout.contains("FAILED"), "{ran}");
-        Ok(())
+        Ran::run(&mut command)
     }
 
     fn disk(&self, name: &str) -> Result<PathBuf> {
@@ -96,6 +103,35 @@ fn devices_of_a_dead_daemon_are_taken_over_removed_or_left_alone() -> Result<()>
         return Ok(());
     };
     host.boot(&[], "guest-devices.sh", &[])
+}
+
+#[test]
+fn device_has_its_name_owner_and_mode_when_it_is_attached_and_after_a_kill() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-node.sh", &["alone"])
+}
+
+#[test]
+fn device_beside_udevd_keeps_its_owner_and_mode_with_the_rule_and_gets_them_without() -> Result<()>
+{
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    if tool("udevadm").is_none() {
+        return Ok(());
+    }
+    let ran = host.run(&[], "guest-node.sh", &["udev"])?;
+    if ran.code == Some(SKIPPED) {
+        let reason = ran.stdout.lines().find_map(|l| l.strip_prefix("SKIP "));
+        skip(reason.context("a reason")?);
+        return Ok(());
+    }
+    let ran = ran.ok()?;
+    println!("{}{}", ran.stdout, ran.stderr);
+    ensure!(ran.stdout.contains("guest: passed"), "{ran}");
+    Ok(())
 }
 
 #[test]

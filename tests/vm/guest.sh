@@ -19,10 +19,11 @@ fail() {
     exit 1
 }
 
+# With arguments: started by that command.
 start_daemon() {
     rm -f "$QUARRY_SOCKET"
     mkdir -p "$state" "$dir/store"
-    "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
+    "$@" "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
         --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen 127.0.0.1:9400 >>"$log" 2>&1 &
     daemon=$!
     for _ in $(seq 600); do
@@ -39,6 +40,11 @@ kill_daemon() {
     kill -KILL "$daemon"
     wait "$daemon" 2>/dev/null || true
     say "daemon killed"
+}
+
+stop_daemon() {
+    kill "$daemon"
+    wait "$daemon" || fail "the daemon did not end well"
 }
 
 quarry() {

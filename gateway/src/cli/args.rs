@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
 use quarry_objfmt::{Compression, Durability, TenantName};
 
-use crate::control::{Via, VolumeRef};
+use crate::control::{DeviceMode, DeviceOwner, Via, VolumeRef};
 
 /// Block devices whose data live in object storage.
 #[derive(Debug, Parser)]
@@ -164,6 +164,7 @@ pub enum VolumeCommand {
 Examples:
   quarry volume attach acme/db
   nbdinfo \"$(quarry volume attach acme/db --via nbd --output json | jq -r .uri)\"
+  quarry volume attach acme/db --owner qemu:kvm --mode 0660
   quarry volume attach acme/db --force")]
     Attach(AttachFlags),
     /// List volumes.
@@ -251,6 +252,12 @@ pub struct AttachFlags {
     /// Queues of the block device, 1 to 16 and no more than CPUs: for one that many CPUs use at once.
     #[arg(long, value_name = "COUNT")]
     pub queues: Option<u16>,
+    /// Whose the block device is to be, now and after restarts: names or numbers of the daemon's host.
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub owner: Option<DeviceOwner>,
+    /// The block device's permission bits, now and after restarts, such as 0640.
+    #[arg(long, value_name = "OCTAL")]
+    pub mode: Option<DeviceMode>,
 }
 
 /// What to do with configuration files.

@@ -60,6 +60,7 @@ fn every_line_of_the_manual_parses() {
         "volume create acme/db --size 1EiB --sector-size 4096 --durability object --compression zstd",
         "volume attach acme/db",
         "volume attach acme/db --via nbd --force --discard-unsent --read-only --output json",
+        "volume attach acme/db --via ublk --owner qemu:kvm --mode 0660",
         "volume list --output json",
         "volume list --tenant acme",
         "volume show acme/db",
@@ -87,6 +88,9 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume create acme/db --size 1GiB --sector-size 1024",
         "volume create ../x/db --size 1GiB",
         "volume attach acme/db --via iscsi",
+        "volume attach acme/db --owner a:b:c",
+        "volume attach acme/db --mode 1777",
+        "volume attach acme/db --mode rw",
         "tenant create ACME",
         "volume",
         "serve --listen nowhere --output json",
@@ -160,6 +164,32 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
     ok("tenant delete acme").await;
     assert!(ok("status").await.out.contains("file:///store answers"));
     assert_eq!(ok("status --output json").await.json()["ready"], true);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn owner_and_mode_of_a_device_are_sent_and_shown() {
+    let daemon = daemon().await;
+    let socket = daemon.socket();
+    quarry(&socket, "tenant create acme").await;
+    quarry(&socket, "volume create acme/db --size 1GiB").await;
+    let refused = quarry(&socket, "volume attach acme/db --via nbd --mode 0640").await;
+    assert_eq!(refused.code, FAILED);
+    assert!(refused.err.contains("by NBD"), "{}", refused.err);
+    assert!(refused.err.contains("--via ublk"), "{}", refused.err);
+    let line = "volume attach acme/db --via ublk --owner qemu:kvm --mode 640";
+    assert_eq!(quarry(&socket, line).await.code, 0);
+    let shown = quarry(&socket, "volume show acme/db").await.out;
+    assert!(shown.contains("device owner  qemu:kvm\n"), "{shown}");
+    assert!(shown.contains("device mode   0640\n"), "{shown}");
+    let shown = quarry(&socket, "volume show acme/db --output json")
+        .await
+        .json();
+    let attached = &shown["attached"];
+    assert_eq!(
+        (&attached["device_owner"], &attached["device_mode"]),
+        (&"qemu:kvm".into(), &"0640".into())
+    );
     daemon.stop().await;
 }
 

@@ -98,6 +98,8 @@ async fn attach(
         discard_unsent,
         read_only,
         queues,
+        owner,
+        mode,
     } = flags;
     let options = AttachOptions {
         via,
@@ -105,6 +107,8 @@ async fn attach(
         discard_unsent,
         read_only,
         queues,
+        device_owner: owner,
+        device_mode: mode,
     };
     let attached = shown("attaching", &volume, client.attach(&volume, &options)).await?;
     console.show(&attached, attach_text)
@@ -204,6 +208,8 @@ fn show_text(v: &VolumeInfo) -> String {
         ("problem", v.problem.clone()),
         ("device", here.map(place)),
         ("link", here.and_then(|a| a.link.clone())),
+        ("device owner", here.and_then(|a| a.device_owner.clone())),
+        ("device mode", here.and_then(|a| a.device_mode.clone())),
         ("attached by", mode),
         ("attached since", here.and_then(|a| time_ms(a.since_ms))),
         ("owner", owner),

@@ -407,6 +407,30 @@ mod tests {
                 r#"{"foce":true}"#,
                 400,
             ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"via":"nbd","device_owner":"root"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"device_owner":"a b"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"device_mode":"1777"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"device_mode":640}"#,
+                400,
+            ),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),
         ] {

@@ -10,7 +10,7 @@ use std::path::Path;
 use quarry_objfmt::{Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use super::{ApiError, ApiResult, VolumeRef};
+use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, VolumeRef};
 use crate::ublk::QUEUES_MAX;
 
 /// Largest volume: 1 EiB.
@@ -211,6 +211,12 @@ pub struct AttachedInfo {
     /// Whether it takes no writes.
     #[serde(default)]
     pub read_only: bool,
+    /// Whose the block device was to be, if that was said: `USER` or `USER:GROUP`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_owner: Option<String>,
+    /// Who was to use it, if that was said: an octal mode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_mode: Option<String>,
 }
 
 /// Who may write to a volume.
@@ -309,11 +315,29 @@ pub struct AttachOptions {
     pub read_only: bool,
     /// ublk: queues of the device, from 1 to 16; none: 1.
     pub queues: Option<u16>,
+    /// ublk: whose the block device is to be; none: as the kernel or udev has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_owner: Option<DeviceOwner>,
+    /// ublk: the block device's permission bits; none: as the kernel or udev has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_mode: Option<DeviceMode>,
 }
 
 impl AttachOptions {
-    /// Refuses what no device has.
+    /// Whether it says anything that only a block device can have.
+    #[must_use]
+    pub fn wants_a_device(&self) -> bool {
+        self.queues.is_some() || self.device_owner.is_some() || self.device_mode.is_some()
+    }
+
+    /// Refuses what no device has, and what cannot be had together.
     pub(super) fn check(&self) -> ApiResult<()> {
+        if self.via == Some(Via::Nbd) && self.wants_a_device() {
+            return Err(ApiError::invalid(
+                "there is no block device by NBD that could have an owner, a mode or queues",
+                "leave --owner, --mode and --queues out, or use --via ublk",
+            ));
+        }
         match self.queues {
             Some(queues) if queues == 0 || queues > QUEUES_MAX => {
                 let message = format!("a device of {queues} queues cannot be made");

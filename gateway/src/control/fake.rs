@@ -121,6 +121,8 @@ impl Engine for FakeEngine {
                 mode: "user memory".to_owned(),
                 epoch: 3,
                 read_only: options.read_only,
+                device_owner: options.device_owner.map(String::from),
+                device_mode: options.device_mode.map(String::from),
                 ..AttachedInfo::default()
             });
             volume.dirty_bytes = 5 << 20;

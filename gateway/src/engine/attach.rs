@@ -8,6 +8,7 @@ use quarry_objfmt::page::Record;
 use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
+use super::access::Access;
 use super::slot::{Attached, Slot, Stage};
 use super::wanted::How;
 use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
@@ -17,7 +18,7 @@ use crate::control::{ApiError, ApiResult, AttachInfo, AttachOptions, Kind, Via, 
 use crate::nbd::Export;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
-use crate::ublk::{Device, DeviceSpec, Stamp, UblkError};
+use crate::ublk::{Device, DeviceSpec, Permissions, Stamp, UblkError};
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
 /// stopped, which comes first; one whose device could not be recovered never does.
@@ -44,7 +45,7 @@ impl From<UblkError> for ApiError {
     fn from(error: UblkError) -> Self {
         let kind = match &error {
             UblkError::Absent | UblkError::TooOld { .. } => Kind::Unsupported,
-            UblkError::Denied(_) => Kind::Denied,
+            UblkError::Denied(_) | UblkError::Permissions { .. } => Kind::Denied,
             UblkError::InUse { .. } | UblkError::Served { .. } | UblkError::Shape { .. } => {
                 Kind::Conflict
             }
@@ -67,14 +68,33 @@ struct Opening {
 }
 
 impl Daemon {
+    /// Attaches a volume as it was when the last daemon of this data folder ended.
+    ///
+    /// # Errors
+    /// As attaching it for the first time, but for its owner, who was found then.
+    pub async fn attach_again(&self, volume: &VolumeRef, how: &How) -> ApiResult<AttachInfo> {
+        self.fit()?;
+        let options = AttachOptions {
+            via: Some(how.via),
+            read_only: how.read_only,
+            force: how.force,
+            queues: how.queues,
+            ..AttachOptions::default()
+        };
+        self.attach_volume(volume, &options, how.access.clone())
+            .await
+    }
+
+    /// Only for [`Daemon::attach_again`] is `access` not what `options` says.
     pub(super) async fn attach_volume(
         &self,
         volume: &VolumeRef,
         options: &AttachOptions,
+        access: Access,
     ) -> ApiResult<AttachInfo> {
         let slot = self.slot(volume);
         let _change = slot.change.lock().await;
-        let answer = self.attach_to(&slot, volume, options).await;
+        let answer = self.attach_to(&slot, volume, options, access).await;
         self.forget_idle(volume, &slot);
         answer
     }
@@ -84,6 +104,7 @@ impl Daemon {
         slot: &Slot,
         volume: &VolumeRef,
         options: &AttachOptions,
+        access: Access,
     ) -> ApiResult<AttachInfo> {
         if let Some(attached) = slot.stage().attached() {
             let message = format!("{volume} is attached already");
@@ -98,15 +119,14 @@ impl Daemon {
                 self.ublk.probe().await?;
                 Via::Ublk
             }
+            None if options.wants_a_device() => {
+                self.ublk.probe().await?;
+                Via::Ublk
+            }
             None => self.ublk.probe().await.map_or(Via::Nbd, |_| Via::Ublk),
         };
-        if via == Via::Nbd && options.queues.is_some() {
-            let message = "queues are a block device's, and NBD has none";
-            let remedy = "leave them out, or attach by ublk";
-            return Err(ApiError::new(Kind::Invalid, message, remedy));
-        }
         slot.set(Stage::Attaching);
-        match self.open(volume, options, via).await {
+        match self.open(volume, options, via, access.clone()).await {
             Ok(attached) => {
                 let info = attached.info.clone();
                 slot.set(Stage::Attached(Arc::new(attached)));
@@ -116,6 +136,7 @@ impl Daemon {
                     // To take it away from somebody is said once; to look on takes nothing away.
                     force: options.force && options.read_only,
                     queues: options.queues,
+                    access,
                 };
                 self.wanted.add(volume, how).map_err(|error| {
                     let message = format!(
@@ -138,8 +159,10 @@ impl Daemon {
         volume: &VolumeRef,
         options: &AttachOptions,
         via: Via,
+        access: Access,
     ) -> Result<Attached, (ApiError, Option<Attached>)> {
-        let opening = self.serve(volume, options).await.map_err(|e| (e, None))?;
+        let mut opening = self.serve(volume, options).await.map_err(|e| (e, None))?;
+        opening.spec.permissions = access.permissions();
         let mut attached = Attached {
             backend: opening.backend,
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
@@ -147,6 +170,7 @@ impl Daemon {
             queues: 0,
             since_ms: now_ms(),
             read_only: options.read_only,
+            access,
             device: None,
         };
         match via {
@@ -248,6 +272,7 @@ impl Daemon {
             sector_size: head.sector_size,
             read_only,
             queues: options.queues.unwrap_or(1),
+            permissions: Permissions::default(),
         };
         let opened = Opened {
             root: Arc::clone(&claimed.root),

@@ -71,6 +71,8 @@ impl Daemon {
             epoch: attached.backend.head().epoch().get(),
             since_ms: attached.since_ms,
             read_only: attached.read_only,
+            device_owner: attached.access.owner.as_ref().map(|o| o.name.to_string()),
+            device_mode: attached.access.mode.map(|mode| mode.to_string()),
         });
         let read = stats.hit_bytes + stats.miss_bytes;
         info.dirty_bytes = stats.dirty_bytes;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::access::Access;
 use crate::backend::VolumeBackend;
 use crate::control::{AttachInfo, State};
 use crate::ublk;
@@ -18,6 +19,7 @@ pub(super) struct Attached {
     pub(super) queues: u16,
     pub(super) since_ms: u64,
     pub(super) read_only: bool,
+    pub(super) access: Access,
     pub(super) device: Option<(u32, ublk::DeviceSpec)>,
 }
 

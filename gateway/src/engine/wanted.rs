@@ -12,13 +12,14 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use super::access::Access;
 use crate::control::{Via, VolumeRef};
 
 /// Version of the file.
 const VERSION: u32 = 1;
 
 /// How a volume is to be attached.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct How {
     /// By what.
     pub via: Via,
@@ -28,8 +29,11 @@ pub struct How {
     #[serde(default)]
     pub force: bool,
     /// Queues of its block device, if that was said.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// Whose its device is and who may use it.
+    #[serde(default, skip_serializing_if = "Access::is_default")]
+    pub access: Access,
 }
 
 /// A volume of the list, and why it is not attached, if it is not.
@@ -78,7 +82,10 @@ impl Wanted {
     /// All of it.
     pub fn all(&self) -> Vec<(VolumeRef, How)> {
         let entries = self.entries.lock();
-        entries.iter().map(|(v, e)| (v.clone(), e.how)).collect()
+        entries
+            .iter()
+            .map(|(v, e)| (v.clone(), e.how.clone()))
+            .collect()
     }
 
     /// Whether a volume is in it.
@@ -155,7 +162,7 @@ fn write(path: &Path, entries: &BTreeMap<VolumeRef, Entry>) -> io::Result<()> {
         version: VERSION,
         attached: entries
             .iter()
-            .map(|(volume, entry)| (volume.to_string(), entry.how))
+            .map(|(volume, entry)| (volume.to_string(), entry.how.clone()))
             .collect(),
     };
     let new = path.with_extension("new");
@@ -174,8 +181,14 @@ mod tests {
         via: Via::Nbd,
         read_only: true,
         force: true,
-        queues: Some(2),
+        queues: None,
+        access: Access {
+            owner: None,
+            mode: None,
+        },
     };
+
+    const ACCESS: &str = r#"{"owner":{"name":"alice:disk","uid":1000,"gid":6},"mode":"0640"}"#;
 
     #[test]
     fn list_written_is_read_by_the_next_daemon() {
@@ -185,13 +198,32 @@ mod tests {
         let (one, two): (VolumeRef, VolumeRef) =
             ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
         list.add(&one, HOW).unwrap();
-        list.add(&two, HOW).unwrap();
+        let how = How {
+            access: serde_json::from_str(ACCESS).unwrap(),
+            queues: Some(2),
+            ..HOW
+        };
+        list.add(&two, how.clone()).unwrap();
         list.note(&two, Some("the store is away".to_owned()));
         list.remove(&one).unwrap();
         assert_eq!(list.failing(), 1);
         let next = Wanted::load(dir.path()).unwrap();
-        assert_eq!(next.all(), [(two.clone(), HOW)]);
+        assert_eq!(next.all(), [(two.clone(), how)]);
         assert_eq!(next.problem(&two), None);
+    }
+
+    #[test]
+    fn list_without_owners_is_read_and_written_as_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("attached.json");
+        let old =
+            r#"{"version":1,"attached":{"acme/one":{"via":"nbd","read_only":true,"force":true}}}"#;
+        fs::write(&path, old).unwrap();
+        let list = Wanted::load(dir.path()).unwrap();
+        let one: VolumeRef = "acme/one".parse().unwrap();
+        assert_eq!(list.all(), [(one.clone(), HOW)]);
+        list.add(&one, HOW).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), old);
     }
 
     #[test]

@@ -8,8 +8,8 @@
 //!
 //! A device is started in this order, and a crash between two steps leaves what is said:
 //! 1. add: a dead device without a file, which serves nobody; [`Control::find`] shows it by its word.
-//! 2. file with the stamp, start: a device that can be recovered.
-//! 3. node, link: a recovered device gets its link anew.
+//! 2. word to udev, file with the stamp, start: a device that can be recovered.
+//! 3. node, udev's turn, owner and mode, link: a recovered device gets them anew.
 
 use std::fs;
 use std::io;
@@ -26,6 +26,7 @@ use quarry_objfmt::VolumeId;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::stamp::{self, Stamp};
+use super::udev::Udev;
 use super::{
     Device, DeviceSpec, Features, IO_BYTES_MAX, LINK_ROOT, Mode, QUEUE_DEPTH, UblkError, link,
     params,
@@ -144,8 +145,8 @@ impl Control {
         self.run(probe).await
     }
 
-    /// Makes a device of a volume and starts it: when it returns the node is there. `host` gives
-    /// the queue to the volume's reactor.
+    /// Makes a device of a volume and starts it: when it returns the node is there, with the owner
+    /// and the mode that were asked for. `host` gives the queue to the volume's reactor.
     ///
     /// # Errors
     /// Any; nothing is left behind then.
@@ -153,6 +154,11 @@ impl Control {
         let root = Arc::clone(&self.link_root);
         let best = self.best;
         self.run(move || start(&spec, host, best, &root)).await
+    }
+
+    /// Clears up after daemons that died: what udev was told of devices that are gone.
+    pub fn sweep(&self) {
+        Udev::default().sweep(Path::new(LIST_PATH));
     }
 
     /// The ublk devices of this host.
@@ -280,8 +286,14 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
         .map_err(|error| command(u32::MAX, "adding a device", error))?;
     // Until it is disowned, dropping `ctrl` deletes the device again.
     let id = ctrl.dev_info().dev_id;
-    let started = serve(&ctrl, spec, host).and_then(|mode| {
+    let told = Udev::default().tell(id, spec);
+    let started = told.and_then(|()| {
+        let mode = serve(&ctrl, spec, host)?;
         let node = wait_for_node(&ctrl)?;
+        Udev::default().wait(id, &node, spec, true);
+        if let Err(source) = spec.permissions.apply(&node) {
+            return Err(UblkError::Permissions { node, source });
+        }
         Ok(Device {
             id,
             link: link::make(link_root, &spec.tenant, &spec.name, &node),
@@ -300,6 +312,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
             // Takes the commands from the queue, if it has any: the queue ends, the character
             // device is closed, and only then does the deletion return.
             let _ = ctrl.kill_dev();
+            Udev::default().forget(id, spec.volume);
             Err(error)
         }
     }
@@ -352,8 +365,20 @@ fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<D
     }
     // A failure from here on leaves the device as it is until this process ends: what the reactor
     // has of it by then, the kernel gives back only to a daemon that comes after.
+    // But what only its owner or name hang on is no failure: its users want their device first.
+    if let Err(error) = Udev::default().tell(id, spec) {
+        tracing::error!(%error, "udev is not told of the device");
+    }
     let mode = serve(&ctrl, spec, host)?;
     let node = wait_for_node(&ctrl)?;
+    Udev::default().wait(id, &node, spec, false);
+    if let Err(source) = spec.permissions.apply(&node) {
+        let error = UblkError::Permissions {
+            node: node.clone(),
+            source,
+        };
+        tracing::error!(%error, "the device is served as it is");
+    }
     let link = link::make(link_root, &spec.tenant, &spec.name, &node);
     tracing::info!(device = %node.display(), volume = %spec.volume, %mode, "device recovered");
     Ok(Device {
@@ -483,6 +508,7 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
     let ctrl = match open(id, stamp.volume) {
         Ok(ctrl) => ctrl,
         Err(UblkError::Command { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
+            Udev::default().forget(id, stamp.volume);
             return Ok(());
         }
         Err(error) => return Err(error),
@@ -495,6 +521,8 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
     ctrl.kill_dev()
         .and_then(done)
         .map_err(|error| command(id, "stopping it", error))?;
+    // While the number is still this device's.
+    Udev::default().forget(id, stamp.volume);
     match ctrl.del_dev().and_then(done) {
         Ok(()) => {}
         Err(error) if errno(&error) == Some(libc::ENODEV) => {}

@@ -1,6 +1,8 @@
 //! The names of the devices: `/dev/quarry/<tenant>/<volume>` -> `/dev/ublkbN`.
 //!
-//! A name is a convenience: failing to make or to remove one is logged, never an error.
+//! A name is a convenience: failing to make or to remove one is logged, never an error. Udev, told by
+//! [`super::udev`], makes the same link with the same text and may remove it, and folders with it, at any
+//! time after the device is gone: whoever comes second has nothing to do.
 
 use std::fs;
 use std::io;
@@ -9,9 +11,20 @@ use std::path::{Path, PathBuf};
 
 use quarry_objfmt::{TenantName, VolumeName};
 
+/// Tries to make a name: meanwhile udev may remove an empty folder.
+const TRIES: u32 = 3;
+
 /// The name of a volume's device.
 fn path(root: &Path, tenant: &TenantName, name: &VolumeName) -> PathBuf {
     root.join(tenant.as_str()).join(name.as_str())
+}
+
+/// What the name leads to: relative to its folder, as udev has it.
+fn target(root: &Path, node: &Path) -> PathBuf {
+    match root.parent().and_then(|dev| node.strip_prefix(dev).ok()) {
+        Some(below) => Path::new("../..").join(below),
+        None => node.to_owned(),
+    }
 }
 
 /// Makes or replaces the name, atomically.
@@ -22,7 +35,15 @@ pub(super) fn make(
     node: &Path,
 ) -> Option<PathBuf> {
     let link = path(root, tenant, name);
-    match try_make(&link, node) {
+    let target = target(root, node);
+    let mut made = try_make(&link, &target);
+    for _ in 1..TRIES {
+        if !matches!(&made, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            break;
+        }
+        made = try_make(&link, &target);
+    }
+    match made {
         Ok(()) => Some(link),
         Err(error) => {
             tracing::warn!(link = %link.display(), node = %node.display(), %error, "the device has no name");
@@ -31,7 +52,10 @@ pub(super) fn make(
     }
 }
 
-fn try_make(link: &Path, node: &Path) -> io::Result<()> {
+fn try_make(link: &Path, target: &Path) -> io::Result<()> {
+    if fs::read_link(link).is_ok_and(|found| found == target) {
+        return Ok(());
+    }
     let folder = link.parent().ok_or(io::ErrorKind::InvalidInput)?;
     fs::create_dir_all(folder)?;
     // No volume's name starts with a dot.
@@ -42,7 +66,7 @@ fn try_make(link: &Path, node: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    symlink(node, &temporary)?;
+    symlink(target, &temporary)?;
     fs::rename(&temporary, link)
 }
 
@@ -50,12 +74,15 @@ fn try_make(link: &Path, node: &Path) -> io::Result<()> {
 pub(super) fn remove(root: &Path, tenant: &TenantName, name: &VolumeName, node: &Path) {
     let link = path(root, tenant, name);
     match fs::read_link(&link) {
-        Ok(target) if target == node => {}
+        Ok(found) if found == target(root, node) => {}
         _ => return,
     }
-    if let Err(error) = fs::remove_file(&link) {
-        tracing::warn!(link = %link.display(), %error, "the name of a device that is gone stays");
-        return;
+    match fs::remove_file(&link) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(link = %link.display(), %error, "the name of a device that is gone stays");
+            return;
+        }
+        _ => {}
     }
     if let Some(folder) = link.parent() {
         // Fails unless it is empty, and that is meant.
@@ -81,6 +108,20 @@ mod tests {
         make(root.path(), &tenant, &name, Path::new("/dev/ublkb0")).unwrap();
         let link = make(root.path(), &tenant, &name, Path::new("/dev/ublkb1")).unwrap();
         assert_eq!(fs::read_link(link).unwrap(), Path::new("/dev/ublkb1"));
+    }
+
+    #[test]
+    fn link_beside_its_node_is_relative_and_leads_to_it() {
+        let dev = tempfile::tempdir().unwrap();
+        let node = dev.path().join("ublkb7");
+        fs::write(&node, "").unwrap();
+        let (tenant, name) = names();
+        let root = dev.path().join("quarry");
+        let link = make(&root, &tenant, &name, &node).unwrap();
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("../../ublkb7"));
+        assert_eq!(link.canonicalize().unwrap(), node.canonicalize().unwrap());
+        remove(&root, &tenant, &name, &node);
+        assert!(fs::read_link(&link).is_err());
     }
 
     #[test]

@@ -114,6 +114,7 @@ mod tests {
             sector_size: 4096,
             read_only: false,
             queues: 1,
+            permissions: super::super::Permissions::default(),
         }
     }
 

@@ -80,6 +80,7 @@ mod tests {
             sector_size: 512,
             read_only: false,
             queues: 1,
+            permissions: super::super::Permissions::default(),
         }
     }
 
