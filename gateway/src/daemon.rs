@@ -157,6 +157,7 @@ async fn attach_again(daemon: Arc<Daemon>) {
     let mut left = wanted.len();
     if left > 0 {
         daemon.set_ready(Err(format!("{left} volumes are being attached again")));
+        daemon.look_for_left_devices().await;
     }
     let mut tries = futures::stream::iter(wanted)
         .map(|(volume, how)| attach_one_again(&daemon, volume, how))

@@ -124,6 +124,8 @@ pub struct Daemon {
     reactors: Mutex<Vec<Reactor>>,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
+    /// The devices that dead daemons left, while what was attached is being attached again.
+    left: Mutex<Option<Vec<ublk::Found>>>,
     /// Since when the devices that the last daemon left have been waiting.
     waiting_since: Option<handover::Since>,
     /// Segments with unsent writes of volumes that went, which could not be read again.
@@ -248,6 +250,7 @@ impl Daemon {
             shared,
             reactors: Mutex::new(reactors),
             kept: Mutex::new(scan.volumes),
+            left: Mutex::default(),
             waiting_since: handover::take(&config.daemon.data_dir),
             unsettled: Mutex::default(),
             journals,

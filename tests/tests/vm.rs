@@ -36,6 +36,8 @@ fn kernel() -> Option<PathBuf> {
 struct Host {
     kernel: PathBuf,
     dir: TempDir,
+    /// The guest's; the host gives only what is used.
+    memory: &'static str,
 }
 
 impl Host {
@@ -50,7 +52,11 @@ impl Host {
         }
         // Not /tmp, which may be in memory.
         let dir = tempdir_in(target_dir())?;
-        Ok(Some(Self { kernel, dir }))
+        Ok(Some(Self {
+            kernel,
+            dir,
+            memory: "1536M",
+        }))
     }
 
     /// The directory that outlives the guests.
@@ -72,7 +78,7 @@ impl Host {
         command
             .env("QUARRY_VM_KERNEL", &self.kernel)
             .env("QUARRY_BIN", quarry_program())
-            .args(["-t", "330"]);
+            .args(["-t", "330", "-m", self.memory]);
         for disk in disks {
             command.arg("-d").arg(disk);
         }
@@ -132,6 +138,17 @@ fn device_beside_udevd_keeps_its_owner_and_mode_with_the_rule_and_gets_them_with
     println!("{}{}", ran.stdout, ran.stderr);
     ensure!(ran.stdout.contains("guest: passed"), "{ran}");
     Ok(())
+}
+
+#[test]
+fn many_idle_devices_cost_no_thread_little_memory_and_outlive_their_daemon() -> Result<()> {
+    let Some(mut host) = Host::new()? else {
+        return Ok(());
+    };
+    host.memory = "5120M";
+    // More than have entries of their own in the reactor's buffer table.
+    let devices = test_number("QUARRY_TEST_DEVICES", 130).to_string();
+    host.boot(&[], "guest-many.sh", &[&devices])
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::control::{ApiError, ApiResult, AttachInfo, AttachOptions, Kind, Via, 
 use crate::nbd::Export;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
-use crate::ublk::{Device, DeviceSpec, Permissions, Stamp, UblkError};
+use crate::ublk::{Device, DeviceSpec, Found, Permissions, Stamp, UblkError};
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
 /// stopped, which comes first; one whose device could not be recovered never does.
@@ -343,10 +343,12 @@ impl Daemon {
     ) -> Result<Device, UblkError> {
         let (reactor, key) = backend.place();
         let host = Box::new(add_queue(reactor.clone(), key));
-        let left = self.ublk.find_recoverable().await?;
-        match left.iter().find(|found| found.is_of(spec.volume)) {
-            Some(found) => {
-                let device = self.ublk.recover(found.id, spec.clone(), host).await?;
+        match self.left_device(spec.volume).await? {
+            Some(id) => {
+                let device = self.ublk.recover(id, spec.clone(), host).await?;
+                if let Some(left) = &mut *self.left.lock() {
+                    left.retain(|found| found.id != id);
+                }
                 if let Some(since) = self.waiting_since {
                     let pause_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
                     tracing::info!(volume = backend.name(), device = %device.node.display(), pause_ms, "the device's users waited so long for this daemon");
@@ -357,10 +359,31 @@ impl Daemon {
         }
     }
 
+    /// The device that a dead daemon left for a volume.
+    async fn left_device(&self, volume: VolumeId) -> Result<Option<u32>, UblkError> {
+        let id_in = |left: &[Found]| Some(left.iter().find(|found| found.is_of(volume))?.id);
+        if let Some(left) = &*self.left.lock() {
+            return Ok(id_in(left));
+        }
+        Ok(id_in(&self.ublk.find_recoverable().await?))
+    }
+
+    /// Looks once for all devices that dead daemons left, for the attaches that follow a start: each
+    /// look asks for every device of the host.
+    pub async fn look_for_left_devices(&self) {
+        match self.ublk.find_recoverable().await {
+            Ok(left) => *self.left.lock() = Some(left),
+            Err(error) => {
+                tracing::warn!(%error, "the devices of earlier daemons cannot be looked for");
+            }
+        }
+    }
+
     /// Removes the devices that an earlier daemon on this cache device left and that are not to be
     /// attached: one that died before it had noted the device, or whose volume is no more. Another
     /// daemon's devices are left alone.
     pub async fn remove_left_devices(&self) {
+        *self.left.lock() = None;
         let left = match self.ublk.find_recoverable().await {
             Ok(left) => left,
             Err(error) => {
