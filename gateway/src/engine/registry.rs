@@ -256,7 +256,7 @@ pub(super) async fn delete_volume(
             let cell = HeadCell::new(volume.tenant.clone(), head, tag);
             let taken = cell.update(store, |head| {
                 head.epoch = head.epoch.next();
-                head.owner = Some(owner);
+                head.owner = Some(owner.clone());
             });
             match taken.await {
                 Ok(_) => {}
