@@ -1,6 +1,7 @@
 //! Attaching and detaching: the steps and their order.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{CacheDevice, Journals, Recovered};
@@ -138,6 +139,7 @@ impl Daemon {
             since_ms: now_ms(),
             read_only: options.read_only,
             device: None,
+            shown: AtomicU64::new(opening.spec.size.bytes()),
         };
         match via {
             Via::Ublk => match self.make_device(&attached.backend, &opening.spec).await {
@@ -146,6 +148,7 @@ impl Daemon {
                     attached.info =
                         AttachInfo::ublk(volume, device.node.display().to_string(), link);
                     attached.mode = device.mode.to_string();
+                    attached.shown = AtomicU64::new(device.size.bytes());
                     attached.device = Some((device.id, opening.spec));
                 }
                 Err(error) => {

@@ -1,6 +1,7 @@
 //! What `show`, `status` and `/metrics` tell.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use quarry_volume::VolumeStats;
 
@@ -65,6 +66,7 @@ impl Daemon {
             link: attached.info.link.clone(),
             uri: attached.info.uri.clone(),
             mode: attached.mode.clone(),
+            size_bytes: attached.shown.load(Ordering::Relaxed),
             epoch: attached.backend.head().epoch().get(),
             since_ms: attached.since_ms,
             read_only: attached.read_only,
