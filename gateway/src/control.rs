@@ -26,7 +26,7 @@ use quarry_objfmt::TenantName;
 
 pub use client::Client;
 pub use dto::{
-    AttachInfo, AttachOptions, AttachedInfo, CacheStatus, OwnerInfo, State, StatusInfo,
+    AttachInfo, AttachOptions, AttachedInfo, CacheStatus, OwnerInfo, ResizeInfo, State, StatusInfo,
     StoreStatus, TenantInfo, Via, VolumeInfo, VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
@@ -57,6 +57,10 @@ pub trait Engine: Send + Sync + 'static {
     async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo>;
     /// Takes a volume off this host, everything uploaded first.
     async fn detach(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// Gives a volume a larger size, for good, and shows it to whoever uses the volume here;
+    /// [`Kind::Conflict`] if it is larger already or somebody else's. A size that the volume's own
+    /// sector size forbids is the engine's to refuse.
+    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached.

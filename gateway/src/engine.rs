@@ -1,7 +1,7 @@
 //! The engine: tenants, volumes and attachments of one daemon.
 //!
 //! Owns: which volumes are attached here and by what, and the order of the steps that attach,
-//! detach, create and delete one. The state of record is in the object store; this host keeps only
+//! detach, create, resize and delete one. The state of record is in the object store; this host keeps only
 //! the list of what it had attached, so that the next start attaches it again.
 //!
 //! Invariants:
@@ -14,6 +14,7 @@ mod attach;
 mod handover;
 mod registry;
 mod report;
+mod resize;
 mod slot;
 mod wanted;
 
@@ -35,8 +36,8 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, StatusInfo, TenantInfo,
-    VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, ResizeInfo, StatusInfo,
+    TenantInfo, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -423,6 +424,11 @@ impl Engine for Daemon {
 
     async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
         self.detach_volume(volume).await
+    }
+
+    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+        self.fit()?;
+        self.resize_volume(volume, size_bytes).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

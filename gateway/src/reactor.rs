@@ -38,7 +38,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use quarry_cache::SyncFailure;
-use quarry_objfmt::{Generation, Record, SegmentId};
+use quarry_objfmt::{Generation, Record, Sectors, SegmentId};
 use quarry_volume::{Action, Event};
 use tokio::sync::{mpsc, oneshot};
 
@@ -73,7 +73,8 @@ pub trait Machine: Any + Send {
     /// where they should not.
     fn copied(&mut self, _bytes: u64) {}
 
-    /// Its shape; asked once, when the reactor gets it.
+    /// Its shape; asked once, when the reactor gets it. From then on only its size changes, by
+    /// [`Message::Grow`].
     fn geometry(&self) -> Geometry;
 
     /// Whether it wants an [`Event::Tick`] now.
@@ -128,6 +129,16 @@ pub enum Message {
         key: VolumeKey,
         /// What.
         event: Event,
+    },
+    /// Give the volume a larger size: feed [`Event::Grown`], and let front ends bring what reaches up
+    /// to the new end.
+    Grow {
+        /// Which.
+        key: VolumeKey,
+        /// The size; one that is not larger changes nothing.
+        size: Sectors,
+        /// Told when requests are taken up to the new end; false if there is no such volume.
+        done: oneshot::Sender<bool>,
     },
     /// Add a front end; it is dropped without a call if the volume is gone or going.
     AddFrontEnd {
@@ -298,6 +309,16 @@ impl ReactorHandle {
     pub async fn stop_front_ends(&self, key: VolumeKey) -> Result<(), ReactorGone> {
         let (done, answer) = oneshot::channel();
         self.send(Message::StopFrontEnds { key, done }).await?;
+        answer.await.map_err(|_| ReactorGone)
+    }
+
+    /// Grows a volume: see [`Message::Grow`].
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn grow(&self, key: VolumeKey, size: Sectors) -> Result<bool, ReactorGone> {
+        let (done, answer) = oneshot::channel();
+        self.send(Message::Grow { key, size, done }).await?;
         answer.await.map_err(|_| ReactorGone)
     }
 

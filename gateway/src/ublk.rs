@@ -195,6 +195,9 @@ pub struct Device {
     pub mode: Mode,
     /// How many queues it has.
     pub queues: u16,
+    /// What its users see of the volume: less than all of it if the volume has grown and the kernel
+    /// could not be told.
+    pub size: Sectors,
 }
 
 /// Why something could not be done with a device.
@@ -268,6 +271,11 @@ pub enum UblkError {
         /// The volume's value.
         volume: u64,
     },
+    /// The driver cannot change a device's size.
+    #[error(
+        "ublk of this kernel cannot resize a device that is there (Linux 6.16 is the first that can)"
+    )]
+    FixedSize,
     /// The device started, but its node never came.
     #[error("{} did not appear: is /dev a devtmpfs?", .node.display())]
     NoNode {

@@ -152,6 +152,18 @@ fn many_idle_devices_cost_no_thread_little_memory_and_outlive_their_daemon() -> 
 }
 
 #[test]
+fn device_grows_with_its_volume_under_ext4_and_over_the_death_of_a_daemon_between_the_two()
+-> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    if tool("resize2fs").is_none() {
+        return Ok(());
+    }
+    host.boot(&[], "guest-resize.sh", &[])
+}
+
+#[test]
 fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> Result<()> {
     let Some(host) = Host::new()? else {
         return Ok(());

@@ -109,23 +109,47 @@ impl HeadCell {
     /// as long as the condition holds.
     ///
     /// A PUT whose answer was lost looks, when tried again, as if somebody else had changed the
-    /// head; so what stands there is read, and if it is what we were writing, it is ours.
+    /// head; so what stands there is read, and if it is what we were writing, it is ours. So is
+    /// another head of the same epoch and owner: a change before this one, given up for want of an
+    /// answer, that arrived after all. Then `change` is made to that. Each turn means that another
+    /// change got through, and of those there is one a call at most.
     ///
     /// # Errors
-    /// [`HeadError::Fenced`] if somebody else changed it.
+    /// [`HeadError::Fenced`] if somebody else changed it. After [`HeadError::Store`] it may be
+    /// changed or not; the next change tells.
     pub async fn update(
         &self,
         store: &dyn Store,
-        change: impl FnOnce(&mut Head) + Send,
+        change: impl Fn(&mut Head) + Send,
     ) -> Result<Head, HeadError> {
         let mut state = self.state.lock().await;
-        let mut head = state.0.clone();
-        change(&mut head);
-        let tag = put(store, &self.key, &head, &state.1).await?;
-        *state = (head.clone(), tag);
-        *self.latest.lock() = head.clone();
-        Ok(head)
+        loop {
+            let mut head = state.0.clone();
+            change(&mut head);
+            let (done, now) = match replace(store, &self.key, &head, &state.1).await? {
+                Replaced::Done(tag) => (true, (head, tag)),
+                Replaced::Changed(now, tag) => {
+                    if (now.epoch, &now.owner) != (state.0.epoch, &state.0.owner) {
+                        return Err(fenced(&now));
+                    }
+                    (false, (*now, tag))
+                }
+            };
+            *self.latest.lock() = now.0.clone();
+            *state = now;
+            if done {
+                return Ok(state.0.clone());
+            }
+        }
     }
+}
+
+/// What came of a conditional PUT.
+enum Replaced {
+    /// It is written.
+    Done(Tag),
+    /// Another head stands there.
+    Changed(Box<Head>, Tag),
 }
 
 /// Writes `head` where `tag` is current.
@@ -138,20 +162,131 @@ pub(super) async fn put(
     head: &Head,
     tag: &Tag,
 ) -> Result<Tag, HeadError> {
+    match replace(store, key, head, tag).await? {
+        Replaced::Done(tag) => Ok(tag),
+        Replaced::Changed(now, _) => Err(fenced(&now)),
+    }
+}
+
+async fn replace(
+    store: &dyn Store,
+    key: &str,
+    head: &Head,
+    tag: &Tag,
+) -> Result<Replaced, HeadError> {
     let bytes = Bytes::from(head.encode());
     match store.replace(key, bytes.clone(), tag).await {
-        Ok(tag) => Ok(tag),
+        Ok(tag) => Ok(Replaced::Done(tag)),
         Err(StoreError::Changed { .. } | StoreError::NotFound { .. }) => {
             let (now, now_tag) = HeadCell::read(store, key).await?;
-            if now.encode() == bytes[..] {
-                return Ok(now_tag);
-            }
-            let by = now.owner.map_or_else(
-                || "another daemon".to_owned(),
-                |o| format!("host {}", o.host),
-            );
-            Err(HeadError::Fenced { by })
+            Ok(if now.encode() == bytes[..] {
+                Replaced::Done(now_tag)
+            } else {
+                Replaced::Changed(Box::new(now), now_tag)
+            })
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+fn fenced(now: &Head) -> HeadError {
+    let owner = now.owner.as_ref();
+    HeadError::Fenced {
+        by: owner.map_or_else(
+            || "another daemon".to_owned(),
+            |o| format!("host {}", o.host),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::head::Durability;
+    use quarry_objfmt::{CacheId, Encryption, MapSeq, Owner, Sectors, VolumeId, WriteSeq};
+
+    use super::*;
+    use crate::store::FolderStore;
+
+    fn attached(epoch: u32, host: &str) -> Head {
+        Head {
+            volume: VolumeId::from_bytes([1; 16]),
+            tenant: "acme".to_owned(),
+            name: "db".to_owned(),
+            created_ms: 1,
+            sector_size: 512,
+            frame_sectors: 128,
+            compression: Compression::Lz4,
+            encryption: Encryption::None,
+            durability: Durability::Local,
+            size: Sectors::new(1000),
+            epoch: Epoch::new(epoch),
+            owner: Some(Owner {
+                cache: CacheId::from_bytes([2; 16]),
+                host: host.to_owned(),
+                since_ms: u64::from(epoch),
+            }),
+            lineage: None,
+            log: Vec::new(),
+            root: None,
+            root_write: WriteSeq::ZERO,
+            next_map: MapSeq::ZERO,
+            stored_bytes: 0,
+        }
+    }
+
+    /// A store, and two cells that saw the same head in it.
+    async fn two_cells(dir: &std::path::Path) -> (FolderStore, HeadCell, HeadCell) {
+        let store = FolderStore::open(dir, false).unwrap();
+        let tenant = TenantName::new("acme").unwrap();
+        let head = attached(3, "a");
+        let key = keys::head_key(&tenant, head.volume);
+        let tag = store
+            .create(&key, Bytes::from(head.encode()))
+            .await
+            .unwrap();
+        let cell = || HeadCell::new(tenant.clone(), head.clone(), tag.clone());
+        let cells = (cell(), cell());
+        (store, cells.0, cells.1)
+    }
+
+    #[tokio::test]
+    async fn change_given_up_that_got_through_after_all_is_kept_by_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, cell, late) = two_cells(dir.path()).await;
+        // As a PUT whose answer nobody waited for.
+        late.update(&store, |head| head.size = Sectors::new(2000))
+            .await
+            .unwrap();
+        assert_eq!(cell.get().size, Sectors::new(1000));
+        let head = cell.update(&store, |head| head.stored_bytes += 7);
+        let head = head.await.unwrap();
+        assert_eq!((head.size, head.stored_bytes), (Sectors::new(2000), 7));
+        assert_eq!(cell.get(), head);
+        let key = keys::head_key(cell.tenant(), head.volume);
+        assert_eq!(HeadCell::read(&store, &key).await.unwrap().0, head);
+        // And the one that is behind now goes on in the same way.
+        let head = late.update(&store, |head| head.stored_bytes += 3);
+        assert_eq!(head.await.unwrap().stored_bytes, 10);
+    }
+
+    #[tokio::test]
+    async fn change_of_another_term_or_owner_fences() {
+        let changes: [fn(&mut Head); 2] =
+            [|head| *head = attached(4, "b"), |head| head.owner = None];
+        for (change, by) in changes.into_iter().zip(["host b", "another daemon"]) {
+            let dir = tempfile::tempdir().unwrap();
+            let (store, cell, other) = two_cells(dir.path()).await;
+            let now = other.update(&store, change).await.unwrap();
+            let error = cell
+                .update(&store, |head| head.size = Sectors::new(2000))
+                .await
+                .unwrap_err();
+            assert!(
+                matches!(&error, HeadError::Fenced { by: who } if who == by),
+                "{error}"
+            );
+            let key = keys::head_key(cell.tenant(), now.volume);
+            assert_eq!(HeadCell::read(&store, &key).await.unwrap().0, now);
+        }
     }
 }

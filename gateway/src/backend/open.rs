@@ -64,8 +64,10 @@ pub enum OpenError {
         "the cache on this host holds writes to this volume that were never sent: attach it without --read-only, which sends them"
     )]
     Unsent,
-    /// Two attached at once; the other won.
-    #[error("another daemon attached the volume at the same moment ({by}); detach it there first")]
+    /// Two attached at once, or one attached and one resized; the other won.
+    #[error(
+        "the volume was attached or resized at the same moment by {by}: try again; if it is attached there, detach it first"
+    )]
     Raced {
         /// Who.
         by: String,

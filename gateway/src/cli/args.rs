@@ -148,6 +148,7 @@ const VOLUME_EXAMPLES: &str = "\
 Examples:
   quarry volume create acme/db --size 100GiB
   quarry volume attach acme/db --via nbd
+  quarry volume resize acme/db 200GiB
   quarry volume sync acme/db
   quarry volume detach acme/db";
 
@@ -177,6 +178,16 @@ Examples:
     Show {
         /// The volume, as tenant/name.
         volume: VolumeRef,
+    },
+    /// Make a volume larger, attached here or nowhere, while it is in use.
+    #[command(after_help = "\
+Example:
+  quarry volume resize acme/db 200GiB && resize2fs /dev/quarry/acme/db")]
+    Resize {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// Its new size, up to 1EiB.
+        size: Size,
     },
     /// Wait until all that was written so far is in the object store.
     Sync {

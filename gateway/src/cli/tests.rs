@@ -64,6 +64,7 @@ fn every_line_of_the_manual_parses() {
         "volume list --output json",
         "volume list --tenant acme",
         "volume show acme/db",
+        "volume resize acme/db 200GiB",
         "volume sync acme/db",
         "volume detach acme/db",
         "volume delete acme/db",
@@ -91,6 +92,8 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume attach acme/db --owner a:b:c",
         "volume attach acme/db --mode 1777",
         "volume attach acme/db --mode rw",
+        "volume resize acme/db",
+        "volume resize acme/db large",
         "tenant create ACME",
         "volume",
         "serve --listen nowhere --output json",
@@ -153,6 +156,23 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
     assert_eq!(
         (&shown["attached"]["uri"], &shown["dirty_bytes"]),
         (&uri.into(), &(5 << 20).into())
+    );
+
+    assert!(!shown.to_string().contains("size shown"), "{shown}");
+    assert_eq!(
+        ok("volume resize acme/db 200GiB").await.out,
+        "acme/db: it has 200GiB; its device shows the old size\n"
+    );
+    let shown = ok("volume show acme/db").await.out;
+    assert!(
+        shown.contains("size          200GiB, ") && shown.contains("size shown    100GiB, until"),
+        "{shown}"
+    );
+    assert_eq!(
+        ok("volume resize acme/db 200GiB --output json")
+            .await
+            .json()["size_bytes"],
+        200_u64 << 30
     );
 
     assert_eq!(

@@ -7,7 +7,9 @@ use super::args::{AttachFlags, CreateFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use crate::control::{AttachInfo, AttachOptions, Client, State, VolumeInfo, VolumeRef, VolumeSpec};
+use crate::control::{
+    AttachInfo, AttachOptions, Client, ResizeInfo, State, VolumeInfo, VolumeRef, VolumeSpec,
+};
 
 pub(super) async fn run(
     client: &Client,
@@ -23,6 +25,11 @@ pub(super) async fn run(
         }
         VolumeCommand::Show { volume } => {
             console.show(&client.show_volume(&volume).await?, show_text)
+        }
+        VolumeCommand::Resize { volume, size } => {
+            let call = client.resize(&volume, size.bytes());
+            let resized = shown("resizing", &volume, call).await?;
+            console.show(&resized, resize_text)
         }
         VolumeCommand::Sync { volume } => {
             uploading("syncing", client, &volume, client.sync(&volume)).await?;
@@ -126,6 +133,20 @@ fn attach_text(attached: &AttachInfo) -> String {
         .unwrap_or_default()
 }
 
+fn resize_text(resized: &ResizeInfo) -> String {
+    let ResizeInfo {
+        volume,
+        size_bytes,
+        note,
+    } = resized;
+    let note = note.as_ref().map(|note| format!("; {note}"));
+    format!(
+        "{volume}: it has {}{}",
+        bytes(*size_bytes),
+        note.unwrap_or_default()
+    )
+}
+
 fn list_text(volumes: &[VolumeInfo]) -> String {
     if volumes.is_empty() {
         return "there are no volumes; make one with `quarry volume create TENANT/NAME --size SIZE`".to_owned();
@@ -201,6 +222,15 @@ fn show_text(v: &VolumeInfo) -> String {
                 bytes(v.size_bytes),
                 v.sector_size
             )),
+        ),
+        (
+            "size shown",
+            here.filter(|a| a.size_bytes != v.size_bytes).map(|a| {
+                format!(
+                    "{}, until it is resized once more or attached anew",
+                    bytes(a.size_bytes)
+                )
+            }),
         ),
         ("durability", Some(v.durability.to_string())),
         ("compression", Some(v.compression.to_string())),

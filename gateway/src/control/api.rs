@@ -10,11 +10,14 @@ use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{delete, get, post};
-use quarry_objfmt::TenantName;
+use quarry_objfmt::{SECTOR_SIZE, TenantName};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::dto::{AttachOptions, TenantList, TenantSpec, VolumeInfo, VolumeList, VolumeSpec};
+use super::dto::{
+    AttachOptions, ResizeSpec, TenantList, TenantSpec, VolumeInfo, VolumeList, VolumeSpec,
+    check_size,
+};
 use super::error::response;
 use super::{ApiError, ApiResult, Engine, Kind, VolumeRef};
 
@@ -40,6 +43,7 @@ pub(super) fn control_routes(engine: Arc<dyn Engine>) -> Router {
         )
         .route("/v1/volumes/{tenant}/{volume}/attach", post(attach))
         .route("/v1/volumes/{tenant}/{volume}/detach", post(detach))
+        .route("/v1/volumes/{tenant}/{volume}/resize", post(resize))
         .route("/v1/volumes/{tenant}/{volume}/sync", post(sync))
         .route("/v1/status", get(status));
     finish(routes.merge(health()), engine)
@@ -215,6 +219,19 @@ async fn detach(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
     Ok(StatusCode::NO_CONTENT)
 }
 
+async fn resize(
+    State(engine): Shared,
+    path: Volume,
+    body: Body,
+) -> Result<impl IntoResponse, Refused> {
+    let volume = volume_of(path)?;
+    let spec: ResizeSpec = json(body)?;
+    // Its own sector size may ask for more, which the engine knows.
+    check_size(spec.size_bytes, SECTOR_SIZE)?;
+    let call = async move { engine.resize(&volume, spec.size_bytes).await };
+    Ok(Json(whole(call).await?))
+}
+
 async fn sync(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
     let volume = volume_of(path)?;
     // Changes nothing that must be finished: a client that hangs up need not be waited for.
@@ -343,8 +360,14 @@ mod tests {
             attached.uri.as_deref(),
             Some("nbd+unix:///acme/db?socket=/run/nbd.sock")
         );
+        let resized = client.resize(&volume("db"), 2 << 30).await.unwrap();
+        assert_eq!(
+            (resized.volume.as_str(), resized.size_bytes),
+            ("acme/db", 2 << 30)
+        );
         let shown = client.show_volume(&volume("db")).await.unwrap();
         assert_eq!(shown.state, VolumeState::Attached);
+        assert_eq!(shown.size_bytes, 2 << 30);
         assert!(shown.attached.unwrap().read_only);
 
         let early = client.delete_volume(&volume("db")).await.unwrap_err();
@@ -430,6 +453,43 @@ mod tests {
                 "/v1/volumes/acme/db/attach",
                 r#"{"device_mode":640}"#,
                 400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/attach",
+                r#"{"queues":17}"#,
+                400,
+            ),
+            ("POST", "/v1/volumes/acme/db/resize", "", 400),
+            (
+                "POST",
+                "/v1/volumes/acme/db/resize",
+                r#"{"size_bytes":0}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/resize",
+                r#"{"size_bytes":1152921504606847488}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/resize",
+                r#"{"size_bytes":1000}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db/resize",
+                r#"{"size_bytes":512,"force":true}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/none/resize",
+                r#"{"size_bytes":512}"#,
+                404,
             ),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),

@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachInfo, AttachOptions, StatusInfo, TenantInfo, TenantList, TenantSpec, VolumeInfo,
-    VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, ResizeInfo, ResizeSpec, StatusInfo, TenantInfo, TenantList,
+    TenantSpec, VolumeInfo, VolumeList, VolumeSpec,
 };
 use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
 
@@ -232,6 +232,19 @@ impl Client {
     pub async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
         self.order(Method::POST, &format!("/v1/volumes/{volume}/detach"))
             .await
+    }
+
+    /// Gives a volume a larger size.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+        let path = format!("/v1/volumes/{volume}/resize");
+        let spec = ResizeSpec { size_bytes };
+        let response = self
+            .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
     }
 
     /// Waits until all that was acknowledged before is in the object store.

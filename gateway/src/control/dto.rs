@@ -114,25 +114,47 @@ impl VolumeSpec {
             let message = format!("a sector size of {} is not supported", self.sector_size);
             return Err(ApiError::invalid(message, "use 512 or 4096"));
         }
-        if self.size_bytes == 0 || self.size_bytes > VOLUME_BYTES_MAX {
-            let message = format!("a volume of {} bytes cannot be made", self.size_bytes);
-            return Err(ApiError::invalid(
-                message,
-                "choose a size from one sector to 1EiB",
-            ));
-        }
-        if !self.size_bytes.is_multiple_of(u64::from(self.sector_size)) {
-            let message = format!(
-                "{} bytes are not whole sectors of {} bytes",
-                self.size_bytes, self.sector_size
-            );
-            return Err(ApiError::invalid(
-                message,
-                "choose a multiple of the sector size",
-            ));
-        }
-        Ok(())
+        check_size(self.size_bytes, self.sector_size)
     }
+}
+
+/// Refuses a size that no volume of this sector size has.
+pub(crate) fn check_size(size_bytes: u64, sector_size: u32) -> ApiResult<()> {
+    if size_bytes == 0 || size_bytes > VOLUME_BYTES_MAX {
+        let message = format!("a volume of {size_bytes} bytes cannot be made");
+        return Err(ApiError::invalid(
+            message,
+            "choose a size from one sector to 1EiB",
+        ));
+    }
+    if !size_bytes.is_multiple_of(u64::from(sector_size)) {
+        let message = format!("{size_bytes} bytes are not whole sectors of {sector_size} bytes");
+        return Err(ApiError::invalid(
+            message,
+            "choose a multiple of the sector size",
+        ));
+    }
+    Ok(())
+}
+
+/// Request: change a volume's size.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeSpec {
+    /// Its new size; a multiple of its sector size, and not less than it has.
+    pub size_bytes: u64,
+}
+
+/// Answer: a volume's new size.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ResizeInfo {
+    /// `tenant/name`.
+    pub volume: String,
+    /// What it has now.
+    pub size_bytes: u64,
+    /// What is left to be done until all who use it see that, in a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// What a volume is doing, seen from this host.
@@ -202,6 +224,10 @@ pub struct AttachedInfo {
     /// ublk: queues of the device.
     #[serde(default)]
     pub queues: u16,
+    /// What its device or its export shows of the volume: less than all of it after it has grown and
+    /// the kernel could not be told.
+    #[serde(default)]
+    pub size_bytes: u64,
     /// The writer's term.
     #[serde(default)]
     pub epoch: u32,
@@ -499,6 +525,7 @@ mod tests {
 
     #[test]
     fn spec_with_impossible_geometry_is_refused() {
+        check_size(VOLUME_BYTES_MAX, 4096).unwrap();
         for (size_bytes, sector_size) in [
             (0, 512),
             (513, 512),

@@ -119,6 +119,7 @@ impl Engine for FakeEngine {
                 via: options.via.unwrap_or(Via::Nbd),
                 uri: info.uri.clone(),
                 mode: "user memory".to_owned(),
+                size_bytes: volume.size_bytes,
                 epoch: 3,
                 read_only: options.read_only,
                 device_owner: options.device_owner.map(String::from),
@@ -136,6 +137,21 @@ impl Engine for FakeEngine {
         self.change(volume, |volume| {
             volume.state = State::Detached;
             volume.attached = None;
+        })
+    }
+
+    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+        let mut note = None;
+        self.change(volume, |volume| {
+            volume.size_bytes = size_bytes;
+            if volume.attached.is_some() {
+                note = Some("its device shows the old size".to_owned());
+            }
+        })?;
+        Ok(ResizeInfo {
+            volume: volume.to_string(),
+            size_bytes,
+            note,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Attaching and detaching: the steps and their order.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{CacheDevice, Journals, Recovered};
@@ -172,6 +173,7 @@ impl Daemon {
             read_only: options.read_only,
             access,
             device: None,
+            shown: AtomicU64::new(opening.spec.size.bytes()),
         };
         match via {
             Via::Ublk => match self.make_device(&attached.backend, &opening.spec).await {
@@ -181,6 +183,7 @@ impl Daemon {
                         AttachInfo::ublk(volume, device.node.display().to_string(), link);
                     attached.mode = device.mode.as_str();
                     attached.queues = device.queues;
+                    attached.shown = AtomicU64::new(device.size.bytes());
                     attached.device = Some((device.id, opening.spec));
                 }
                 Err(error) => {

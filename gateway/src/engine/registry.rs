@@ -10,10 +10,12 @@ use quarry_objfmt::record::{
     NAME_KIND, NameRecord, TENANT_KIND, TenantRecord, decode_record, encode_record,
 };
 use quarry_objfmt::{
-    Encryption, Epoch, MapSeq, Owner, Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
+    CacheId, Encryption, Epoch, MapSeq, Owner, Sectors, TenantName, VolumeId, VolumeName, WriteSeq,
+    keys,
 };
 
 use super::now_ms;
+use super::resize::{larger, taken_over};
 use crate::backend::{HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
 use crate::store::{Store, StoreError};
@@ -194,12 +196,48 @@ pub(super) async fn head(store: &dyn Store, volume: &VolumeRef) -> ApiResult<Hea
     let key = keys::head_key(&volume.tenant, id);
     match HeadCell::read(store, &key).await {
         Ok((head, _)) => Ok(head),
-        Err(HeadError::Store(error)) => Err(store_error(&error)),
-        Err(error) => Err(ApiError::new(
+        Err(error) => Err(head_error(volume, &error)),
+    }
+}
+
+/// A head that cannot be read or changed, as the API tells it.
+pub(super) fn head_error(volume: &VolumeRef, error: &HeadError) -> ApiError {
+    match error {
+        HeadError::Store(error) => store_error(error),
+        error => ApiError::new(
             Kind::Damaged,
             format!("{volume}: {error}"),
             "restore the object from a copy",
-        )),
+        ),
+    }
+}
+
+/// Grows a volume that nobody has, or `cache` had and does not serve. Whoever attaches it at the same
+/// moment wins, or finds the larger volume: both change the head where they have seen it.
+pub(super) async fn grow_volume(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    size_bytes: u64,
+    cache: CacheId,
+) -> ApiResult<()> {
+    let id = find(store, volume).await?;
+    let read = HeadCell::read(store, &keys::head_key(&volume.tenant, id)).await;
+    let (head, tag) = read.map_err(|error| head_error(volume, &error))?;
+    if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
+        let message = format!("{volume} is attached by host {}", other.host);
+        let remedy = "resize it there, or, if that host is lost, attach it here with --force first";
+        return Err(ApiError::new(Kind::Conflict, message, remedy));
+    }
+    let size = larger(volume, &head, size_bytes)?;
+    if head.size == size {
+        return Ok(());
+    }
+    let cell = HeadCell::new(volume.tenant.clone(), head, tag);
+    let grown = cell.update(store, |head| head.size = head.size.max(size));
+    match grown.await {
+        Ok(head) => larger(volume, &head, size_bytes).map(|_| ()),
+        Err(HeadError::Fenced { by }) => Err(taken_over(volume, &by)),
+        Err(error) => Err(head_error(volume, &error)),
     }
 }
 
@@ -256,7 +294,7 @@ pub(super) async fn delete_volume(
             let cell = HeadCell::new(volume.tenant.clone(), head, tag);
             let taken = cell.update(store, |head| {
                 head.epoch = head.epoch.next();
-                head.owner = Some(owner);
+                head.owner = Some(owner.clone());
             });
             match taken.await {
                 Ok(_) => {}

@@ -68,6 +68,7 @@ impl Daemon {
             uri: attached.info.uri.clone(),
             mode: attached.mode.to_owned(),
             queues: attached.queues,
+            size_bytes: attached.shown.load(Ordering::Relaxed),
             epoch: attached.backend.head().epoch().get(),
             since_ms: attached.since_ms,
             read_only: attached.read_only,

@@ -1,6 +1,7 @@
 //! A volume's place in the engine: what it is doing here, and the right to change that.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 
@@ -21,6 +22,8 @@ pub(super) struct Attached {
     pub(super) read_only: bool,
     pub(super) access: Access,
     pub(super) device: Option<(u32, ublk::DeviceSpec)>,
+    /// Bytes of the volume that its device or its export shows.
+    pub(super) shown: AtomicU64,
 }
 
 /// How far a volume is attached.

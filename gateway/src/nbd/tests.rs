@@ -16,6 +16,7 @@ use super::wire::{self, Put, RequestHeader, command, errno, option, reply};
 use super::*;
 use crate::reactor::testing::{Mirror, NoBackend, Seen, geometry, reactor};
 use crate::reactor::{Machine, Reactor, VolumeKey};
+use quarry_objfmt::Sectors;
 use quarry_volume::{Event, IoId};
 
 const BYTES: u64 = 64 << 20;
@@ -264,6 +265,34 @@ fn requests_that_cannot_be_served_get_their_error_and_the_stream_goes_on() {
     client.write_at(4096, &[3; 4096]).unwrap();
     assert_eq!(client.read_at(4096, 4096).unwrap(), [3; 4096]);
     assert!(client.read_at(0, 4096).unwrap().iter().all(|b| *b == 0));
+}
+
+#[test]
+fn volume_grown_takes_requests_of_connected_clients_up_to_its_new_end() {
+    let bench = Bench::with(geometry(BYTES / 2, 512), |_| {});
+    bench.cache.set_len(BYTES).unwrap();
+    let mut client = bench.client();
+    let behind = BYTES / 2;
+    let refused = |result: Result<(), ClientError>, wanted| {
+        assert!(
+            matches!(result, Err(ClientError::Request { errno }) if errno == wanted),
+            "{result:?}"
+        );
+    };
+    refused(client.write_at(behind - 512, &[1; 1024]), errno::ENOSPC);
+    let size = Sectors::from_bytes(BYTES).unwrap();
+    assert!(
+        bench
+            .block_on(bench.handle().grow(bench.key, size))
+            .unwrap()
+    );
+    client.write_at(behind - 512, &[2; 1024]).unwrap();
+    assert_eq!(client.read_at(behind - 512, 1024).unwrap(), [2; 1024]);
+    client.write_at(BYTES - 512, &[3; 512]).unwrap();
+    refused(client.write_at(BYTES - 512, &[1; 1024]), errno::ENOSPC);
+    refused(client.read_at(BYTES, 512).map(drop), errno::EINVAL);
+    let gone = bench.handle().new_key();
+    assert!(!bench.block_on(bench.handle().grow(gone, size)).unwrap());
 }
 
 #[test]

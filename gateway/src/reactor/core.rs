@@ -430,6 +430,17 @@ impl Core {
                     self.feed(index, event);
                 }
             }
+            Message::Grow { key, size, done } => {
+                let index = self.keys.get(&key).copied();
+                if let Some(index) = index {
+                    // What is checked against the new shape stands behind the event in the inbox.
+                    let geometry = &mut self.volumes[index as usize].inbox.geometry;
+                    geometry.size = geometry.size.max(size);
+                    self.feed(index, Event::Grown { size });
+                }
+                // Whoever asked may have gone; the volume is larger all the same.
+                let _ = done.send(index.is_some());
+            }
             Message::AddFrontEnd { key, front_end } => {
                 let Some(&volume) = self.keys.get(&key) else {
                     return;

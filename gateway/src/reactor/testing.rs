@@ -179,6 +179,7 @@ impl Machine for Mirror {
                     });
                 }
             }
+            Event::Grown { size } => self.geometry.size = size,
             Event::Fetched { .. }
             | Event::NodesLoaded { .. }
             | Event::Uploaded { .. }

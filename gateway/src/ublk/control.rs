@@ -10,6 +10,9 @@
 //! 1. add: a dead device without a file, which serves nobody; [`Control::find`] shows it by its word.
 //! 2. word to udev, file with the stamp, start: a device that can be recovered.
 //! 3. node, udev's turn, owner and mode, link: a recovered device gets them anew.
+//!
+//! A volume grows before its device does, so a device that is left may be smaller than its volume:
+//! [`Control::recover`] takes it over and then grows it.
 
 use std::fs;
 use std::io;
@@ -22,7 +25,7 @@ use std::time::{Duration, Instant};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkFlags, sys};
-use quarry_objfmt::VolumeId;
+use quarry_objfmt::{Sectors, VolumeId};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::stamp::{self, Stamp};
@@ -50,6 +53,9 @@ const QUEUE_START_MAX: Duration = Duration::from_secs(10);
 
 /// How long a device's node may take to appear.
 const NODE_MAX: Duration = Duration::from_secs(5);
+
+/// The feature of changing the size of a device that is there (Linux 6.16).
+const UPDATE_SIZE: u64 = sys::UBLK_F_UPDATE_SIZE as u64;
 
 /// Pause between two looks at something that is about to happen.
 const POLL: Duration = Duration::from_millis(5);
@@ -184,7 +190,8 @@ impl Control {
     /// come again, writes among them perhaps for the second time.
     ///
     /// # Errors
-    /// [`UblkError::Foreign`] and [`UblkError::Shape`] if it is not this volume's as it is now;
+    /// [`UblkError::Foreign`] and [`UblkError::Shape`] if it is not this volume's as it is now (but a
+    /// device smaller than its volume is grown, if the driver can);
     /// [`UblkError::Served`] if its daemon lives. The device is not deleted.
     pub async fn recover(
         &self,
@@ -194,6 +201,15 @@ impl Control {
     ) -> Result<Device, UblkError> {
         let root = Arc::clone(&self.link_root);
         self.run(move || recover(id, &spec, host, &root)).await
+    }
+
+    /// Grows the device of a volume to `size`; one that is as large already is left as it is. The
+    /// volume must take requests up to that end.
+    ///
+    /// # Errors
+    /// [`UblkError::FixedSize`] if the driver cannot; the device then serves on as it is.
+    pub async fn grow(&self, id: u32, volume: VolumeId, size: Sectors) -> Result<(), UblkError> {
+        self.run(move || grow(&open(id, volume)?, size)).await
     }
 
     /// Stops and deletes a volume's device. What the page cache holds for it is written first, so
@@ -271,7 +287,8 @@ fn probe() -> Result<Features, UblkError> {
 }
 
 fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<Device, UblkError> {
-    let mode = probe()?.mode(best)?;
+    let features = probe()?;
+    let mode = features.mode(best)?;
     make_run_folder().map_err(UblkError::Folder)?;
     let ctrl = UblkCtrlBuilder::default()
         .name(TARGET)
@@ -279,7 +296,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
         .nr_queues(spec.queues)
         .depth(QUEUE_DEPTH)
         .io_buf_bytes(IO_BYTES_MAX)
-        .ctrl_flags(mode.flags())
+        .ctrl_flags(mode.flags() | features.bits() & UPDATE_SIZE)
         .ctrl_target_flags(stamp::word(spec.volume))
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
@@ -300,6 +317,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
             node,
             mode,
             queues: ctrl.dev_info().nr_hw_queues,
+            size: spec.size,
         })
     });
     match started {
@@ -333,11 +351,8 @@ fn make_run_folder() -> io::Result<()> {
 fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<Device, UblkError> {
     probe()?;
     let old = open(id, spec.volume)?;
-    let mut of_device = sys::ublk_params::default();
-    old.get_params(&mut of_device)
-        .and_then(done)
-        .map_err(|error| command(id, "reading its parameters", error))?;
-    params::check(id, &of_device, spec)?;
+    let left = params_of(&old)?;
+    params::check(id, &left, spec)?;
     let info = old.dev_info();
     drop(old);
     let ctrl = UblkCtrlBuilder::default()
@@ -381,13 +396,46 @@ fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<D
     }
     let link = link::make(link_root, &spec.tenant, &spec.name, &node);
     tracing::info!(device = %node.display(), volume = %spec.volume, %mode, "device recovered");
+    let size = match grow(&ctrl, spec.size) {
+        Ok(()) => spec.size,
+        // It serves as it did before.
+        Err(error) => {
+            tracing::warn!(device = %node.display(), %error, "the device stays smaller than its volume until it is attached anew");
+            Sectors::new(left.basic.dev_sectors)
+        }
+    };
     Ok(Device {
         id,
         node,
         link,
         mode,
         queues: info.nr_hw_queues,
+        size,
     })
+}
+
+/// Makes a started device at least `size` large.
+fn grow(ctrl: &UblkCtrl, size: Sectors) -> Result<(), UblkError> {
+    if params_of(ctrl)?.basic.dev_sectors >= size.get() {
+        return Ok(());
+    }
+    if !probe()?.has(UPDATE_SIZE) {
+        return Err(UblkError::FixedSize);
+    }
+    let id = ctrl.dev_info().dev_id;
+    ctrl.update_size(size.bytes())
+        .and_then(done)
+        .map_err(|error| command(id, "growing it", error))?;
+    tracing::info!(device = id, bytes = size.bytes(), "device grown");
+    Ok(())
+}
+
+fn params_of(ctrl: &UblkCtrl) -> Result<sys::ublk_params, UblkError> {
+    let mut params = sys::ublk_params::default();
+    ctrl.get_params(&mut params)
+        .and_then(done)
+        .map_err(|error| command(ctrl.dev_info().dev_id, "reading its parameters", error))?;
+    Ok(params)
 }
 
 /// Gives the device's queues to the reactor and starts the device, or ends its recovery. Answers the
@@ -563,12 +611,8 @@ fn simple(id: u32) -> Result<UblkCtrl, libublk::UblkError> {
 
 /// Waits until the block device's node is there, and is this device's.
 fn wait_for_node(ctrl: &UblkCtrl) -> Result<PathBuf, UblkError> {
-    let id = ctrl.dev_info().dev_id;
     let node = PathBuf::from(ctrl.get_bdev_path());
-    let mut of_device = sys::ublk_params::default();
-    ctrl.get_params(&mut of_device)
-        .and_then(done)
-        .map_err(|error| command(id, "reading its parameters", error))?;
+    let of_device = params_of(ctrl)?;
     let wanted = rustix::fs::makedev(of_device.devt.disk_major, of_device.devt.disk_minor);
     let deadline = Instant::now() + NODE_MAX;
     loop {

@@ -52,7 +52,8 @@ pub(super) fn of_spec(spec: &DeviceSpec) -> sys::ublk_params {
     }
 }
 
-/// Whether the device with these parameters can be `spec`'s.
+/// Whether the device with these parameters can be `spec`'s. One that is smaller can: a volume grows
+/// before its device does.
 pub(super) fn check(
     id: u32,
     params: &sys::ublk_params,
@@ -60,12 +61,17 @@ pub(super) fn check(
 ) -> Result<(), UblkError> {
     let read_only = |attrs: u32| u64::from(attrs & sys::UBLK_ATTR_READ_ONLY != 0);
     let wanted = of_spec(spec);
+    let shape = |what, device, volume| UblkError::Shape {
+        id,
+        what,
+        device,
+        volume,
+    };
+    let (device, volume) = (params.basic.dev_sectors, wanted.basic.dev_sectors);
+    if device > volume {
+        return Err(shape("size in sectors", device, volume));
+    }
     for (what, device, volume) in [
-        (
-            "size in sectors",
-            params.basic.dev_sectors,
-            wanted.basic.dev_sectors,
-        ),
         (
             "block size shift",
             params.basic.logical_bs_shift.into(),
@@ -78,12 +84,7 @@ pub(super) fn check(
         ),
     ] {
         if device != volume {
-            return Err(UblkError::Shape {
-                id,
-                what,
-                device,
-                volume,
-            });
+            return Err(shape(what, device, volume));
         }
     }
     Ok(())
@@ -124,11 +125,20 @@ mod tests {
     }
 
     #[test]
+    fn params_of_a_smaller_device_pass_the_check_of_its_grown_volume() {
+        let grown = DeviceSpec {
+            size: Sectors::new(4096),
+            ..spec()
+        };
+        check(0, &of_spec(&spec()), &grown).unwrap();
+    }
+
+    #[test]
     fn params_of_another_shape_are_refused() {
         let params = of_spec(&spec());
         for other in [
             DeviceSpec {
-                size: Sectors::new(4096),
+                size: Sectors::new(2040),
                 ..spec()
             },
             DeviceSpec {

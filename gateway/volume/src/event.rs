@@ -217,6 +217,12 @@ pub enum Event {
         /// Also fold the whole log into the map.
         checkpoint: bool,
     },
+    /// The volume has this size now, which `head` holds already; requests from here on may reach up to
+    /// its end, and what was never written reads as zeroes. One that is not larger changes nothing.
+    Grown {
+        /// The size.
+        size: Sectors,
+    },
     /// Complete nothing new: fail all requests that come from now on with `ShuttingDown`. With the
     /// next drain that is complete, the volume gives up its place on the cache device too.
     Stop,

@@ -382,6 +382,7 @@ impl Volume {
             Event::Tick { now_ms } => self.tick(now_ms, cx),
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
             Event::CheckpointFailed => self.checkpoint_failed(cx),
+            Event::Grown { size } => self.params.size = self.params.size.max(size),
             Event::Stop => self.stopping = true,
         }
     }

@@ -41,6 +41,7 @@ const GEOMETRY: Geometry = Geometry {
 };
 const FRAME_SECTORS: u32 = 32;
 const JOURNAL_ENTRIES: u32 = 24;
+/// Sectors of a volume at first.
 const SIZE: u64 = 4096;
 
 fn range(start: u64, len: u64) -> LbaRange {
@@ -161,10 +162,10 @@ struct World {
     last_read: Vec<u8>,
 }
 
-fn params(epoch: u32, durability: Durability) -> VolumeParams {
+fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
     VolumeParams {
         id: VOLUME,
-        size: Sectors::new(SIZE),
+        size: Sectors::new(size),
         sector_size: 512,
         frame_sectors: FRAME_SECTORS,
         epoch: Epoch::new(epoch),
@@ -203,7 +204,7 @@ impl World {
                 ..Store::default()
             },
             epoch: 1,
-            volume: Volume::new(params(1, durability), opened, &mut shared, &mut due),
+            volume: Volume::new(params(1, SIZE, durability), opened, &mut shared, &mut due),
             shared,
             due,
             asked: HashMap::new(),
@@ -219,6 +220,19 @@ impl World {
             journal: BTreeMap::new(),
             last_read: Vec::new(),
         }
+    }
+
+    /// Its size in sectors, as `head` has it.
+    fn size(&self) -> u64 {
+        self.sectors.len() as u64
+    }
+
+    /// As an engine grows it: durably in `head` first, then here.
+    fn grow(&mut self, sectors: u64) {
+        let size = self.sectors.len() + sectors as usize;
+        self.sectors.resize(size, vec![0]);
+        let size = Sectors::new(size as u64);
+        self.feed(Event::Grown { size });
     }
 
     fn feed(&mut self, event: Event) {
@@ -471,7 +485,7 @@ impl World {
     /// From here on no sector may read as a write that was acknowledged before another was made
     /// that was acknowledged too.
     fn forget_what_was_overwritten(&mut self) {
-        for sector in 0..SIZE {
+        for sector in 0..self.size() {
             let here = Lba::new(sector);
             let of_sector = self.recent.iter();
             let of_sector: Vec<&Recent> = of_sector
@@ -528,7 +542,7 @@ impl World {
     /// Reads all: each sector now has one value only, the one it read as.
     fn read_all(&mut self) {
         self.settle();
-        for start in (0..SIZE).step_by(256) {
+        for start in (0..self.size()).step_by(256) {
             let id = self.next_request;
             self.ask(Op::Read, range(start, 256));
             while self.asked.contains_key(&id) {
@@ -608,7 +622,7 @@ impl World {
             kept_segments: dirty.iter().map(|(s, _)| *s).collect(),
         };
         self.volume = Volume::new(
-            params(self.epoch, self.durability),
+            params(self.epoch, self.size(), self.durability),
             opened,
             &mut self.shared,
             &mut self.due,
@@ -742,8 +756,9 @@ fn rewrite(device: &mut Device, id: SegmentId, generation: Generation, last: Wri
 }
 
 fn random_request(world: &mut World) {
-    let start = world.rng.random_range(0..SIZE - 1);
-    let len = world.rng.random_range(1..=200u64).min(SIZE - start);
+    let size = world.size();
+    let start = world.rng.random_range(0..size - 1);
+    let len = world.rng.random_range(1..=200u64).min(size - start);
     let op = match world.rng.random_range(0..20) {
         0..7 => Op::Read,
         7..15 => Op::Write {
@@ -920,6 +935,74 @@ fn drained_volume_holds_nothing_dirty_and_reopens_the_same() {
             world.read_all();
         });
     }
+}
+
+#[test]
+fn volume_grown_under_requests_is_zeroes_there_and_keeps_what_is_written() {
+    for seed in 600..612 {
+        run(seed, Durability::Object, 6, |world, round| {
+            // With requests under way.
+            world.grow(512);
+            for _ in 0..30 {
+                random_request(world);
+                world.step();
+            }
+            world.read_all();
+            world.flush();
+            let end = match round % 3 {
+                0 => End::Killed,
+                1 => End::PowerCut,
+                _ => End::CacheLost,
+            };
+            world.reopen(end);
+            world.read_all();
+        });
+    }
+}
+
+#[test]
+fn volume_behind_its_end_is_refused_until_it_has_grown() {
+    let mut world = World::new(1, Durability::Local);
+    let ops = [
+        Op::Read,
+        Op::Write { fua: false },
+        Op::Discard,
+        Op::WriteZeroes { fua: false },
+    ];
+    let refused = |world: &mut World, op, range| {
+        let (mut out, id) = (Vec::new(), RequestId(u64::MAX));
+        let request = Request { id, op, range };
+        let event = Event::Request(request);
+        world.volume.apply(event, &mut world.shared, &mut out);
+        let answer = out.into_iter().find_map(|action| match action {
+            Action::Complete { request, result } if request == id => Some(result),
+            _ => None,
+        });
+        answer == Some(Err(IoError::Invalid))
+    };
+    for op in ops {
+        assert!(refused(&mut world, op, range(SIZE, 8)), "{op:?}");
+        assert!(refused(&mut world, op, range(SIZE - 8, 16)), "{op:?}");
+    }
+    world.grow(8);
+    for (op, changed) in [
+        (Op::Write { fua: true }, range(SIZE - 8, 16)),
+        (Op::Discard, range(SIZE, 8)),
+    ] {
+        world.ask(op, changed);
+        world.settle();
+        // It reads as that, and as nothing older.
+        world.forget_what_was_overwritten();
+        world.ask(Op::Read, range(SIZE - 8, 16));
+        world.settle();
+    }
+    for op in ops {
+        assert!(refused(&mut world, op, range(SIZE + 8, 8)), "{op:?}");
+    }
+    // A size that is not larger is none.
+    let size = Sectors::new(SIZE);
+    world.feed(Event::Grown { size });
+    assert_eq!(world.volume.size(), Sectors::new(SIZE + 8));
 }
 
 #[test]
