@@ -7,6 +7,9 @@
 //! folded into the map; the volumes stay ours, and their ublk devices stay for the next daemon to
 //! take over.
 
+mod replace;
+
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +17,7 @@ use anyhow::Context;
 use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::replace::Predecessor;
 use crate::control::{self, ApiError, Engine, Kind, Listeners, VolumeRef};
 use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
@@ -32,18 +36,27 @@ const ATTACH_AGAIN_AT_ONCE: usize = 8;
 /// Between two tries to attach a volume again, at first and at most.
 const ATTACH_AGAIN_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT. With `replace`, a daemon that serves at the same control socket is
+/// stopped first, as late as can be.
 ///
 /// # Errors
 /// If something that serving needs cannot be had; each names what and what to do.
-pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
+pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result<()> {
     let settings = StoreSettings::from(&config.store);
     let store = open_store(&settings)?;
     let url = store.describe();
     let lane = Lane::new(store, &LaneSettings::default());
-    // From here on clients wait rather than find nobody.
-    let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
-    let fitness = check_store(&settings, &lane).await?;
+    let (listeners, fitness) = if replace {
+        // What this one cannot do must not end the other.
+        let fitness = check_store(&settings, &lane).await?;
+        take_over(&config.daemon.socket).await?;
+        let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
+        (listeners, fitness)
+    } else {
+        // From here on clients wait rather than find nobody.
+        let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
+        (listeners, check_store(&settings, &lane).await?)
+    };
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
     let daemon = Daemon::start(config, lane.clone(), url)?;
@@ -89,6 +102,28 @@ pub async fn run(config: quarry_config::Config) -> anyhow::Result<()> {
     daemon.stop().await;
     lane.stop();
     Ok(())
+}
+
+/// Stops the daemon that serves at `socket`, if there is one, and waits until it has ended.
+async fn take_over(socket: &Path) -> anyhow::Result<()> {
+    let found = Predecessor::find(socket).with_context(|| {
+        format!(
+            "the daemon at {} cannot be replaced: stop it by hand",
+            socket.display()
+        )
+    })?;
+    let Some(predecessor) = found else {
+        tracing::info!("no daemon is running that could be replaced");
+        return Ok(());
+    };
+    let pid = predecessor.pid();
+    tracing::info!(
+        pid,
+        "replacing a daemon: it sends what it has to the store, and stops"
+    );
+    tokio::task::spawn_blocking(move || predecessor.stop())
+        .await?
+        .with_context(|| format!("the daemon to be replaced, process {pid}, cannot be stopped"))
 }
 
 /// What is known of the store.

@@ -38,6 +38,7 @@ struct Host {
     dir: TempDir,
     /// The guest's; the host gives only what is used.
     memory: &'static str,
+    cpus: u32,
 }
 
 impl Host {
@@ -56,6 +57,7 @@ impl Host {
             kernel,
             dir,
             memory: "1536M",
+            cpus: 1,
         }))
     }
 
@@ -78,7 +80,8 @@ impl Host {
         command
             .env("QUARRY_VM_KERNEL", &self.kernel)
             .env("QUARRY_BIN", quarry_program())
-            .args(["-t", "330", "-m", self.memory]);
+            .args(["-t", "330", "-m", self.memory])
+            .args(["-c", &self.cpus.to_string()]);
         for disk in disks {
             command.arg("-d").arg(disk);
         }
@@ -138,6 +141,15 @@ fn device_beside_udevd_keeps_its_owner_and_mode_with_the_rule_and_gets_them_with
     println!("{}{}", ran.stdout, ran.stderr);
     ensure!(ran.stdout.contains("guest: passed"), "{ran}");
     Ok(())
+}
+
+#[test]
+fn device_of_two_queues_serves_both_and_outlives_its_daemon() -> Result<()> {
+    let Some(mut host) = Host::new()? else {
+        return Ok(());
+    };
+    host.cpus = 2;
+    host.boot(&[], "guest-queues.sh", &[])
 }
 
 #[test]

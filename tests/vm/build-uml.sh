@@ -75,7 +75,7 @@ say "configuring"
 kernel=(make --silent --directory "$source" ARCH=um "O=$work/object")
 mkdir "$work/object"
 KCONFIG_ALLCONFIG=$config "${kernel[@]}" allnoconfig >"$out/build.log" 2>&1
-for option in BLK_DEV_UBLK IO_URING INOTIFY_USER HOSTFS EXT4_FS BLK_DEV_UBD DEVTMPFS_MOUNT TMPFS; do
+for option in BLK_DEV_UBLK IO_URING INOTIFY_USER SMP DM_FLAKEY HOSTFS EXT4_FS BLK_DEV_UBD DEVTMPFS_MOUNT TMPFS; do
     grep -qx "CONFIG_$option=y" "$work/object/.config" || { say "this kernel has no $option"; exit 1; }
 done
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # In the guest: ext4 on a ublk device, and fio on another without any file system, whose daemon is killed again and
-# again under load, and comes back, and then is replaced in good order. fio reads back what was acknowledged and never
+# again under load, and comes back, and then is replaced in good order: by one that takes over, by one started after it ended. fio reads back what was acknowledged and never
 # flushed.
 # usage: guest-daemon-killed.sh DIRECTORY KILLS REPLACEMENTS
 dir=$1 kills=$2 replacements=$3
@@ -47,9 +47,13 @@ for round in $(seq "$kills"); do
 done
 for round in $(seq "$replacements"); do
     sleep "1.$((RANDOM % 10))"
-    kill -TERM "$daemon"
-    wait "$daemon" || fail "the daemon did not end well"
-    start_daemon
+    if ((round % 2)); then
+        replace_daemon
+    else
+        kill -TERM "$daemon"
+        wait "$daemon" || fail "the daemon did not end well"
+        start_daemon
+    fi
     look "after replacement $round"
 done
 pauses=$(sed -n 's/.*pause_ms=\([0-9]*\).*/\1/p' "$log" | sort -n)

@@ -20,20 +20,34 @@ fail() {
 }
 
 # With arguments: started by that command.
+# With arguments: started by that command. What is in the array `flags` is given to the daemon.
+flags=()
 start_daemon() {
     rm -f "$QUARRY_SOCKET"
+    launch_daemon "$@"
+}
+
+launch_daemon() {
     mkdir -p "$state" "$dir/store"
     "$@" "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
-        --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen 127.0.0.1:9400 >>"$log" 2>&1 &
+        --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen 127.0.0.1:9400 "${flags[@]}" >>"$log" 2>&1 &
     daemon=$!
     for _ in $(seq 600); do
-        if "$QUARRY_BIN" status >/dev/null 2>&1; then
+        # Itself, and not the one that it replaces.
+        if [[ $("$QUARRY_BIN" status --output json 2>/dev/null) =~ \"pid\":\ *$daemon, ]]; then
             return
         fi
         kill -0 "$daemon" 2>/dev/null || fail "the daemon ended at once"
         sleep 0.1
     done
     fail "the daemon is not ready after a minute"
+}
+
+# Another daemon takes over from the one that runs, prepared before that one is stopped.
+replace_daemon() {
+    local old=$daemon flags=(--replace)
+    launch_daemon
+    wait "$old" || fail "the daemon that was replaced did not end well"
 }
 
 kill_daemon() {

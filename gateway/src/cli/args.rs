@@ -125,6 +125,10 @@ pub struct ServeFlags {
     /// Folder in memory for what must outlive the daemon; the same at every start.
     #[arg(long, value_name = "DIR")]
     pub journal_dir: Option<PathBuf>,
+    /// Take over from the daemon that runs at the same socket: everything is prepared first, then it is
+    /// stopped, and the devices that it served go on here.
+    #[arg(long)]
+    pub replace: bool,
 }
 
 /// What to do with tenants.

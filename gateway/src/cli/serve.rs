@@ -10,12 +10,13 @@ use super::{Failure, logging};
 
 /// Runs the daemon until it is told to stop.
 pub(super) fn run(flags: ServeFlags, socket: Option<PathBuf>) -> Result<(), Failure> {
+    let replace = flags.replace;
     let config = configure(flags, socket, |name| std::env::var(name).ok())?;
     logging::start(config.daemon.log, &config.daemon.log_filter)?;
     for note in config.notes() {
         tracing::warn!("{note}");
     }
-    on_runtime(crate::daemon::run(config))
+    on_runtime(crate::daemon::run(config, replace))
 }
 
 /// The file, the flags and the variables as one.
@@ -33,6 +34,7 @@ fn configure(
         listen,
         nbd_listen,
         journal_dir,
+        replace: _,
     } = flags;
     let file = match config {
         Some(path) => Config::load(&path)?,
