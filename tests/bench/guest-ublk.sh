@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # In the guest: fio on a Quarry volume by ublk beside rublk's loop target with zero copy, on files of one tmpfs, in turns.
-# Prints one line a run: WORK TARGET ROUND IOPS.
+# Prints one line a run: WORK TARGET ROUND IOPS; and for reads: switches WORK CONTEXT_SWITCHES_OF_THE_REACTOR_A_READ.
 # usage: guest-ublk.sh DIRECTORY ROUNDS SECONDS
 dir=$1 rounds=$2 seconds=$3
 # Small enough to be as warm in the CPU's caches as rublk's file, large enough for what is unsent. Without compression:
@@ -14,6 +14,12 @@ size=256m
 fio_iops() {
     fio --name=b --ioengine=io_uring --direct=1 --size=$size --randrepeat=0 --minimal --eta=never "$@" |
         awk -F';' '/^3;/ { print $8 + $49 }'
+}
+
+# Context switches of the daemon's reactor so far.
+switches() {
+    cat /proc/"$daemon"/task/*/status |
+        awk '/^Name:/ { mine = $2 ~ /^reactor/ } /ctxt_switches/ && mine { n += $2 } END { print n }'
 }
 
 # Both devices written from end to end, so that each is laid out in order.
@@ -58,7 +64,11 @@ for round in $(seq "$rounds"); do
         for target in quarry rublk; do
             device=$mine
             [[ $target == rublk ]] && device=$theirs
-            echo "$work $target $round $(fio_iops --filename="$device" --rw="$kind" --bs="$block" --iodepth="$depth" "${length[@]}")"
+            before=$(switches)
+            iops=$(fio_iops --filename="$device" --rw="$kind" --bs="$block" --iodepth="$depth" "${length[@]}")
+            echo "$work $target $round $iops"
+            [[ $target == quarry && $kind == randread ]] &&
+                awk -v w="$work" -v n=$(($(switches) - before)) -v o="$iops" -v s="$seconds" 'BEGIN { print "switches", w, n / (o * s) }'
         done
         [[ $kind == randwrite ]] && mv "$dir/store.away" "$dir/store"
     done
