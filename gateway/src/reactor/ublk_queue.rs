@@ -95,7 +95,7 @@ enum Tag {
     /// With the kernel, or waiting for a bounce buffer.
     Idle,
     /// The kernel puts its request's pages into the buffer table, at this entry.
-    Registering { entry: u16 },
+    Registering { entry: u16, request: IoRequest },
     /// The kernel copies its write's data into the bounce buffer.
     Copying(AlignedBuf),
     /// The volume works on its request.
@@ -264,7 +264,7 @@ impl UblkQueue {
             _ if self.registers()
                 && let Some(entry) = port.take_loose_entry() =>
             {
-                self.tags[usize::from(tag)] = Tag::Registering { entry };
+                self.tags[usize::from(tag)] = Tag::Registering { entry, request };
                 let (operation, code) = (Operation::Register(tag), sys::UBLK_U_IO_REGISTER_IO_BUF);
                 self.command(operation, code, tag, 0, entry.into(), port);
             }
@@ -350,13 +350,8 @@ impl UblkQueue {
     /// The kernel has put a request's pages into the buffer table, or could not.
     fn registered_by_hand(&mut self, tag: u16, result: i32, port: &mut Port<'_>) {
         let state = std::mem::replace(&mut self.tags[usize::from(tag)], Tag::Idle);
-        let Tag::Registering { entry } = state else {
+        let Tag::Registering { entry, request } = state else {
             panic!("a registration that nobody asked for")
-        };
-        // What cannot be read now could be when it was registered.
-        let request = IoRequest::parse(&self.descriptors.read(tag));
-        let Ok(request) = request.map_err(|errno| self.refuse(tag, errno, port)) else {
-            return;
         };
         if result == 0 {
             let buffer = self.registered(tag, &request, entry);
