@@ -336,15 +336,8 @@ impl Reactor {
     /// # Errors
     /// If the kernel refuses a thread or an io_uring.
     pub fn spawn(config: ReactorConfig) -> io::Result<Self> {
-        let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
-        let doorbell = Arc::new(Doorbell::new()?);
-        let stats = Arc::new(ReactorStats::default());
-        let handle = ReactorHandle {
-            messages: sender,
-            doorbell: Arc::clone(&doorbell),
-            next_key: Arc::new(AtomicU32::new(0)),
-            stats: Arc::clone(&stats),
-        };
+        let (handle, receiver) = mailbox()?;
+        let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("reactor-{}", config.index))
@@ -370,6 +363,21 @@ impl Reactor {
         })
     }
 
+    /// Runs one on this thread instead, for as long as the process lives: for a process that is nothing
+    /// else, and for tools that see one thread better than two. `start` sends the first messages.
+    ///
+    /// # Errors
+    /// If the kernel refuses an io_uring.
+    pub fn run_here(config: &ReactorConfig, start: impl FnOnce(ReactorHandle)) -> io::Result<()> {
+        let _guard = AbortOnPanic;
+        let (handle, receiver) = mailbox()?;
+        let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
+        let core = Core::new(config, receiver, doorbell, stats)?;
+        start(handle);
+        core.run();
+        Ok(())
+    }
+
     /// How to reach it.
     #[must_use]
     pub fn handle(&self) -> ReactorHandle {
@@ -392,6 +400,18 @@ impl Drop for Reactor {
     fn drop(&mut self) {
         self.handle.doorbell.stop();
     }
+}
+
+/// A new reactor's handle, and where its messages arrive.
+fn mailbox() -> io::Result<(ReactorHandle, mpsc::Receiver<Message>)> {
+    let (messages, receiver) = mpsc::channel(MESSAGES_MAX);
+    let handle = ReactorHandle {
+        messages,
+        doorbell: Arc::new(Doorbell::new()?),
+        next_key: Arc::new(AtomicU32::new(0)),
+        stats: Arc::new(ReactorStats::default()),
+    };
+    Ok((handle, receiver))
 }
 
 /// Aborts the process if the thread unwinds: see the invariants.
