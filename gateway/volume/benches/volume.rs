@@ -91,7 +91,7 @@ struct Blocks(u64);
 impl Blocks {
     fn next_below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        (self.0 >> 33) * limit >> 31
+        ((self.0 >> 33) * limit) >> 31
     }
 }
 
