@@ -27,6 +27,10 @@ bench-ublk *arguments:
     cargo build --release
     tests/bench/ublk {{arguments}}
 
+# Instructions per operation of the hot paths, counted by callgrind (needs valgrind)
+bench-instructions *arguments:
+    tests/bench/instructions {{arguments}}
+
 # An object store, a volume, a crash and a recovery, shown in a minute
 demo *arguments:
     cargo run --release -- demo {{arguments}}

@@ -4,11 +4,11 @@
 //! be missing but never wrong, and snapshots and clones share it.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::hash::BuildHasherDefault;
 
 use quarry_objfmt::{ChunkId, SECTOR_SIZE, SegmentId, VolumeId};
 
-use crate::CacheLoc;
+use crate::{CacheLoc, NameHasher};
 
 /// A part of a chunk's raw space and where it lies on the cache device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,9 +30,9 @@ impl CleanRun {
 /// The index. Iteration order is never observed, so that a simulation repeats.
 #[derive(Default, Debug)]
 pub struct CleanIndex {
-    chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<DefaultHasher>>,
+    chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<NameHasher>>,
     /// Sectors of each volume's chunks.
-    sectors: HashMap<VolumeId, u64, BuildHasherDefault<DefaultHasher>>,
+    sectors: HashMap<VolumeId, u64, BuildHasherDefault<NameHasher>>,
 }
 
 impl CleanIndex {

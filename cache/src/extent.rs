@@ -45,7 +45,15 @@ impl<V: Carried> ExtentMap<V> {
         if range.is_empty() {
             return;
         }
-        self.remove(range);
+        match self.last_before_mut(range.end) {
+            // What is overwritten as it was written takes one search.
+            Some((start, run)) if start == range.start && run.0 <= range.end => {
+                *run = (range.end, value);
+                return;
+            }
+            Some((_, run)) if run.0 > range.start => self.cut_out(range),
+            _ => {}
+        }
         self.runs.insert(range.start, (range.end, value));
     }
 
@@ -54,6 +62,24 @@ impl<V: Carried> ExtentMap<V> {
         if range.is_empty() {
             return;
         }
+        match self.last_before_mut(range.end) {
+            Some((start, run)) if start == range.start && run.0 <= range.end => {
+                self.runs.remove(&start);
+            }
+            Some((_, run)) if run.0 > range.start => self.cut_out(range),
+            _ => {}
+        }
+    }
+
+    /// The last run that starts before `end`: if it ends before a range that ends at `end`, nothing
+    /// touches that range; if it starts where the range does or before, nothing else does.
+    fn last_before_mut(&mut self, end: Lba) -> Option<(Lba, &mut (Lba, V))> {
+        let last = self.runs.range_mut(..end).next_back();
+        last.map(|(&start, run)| (start, run))
+    }
+
+    /// As [`ExtentMap::remove`], for any overlap.
+    fn cut_out(&mut self, range: LbaRange) {
         if let Some((&start, &mut (ref mut end, value))) =
             self.runs.range_mut(..range.start).next_back()
             && *end > range.start
@@ -92,43 +118,42 @@ impl<V: Carried> ExtentMap<V> {
     /// Walks `range` in order, run by run and gap by gap: together the parts are exactly `range`.
     pub fn visit(&self, range: LbaRange, mut each: impl FnMut(LbaRange, Option<V>)) {
         let mut at = range.start;
-        let first = self
-            .runs
-            .range(..range.start)
-            .next_back()
-            .filter(|(_, (end, _))| *end > range.start);
-        for (&start, &(end, value)) in first
-            .into_iter()
-            .chain(self.runs.range(range.start..range.end))
-        {
-            let from = start.max(range.start);
-            let to = end.min(range.end);
-            if at < from {
-                each(
-                    LbaRange {
-                        start: at,
-                        end: from,
-                    },
-                    None,
-                );
+        let mut run = |start: Lba, end: Lba, value: V| {
+            let part = LbaRange {
+                start: start.max(range.start),
+                end: end.min(range.end),
+            };
+            if at < part.start {
+                let gap = LbaRange {
+                    start: at,
+                    end: part.start,
+                };
+                each(gap, None);
             }
-            each(
-                LbaRange {
-                    start: from,
-                    end: to,
-                },
-                Some(value.skip(from.since(start))),
-            );
-            at = to;
+            each(part, Some(value.skip(part.start.since(start))));
+            at = part.end;
+        };
+        match self.runs.range(..range.end).next_back() {
+            // Most ranges are touched by one run at most: this one, found by one search.
+            Some((&start, &(end, value))) if start <= range.start && end > range.start => {
+                run(start, end, value);
+            }
+            Some((&start, _)) if start > range.start => {
+                let before = self.runs.range(..range.start).next_back();
+                let first = before.filter(|(_, (end, _))| *end > range.start);
+                let inside = self.runs.range(range.start..range.end);
+                for (&start, &(end, value)) in first.into_iter().chain(inside) {
+                    run(start, end, value);
+                }
+            }
+            _ => {}
         }
         if at < range.end {
-            each(
-                LbaRange {
-                    start: at,
-                    end: range.end,
-                },
-                None,
-            );
+            let rest = LbaRange {
+                start: at,
+                end: range.end,
+            };
+            each(rest, None);
         }
     }
 

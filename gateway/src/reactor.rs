@@ -341,6 +341,12 @@ impl ReactorHandle {
         self.send(Message::Inspect { key, look }).await?;
         answer.await.map_err(|_| ReactorGone)
     }
+
+    /// What the reactor counted.
+    #[must_use]
+    pub fn stats(&self) -> &ReactorStats {
+        &self.stats
+    }
 }
 
 /// How a reactor is set up.
@@ -370,15 +376,8 @@ impl Reactor {
     /// # Errors
     /// If the kernel refuses a thread or an io_uring.
     pub fn spawn(config: ReactorConfig) -> io::Result<Self> {
-        let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
-        let doorbell = Arc::new(Doorbell::new()?);
-        let stats = Arc::new(ReactorStats::default());
-        let handle = ReactorHandle {
-            messages: sender,
-            doorbell: Arc::clone(&doorbell),
-            next_key: Arc::new(AtomicU32::new(0)),
-            stats: Arc::clone(&stats),
-        };
+        let (handle, receiver) = mailbox()?;
+        let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("reactor-{}", config.index))
@@ -407,7 +406,22 @@ impl Reactor {
     /// What it counted.
     #[must_use]
     pub fn stats(&self) -> &ReactorStats {
-        &self.handle.stats
+        self.handle.stats()
+    }
+
+    /// Runs one on this thread instead, for as long as the process lives: for a process that is nothing
+    /// else, and for tools that see one thread better than two. `start` sends the first messages.
+    ///
+    /// # Errors
+    /// If the kernel refuses an io_uring.
+    pub fn run_here(config: &ReactorConfig, start: impl FnOnce(ReactorHandle)) -> io::Result<()> {
+        let _guard = AbortOnPanic;
+        let (handle, receiver) = mailbox()?;
+        let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
+        let core = Core::new(config, receiver, doorbell, stats)?;
+        start(handle);
+        core.run();
+        Ok(())
     }
 
     /// How to reach it.
@@ -432,6 +446,18 @@ impl Drop for Reactor {
     fn drop(&mut self) {
         self.handle.doorbell.stop();
     }
+}
+
+/// A new reactor's handle, and where its messages arrive.
+fn mailbox() -> io::Result<(ReactorHandle, mpsc::Receiver<Message>)> {
+    let (messages, receiver) = mpsc::channel(MESSAGES_MAX);
+    let handle = ReactorHandle {
+        messages,
+        doorbell: Arc::new(Doorbell::new()?),
+        next_key: Arc::new(AtomicU32::new(0)),
+        stats: Arc::new(ReactorStats::default()),
+    };
+    Ok((handle, receiver))
 }
 
 /// Aborts the process if the thread unwinds: see the invariants.

@@ -149,9 +149,12 @@ impl JournalHeader {
     }
 
     fn checksum(&self, generation: Generation, entry: &[u8]) -> u32 {
-        let crc = crc32c::crc32c(&self.attachment);
-        let crc = crc32c::crc32c_append(crc, &generation.get().to_le_bytes());
-        crc32c::crc32c_append(crc, &entry[..CRC_AT])
+        // Put together first: three short checksums cost twice as much as one.
+        let mut covered = [0; 16 + 8 + CRC_AT];
+        covered[..16].copy_from_slice(&self.attachment);
+        covered[16..24].copy_from_slice(&generation.get().to_le_bytes());
+        covered[24..].copy_from_slice(&entry[..CRC_AT]);
+        crc32c::crc32c(&covered)
     }
 }
 

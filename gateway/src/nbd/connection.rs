@@ -600,6 +600,10 @@ impl FrontEnd for Connection {
         }
     }
 
+    fn wants_tick(&self) -> bool {
+        self.ending_since.is_some()
+    }
+
     fn tick(&mut self, port: &mut Port<'_>) {
         let waits = self.outgoing.under_way || !self.outbox.is_empty();
         if let Some(since) = self.ending_since

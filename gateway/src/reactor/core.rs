@@ -200,6 +200,7 @@ impl Core {
             return;
         };
         let mut actions = mem::take(&mut slot.actions);
+        self.wake_timer();
         loop {
             let slot = &mut self.volumes[index as usize];
             if slot.inbox.events.is_empty() {
@@ -293,6 +294,7 @@ impl Core {
         index: u32,
         call: impl FnOnce(&mut (dyn FrontEnd + 'static), &mut Port<'_>),
     ) {
+        self.wake_timer();
         let Some(slot) = self.front_ends.get_mut(index as usize) else {
             return;
         };
@@ -408,7 +410,7 @@ impl Core {
                 let index = index_of(self.volumes.insert(slot));
                 let before = self.keys.insert(key, index);
                 assert!(before.is_none(), "two volumes of one key");
-                self.arm_timer();
+                self.wake_timer();
             }
             Message::RemoveVolume { key, done } => match self.keys.get(&key) {
                 Some(&index) => self.leave(index, Some(done)),
@@ -495,25 +497,32 @@ impl Core {
         self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
     }
 
+    /// Without anybody who waits for time there is no next tick until something happens to a volume or
+    /// a front end: an idle reactor sleeps.
     fn tick(&mut self) {
         self.look_at_the_clock();
         self.timer_armed = false;
         let requests = self.stats.requests.load(Ordering::Relaxed);
-        let rate = self.rate.update(requests, self.now_ms);
-        if self.volumes.is_empty() {
-            self.stats.rate.store(0, Ordering::Relaxed);
-            return;
-        }
+        let rate = match self.volumes.is_empty() {
+            true => 0,
+            false => self.rate.update(requests, self.now_ms),
+        };
         self.stats.rate.store(rate, Ordering::Relaxed);
-        self.arm_timer();
         let now_ms = self.now_ms;
-        let volumes: Vec<u32> = self.volumes.iter().map(|(n, _)| index_of(n)).collect();
-        for index in volumes {
-            if self.volumes[index as usize].machine.wants_tick() {
-                self.feed(index, Event::Tick { now_ms });
-            }
+        let wants =
+            |(n, slot): (usize, &VolumeSlot)| slot.machine.wants_tick().then(|| index_of(n));
+        let volumes: Vec<u32> = self.volumes.iter().filter_map(wants).collect();
+        let wants =
+            |(n, slot): (usize, &FrontEndSlot)| slot.front_end.wants_tick().then(|| index_of(n));
+        let front_ends: Vec<u32> = self.front_ends.iter().filter_map(wants).collect();
+        let waits = !volumes.is_empty() || !front_ends.is_empty() || self.ending_since.is_some();
+        // A rate that is not seen to fall would stand for ever.
+        if waits || rate > 0 {
+            self.arm_timer();
         }
-        let front_ends: Vec<u32> = self.front_ends.iter().map(|(n, _)| index_of(n)).collect();
+        for index in volumes {
+            self.feed(index, Event::Tick { now_ms });
+        }
         for index in front_ends {
             self.with_front_end(index, FrontEnd::tick);
         }
@@ -562,6 +571,14 @@ impl Core {
         // SAFETY: the count is in a box that is never freed while the ring may use it (`abandon`),
         // and nothing else reads or writes it.
         unsafe { self.ring.push(read.user_data(Token::Doorbell.pack())) };
+    }
+
+    /// Time goes on again after a rest: see [`Core::tick`].
+    fn wake_timer(&mut self) {
+        if !self.timer_armed {
+            self.look_at_the_clock();
+            self.arm_timer();
+        }
     }
 
     fn arm_timer(&mut self) {

@@ -435,6 +435,7 @@ fn request_key(request: RequestId) -> usize {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::Ordering;
     use std::sync::mpsc;
     use std::time::Duration;
 
@@ -638,6 +639,59 @@ mod tests {
             ),
             "{event:?}"
         );
+        reactor.shutdown();
+    }
+
+    /// A machine that waits for time until it was told some.
+    struct Patient {
+        waits: bool,
+        heard: mpsc::Sender<Event>,
+    }
+
+    impl Machine for Patient {
+        fn apply(&mut self, event: Event, _: &mut Vec<Action>) {
+            self.waits = matches!(event, Event::Drain { .. });
+            let _ = self.heard.send(event);
+        }
+
+        fn geometry(&self) -> Geometry {
+            geometry(1 << 20, 512)
+        }
+
+        fn wants_tick(&self) -> bool {
+            self.waits
+        }
+    }
+
+    #[test]
+    fn reactor_without_anybody_who_waits_for_time_sleeps_until_told_something() {
+        let (reactor, _cache) = reactor(1 << 20);
+        let handle = reactor.handle();
+        let (heard, events) = mpsc::channel();
+        let key = handle.new_key();
+        handle
+            .send_blocking(Message::AddVolume {
+                key,
+                machine: Box::new(Patient {
+                    waits: false,
+                    heard,
+                }),
+                backend: Box::new(Sink(mpsc::channel().0)),
+            })
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(1500));
+        // The message, and the tick that found nobody.
+        let slept = handle.stats().batches.load(Ordering::Relaxed);
+        assert!(slept <= 4, "{slept} batches");
+        drain(&handle, key);
+        assert!(matches!(
+            events.recv_timeout(LIMIT).unwrap(),
+            Event::Drain { .. }
+        ));
+        let Event::Tick { now_ms } = events.recv_timeout(LIMIT).unwrap() else {
+            panic!("a tick is due");
+        };
+        assert!(now_ms >= 1500, "{now_ms}");
         reactor.shutdown();
     }
 

@@ -9,7 +9,7 @@
 //! operations, [`FrontEnd::request_done`] exactly once for each request it made,
 //! [`FrontEnd::flush`] once at the end of each batch in which it was called (the place to push what
 //! was gathered: the batch is submitted right after it), [`FrontEnd::tick`] about ten times a
-//! second; [`FrontEnd::stop`] when the volume is taken away. It is dropped as soon as
+//! second if it wants that; [`FrontEnd::stop`] when the volume is taken away. It is dropped as soon as
 //! [`FrontEnd::is_finished`] holds *and* none of its operations and requests are under way: the
 //! reactor counts both. So memory that operations or requests point into may be owned by the front
 //! end itself and is freed by its drop.
@@ -46,8 +46,13 @@ pub trait FrontEnd: Send {
     /// The batch is about to be submitted: push what was gathered in it.
     fn flush(&mut self, _port: &mut Port<'_>) {}
 
-    /// Time has passed; [`Port::now_ms`] tells how much.
+    /// Time has passed; [`Port::now_ms`] tells how much. Called while [`FrontEnd::wants_tick`] holds.
     fn tick(&mut self, _port: &mut Port<'_>) {}
+
+    /// Whether it waits for time to pass. Asked at each tick; there is one after every call.
+    fn wants_tick(&self) -> bool {
+        false
+    }
 
     /// Bring no new requests, and come to an end once those under way are done. May be called more
     /// than once. A front end that cannot end by itself (a ublk queue, whose commands only the

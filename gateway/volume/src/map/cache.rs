@@ -10,8 +10,10 @@
 //! load, however small the budget and however many lookups take turns.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
+
+use quarry_cache::NameHasher;
 
 use crate::map::{Node, NodeRef};
 
@@ -35,47 +37,6 @@ pub struct NodeCacheStats {
     pub evictions: u64,
 }
 
-/// Mixes the few words of a [`NodeRef`]. Fixed, so that runs repeat; the places it hashes are our
-/// own, not an adversary's.
-#[derive(Default)]
-struct PlaceHasher(u64);
-
-impl PlaceHasher {
-    const fn mix(&mut self, word: u64) {
-        self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
-impl Hasher for PlaceHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        let mut words = bytes.chunks_exact(8);
-        for word in &mut words {
-            let mut eight = [0; 8];
-            eight.copy_from_slice(word);
-            self.mix(u64::from_le_bytes(eight));
-        }
-        for byte in words.remainder() {
-            self.mix(u64::from(*byte));
-        }
-    }
-
-    fn write_u32(&mut self, word: u32) {
-        self.mix(u64::from(word));
-    }
-
-    fn write_u64(&mut self, word: u64) {
-        self.mix(word);
-    }
-
-    fn write_usize(&mut self, word: usize) {
-        self.mix(word as u64);
-    }
-
-    fn finish(&self) -> u64 {
-        (self.0 ^ (self.0 >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93)
-    }
-}
-
 #[derive(Debug)]
 struct Slot {
     place: NodeRef,
@@ -95,7 +56,7 @@ pub struct NodeCache {
     bytes: usize,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
-    places: HashMap<NodeRef, usize, BuildHasherDefault<PlaceHasher>>,
+    places: HashMap<NodeRef, usize, BuildHasherDefault<NameHasher>>,
     hand: usize,
     hits: u64,
     misses: u64,

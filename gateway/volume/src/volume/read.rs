@@ -55,8 +55,9 @@ pub(super) struct Reads {
     /// Map nodes are being loaded for readahead: one load at a time is enough.
     readahead_nodes: bool,
     streams: Queue<Stream>,
-    /// Kept between calls for its memory.
+    /// Kept between calls for their memory: what a read is resolved into, and a look-up's answer.
     pieces: Vec<Piece>,
+    found: Vec<MapEntry>,
 }
 
 /// A run of a request and where it comes from.
@@ -103,8 +104,9 @@ impl Volume {
         match self.resolve(request.range, cx, &mut pieces) {
             Ok(()) => {
                 // One more than there are pieces, until all are issued.
-                self.active[slot].left = 1;
-                self.active[slot].held = Vec::new();
+                let active = &mut self.active[slot];
+                active.left = 1;
+                active.held = Vec::new();
                 self.issue(slot, &pieces, cx);
                 self.readahead(request.range, cx);
                 self.piece_done(slot, Ok(()), cx);
@@ -124,23 +126,23 @@ impl Volume {
 
     /// Where each run of `range` comes from, newest layer first.
     fn resolve(
-        &self,
+        &mut self,
         range: LbaRange,
         cx: &mut Cx<'_>,
         pieces: &mut Vec<Piece>,
     ) -> Result<(), Vec<NodeRef>> {
         let nodes = &mut *cx.nodes;
+        let found = &mut self.reads.found;
         let mut plan = Plan {
             base: range.start,
             cache: cx.cache,
             pieces,
         };
         let mut missing = Vec::new();
-        let mut entries = Vec::new();
         let mut in_map = |part: LbaRange, plan: &mut Plan<'_>| {
-            entries.clear();
-            match self.root.lookup_into(part, nodes, &mut entries) {
-                Ok(()) => entries
+            found.clear();
+            match self.root.lookup_into(part, nodes, found) {
+                Ok(()) => found
                     .iter()
                     .for_each(|e: &MapEntry| plan.committed(entry_range(e), e.location)),
                 Err(nodes) => missing.extend(nodes),
@@ -170,11 +172,12 @@ impl Volume {
     }
 
     fn issue(&mut self, slot: usize, pieces: &[Piece], cx: &mut Cx<'_>) {
-        let request = self.active[slot].request.id;
+        let active = &mut self.active[slot];
+        let request = active.request.id;
+        active.left += u32::try_from(pieces.len()).expect("no more pieces than sectors");
         let mut wanted = Vec::new();
         for piece in pieces {
             let (buffer_offset, len) = (piece.buffer_offset, piece.len * 512);
-            self.active[slot].left += 1;
             match piece.source {
                 Source::Zero => {
                     self.stats.zero_bytes += u64::from(len);
@@ -441,7 +444,10 @@ impl Volume {
                 end: Lba::new(until),
             };
             let mut pieces = Vec::new();
-            match self.resolve(ahead, cx, &mut pieces) {
+            let resolved = self.resolve(ahead, cx, &mut pieces);
+            // A window's answer is not for keeping: it is much longer than a request's.
+            self.reads.found = Vec::new();
+            match resolved {
                 Ok(()) => {
                     let mut wanted = Vec::new();
                     for piece in &pieces {

@@ -356,6 +356,9 @@ impl Volume {
     }
 
     pub(super) fn finish_drains(&mut self, cx: &mut Cx<'_>) {
+        if self.writeback.drains.is_empty() {
+            return;
+        }
         let stuck = matches!(
             self.state,
             VolumeState::Fenced { .. } | VolumeState::Failed { .. }
