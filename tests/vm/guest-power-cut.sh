@@ -11,6 +11,20 @@ state=$dir/state cache=/dev/ubda cache_size=256MiB
 source "$(dirname "$0")/guest.sh"
 record=$dir/record
 
+# After the reboot somebody else's device has the number that ours had, and its users must not notice us.
+if [[ $life == again ]]; then
+    ours=$QUARRY_SOCKET
+    export QUARRY_SOCKET=/run/other.sock
+    state=/mnt/other-state cache=/mnt/other-cache cache_size=64MiB listen=127.0.0.1:9401 start_daemon
+    "$QUARRY_BIN" tenant create other >/dev/null 2>&1 || true
+    quarry volume create "other/life$$-$RANDOM" --size 32MiB >/mnt/other
+    quarry volume attach "$(cut -d: -f1 /mnt/other)" --via ublk
+    [[ -b /dev/ublkb0 ]] || fail "the other device has not the number 0"
+    head -c 1M /dev/urandom >/mnt/other-data
+    dd if=/mnt/other-data of=/dev/ublkb0 bs=1M oflag=direct status=none
+    export QUARRY_SOCKET=$ours
+fi
+
 start_daemon
 mkdir /mnt/fs
 case $life in
@@ -24,6 +38,7 @@ first)
     ;;
 again)
     disk=$(await_device)
+    [[ $disk != /dev/ublkb0 ]] || fail "the volume was given somebody else's device"
     ;;
 elsewhere)
     quarry volume attach "$volume" --via ublk --force
@@ -54,6 +69,7 @@ quarry volume sync "$volume"
 mv "$dir/record.before" "$dir/record.uploaded"
 sync "$dir/record.uploaded" "$dir"
 sleep "$seconds"
+[[ $life == first ]] || cmp -n 1048576 /mnt/other-data /dev/ublkb0 || fail "somebody else's device was touched"
 [[ $(wc -l <"$record") -gt $(wc -l <"$dir/record.uploaded") ]] || fail "nothing was written after the sync"
 say "cutting the power after $(wc -l <"$record") files"
 echo 0 >"$GUEST_STATUS"

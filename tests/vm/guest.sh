@@ -30,7 +30,7 @@ start_daemon() {
 launch_daemon() {
     mkdir -p "$state" "$dir/store"
     "$@" "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
-        --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen 127.0.0.1:9400 "${flags[@]}" >>"$log" 2>&1 &
+        --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen "${listen:-127.0.0.1:9400}" "${flags[@]}" >>"$log" 2>&1 &
     daemon=$!
     for _ in $(seq 600); do
         # Itself, and not the one that it replaces.
