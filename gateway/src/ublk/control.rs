@@ -307,6 +307,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
     let started = told.and_then(|()| {
         let mode = serve(&ctrl, spec, host)?;
         let node = wait_for_node(&ctrl)?;
+        drop_scheduler(id);
         Udev::default().wait(id, &node, spec, true);
         if let Err(source) = spec.permissions.apply(&node) {
             return Err(UblkError::Permissions { node, source });
@@ -333,6 +334,16 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
             Udev::default().forget(id, spec.volume);
             Err(error)
         }
+    }
+}
+
+/// Takes the I/O scheduler from a new device: the kernel gives one (mq-deadline) to each device of one
+/// queue, for disks that seek. Who wants one all the same sets it afterwards, and keeps it over a
+/// takeover.
+fn drop_scheduler(id: u32) {
+    let path = format!("/sys/block/ublkb{id}/queue/scheduler");
+    if let Err(error) = fs::write(&path, "none") {
+        tracing::debug!(path, %error, "the device's I/O scheduler stays");
     }
 }
 
