@@ -51,6 +51,11 @@ impl Body {
         (Self { socket, whole }, heard)
     }
 
+    #[cfg(test)]
+    pub(crate) fn socket(&self) -> Arc<TcpStream> {
+        Arc::clone(&self.socket)
+    }
+
     pub(super) fn fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
