@@ -8,6 +8,7 @@
 //! waiting cannot mend: a damaged object, or a newer writer.
 
 mod checkpoint;
+mod direct;
 mod head;
 pub mod open;
 
@@ -31,6 +32,7 @@ use open::Claimed;
 pub use head::{HeadCell, HeadError};
 
 use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
+use crate::store::direct::DirectLane;
 use crate::store::{Store, StoreError};
 
 /// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
@@ -63,6 +65,8 @@ pub struct Common {
     pub store: Arc<dyn Store>,
     /// For uploads, checkpoints and readahead.
     pub background: Arc<dyn Store>,
+    /// For reads that do not pass through our memory, if the store and the kernel can.
+    pub direct: Option<Arc<DirectLane>>,
     /// The cache device, for reading what is uploaded.
     pub device: Arc<CacheDevice>,
     /// The RAM tier.
@@ -221,6 +225,13 @@ impl VolumeBackend {
                 let result = self.fetch(&fetch, foreground).await;
                 self.tell(Event::Fetched { io, result }).await;
             }
+            Action::FetchDirect {
+                io,
+                chunk,
+                object_offset,
+                len,
+                ..
+            } => self.fetch_direct(io, chunk, object_offset, len).await,
             Action::LoadNodes {
                 io,
                 nodes,

@@ -11,6 +11,7 @@
 
 mod access;
 mod attach;
+mod direct;
 mod handover;
 mod registry;
 mod report;
@@ -44,7 +45,8 @@ use crate::nbd::{Export, ExportDirectory};
 use crate::reactor::{
     Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, VolumeKey,
 };
-use crate::store::Lane;
+use crate::store::direct::DirectLane;
+use crate::store::{Lane, StoreSettings};
 use crate::ublk;
 
 /// Longest time that a control call waits for the store before it answers with the store's error.
@@ -121,6 +123,8 @@ pub struct Daemon {
     control: Lane,
     store_url: String,
     common: Common,
+    /// Why no volume's misses can go around the daemon's memory.
+    direct_unfit: Option<String>,
     shared: Arc<Mutex<Shared>>,
     reactors: Mutex<Vec<Reactor>>,
     /// What the cache kept from before the start, until its volume is attached.
@@ -233,9 +237,12 @@ impl Daemon {
         let ublk = ublk::Control::new(PathBuf::from(ublk::LINK_ROOT))
             .no_better_than(config.ublk.mode.into());
         ublk.sweep();
+        let way = DirectLane::open(&StoreSettings::from(&config.store), lane.clone());
+        let (direct, direct_unfit) = direct::split(way);
         let common = Common {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
+            direct,
             device,
             frames: frame_cache(ram - ram / NODE_SHARE),
             uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
@@ -248,6 +255,7 @@ impl Daemon {
             lane,
             store_url,
             common,
+            direct_unfit,
             shared,
             reactors: Mutex::new(reactors),
             kept: Mutex::new(scan.volumes),

@@ -38,6 +38,12 @@ pub struct VolumeStats {
     pub miss_bytes: u64,
     /// Bytes of requests that passed through the daemon's memory.
     pub copied_bytes: u64,
+    /// Runs received from the store straight into requests' pages.
+    pub direct_reads: u64,
+    /// Their bytes.
+    pub direct_bytes: u64,
+    /// Runs that were to be received so, and came the ordinary way.
+    pub direct_fallbacks: u64,
     /// Bytes read that were holes.
     pub zero_fill_bytes: u64,
     /// Bytes that the store does not have yet.
@@ -231,6 +237,21 @@ static TABLE: &[Definition] = &[
         "quarry_volume_copied_bytes_total",
         "Bytes of requests that passed through the daemon's memory.",
         of!(Volume.copied_bytes),
+    ),
+    counter(
+        "quarry_volume_direct_bytes_total",
+        "Bytes received from the store straight into requests' pages.",
+        of!(Volume.direct_bytes),
+    ),
+    counter(
+        "quarry_volume_direct_fallbacks_total",
+        "Reads that were to be received so, and came the ordinary way.",
+        of!(Volume.direct_fallbacks),
+    ),
+    counter(
+        "quarry_volume_direct_reads_total",
+        "Reads received from the store straight into requests' pages.",
+        of!(Volume.direct_reads),
     ),
     counter(
         "quarry_volume_discards_total",

@@ -16,6 +16,7 @@
 //!   To a volume that is a crash, which it survives.
 
 mod core;
+pub mod direct;
 mod doorbell;
 mod execute;
 pub mod frontend;
@@ -39,10 +40,11 @@ use std::thread::JoinHandle;
 
 use quarry_cache::SyncFailure;
 use quarry_objfmt::{Generation, Record, Sectors, SegmentId};
-use quarry_volume::{Action, Event};
+use quarry_volume::{Action, Event, IoId};
 use tokio::sync::{mpsc, oneshot};
 
 use self::core::Core;
+use self::direct::Body;
 use self::doorbell::Doorbell;
 pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
 
@@ -84,7 +86,7 @@ pub trait Machine: Any + Send {
 }
 
 /// Where a volume's actions go that need the store or the operator: `Fetch`, `LoadNodes`, `Upload`,
-/// `Checkpoint`, `Drained`, `Report`.
+/// `Checkpoint`, `Drained`, `Report`; and `FetchDirect`, to be answered by [`Message::Direct`].
 pub trait BackendSink: Send {
     /// Takes the action; must not block. The volume itself bounds how many are under way.
     fn submit(&self, action: Action);
@@ -146,6 +148,15 @@ pub enum Message {
         key: VolumeKey,
         /// The front end.
         front_end: Box<dyn FrontEnd>,
+    },
+    /// The backend's answer to [`Action::FetchDirect`]: exactly one. Dropped if the volume is gone.
+    Direct {
+        /// Of which volume.
+        key: VolumeKey,
+        /// The volume's name for the read.
+        io: IoId,
+        /// What to receive; `None` if it cannot be had this way.
+        body: Option<Body>,
     },
     /// Look at the volume (for its statistics, say): `&dyn Machine` is also a `&dyn Any`.
     Inspect {

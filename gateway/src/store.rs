@@ -18,6 +18,7 @@
 mod backoff;
 #[cfg(test)]
 pub mod contract;
+pub mod direct;
 mod folder;
 mod health;
 mod lane;

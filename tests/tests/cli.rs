@@ -51,6 +51,35 @@ fn volume_life_from_create_to_delete_answers_each_step() -> Result<()> {
 }
 
 #[test]
+fn direct_reads_that_cannot_be_are_told_of_and_keep_no_volume_from_being_attached() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    daemon.create("acme/db", 64 * MIB, &["--compression", "none"])?;
+    let attach = [
+        "volume",
+        "attach",
+        "acme/db",
+        "--via",
+        "nbd",
+        "--direct-reads",
+    ];
+    let why = "NBD passes its data through the daemon";
+    let attached = daemon.json(&attach)?;
+    assert_eq!(attached["warning"], format!("no direct reads: {why}"));
+    let mut nbd = daemon.connect("acme/db")?;
+    nbd.write(0, &[7; 4096], true)?;
+    nbd.disconnect()?;
+    daemon.stop()?;
+    let daemon = site.start()?;
+    let shown = daemon.show("acme/db")?;
+    assert_eq!(shown["attached"]["direct_reads"], false, "{shown}");
+    assert_eq!(shown["attached"]["direct_reads_refused"], why, "{shown}");
+    assert_eq!(daemon.connect("acme/db")?.read_vec(0, 4096)?, [7; 4096]);
+    daemon.stop()
+}
+
+#[test]
 fn volume_detached_and_attached_again_keeps_its_data() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;

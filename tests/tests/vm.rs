@@ -193,3 +193,14 @@ fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> R
     host.boot(&[&fresh], script, &["elsewhere", "0"])
         .context("on another host")
 }
+
+#[test]
+fn direct_reads_of_a_real_s3_server_copy_nothing_and_survive_what_happens_to_it() -> Result<()> {
+    let (Some(mut host), Some(weed)) = (Host::new()?, tool("weed")) else {
+        return Ok(());
+    };
+    host.memory = "2500M";
+    let weed = weed.path().to_str().context("a plain path")?;
+    let proxy = env!("CARGO_BIN_EXE_moody-proxy");
+    host.boot(&[], "guest-direct.sh", &[weed, proxy])
+}

@@ -1,7 +1,8 @@
 # Functions for the scripts that run inside the guest; sourced by them.
 #
 # They expect: $QUARRY_BIN the program; $dir a directory for store, records and log (the host's, by hostfs);
-# $state a directory for the daemon's own state; $cache the cache file or device; $cache_size; if wanted, $QUARRY_CONFIG.
+# $state a directory for the daemon's own state; $cache the cache file or device; $cache_size; if wanted, $QUARRY_CONFIG
+# and $store, the URL of another store than a folder in $dir.
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -29,7 +30,7 @@ start_daemon() {
 
 launch_daemon() {
     mkdir -p "$state" "$dir/store"
-    "$@" "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "file://$dir/store" --cache "$cache" \
+    "$@" "$QUARRY_BIN" serve ${QUARRY_CONFIG:+--config "$QUARRY_CONFIG"} --data-dir "$state" --store "${store:-file://$dir/store}" --cache "$cache" \
         --cache-size "$cache_size" --socket "$QUARRY_SOCKET" --listen "${listen:-127.0.0.1:9400}" "${flags[@]}" >>"$log" 2>&1 &
     daemon=$!
     for _ in $(seq 600); do

@@ -273,6 +273,14 @@ pub struct AttachFlags {
     /// The block device's permission bits, now and after restarts, such as 0640.
     #[arg(long, value_name = "OCTAL")]
     pub mode: Option<DeviceMode>,
+    /// Have the kernel receive what the cache lacks straight into the reader's pages.
+    ///
+    /// Such data are not copied by the daemon, and so neither verified by their checksums nor kept in the
+    /// cache. For ublk devices of volumes with `--compression none`, a store on plain http, and Linux
+    /// 7.2 or later; `quarry volume show` tells whether it is so. Sequential reads, and what does not
+    /// work out, go through the daemon.
+    #[arg(long)]
+    pub direct_reads: bool,
 }
 
 /// What to do with configuration files.

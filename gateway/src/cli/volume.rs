@@ -107,6 +107,7 @@ async fn attach(
         queues,
         owner,
         mode,
+        direct_reads,
     } = flags;
     let options = AttachOptions {
         via,
@@ -116,8 +117,12 @@ async fn attach(
         queues,
         device_owner: owner,
         device_mode: mode,
+        direct_reads,
     };
     let attached = shown("attaching", &volume, client.attach(&volume, &options)).await?;
+    if let Some(warning) = &attached.warning {
+        eprintln!("quarry: {volume} is attached, with {warning}");
+    }
     console.show(&attached, attach_text)
 }
 
@@ -176,6 +181,16 @@ fn state_text(volume: &VolumeInfo) -> String {
         (State::Attached, true, _) => "stalled".to_owned(),
         (State::AttachedElsewhere, _, Some(owner)) => format!("attached on {}", owner.host),
         (state, _, _) => state.as_str().to_owned(),
+    }
+}
+
+fn direct_text(attached: &crate::control::AttachedInfo, volume: &VolumeInfo) -> Option<String> {
+    match &attached.direct_reads_refused {
+        Some(why) => Some(format!("no ({why})")),
+        None => attached.direct_reads.then(|| {
+            let (sum, fallbacks) = (bytes(volume.direct_bytes), volume.direct_fallbacks);
+            format!("yes ({sum}; {fallbacks} fell back)")
+        }),
     }
 }
 
@@ -241,6 +256,7 @@ fn show_text(v: &VolumeInfo) -> String {
         ("device owner", here.and_then(|a| a.device_owner.clone())),
         ("device mode", here.and_then(|a| a.device_mode.clone())),
         ("attached by", mode),
+        ("direct reads", here.and_then(|a| direct_text(a, v))),
         ("attached since", here.and_then(|a| time_ms(a.since_ms))),
         ("owner", owner),
         ("stored", Some(bytes(v.stored_bytes))),

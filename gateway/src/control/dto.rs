@@ -243,6 +243,12 @@ pub struct AttachedInfo {
     /// Who was to use it, if that was said: an octal mode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_mode: Option<String>,
+    /// Whether what the cache lacks is received straight into requests' pages.
+    #[serde(default)]
+    pub direct_reads: bool,
+    /// Why it is not, though it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct_reads_refused: Option<String>,
 }
 
 /// Who may write to a volume.
@@ -310,6 +316,10 @@ pub struct VolumeInfo {
     /// Bytes of requests that passed through the daemon's memory: all of NBD's, and of ublk's those
     /// that missed or could not go without a copy.
     pub copied_bytes: u64,
+    /// Bytes received from the store straight into requests' pages.
+    pub direct_bytes: u64,
+    /// Reads that were to be received so, and came the ordinary way.
+    pub direct_fallbacks: u64,
     /// Share of bytes read that the cache had; none before the first read.
     pub hit_ratio: Option<f64>,
     /// Bytes of chunks uploaded.
@@ -347,6 +357,8 @@ pub struct AttachOptions {
     /// ublk: the block device's permission bits; none: as the kernel or udev has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_mode: Option<DeviceMode>,
+    /// Receive what the cache lacks straight into requests' pages, unverified, where that is possible.
+    pub direct_reads: bool,
 }
 
 impl AttachOptions {
@@ -391,6 +403,9 @@ pub struct AttachInfo {
     /// NBD: the address, such as `nbd+unix:///acme/db?socket=/run/quarry/quarry-nbd.sock`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uri: Option<String>,
+    /// What was asked for and is not so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 impl AttachInfo {
@@ -403,6 +418,7 @@ impl AttachInfo {
             device: Some(device.into()),
             link,
             uri: None,
+            warning: None,
         }
     }
 
@@ -416,6 +432,7 @@ impl AttachInfo {
             device: None,
             link: None,
             uri: Some(uri),
+            warning: None,
         }
     }
 }

@@ -80,6 +80,7 @@ impl Daemon {
             read_only: how.read_only,
             force: how.force,
             queues: how.queues,
+            direct_reads: how.direct_reads,
             ..AttachOptions::default()
         };
         self.attach_volume(volume, &options, how.access.clone())
@@ -138,6 +139,7 @@ impl Daemon {
                     force: options.force && options.read_only,
                     queues: options.queues,
                     access,
+                    direct_reads: options.direct_reads,
                 };
                 self.wanted.add(volume, how).map_err(|error| {
                     let message = format!(
@@ -174,7 +176,13 @@ impl Daemon {
             access,
             device: None,
             shown: AtomicU64::new(opening.spec.size.bytes()),
+            direct: None,
         };
+        if options.direct_reads {
+            let can = self.can_read_directly(&attached.backend.head().get(), via);
+            attached.direct = Some(can);
+            attached.tell_direct().await;
+        }
         match via {
             Via::Ublk => match self.make_device(&attached.backend, &opening.spec).await {
                 Ok(device) => {
@@ -184,6 +192,7 @@ impl Daemon {
                     attached.mode = device.mode.as_str();
                     attached.queues = device.queues;
                     attached.shown = AtomicU64::new(device.size.bytes());
+                    attached.direct_in(device.mode).await;
                     attached.device = Some((device.id, opening.spec));
                 }
                 Err(error) => {
@@ -206,6 +215,10 @@ impl Daemon {
                 };
                 self.exports.0.lock().insert(volume.to_string(), export);
             }
+        }
+        attached.info.warning = attached.direct_warning();
+        if let Some(warning) = &attached.info.warning {
+            tracing::warn!(%volume, warning);
         }
         Ok(attached)
     }

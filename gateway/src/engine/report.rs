@@ -74,6 +74,8 @@ impl Daemon {
             read_only: attached.read_only,
             device_owner: attached.access.owner.as_ref().map(|o| o.name.to_string()),
             device_mode: attached.access.mode.map(|mode| mode.to_string()),
+            direct_reads: attached.direct == Some(Ok(())),
+            direct_reads_refused: attached.direct.clone().and_then(Result::err),
         });
         let read = stats.hit_bytes + stats.miss_bytes;
         info.dirty_bytes = stats.dirty_bytes;
@@ -87,6 +89,7 @@ impl Daemon {
         #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
         let ratio = (read > 0).then(|| stats.hit_bytes as f64 / read as f64);
         info.copied_bytes = copied_bytes;
+        (info.direct_bytes, info.direct_fallbacks) = (stats.direct_bytes, stats.direct_fallbacks);
         info.hit_ratio = ratio;
         info.uploaded_bytes = stats.uploaded_bytes;
         info.stalled = stats.stalled;
@@ -178,6 +181,9 @@ impl Daemon {
                 hit_bytes: s.hit_bytes,
                 miss_bytes: s.miss_bytes,
                 copied_bytes,
+                direct_reads: s.direct_reads,
+                direct_bytes: s.direct_bytes,
+                direct_fallbacks: s.direct_fallbacks,
                 zero_fill_bytes: s.zero_bytes,
                 dirty_bytes: s.dirty_bytes,
                 rpo_ms: s.rpo_ms,

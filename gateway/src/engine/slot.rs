@@ -24,6 +24,8 @@ pub(super) struct Attached {
     pub(super) device: Option<(u32, ublk::DeviceSpec)>,
     /// Bytes of the volume that its device or its export shows.
     pub(super) shown: AtomicU64,
+    /// Whether misses go around the daemon's memory, or why not; `None` if nobody asked for that.
+    pub(super) direct: Option<Result<(), String>>,
 }
 
 /// How far a volume is attached.

@@ -34,6 +34,9 @@ pub struct How {
     /// Whose its device is and who may use it.
     #[serde(default, skip_serializing_if = "Access::is_default")]
     pub access: Access,
+    /// Whether misses are to go around the daemon's memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct_reads: bool,
 }
 
 /// A volume of the list, and why it is not attached, if it is not.
@@ -186,6 +189,7 @@ mod tests {
             owner: None,
             mode: None,
         },
+        direct_reads: false,
     };
 
     const ACCESS: &str = r#"{"owner":{"name":"alice:disk","uid":1000,"gid":6},"mode":"0640"}"#;
@@ -201,6 +205,7 @@ mod tests {
         let how = How {
             access: serde_json::from_str(ACCESS).unwrap(),
             queues: Some(2),
+            direct_reads: true,
             ..HOW
         };
         list.add(&two, how.clone()).unwrap();

@@ -13,11 +13,12 @@ use quarry_volume::{Action, Event, IoError};
 use slab::Slab;
 use tokio::sync::{mpsc, oneshot};
 
+use super::direct::DirectReads;
 use super::doorbell::Doorbell;
 use super::execute::{FILL_BYTES_MAX, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::memory::Pool;
-use super::op::{CacheOp, Code, Step};
+use super::op::{CacheOp, Code, Hold, Step};
 use super::rate::Rate;
 use super::ring::{Completion, Ring};
 use super::sync::Syncs;
@@ -46,6 +47,7 @@ pub(super) struct VolumeSlot {
     pub(super) machine: Box<dyn Machine>,
     pub(super) backend: Box<dyn BackendSink>,
     pub(super) inbox: Inbox,
+    pub(super) direct: DirectReads,
     actions: Vec<Action>,
     /// Cache operations under way or waiting for memory.
     pub(super) ops: u32,
@@ -231,7 +233,10 @@ impl Core {
                     self.syncs.failure().note(errno);
                 }
                 let (volume, io, request) = (op.volume, op.io, op.request);
-                self.release(op.hold);
+                match op.hold {
+                    Hold::Body(body) => body.end(result.is_ok()),
+                    hold => self.release(hold),
+                }
                 self.volumes[volume as usize].ops -= 1;
                 if let Some(request) = request {
                     self.buffer_released(volume, request);
@@ -242,7 +247,7 @@ impl Core {
     }
 
     /// One operation less uses the request's buffer.
-    fn buffer_released(&mut self, volume: u32, request: usize) {
+    pub(super) fn buffer_released(&mut self, volume: u32, request: usize) {
         let slot = &mut self.volumes[volume as usize];
         let in_flight = &mut slot.inbox.requests[request];
         in_flight.ops -= 1;
@@ -400,6 +405,7 @@ impl Core {
                     machine,
                     backend,
                     inbox,
+                    direct: DirectReads::default(),
                     actions: Vec::new(),
                     ops: 0,
                     front_ends: 0,
@@ -443,6 +449,7 @@ impl Core {
                 // Whoever asked may have gone; the volume is larger all the same.
                 let _ = done.send(index.is_some());
             }
+            Message::Direct { key, io, body } => self.receive_direct(key, io, body),
             Message::AddFrontEnd { key, front_end } => {
                 let Some(&volume) = self.keys.get(&key) else {
                     return;
@@ -531,10 +538,20 @@ impl Core {
     /// Told to end: every volume leaves.
     fn end(&mut self) {
         self.ending_since = Some(self.now_ms);
+        self.cut_direct();
         let volumes: Vec<u32> = self.volumes.iter().map(|(n, _)| index_of(n)).collect();
         for index in volumes {
             self.leave(index, None);
         }
+    }
+
+    /// Whether it was told to end.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending_since.is_some()
+    }
+
+    pub(super) fn index_of_volume(&self, key: VolumeKey) -> Option<u32> {
+        self.keys.get(&key).copied()
     }
 
     fn is_over(&self) -> bool {

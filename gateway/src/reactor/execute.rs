@@ -163,6 +163,7 @@ impl Core {
             Action::Complete { request, result } => {
                 self.request_done(volume, request_key(request), result)
             }
+            action @ Action::FetchDirect { .. } => self.ask_direct(volume, action),
             action @ (Action::Fetch { .. }
             | Action::LoadNodes { .. }
             | Action::Upload(_)
@@ -293,7 +294,7 @@ impl Core {
         clippy::too_many_arguments,
         reason = "the fields of one operation, named at each call"
     )]
-    fn start(
+    pub(super) fn start(
         &mut self,
         volume: u32,
         io: IoId,
@@ -331,7 +332,7 @@ impl Core {
         // SAFETY: the entry points into memory that the operation holds until its completion is
         // taken (`Hold`), or into a request's buffer, which is not given back while the request's
         // count of operations is not zero; its files live as long as the reactor or, the ublk
-        // character device, as its request.
+        // character device, as its request, or are held like the memory (a socket).
         unsafe { self.ring.push(entry) };
     }
 
@@ -367,7 +368,7 @@ impl Core {
     /// Takes back the memory of an operation that is done.
     pub(super) fn release(&mut self, hold: Hold) {
         match hold {
-            Hold::Nothing | Hold::Bytes(_) => {}
+            Hold::Nothing | Hold::Bytes(_) | Hold::Body(_) => {}
             Hold::Page(page) => self.pages.give(page),
             Hold::Fill(copy) => {
                 self.fills.pool.give(copy);
@@ -428,7 +429,7 @@ impl Core {
     }
 }
 
-fn request_key(request: RequestId) -> usize {
+pub(super) fn request_key(request: RequestId) -> usize {
     usize::try_from(request.0).expect("a request id that this reactor gave out")
 }
 

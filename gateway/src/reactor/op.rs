@@ -6,6 +6,7 @@ use bytes::Bytes;
 use io_uring::{opcode, squeue};
 use quarry_volume::IoId;
 
+use super::direct::{Body, receive_fixed};
 use super::memory::AlignedBuf;
 use super::ring::{File, Ring};
 
@@ -23,6 +24,8 @@ pub(super) enum Code {
     ReadFixed { buf_index: u16 },
     /// Write from a registered buffer.
     WriteFixed { buf_index: u16 },
+    /// Receive from a socket into a registered buffer.
+    ReceiveFixed { buf_index: u16 },
 }
 
 /// What the kernel must find alive until the I/O is done.
@@ -35,6 +38,8 @@ pub(super) enum Hold {
     Fill(AlignedBuf),
     /// Fetched bytes; held, not read again.
     Bytes(#[expect(dead_code, reason = "kept alive for the kernel")] Bytes),
+    /// The connection of a direct read.
+    Body(Body),
 }
 
 /// One I/O under way.
@@ -124,6 +129,10 @@ impl CacheOp {
                         .build()
                 },
             ),
+            Code::ReceiveFixed { buf_index } => match self.file {
+                File::Fd(fd) => receive_fixed(fd, buf_index, address, len),
+                File::Cache => unreachable!("the cache device is no socket"),
+            },
         }
     }
 
@@ -141,7 +150,7 @@ impl CacheOp {
             return Step::Done(Err(-result));
         };
         if bytes == 0 || bytes > self.len - self.done {
-            // The end of the file inside the cache device's extent, or nonsense.
+            // The end of the file inside the cache device's extent, of a body that is not whole, or nonsense.
             return Step::Done(Err(libc::EIO));
         }
         self.done += bytes;

@@ -19,11 +19,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
 
 use super::backoff::Jitter;
+use super::stats::Attempt;
 use super::{Operation, Outcome, Store, StoreError, StoreHealth, StoreStats, Tag};
 
 /// How long an attempt may take, besides the time for its bytes.
@@ -277,30 +278,39 @@ impl Lane {
         F: Future<Output = Result<T, StoreError>> + Send,
         T: Send,
     {
-        const OPEN: &str = "the lane's places are never closed";
-        let shared = &*self.shared;
-        let waiting = shared.stats.wait();
-        // In this order: the background waits for its own share before it stands in the common line.
-        let _background = match self.priority {
-            Priority::Foreground => None,
-            Priority::Background => Some(shared.background.acquire().await.expect(OPEN)),
-        };
-        let _place = shared.all.acquire().await.expect(OPEN);
-        drop(waiting);
-        let counted = shared.stats.attempt(operation);
+        let place = self.place(operation).await;
         progress.is_under_way = true;
         let ended = timeout(limit, attempt()).await;
         progress.is_under_way = false;
         match ended {
             Ok(result) => {
-                counted.end(Outcome::of(&result));
+                place.end(Outcome::of(&result));
                 result
             }
             Err(_) => {
-                counted.end(Outcome::GivenUp);
+                place.end(Outcome::GivenUp);
                 let reason = format!("no answer within {limit:?}");
                 Err(StoreError::unavailable(operation, key, reason))
             }
+        }
+    }
+
+    /// Waits for a place. What is done in it is counted as an attempt.
+    pub(super) async fn place(&self, operation: Operation) -> LanePlace<'_> {
+        const OPEN: &str = "the lane's places are never closed";
+        let shared = &*self.shared;
+        let waiting = shared.stats.wait();
+        // In this order: the background waits for its own share before it stands in the common line.
+        let background = match self.priority {
+            Priority::Foreground => None,
+            Priority::Background => Some(shared.background.acquire().await.expect(OPEN)),
+        };
+        let all = shared.all.acquire().await.expect(OPEN);
+        drop(waiting);
+        LanePlace {
+            counted: shared.stats.attempt(operation),
+            shared,
+            _permits: (background, all),
         }
     }
 
@@ -308,6 +318,27 @@ impl Lane {
     fn limit(&self, bytes: u64) -> Duration {
         self.shared.attempt_time_max
             + Duration::from_millis(bytes.saturating_mul(1000) / RATE_BYTES_MIN)
+    }
+}
+
+/// A place in a lane, for one attempt; given up if dropped without an outcome.
+pub(super) struct LanePlace<'a> {
+    counted: Attempt<'a>,
+    shared: &'a Shared,
+    _permits: (Option<SemaphorePermit<'a>>, SemaphorePermit<'a>),
+}
+
+impl LanePlace<'_> {
+    /// The attempt has ended.
+    pub(super) fn end(self, outcome: Outcome) {
+        self.counted.end(outcome);
+    }
+
+    /// The attempt has brought `bytes`.
+    pub(super) fn received(self, bytes: usize) {
+        self.shared.health.answered();
+        self.shared.stats.read(bytes);
+        self.end(Outcome::Ok);
     }
 }
 

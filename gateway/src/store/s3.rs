@@ -28,13 +28,13 @@ use super::{
 };
 
 /// How long a connection may take to be made.
-const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long nothing may come on a connection that we read from.
 const READ_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long any request may take; a lane's limits are shorter.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(300);
 /// How long a connection is kept without use: shorter than servers and load balancers do.
-const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+pub(super) const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
 /// Variables that say how to get the machine's or container's role.
 const ROLE_VARIABLES: [&str; 9] = [
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -161,7 +161,8 @@ pub(crate) fn credentials(settings: &S3Settings) -> Result<AwsCredentialProvider
     Ok(Arc::clone(client(settings)?.credentials()))
 }
 
-fn is_plain(settings: &S3Settings) -> bool {
+/// Whether the server is spoken to without TLS.
+pub(super) fn is_plain(settings: &S3Settings) -> bool {
     settings
         .endpoint
         .as_ref()

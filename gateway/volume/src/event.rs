@@ -158,7 +158,7 @@ pub enum Event {
     /// A front end's request.
     Request(Request),
     /// A cache I/O (`CacheRead`, `CacheWrite`, `ZeroFill`, `WritePages`, `Sync`, `FillWrite`,
-    /// `CopyToRequest`) is done; a transfer that was short is an error.
+    /// `CopyToRequest`) or a `FetchDirect` is done; a transfer that was short is an error.
     IoDone {
         /// The I/O.
         io: IoId,
@@ -210,6 +210,9 @@ pub enum Event {
         /// Milliseconds.
         now_ms: u64,
     },
+    /// From now on misses may be received straight into requests' buffers, or not: see
+    /// [`Action::FetchDirect`]. Only for volumes whose frames are neither compressed nor encrypted.
+    DirectReads(bool),
     /// Upload all that was acknowledged before now, then say [`Action::Drained`].
     Drain {
         /// Name of this drain.
@@ -333,6 +336,23 @@ pub enum Action {
         fetch: Fetch,
         /// Whether a request waits for it (false: readahead).
         foreground: bool,
+    },
+    /// Receive bytes of a chunk's object from the store into the request's buffer, by a way on which
+    /// they do not pass through our memory. An error of any kind is allowed, at once too, and after a
+    /// part was received: the run is then fetched the ordinary way.
+    FetchDirect {
+        /// Comes back in `IoDone`.
+        io: IoId,
+        /// Whose buffer.
+        request: RequestId,
+        /// Bytes from the buffer's start.
+        buffer_offset: u32,
+        /// The chunk.
+        chunk: ChunkId,
+        /// Bytes from the object's start.
+        object_offset: u64,
+        /// Bytes; a multiple of 512.
+        len: u32,
     },
     /// Get map nodes from the store.
     LoadNodes {

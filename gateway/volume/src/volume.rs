@@ -14,6 +14,7 @@
 //!   durable or its chunk committed. *Process killed: the journal and the device say all that was
 //!   acknowledged. Power lost: the journal is void, and recovery goes by the record pages.*
 
+mod direct;
 mod flush;
 mod read;
 mod write;
@@ -169,6 +170,12 @@ pub struct VolumeStats {
     pub fetched_bytes: u64,
     /// Of these, by readahead.
     pub readahead_bytes: u64,
+    /// Runs that were received straight into a request's buffer.
+    pub direct_reads: u64,
+    /// Their bytes, which are among the missed.
+    pub direct_bytes: u64,
+    /// Runs that were to be received so, and were then fetched the ordinary way.
+    pub direct_fallbacks: u64,
     /// Chunks committed.
     pub uploaded_chunks: u64,
     /// Their bytes.
@@ -269,6 +276,10 @@ enum Io {
         chunk: ChunkId,
         frames: Vec<crate::event::FrameRef>,
         readahead: bool,
+    },
+    Direct {
+        slot: usize,
+        piece: read::Piece,
     },
     /// Without a slot: for readahead.
     Nodes {
@@ -383,6 +394,7 @@ impl Volume {
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
             Event::CheckpointFailed => self.checkpoint_failed(cx),
             Event::Grown { size } => self.params.size = self.params.size.max(size),
+            Event::DirectReads(on) => self.reads.direct = on,
             Event::Stop => self.stopping = true,
         }
     }
@@ -533,6 +545,7 @@ impl Volume {
                 clean,
             } => self.read_done(slot, segment, clean, result, cx),
             Io::Buffer { slot } => self.piece_done(slot, result.map_err(|_| IoError::Io), cx),
+            Io::Direct { slot, piece } => self.direct_done(slot, piece, result, cx),
             Io::Write { slot, at, range } => self.write_done(slot, at, range, result, cx),
             Io::Header { segment } => self.header_done(segment, result, cx),
             Io::CleanMark { segment } => cx.cache.unpin(segment),

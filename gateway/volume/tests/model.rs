@@ -160,6 +160,8 @@ struct World {
     journal: BTreeMap<u64, (SegmentId, Generation, Record)>,
     /// What the read that completed last has read.
     last_read: Vec<u8>,
+    /// Whether misses may go around the daemon's memory; then nothing is compressed.
+    direct: bool,
 }
 
 fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
@@ -196,7 +198,7 @@ impl World {
             unsent: Vec::new(),
             kept_segments: Vec::new(),
         };
-        Self {
+        let mut world = Self {
             rng: SmallRng::seed_from_u64(seed),
             device: Device::new(),
             store: Store {
@@ -219,7 +221,10 @@ impl World {
             clock: 0,
             journal: BTreeMap::new(),
             last_read: Vec::new(),
-        }
+            direct: seed % 2 == 1,
+        };
+        world.feed(Event::DirectReads(world.direct));
+        world
     }
 
     /// Its size in sectors, as `head` has it.
@@ -380,6 +385,33 @@ impl World {
                 let result = Ok(frames.collect());
                 self.feed(Event::Fetched { io, result });
             }
+            Action::FetchDirect {
+                io,
+                request,
+                buffer_offset,
+                chunk,
+                object_offset,
+                len,
+            } => {
+                assert!(self.direct, "a direct read that nobody allowed");
+                let (from, len) = (object_offset as usize, len as usize);
+                let data = self.store.chunks[&chunk.seq.get()].1[from..from + len].to_vec();
+                match self.rng.random_range(0..4) {
+                    0 => {}
+                    // Broken off, and wrong as far as it came.
+                    1 => {
+                        let part = self.rng.random_range(0..len);
+                        self.put(request, buffer_offset, &vec![0xaa; part]);
+                    }
+                    _ => {
+                        self.put(request, buffer_offset, &data);
+                        self.done(io);
+                        return true;
+                    }
+                }
+                let result = Err(32);
+                self.feed(Event::IoDone { io, result });
+            }
             Action::LoadNodes { io, nodes, .. } => {
                 let nodes = nodes.into_iter().map(|place| {
                     let bytes = &self.store.maps[&place.object]
@@ -416,7 +448,11 @@ impl World {
                         first_write: plan.first_write,
                         last_write: plan.last_write,
                         frame_sectors: FRAME_SECTORS,
-                        compression: Compression::Lz4,
+                        compression: if self.direct {
+                            Compression::None
+                        } else {
+                            Compression::Lz4
+                        },
                         key: None,
                     },
                     &extents,
@@ -627,6 +663,7 @@ impl World {
             &mut self.shared,
             &mut self.due,
         );
+        self.feed(Event::DirectReads(self.direct));
     }
 }
 
@@ -854,6 +891,79 @@ fn crash_without_the_cache_keeps_every_write_flushed_to_the_store() {
             world.reopen(End::CacheLost);
             world.read_all();
         });
+    }
+}
+
+#[test]
+fn direct_reads_that_work_or_fail_read_back_what_was_written() {
+    let mut counted = (0, 0);
+    for seed in (601..613).step_by(2) {
+        run(seed, Durability::Object, 4, |world, _| {
+            world.read_all();
+            world.flush();
+            world.reopen(End::CacheLost);
+            for _ in 0..60 {
+                let start = world.rng.random_range(0..SIZE - 32);
+                let len = world.rng.random_range(1..=32);
+                world.ask(Op::Read, range(start, len));
+                // Writes beside them: what is read is old or new.
+                if world.rng.random_bool(0.2) {
+                    random_request(world);
+                }
+                for _ in 0..world.rng.random_range(0..6) {
+                    world.step();
+                }
+            }
+            world.settle();
+            let stats = world.volume.stats();
+            counted.0 += stats.direct_reads;
+            counted.1 += stats.direct_fallbacks;
+            assert!(stats.direct_bytes >= stats.direct_reads * 512);
+        });
+    }
+    assert!(
+        counted.0 > 100 && counted.1 > 50,
+        "direct reads that worked and that failed: {counted:?}"
+    );
+}
+
+#[test]
+fn direct_reads_are_for_few_runs_of_readers_who_jump() {
+    let mut world = World::new(1, Durability::Object);
+    for start in (0..1024).step_by(128) {
+        world.ask(Op::Write { fua: false }, range(start, 128));
+    }
+    world.flush();
+    world.reopen(End::CacheLost);
+    let mut asked = |start, len| {
+        let id = world.next_request;
+        world.ask(Op::Read, range(start, len));
+        let direct = |action: &&Action| matches!(action, Action::FetchDirect { .. });
+        let count = world.due.iter().filter(direct).count();
+        let fetch = |action: &&Action| matches!(action, Action::Fetch { .. });
+        let fetches = world.due.iter().filter(fetch).count();
+        while world.asked.contains_key(&id) {
+            world.step();
+        }
+        (count, fetches)
+    };
+    assert_eq!(asked(512, 32), (1, 0), "one frame");
+    assert_eq!(asked(600, 32), (2, 0), "over a frame's end");
+    assert_eq!(asked(256, 96), (0, 1), "three frames: one GET");
+    let (direct, fetches) = asked(352, 8);
+    assert_eq!(direct, 0, "it goes on where the last one stopped");
+    assert!(fetches > 0, "and is read ahead of");
+    world.feed(Event::DirectReads(false));
+    let id = world.next_request;
+    world.ask(Op::Read, range(900, 8));
+    assert!(
+        !world
+            .due
+            .iter()
+            .any(|a| matches!(a, Action::FetchDirect { .. }))
+    );
+    while world.asked.contains_key(&id) {
+        world.step();
     }
 }
 

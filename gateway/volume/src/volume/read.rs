@@ -3,7 +3,8 @@
 //! A read is resolved in one step into pieces: hits go to the cache device, holes are zeroed,
 //! misses wait for frames. All pieces of a request go on at once. A frame that is being fetched is
 //! not fetched again: whoever wants it waits with the others. If the map nodes that say where a
-//! run lies are not in memory, the whole request is resolved anew once they are.
+//! run lies are not in memory, the whole request is resolved anew once they are. A miss that goes
+//! around our memory ([`super::direct`]) is nobody else's business: it is not waited for.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,6 +56,8 @@ pub(super) struct Reads {
     /// Map nodes are being loaded for readahead: one load at a time is enough.
     readahead_nodes: bool,
     streams: Queue<Stream>,
+    /// Whether misses may go around our memory.
+    pub(super) direct: bool,
     /// Kept between calls for their memory: what a read is resolved into, and a look-up's answer.
     pieces: Vec<Piece>,
     found: Vec<MapEntry>,
@@ -62,16 +65,16 @@ pub(super) struct Reads {
 
 /// A run of a request and where it comes from.
 #[derive(Clone, Copy, Debug)]
-struct Piece {
+pub(super) struct Piece {
     /// Bytes from the buffer's start.
-    buffer_offset: u32,
+    pub(super) buffer_offset: u32,
     /// Sectors.
-    len: u32,
-    source: Source,
+    pub(super) len: u32,
+    pub(super) source: Source,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Source {
+pub(super) enum Source {
     Zero,
     Cache { at: CacheLoc, clean: bool },
     Store(DataLoc),
@@ -91,6 +94,8 @@ impl Source {
             ) => {
                 at.segment == next.segment && at.offset + len == next.offset && clean == next_clean
             }
+            // Of one frame, for both have the frame's place in the object.
+            (Self::Store(at), Self::Store(next)) => at.skip(len) == next,
             _ => false,
         }
     }
@@ -107,7 +112,8 @@ impl Volume {
                 let active = &mut self.active[slot];
                 active.left = 1;
                 active.held = Vec::new();
-                self.issue(slot, &pieces, cx);
+                let direct = self.goes_direct(request.range, &pieces);
+                self.issue(slot, &pieces, direct, cx);
                 self.readahead(request.range, cx);
                 self.piece_done(slot, Ok(()), cx);
             }
@@ -171,7 +177,7 @@ impl Volume {
         Err(missing)
     }
 
-    fn issue(&mut self, slot: usize, pieces: &[Piece], cx: &mut Cx<'_>) {
+    fn issue(&mut self, slot: usize, pieces: &[Piece], direct: bool, cx: &mut Cx<'_>) {
         let active = &mut self.active[slot];
         let request = active.request.id;
         active.left += u32::try_from(pieces.len()).expect("no more pieces than sectors");
@@ -208,31 +214,58 @@ impl Volume {
                 }
                 Source::Store(at) => {
                     self.stats.miss_bytes += u64::from(len);
-                    let frame = self.frame_of(at);
-                    let skip = (at.raw % self.params.frame_sectors) as usize * 512;
-                    let waiter = Waiter {
-                        slot,
-                        buffer_offset,
-                        skip,
-                        len: len as usize,
-                    };
-                    let waiters = self
-                        .reads
-                        .fetching
-                        .entry((at.chunk, frame.index))
-                        .or_insert_with(|| {
-                            wanted.push((at.chunk, frame));
-                            Vec::new()
-                        });
-                    waiters.push(waiter);
+                    if !(direct && self.fetch_direct(slot, piece, at, cx)) {
+                        self.await_frame(slot, piece, at, &mut wanted);
+                    }
                 }
             }
         }
         self.fetch(&wanted, true, cx);
     }
 
+    /// Lets a piece wait for its frame; one that nobody fetches yet is added to `wanted`.
+    pub(super) fn await_frame(
+        &mut self,
+        slot: usize,
+        piece: &Piece,
+        at: DataLoc,
+        wanted: &mut Vec<(ChunkId, FrameRef)>,
+    ) {
+        let frame = self.frame_of(at);
+        let waiter = Waiter {
+            slot,
+            buffer_offset: piece.buffer_offset,
+            skip: (at.raw % self.params.frame_sectors) as usize * 512,
+            len: piece.len as usize * 512,
+        };
+        let waiters = self
+            .reads
+            .fetching
+            .entry((at.chunk, frame.index))
+            .or_insert_with(|| {
+                wanted.push((at.chunk, frame));
+                Vec::new()
+            });
+        waiters.push(waiter);
+    }
+
+    pub(super) fn is_being_fetched(&self, at: DataLoc) -> bool {
+        let frame = (at.chunk, self.frame_of(at).index);
+        self.reads.fetching.contains_key(&frame)
+    }
+
+    /// Whether a read from here on would continue what one of the last readers read.
+    pub(super) fn continues_a_stream(&self, start: Lba) -> bool {
+        self.reads.streams.iter().any(|s| s.next == start.get())
+    }
+
     /// Asks for frames, in GETs of neighbours.
-    fn fetch(&mut self, wanted: &[(ChunkId, FrameRef)], foreground: bool, cx: &mut Cx<'_>) {
+    pub(super) fn fetch(
+        &mut self,
+        wanted: &[(ChunkId, FrameRef)],
+        foreground: bool,
+        cx: &mut Cx<'_>,
+    ) {
         let neighbours = |a: &(ChunkId, FrameRef), b: &(ChunkId, FrameRef)| {
             a.0 == b.0 && a.1.stored_offset + a.1.stored_len == b.1.stored_offset
         };

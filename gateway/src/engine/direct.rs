@@ -1,0 +1,65 @@
+//! Whether a volume's misses go around the daemon's memory, and if not, why.
+//!
+//! A wish that cannot be met does not keep a volume from being attached, at a restart least of all:
+//! it is told, in the answer to the attach, in the log and for as long as the volume is attached.
+
+use std::sync::Arc;
+
+use quarry_objfmt::{Compression, Encryption, Head};
+use quarry_volume::Event;
+
+use super::Daemon;
+use super::slot::Attached;
+use crate::control::Via;
+use crate::store::direct::{DirectLane, Unfit};
+use crate::ublk::Mode;
+
+/// The way around, or why there is none.
+pub(super) fn split(way: Result<DirectLane, Unfit>) -> (Option<Arc<DirectLane>>, Option<String>) {
+    match way {
+        Ok(way) => (Some(Arc::new(way)), None),
+        Err(why) => (None, Some(why.to_string())),
+    }
+}
+
+impl Daemon {
+    /// Whether the misses of a volume attached by `via` can go around the daemon's memory.
+    pub(super) fn can_read_directly(&self, head: &Head, via: Via) -> Result<(), String> {
+        if via == Via::Nbd {
+            return Err("NBD passes its data through the daemon".to_owned());
+        }
+        if head.compression != Compression::None {
+            return Err(format!(
+                "the volume was created with --compression {}",
+                head.compression
+            ));
+        }
+        if head.encryption != Encryption::None {
+            return Err("the volume is encrypted".to_owned());
+        }
+        self.direct_unfit.clone().map_or(Ok(()), Err)
+    }
+}
+
+impl Attached {
+    /// Tells the volume. Before its device is made: that reads from it at once.
+    pub(super) async fn tell_direct(&self) {
+        let on = self.direct == Some(Ok(()));
+        self.backend.tell(Event::DirectReads(on)).await;
+    }
+
+    /// Its device is there, and runs in this mode.
+    pub(super) async fn direct_in(&mut self, mode: Mode) {
+        let copies = matches!(mode, Mode::UserCopy | Mode::Plain);
+        if copies && self.direct == Some(Ok(())) {
+            self.direct = Some(Err(format!("the device's data are copied ({mode})")));
+            self.tell_direct().await;
+        }
+    }
+
+    /// What is to be said of a wish that is not met.
+    pub(super) fn direct_warning(&self) -> Option<String> {
+        let why = self.direct.as_ref()?.as_ref().err()?;
+        Some(format!("no direct reads: {why}"))
+    }
+}

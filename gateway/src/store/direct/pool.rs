@@ -1,0 +1,100 @@
+//! Connections to one server that are kept for the next request.
+
+use std::io;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::store::s3::{CONNECT_TIME_MAX, IDLE_TIME_MAX};
+
+/// Most connections kept without use. (In use are no more than the lane has places.)
+const IDLE_MAX: usize = 32;
+
+/// The connections without use, the newest last.
+#[derive(Debug, Default)]
+pub(super) struct Pool(Mutex<Vec<(TcpStream, Instant)>>);
+
+impl Pool {
+    /// One that is still good, as far as can be seen.
+    pub(super) fn take(&self) -> Option<TcpStream> {
+        let mut idle = self.0.lock();
+        while let Some((stream, since)) = idle.pop() {
+            if since.elapsed() >= IDLE_TIME_MAX {
+                // All below it are older.
+                idle.clear();
+                return None;
+            }
+            if is_quiet(&stream) {
+                return Some(stream);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection on which nothing is under way.
+    pub(super) fn give(&self, stream: TcpStream) {
+        let mut idle = self.0.lock();
+        if idle.len() == IDLE_MAX {
+            idle.remove(0);
+        }
+        idle.push((stream, Instant::now()));
+    }
+}
+
+/// Connects to `authority` (`host:port`).
+pub(super) async fn connect(authority: &str) -> io::Result<TcpStream> {
+    let stream = timeout(CONNECT_TIME_MAX, TcpStream::connect(authority)).await??;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Whether nothing has come that nobody asked for: neither the other end's closing, nor more of an
+/// answer than it had announced, which the next one would be taken from.
+fn is_quiet(stream: &TcpStream) -> bool {
+    let mut byte = [0_u8; 1];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    recv(stream, &mut byte, flags).is_err_and(|error| error == Errno::AGAIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn pool_gives_no_connection_that_was_closed_or_has_something_to_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let authority = listener.local_addr().unwrap().to_string();
+        let pool = Pool::default();
+        let mut there = Vec::new();
+        for _ in 0..3 {
+            pool.give(connect(&authority).await.unwrap());
+            there.push(listener.accept().await.unwrap().0);
+        }
+        there[2].write_all(b"x").await.unwrap();
+        drop(there.remove(1));
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        let good = pool.take().expect("the oldest is good");
+        assert_eq!(good.local_addr().unwrap(), there[0].peer_addr().unwrap());
+        assert!(pool.take().is_none());
+    }
+
+    #[tokio::test]
+    async fn pool_keeps_no_more_than_its_bound() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let authority = listener.local_addr().unwrap().to_string();
+        let pool = Pool::default();
+        let mut there = Vec::new();
+        for _ in 0..IDLE_MAX + 3 {
+            pool.give(connect(&authority).await.unwrap());
+            there.push(listener.accept().await.unwrap().0);
+        }
+        assert_eq!(pool.0.lock().len(), IDLE_MAX);
+    }
+}
