@@ -11,7 +11,7 @@ check:
 
 # Every test that needs nothing but this checkout and installed programs
 test *arguments:
-    bash tests/run --no-install --no-lint --no-vm {{arguments}}
+    bash tests/run --no-install --no-lint --no-vm --no-fuzz {{arguments}}
 
 # Every test, after installing what they need and building the virtual machine's kernel
 test-all *arguments:
@@ -20,7 +20,7 @@ test-all *arguments:
 # The tests on a real ublk device, in the virtual machine
 ublk:
     tests/vm/build-uml.sh
-    bash tests/run --no-install --no-lint -E 'binary_id(quarry-tests::vm)'
+    bash tests/run --no-install --no-lint --no-fuzz -E 'binary_id(quarry-tests::vm)'
 
 # A volume by ublk beside rublk's loop target, in the virtual machine (needs `cargo install rublk`)
 bench-ublk *arguments:
@@ -35,15 +35,14 @@ bench-instructions *arguments:
 demo *arguments:
     cargo run --release -- demo {{arguments}}
 
-# Longer than a change needs: many crashes, a minute's outage, more bit flips
+# Longer than a change needs: many crashes, a minute's outage, more bit flips, more states of the model of fencing
 long:
     QUARRY_TEST_OPERATIONS=100000 QUARRY_TEST_CRASHES=40 QUARRY_TEST_OUTAGE_SECONDS=60 \
-    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 bash tests/run --no-install --no-lint
+    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 QUARRY_TEST_MODEL_LARGE=1 bash tests/run --no-install --no-lint --no-fuzz
 
-# Decoders under a fuzzer, for a minute each
-fuzz seconds="60":
-    cd objfmt && for target in $(cargo +nightly fuzz list); do \
-        cargo +nightly fuzz run "$target" -- -max_total_time={{seconds}} || exit 1; done
+# What reads bytes of others under a fuzzer, each target for so long; what it finds is kept in the corpora
+fuzz seconds="60" *targets:
+    tests/fuzz/run --seconds {{seconds}} --keep {{targets}}
 
 # All that must hold before a change goes in
 ci:

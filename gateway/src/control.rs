@@ -24,6 +24,7 @@ pub(crate) mod fake;
 use async_trait::async_trait;
 use quarry_objfmt::TenantName;
 
+pub use api::control_routes as routes;
 pub use client::Client;
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, CacheStatus, OwnerInfo, ResizeInfo, State, StatusInfo,

@@ -295,7 +295,11 @@ impl ChunkHeader {
     }
 
     /// The bytes of the header, with the prologue. Offsets of frames are not written: they follow.
-    fn encode(&self) -> Vec<u8> {
+    ///
+    /// # Panics
+    /// If the header was put together by hand and breaks the rules of the module.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
         let mut out = FORMAT.begin();
         out.extend_from_slice(&self.id.volume.to_bytes());
         put_u32(&mut out, self.id.epoch.get());

@@ -18,7 +18,6 @@ use bytes::Bytes;
 
 use crate::codec::{Compression, Compressor, DataKey, Encryption, NONCE_LEN, Sealer, TAG_LEN};
 use crate::error::{FormatError, Result};
-use crate::prologue::crc_holds;
 use crate::types::{ChunkId, SECTOR_SIZE};
 use crate::wire::Reader;
 
@@ -156,7 +155,7 @@ pub fn decode_frame(
     }
     let payload = reader.bytes(payload_len)?;
     let identity = identity(chunk, index);
-    if !crc_holds(crc, checksum(&identity, &header, payload)) {
+    if crc != checksum(&identity, &header, payload) {
         return Err(FormatError::Checksum { what: WHAT });
     }
     if version != VERSION {

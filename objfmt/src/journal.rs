@@ -9,7 +9,6 @@
 
 use crate::error::{FormatError, Result};
 use crate::page::{Kind, Page, Record, Writer, finish, open, pack_record, unpack_record};
-use crate::prologue::crc_holds;
 use crate::types::{CacheId, Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 use crate::wire::Reader;
 
@@ -139,7 +138,7 @@ impl JournalHeader {
         let Some(generation) = generation_of(segment) else {
             return Err(FormatError::invalid(ENTRY, "its segment is not in use"));
         };
-        if !crc_holds(crc, self.checksum(generation, bytes)) {
+        if crc != self.checksum(generation, bytes) {
             return Err(FormatError::Checksum { what: ENTRY });
         }
         if self.slot(seq) != slot {

@@ -8,7 +8,7 @@
 //! written.
 
 use crate::error::{FormatError, Result};
-use crate::prologue::{crc_holds, cut, read_str};
+use crate::prologue::{cut, read_str};
 use crate::types::{
     CacheId, Epoch, Generation, Lba, SegmentId, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
 };
@@ -295,12 +295,7 @@ impl RecordPage {
             self.records.len()
         );
         let count = u16::try_from(self.records.len()).expect("at most 202");
-        let base = self
-            .records
-            .iter()
-            .map(|record| record.seq)
-            .min()
-            .unwrap_or_default();
+        let base = base_of(&self.records);
         let mut page = Writer::new(&RECORDS, count);
         page.put(&self.segment.get().to_le_bytes());
         page.put(&self.generation.get().to_le_bytes());
@@ -347,6 +342,12 @@ impl RecordPage {
             records.push(read_record(&mut reader, base)?);
         }
         finish(reader)?;
+        if base != base_of(&records).get() {
+            return Err(FormatError::invalid(
+                WHAT,
+                "the base is not the smallest number of its writes",
+            ));
+        }
         Ok(Self {
             segment,
             generation,
@@ -356,6 +357,12 @@ impl RecordPage {
             records,
         })
     }
+}
+
+/// The smallest number of the writes; 0 of none.
+fn base_of(records: &[Record]) -> WriteSeq {
+    let numbers = records.iter().map(|record| record.seq);
+    numbers.min().unwrap_or_default()
 }
 
 fn read_record(reader: &mut Reader<'_>, base: u64) -> Result<Record> {
@@ -500,7 +507,7 @@ pub(crate) fn open<'a>(kind: &Kind, bytes: &'a [u8], cache: CacheId) -> Result<(
     let version = reader.u16()?;
     let word = reader.u16()?;
     // Before the version: one flipped bit must not look like a newer build's page.
-    if !crc_holds(reader.u32()?, checksum(bytes, cache)) {
+    if reader.u32()? != checksum(bytes, cache) {
         return Err(FormatError::Checksum { what });
     }
     if version != VERSION {
@@ -636,10 +643,7 @@ mod tests {
                 page
             };
             let page = change(records(list).encode(CACHE));
-            if let Ok(decoded) = RecordPage::decode(&page[..], CACHE)
-                && let Some(base) = decoded.records.iter().map(|record| record.seq).min()
-                && base.get().to_le_bytes() == page[48..56]
-            {
+            if let Ok(decoded) = RecordPage::decode(&page[..], CACHE) {
                 prop_assert_eq!(&decoded.encode(CACHE)[..], &page[..]);
             }
             let page = change(header().encode(CACHE));
@@ -678,6 +682,15 @@ mod tests {
                 what: "record page"
             })
         );
+    }
+
+    #[test]
+    fn record_page_whose_base_is_not_its_smallest_write_is_refused() {
+        let mut page = records(Vec::new()).encode(CACHE);
+        page[48] = 1;
+        reseal(&mut page[..]);
+        let refused = RecordPage::decode(&page[..], CACHE);
+        assert!(matches!(refused, Err(FormatError::Invalid { .. })));
     }
 
     #[test]

@@ -32,7 +32,7 @@ type Tenant = Result<Path<String>, PathRejection>;
 type Volume = Result<Path<(String, String)>, PathRejection>;
 
 /// Everything: for the unix socket.
-pub(super) fn control_routes(engine: Arc<dyn Engine>) -> Router {
+pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
     let routes = Router::new()
         .route("/v1/tenants", get(list_tenants).post(create_tenant))
         .route("/v1/tenants/{tenant}", delete(delete_tenant))

@@ -32,7 +32,8 @@ use io_uring::{opcode, types};
 use libublk::sys;
 use quarry_volume::{IoError, Op};
 
-use self::descriptor::{Data, Descriptors, IoRequest};
+use self::descriptor::Descriptors;
+pub use self::descriptor::{Data, IoRequest};
 use self::operation::Operation;
 use super::frontend::{Buffer, FrontEnd, Port};
 use super::memory::{AlignedBuf, Pool};

@@ -68,7 +68,7 @@ impl Asked<'_> {
         let message = element(text, "Message").unwrap_or_default();
         let reason = match (code, message) {
             ("", _) => brief(text),
-            (code, "") => format!("HTTP {status} {code}"),
+            (code, "") => brief(&format!("HTTP {status} {code}")),
             (code, message) => brief(&format!("HTTP {status} {code}: {message}")),
         };
         Some(match status {
@@ -127,6 +127,7 @@ mod tests {
     use std::sync::Arc;
 
     use bytes::Bytes;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::store::stub::{Answer, stub_store};
@@ -252,6 +253,37 @@ mod tests {
             panic!()
         };
         assert_eq!(reason, "HTTP 503 SlowDown: in words");
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_is_explained_and_only_the_servers_own_word_is_final(
+            status in 100_u16..600,
+            body in "(<Code>|</Code>|NoSuchKey|NoSuchBucket|<Message>|</Message>|status code: 404|[ -~ä\n]{0,8}){0,9}",
+            which in 0..Operation::ALL.len(),
+        ) {
+            let operation = Operation::ALL[which];
+            let asked = Asked { operation, key: "k" };
+            let text = format!("Server returned non-2xx status code: {status} Such: {body}");
+            prop_assert_eq!(super::status(&text), Some(status));
+            let is_gone = status == 404 && element(&body, "Code") == Some("NoSuchKey");
+            let is_refused = status == 412 || status == 304;
+            match asked.explain_answer(status, &text) {
+                Some(StoreError::NotFound { .. }) => prop_assert!(is_gone),
+                Some(StoreError::Exists { .. }) => {
+                    prop_assert!(is_refused && operation == Operation::Create);
+                }
+                Some(StoreError::Changed { .. }) => {
+                    prop_assert!((is_refused || is_gone) && operation == Operation::Replace);
+                }
+                Some(StoreError::Denied { reason, .. } | StoreError::Unavailable { reason, .. }) => {
+                    prop_assert!(reason.chars().count() <= REASON_CHARS_MAX + 1);
+                    prop_assert!(!reason.contains('\n'));
+                }
+                Some(_) => {}
+                None => prop_assert_eq!(status, 416),
+            }
+        }
     }
 
     #[test]

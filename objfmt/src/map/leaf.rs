@@ -92,7 +92,10 @@ impl Leaf {
     /// The number of the first entry that ends behind `lba`; the count of entries if none does.
     #[must_use]
     pub fn find(&self, lba: Lba) -> usize {
-        let lba = lba.get().min(VOLUME_SECTORS_MAX - 1);
+        let lba = lba.get();
+        if lba >= VOLUME_SECTORS_MAX {
+            return self.len();
+        }
         let behind = count_up_to(&self.keys, (lba << CHUNK_BITS) | CHUNK_MASK);
         // The last entry that starts at or before `lba`, if it reaches beyond.
         match behind.checked_sub(1) {

@@ -77,7 +77,7 @@ impl Drop for Descriptors {
 
 /// Where a request's data are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Data {
+pub enum Data {
     /// It has none.
     None,
     /// It has some.
@@ -91,16 +91,21 @@ pub(super) enum Data {
 
 /// A request of the kernel's in our words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct IoRequest {
-    pub(super) op: Op,
-    pub(super) range: LbaRange,
-    pub(super) data: Data,
+pub struct IoRequest {
+    /// What is asked for.
+    pub op: Op,
+    /// Of which sectors; of a flush none.
+    pub range: LbaRange,
+    /// Where its data are.
+    pub data: Data,
 }
 
 impl IoRequest {
-    /// What a descriptor says; `Err` holds an errno. Whether the range is inside the volume is the
-    /// volume's to check.
-    pub(super) fn parse(descriptor: &sys::ublksrv_io_desc) -> Result<Self, i32> {
+    /// What a descriptor says. Whether the range is inside the volume is the volume's to check.
+    ///
+    /// # Errors
+    /// The errno of what cannot be a request of ours.
+    pub fn parse(descriptor: &sys::ublksrv_io_desc) -> Result<Self, i32> {
         let flags = descriptor.op_flags;
         let fua = flags & sys::UBLK_IO_F_FUA != 0;
         let op = match flags & 0xff {
@@ -141,7 +146,11 @@ impl IoRequest {
     }
 
     /// What to commit if it goes well: all its bytes.
-    pub(super) fn result(&self) -> i32 {
+    ///
+    /// # Panics
+    /// If it was not made by [`IoRequest::parse`].
+    #[must_use]
+    pub fn result(&self) -> i32 {
         match self.data {
             Data::None => 0,
             Data::Bytes { len, .. } => {

@@ -1,0 +1,148 @@
+//! What a client of the control API sends.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use axum::body::{Body, to_bytes};
+use axum::http::{Method, Request, Uri, header};
+use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
+use quarry_gateway::control::{
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, ResizeInfo, StatusInfo,
+    TenantInfo, Via, VolumeInfo, VolumeRef, VolumeSpec, routes,
+};
+use quarry_objfmt::TenantName;
+use tokio::runtime::Runtime;
+use tower::ServiceExt as _;
+
+/// Longer than any answer of [`Strict`].
+const ANSWER_BYTES_MAX: usize = 64 << 10;
+
+/// An engine that has no volumes, and holds every call to what engines are promised.
+struct Strict;
+
+#[async_trait]
+impl Engine for Strict {
+    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+        Ok(TenantInfo {
+            name: tenant.to_string(),
+            created_ms: 1,
+        })
+    }
+
+    async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
+        Ok(Vec::new())
+    }
+
+    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
+        Err(ApiError::no_tenant(tenant))
+    }
+
+    async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
+        assert!(SECTOR_SIZES.contains(&spec.sector_size));
+        assert!((1..=VOLUME_BYTES_MAX).contains(&spec.size_bytes));
+        assert!(spec.size_bytes.is_multiple_of(spec.sector_size.into()));
+        let text = serde_json::to_vec(&spec).expect("JSON");
+        assert_eq!(serde_json::from_slice::<VolumeSpec>(&text).ok(), Some(spec));
+        Ok(VolumeInfo::default())
+    }
+
+    async fn list_volumes(&self, _tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
+        Ok(Vec::new())
+    }
+
+    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+        assert!(options.via != Some(Via::Nbd) || !options.wants_a_device());
+        assert!(options.queues.is_none_or(|queues| queues > 0));
+        let text = serde_json::to_vec(&options).expect("JSON");
+        assert_eq!(
+            serde_json::from_slice::<AttachOptions>(&text).ok(),
+            Some(options)
+        );
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+        assert!((1..=VOLUME_BYTES_MAX).contains(&size_bytes));
+        assert!(size_bytes.is_multiple_of(u64::from(quarry_objfmt::SECTOR_SIZE)));
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn status(&self) -> ApiResult<StatusInfo> {
+        Ok(StatusInfo::default())
+    }
+
+    async fn ready(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn metrics_text(&self) -> String {
+        String::new()
+    }
+}
+
+/// The input is a method, a path and a body, each but the last ended by a line feed. A request is
+/// carried out or refused by a problem with a remedy, never by a fault of the daemon's.
+pub(crate) fn control_api(input: &[u8]) {
+    thread_local! {
+        static RUNTIME: OnceCell<Runtime> = const { OnceCell::new() };
+    }
+    let mut parts = input.splitn(3, |byte| *byte == b'\n');
+    let (method, path) = (parts.next(), parts.next());
+    let body = parts.next().unwrap_or_default();
+    let method = method.and_then(|method| Method::from_bytes(method).ok());
+    let path = path.and_then(|path| Uri::try_from(path).ok());
+    let (Some(method), Some(path)) = (method, path) else {
+        return;
+    };
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .body(Body::from(body.to_vec()))
+        .expect("of sound parts");
+    RUNTIME.with(|runtime| {
+        let runtime = runtime.get_or_init(|| {
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            builder.build().expect("a runtime")
+        });
+        runtime.block_on(ask(request));
+    });
+}
+
+async fn ask(request: Request<Body>) {
+    let shown = format!("{request:?}");
+    let Ok(response) = routes(Arc::new(Strict)).oneshot(request).await;
+    let (head, body) = response.into_parts();
+    let body = to_bytes(body, ANSWER_BYTES_MAX)
+        .await
+        .expect("a short answer");
+    assert!(head.status.as_u16() < 500, "{shown}: {}", head.status);
+    if head.status.is_success() || body.is_empty() {
+        return;
+    }
+    let kind = head.headers.get(header::CONTENT_TYPE);
+    assert_eq!(
+        kind.map(|kind| kind.as_bytes()),
+        Some(&b"application/problem+json"[..]),
+        "{shown}"
+    );
+    let problem: Problem = serde_json::from_slice(&body).expect("a problem");
+    assert_eq!(problem.status, head.status.as_u16());
+    assert!(!problem.detail.is_empty() && !problem.remedy.is_empty());
+}
