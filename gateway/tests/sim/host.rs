@@ -3,45 +3,45 @@
 //! A daemon here is what the engine makes of a start and an attach, in the same order and of the
 //! same parts, without its front ends.
 
+mod attach;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use quarry_cache::{BlockDevice as _, Cache, Journal, Journals, Recovered, SyncFailure, scan};
-use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, give_back, open_read_only};
-use quarry_gateway::backend::{Common, UPLOADS_MAX, VolumeBackend, frame_cache};
-use quarry_gateway::engine::kept::{Taken, settle, take_up};
-use quarry_gateway::reactor::ReactorHandle;
+use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
+use quarry_gateway::backend::open::{Claimed, OpenError};
+use quarry_gateway::backend::{Common, UPLOADS_MAX, frame_cache};
 use quarry_gateway::store::{Lane, LaneSettings, S3Store};
 use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
 use quarry_volume::map::NodeCache;
-use quarry_volume::{Opened, Shared, Tuning, Volume, VolumeParams};
+use quarry_volume::{Shared, Tuning};
+use rand::rngs::SmallRng;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::device::SimDevice;
 use super::oracle::{Digest, Truth};
-use super::session::{Beginning, Cx, Died, Session};
+use super::session::{Cx, Died, Session};
 use super::store::SimBucket;
 
 /// Memory of fetched frames: more than a run fetches, for what its cache evicts hangs on the clock.
 const FRAMES_BYTES: u64 = 1 << 30;
-
-const JOURNAL_ENTRIES: u32 = 24;
 
 /// Segments that may be dirty.
 const DIRTY_MAX: u32 = 9;
 
 /// Small enough that a short run meets every limit.
 const TUNING: Tuning = Tuning {
-    writeback_delay_ms: 50,
+    // A plan's own.
+    writeback_delay_ms: 0,
     chunk_sectors_max: 256,
     chunk_writes_max: 64,
     uploads_max: 4,
     checkpoint_entries: 200,
     checkpoint_chunks: 6,
     readahead_sectors_max: 256,
-    journal_entries: JOURNAL_ENTRIES,
+    journal_entries: 24,
 };
 
 /// What a host owes a volume when it comes back with its cache.
@@ -181,7 +181,7 @@ impl Host {
     }
 
     /// The daemon ends, and perhaps the host with it.
-    pub fn crash(&mut self, end: End, truths: &[Truth], rng: &mut rand::rngs::SmallRng) {
+    pub fn crash(&mut self, end: End, truths: &[Truth], rng: &mut SmallRng) {
         let Some(daemon) = self.daemon.take() else {
             return;
         };
@@ -234,223 +234,6 @@ impl Host {
         }
     }
 
-    /// Begins to attach a volume.
-    pub fn attach(&mut self, n: usize, truth: &Truth, how: &Claim, read_only: bool) {
-        let daemon = self.daemon.as_mut().unwrap();
-        if let Some(kept) = daemon.unsettled.remove(&truth.id) {
-            match settle(&*self.device, &self.journals, truth.id, &kept) {
-                Ok(found) => daemon.kept.extend(found.map(|found| (truth.id, found))),
-                Err(_) => {
-                    daemon.unsettled.insert(truth.id, kept);
-                    return;
-                }
-            }
-        }
-        let store = daemon
-            .lane
-            .with_deadline(std::time::Duration::from_secs(20));
-        let kept = daemon.kept.get(&truth.id).cloned();
-        let (tenant, id) = (truth.tenant.clone(), truth.id);
-        let claimed = how.clone();
-        let task = tokio::spawn(async move {
-            if read_only {
-                open_read_only(&store, &tenant, id, kept.as_ref(), &claimed).await
-            } else {
-                claim(&store, &tenant, id, kept.as_ref(), &claimed).await
-            }
-        });
-        let opening = Opening {
-            task,
-            read_only,
-            durable: truth.durable_by(u32::MAX),
-        };
-        daemon.opening.insert(n, opening);
-    }
-
-    /// Goes on with an attach.
-    pub async fn go_on(&mut self, n: usize, mut world: Outer<'_>) -> Attach {
-        let daemon = self.daemon.as_mut().unwrap();
-        if !daemon.opening[&n].task.is_finished() {
-            return Attach::UnderWay;
-        }
-        let opening = daemon.opening.remove(&n).unwrap();
-        let claimed = match opening.task.await.expect("a claim does not panic") {
-            Ok(claimed) => claimed,
-            Err(error) => return Attach::Refused(kind(&error)),
-        };
-        let truth = &mut *world.truth;
-        let (id, epoch) = (truth.id, claimed.info.epoch.get());
-        let stored = claimed.stored_write.get();
-        let kept = daemon.kept.get(&id).cloned().filter(|_| !opening.read_only);
-        let taken = take_up(
-            &*self.device,
-            id,
-            kept,
-            claimed.stored_write,
-            claimed.kept_since,
-        );
-        let taken = match taken {
-            Ok(taken) => taken,
-            Err(_) if self.device.is_dead() => return Attach::Died,
-            Err(_) => return Attach::Refused("cache"),
-        };
-        let mut attachment = [0; 16];
-        attachment[..4].copy_from_slice(&epoch.to_le_bytes());
-        let entries = TUNING.journal_entries;
-        let epoch_name = claimed.info.epoch;
-        let journal =
-            (!opening.read_only).then(|| self.journals.create(id, epoch_name, attachment, entries));
-        let Ok(journal) = journal.transpose() else {
-            // The folder is gone since a sync failed.
-            return Attach::Refused("cache");
-        };
-        let upto = taken.unsent.last().map_or(stored, |(_, r)| r.seq.get());
-        let served = if opening.read_only {
-            assert!(
-                stored >= opening.durable,
-                "volume {}: a reader sees writes up to {stored}, of which {} were durable before",
-                truth.index,
-                opening.durable
-            );
-            truth.served(epoch)
-        } else {
-            truth.begin(epoch, stored, upto);
-            if let Some(promise) = self.promises.remove(&id) {
-                promise.keeps(upto, claimed.kept_since, truth);
-            }
-            epoch
-        };
-        let now = truth.image(served, upto);
-        world.digest.add((n, epoch, stored, upto));
-        let beginning = self.begin(id, claimed, taken, upto, journal);
-        let daemon = self.daemon.as_mut().unwrap();
-        daemon.kept.remove(&id);
-        let (session, died) = daemon.with(&self.device, &mut world, |cx| {
-            Session::new(beginning, now, cx)
-        });
-        if died {
-            let promise = Promise {
-                epoch,
-                acked: upto,
-                flushed: upto,
-            };
-            self.promises.insert(id, promise);
-            return Attach::Died;
-        }
-        daemon.sessions.insert(n, session.unwrap());
-        Attach::Serves
-    }
-
-    fn begin(
-        &mut self,
-        id: VolumeId,
-        claimed: Claimed,
-        taken: Taken,
-        upto: u64,
-        journal: Option<Journal>,
-    ) -> Beginning {
-        let daemon = self.daemon.as_mut().unwrap();
-        let head = &claimed.info;
-        let epoch = head.epoch;
-        let read_only = journal.is_none();
-        let params = VolumeParams {
-            id,
-            size: head.size,
-            sector_size: head.sector_size,
-            frame_sectors: head.frame_sectors,
-            epoch,
-            durability: head.durability,
-            read_only,
-            tuning: daemon.tuning,
-        };
-        let opened = Opened {
-            root: Arc::clone(&claimed.root),
-            log: claimed.log.clone(),
-            next_chunk: claimed.next_chunk,
-            stored_write: claimed.stored_write,
-            unsent: taken.unsent,
-            kept_segments: taken.segments,
-        };
-        let mut first = Vec::new();
-        let volume = Volume::new(params, opened, &mut daemon.shared, &mut first);
-        let (reactor, inbox) = ReactorHandle::detached().unwrap();
-        let key = reactor.new_key();
-        let common = daemon.common.clone();
-        let backend = VolumeBackend::new(common, self.name.clone(), claimed, key, reactor);
-        Beginning {
-            epoch: epoch.get(),
-            read_only,
-            upto,
-            volume,
-            first,
-            backend,
-            inbox,
-            journal,
-        }
-    }
-
-    /// Begins to detach: no new requests, and everything is sent.
-    pub fn detach(&mut self, n: usize) {
-        let daemon = self.daemon.as_mut().unwrap();
-        daemon.sessions.get_mut(&n).unwrap().stopping = true;
-        daemon.leaving.insert(n, None);
-    }
-
-    /// Goes on with a detach.
-    pub async fn let_go(&mut self, n: usize, mut world: Outer<'_>) -> Result<(), Died> {
-        let daemon = self.daemon.as_mut().unwrap();
-        let session = &daemon.sessions[&n];
-        match daemon.leaving.get_mut(&n).unwrap() {
-            None if session.in_flight() > 0 => return Ok(()),
-            waiting @ None => {
-                let backend = Arc::clone(&session.backend);
-                *waiting = Some(tokio::spawn(async move { backend.drain(true).await }));
-                return daemon.drive(n, &self.device, &mut world, |session, cx| {
-                    session.feed(quarry_volume::Event::Stop, cx)
-                });
-            }
-            Some(drained) if !drained.is_finished() || !session.is_idle() => return Ok(()),
-            Some(_) => {}
-        }
-        let drained = daemon.leaving.remove(&n).flatten().unwrap();
-        let drained = drained.await.unwrap();
-        let session = daemon.sessions.remove(&n).unwrap();
-        let truth = world.truth;
-        let (epoch, acked) = (session.epoch, session.acked);
-        let stats = session.volume.stats();
-        let kept = session.volume.close(&mut daemon.shared);
-        session.backend.close();
-        if drained && kept.is_empty() {
-            truth.reported(epoch, acked, "a detach");
-            assert_eq!(
-                (stats.dirty_bytes, stats.dirty_entries, stats.log_entries),
-                (0, 0, 0),
-                "volume {}: all is sent and folded into the map, it says",
-                truth.index
-            );
-            let (store, backend) = (daemon.lane.clone(), session.backend);
-            // Its answer is waited for by nobody here; an owner that stays is forced away.
-            tokio::spawn(async move { give_back(&store, backend.head()).await });
-        } else {
-            let promise = Promise {
-                epoch,
-                acked: session.flushed,
-                flushed: session.flushed,
-            };
-            self.promises.insert(truth.id, promise);
-        }
-        match settle(&*self.device, &self.journals, truth.id, &kept) {
-            Ok(Some(found)) => {
-                daemon.kept.insert(truth.id, found);
-            }
-            Ok(None) => {}
-            Err(_) => {
-                daemon.unsettled.insert(truth.id, kept);
-            }
-        }
-        Ok(())
-    }
-
     pub fn has_no_uploads(&self) -> bool {
         let daemon = self.daemon.as_ref().unwrap();
         daemon.common.uploads.available_permits() == UPLOADS_MAX
@@ -479,22 +262,10 @@ impl Promise {
     }
 }
 
-fn kind(error: &OpenError) -> &'static str {
-    match error {
-        OpenError::Owned { .. } => "owned",
-        OpenError::Stale { .. } => "stale",
-        OpenError::Unsent => "unsent",
-        OpenError::Raced { .. } => "raced",
-        OpenError::Damaged { .. } => "damaged",
-        OpenError::Cache(_) => "cache",
-        OpenError::Store(_) => "store",
-    }
-}
-
 /// The world's part of a step.
 pub struct Outer<'a> {
     pub truth: &'a mut Truth,
-    pub rng: &'a mut rand::rngs::SmallRng,
+    pub rng: &'a mut SmallRng,
     pub digest: &'a mut Digest,
     pub now_ms: u64,
     pub io_ms_max: u64,

@@ -8,8 +8,8 @@ use super::panics::{be_quiet, take_panic};
 use super::plan::Plan;
 use super::world::run;
 
-/// Seeds that are tried with one invariant broken.
-const SEEDS_MAX: u64 = 300;
+/// Seeds that are tried with one invariant broken; with none broken they hold, as other tests say.
+const SEEDS_MAX: u64 = 250;
 
 /// What the suite says of a seed with `mutation` in the code; none: nothing.
 fn caught(mutation: Mutation, seed: u64) -> Option<String> {

@@ -3,6 +3,8 @@
 //! Actions are carried out in any order that the contract allows: journal and acknowledgements at
 //! once and in place, I/O whenever the scheduler says, the store's by the backend.
 
+mod io;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -11,14 +13,12 @@ use quarry_gateway::backend::VolumeBackend;
 use quarry_gateway::reactor::{BackendSink, Message};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::{Generation, LbaRange, Record, RecordBody, SegmentId};
-use quarry_volume::{
-    Action, Event, IoError, IoId, Op, Request, RequestId, Shared, Volume, VolumeState,
-};
+use quarry_volume::{Action, Event, IoError, Op, Request, RequestId, Shared, Volume, VolumeState};
 use rand::RngExt;
 use rand::rngs::SmallRng;
 use tokio::sync::mpsc;
 
-use super::device::{Arrives, GEOMETRY, SimDevice};
+use super::device::{GEOMETRY, SimDevice};
 use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_of};
 
 /// Sectors of one read of a sweep over the whole volume.
@@ -229,7 +229,7 @@ impl Session {
         let made_by = self.requests.values_mut().find(|asked| match asked.op {
             Op::Write { .. } => asked.stamp == stamp,
             Op::Discard | Op::WriteZeroes { .. } => {
-                stamp == 0 && asked.range.start.get() + asked.recorded == start
+                asked.recorded == 0 && asked.range == range(start, len)
             }
             Op::Read | Op::Flush => false,
         });
@@ -390,95 +390,6 @@ impl Session {
         self.feed(Event::Request(Request { id, op, range }), cx)
     }
 
-    /// Carries out one I/O that is due, any one. False if there is none.
-    pub fn step_io(&mut self, cx: &mut Cx<'_>) -> Result<bool, Died> {
-        let due = (0..self.pending.len()).filter(|n| self.pending[*n].due_ms <= cx.now_ms);
-        let due: Vec<usize> = due.collect();
-        if due.is_empty() {
-            return Ok(false);
-        }
-        let pick = due[cx.rng.random_range(0..due.len())];
-        let Pending { action, .. } = self.pending.swap_remove(pick);
-        let is_fill = matches!(action, Action::FillWrite { .. });
-        let (io, result) = self.carry_out(action, cx);
-        self.hurt |= result.is_err() && !is_fill;
-        cx.digest.add((io.0, result));
-        self.feed(Event::IoDone { io, result }, cx)?;
-        Ok(true)
-    }
-
-    fn carry_out(&mut self, action: Action, cx: &mut Cx<'_>) -> (IoId, Result<(), i32>) {
-        match action {
-            Action::CacheRead {
-                io,
-                request,
-                buffer_offset,
-                offset,
-                len,
-            } => {
-                let read = cx.device.read(offset, len as usize);
-                let result = read.map(|data| self.put(request, buffer_offset, &data));
-                (io, result)
-            }
-            Action::CacheWrite {
-                io,
-                request,
-                buffer_offset,
-                offset,
-                len,
-            } => {
-                let data = self.part(request, buffer_offset, len);
-                (io, cx.device.write(offset, data, false))
-            }
-            Action::ZeroFill {
-                io,
-                request,
-                buffer_offset,
-                len,
-            } => {
-                self.put(request, buffer_offset, &vec![0; len as usize]);
-                (io, Ok(()))
-            }
-            Action::CopyToRequest {
-                io,
-                request,
-                buffer_offset,
-                data,
-            } => {
-                self.put(request, buffer_offset, &data);
-                (io, Ok(()))
-            }
-            Action::WritePage {
-                io,
-                offset,
-                page,
-                durable,
-            } => (io, cx.device.write(offset, &page[..], durable)),
-            Action::FillWrite { io, offset, data } => (io, cx.device.fill(offset, &data)),
-            Action::Sync { io } => {
-                // As a reactor: a failure is everybody's, and for ever.
-                if let Err(errno) = cx.device.sync_data() {
-                    cx.failure.note(errno);
-                }
-                (io, cx.failure.get())
-            }
-            other => unreachable!("{other:?} is no I/O"),
-        }
-    }
-
-    fn put(&mut self, request: RequestId, at: u32, data: &[u8]) {
-        let asked = self.requests.get_mut(&request.0);
-        let asked = asked.expect("a buffer is used while its request is in flight");
-        let at = at as usize;
-        asked.data[at..at + data.len()].copy_from_slice(data);
-    }
-
-    fn part(&self, request: RequestId, at: u32, len: u32) -> &[u8] {
-        let asked = self.requests.get(&request.0);
-        let asked = asked.expect("a buffer is used while its request is in flight");
-        &asked.data[at as usize..(at + len) as usize]
-    }
-
     /// Takes one message of the backend. False if there is none.
     pub fn hear(&mut self, cx: &mut Cx<'_>) -> Result<bool, Died> {
         let Ok(message) = self.inbox.try_recv() else {
@@ -506,30 +417,5 @@ impl Session {
         self.last_tick_ms = cx.now_ms;
         let now_ms = cx.now_ms;
         self.feed(Event::Tick { now_ms }, cx)
-    }
-
-    /// The host is dead: writes that were under way have arrived, or not, or in part.
-    pub fn bury(self, whole_only: bool, device: &SimDevice, rng: &mut SmallRng) {
-        for Pending { action, .. } in &self.pending {
-            let arrives = match rng.random_range(0..3) {
-                0 => Arrives::Nothing,
-                1 if !whole_only => Arrives::AnySectors,
-                _ => Arrives::All,
-            };
-            match action {
-                Action::CacheWrite {
-                    request,
-                    buffer_offset,
-                    offset,
-                    len,
-                    ..
-                } => device.arrive(*offset, self.part(*request, *buffer_offset, *len), arrives),
-                Action::WritePage { offset, page, .. } => {
-                    device.arrive(*offset, &page[..], arrives);
-                }
-                Action::FillWrite { offset, data, .. } => device.arrive(*offset, data, arrives),
-                _ => {}
-            }
-        }
     }
 }
