@@ -25,7 +25,9 @@ use quarry_objfmt::codec::Compression;
 use quarry_objfmt::{ChunkId, MapEntry, SECTOR_SIZE, VolumeId, keys};
 use quarry_volume::map::{MapRoot, Node, NodeRef};
 use quarry_volume::{Action, ChunkPlan, DataError, Event, ExtentSource, Fetch, IoId, Report};
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinError;
 
 use open::Claimed;
 use sound::DAMAGE_RETRIES_MAX;
@@ -69,7 +71,7 @@ pub struct Common {
     /// Bounds the memory of uploads.
     pub uploads: Arc<Semaphore>,
     /// Where the work runs.
-    pub runtime: tokio::runtime::Handle,
+    pub runtime: Handle,
 }
 
 impl Common {
@@ -367,7 +369,7 @@ impl VolumeBackend {
                 .collect()
         };
         // Milliseconds at most for 1 MiB; yet long enough to hold up other tasks' wake-ups.
-        aside(decode).await
+        aside(decode).await.map_err(|e| e.to_string())?
     }
 
     async fn load_nodes(
@@ -416,7 +418,7 @@ impl VolumeBackend {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
             let (frame_sectors, compression) = (self.head.frame_sectors(), self.head.compression());
             let encode = move || make_chunk(&*device, &plan, frame_sectors, compression);
-            match aside(encode).await {
+            match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
                 Err(error) => {
@@ -474,13 +476,13 @@ impl VolumeBackend {
 
 /// Does what takes long on the runtime's blocking pool. A runtime of one thread does it at once: it is a
 /// simulation's, whose order of steps must not hang on a pool.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let flavor = tokio::runtime::Handle::current().runtime_flavor();
-    if flavor == tokio::runtime::RuntimeFlavor::CurrentThread {
-        return work();
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::CurrentThread => Ok(work()),
+        _ => tokio::task::spawn_blocking(work).await,
     }
-    let done = tokio::task::spawn_blocking(work).await;
-    done.expect("neither encoding nor decoding panics")
 }
 
 /// Between tries to store a chunk that the store refuses.

@@ -54,26 +54,28 @@ fn seeds_hold(seeds: Range<u64>) {
     println!("seeds {seeds:?}, each twice: {sum}");
 }
 
-// In parts, which run side by side: 2,000 runs in all.
-
-#[test]
-fn seeds_below_250_hold_and_repeat() {
-    seeds_hold(0..250);
+/// In parts, which run side by side.
+macro_rules! fixed_seeds {
+    ($($name:ident: $seeds:expr,)*) => {
+        $(
+            #[test]
+            fn $name() {
+                seeds_hold($seeds);
+            }
+        )*
+    };
 }
 
-#[test]
-fn seeds_below_500_hold_and_repeat() {
-    seeds_hold(250..500);
-}
-
-#[test]
-fn seeds_below_750_hold_and_repeat() {
-    seeds_hold(500..750);
-}
-
-#[test]
-fn seeds_below_1000_hold_and_repeat() {
-    seeds_hold(750..1_000);
+// 2,000 runs.
+fixed_seeds! {
+    seeds_below_125_hold_and_repeat: 0..125,
+    seeds_below_250_hold_and_repeat: 125..250,
+    seeds_below_375_hold_and_repeat: 250..375,
+    seeds_below_500_hold_and_repeat: 375..500,
+    seeds_below_625_hold_and_repeat: 500..625,
+    seeds_below_750_hold_and_repeat: 625..750,
+    seeds_below_875_hold_and_repeat: 750..875,
+    seeds_below_1000_hold_and_repeat: 875..1_000,
 }
 
 #[test]
@@ -86,6 +88,7 @@ fn fresh_seeds_hold_and_repeat() {
     let first = u64::from(rand::random::<u32>()) << 16;
     let until =
         Instant::now() + Duration::from_secs(test_number("QUARRY_SIM_SECONDS", FRESH_SECONDS));
+    println!("fresh seeds from {first} on");
     let (mut sum, mut seed) = (Outcome::default(), first);
     while Instant::now() < until {
         sum.add(&hold_and_repeat(Plan::of(seed)));
