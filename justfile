@@ -35,6 +35,10 @@ bench-instructions *arguments:
 demo *arguments:
     cargo run --release -- demo {{arguments}}
 
+# The simulation: fixed seeds, fresh ones and broken invariants; or `--seed N`, `--hours H`, `--mutations`
+sim *arguments:
+    tests/sim {{arguments}}
+
 # Longer than a change needs: many crashes, a minute's outage, more bit flips, more states of the model of fencing
 long:
     QUARRY_TEST_OPERATIONS=100000 QUARRY_TEST_CRASHES=40 QUARRY_TEST_OUTAGE_SECONDS=60 \

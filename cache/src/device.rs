@@ -297,6 +297,47 @@ impl CacheDevice {
     }
 }
 
+/// What recovery and uploads need of a cache device. Blocking; the queue of a reactor goes by the file.
+pub trait BlockDevice: Send + Sync {
+    /// See [`CacheDevice::id`].
+    fn id(&self) -> CacheId;
+    /// See [`CacheDevice::geometry`].
+    fn geometry(&self) -> Geometry;
+    /// See [`CacheDevice::read_at`].
+    ///
+    /// # Errors
+    /// What the system says; a short read is an error.
+    fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()>;
+    /// See [`CacheDevice::write_at`].
+    ///
+    /// # Errors
+    /// What the system says.
+    fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()>;
+    /// See [`CacheDevice::sync`].
+    ///
+    /// # Errors
+    /// What the system says, or said before.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl BlockDevice for CacheDevice {
+    fn id(&self) -> CacheId {
+        self.id()
+    }
+    fn geometry(&self) -> Geometry {
+        self.geometry()
+    }
+    fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+        self.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {
+        self.write_at(buf, offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.sync()
+    }
+}
+
 impl AsFd for CacheDevice {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()

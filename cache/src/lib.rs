@@ -18,15 +18,17 @@ mod extent;
 mod failure;
 mod hash;
 mod journal;
+mod mutation;
 mod recover;
 mod segment;
 
 pub use aligned::AlignedBuf;
 pub use clean::{CleanIndex, CleanRun};
-pub use device::{CACHE_FILE_SIZE_DEFAULT, CacheDevice, CacheError};
+pub use device::{BlockDevice, CACHE_FILE_SIZE_DEFAULT, CacheDevice, CacheError};
 pub use extent::{Carried, ExtentMap};
 pub use failure::SyncFailure;
 pub use hash::NameHasher;
 pub use journal::{Journal, Journals};
+pub use mutation::Mutation;
 pub use recover::{Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
 pub use segment::{Cache, CacheCounts, CacheLoc, Geometry, NoSpace, OpenedSegment};

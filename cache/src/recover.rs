@@ -20,7 +20,7 @@ use quarry_objfmt::page::{
 use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 
 use crate::segment::PAGE_SIZE;
-use crate::{AlignedBuf, CacheDevice, Journals};
+use crate::{AlignedBuf, BlockDevice, Journals, Mutation};
 
 /// A record page found on the device.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -149,7 +149,7 @@ impl Recovered {
     /// there, and the pages that are written are found the next time.*
     fn write_journal(
         &mut self,
-        device: &CacheDevice,
+        device: &dyn BlockDevice,
         volume: VolumeId,
         stored: WriteSeq,
     ) -> io::Result<()> {
@@ -189,14 +189,14 @@ impl Recovered {
     /// If a page cannot be written or synced.
     pub fn cut(
         &mut self,
-        device: &CacheDevice,
+        device: &dyn BlockDevice,
         volume: VolumeId,
         stored: WriteSeq,
     ) -> io::Result<usize> {
         self.write_journal(device, volume, stored)?;
         let mut last = stored;
         for (_, record) in self.unsent(stored) {
-            if record.seq != last.next() {
+            if record.seq != last.next() && !Mutation::IgnoreGap.is_on() {
                 break;
             }
             last = record.seq;
@@ -209,7 +209,9 @@ impl Recovered {
                 page.records.retain(|r| r.seq <= last);
                 if page.records.len() != before {
                     cut += before - page.records.len();
-                    segment.write(page, device, volume)?;
+                    if !Mutation::LeaveWhatWasCut.is_on() {
+                        segment.write(page, device, volume)?;
+                    }
                 }
             }
             segment.pages = pages;
@@ -225,7 +227,7 @@ impl Recovered {
     /// # Errors
     /// If a header cannot be written.
     pub fn forget(
-        device: &CacheDevice,
+        device: &dyn BlockDevice,
         volume: VolumeId,
         segments: &[RecoveredSegment],
     ) -> io::Result<()> {
@@ -267,7 +269,7 @@ impl RecoveredSegment {
     fn write(
         &self,
         page: &RecoveredPage,
-        device: &CacheDevice,
+        device: &dyn BlockDevice,
         volume: VolumeId,
     ) -> io::Result<()> {
         let bytes = RecordPage {
@@ -290,9 +292,12 @@ impl RecoveredSegment {
 /// # Errors
 /// If the device cannot be read. Damaged pages are no error: what they named is missing, and shows
 /// as a gap.
-pub fn scan(device: &CacheDevice) -> io::Result<Scan> {
+pub fn scan(device: &dyn BlockDevice) -> io::Result<Scan> {
     let segments = device.geometry().segments;
-    let share = segments.div_ceil(SCAN_THREADS).max(1);
+    let share = segments.div_ceil(SCAN_THREADS).max(SCAN_SHARE_MIN);
+    if segments <= share {
+        return scan_part(device, 0..segments);
+    }
     let parts = std::thread::scope(|scope| {
         let scans: Vec<_> = (0..segments)
             .step_by(share as usize)
@@ -320,7 +325,10 @@ pub fn scan(device: &CacheDevice) -> io::Result<Scan> {
 /// Threads of a scan: enough reads at once for any device.
 const SCAN_THREADS: u32 = 16;
 
-fn scan_part(device: &CacheDevice, part: Range<u32>) -> io::Result<Scan> {
+/// Fewest segments that a thread is worth.
+const SCAN_SHARE_MIN: u32 = 32;
+
+fn scan_part(device: &dyn BlockDevice, part: Range<u32>) -> io::Result<Scan> {
     let mut found = Scan::default();
     let mut page = AlignedBuf::zeroed(4096);
     for id in part.map(SegmentId::new) {
@@ -352,7 +360,7 @@ fn scan_part(device: &CacheDevice, part: Range<u32>) -> io::Result<Scan> {
 /// counted before all of it is durable. A round may have lost a page in the middle: so a page that
 /// does not pass ends the run only if one round's worth behind it does not either, and a gap is seen
 /// as a gap and not as the end.
-fn read_pages(device: &CacheDevice, header: &SegmentHeader) -> io::Result<Vec<RecoveredPage>> {
+fn read_pages(device: &dyn BlockDevice, header: &SegmentHeader) -> io::Result<Vec<RecoveredPage>> {
     let geometry = device.geometry();
     let pages_max = geometry.segment_size / 4096;
     let mut pages = Vec::new();
@@ -397,6 +405,7 @@ mod tests {
     use quarry_objfmt::{CacheId, Lba};
 
     use super::*;
+    use crate::CacheDevice;
 
     const ID: CacheId = CacheId::from_bytes([3; 16]);
     const VOLUME: VolumeId = VolumeId::from_bytes([9; 16]);

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
 
-use crate::{CleanIndex, CleanRun};
+use crate::{CleanIndex, CleanRun, Mutation};
 
 /// Bytes of a page: segment headers and record pages.
 pub const PAGE_SIZE: u64 = 4096;
@@ -326,7 +326,7 @@ impl Cache {
         let was_dirty = segment.state == State::Dirty;
         segment.state = State::Clean;
         self.fifo.push_back(id);
-        if was_dirty {
+        if was_dirty && !Mutation::DirtyNotCountedDown.is_on() {
             self.dirty -= 1;
         }
         was_dirty
@@ -437,7 +437,9 @@ impl Cache {
         for _ in 0..self.fifo.len() * 2 {
             let id = self.fifo.pop_front()?;
             let segment = self.segment_mut(id);
-            if segment.pins > 0 || segment.hot {
+            if Mutation::ReclaimPinned.is_on() {
+                segment.pins = 0;
+            } else if segment.pins > 0 || segment.hot {
                 segment.hot = false;
                 self.fifo.push_back(id);
                 continue;

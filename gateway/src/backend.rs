@@ -11,12 +11,13 @@ mod checkpoint;
 mod direct;
 mod head;
 pub mod open;
+mod sound;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use quarry_cache::{AlignedBuf, CacheDevice};
+use quarry_cache::{AlignedBuf, BlockDevice};
 use quarry_objfmt::chunk::{
     ChunkExtent, ChunkParams, ExtentBody, LogObject, Seal, classify, decode_frame, decode_header,
     encode_chunk,
@@ -25,9 +26,12 @@ use quarry_objfmt::codec::Compression;
 use quarry_objfmt::{ChunkId, MapEntry, SECTOR_SIZE, VolumeId, keys};
 use quarry_volume::map::{MapRoot, Node, NodeRef};
 use quarry_volume::{Action, ChunkPlan, DataError, Event, ExtentSource, Fetch, IoId, Report};
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinError;
 
 use open::Claimed;
+use sound::DAMAGE_RETRIES_MAX;
 
 pub use head::{HeadCell, HeadError};
 
@@ -37,9 +41,6 @@ use crate::store::{Store, StoreError};
 
 /// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
 pub const UPLOADS_MAX: usize = 16;
-
-/// Most times that a damaged answer is asked for again before the object is called damaged.
-const DAMAGE_RETRIES_MAX: u32 = 2;
 
 /// Fetched frames in memory, shared by all volumes: a frame is the same for each clone.
 pub type FrameCache = moka::sync::Cache<(ChunkId, u32), Bytes>;
@@ -68,13 +69,13 @@ pub struct Common {
     /// For reads that do not pass through our memory, if the store and the kernel can.
     pub direct: Option<Arc<DirectLane>>,
     /// The cache device, for reading what is uploaded.
-    pub device: Arc<CacheDevice>,
+    pub device: Arc<dyn BlockDevice>,
     /// The RAM tier.
     pub frames: FrameCache,
     /// Bounds the memory of uploads.
     pub uploads: Arc<Semaphore>,
     /// Where the work runs.
-    pub runtime: tokio::runtime::Handle,
+    pub runtime: Handle,
 }
 
 impl Common {
@@ -379,9 +380,7 @@ impl VolumeBackend {
                 .collect()
         };
         // Milliseconds at most for 1 MiB; yet long enough to hold up other tasks' wake-ups.
-        tokio::task::spawn_blocking(decode)
-            .await
-            .map_err(|e| e.to_string())?
+        aside(decode).await.map_err(|e| e.to_string())?
     }
 
     async fn load_nodes(
@@ -429,11 +428,8 @@ impl VolumeBackend {
         let encoded = loop {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
             let (frame_sectors, compression) = (self.head.frame_sectors(), self.head.compression());
-            let encode = move || make_chunk(&device, &plan, frame_sectors, compression);
-            match tokio::task::spawn_blocking(encode)
-                .await
-                .expect("encoding does not panic")
-            {
+            let encode = move || make_chunk(&*device, &plan, frame_sectors, compression);
+            match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
                 Err(error) => {
@@ -489,6 +485,17 @@ impl VolumeBackend {
     }
 }
 
+/// Does what takes long on the runtime's blocking pool. A runtime of one thread does it at once: it is a
+/// simulation's, whose order of steps must not hang on a pool.
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::CurrentThread => Ok(work()),
+        _ => tokio::task::spawn_blocking(work).await,
+    }
+}
+
 /// Between tries to store a chunk that the store refuses.
 const REFUSED_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -506,7 +513,7 @@ impl BackendSink for Arc<VolumeBackend> {
 
 /// Reads the plan's data from the cache device and encodes the chunk. Blocking.
 fn make_chunk(
-    device: &CacheDevice,
+    device: &dyn BlockDevice,
     plan: &ChunkPlan,
     frame_sectors: u32,
     compression: Compression,

@@ -13,6 +13,7 @@ mod access;
 mod attach;
 mod direct;
 mod handover;
+pub mod kept;
 mod registry;
 mod report;
 mod resize;
@@ -197,7 +198,7 @@ impl Daemon {
         let mut scan = if device.fresh() {
             Scan::default()
         } else {
-            quarry_cache::scan(&device)?
+            quarry_cache::scan(&*device)?
         };
         scan.add_journals(&journals)?;
         let geometry = device.geometry();
@@ -325,7 +326,7 @@ impl Daemon {
     /// Gives up what the cache kept of a volume that is no more. What cannot be noted on the device
     /// is found again at the next start, and does no harm but for the room that it takes.
     fn forget(&self, volume: VolumeId, kept: &Recovered) {
-        let device = &self.common.device;
+        let device = &*self.common.device;
         let noted = Recovered::forget(device, volume, &kept.segments)
             .and_then(|()| self.journals.remove(volume));
         if let Err(error) = noted {

@@ -224,6 +224,22 @@ pub struct ReactorHandle {
 }
 
 impl ReactorHandle {
+    /// A handle to no reactor: what is sent comes out at the other end, for whoever drives volumes
+    /// without a ring.
+    ///
+    /// # Errors
+    /// If the process has too many descriptors.
+    pub fn detached() -> io::Result<(Self, mpsc::Receiver<Message>)> {
+        let (messages, receiver) = mpsc::channel(MESSAGES_MAX);
+        let handle = Self {
+            messages,
+            doorbell: Arc::new(Doorbell::new()?),
+            next_key: Arc::new(AtomicU32::new(0)),
+            stats: Arc::default(),
+        };
+        Ok((handle, receiver))
+    }
+
     /// A name for a volume about to be added, which is counted from now on.
     ///
     /// # Panics

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use quarry_cache::Mutation;
 use quarry_objfmt::head::RootRef;
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, TableRef};
 use quarry_objfmt::{MapSeq, keys};
@@ -18,6 +19,7 @@ use quarry_volume::{CheckpointPlan, DataError};
 
 use super::VolumeBackend;
 use super::head::HeadError;
+use super::sound::DAMAGE_RETRIES_MAX;
 use crate::store::StoreError;
 
 /// A table is cut at about this many bytes: the memory of building one, and the grain of merges.
@@ -75,6 +77,7 @@ pub(super) async fn run(
     let (offset, len) = builder
         .finish_manifest(root.manifest())
         .expect("the policy keeps runs few");
+    let late = writer.builder.take_if(|_| Mutation::HeadBeforeMap.is_on());
     writer.put_object().await?;
 
     let next_map = MapSeq::new(backend.next_map.load(Ordering::Relaxed));
@@ -106,6 +109,10 @@ pub(super) async fn run(
             return Err(Stopped::Damaged(DataError { object, reason }));
         }
         Err(HeadError::Store(error)) => return Err(refused("head", &error)),
+    }
+    if late.is_some() {
+        writer.builder = late;
+        writer.put_object().await?;
     }
     let root = Arc::new(root);
     *backend.root.lock() = Arc::clone(&root);
@@ -249,8 +256,17 @@ impl Run {
                 object: object.clone(),
                 reason,
             };
-            let bytes = self.read(&place, &object, backend).await?;
-            let node = Node::decode(&place, &bytes).map_err(|e| damaged(e.to_string()))?;
+            let mut tries = 0;
+            let node = loop {
+                let bytes = self.read(&place, &object, backend).await?;
+                match Node::decode(&place, &bytes) {
+                    Ok(node) => break node,
+                    // Once more: the damage may have happened on the way.
+                    Err(_) if tries < DAMAGE_RETRIES_MAX => self.stretch = None,
+                    Err(error) => return Err(damaged(error.to_string()).into()),
+                }
+                tries += 1;
+            };
             if let Some(entries) = self
                 .cursor
                 .accept(&node)

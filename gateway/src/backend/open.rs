@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use quarry_cache::Recovered;
+use quarry_cache::{Mutation, Recovered};
 use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
 };
@@ -27,6 +27,7 @@ use quarry_objfmt::{
 use quarry_volume::map::MapRoot;
 
 use super::head::{HeadCell, HeadError, put};
+use super::sound::{self, Unsound};
 use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
@@ -297,6 +298,9 @@ async fn replay(
 fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Epoch, OpenError> {
     let lineage = head.lineage.as_ref().filter(|l| l.cache == claim.cache);
     let since = lineage.map_or(head.epoch.next(), |l| l.since);
+    if Mutation::MergeStale.is_on() {
+        return Ok(Epoch::ZERO);
+    }
     let Some(mut kept) = kept.cloned() else {
         return Ok(since);
     };
@@ -344,6 +348,9 @@ async fn replay_range(
             Some(Entry::Seal) => break,
             None => {
                 let Some(claim) = claim else { break };
+                if Mutation::NoSeal.is_on() {
+                    break;
+                }
                 match seal(store, tenant, id(seq), head, claim).await? {
                     // The old writer was quicker: its chunk belongs to the log.
                     Some(header) => found.push(header),
@@ -373,31 +380,47 @@ async fn log_entry(
         object: object.clone(),
         reason,
     };
-    let prefix = match store.get_prefix(&object, HEADER_GUESS).await {
-        Ok(bytes) => bytes,
-        Err(StoreError::NotFound { .. }) => return Ok(None),
-        Err(error) => return Err(error.into()),
+    let ask = || store.get_prefix(&object, HEADER_GUESS);
+    let found = match sound::read(ask, |prefix| look(&prefix, id)).await {
+        Ok(found) => found,
+        Err(Unsound::Store(StoreError::NotFound { .. })) => return Ok(None),
+        Err(Unsound::Store(error)) => return Err(error.into()),
+        Err(Unsound::Damaged(reason)) => return Err(damaged(reason)),
     };
-    match classify(&prefix).map_err(|e| damaged(e.to_string()))? {
+    let needed = match found {
+        Look::Entry(entry) => return Ok(Some(entry)),
+        Look::Longer(needed) => needed,
+    };
+    let ask = || store.get_range(&object, 0..needed as u64);
+    let header = sound::read(ask, |bytes| decode_header(&bytes, id)).await;
+    match header {
+        Ok(header) => Ok(Some(Entry::Chunk(header))),
+        Err(Unsound::Store(error)) => Err(damaged(error.to_string())),
+        Err(Unsound::Damaged(reason)) => Err(damaged(reason)),
+    }
+}
+
+/// What the first bytes of an object of the log say.
+enum Look {
+    Entry(Entry),
+    /// A chunk whose header has so many bytes, which is more.
+    Longer(usize),
+}
+
+fn look(prefix: &Bytes, id: ChunkId) -> Result<Look, String> {
+    match classify(prefix).map_err(|e| e.to_string())? {
         LogObject::Seal => {
-            Seal::decode(&prefix, id).map_err(|e| damaged(e.to_string()))?;
-            Ok(Some(Entry::Seal))
+            Seal::decode(prefix, id).map_err(|e| e.to_string())?;
+            Ok(Look::Entry(Entry::Seal))
         }
         LogObject::Chunk => {
-            let needed = prefix
-                .get(..CHUNK_PREFIX_LEN)
-                .ok_or_else(|| damaged("it is cut off".to_owned()))
-                .and_then(|p| ChunkHeader::encoded_len(p).map_err(|e| damaged(e.to_string())))?;
-            let bytes: Bytes = if needed <= prefix.len() {
-                prefix.slice(..needed)
-            } else {
-                store
-                    .get_range(&object, 0..needed as u64)
-                    .await
-                    .map_err(|e| damaged(e.to_string()))?
+            let front = prefix.get(..CHUNK_PREFIX_LEN).ok_or("it is cut off")?;
+            let needed = ChunkHeader::encoded_len(front).map_err(|e| e.to_string())?;
+            let Some(header) = prefix.get(..needed) else {
+                return Ok(Look::Longer(needed));
             };
-            let header = decode_header(&bytes, id).map_err(|e| damaged(e.to_string()))?;
-            Ok(Some(Entry::Chunk(header)))
+            let header = decode_header(header, id).map_err(|e| e.to_string())?;
+            Ok(Look::Entry(Entry::Chunk(header)))
         }
     }
 }
@@ -446,11 +469,16 @@ async fn load_root(
         reason,
     };
     let range = u64::from(root.offset)..u64::from(root.offset) + u64::from(root.len);
-    let bytes = store.get_range(&object, range).await.map_err(|e| match e {
-        StoreError::NotFound { .. } => damaged("the volume's map is missing".to_owned()),
-        other => other.into(),
-    })?;
-    let manifest = Manifest::decode(id, root.offset, &bytes).map_err(|e| damaged(e.to_string()))?;
+    let ask = || store.get_range(&object, range.clone());
+    let manifest = sound::read(ask, |bytes| Manifest::decode(id, root.offset, &bytes))
+        .await
+        .map_err(|error| match error {
+            Unsound::Store(StoreError::NotFound { .. }) => {
+                damaged("the volume's map is missing".to_owned())
+            }
+            Unsound::Store(error) => error.into(),
+            Unsound::Damaged(reason) => damaged(reason),
+        })?;
     Ok(Arc::new(MapRoot::new(manifest)))
 }
 

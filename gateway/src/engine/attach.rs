@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use quarry_cache::{CacheDevice, Journals, Recovered};
-use quarry_objfmt::page::Record;
-use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
+use quarry_cache::{Journal, Recovered};
+use quarry_objfmt::{Generation, SegmentId, VolumeId};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
+use super::kept::{Taken, settle, take_up};
 use super::slot::{Attached, Slot, Stage};
 use super::wanted::How;
 use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
@@ -263,10 +263,11 @@ impl Daemon {
         } else {
             claim(store, tenant, id, kept.as_ref(), &how).await?
         };
-        let taken = if read_only {
-            Taken::default()
+        let (taken, journal) = if read_only {
+            (Taken::default(), None)
         } else {
-            self.take_up(id, kept, &claimed).await?
+            let (taken, journal) = self.take_up(id, kept, &claimed).await?;
+            (taken, Some(journal))
         };
         let head = &claimed.info;
         let params = VolumeParams {
@@ -302,7 +303,7 @@ impl Daemon {
         let machine = VolumeMachine {
             volume: Volume::new(params, opened, &mut self.shared.lock(), &mut actions),
             shared: Arc::clone(&self.shared),
-            journal: taken.journal,
+            journal,
             copied_bytes: 0,
             first: actions,
         };
@@ -324,11 +325,11 @@ impl Daemon {
         id: VolumeId,
         kept: Option<Recovered>,
         claimed: &Claimed,
-    ) -> ApiResult<Taken> {
+    ) -> ApiResult<(Taken, Journal)> {
         let device = Arc::clone(&self.common.device);
         let (stored, since) = (claimed.stored_write, claimed.kept_since);
-        let recover = move || recover(&device, id, kept, stored, since);
-        let mut taken = tokio::task::spawn_blocking(recover)
+        let take_up = move || take_up(&*device, id, kept, stored, since);
+        let taken = tokio::task::spawn_blocking(take_up)
             .await
             .map_err(|e| ApiError::internal(e.to_string()))?
             .map_err(OpenError::Cache)?;
@@ -336,7 +337,7 @@ impl Daemon {
         let entries = self.tuning().journal_entries;
         let epoch = claimed.info.epoch;
         let journal = self.journals.create(id, epoch, attachment, entries);
-        taken.journal = Some(journal.map_err(|error| {
+        let journal = journal.map_err(|error| {
             let message = format!(
                 "the journal in {} cannot be made: {error}",
                 self.config.daemon.journal_dir.display()
@@ -346,8 +347,8 @@ impl Daemon {
                 message,
                 "free memory there, or set daemon.journal_dir",
             )
-        })?);
-        Ok(taken)
+        })?;
+        Ok((taken, journal))
     }
 
     /// Makes a ublk device for the volume, or takes over the one that the last daemon left: its
@@ -556,7 +557,7 @@ impl Daemon {
     ) -> std::io::Result<()> {
         let (device, journals) = (Arc::clone(&self.common.device), self.journals.clone());
         let wanted = kept.clone();
-        let settle = move || settle(&device, &journals, volume, &wanted);
+        let settle = move || settle(&*device, &journals, volume, &wanted);
         let settled = tokio::task::spawn_blocking(settle).await;
         match settled.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(Some(found)) => {
@@ -573,37 +574,6 @@ impl Daemon {
     }
 }
 
-/// What the device and the journal say of the segments that a volume left; `None` if it left none.
-fn settle(
-    device: &CacheDevice,
-    journals: &Journals,
-    volume: VolumeId,
-    kept: &[(SegmentId, Generation)],
-) -> std::io::Result<Option<Recovered>> {
-    if kept.is_empty() {
-        journals.remove(volume)?;
-        // The notes that its segments are clean: after a power cut, too, nobody is to ask for
-        // writes that were sent long ago.
-        device.sync()?;
-        return Ok(None);
-    }
-    let mut found = quarry_cache::scan(device)?;
-    found.volumes.retain(|id, _| *id == volume);
-    for found in found.volumes.values_mut() {
-        // Others that bear its name may be in other hands by now.
-        found
-            .segments
-            .retain(|s| kept.contains(&(s.segment, s.generation)));
-    }
-    found.add_journals(journals)?;
-    match found.volumes.remove(&volume) {
-        Some(found) if found.segments.len() == kept.len() => Ok(Some(found)),
-        _ => Err(std::io::Error::other(
-            "segments with unsent writes cannot be found again on the cache device",
-        )),
-    }
-}
-
 /// Gives a queue to the reactor of its volume.
 fn add_queue(
     reactor: ReactorHandle,
@@ -615,37 +585,4 @@ fn add_queue(
             .send_blocking(Message::AddFrontEnd { key, front_end })
             .map_err(|e| e.to_string())
     }
-}
-
-/// What was taken up from the cache.
-#[derive(Default)]
-struct Taken {
-    unsent: Vec<(SegmentId, Record)>,
-    segments: Vec<SegmentId>,
-    journal: Option<quarry_cache::Journal>,
-}
-
-/// What of the kept segments is still unsent; the rest is given up, here and on the device.
-fn recover(
-    device: &CacheDevice,
-    volume: VolumeId,
-    kept: Option<Recovered>,
-    stored: WriteSeq,
-    since: Epoch,
-) -> std::io::Result<Taken> {
-    let Some(mut kept) = kept else {
-        return Ok(Taken::default());
-    };
-    let segments = kept.segments.iter().map(|s| s.segment).collect();
-    let stale = kept.split_off_before(since);
-    Recovered::forget(device, volume, &stale.segments)?;
-    let cut = kept.cut(device, volume, stored)?;
-    if cut > 0 {
-        tracing::warn!(%volume, cut, "writes behind a gap in the records were given up: no flush had covered them");
-    }
-    Ok(Taken {
-        unsent: kept.unsent(stored),
-        segments,
-        journal: None,
-    })
 }

@@ -151,7 +151,7 @@ impl Daemon {
                 last_error,
             },
             cache: CacheStatus {
-                path: self.common.device.path().display().to_string(),
+                path: self.config.cache_path().display().to_string(),
                 id: self.common.device.id().to_string(),
                 size_bytes: bytes(counts.total),
                 dirty_bytes: bytes(counts.dirty),

@@ -23,7 +23,7 @@ mod writeback;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap};
+use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap, Mutation};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
@@ -378,6 +378,7 @@ impl Volume {
             out,
         };
         let cx = &mut cx;
+        let before = cx.out.len();
         match event {
             Event::Request(request) => self.request(request, cx),
             Event::IoDone { io, result } => self.io_done(io, result, cx),
@@ -396,6 +397,9 @@ impl Volume {
             Event::Grown { size } => self.params.size = self.params.size.max(size),
             Event::DirectReads(on) => self.reads.direct = on,
             Event::Stop => self.stopping = true,
+        }
+        if Mutation::JournalAfterAcknowledgement.is_on() {
+            cx.out[before..].sort_by_key(|action| matches!(action, Action::Journal { .. }));
         }
     }
 
@@ -554,8 +558,9 @@ impl Volume {
             Io::Fill { at, run } => {
                 let run = [run];
                 let len = run[0].1.len;
+                let trusted = result.is_ok() || Mutation::TrustFailedFill.is_on();
                 cx.cache
-                    .finish_fill(at, len, if result.is_ok() { &run } else { &[] });
+                    .finish_fill(at, len, if trusted { &run } else { &[] });
             }
             other @ (Io::Fetch { .. } | Io::Nodes { .. }) => {
                 panic!("{other:?} completes by an event of its own")
@@ -588,7 +593,7 @@ impl Volume {
             active.request.op,
             Op::Write { fua: true } | Op::WriteZeroes { fua: true }
         );
-        if fua && active.failed.is_none() {
+        if fua && active.failed.is_none() && !Mutation::FuaAsPlainWrite.is_on() {
             let target = active.last_write;
             self.await_durable(slot, target, cx);
             return;

@@ -12,6 +12,7 @@
 //! The data never pass through our memory, so no checksum vouches for them: the sync before the
 //! record that names them does.
 
+use quarry_cache::Mutation;
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordPage};
 use quarry_objfmt::{SegmentId, WriteSeq};
@@ -145,6 +146,9 @@ impl Volume {
         }
         self.stats.flush_rounds += 1;
         self.flush.round = Some(Round::Syncing { target, pages });
+        if Mutation::NoSyncBeforeRecords.is_on() {
+            return self.synced(Ok(()), cx);
+        }
         let io = self.io(Io::Sync);
         cx.out.push(Action::Sync { io });
     }
@@ -184,6 +188,10 @@ impl Volume {
                 page: bytes,
                 durable: true,
             });
+        }
+        if Mutation::FlushBeforeRecords.is_on() {
+            self.flush.durable_up_to(target);
+            self.pump_flush(cx);
         }
         self.finish_round(cx);
     }

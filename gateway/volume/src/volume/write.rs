@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use quarry_cache::{CacheLoc, NoSpace};
+use quarry_cache::{CacheLoc, Mutation, NoSpace};
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordBody, SegmentHeader, SegmentKind};
 use quarry_objfmt::{Generation, Lba, LbaRange, Sectors, SegmentId, WriteSeq};
 
@@ -527,7 +527,9 @@ impl Volume {
             }
             self.dirty
                 .remove_where(record_range(&unsent.record), |dirty| dirty.seq <= last);
-            self.release(unsent.segment, cx);
+            if !Mutation::FreeBeforeCommit.is_on() {
+                self.release(unsent.segment, cx);
+            }
         }
     }
 

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use quarry_cache::{CacheLoc, Carried, CleanRun, ExtentMap};
+use quarry_cache::{CacheLoc, Carried, CleanRun, ExtentMap, Mutation};
 use quarry_objfmt::page::{Record, RecordBody};
 use quarry_objfmt::{ChunkId, ChunkSeq, Lba, LbaRange, MapEntry, Sectors, WriteSeq};
 
@@ -200,6 +200,11 @@ impl Volume {
             last = record.seq;
             writes += 1;
         }
+        if Mutation::FreeBeforeCommit.is_on() {
+            let cut = self.writes.unsent().iter().skip(already).take(writes);
+            let segments: Vec<_> = cut.map(|unsent| unsent.segment).collect();
+            segments.into_iter().for_each(|id| self.release(id, cx));
+        }
         let Some(first_write) = first else {
             panic!("uncut writes that are not in the list of unsent ones")
         };
@@ -249,6 +254,11 @@ impl Volume {
     ) {
         let planned = self.writeback.planned.iter_mut().find(|p| p.seq == seq);
         planned.expect("an upload is answered once").stored = Some((entries, stored_bytes));
+        if Mutation::CommitOutOfOrder.is_on() {
+            let planned = &mut self.writeback.planned;
+            let stored = planned.iter().position(|p| p.stored.is_some());
+            planned.swap(0, stored.expect("just stored"));
+        }
         while self
             .writeback
             .planned

@@ -1,0 +1,89 @@
+//! Ways to break an invariant on purpose, so that the simulation can prove that it would notice.
+//!
+//! Without the feature `mutations`, which only the simulation asks for, and in every release build,
+//! [`Mutation::is_on`] is the constant false: what it guards is not in the program.
+
+/// One broken invariant. Each is looked at in one place of the real code.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Mutation {
+    /// A flush writes its record pages without a sync of the data that they name.
+    NoSyncBeforeRecords,
+    /// A flush is acknowledged when its record pages were submitted.
+    FlushBeforeRecords,
+    /// A write with FUA is acknowledged when its data arrived.
+    FuaAsPlainWrite,
+    /// The journal gets a record after the acknowledgement.
+    JournalAfterAcknowledgement,
+    /// A chunk is committed as soon as it is stored, whatever is before it.
+    CommitOutOfOrder,
+    /// A segment is given up by its writes when their chunk is cut, not when it is committed.
+    FreeBeforeCommit,
+    /// Segments that became clean stay counted in the dirty budget.
+    DirtyNotCountedDown,
+    /// A segment is reclaimed while it is being read.
+    ReclaimPinned,
+    /// What a failed fill would have put on the device can be found there.
+    TrustFailedFill,
+    /// Recovery takes what is behind a gap too.
+    IgnoreGap,
+    /// Recovery leaves what it cut off on the device.
+    LeaveWhatWasCut,
+    /// Unsent writes of a history that the volume has left are merged into it.
+    MergeStale,
+    /// A head that another epoch wrote is changed as if it were ours.
+    IgnoreEpoch,
+    /// The end of the log is not sealed.
+    NoSeal,
+    /// Head names a map object before it is stored.
+    HeadBeforeMap,
+    /// A body shorter than asked for is taken for whole.
+    TrustShortRead,
+}
+
+impl Mutation {
+    /// All of them.
+    pub const ALL: [Self; 16] = [
+        Self::NoSyncBeforeRecords,
+        Self::FlushBeforeRecords,
+        Self::FuaAsPlainWrite,
+        Self::JournalAfterAcknowledgement,
+        Self::CommitOutOfOrder,
+        Self::FreeBeforeCommit,
+        Self::DirtyNotCountedDown,
+        Self::ReclaimPinned,
+        Self::TrustFailedFill,
+        Self::IgnoreGap,
+        Self::LeaveWhatWasCut,
+        Self::MergeStale,
+        Self::IgnoreEpoch,
+        Self::NoSeal,
+        Self::HeadBeforeMap,
+        Self::TrustShortRead,
+    ];
+
+    /// Whether the invariant is broken on this thread.
+    #[cfg(not(all(feature = "mutations", debug_assertions)))]
+    #[inline]
+    #[must_use]
+    pub const fn is_on(self) -> bool {
+        false
+    }
+
+    /// Whether the invariant is broken on this thread.
+    #[cfg(all(feature = "mutations", debug_assertions))]
+    #[must_use]
+    pub fn is_on(self) -> bool {
+        ON.get() == Some(self)
+    }
+
+    /// Breaks one invariant, or none, on this thread.
+    #[cfg(all(feature = "mutations", debug_assertions))]
+    pub fn set(on: Option<Self>) {
+        ON.set(on);
+    }
+}
+
+#[cfg(all(feature = "mutations", debug_assertions))]
+thread_local! {
+    static ON: std::cell::Cell<Option<Mutation>> = const { std::cell::Cell::new(None) };
+}

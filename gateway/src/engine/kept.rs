@@ -1,0 +1,76 @@
+//! What a cache device keeps of a volume that nobody serves: found when it goes, taken up when it comes.
+
+use quarry_cache::{BlockDevice, Journals, Recovered};
+use quarry_objfmt::page::Record;
+use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
+
+/// What the device and the journal say of the segments that a volume left; `None` if it left none.
+///
+/// # Errors
+/// If the device or the journal cannot be read, or segments that were left are not found there.
+pub fn settle(
+    device: &dyn BlockDevice,
+    journals: &Journals,
+    volume: VolumeId,
+    kept: &[(SegmentId, Generation)],
+) -> std::io::Result<Option<Recovered>> {
+    if kept.is_empty() {
+        journals.remove(volume)?;
+        // The notes that its segments are clean: after a power cut, too, nobody is to ask for
+        // writes that were sent long ago.
+        device.sync()?;
+        return Ok(None);
+    }
+    let mut found = quarry_cache::scan(device)?;
+    found.volumes.retain(|id, _| *id == volume);
+    for found in found.volumes.values_mut() {
+        // Others that bear its name may be in other hands by now.
+        found
+            .segments
+            .retain(|s| kept.contains(&(s.segment, s.generation)));
+    }
+    found.add_journals(journals)?;
+    match found.volumes.remove(&volume) {
+        Some(found) if found.segments.len() == kept.len() => Ok(Some(found)),
+        _ => Err(std::io::Error::other(
+            "segments with unsent writes cannot be found again on the cache device",
+        )),
+    }
+}
+
+/// What was taken up from the cache.
+#[derive(Default)]
+pub struct Taken {
+    /// Writes that the store lacks, consecutive.
+    pub unsent: Vec<(SegmentId, Record)>,
+    /// The segments that were kept, each held once.
+    pub segments: Vec<SegmentId>,
+}
+
+/// What of the kept segments is still unsent: what follows upon `stored`, written in or after the epoch
+/// `since`. The rest is given up, here and on the device.
+///
+/// # Errors
+/// If the device cannot be read, written or synced.
+pub fn take_up(
+    device: &dyn BlockDevice,
+    volume: VolumeId,
+    kept: Option<Recovered>,
+    stored: WriteSeq,
+    since: Epoch,
+) -> std::io::Result<Taken> {
+    let Some(mut kept) = kept else {
+        return Ok(Taken::default());
+    };
+    let segments = kept.segments.iter().map(|s| s.segment).collect();
+    let stale = kept.split_off_before(since);
+    Recovered::forget(device, volume, &stale.segments)?;
+    let cut = kept.cut(device, volume, stored)?;
+    if cut > 0 {
+        tracing::warn!(%volume, cut, "writes behind a gap in the records were given up: no flush had covered them");
+    }
+    Ok(Taken {
+        unsent: kept.unsent(stored),
+        segments,
+    })
+}

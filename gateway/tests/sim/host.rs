@@ -1,0 +1,344 @@
+//! A gateway's host: a cache device and the journals, which outlive the daemon, and the daemon.
+//!
+//! A daemon here is what the engine makes of a start and an attach, in the same order and of the
+//! same parts, without its front ends.
+
+mod attach;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
+use quarry_gateway::backend::open::{Claimed, OpenError};
+use quarry_gateway::backend::{Common, UPLOADS_MAX, frame_cache};
+use quarry_gateway::store::{Lane, LaneSettings, S3Store};
+use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
+use quarry_volume::map::NodeCache;
+use quarry_volume::{Shared, Tuning};
+use rand::rngs::SmallRng;
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+
+use super::device::SimDevice;
+use super::oracle::{Digest, Truth};
+use super::session::{Cx, Died, Session};
+use super::store::SimBucket;
+
+/// Memory of fetched frames: more than a run fetches, for what its cache evicts hangs on the clock.
+const FRAMES_BYTES: u64 = 1 << 30;
+
+/// Segments that may be dirty.
+const DIRTY_MAX: u32 = 9;
+
+/// Small enough that a short run meets every limit.
+const TUNING: Tuning = Tuning {
+    // A plan's own.
+    writeback_delay_ms: 0,
+    chunk_sectors_max: 256,
+    chunk_writes_max: 64,
+    uploads_max: 4,
+    checkpoint_entries: 200,
+    checkpoint_chunks: 6,
+    readahead_sectors_max: 256,
+    journal_entries: 24,
+};
+
+/// What a host owes a volume when it comes back with its cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Promise {
+    epoch: u32,
+    acked: u64,
+    flushed: u64,
+}
+
+pub struct Host {
+    pub name: String,
+    pub cache: CacheId,
+    pub device: Arc<SimDevice>,
+    dir: PathBuf,
+    journals: Journals,
+    pub daemon: Option<Daemon>,
+    promises: BTreeMap<VolumeId, Promise>,
+}
+
+/// How a life ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// The daemon alone.
+    Killed,
+    /// The host; what was not synced is lost in part.
+    PowerCut,
+}
+
+pub struct Daemon {
+    tuning: Tuning,
+    lane: Lane,
+    common: Common,
+    shared: Shared,
+    failure: SyncFailure,
+    kept: BTreeMap<VolumeId, Recovered>,
+    /// Segments of volumes that went, which could not be read again.
+    unsettled: BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>,
+    pub sessions: BTreeMap<usize, Session>,
+    pub opening: BTreeMap<usize, Opening>,
+    /// Detaches under way: the drain, once all requests are done.
+    pub leaving: BTreeMap<usize, Option<JoinHandle<bool>>>,
+}
+
+/// An attach under way.
+pub struct Opening {
+    task: JoinHandle<Result<Claimed, OpenError>>,
+    read_only: bool,
+    /// The newest write that was durable when it began.
+    durable: u64,
+}
+
+/// What an attach came to.
+#[derive(PartialEq, Eq, Debug)]
+pub enum Attach {
+    UnderWay,
+    Serves,
+    Refused(&'static str),
+    /// The host died in its recovery.
+    Died,
+}
+
+impl Host {
+    pub fn new(index: usize, life: u64, seed: u64, dir: &Path) -> Self {
+        let mut id = [0xc0; 16];
+        id[0] = u8::try_from(index).unwrap();
+        id[1..9].copy_from_slice(&life.to_le_bytes());
+        let cache = CacheId::from_bytes(id);
+        Self {
+            name: format!("host-{index}"),
+            cache,
+            device: Arc::new(SimDevice::new(cache, seed)),
+            journals: Journals::open(dir, cache).unwrap(),
+            dir: dir.to_owned(),
+            daemon: None,
+            promises: BTreeMap::new(),
+        }
+    }
+
+    /// Starts the daemon.
+    pub fn start(&mut self, bucket: &Arc<SimBucket>, seed: u64, writeback_delay_ms: u64) {
+        assert!(self.daemon.is_none());
+        self.journals = Journals::open(&self.dir, self.cache).unwrap();
+        let mut scan = scan(&*self.device).unwrap();
+        scan.add_journals(&self.journals).unwrap();
+        let dirty: Vec<_> = scan
+            .volumes
+            .values()
+            .flat_map(|v| v.segments.iter().map(|s| (s.segment, s.generation)))
+            .collect();
+        let geometry = self.device.geometry();
+        let cache = Cache::new(
+            self.cache,
+            geometry,
+            DIRTY_MAX,
+            scan.next_generation,
+            &dirty,
+        );
+        let failure = SyncFailure::default();
+        failure.then({
+            let journals = self.journals.clone();
+            move || journals.void()
+        });
+        let bucket = Arc::clone(bucket);
+        let store = Arc::new(S3Store::over(bucket, "", "simulated".to_owned()));
+        let settings = LaneSettings {
+            seed: Some(seed),
+            ..LaneSettings::default()
+        };
+        let lane = Lane::new(store, &settings);
+        let common = Common {
+            store: Arc::new(lane.clone()),
+            background: Arc::new(lane.background()),
+            device: Arc::clone(&self.device) as Arc<_>,
+            direct: None,
+            frames: frame_cache(FRAMES_BYTES),
+            uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        self.daemon = Some(Daemon {
+            tuning: Tuning {
+                writeback_delay_ms,
+                ..TUNING
+            },
+            lane,
+            common,
+            shared: Shared {
+                cache,
+                nodes: NodeCache::new(16 << 10),
+            },
+            failure,
+            kept: scan.volumes,
+            unsettled: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            opening: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+        });
+    }
+
+    /// The daemon ends, and perhaps the host with it.
+    pub fn crash(&mut self, end: End, truths: &[Truth], rng: &mut SmallRng) {
+        let Some(daemon) = self.daemon.take() else {
+            return;
+        };
+        daemon.lane.stop();
+        for opening in daemon.opening.into_values() {
+            opening.task.abort();
+        }
+        for drained in daemon.leaving.into_values().flatten() {
+            drained.abort();
+        }
+        let journal_is_void = daemon.failure.get().is_err();
+        for (n, session) in daemon.sessions {
+            if !session.read_only {
+                let promise = Promise {
+                    epoch: session.epoch,
+                    acked: if journal_is_void {
+                        session.flushed
+                    } else {
+                        session.acked
+                    },
+                    flushed: session.flushed,
+                };
+                self.promises.insert(truths[n].id, promise);
+            }
+            session.bury(end == End::Killed, &self.device, rng);
+        }
+        match end {
+            End::Killed => self.device.restart(),
+            End::PowerCut => {
+                self.device.power_cut();
+                self.journals.void();
+                for promise in self.promises.values_mut() {
+                    promise.acked = promise.flushed;
+                }
+            }
+        }
+    }
+
+    /// Whether it has acknowledged writes of a volume that it does not serve now.
+    pub fn owes(&self, volume: VolumeId) -> bool {
+        self.promises.contains_key(&volume)
+    }
+
+    /// A record page is damaged: what it said of is lost, and what came after it.
+    pub fn flip_a_record(&mut self) {
+        if self.device.flip_a_record() {
+            for promise in self.promises.values_mut() {
+                (promise.acked, promise.flushed) = (0, 0);
+            }
+        }
+    }
+
+    pub fn has_no_uploads(&self) -> bool {
+        let daemon = self.daemon.as_ref().unwrap();
+        daemon.common.uploads.available_permits() == UPLOADS_MAX
+    }
+
+    /// What must hold when nothing is attached here and everything was sent.
+    pub fn check_budgets(&self) {
+        let daemon = self.daemon.as_ref().unwrap();
+        let counts = daemon.shared.cache.counts();
+        assert_eq!(counts.dirty, 0, "{}: segments stay dirty", self.name);
+        assert_eq!(counts.free + counts.clean, counts.total);
+        let nodes = daemon.shared.nodes.stats();
+        assert!(nodes.bytes <= nodes.budget, "{}: {nodes:?}", self.name);
+    }
+}
+
+impl Promise {
+    /// Holds what came back with a cache against what was promised.
+    fn keeps(&self, upto: u64, since: Epoch, truth: &Truth) {
+        // Before `since` the volume has gone on elsewhere.
+        assert!(
+            Epoch::new(self.epoch) < since || upto >= self.acked,
+            "volume {}: {self:?}, and it came back with writes up to {upto}",
+            truth.index
+        );
+    }
+}
+
+/// The world's part of a step.
+pub struct Outer<'a> {
+    pub truth: &'a mut Truth,
+    pub rng: &'a mut SmallRng,
+    pub digest: &'a mut Digest,
+    pub now_ms: u64,
+    pub io_ms_max: u64,
+    pub fuse: &'a mut Option<u32>,
+}
+
+impl Daemon {
+    /// Whether its cache holds what a volume left behind.
+    pub fn keeps(&self, truth: &Truth) -> bool {
+        self.kept.contains_key(&truth.id) || self.unsettled.contains_key(&truth.id)
+    }
+
+    /// Its cache, for people.
+    pub fn cache(&self) -> String {
+        let cache = &self.shared.cache;
+        let kept: Vec<_> = self.kept.values().map(|k| k.segments.len()).collect();
+        format!(
+            "{:?}, a line: {}, kept: {kept:?}",
+            cache.counts(),
+            cache.has_line()
+        )
+    }
+
+    /// Whether a sync of its device failed: then only a restart helps.
+    pub fn is_failed(&self) -> bool {
+        self.failure.get().is_err()
+    }
+
+    /// Lets one of its sessions do something.
+    pub fn drive<T>(
+        &mut self,
+        n: usize,
+        device: &SimDevice,
+        outer: &mut Outer<'_>,
+        step: impl FnOnce(&mut Session, &mut Cx<'_>) -> Result<T, Died>,
+    ) -> Result<T, Died> {
+        let mut session = self.sessions.remove(&n).unwrap();
+        let mut cx = cx(&mut self.shared, &self.failure, device, outer);
+        let done = step(&mut session, &mut cx);
+        self.sessions.insert(n, session);
+        done
+    }
+
+    fn with<T>(
+        &mut self,
+        device: &SimDevice,
+        outer: &mut Outer<'_>,
+        step: impl FnOnce(&mut Cx<'_>) -> Result<T, Died>,
+    ) -> (Option<T>, bool) {
+        let mut cx = cx(&mut self.shared, &self.failure, device, outer);
+        match step(&mut cx) {
+            Ok(value) => (Some(value), false),
+            Err(Died) => (None, true),
+        }
+    }
+}
+
+fn cx<'a>(
+    shared: &'a mut Shared,
+    failure: &'a SyncFailure,
+    device: &'a SimDevice,
+    outer: &'a mut Outer<'_>,
+) -> Cx<'a> {
+    Cx {
+        shared,
+        device,
+        failure,
+        truth: outer.truth,
+        rng: outer.rng,
+        digest: outer.digest,
+        now_ms: outer.now_ms,
+        io_ms_max: outer.io_ms_max,
+        fuse: outer.fuse,
+    }
+}

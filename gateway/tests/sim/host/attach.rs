@@ -1,0 +1,248 @@
+//! Attaching and detaching, in the order and of the parts of the engine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quarry_cache::Journal;
+use quarry_gateway::backend::VolumeBackend;
+use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, give_back, open_read_only};
+use quarry_gateway::engine::kept::{Taken, settle, take_up};
+use quarry_gateway::reactor::ReactorHandle;
+use quarry_objfmt::VolumeId;
+use quarry_volume::{Event, Opened, Volume, VolumeParams};
+
+use super::{Attach, Host, Opening, Outer, Promise, TUNING};
+use crate::oracle::Truth;
+use crate::session::{Beginning, Died, Session};
+
+/// How long an attach waits for the store, as in the engine.
+const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
+
+impl Host {
+    /// Begins to attach a volume.
+    pub fn attach(&mut self, n: usize, truth: &Truth, how: &Claim, read_only: bool) {
+        let daemon = self.daemon.as_mut().unwrap();
+        if let Some(kept) = daemon.unsettled.remove(&truth.id) {
+            match settle(&*self.device, &self.journals, truth.id, &kept) {
+                Ok(found) => daemon.kept.extend(found.map(|found| (truth.id, found))),
+                Err(_) => {
+                    daemon.unsettled.insert(truth.id, kept);
+                    return;
+                }
+            }
+        }
+        let store = daemon.lane.with_deadline(CONTROL_DEADLINE);
+        let kept = daemon.kept.get(&truth.id).cloned();
+        let (tenant, id) = (truth.tenant.clone(), truth.id);
+        let claimed = how.clone();
+        let task = tokio::spawn(async move {
+            if read_only {
+                open_read_only(&store, &tenant, id, kept.as_ref(), &claimed).await
+            } else {
+                claim(&store, &tenant, id, kept.as_ref(), &claimed).await
+            }
+        });
+        let opening = Opening {
+            task,
+            read_only,
+            durable: truth.durable_by(u32::MAX),
+        };
+        daemon.opening.insert(n, opening);
+    }
+
+    /// Goes on with an attach.
+    pub async fn go_on(&mut self, n: usize, mut world: Outer<'_>) -> Attach {
+        let daemon = self.daemon.as_mut().unwrap();
+        if !daemon.opening[&n].task.is_finished() {
+            return Attach::UnderWay;
+        }
+        let opening = daemon.opening.remove(&n).unwrap();
+        let claimed = match opening.task.await.expect("a claim does not panic") {
+            Ok(claimed) => claimed,
+            Err(error) => return Attach::Refused(kind(&error)),
+        };
+        let truth = &mut *world.truth;
+        let (id, epoch) = (truth.id, claimed.info.epoch.get());
+        let stored = claimed.stored_write.get();
+        let kept = daemon.kept.get(&id).cloned().filter(|_| !opening.read_only);
+        let taken = take_up(
+            &*self.device,
+            id,
+            kept,
+            claimed.stored_write,
+            claimed.kept_since,
+        );
+        let taken = match taken {
+            Ok(taken) => taken,
+            Err(_) if self.device.is_dead() => return Attach::Died,
+            Err(_) => return Attach::Refused("cache"),
+        };
+        let mut attachment = [0; 16];
+        attachment[..4].copy_from_slice(&epoch.to_le_bytes());
+        let entries = TUNING.journal_entries;
+        let epoch_name = claimed.info.epoch;
+        let journal =
+            (!opening.read_only).then(|| self.journals.create(id, epoch_name, attachment, entries));
+        let Ok(journal) = journal.transpose() else {
+            // The folder is gone since a sync failed.
+            return Attach::Refused("cache");
+        };
+        let upto = taken.unsent.last().map_or(stored, |(_, r)| r.seq.get());
+        let served = if opening.read_only {
+            assert!(
+                stored >= opening.durable,
+                "volume {}: a reader sees writes up to {stored}, of which {} were durable before",
+                truth.index,
+                opening.durable
+            );
+            truth.served(epoch)
+        } else {
+            truth.begin(epoch, stored, upto);
+            if let Some(promise) = self.promises.remove(&id) {
+                promise.keeps(upto, claimed.kept_since, truth);
+            }
+            epoch
+        };
+        let now = truth.image(served, upto);
+        world.digest.add((n, epoch, stored, upto));
+        let beginning = self.begin(id, claimed, taken, upto, journal);
+        let daemon = self.daemon.as_mut().unwrap();
+        daemon.kept.remove(&id);
+        let (session, died) = daemon.with(&self.device, &mut world, |cx| {
+            Session::new(beginning, now, cx)
+        });
+        if died {
+            let promise = Promise {
+                epoch,
+                acked: upto,
+                flushed: upto,
+            };
+            self.promises.insert(id, promise);
+            return Attach::Died;
+        }
+        daemon.sessions.insert(n, session.unwrap());
+        Attach::Serves
+    }
+
+    fn begin(
+        &mut self,
+        id: VolumeId,
+        claimed: Claimed,
+        taken: Taken,
+        upto: u64,
+        journal: Option<Journal>,
+    ) -> Beginning {
+        let daemon = self.daemon.as_mut().unwrap();
+        let head = &claimed.info;
+        let epoch = head.epoch;
+        let read_only = journal.is_none();
+        let params = VolumeParams {
+            id,
+            size: head.size,
+            sector_size: head.sector_size,
+            frame_sectors: head.frame_sectors,
+            epoch,
+            durability: head.durability,
+            read_only,
+            tuning: daemon.tuning,
+        };
+        let opened = Opened {
+            root: Arc::clone(&claimed.root),
+            log: claimed.log.clone(),
+            next_chunk: claimed.next_chunk,
+            stored_write: claimed.stored_write,
+            unsent: taken.unsent,
+            kept_segments: taken.segments,
+        };
+        let mut first = Vec::new();
+        let volume = Volume::new(params, opened, &mut daemon.shared, &mut first);
+        let (reactor, inbox) = ReactorHandle::detached().unwrap();
+        let key = reactor.new_key();
+        let common = daemon.common.clone();
+        let backend = VolumeBackend::new(common, self.name.clone(), claimed, key, reactor);
+        Beginning {
+            epoch: epoch.get(),
+            read_only,
+            upto,
+            volume,
+            first,
+            backend,
+            inbox,
+            journal,
+        }
+    }
+
+    /// Begins to detach: no new requests, and everything is sent.
+    pub fn detach(&mut self, n: usize) {
+        let daemon = self.daemon.as_mut().unwrap();
+        daemon.sessions.get_mut(&n).unwrap().stopping = true;
+        daemon.leaving.insert(n, None);
+    }
+
+    /// Goes on with a detach.
+    pub async fn let_go(&mut self, n: usize, mut world: Outer<'_>) -> Result<(), Died> {
+        let daemon = self.daemon.as_mut().unwrap();
+        let session = &daemon.sessions[&n];
+        match daemon.leaving.get_mut(&n).unwrap() {
+            None if session.in_flight() > 0 => return Ok(()),
+            waiting @ None => {
+                let backend = Arc::clone(&session.backend);
+                *waiting = Some(tokio::spawn(async move { backend.drain(true).await }));
+                return daemon.drive(n, &self.device, &mut world, |session, cx| {
+                    session.feed(Event::Stop, cx)
+                });
+            }
+            Some(drained) if !drained.is_finished() || !session.is_idle() => return Ok(()),
+            Some(_) => {}
+        }
+        let drained = daemon.leaving.remove(&n).flatten().unwrap();
+        let drained = drained.await.unwrap();
+        let session = daemon.sessions.remove(&n).unwrap();
+        let truth = world.truth;
+        let (epoch, acked) = (session.epoch, session.acked);
+        let stats = session.volume.stats();
+        let kept = session.volume.close(&mut daemon.shared);
+        session.backend.close();
+        if drained && kept.is_empty() {
+            truth.reported(epoch, acked, "a detach");
+            assert_eq!(
+                (stats.dirty_bytes, stats.dirty_entries, stats.log_entries),
+                (0, 0, 0),
+                "volume {}: all is sent and folded into the map, it says",
+                truth.index
+            );
+            let (store, backend) = (daemon.lane.clone(), session.backend);
+            // Its answer is waited for by nobody here; an owner that stays is forced away.
+            tokio::spawn(async move { give_back(&store, backend.head()).await });
+        } else {
+            let promise = Promise {
+                epoch,
+                acked: session.flushed,
+                flushed: session.flushed,
+            };
+            self.promises.insert(truth.id, promise);
+        }
+        match settle(&*self.device, &self.journals, truth.id, &kept) {
+            Ok(Some(found)) => {
+                daemon.kept.insert(truth.id, found);
+            }
+            Ok(None) => {}
+            Err(_) => {
+                daemon.unsettled.insert(truth.id, kept);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn kind(error: &OpenError) -> &'static str {
+    match error {
+        OpenError::Owned { .. } => "owned",
+        OpenError::Stale { .. } => "stale",
+        OpenError::Unsent => "unsent",
+        OpenError::Raced { .. } => "raced",
+        OpenError::Damaged { .. } => "damaged",
+        OpenError::Cache(_) => "cache",
+        OpenError::Store(_) => "store",
+    }
+}

@@ -1,0 +1,421 @@
+//! One attachment of a volume: the real state machine and backend, driven in place of a reactor.
+//!
+//! Actions are carried out in any order that the contract allows: journal and acknowledgements at
+//! once and in place, I/O whenever the scheduler says, the store's by the backend.
+
+mod io;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use quarry_cache::{CacheLoc, Journal, SyncFailure};
+use quarry_gateway::backend::VolumeBackend;
+use quarry_gateway::reactor::{BackendSink, Message};
+use quarry_objfmt::head::Durability;
+use quarry_objfmt::{Generation, LbaRange, Record, RecordBody, SegmentId};
+use quarry_volume::{Action, Event, IoError, Op, Request, RequestId, Shared, Volume, VolumeState};
+use rand::RngExt;
+use rand::rngs::SmallRng;
+use tokio::sync::mpsc;
+
+use super::device::{GEOMETRY, SimDevice};
+use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_of};
+
+/// Sectors of one read of a sweep over the whole volume.
+const SWEEP_SECTORS: u64 = 256;
+
+/// What a session needs of the world for one step.
+pub struct Cx<'a> {
+    pub shared: &'a mut Shared,
+    pub device: &'a SimDevice,
+    pub failure: &'a SyncFailure,
+    pub truth: &'a mut Truth,
+    pub rng: &'a mut SmallRng,
+    pub digest: &'a mut Digest,
+    pub now_ms: u64,
+    /// How long an I/O of the cache device takes at most.
+    pub io_ms_max: u64,
+    /// The host dies after so many more actions.
+    pub fuse: &'a mut Option<u32>,
+}
+
+/// The host died in the middle of a step.
+#[derive(Debug)]
+pub struct Died;
+
+/// An I/O of the cache device, under way.
+struct Pending {
+    due_ms: u64,
+    action: Action,
+}
+
+/// A request in flight.
+struct Asked {
+    op: Op,
+    range: LbaRange,
+    data: Vec<u8>,
+    stamp: Stamp,
+    /// Reads: what each sector may be.
+    allowed: Vec<Vec<Stamp>>,
+    /// Writes: sectors that have got a number, and the newest.
+    recorded: u64,
+    last_seq: u64,
+    /// Flushes: the newest write acknowledged before.
+    target: u64,
+}
+
+/// A chunk that was planned.
+struct Planned {
+    last_write: u64,
+    stored: bool,
+}
+
+pub struct Session {
+    pub epoch: u32,
+    pub read_only: bool,
+    pub volume: Volume,
+    pub backend: Arc<VolumeBackend>,
+    inbox: mpsc::Receiver<Message>,
+    journal: Option<Journal>,
+    pending: Vec<Pending>,
+    requests: BTreeMap<u64, Asked>,
+    next_request: u64,
+    /// What each sector reads as.
+    now: Vec<Stamp>,
+    chunks: BTreeMap<u64, Planned>,
+    /// The newest write that was acknowledged, and that a flush covered.
+    pub acked: u64,
+    pub flushed: u64,
+    /// The cache device failed an I/O of ours, so that requests may fail.
+    pub hurt: bool,
+    pub stopping: bool,
+    /// The next sector of the sweep that reads all; none: it is done.
+    sweep: Option<u64>,
+    last_tick_ms: u64,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let requests: Vec<_> = self.requests.values().map(|r| (r.op, r.range)).collect();
+        f.debug_struct("Session")
+            .field("epoch", &self.epoch)
+            .field("state", self.volume.state())
+            .field("stats", &self.volume.stats())
+            .field("requests", &requests)
+            .field("pending", &self.pending.len())
+            .field("sweep", &self.sweep)
+            .field("condition", &self.backend.condition())
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a session begins.
+pub struct Beginning {
+    pub epoch: u32,
+    pub read_only: bool,
+    /// The newest write that it has.
+    pub upto: u64,
+    pub volume: Volume,
+    pub first: Vec<Action>,
+    pub backend: Arc<VolumeBackend>,
+    pub inbox: mpsc::Receiver<Message>,
+    pub journal: Option<Journal>,
+}
+
+impl Session {
+    pub fn new(beginning: Beginning, now: Vec<Stamp>, cx: &mut Cx<'_>) -> Result<Self, Died> {
+        let mut session = Self {
+            epoch: beginning.epoch,
+            read_only: beginning.read_only,
+            volume: beginning.volume,
+            backend: beginning.backend,
+            inbox: beginning.inbox,
+            journal: beginning.journal,
+            pending: Vec::new(),
+            requests: BTreeMap::new(),
+            next_request: 0,
+            now,
+            chunks: BTreeMap::new(),
+            acked: beginning.upto,
+            flushed: beginning.upto,
+            hurt: false,
+            stopping: false,
+            sweep: Some(0),
+            last_tick_ms: 0,
+        };
+        session.take(beginning.first, cx)?;
+        Ok(session)
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.requests.len()
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.pending.is_empty()
+    }
+
+    pub fn is_swept(&self) -> bool {
+        self.sweep.is_none()
+    }
+
+    pub fn feed(&mut self, event: Event, cx: &mut Cx<'_>) -> Result<(), Died> {
+        let mut out = Vec::new();
+        self.volume.set_now(cx.now_ms);
+        self.volume.apply(event, cx.shared, &mut out);
+        self.take(out, cx)
+    }
+
+    fn take(&mut self, actions: Vec<Action>, cx: &mut Cx<'_>) -> Result<(), Died> {
+        for action in actions {
+            if let Some(left) = cx.fuse {
+                *left = left.checked_sub(1).ok_or(Died)?;
+            }
+            match action {
+                Action::Journal {
+                    segment,
+                    generation,
+                    record,
+                } => self.journal(segment, generation, record, cx),
+                Action::Complete { request, result } => self.complete(request.0, result, cx),
+                Action::Upload(plan) => {
+                    let planned = Planned {
+                        last_write: plan.last_write.get(),
+                        stored: false,
+                    };
+                    self.chunks.insert(plan.id.seq.get(), planned);
+                    self.backend.submit(Action::Upload(plan));
+                }
+                Action::CacheRead { .. }
+                | Action::CacheWrite { .. }
+                | Action::ZeroFill { .. }
+                | Action::CopyToRequest { .. }
+                | Action::WritePage { .. }
+                | Action::Sync { .. }
+                | Action::FillWrite { .. } => {
+                    let due_ms = cx.now_ms + cx.rng.random_range(0..=cx.io_ms_max);
+                    self.pending.push(Pending { due_ms, action });
+                }
+                other => self.backend.submit(other),
+            }
+        }
+        Ok(())
+    }
+
+    fn journal(&mut self, id: SegmentId, generation: Generation, record: Record, cx: &mut Cx<'_>) {
+        self.journal
+            .as_mut()
+            .expect("only writers make records")
+            .put(id, generation, &record);
+        let (start, len) = (record.start.get(), u64::from(record.len));
+        let stamp = match record.body {
+            RecordBody::Data { offset } => {
+                let at = CacheLoc {
+                    segment: id,
+                    offset,
+                };
+                let data = cx
+                    .device
+                    .peek(GEOMETRY.byte_of(at), record.len as usize * SECTOR);
+                let stamp = stamp_of(&data[..SECTOR], cx.truth.index, start).unwrap();
+                for (lba, sector) in (start..).zip(data.chunks(SECTOR)) {
+                    let found = stamp_of(sector, cx.truth.index, lba).unwrap();
+                    assert_eq!(found, stamp, "one piece, one write");
+                }
+                stamp
+            }
+            RecordBody::Zero | RecordBody::Discard => 0,
+        };
+        let made_by = self.requests.values_mut().find(|asked| match asked.op {
+            Op::Write { .. } => asked.stamp == stamp,
+            Op::Discard | Op::WriteZeroes { .. } => {
+                asked.recorded == 0 && asked.range == range(start, len)
+            }
+            Op::Read | Op::Flush => false,
+        });
+        let asked = made_by.expect("a record is of a request in flight");
+        asked.recorded += len;
+        asked.last_seq = record.seq.get();
+        let written = range(start, len);
+        cx.truth.wrote(self.epoch, record.seq.get(), written, stamp);
+        cx.digest.add((record.seq.get(), start, len, stamp));
+        for lba in start..start + len {
+            self.now[usize::try_from(lba).unwrap()] = stamp;
+            for read in self.requests.values_mut() {
+                let inside = read.range.start.get() <= lba && lba < read.range.end.get();
+                if read.op == Op::Read && inside {
+                    let at = usize::try_from(lba - read.range.start.get()).unwrap();
+                    read.allowed[at].push(stamp);
+                }
+            }
+        }
+    }
+
+    fn complete(&mut self, id: u64, result: Result<(), IoError>, cx: &mut Cx<'_>) {
+        let asked = self.requests.remove(&id).expect("completed once");
+        cx.digest.add((id, result.is_ok(), cx.now_ms));
+        let index = cx.truth.index;
+        if let Err(error) = result {
+            let may = match error {
+                IoError::Io => self.hurt || cx.failure.get().is_err(),
+                IoError::ReadOnly => {
+                    self.read_only || matches!(self.volume.state(), VolumeState::Fenced { .. })
+                }
+                IoError::ShuttingDown => self.stopping,
+                IoError::Invalid => false,
+            };
+            let condition = self.backend.condition();
+            assert!(
+                may,
+                "volume {index} in epoch {}: {:?} of {:?} failed without a reason: {error} ({condition:?})",
+                self.epoch, asked.op, asked.range.start
+            );
+            return;
+        }
+        match asked.op {
+            Op::Read => {
+                let first = asked.range.start.get();
+                for (n, sector) in asked.data.chunks(SECTOR).enumerate() {
+                    let lba = first + n as u64;
+                    let stamp = stamp_of(sector, index, lba).unwrap();
+                    let allowed = &asked.allowed[n];
+                    assert!(
+                        allowed.contains(&stamp),
+                        "volume {index} in epoch {}: sector {lba} reads as write {stamp}, may be {allowed:?}",
+                        self.epoch
+                    );
+                }
+            }
+            Op::Write { fua } | Op::WriteZeroes { fua } => {
+                assert_eq!(
+                    asked.recorded,
+                    asked.range.len().get(),
+                    "volume {index}: a write is acknowledged before the journal has it"
+                );
+                self.acked = self.acked.max(asked.last_seq);
+                if fua {
+                    self.flushed_up_to(asked.last_seq, cx);
+                }
+            }
+            Op::Discard => {
+                let (start, end) = (asked.range.start.get(), asked.range.end.get());
+                let mut lbas = start..end;
+                let holes = lbas.all(|lba| self.now[usize::try_from(lba).unwrap()] == 0);
+                assert!(
+                    holes || asked.recorded == end - start,
+                    "volume {index}: a discard is acknowledged and was not made"
+                );
+                self.acked = self.acked.max(asked.last_seq);
+            }
+            Op::Flush => self.flushed_up_to(asked.target, cx),
+        }
+    }
+
+    fn flushed_up_to(&mut self, seq: u64, cx: &mut Cx<'_>) {
+        self.flushed = self.flushed.max(seq);
+        if cx.truth.durability == Durability::Object {
+            cx.truth.reported(self.epoch, seq, "a flush");
+        }
+    }
+
+    /// Makes a request: of the sweep, if that is not done, else any.
+    pub fn ask_something(&mut self, cx: &mut Cx<'_>) -> Result<(), Died> {
+        if let Some(start) = self.sweep {
+            let end = (start + SWEEP_SECTORS).min(cx.truth.size);
+            self.sweep = Some(end).filter(|end| *end < cx.truth.size);
+            return self.ask(Op::Read, range(start, end - start), cx);
+        }
+        let kind = if self.read_only {
+            0
+        } else {
+            cx.rng.random_range(0..24)
+        };
+        // Half of it in one corner, so that writes meet.
+        let size = if cx.rng.random_bool(0.5) {
+            cx.truth.size
+        } else {
+            cx.truth.size / 16
+        };
+        let start = cx.rng.random_range(0..size - 1);
+        let long = cx.rng.random_bool(0.1);
+        let len = cx.rng.random_range(1..=if long { 400 } else { 24 });
+        let range = range(start, len.min(cx.truth.size - start));
+        let fua = cx.rng.random_bool(0.1);
+        match kind {
+            0..7 => self.ask(Op::Read, range, cx),
+            7..18 => self.ask(Op::Write { fua }, range, cx),
+            18 => self.ask(Op::Discard, range, cx),
+            19 => self.ask(Op::WriteZeroes { fua }, range, cx),
+            _ => self.flush(cx),
+        }
+    }
+
+    pub fn flush(&mut self, cx: &mut Cx<'_>) -> Result<(), Died> {
+        self.ask(Op::Flush, range(0, 0), cx)
+    }
+
+    fn ask(&mut self, op: Op, range: LbaRange, cx: &mut Cx<'_>) -> Result<(), Died> {
+        let id = self.next_request;
+        self.next_request += 1;
+        let mut asked = Asked {
+            op,
+            range,
+            data: Vec::new(),
+            stamp: 0,
+            allowed: Vec::new(),
+            recorded: 0,
+            last_seq: 0,
+            target: self.acked,
+        };
+        let bytes = usize::try_from(range.len().bytes()).unwrap();
+        let lbas = range.start.get()..range.end.get();
+        match op {
+            Op::Read => {
+                // What is not filled shows as nobody's.
+                asked.data = vec![0xee; bytes];
+                let now = lbas.map(|lba| vec![self.now[usize::try_from(lba).unwrap()]]);
+                asked.allowed = now.collect();
+            }
+            Op::Write { .. } => {
+                asked.stamp = cx.truth.next_stamp();
+                asked.data = vec![0; bytes];
+                for (lba, sector) in lbas.zip(asked.data.chunks_mut(SECTOR)) {
+                    fill(sector, cx.truth.index, asked.stamp, lba);
+                }
+            }
+            Op::Flush | Op::Discard | Op::WriteZeroes { .. } => {}
+        }
+        self.requests.insert(id, asked);
+        let id = RequestId(id);
+        self.feed(Event::Request(Request { id, op, range }), cx)
+    }
+
+    /// Takes one message of the backend. False if there is none.
+    pub fn hear(&mut self, cx: &mut Cx<'_>) -> Result<bool, Died> {
+        let Ok(message) = self.inbox.try_recv() else {
+            return Ok(false);
+        };
+        let Message::VolumeEvent { event, .. } = message else {
+            panic!("a backend sends events only");
+        };
+        if let Event::Uploaded { seq, .. } = &event {
+            cx.digest.add(seq.get());
+            self.chunks.get_mut(&seq.get()).unwrap().stored = true;
+            while let Some(first) = self.chunks.first_entry().filter(|c| c.get().stored) {
+                let last_write = first.remove().last_write;
+                cx.truth.reported(self.epoch, last_write, "a chunk");
+            }
+        }
+        self.feed(event, cx)?;
+        Ok(true)
+    }
+
+    pub fn tick(&mut self, cx: &mut Cx<'_>) -> Result<(), Died> {
+        if cx.now_ms < self.last_tick_ms + 20 || !self.volume.wants_ticks() {
+            return Ok(());
+        }
+        self.last_tick_ms = cx.now_ms;
+        let now_ms = cx.now_ms;
+        self.feed(Event::Tick { now_ms }, cx)
+    }
+}

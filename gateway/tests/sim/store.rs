@@ -1,0 +1,282 @@
+//! An S3 bucket in memory, and the way to it: slow, lossy, and never to be relied upon.
+//!
+//! The real adapter and the real lane are on top of it. What was sent arrives or does not, now or
+//! much later, whether or not anybody still waits for the answer.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::{Future, pending};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::{BoxStream, once};
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{
+    Attributes, CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult,
+    MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMultipartOptions, PutOptions,
+    PutPayload, PutResult, Result,
+};
+use parking_lot::Mutex;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep};
+
+/// Bad bodies that one object gives at most: no reader gets more of them than it bears.
+const BAD_BODIES_MAX: u32 = 2;
+
+/// What the way to the store is like: chances of one request.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Weather {
+    /// An error, and nothing was done.
+    pub error_before: f64,
+    /// An error, and it was done.
+    pub error_after: f64,
+    /// No answer, and nothing was done.
+    pub lost_before: f64,
+    /// No answer, and it was done: at once, or up to a minute later.
+    pub lost_after: f64,
+    /// A body that ends early.
+    pub short: f64,
+    /// A body with a bit flipped.
+    pub wrong: f64,
+    /// An answer that takes seconds.
+    pub slow: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Fate {
+    Plain,
+    ErrorBefore,
+    ErrorAfter,
+    LostBefore,
+    LostAfter(Duration),
+}
+
+pub struct SimBucket {
+    memory: Arc<InMemory>,
+    sky: Mutex<Sky>,
+}
+
+struct Sky {
+    rng: SmallRng,
+    weather: Weather,
+    away_until: Option<Instant>,
+    bad_bodies: BTreeMap<String, u32>,
+    requests: u64,
+}
+
+impl SimBucket {
+    pub fn new(seed: u64) -> Arc<Self> {
+        let sky = Sky {
+            rng: SmallRng::seed_from_u64(seed),
+            weather: Weather::default(),
+            away_until: None,
+            bad_bodies: BTreeMap::new(),
+            requests: 0,
+        };
+        Arc::new(Self {
+            memory: Arc::new(InMemory::new()),
+            sky: Mutex::new(sky),
+        })
+    }
+
+    pub fn set_weather(&self, weather: Weather) {
+        self.sky.lock().weather = weather;
+    }
+
+    /// Nobody reaches the store for so long.
+    pub fn go_away(&self, lasting: Duration) {
+        self.sky.lock().away_until = Some(Instant::now() + lasting);
+    }
+
+    pub fn come_back(&self) {
+        self.sky.lock().away_until = None;
+    }
+
+    pub fn requests(&self) -> u64 {
+        self.sky.lock().requests
+    }
+
+    /// Carries out `effect` on the far side, as fate wills.
+    async fn send<T: Send + 'static>(
+        &self,
+        effect: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let (fate, there, back) = self.sky.lock().draw();
+        let (tx, rx) = oneshot::channel();
+        tokio::spawn(async move {
+            sleep(there).await;
+            let answer = match fate {
+                Fate::LostBefore => return,
+                Fate::ErrorBefore => Err(broken("before")),
+                Fate::ErrorAfter => effect.await.and_then(|_| Err(broken("after"))),
+                Fate::LostAfter(late) => {
+                    sleep(late).await;
+                    let _ = effect.await;
+                    return;
+                }
+                Fate::Plain => effect.await,
+            };
+            sleep(back).await;
+            // Whoever asked may have given up.
+            let _ = tx.send(answer);
+        });
+        match rx.await {
+            Ok(answer) => answer,
+            Err(_) => pending().await,
+        }
+    }
+}
+
+impl Sky {
+    fn draw(&mut self) -> (Fate, Duration, Duration) {
+        self.requests += 1;
+        let way = |rng: &mut SmallRng| Duration::from_micros(rng.random_range(100..20_000));
+        let (mut there, mut back) = (way(&mut self.rng), way(&mut self.rng));
+        if self.away_until.is_some_and(|until| Instant::now() < until) {
+            return (Fate::ErrorBefore, there, back);
+        }
+        let weather = self.weather;
+        if self.chance(weather.slow) {
+            there += Duration::from_millis(self.rng.random_range(0..8_000));
+            back += Duration::from_millis(self.rng.random_range(0..8_000));
+        }
+        let fate = if self.chance(weather.error_before) {
+            Fate::ErrorBefore
+        } else if self.chance(weather.error_after) {
+            Fate::ErrorAfter
+        } else if self.chance(weather.lost_before) {
+            Fate::LostBefore
+        } else if self.chance(weather.lost_after) {
+            let late = if self.rng.random_bool(0.5) {
+                0
+            } else {
+                self.rng.random_range(0..60_000)
+            };
+            Fate::LostAfter(Duration::from_millis(late))
+        } else {
+            Fate::Plain
+        };
+        (fate, there, back)
+    }
+
+    fn chance(&mut self, chance: f64) -> bool {
+        chance > 0.0 && self.rng.random_bool(chance)
+    }
+
+    /// The body as it arrives.
+    fn spoil(&mut self, key: &str, body: Bytes) -> Bytes {
+        let (short, wrong) = (self.weather.short, self.weather.wrong);
+        if body.is_empty() || (short == 0.0 && wrong == 0.0) {
+            return body;
+        }
+        let (cut, flip) = (self.chance(short), self.chance(wrong));
+        let bad = self.bad_bodies.entry(key.to_owned()).or_default();
+        if (!cut && !flip) || *bad == BAD_BODIES_MAX {
+            return body;
+        }
+        *bad += 1;
+        if cut {
+            let len = self.rng.random_range(0..body.len());
+            return body.slice(..len);
+        }
+        let mut bytes = body.to_vec();
+        let at = self.rng.random_range(0..bytes.len());
+        bytes[at] ^= 1 << self.rng.random_range(0..8);
+        bytes.into()
+    }
+}
+
+fn broken(when: &str) -> Error {
+    let source = format!("status code: 503 Service Unavailable: <Code>SlowDown</Code> {when}");
+    Error::Generic {
+        store: "simulation",
+        source: source.into(),
+    }
+}
+
+#[async_trait]
+impl ObjectStore for SimBucket {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        opts: PutOptions,
+    ) -> Result<PutResult> {
+        let (memory, location) = (Arc::clone(&self.memory), location.clone());
+        self.send(async move { memory.put_opts(&location, payload, opts).await })
+            .await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        let (memory, key) = (Arc::clone(&self.memory), location.clone());
+        let read = async move {
+            let got = memory.get_opts(&key, options).await?;
+            let (meta, range) = (got.meta.clone(), got.range.clone());
+            Ok((meta, range, got.bytes().await?))
+        };
+        let (meta, range, body) = self.send(read).await?;
+        let body = self.sky.lock().spoil(location.as_ref(), body);
+        Ok(GetResult {
+            payload: GetResultPayload::Stream(once(async move { Ok(body) }).boxed()),
+            meta,
+            range,
+            attributes: Attributes::default(),
+            extensions: Default::default(),
+        })
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        self.memory.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.memory.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.memory.list_with_delimiter(prefix).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        _: &Path,
+        _: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        unreachable!("nothing is sent in parts")
+    }
+
+    async fn copy_opts(&self, _: &Path, _: &Path, _: CopyOptions) -> Result<()> {
+        unreachable!("nothing is copied")
+    }
+}
+
+impl SimBucket {
+    /// Puts an object without any fault, as a world's beginning.
+    pub async fn place(&self, key: &str, body: Vec<u8>) {
+        self.memory
+            .put(&Path::from(key), body.into())
+            .await
+            .unwrap();
+    }
+}
+
+impl fmt::Debug for SimBucket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SimBucket")
+    }
+}
+
+impl fmt::Display for SimBucket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a simulated bucket")
+    }
+}

@@ -1,0 +1,395 @@
+//! The scheduler: hosts, volumes and a bucket in one thread, on a clock that stands still while
+//! anything can be done. Everything random comes from the seed.
+
+mod attach;
+mod finish;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quarry_gateway::backend::open::Claim;
+use quarry_objfmt::codec::{Compression, Encryption};
+use quarry_objfmt::head::{Durability, Head};
+use quarry_objfmt::{Epoch, MapSeq, Sectors, TenantName, WriteSeq, keys};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use tokio::time::{Instant, sleep};
+
+use super::device::DeviceFaults;
+use super::host::{End, Host, Outer};
+use super::oracle::{Digest, Truth};
+use super::panics::{note_panics, take_panic};
+use super::plan::Plan;
+use super::session::{Cx, Died, Session};
+use super::store::{SimBucket, Weather};
+
+const FRAME_SECTORS: u32 = 32;
+const VOLUME_SECTORS: u64 = 3072;
+/// Requests in flight at once, of one session.
+const REQUESTS_MAX: usize = 12;
+/// What a run came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Outcome {
+    pub digest: u64,
+    pub writes: u64,
+    pub crashes: u64,
+    pub attaches: u64,
+    pub readers: u64,
+    pub store_requests: u64,
+    pub simulated_ms: u64,
+}
+
+impl Outcome {
+    /// Adds the counts of another run.
+    pub fn add(&mut self, other: &Self) {
+        self.writes += other.writes;
+        self.crashes += other.crashes;
+        self.attaches += other.attaches;
+        self.readers += other.readers;
+        self.store_requests += other.store_requests;
+        self.simulated_ms += other.simulated_ms;
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} crashes, {} attaches, {} readers, {} writes in the end, {} store requests, {} simulated seconds",
+            self.crashes,
+            self.attaches,
+            self.readers,
+            self.writes,
+            self.store_requests,
+            self.simulated_ms / 1_000
+        )
+    }
+}
+
+pub struct World {
+    plan: Plan,
+    core: Core,
+    bucket: Arc<SimBucket>,
+    hosts: Vec<Host>,
+    /// When each host dies: after so many more actions.
+    fuses: Vec<Option<u32>>,
+    /// Those that look at the store from elsewhere; each with its volume.
+    readers: Vec<(Host, usize)>,
+    truths: Vec<Truth>,
+    dir: tempfile::TempDir,
+    /// Lives of hosts and daemons so far: names and seeds for the next.
+    lives: u64,
+    outcome: Outcome,
+    is_calm: bool,
+}
+
+/// What every step uses.
+struct Core {
+    rng: SmallRng,
+    digest: Digest,
+    started: Instant,
+    io_ms_max: u64,
+}
+
+impl Core {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap()
+    }
+
+    /// A step of volume `truth`, whose host dies by `fuse`.
+    fn outer<'a>(&'a mut self, truth: &'a mut Truth, fuse: &'a mut Option<u32>) -> Outer<'a> {
+        Outer {
+            truth,
+            now_ms: self.now_ms(),
+            rng: &mut self.rng,
+            digest: &mut self.digest,
+            io_ms_max: self.io_ms_max,
+            fuse,
+        }
+    }
+}
+
+/// Runs a plan on a runtime of its own.
+pub fn run(plan: Plan) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    note_panics();
+    runtime.block_on(async {
+        let mut world = World::new(plan).await;
+        for _ in 0..plan.steps {
+            world.step().await;
+            no_panic();
+        }
+        world.finish().await
+    })
+}
+
+impl World {
+    async fn new(plan: Plan) -> Self {
+        let mut rng = SmallRng::seed_from_u64(plan.seed);
+        let bucket = SimBucket::new(rng.random());
+        let truths = (0..plan.volumes)
+            .map(|n| {
+                let tenant = TenantName::new(["acme", "other"][n % 2]).unwrap();
+                let durability = if rng.random_bool(0.3) {
+                    Durability::Object
+                } else {
+                    Durability::Local
+                };
+                Truth::new(
+                    u32::try_from(n).unwrap(),
+                    tenant,
+                    durability,
+                    VOLUME_SECTORS,
+                )
+            })
+            .collect::<Vec<_>>();
+        for truth in &truths {
+            let key = keys::head_key(&truth.tenant, truth.id);
+            bucket.place(&key, head(truth).encode()).await;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut world = Self {
+            fuses: vec![None; plan.hosts],
+            hosts: Vec::new(),
+            readers: Vec::new(),
+            lives: 0,
+            outcome: Outcome::default(),
+            is_calm: false,
+            plan,
+            core: Core {
+                rng,
+                digest: Digest::default(),
+                started: Instant::now(),
+                io_ms_max: plan.io_ms_max,
+            },
+            bucket,
+            truths,
+            dir,
+        };
+        for index in 0..plan.hosts {
+            let host = world.new_host(index);
+            world.hosts.push(host);
+        }
+        world.bucket.set_weather(plan.weather);
+        world
+    }
+
+    fn new_host(&mut self, index: usize) -> Host {
+        self.lives += 1;
+        let dir = self.dir.path().join("journals");
+        Host::new(index, self.lives, self.core.rng.random(), &dir)
+    }
+
+    fn chance(&mut self, chance: f64) -> bool {
+        chance > 0.0 && self.core.rng.random_bool(chance)
+    }
+
+    async fn step(&mut self) {
+        self.trouble();
+        self.attach_some();
+        self.go_on().await;
+        self.ask_some();
+        let ios = self.core.rng.random_range(0..16);
+        self.work(ios);
+        self.pass_time().await;
+    }
+
+    /// Breaks something, perhaps.
+    fn trouble(&mut self) {
+        let plan = self.plan;
+        let h = self.core.rng.random_range(0..self.hosts.len());
+        if self.chance(plan.crash) {
+            self.fuses[h].get_or_insert(self.core.rng.random_range(0..60));
+        }
+        if self.chance(plan.lose_cache) {
+            self.crash(h, End::PowerCut);
+            self.hosts[h] = self.new_host(h);
+        }
+        if self.chance(plan.outage) {
+            let lasting = self.core.rng.random_range(0..=plan.outage_max.as_millis());
+            let lasting = Duration::from_millis(u64::try_from(lasting).unwrap());
+            self.bucket.go_away(lasting);
+        }
+        if self.core.rng.random_bool(0.01) {
+            let calm = self.core.rng.random_bool(0.5);
+            self.bucket.set_weather(if calm {
+                Weather::default()
+            } else {
+                plan.weather
+            });
+        }
+        let Some(daemon) = &self.hosts[h].daemon else {
+            return;
+        };
+        if daemon.is_failed() && self.core.rng.random_bool(0.05) {
+            self.crash(h, End::Killed);
+        }
+    }
+
+    fn crash(&mut self, h: usize, end: End) {
+        self.fuses[h] = None;
+        if self.hosts[h].daemon.is_some() {
+            self.outcome.crashes += 1;
+            self.core
+                .digest
+                .add(("crash", h, end == End::Killed, self.core.now_ms()));
+        }
+        self.hosts[h].crash(end, &self.truths, &mut self.core.rng);
+        if self.chance(self.plan.flip) {
+            self.hosts[h].flip_a_record();
+        }
+    }
+
+    fn dies(&mut self, h: usize) {
+        let end = if self.core.rng.random_bool(0.5) {
+            End::Killed
+        } else {
+            End::PowerCut
+        };
+        self.crash(h, end);
+    }
+
+    fn start(&mut self, h: usize) {
+        self.lives += 1;
+        let seed = self.plan.seed.wrapping_add(self.lives);
+        self.hosts[h].start(&self.bucket, seed, self.plan.writeback_delay_ms);
+        let faults = if self.is_calm {
+            DeviceFaults::default()
+        } else {
+            self.plan.device
+        };
+        self.hosts[h].device.set_faults(faults);
+        if self.chance(self.plan.crash * 10.0) {
+            let writes = self.core.rng.random_range(0..6);
+            self.hosts[h].device.die_after_writes(Some(writes));
+        }
+    }
+
+    fn claim(&mut self, h: usize, force: bool, discard_unsent: bool) -> Claim {
+        Claim {
+            cache: self.hosts[h].cache,
+            host: self.hosts[h].name.clone(),
+            now_ms: self.core.now_ms(),
+            force,
+            discard_unsent,
+        }
+    }
+
+    /// Lets a session do something. False if its host has died of it.
+    fn at(
+        &mut self,
+        h: usize,
+        n: usize,
+        step: impl FnOnce(&mut Session, &mut Cx<'_>) -> Result<bool, Died>,
+    ) -> bool {
+        let mut outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
+        let host = &mut self.hosts[h];
+        let daemon = host.daemon.as_mut().unwrap();
+        match daemon.drive(n, &host.device, &mut outer, step) {
+            Ok(done) => done,
+            Err(Died) => {
+                self.dies(h);
+                false
+            }
+        }
+    }
+
+    fn sessions(&self) -> Vec<(usize, usize)> {
+        let of_host = |(h, host): (usize, &Host)| {
+            let daemon = host.daemon.as_ref();
+            let volumes: Vec<usize> =
+                daemon.map_or(Vec::new(), |d| d.sessions.keys().copied().collect());
+            volumes.into_iter().map(move |n| (h, n))
+        };
+        self.hosts.iter().enumerate().flat_map(of_host).collect()
+    }
+
+    fn has(&self, h: usize, n: usize) -> bool {
+        let daemon = self.hosts[h].daemon.as_ref();
+        daemon.is_some_and(|d| d.sessions.contains_key(&n))
+    }
+
+    fn ask_some(&mut self) {
+        for (h, n) in self.sessions() {
+            for _ in 0..self.core.rng.random_range(0..4) {
+                if !self.has(h, n) {
+                    break;
+                }
+                self.at(h, n, |session, cx| {
+                    if !session.stopping && session.in_flight() < REQUESTS_MAX {
+                        session.ask_something(cx)?;
+                    }
+                    Ok(true)
+                });
+            }
+        }
+    }
+
+    /// I/O, messages and ticks.
+    fn work(&mut self, ios: u32) {
+        for (h, n) in self.sessions() {
+            for _ in 0..ios {
+                if !self.has(h, n) || !self.at(h, n, Session::step_io) {
+                    break;
+                }
+            }
+            if self.has(h, n) && self.core.rng.random_bool(0.7) {
+                while self.has(h, n) && self.at(h, n, Session::hear) {}
+            }
+            if self.has(h, n) {
+                self.at(h, n, |session, cx| session.tick(cx).map(|()| true));
+            }
+        }
+    }
+
+    async fn pass_time(&mut self) {
+        match self.core.rng.random_range(0..20) {
+            0..8 => tokio::task::yield_now().await,
+            8..19 => sleep(Duration::from_micros(self.core.rng.random_range(0..8_000))).await,
+            _ => {
+                let nap_ms = u64::try_from(self.plan.nap_max.as_millis()).unwrap();
+                let nap_ms = nap_ms >> self.core.rng.random_range(0..8);
+                sleep(Duration::from_millis(nap_ms)).await;
+            }
+        }
+    }
+}
+
+/// A panic of a task shows only as silence.
+fn no_panic() {
+    if let Some(said) = take_panic() {
+        panic!("a task panicked: {said}");
+    }
+}
+
+fn head(truth: &Truth) -> Head {
+    Head {
+        volume: truth.id,
+        tenant: truth.tenant.to_string(),
+        name: format!("v{}", truth.index),
+        created_ms: 0,
+        sector_size: 512,
+        frame_sectors: FRAME_SECTORS,
+        compression: match truth.index % 3 {
+            0 => Compression::None,
+            1 => Compression::Lz4,
+            _ => Compression::Zstd,
+        },
+        encryption: Encryption::None,
+        durability: truth.durability,
+        size: Sectors::new(truth.size),
+        epoch: Epoch::ZERO,
+        owner: None,
+        lineage: None,
+        log: Vec::new(),
+        root: None,
+        root_write: WriteSeq::ZERO,
+        next_map: MapSeq::ZERO,
+        stored_bytes: 0,
+    }
+}

@@ -1,0 +1,136 @@
+//! Who serves which volume: attaches, takeovers, detaches, and readers from elsewhere.
+
+use std::sync::Arc;
+
+use quarry_gateway::backend::open::Claim;
+use quarry_volume::VolumeState;
+use rand::RngExt;
+
+use super::World;
+use crate::host::{Attach, End, Host};
+
+impl World {
+    /// Starts daemons, attaches what is not attached, and sometimes what is.
+    pub(super) fn attach_some(&mut self) {
+        let h = self.core.rng.random_range(0..self.hosts.len());
+        if self.hosts[h].daemon.is_none() {
+            if self.core.rng.random_bool(0.1) {
+                self.start(h);
+            }
+            return;
+        }
+        let n = self.core.rng.random_range(0..self.truths.len());
+        let id = self.truths[n].id;
+        let busy = |host: &Host| {
+            let daemon = host.daemon.as_ref();
+            daemon.is_some_and(|d| d.sessions.contains_key(&n) || d.opening.contains_key(&n))
+        };
+        let served = self.hosts.iter().any(&busy);
+        let here = busy(&self.hosts[h]);
+        // Most come back to the cache that has their newest writes.
+        let elsewhere = !self.hosts[h].owes(id) && self.hosts.iter().any(|host| host.owes(id));
+        let served = served || elsewhere && self.core.rng.random_bool(0.9);
+        if !here && (!served && self.core.rng.random_bool(0.2) || self.chance(self.plan.fight)) {
+            let force = self.core.rng.random_bool(0.7);
+            let discard = self.core.rng.random_bool(0.3);
+            let claim = self.claim(h, force, discard);
+            self.hosts[h].attach(n, &self.truths[n], &claim, false);
+            self.outcome.attaches += 1;
+        } else if here && self.wants_to_leave(h, n) {
+            self.hosts[h].detach(n);
+        }
+        if self.chance(self.plan.read_elsewhere) && self.readers.len() < 2 {
+            let index = 100 + self.readers.len();
+            let mut host = self.new_host(index);
+            self.lives += 1;
+            host.start(&self.bucket, self.lives, 0);
+            let claim = Claim {
+                cache: host.cache,
+                host: host.name.clone(),
+                now_ms: self.core.now_ms(),
+                force: true,
+                discard_unsent: false,
+            };
+            host.attach(n, &self.truths[n], &claim, true);
+            self.readers.push((host, n));
+        }
+    }
+
+    fn wants_to_leave(&mut self, h: usize, n: usize) -> bool {
+        let daemon = self.hosts[h].daemon.as_ref().unwrap();
+        let Some(session) = daemon.sessions.get(&n) else {
+            return false;
+        };
+        let fenced = matches!(session.volume.state(), VolumeState::Fenced { .. });
+        !session.stopping
+            && (fenced && self.core.rng.random_bool(0.1) || self.chance(self.plan.detach))
+    }
+
+    /// Goes on with attaches, detaches and readers that are under way.
+    pub(super) async fn go_on(&mut self) {
+        for h in 0..self.hosts.len() {
+            for n in 0..self.truths.len() {
+                let Some(daemon) = &self.hosts[h].daemon else {
+                    break;
+                };
+                if daemon.opening.contains_key(&n) {
+                    let outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
+                    let came_to = self.hosts[h].go_on(n, outer).await;
+                    self.check_refusal(&came_to);
+                    if came_to == Attach::Died {
+                        self.dies(h);
+                    }
+                } else if daemon.leaving.contains_key(&n) {
+                    let outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
+                    if self.hosts[h].let_go(n, outer).await.is_err() {
+                        self.dies(h);
+                    }
+                }
+            }
+        }
+        self.read_elsewhere().await;
+    }
+
+    /// An attach fails for a reason that there is, or not at all.
+    fn check_refusal(&self, came_to: &Attach) {
+        let Attach::Refused(why) = came_to else {
+            return;
+        };
+        let device = self.plan.device;
+        let may = match *why {
+            "damaged" => self.plan.weather.wrong > 0.0,
+            "cache" => device.write + device.read + device.sync > 0.0,
+            _ => true,
+        };
+        assert!(may, "an attach is refused without a reason: {why}");
+    }
+
+    async fn read_elsewhere(&mut self) {
+        for (mut host, n) in std::mem::take(&mut self.readers) {
+            let mut never = None;
+            let mut outer = self.core.outer(&mut self.truths[n], &mut never);
+            if host.daemon.as_ref().unwrap().opening.contains_key(&n) {
+                let came_to = host.go_on(n, outer).await;
+                self.check_refusal(&came_to);
+                if matches!(came_to, Attach::UnderWay | Attach::Serves) {
+                    self.readers.push((host, n));
+                }
+                continue;
+            }
+            let (device, daemon) = (Arc::clone(&host.device), host.daemon.as_mut().unwrap());
+            let read = daemon.drive(n, &device, &mut outer, |session, cx| {
+                if !session.is_swept() && session.in_flight() < 4 {
+                    session.ask_something(cx)?;
+                }
+                while session.hear(cx)? || session.step_io(cx)? {}
+                Ok(session.is_swept() && session.is_idle())
+            });
+            if read.unwrap() {
+                self.outcome.readers += 1;
+                host.crash(End::Killed, &self.truths, &mut self.core.rng);
+            } else {
+                self.readers.push((host, n));
+            }
+        }
+    }
+}
