@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 
 use super::device::SimDevice;
 use super::oracle::{Digest, Truth};
+use super::plan::Plan;
 use super::session::{Cx, Died, Session};
 use super::store::SimBucket;
 
@@ -33,9 +34,9 @@ const DIRTY_MAX: u32 = 9;
 
 /// Small enough that a short run meets every limit.
 const TUNING: Tuning = Tuning {
-    // A plan's own.
+    // These two are a plan's own.
     writeback_delay_ms: 0,
-    chunk_sectors_max: 256,
+    chunk_sectors_max: 0,
     chunk_writes_max: 64,
     uploads_max: 4,
     checkpoint_entries: 200,
@@ -122,7 +123,7 @@ impl Host {
     }
 
     /// Starts the daemon.
-    pub fn start(&mut self, bucket: &Arc<SimBucket>, seed: u64, writeback_delay_ms: u64) {
+    pub fn start(&mut self, bucket: &Arc<SimBucket>, seed: u64, plan: &Plan) {
         assert!(self.daemon.is_none());
         self.journals = Journals::open(&self.dir, self.cache).unwrap();
         let mut scan = scan(&*self.device).unwrap();
@@ -163,7 +164,8 @@ impl Host {
         };
         self.daemon = Some(Daemon {
             tuning: Tuning {
-                writeback_delay_ms,
+                writeback_delay_ms: plan.writeback_delay_ms,
+                chunk_sectors_max: plan.chunk_sectors_max,
                 ..TUNING
             },
             lane,

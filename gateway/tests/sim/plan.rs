@@ -30,6 +30,8 @@ pub struct Plan {
     pub weather: Weather,
     /// How long a write waits for its upload.
     pub writeback_delay_ms: u64,
+    /// Most sectors of a chunk.
+    pub chunk_sectors_max: u32,
     /// How long an I/O of the cache device takes at most.
     pub io_ms_max: u64,
 }
@@ -54,6 +56,7 @@ impl Plan {
             device: DeviceFaults::default(),
             weather: Weather::default(),
             writeback_delay_ms: 20,
+            chunk_sectors_max: 256,
             io_ms_max: 3,
         }
     }
@@ -78,7 +81,7 @@ impl Plan {
             slow: some(rng, 0.4, 0.3),
         };
         let long = rng.random_bool(0.05);
-        Self {
+        let plan = Self {
             seed,
             steps: rng.random_range(300..900),
             hosts: rng.random_range(1..=3),
@@ -95,7 +98,25 @@ impl Plan {
             device,
             weather,
             writeback_delay_ms: [20, 300, 3_000][rng.random_range(0..3)],
+            chunk_sectors_max: 256,
             io_ms_max: if rng.random_bool(0.2) { 400 } else { 3 },
+        };
+        if rng.random_bool(0.85) {
+            return plan;
+        }
+        // One host that dies again before it has sent what it came back with.
+        Self {
+            steps: 1_500,
+            hosts: 1,
+            volumes: 1,
+            flip: 0.7,
+            crash: 0.015,
+            lose_cache: 0.0,
+            detach: 0.0,
+            weather: Weather::default(),
+            writeback_delay_ms: 3_000,
+            chunk_sectors_max: 4_096,
+            ..plan
         }
     }
 }

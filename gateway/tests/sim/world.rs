@@ -257,7 +257,7 @@ impl World {
     fn start(&mut self, h: usize) {
         self.lives += 1;
         let seed = self.plan.seed.wrapping_add(self.lives);
-        self.hosts[h].start(&self.bucket, seed, self.plan.writeback_delay_ms);
+        self.hosts[h].start(&self.bucket, seed, &self.plan);
         let faults = if self.is_calm {
             DeviceFaults::default()
         } else {

@@ -43,7 +43,7 @@ impl World {
             let index = 100 + self.readers.len();
             let mut host = self.new_host(index);
             self.lives += 1;
-            host.start(&self.bucket, self.lives, 0);
+            host.start(&self.bucket, self.lives, &self.plan);
             let claim = Claim {
                 cache: host.cache,
                 host: host.name.clone(),
