@@ -37,7 +37,7 @@ use crate::store::{Store, StoreError};
 pub const UPLOADS_MAX: usize = 16;
 
 /// Most times that a damaged answer is asked for again before the object is called damaged.
-const DAMAGE_RETRIES_MAX: u32 = 2;
+pub(crate) const DAMAGE_RETRIES_MAX: u32 = 2;
 
 /// Fetched frames in memory, shared by all volumes: a frame is the same for each clone.
 pub type FrameCache = moka::sync::Cache<(ChunkId, u32), Bytes>;

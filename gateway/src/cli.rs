@@ -16,6 +16,7 @@ mod serve;
 mod status;
 mod table;
 mod tenant;
+mod verify;
 mod volume;
 
 use std::ffi::OsString;

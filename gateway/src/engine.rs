@@ -16,6 +16,7 @@ mod registry;
 mod report;
 mod resize;
 mod slot;
+mod verify;
 mod wanted;
 
 use std::collections::BTreeMap;
@@ -37,7 +38,7 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, ResizeInfo, StatusInfo,
-    TenantInfo, VolumeInfo, VolumeRef, VolumeSpec,
+    TenantInfo, VerifyProgress, VerifyReport, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -141,6 +142,7 @@ pub struct Daemon {
     /// Why nothing is to be kept in the store yet, or ever.
     unfit: Mutex<Option<ApiError>>,
     exports: Arc<Exports>,
+    verifies: verify::Verifies,
 }
 
 /// The volumes that can be had over NBD: those attached with it.
@@ -262,6 +264,7 @@ impl Daemon {
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
             exports: Arc::default(),
+            verifies: verify::Verifies::default(),
             config,
         }))
     }
@@ -450,6 +453,14 @@ impl Engine for Daemon {
             message,
             "see `quarry volume show`",
         ))
+    }
+
+    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+        self.verify_volume(volume, deep).await
+    }
+
+    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        self.verifies.progress(volume)
     }
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {

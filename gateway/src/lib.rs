@@ -12,3 +12,4 @@ pub mod provision;
 pub mod reactor;
 pub mod store;
 pub mod ublk;
+pub mod verify;

@@ -30,7 +30,7 @@ use super::head::{HeadCell, HeadError, put};
 use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
-const HEADER_GUESS: u64 = 64 << 10;
+pub(crate) const HEADER_GUESS: u64 = 64 << 10;
 
 /// Chunks of the log looked at side by side.
 const REPLAY_CONCURRENCY: usize = 16;
@@ -341,7 +341,7 @@ async fn replay_range(
                     reason,
                 });
             }
-            Some(Entry::Seal) => break,
+            Some(Entry::Seal(_)) => break,
             None => {
                 let Some(claim) = claim else { break };
                 match seal(store, tenant, id(seq), head, claim).await? {
@@ -357,13 +357,19 @@ async fn replay_range(
     Ok(found)
 }
 
-enum Entry {
+/// What lies at a place of the log.
+pub(crate) enum Entry {
+    /// A chunk, which says this of itself.
     Chunk(ChunkHeader),
-    Seal,
+    /// The end of its range.
+    Seal(Seal),
 }
 
 /// What is at a place of the log: nothing, a chunk, or its end.
-async fn log_entry(
+///
+/// # Errors
+/// [`OpenError::Damaged`] if it is neither chunk nor seal, whole and of that place.
+pub(crate) async fn log_entry(
     store: &dyn Store,
     tenant: &TenantName,
     id: ChunkId,
@@ -380,8 +386,8 @@ async fn log_entry(
     };
     match classify(&prefix).map_err(|e| damaged(e.to_string()))? {
         LogObject::Seal => {
-            Seal::decode(&prefix, id).map_err(|e| damaged(e.to_string()))?;
-            Ok(Some(Entry::Seal))
+            let seal = Seal::decode(&prefix, id).map_err(|e| damaged(e.to_string()))?;
+            Ok(Some(Entry::Seal(seal)))
         }
         LogObject::Chunk => {
             let needed = prefix
@@ -416,7 +422,7 @@ async fn seal(
         Ok(_) => Ok(None),
         Err(StoreError::Exists { .. }) => match log_entry(store, tenant, id).await? {
             Some(Entry::Chunk(header)) => Ok(Some(header)),
-            Some(Entry::Seal) => Ok(None),
+            Some(Entry::Seal(_)) => Ok(None),
             None => {
                 let reason = "the store says that it exists, and that it does not".to_owned();
                 Err(OpenError::Damaged { object, reason })

@@ -203,6 +203,20 @@ Example:
         /// The volume, as tenant/name.
         volume: VolumeRef,
     },
+    /// Check a volume in the object store, attached or not: what is wrong, and where.
+    #[command(after_help = "\
+Examples:
+  quarry volume verify acme/db
+  quarry volume verify acme/db --deep --output json
+
+Fails if anything is wrong. What a host has not sent to the store yet is not looked at.")]
+    Verify {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// Read every byte that the volume needs, not only what names it.
+        #[arg(long)]
+        deep: bool,
+    },
     /// Delete a detached volume and its data, for ever.
     Delete {
         /// The volume, as tenant/name.

@@ -157,6 +157,85 @@ pub struct ResizeInfo {
     pub note: Option<String>,
 }
 
+/// Request: check a volume in the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifySpec {
+    /// Read every byte that the volume needs, not only what names it.
+    pub deep: bool,
+}
+
+/// A run of a volume's bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ByteRange {
+    /// The first.
+    pub start: u64,
+    /// The one behind the last.
+    pub end: u64,
+}
+
+/// Something wrong with an object.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Finding {
+    /// Its key in the store.
+    pub object: String,
+    /// What is wrong, in a sentence.
+    pub problem: String,
+    /// What of the volume cannot be read for it, in order; none: nothing that reads need.
+    pub ranges: Vec<ByteRange>,
+    /// How many more ranges there are.
+    pub ranges_left_out: u64,
+}
+
+/// How far a check of a volume is. Totals grow while the map is read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VerifyProgress {
+    /// Nodes of the map read.
+    pub nodes: u64,
+    /// Chunks checked.
+    pub chunks: u64,
+    /// Chunks known so far.
+    pub chunks_total: u64,
+    /// Frames read and decoded.
+    pub frames: u64,
+    /// Bytes read from the store.
+    pub read_bytes: u64,
+    /// Findings so far.
+    pub findings: u64,
+}
+
+/// Answer: what a check of a volume found.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VerifyReport {
+    /// `tenant/name`.
+    pub volume: String,
+    /// Its id.
+    pub id: String,
+    /// Whether every byte was read.
+    pub deep: bool,
+    /// The term of the head that was verified; none if it cannot be read.
+    pub epoch: Option<u32>,
+    /// The number of the chunk that would have come next in the log.
+    pub next_chunk: u64,
+    /// The newest write in the store.
+    pub last_write: u64,
+    /// What was looked at.
+    pub checked: VerifyProgress,
+    /// What is wrong, by object; as many as are listed.
+    pub findings: Vec<Finding>,
+    /// How many more findings there are.
+    pub findings_left_out: u64,
+    /// What of the volume cannot be read, in order, merged.
+    pub unreadable: Vec<ByteRange>,
+    /// How many more such ranges there are.
+    pub unreadable_left_out: u64,
+    /// All that cannot be read.
+    pub unreadable_bytes: u64,
+}
+
 /// What a volume is doing, seen from this host.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub enum State {

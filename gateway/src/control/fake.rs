@@ -17,6 +17,8 @@ pub(crate) struct FakeEngine {
     volumes: Mutex<BTreeMap<VolumeRef, VolumeInfo>>,
     /// How long an attach takes.
     attach_time: Duration,
+    /// Told when a check ends, whichever way.
+    pub verify_ended: Arc<tokio::sync::Notify>,
     /// Why it is not ready, if so.
     pub not_ready: Mutex<Option<String>>,
 }
@@ -157,6 +159,46 @@ impl Engine for FakeEngine {
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
         self.change(volume, |volume| volume.dirty_bytes = 0)
+    }
+
+    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+        struct Ended(Arc<tokio::sync::Notify>);
+        impl Drop for Ended {
+            fn drop(&mut self) {
+                self.0.notify_one();
+            }
+        }
+        self.show_volume(volume).await?;
+        let _ended = Ended(Arc::clone(&self.verify_ended));
+        if volume.name.as_str() == "slow" {
+            std::future::pending::<()>().await;
+        }
+        let mut report = VerifyReport {
+            volume: volume.to_string(),
+            deep,
+            epoch: Some(3),
+            ..VerifyReport::default()
+        };
+        if volume.name.as_str() == "bad" {
+            let ranges = vec![ByteRange {
+                start: 65_536,
+                end: 131_072,
+            }];
+            report.unreadable = ranges.clone();
+            report.unreadable_bytes = 65_536;
+            report.findings = vec![Finding {
+                object: "t/acme/v/x/chunk/1/2".to_owned(),
+                problem: "it is missing".to_owned(),
+                ranges,
+                ranges_left_out: 0,
+            }];
+        }
+        Ok(report)
+    }
+
+    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        self.show_volume(volume).await?;
+        Ok(VerifyProgress::default())
     }
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
