@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use quarry_objfmt::chunk::{
-    CHUNK_PREFIX_LEN, ChunkHeader, LogObject, classify, decode_frame, decode_header,
+    CHUNK_PREFIX_LEN, ChunkHeader, ExtentBody, LogObject, classify, decode_frame, decode_header,
 };
 use quarry_objfmt::frame::FRAME_OVERHEAD_MAX;
 use quarry_objfmt::{ChunkId, DataLoc, MapEntry, SECTOR_SIZE, keys};
@@ -178,11 +178,17 @@ impl OneChunk<'_> {
             let problem = "its frames are not as long as the volume's".to_owned();
             return self.fault(problem, |_| true);
         }
-        // By raw sector, where each data extent starts and how long it is.
+        // By raw sector, where each data extent starts and how long it is; those that go on from the one
+        // before are one, as an entry of the map may go over both.
         let mut pieces: Vec<(u32, u64, u32)> = Vec::new();
         for extent in &header.extents {
-            if let quarry_objfmt::chunk::ExtentBody::Data { raw } = extent.body {
-                pieces.push((raw, extent.start.get(), extent.len));
+            let ExtentBody::Data { raw } = extent.body else {
+                continue;
+            };
+            let start = extent.start.get();
+            match pieces.last_mut() {
+                Some((_, first, len)) if *first + u64::from(*len) == start => *len += extent.len,
+                _ => pieces.push((raw, start, extent.len)),
             }
         }
         let agrees = |needed: &Ref| {

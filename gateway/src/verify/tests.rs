@@ -183,6 +183,38 @@ async fn chunk_that_holds_other_sectors_than_the_map_says_hits_them() {
 }
 
 #[tokio::test]
+async fn entry_over_extents_that_lie_end_to_end_is_no_finding() {
+    let mut fixture = Fixture::new().await;
+    // As a merge joins them: one entry for each frame.
+    let (_, header) = make_chunk(chunk_id(1, 3), &[piece(3)]);
+    let joined = header.map_entries();
+    let at = 2 * PIECE;
+    let extents = [extent(at, 100, Some(0)), extent(at + 100, 156, Some(100))];
+    let split = fixture.put_chunk(chunk_id(1, 3), &extents).await;
+    assert_eq!((joined.len(), split.len()), (2, 3));
+    let mut entries = joined;
+    for entry in &mut entries {
+        if let (Location::Data(data), Location::Data(of)) = (&mut entry.location, split[0].location)
+        {
+            let second = data.raw == 128;
+            let Location::Data(last) = split[2].location else {
+                unreachable!()
+            };
+            let place = if second { last } else { of };
+            (data.stored_offset, data.stored_len) = (place.stored_offset, place.stored_len);
+        }
+    }
+    let (root, _) = fixture
+        .put_map(map_id(1, 1), &entries, Manifest::default())
+        .await;
+    fixture.head.root = Some(root);
+    fixture.put_head().await;
+    for deep in [false, true] {
+        fixture.assert_clean(deep).await;
+    }
+}
+
+#[tokio::test]
 async fn damaged_nodes_of_the_map_hit_what_newer_runs_leave() {
     let older = [(64, 256), (320, 512)];
     let newer = [(512, 768)];
