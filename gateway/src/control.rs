@@ -26,9 +26,9 @@ use quarry_objfmt::TenantName;
 
 pub use client::Client;
 pub use dto::{
-    AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, OwnerInfo,
-    ResizeInfo, State, StatusInfo, StoreStatus, TenantInfo, VerifyProgress, VerifyReport, Via,
-    VolumeInfo, VolumeSpec,
+    AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
+    OwnerInfo, RescueReport, RescueSpec, ResizeInfo, State, StatusInfo, StoreStatus, TenantInfo,
+    VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
 pub use name::VolumeRef;
@@ -69,6 +69,9 @@ pub trait Engine: Send + Sync + 'static {
     async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport>;
     /// How far the check under way is; [`Kind::NotFound`] if there is none.
     async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress>;
+    /// Makes a lost or damaged head anew from the volume's other objects, or says what it would be;
+    /// [`Kind::Conflict`] if the head is sound or the volume attached here.
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport>;
     /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached.
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// How the daemon does.

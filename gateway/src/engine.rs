@@ -14,6 +14,7 @@ mod attach;
 mod handover;
 mod registry;
 mod report;
+mod rescue;
 mod resize;
 mod slot;
 mod verify;
@@ -37,8 +38,9 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, ResizeInfo, StatusInfo,
-    TenantInfo, VerifyProgress, VerifyReport, VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, RescueReport, RescueSpec,
+    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, VolumeInfo, VolumeRef,
+    VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -461,6 +463,11 @@ impl Engine for Daemon {
 
     async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
         self.verifies.progress(volume)
+    }
+
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
+        self.fit()?;
+        self.rescue_volume(volume, &spec).await
     }
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -138,21 +138,11 @@ async fn run_with(
             findings.add(&key, format!("{reason}; the volume cannot be attached"));
         }
         Ok(head) => {
-            report.epoch = Some(head.epoch.get());
             for problem in misplaced(&head, volume, id) {
                 findings.add(&key, problem);
             }
-            let check = Check {
-                store,
-                tenant: volume.tenant.clone(),
-                head,
-                deep,
-                refs_max,
-                progress: Arc::clone(&progress),
-            };
-            let log = log::walk(&check, &mut findings).await?;
-            (report.next_chunk, report.last_write) = (log.end.get(), log.last_write.get());
-            check.map_and_chunks(log, &mut findings).await?;
+            let check = Check::new(store, volume, head, deep, refs_max, &progress);
+            check.all(&mut report, &mut findings).await?;
         }
     }
     report.checked = progress.get();
@@ -189,7 +179,86 @@ fn misplaced(head: &Head, volume: &VolumeRef, id: VolumeId) -> Vec<String> {
     problems
 }
 
+/// Checks what a volume would be with this head, which need not be in the store: without reading
+/// frames.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) async fn check_head(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    head: Head,
+) -> Result<VerifyReport, StoreError> {
+    let progress = Arc::<Progress>::default();
+    let store = Counted::new(store, Arc::clone(&progress));
+    let mut findings = Findings::new(Arc::clone(&progress));
+    let mut report = VerifyReport::default();
+    let check = Check::new(store, volume, head, false, REFS_MAX, &progress);
+    check.all(&mut report, &mut findings).await?;
+    findings.tell(&mut report);
+    Ok(report)
+}
+
+/// Walks the map of a head without its log, and gives `each` the chunks that it names. Answers the
+/// first thing wrong with the map, if there is one.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) async fn walk_map(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    head: Head,
+    mut each: impl FnMut(ChunkId) + Send,
+) -> Result<Option<String>, StoreError> {
+    let progress = Arc::<Progress>::default();
+    let store = Counted::new(store, Arc::clone(&progress));
+    let mut findings = Findings::new(Arc::clone(&progress));
+    let check = Check::new(store, volume, head, false, REFS_MAX, &progress);
+    if let Some(root) = walk::load_root(&check, &mut findings).await? {
+        let mut walk = Walk::new(&check, &root, Vec::new(), true);
+        while let Some(entry) = walk.next(&mut findings).await? {
+            match entry.location {
+                Location::Data(data) if lost_by(&data).is_none() => each(data.chunk),
+                _ => {}
+            }
+        }
+    }
+    let mut report = VerifyReport::default();
+    findings.tell(&mut report);
+    let first = report.findings.into_iter().next();
+    Ok(first.map(|finding| format!("{}: {}", finding.object, finding.problem)))
+}
+
 impl Check {
+    fn new(
+        store: Counted,
+        volume: &VolumeRef,
+        head: Head,
+        deep: bool,
+        refs_max: usize,
+        progress: &Arc<Progress>,
+    ) -> Self {
+        Self {
+            store,
+            tenant: volume.tenant.clone(),
+            head,
+            deep,
+            refs_max,
+            progress: Arc::clone(progress),
+        }
+    }
+
+    async fn all(
+        &self,
+        report: &mut VerifyReport,
+        findings: &mut Findings,
+    ) -> Result<(), StoreError> {
+        report.epoch = Some(self.head.epoch.get());
+        let log = log::walk(self, findings).await?;
+        (report.next_chunk, report.last_write) = (log.end.get(), log.last_write.get());
+        self.map_and_chunks(log, findings).await
+    }
+
     /// The whole volume: what cannot be read if it cannot be attached.
     fn whole(&self) -> (u64, u64) {
         (0, self.head.size.get())

@@ -218,6 +218,31 @@ async fn verify_fails_with_findings_and_prints_one_document() {
 }
 
 #[tokio::test]
+async fn rescue_sends_its_flags_and_says_what_is_missing() {
+    let daemon = daemon().await;
+    let socket = daemon.socket();
+    quarry(&socket, "tenant create acme").await;
+    quarry(&socket, "volume create acme/db --size 1GiB").await;
+    let ran = quarry(&socket, "volume rescue acme/db --sector-size 512").await;
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    assert!(ran.out.contains("5..9 of epoch 2"), "{}", ran.out);
+    assert!(
+        ran.out.contains("1 objects of the log behind its end"),
+        "{}",
+        ran.out
+    );
+    let words =
+        "Nothing was written; to write it, give --id, --size, --durability, --compression and";
+    assert!(ran.out.contains(words), "{}", ran.out);
+    let line = "volume rescue acme/db --id f7a4f3a0-0000-4000-8000-000000000000 --size 1GiB \
+                --sector-size 512 --durability object --compression none --apply --output json";
+    let json = quarry(&socket, line).await.json();
+    assert_eq!(json["applied"], true);
+    assert_eq!(json["needs"], serde_json::json!([]));
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn owner_and_mode_of_a_device_are_sent_and_shown() {
     let daemon = daemon().await;
     let socket = daemon.socket();

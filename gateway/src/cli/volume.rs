@@ -6,7 +6,7 @@ use super::args::{AttachFlags, CreateFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, verify};
+use super::{Failure, rescue, verify};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ResizeInfo, State, VolumeInfo, VolumeRef, VolumeSpec,
 };
@@ -45,6 +45,7 @@ pub(super) async fn run(
             done(console, &volume, "detached", "it is detached")
         }
         VolumeCommand::Verify { volume, deep } => verify::run(client, &volume, deep, console).await,
+        VolumeCommand::Rescue(flags) => rescue::run(client, flags, console).await,
         VolumeCommand::Delete { volume } => {
             shown("deleting", &volume, client.delete_volume(&volume)).await?;
             done(console, &volume, "deleted", "it is deleted")

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachOptions, ResizeSpec, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec,
-    VolumeInfo, VolumeList, VolumeSpec, check_size,
+    AttachOptions, RescueReport, RescueSpec, ResizeSpec, TenantList, TenantSpec, VerifyProgress,
+    VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec, check_size,
 };
 use super::error::response;
 use super::{ApiError, ApiResult, Engine, Kind, VolumeRef};
@@ -44,6 +44,7 @@ pub(super) fn control_routes(engine: Arc<dyn Engine>) -> Router {
         .route("/v1/volumes/{tenant}/{volume}/attach", post(attach))
         .route("/v1/volumes/{tenant}/{volume}/detach", post(detach))
         .route("/v1/volumes/{tenant}/{volume}/resize", post(resize))
+        .route("/v1/volumes/{tenant}/{volume}/rescue", post(rescue))
         .route("/v1/volumes/{tenant}/{volume}/sync", post(sync))
         .route(
             "/v1/volumes/{tenant}/{volume}/verify",
@@ -233,6 +234,17 @@ async fn resize(
     // Its own sector size may ask for more, which the engine knows.
     check_size(spec.size_bytes, SECTOR_SIZE)?;
     let call = async move { engine.resize(&volume, spec.size_bytes).await };
+    Ok(Json(whole(call).await?))
+}
+
+async fn rescue(
+    State(engine): Shared,
+    path: Volume,
+    body: Body,
+) -> Result<Json<RescueReport>, Refused> {
+    let volume = volume_of(path)?;
+    let spec: RescueSpec = json(body)?;
+    let call = async move { engine.rescue(&volume, spec).await };
     Ok(Json(whole(call).await?))
 }
 

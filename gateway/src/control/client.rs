@@ -9,8 +9,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachInfo, AttachOptions, ResizeInfo, ResizeSpec, StatusInfo, TenantInfo, TenantList,
-    TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, StatusInfo,
+    TenantInfo, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
+    VolumeList, VolumeSpec,
 };
 use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
 
@@ -254,6 +255,18 @@ impl Client {
     pub async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
         self.order(Method::POST, &format!("/v1/volumes/{volume}/sync"))
             .await
+    }
+
+    /// Makes a volume's lost head anew, or says what it would be.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn rescue(&self, volume: &VolumeRef, spec: &RescueSpec) -> ApiResult<RescueReport> {
+        let path = format!("/v1/volumes/{volume}/rescue");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
     }
 
     /// Checks a volume in the store; ends when the answer is not waited for any more.

@@ -7,7 +7,9 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use quarry_objfmt::{Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeName};
+use quarry_objfmt::{
+    Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeId, VolumeName,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, VolumeRef};
@@ -234,6 +236,73 @@ pub struct VerifyReport {
     pub unreadable_left_out: u64,
     /// All that cannot be read.
     pub unreadable_bytes: u64,
+}
+
+/// Request: make a lost or damaged head of a volume anew.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RescueSpec {
+    /// Its id, if its name is lost too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<VolumeId>,
+    /// Write the head; without, nothing changes.
+    pub apply: bool,
+    /// What the head alone said: its size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
+    /// Its logical block size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sector_size: Option<u32>,
+    /// What a flush promises.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub durability: Option<Durability>,
+    /// How its data are compressed from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+}
+
+/// A run of a volume's log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogRangeInfo {
+    /// The writer's term.
+    pub epoch: u32,
+    /// The number of its first chunk.
+    pub first: u64,
+    /// The number behind its last.
+    pub end: u64,
+}
+
+/// Answer: what a head made anew says, or would say.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RescueReport {
+    /// `tenant/name`.
+    pub volume: String,
+    /// Its id.
+    pub id: String,
+    /// What is wrong with the head that is there.
+    pub lost: String,
+    /// Its epoch: far above all that were found.
+    pub epoch: u32,
+    /// The map object that it starts from; none: the log from its first chunk on.
+    pub map: Option<String>,
+    /// Newer map objects that it cannot start from, and why; as many as are listed.
+    pub passed_over: Vec<Finding>,
+    /// The log after that map.
+    pub log: Vec<LogRangeInfo>,
+    /// Why the log ends where it does.
+    pub log_ends: String,
+    /// Chunks and seals behind the log's end, which the volume goes on without.
+    pub left_behind: u64,
+    /// The newest write in it.
+    pub last_write: u64,
+    /// Bytes that the volume has at least.
+    pub size_min_bytes: u64,
+    /// Flags that it cannot be written without: what they say is in no other object.
+    pub needs: Vec<String>,
+    /// Whether it is written.
+    pub applied: bool,
 }
 
 /// What a volume is doing, seen from this host.

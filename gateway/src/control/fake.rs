@@ -161,6 +161,33 @@ impl Engine for FakeEngine {
         self.change(volume, |volume| volume.dirty_bytes = 0)
     }
 
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
+        self.show_volume(volume).await?;
+        let flags = [
+            (spec.id.is_none(), "--id"),
+            (spec.size_bytes.is_none(), "--size"),
+            (spec.sector_size.is_none(), "--sector-size"),
+            (spec.durability.is_none(), "--durability"),
+            (spec.compression.is_none(), "--compression"),
+        ];
+        let missing = flags.iter().filter(|(missing, _)| *missing);
+        Ok(RescueReport {
+            volume: volume.to_string(),
+            lost: "it is missing".to_owned(),
+            epoch: 300,
+            log: vec![LogRangeInfo {
+                epoch: 2,
+                first: 5,
+                end: 9,
+            }],
+            log_ends: "there is no chunk 9".to_owned(),
+            left_behind: 1,
+            needs: missing.map(|(_, flag)| (*flag).to_owned()).collect(),
+            applied: spec.apply,
+            ..RescueReport::default()
+        })
+    }
+
     async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
         struct Ended(Arc<tokio::sync::Notify>);
         impl Drop for Ended {

@@ -127,8 +127,8 @@ impl LogWalk<'_> {
         header: &ChunkHeader,
         findings: &mut Findings,
     ) -> Result<(), StoreError> {
-        let due = self.last_write.next();
-        if header.first_write != due && !self.gap {
+        let before = header.first_write.get().checked_sub(1);
+        if before != Some(self.last_write.get()) && !self.gap {
             let (first, last) = (header.first_write, self.last_write);
             let problem = format!("it starts at write {first}, the log before it ends at {last}");
             let finding = findings.add(key, format!("{problem}; {UNATTACHABLE}"));
