@@ -31,7 +31,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
 
 use open::Claimed;
-use sound::DAMAGE_RETRIES_MAX;
+pub(crate) use sound::DAMAGE_RETRIES_MAX;
 
 pub use head::{HeadCell, HeadError};
 

@@ -12,10 +12,12 @@ mod failure;
 mod logging;
 mod output;
 mod progress;
+mod rescue;
 mod serve;
 mod status;
 mod table;
 mod tenant;
+mod verify;
 mod volume;
 
 use std::ffi::OsString;

@@ -27,8 +27,9 @@ use quarry_objfmt::TenantName;
 pub use api::control_routes as routes;
 pub use client::Client;
 pub use dto::{
-    AttachInfo, AttachOptions, AttachedInfo, CacheStatus, OwnerInfo, ResizeInfo, State, StatusInfo,
-    StoreStatus, TenantInfo, Via, VolumeInfo, VolumeSpec,
+    AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
+    OwnerInfo, RescueReport, RescueSpec, ResizeInfo, State, StatusInfo, StoreStatus, TenantInfo,
+    VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
 pub use name::VolumeRef;
@@ -64,6 +65,14 @@ pub trait Engine: Send + Sync + 'static {
     async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// Checks a volume in the store, attached or not; what is wrong is in the answer. Ends early when
+    /// its caller goes away. [`Kind::Conflict`] while it is being checked already.
+    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport>;
+    /// How far the check under way is; [`Kind::NotFound`] if there is none.
+    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress>;
+    /// Makes a lost or damaged head anew from the volume's other objects, or says what it would be;
+    /// [`Kind::Conflict`] if the head is sound or the volume attached here.
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport>;
     /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached.
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// How the daemon does.

@@ -16,8 +16,10 @@ mod handover;
 pub mod kept;
 mod registry;
 mod report;
+mod rescue;
 mod resize;
 mod slot;
+mod verify;
 mod wanted;
 
 use std::collections::BTreeMap;
@@ -38,8 +40,9 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, ResizeInfo, StatusInfo,
-    TenantInfo, VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, RescueReport, RescueSpec,
+    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, VolumeInfo, VolumeRef,
+    VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -146,6 +149,7 @@ pub struct Daemon {
     /// Why nothing is to be kept in the store yet, or ever.
     unfit: Mutex<Option<ApiError>>,
     exports: Arc<Exports>,
+    verifies: verify::Verifies,
 }
 
 /// The volumes that can be had over NBD: those attached with it.
@@ -271,6 +275,7 @@ impl Daemon {
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
             exports: Arc::default(),
+            verifies: verify::Verifies::default(),
             config,
         }))
     }
@@ -459,6 +464,19 @@ impl Engine for Daemon {
             message,
             "see `quarry volume show`",
         ))
+    }
+
+    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+        self.verify_volume(volume, deep).await
+    }
+
+    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        self.verifies.progress(volume)
+    }
+
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
+        self.fit()?;
+        self.rescue_volume(volume, &spec).await
     }
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {

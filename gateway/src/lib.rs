@@ -10,5 +10,7 @@ pub mod metrics;
 pub mod nbd;
 pub mod provision;
 pub mod reactor;
+pub mod rescue;
 pub mod store;
 pub mod ublk;
+pub mod verify;

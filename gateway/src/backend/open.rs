@@ -31,7 +31,7 @@ use super::sound::{self, Unsound};
 use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
-const HEADER_GUESS: u64 = 64 << 10;
+pub(crate) const HEADER_GUESS: u64 = 64 << 10;
 
 /// Chunks of the log looked at side by side.
 const REPLAY_CONCURRENCY: usize = 16;
@@ -345,7 +345,7 @@ async fn replay_range(
                     reason,
                 });
             }
-            Some(Entry::Seal) => break,
+            Some(Entry::Seal(_)) => break,
             None => {
                 let Some(claim) = claim else { break };
                 if Mutation::NoSeal.is_on() {
@@ -364,13 +364,19 @@ async fn replay_range(
     Ok(found)
 }
 
-enum Entry {
+/// What lies at a place of the log.
+pub(crate) enum Entry {
+    /// A chunk, which says this of itself.
     Chunk(ChunkHeader),
-    Seal,
+    /// The end of its range.
+    Seal(Seal),
 }
 
 /// What is at a place of the log: nothing, a chunk, or its end.
-async fn log_entry(
+///
+/// # Errors
+/// [`OpenError::Damaged`] if it is neither chunk nor seal, whole and of that place.
+pub(crate) async fn log_entry(
     store: &dyn Store,
     tenant: &TenantName,
     id: ChunkId,
@@ -410,8 +416,8 @@ enum Look {
 fn look(prefix: &Bytes, id: ChunkId) -> Result<Look, String> {
     match classify(prefix).map_err(|e| e.to_string())? {
         LogObject::Seal => {
-            Seal::decode(prefix, id).map_err(|e| e.to_string())?;
-            Ok(Look::Entry(Entry::Seal))
+            let seal = Seal::decode(prefix, id).map_err(|e| e.to_string())?;
+            Ok(Look::Entry(Entry::Seal(seal)))
         }
         LogObject::Chunk => {
             let front = prefix.get(..CHUNK_PREFIX_LEN).ok_or("it is cut off")?;
@@ -439,7 +445,7 @@ async fn seal(
         Ok(_) => Ok(None),
         Err(StoreError::Exists { .. }) => match log_entry(store, tenant, id).await? {
             Some(Entry::Chunk(header)) => Ok(Some(header)),
-            Some(Entry::Seal) => Ok(None),
+            Some(Entry::Seal(_)) => Ok(None),
             None => {
                 let reason = "the store says that it exists, and that it does not".to_owned();
                 Err(OpenError::Damaged { object, reason })

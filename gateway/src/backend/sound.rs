@@ -6,7 +6,7 @@ use std::fmt::Display;
 use crate::store::StoreError;
 
 /// Most times that a damaged answer is asked for again before the object is called damaged.
-pub(super) const DAMAGE_RETRIES_MAX: u32 = 2;
+pub(crate) const DAMAGE_RETRIES_MAX: u32 = 2;
 
 /// Why there is nothing sound.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
-use quarry_objfmt::{Compression, Durability, TenantName};
+use quarry_objfmt::{Compression, Durability, TenantName, VolumeId};
 
 use crate::control::{DeviceMode, DeviceOwner, Via, VolumeRef};
 
@@ -203,6 +203,28 @@ Example:
         /// The volume, as tenant/name.
         volume: VolumeRef,
     },
+    /// Check a volume in the object store, attached or not: what is wrong, and where.
+    #[command(after_help = "\
+Examples:
+  quarry volume verify acme/db
+  quarry volume verify acme/db --deep --output json
+
+Fails if anything is wrong. What a host has not sent to the store yet is not looked at.")]
+    Verify {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// Read every byte that the volume needs, not only what names it.
+        #[arg(long)]
+        deep: bool,
+    },
+    /// Make a volume's lost or damaged head anew from its other objects; without --apply, say what it would be.
+    #[command(after_help = "\
+Examples:
+  quarry volume rescue acme/db
+  quarry volume rescue acme/db --size 100GiB --sector-size 512 --durability local --compression lz4 --apply
+
+Stop every host that had the volume attached first. What is in no other object must be given.")]
+    Rescue(RescueFlags),
     /// Delete a detached volume and its data, for ever.
     Delete {
         /// The volume, as tenant/name.
@@ -245,6 +267,31 @@ fn durability() -> impl TypedValueParser<Value = Durability> {
 
 fn compression() -> impl TypedValueParser<Value = Compression> {
     PossibleValuesParser::new(["lz4", "zstd", "none"]).try_map(|text| text.parse())
+}
+
+/// Flags of `quarry volume rescue`.
+#[derive(Debug, Args)]
+pub struct RescueFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// Its id, if its name is lost too.
+    #[arg(long, value_name = "UUID", value_parser = VolumeId::parse)]
+    pub id: Option<VolumeId>,
+    /// Write the head.
+    #[arg(long)]
+    pub apply: bool,
+    /// The size that it had, or more.
+    #[arg(long)]
+    pub size: Option<Size>,
+    /// Its logical block size.
+    #[arg(long, value_name = "BYTES", value_parser = sector_size())]
+    pub sector_size: Option<u32>,
+    /// What a flush waits for: the cache device here, or the object store.
+    #[arg(long, value_name = "WHERE", value_parser = durability())]
+    pub durability: Option<Durability>,
+    /// How its data are compressed from now on.
+    #[arg(long, value_name = "HOW", value_parser = compression())]
+    pub compression: Option<Compression>,
 }
 
 /// Flags of `quarry volume attach`.

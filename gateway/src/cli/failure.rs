@@ -16,6 +16,9 @@ pub struct Failure {
     pub message: String,
     /// What to do about it; may be empty.
     pub remedy: String,
+    /// Programs were told already.
+    #[serde(skip)]
+    told: bool,
 }
 
 impl Failure {
@@ -25,7 +28,18 @@ impl Failure {
             kind: kind.to_owned(),
             message: message.into(),
             remedy: remedy.into(),
+            told: false,
         }
+    }
+
+    /// The same, after it was printed as a part of the answer.
+    pub fn told(self) -> Self {
+        Self { told: true, ..self }
+    }
+
+    /// Whether programs were told already.
+    pub fn is_told(&self) -> bool {
+        self.told
     }
 }
 

@@ -63,7 +63,7 @@ impl<'a> Console<'a> {
     pub fn fail(&mut self, failure: &Failure, err: &mut dyn Write) {
         // Nobody is left to tell when these cannot be written.
         let _ = writeln!(err, "quarry: {failure}");
-        if self.is_json() {
+        if self.is_json() && !failure.is_told() {
             let _ = self.show(&serde_json::json!({ "error": failure }), |_| String::new());
         }
     }

@@ -37,6 +37,52 @@ pub(super) async fn shown<T>(
     result
 }
 
+/// Waits for `call`, which checks a volume, and shows how far it is.
+pub(super) async fn verifying<T>(
+    client: &Client,
+    volume: &VolumeRef,
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    let bar = spinner("verifying", volume);
+    if bar.is_hidden() {
+        return call.await;
+    }
+    let ask = async || {
+        if let Ok(Ok(now)) = timeout(ASK, client.verify_progress(volume)).await {
+            let found = match now.findings {
+                0 => String::new(),
+                findings => format!(", {findings} findings"),
+            };
+            bar.set_message(format!(
+                "{} of {} chunks, {} read{found}",
+                now.chunks,
+                now.chunks_total,
+                bytes(now.read_bytes)
+            ));
+        }
+    };
+    let result = asking(ask, call).await;
+    bar.finish_and_clear();
+    result
+}
+
+/// Waits for `call`, and does `ask` now and then.
+async fn asking<T>(ask: impl AsyncFn(), call: impl Future<Output = ApiResult<T>>) -> ApiResult<T> {
+    let mut ticks = interval(ASK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut call = std::pin::pin!(call);
+    loop {
+        let asked = async {
+            ticks.tick().await;
+            ask().await;
+        };
+        tokio::select! {
+            result = &mut call => return result,
+            () = asked => {}
+        }
+    }
+}
+
 /// Waits for `call`, which uploads what is dirty, and shows how much still is.
 pub(super) async fn uploading<T>(
     doing: &str,
@@ -48,25 +94,17 @@ pub(super) async fn uploading<T>(
     if bar.is_hidden() {
         return call.await;
     }
-    let ask = async {
-        let mut ticks = interval(ASK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            if let Ok(Ok(info)) = timeout(ASK, client.show_volume(volume)).await {
-                let waits = if info.stalled {
-                    ", the object store does not answer"
-                } else {
-                    ""
-                };
-                bar.set_message(format!("{} to upload{waits}", bytes(info.dirty_bytes)));
-            }
+    let ask = async || {
+        if let Ok(Ok(info)) = timeout(ASK, client.show_volume(volume)).await {
+            let waits = if info.stalled {
+                ", the object store does not answer"
+            } else {
+                ""
+            };
+            bar.set_message(format!("{} to upload{waits}", bytes(info.dirty_bytes)));
         }
     };
-    let result = tokio::select! {
-        result = call => result,
-        () = ask => unreachable!("it asks for ever"),
-    };
+    let result = asking(ask, call).await;
     bar.finish_and_clear();
     result
 }

@@ -188,6 +188,61 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
 }
 
 #[tokio::test]
+async fn verify_fails_with_findings_and_prints_one_document() {
+    let daemon = daemon().await;
+    let socket = daemon.socket();
+    quarry(&socket, "tenant create acme").await;
+    for name in ["good", "bad"] {
+        quarry(&socket, &format!("volume create acme/{name} --size 1GiB")).await;
+    }
+    let good = quarry(&socket, "volume verify acme/good --deep").await;
+    assert_eq!((good.code, good.err.as_str()), (0, ""));
+    assert!(good.out.contains("nothing is wrong"), "{}", good.out);
+    assert!(good.out.contains("frames"), "{}", good.out);
+
+    let bad = quarry(&socket, "volume verify acme/bad").await;
+    assert_eq!(bad.code, FAILED);
+    let row = "t/acme/v/x/chunk/1/2  65536..131072        it is missing\n";
+    assert!(bad.out.ends_with(row), "{}", bad.out);
+    let words = "acme/bad is damaged in the store: 1 findings, 64KiB of its data cannot be read";
+    assert!(bad.err.contains(words), "{}", bad.err);
+
+    let bad = quarry(&socket, "volume verify acme/bad --output json").await;
+    assert_eq!(bad.code, FAILED);
+    assert!(bad.err.contains(words), "{}", bad.err);
+    let json = bad.json();
+    assert_eq!(json["error"]["kind"], "damaged");
+    assert_eq!(json["findings"][0]["ranges"][0]["start"], 65_536);
+    assert_eq!(json["unreadable_bytes"], 65_536);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn rescue_sends_its_flags_and_says_what_is_missing() {
+    let daemon = daemon().await;
+    let socket = daemon.socket();
+    quarry(&socket, "tenant create acme").await;
+    quarry(&socket, "volume create acme/db --size 1GiB").await;
+    let ran = quarry(&socket, "volume rescue acme/db --sector-size 512").await;
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    assert!(ran.out.contains("5..9 of epoch 2"), "{}", ran.out);
+    assert!(
+        ran.out.contains("1 objects of the log behind its end"),
+        "{}",
+        ran.out
+    );
+    let words =
+        "Nothing was written; to write it, give --id, --size, --durability, --compression and";
+    assert!(ran.out.contains(words), "{}", ran.out);
+    let line = "volume rescue acme/db --id f7a4f3a0-0000-4000-8000-000000000000 --size 1GiB \
+                --sector-size 512 --durability object --compression none --apply --output json";
+    let json = quarry(&socket, line).await.json();
+    assert_eq!(json["applied"], true);
+    assert_eq!(json["needs"], serde_json::json!([]));
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn owner_and_mode_of_a_device_are_sent_and_shown() {
     let daemon = daemon().await;
     let socket = daemon.socket();

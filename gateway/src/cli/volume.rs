@@ -2,11 +2,11 @@
 
 use serde_json::json;
 
-use super::Failure;
 use super::args::{AttachFlags, CreateFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
+use super::{Failure, rescue, verify};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ResizeInfo, State, VolumeInfo, VolumeRef, VolumeSpec,
 };
@@ -44,6 +44,8 @@ pub(super) async fn run(
             uploading("detaching", client, &volume, client.detach(&volume)).await?;
             done(console, &volume, "detached", "it is detached")
         }
+        VolumeCommand::Verify { volume, deep } => verify::run(client, &volume, deep, console).await,
+        VolumeCommand::Rescue(flags) => rescue::run(client, flags, console).await,
         VolumeCommand::Delete { volume } => {
             shown("deleting", &volume, client.delete_volume(&volume)).await?;
             done(console, &volume, "deleted", "it is deleted")

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachOptions, ResizeSpec, TenantList, TenantSpec, VolumeInfo, VolumeList, VolumeSpec,
-    check_size,
+    AttachOptions, RescueReport, RescueSpec, ResizeSpec, TenantList, TenantSpec, VerifyProgress,
+    VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec, check_size,
 };
 use super::error::response;
 use super::{ApiError, ApiResult, Engine, Kind, VolumeRef};
@@ -44,7 +44,12 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
         .route("/v1/volumes/{tenant}/{volume}/attach", post(attach))
         .route("/v1/volumes/{tenant}/{volume}/detach", post(detach))
         .route("/v1/volumes/{tenant}/{volume}/resize", post(resize))
+        .route("/v1/volumes/{tenant}/{volume}/rescue", post(rescue))
         .route("/v1/volumes/{tenant}/{volume}/sync", post(sync))
+        .route(
+            "/v1/volumes/{tenant}/{volume}/verify",
+            get(verify_progress).post(verify),
+        )
         .route("/v1/status", get(status));
     finish(routes.merge(health()), engine)
 }
@@ -232,11 +237,38 @@ async fn resize(
     Ok(Json(whole(call).await?))
 }
 
+async fn rescue(
+    State(engine): Shared,
+    path: Volume,
+    body: Body,
+) -> Result<Json<RescueReport>, Refused> {
+    let volume = volume_of(path)?;
+    let spec: RescueSpec = json(body)?;
+    let call = async move { engine.rescue(&volume, spec).await };
+    Ok(Json(whole(call).await?))
+}
+
 async fn sync(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
     let volume = volume_of(path)?;
     // Changes nothing that must be finished: a client that hangs up need not be waited for.
     engine.sync(&volume).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn verify(
+    State(engine): Shared,
+    path: Volume,
+    body: Body,
+) -> Result<Json<VerifyReport>, Refused> {
+    let volume = volume_of(path)?;
+    let spec: VerifySpec = json(body)?;
+    // Changes nothing: a client that hangs up ends it.
+    Ok(Json(engine.verify(&volume, spec.deep).await?))
+}
+
+async fn verify_progress(State(engine): Shared, path: Volume) -> ApiResult<Json<VerifyProgress>> {
+    let volume = volume_of(path)?;
+    Ok(Json(engine.verify_progress(&volume).await?))
 }
 
 async fn status(State(engine): Shared) -> ApiResult<impl IntoResponse> {
@@ -379,6 +411,32 @@ mod tests {
         assert_eq!(gone, ApiError::no_volume(&volume("db")));
         client.delete_tenant(&acme()).await.unwrap();
         assert_eq!(client.status().await.unwrap().host, "here");
+        daemon.stop().await;
+    }
+
+    #[tokio::test]
+    async fn check_ends_when_its_client_hangs_up() {
+        let engine = Arc::new(FakeEngine::default());
+        let ended = Arc::clone(&engine.verify_ended);
+        let daemon = FakeDaemon::start(engine).await;
+        let client = daemon.client();
+        client.create_tenant(&acme()).await.unwrap();
+        for name in ["db", "slow"] {
+            client.create_volume(&spec(name)).await.unwrap();
+        }
+        let report = client.verify(&volume("db"), true).await.unwrap();
+        assert!(report.deep && report.findings.is_empty());
+        ended.notified().await;
+        client.verify_progress(&volume("db")).await.unwrap();
+
+        let slow = volume("slow");
+        let patience = Duration::from_millis(100);
+        timeout(patience, client.verify(&slow, false))
+            .await
+            .unwrap_err();
+        timeout(Duration::from_secs(10), ended.notified())
+            .await
+            .expect("the check goes on though nobody waits for it");
         daemon.stop().await;
     }
 

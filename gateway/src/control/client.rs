@@ -9,8 +9,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachInfo, AttachOptions, ResizeInfo, ResizeSpec, StatusInfo, TenantInfo, TenantList,
-    TenantSpec, VolumeInfo, VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, StatusInfo,
+    TenantInfo, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
+    VolumeList, VolumeSpec,
 };
 use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
 
@@ -254,6 +255,39 @@ impl Client {
     pub async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
         self.order(Method::POST, &format!("/v1/volumes/{volume}/sync"))
             .await
+    }
+
+    /// Makes a volume's lost head anew, or says what it would be.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn rescue(&self, volume: &VolumeRef, spec: &RescueSpec) -> ApiResult<RescueReport> {
+        let path = format!("/v1/volumes/{volume}/rescue");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Checks a volume in the store; ends when the answer is not waited for any more.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none; that something is wrong with the volume is none.
+    pub async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+        let path = format!("/v1/volumes/{volume}/verify");
+        let spec = VerifySpec { deep };
+        let response = self
+            .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// How far the check of a volume is.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        self.get(&format!("/v1/volumes/{volume}/verify")).await
     }
 
     /// Removes a volume for ever.

@@ -7,7 +7,9 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use quarry_objfmt::{Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeName};
+use quarry_objfmt::{
+    Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeId, VolumeName,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, VolumeRef};
@@ -155,6 +157,152 @@ pub struct ResizeInfo {
     /// What is left to be done until all who use it see that, in a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+}
+
+/// Request: check a volume in the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifySpec {
+    /// Read every byte that the volume needs, not only what names it.
+    pub deep: bool,
+}
+
+/// A run of a volume's bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ByteRange {
+    /// The first.
+    pub start: u64,
+    /// The one behind the last.
+    pub end: u64,
+}
+
+/// Something wrong with an object.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Finding {
+    /// Its key in the store.
+    pub object: String,
+    /// What is wrong, in a sentence.
+    pub problem: String,
+    /// What of the volume cannot be read for it, in order; none: nothing that reads need.
+    pub ranges: Vec<ByteRange>,
+    /// How many more ranges there are.
+    pub ranges_left_out: u64,
+}
+
+/// How far a check of a volume is. Totals grow while the map is read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VerifyProgress {
+    /// Nodes of the map read.
+    pub nodes: u64,
+    /// Chunks checked.
+    pub chunks: u64,
+    /// Chunks known so far.
+    pub chunks_total: u64,
+    /// Frames read and decoded.
+    pub frames: u64,
+    /// Bytes read from the store.
+    pub read_bytes: u64,
+    /// Findings so far.
+    pub findings: u64,
+}
+
+/// Answer: what a check of a volume found.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VerifyReport {
+    /// `tenant/name`.
+    pub volume: String,
+    /// Its id.
+    pub id: String,
+    /// Whether every byte was read.
+    pub deep: bool,
+    /// The term of the head that was verified; none if it cannot be read.
+    pub epoch: Option<u32>,
+    /// The number of the chunk that would have come next in the log.
+    pub next_chunk: u64,
+    /// The newest write in the store.
+    pub last_write: u64,
+    /// What was looked at.
+    pub checked: VerifyProgress,
+    /// What is wrong, by object; as many as are listed.
+    pub findings: Vec<Finding>,
+    /// How many more findings there are.
+    pub findings_left_out: u64,
+    /// What of the volume cannot be read, in order, merged.
+    pub unreadable: Vec<ByteRange>,
+    /// How many more such ranges there are.
+    pub unreadable_left_out: u64,
+    /// All that cannot be read.
+    pub unreadable_bytes: u64,
+}
+
+/// Request: make a lost or damaged head of a volume anew.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RescueSpec {
+    /// Its id, if its name is lost too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<VolumeId>,
+    /// Write the head; without, nothing changes.
+    pub apply: bool,
+    /// What the head alone said: its size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
+    /// Its logical block size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sector_size: Option<u32>,
+    /// What a flush promises.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub durability: Option<Durability>,
+    /// How its data are compressed from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+}
+
+/// A run of a volume's log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogRangeInfo {
+    /// The writer's term.
+    pub epoch: u32,
+    /// The number of its first chunk.
+    pub first: u64,
+    /// The number behind its last.
+    pub end: u64,
+}
+
+/// Answer: what a head made anew says, or would say.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RescueReport {
+    /// `tenant/name`.
+    pub volume: String,
+    /// Its id.
+    pub id: String,
+    /// What is wrong with the head that is there.
+    pub lost: String,
+    /// Its epoch: far above all that were found.
+    pub epoch: u32,
+    /// The map object that it starts from; none: the log from its first chunk on.
+    pub map: Option<String>,
+    /// Newer map objects that it cannot start from, and why; as many as are listed.
+    pub passed_over: Vec<Finding>,
+    /// The log after that map.
+    pub log: Vec<LogRangeInfo>,
+    /// Why the log ends where it does.
+    pub log_ends: String,
+    /// Chunks and seals behind the log's end, which the volume goes on without.
+    pub left_behind: u64,
+    /// The newest write in it.
+    pub last_write: u64,
+    /// Bytes that the volume has at least.
+    pub size_min_bytes: u64,
+    /// Flags that it cannot be written without: what they say is in no other object.
+    pub needs: Vec<String>,
+    /// Whether it is written.
+    pub applied: bool,
 }
 
 /// What a volume is doing, seen from this host.

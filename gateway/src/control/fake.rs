@@ -17,6 +17,8 @@ pub(crate) struct FakeEngine {
     volumes: Mutex<BTreeMap<VolumeRef, VolumeInfo>>,
     /// How long an attach takes.
     attach_time: Duration,
+    /// Told when a check ends, whichever way.
+    pub verify_ended: Arc<tokio::sync::Notify>,
     /// Why it is not ready, if so.
     pub not_ready: Mutex<Option<String>>,
 }
@@ -157,6 +159,73 @@ impl Engine for FakeEngine {
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
         self.change(volume, |volume| volume.dirty_bytes = 0)
+    }
+
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
+        self.show_volume(volume).await?;
+        let flags = [
+            (spec.id.is_none(), "--id"),
+            (spec.size_bytes.is_none(), "--size"),
+            (spec.sector_size.is_none(), "--sector-size"),
+            (spec.durability.is_none(), "--durability"),
+            (spec.compression.is_none(), "--compression"),
+        ];
+        let missing = flags.iter().filter(|(missing, _)| *missing);
+        Ok(RescueReport {
+            volume: volume.to_string(),
+            lost: "it is missing".to_owned(),
+            epoch: 300,
+            log: vec![LogRangeInfo {
+                epoch: 2,
+                first: 5,
+                end: 9,
+            }],
+            log_ends: "there is no chunk 9".to_owned(),
+            left_behind: 1,
+            needs: missing.map(|(_, flag)| (*flag).to_owned()).collect(),
+            applied: spec.apply,
+            ..RescueReport::default()
+        })
+    }
+
+    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+        struct Ended(Arc<tokio::sync::Notify>);
+        impl Drop for Ended {
+            fn drop(&mut self) {
+                self.0.notify_one();
+            }
+        }
+        self.show_volume(volume).await?;
+        let _ended = Ended(Arc::clone(&self.verify_ended));
+        if volume.name.as_str() == "slow" {
+            std::future::pending::<()>().await;
+        }
+        let mut report = VerifyReport {
+            volume: volume.to_string(),
+            deep,
+            epoch: Some(3),
+            ..VerifyReport::default()
+        };
+        if volume.name.as_str() == "bad" {
+            let ranges = vec![ByteRange {
+                start: 65_536,
+                end: 131_072,
+            }];
+            report.unreadable = ranges.clone();
+            report.unreadable_bytes = 65_536;
+            report.findings = vec![Finding {
+                object: "t/acme/v/x/chunk/1/2".to_owned(),
+                problem: "it is missing".to_owned(),
+                ranges,
+                ranges_left_out: 0,
+            }];
+        }
+        Ok(report)
+    }
+
+    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        self.show_volume(volume).await?;
+        Ok(VerifyProgress::default())
     }
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -190,6 +190,71 @@ pub(super) async fn find(store: &dyn Store, volume: &VolumeRef) -> ApiResult<Vol
     }
 }
 
+/// What leads from a volume's name to its id.
+pub(super) enum Name {
+    There,
+    Missing,
+    Damaged(crate::store::Tag),
+}
+
+impl Name {
+    pub(super) const fn is_there(&self) -> bool {
+        matches!(self, Self::There)
+    }
+}
+
+/// Whether the name of `volume` leads to `id`; [`Kind::Conflict`] if it leads to another.
+pub(super) async fn name_state(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    id: VolumeId,
+) -> ApiResult<Name> {
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    let (bytes, tag) = match store.get(&key).await {
+        Ok(found) => found,
+        Err(StoreError::NotFound { .. }) => return Ok(Name::Missing),
+        Err(error) => return Err(store_error(&error)),
+    };
+    match decode_record::<NameRecord>(NAME_KIND, &bytes) {
+        Ok(record) if record.volume == id => Ok(Name::There),
+        Ok(record) => {
+            let message = format!("{volume} is the name of volume {}", record.volume);
+            let remedy = "leave --id out, or choose another name";
+            Err(ApiError::new(Kind::Conflict, message, remedy))
+        }
+        Err(_) => Ok(Name::Damaged(tag)),
+    }
+}
+
+/// Makes the name of `volume` lead to `id`, where `name` was seen.
+pub(super) async fn name_anew(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    id: VolumeId,
+    name: Name,
+) -> ApiResult<()> {
+    let created_ms = now_ms();
+    let record = NameRecord {
+        volume: id,
+        created_ms,
+    };
+    let bytes = Bytes::from(encode_record(NAME_KIND, &record).map_err(|e| internal(&e))?);
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    let written = match name {
+        Name::There => return Ok(()),
+        Name::Missing => store.create(&key, bytes).await,
+        Name::Damaged(tag) => store.replace(&key, bytes, &tag).await,
+    };
+    match written {
+        Ok(_) => Ok(()),
+        // The lost answer of our own try, or somebody quicker: the record tells.
+        Err(StoreError::Exists { .. } | StoreError::Changed { .. }) => {
+            name_state(store, volume, id).await.map(drop)
+        }
+        Err(error) => Err(store_error(&error)),
+    }
+}
+
 /// The head of the volume of this name.
 pub(super) async fn head(store: &dyn Store, volume: &VolumeRef) -> ApiResult<Head> {
     let id = find(store, volume).await?;

@@ -8,8 +8,9 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, ResizeInfo, StatusInfo,
-    TenantInfo, Via, VolumeInfo, VolumeRef, VolumeSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, RescueReport, RescueSpec,
+    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeRef,
+    VolumeSpec, routes,
 };
 use quarry_objfmt::TenantName;
 use tokio::runtime::Runtime;
@@ -77,6 +78,20 @@ impl Engine for Strict {
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn verify(&self, volume: &VolumeRef, _deep: bool) -> ApiResult<VerifyReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
+        let text = serde_json::to_vec(&spec).expect("JSON");
+        assert_eq!(serde_json::from_slice::<RescueSpec>(&text).ok(), Some(spec));
         Err(ApiError::no_volume(volume))
     }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use quarry_objfmt::map::TableRef;
-use quarry_objfmt::{FormatError, Lba, MapEntry};
+use quarry_objfmt::{FormatError, Lba, LbaRange, MapEntry};
 
 use crate::map::{Node, NodeRef, end_of};
 
@@ -48,6 +48,18 @@ impl RunCursor {
         })
     }
 
+    /// Goes on without the node that [`RunCursor::next_node`] named, and answers what it and all
+    /// below it would have told of; `None` if no node was named.
+    pub fn give_up(&mut self) -> Option<LbaRange> {
+        self.due.take().map(|due| {
+            let (start, end) = match due {
+                Due::Index(table) => (table.first, table.end),
+                Due::Leaf(_, first, last_end) => (first, last_end),
+            };
+            LbaRange { start, end }
+        })
+    }
+
     fn find_due(&mut self, from: Lba) -> Option<Due> {
         while let Some((place, first, last_end)) = self.leaves.pop() {
             if last_end > from {
@@ -66,9 +78,9 @@ impl RunCursor {
     /// index node.
     ///
     /// # Errors
-    /// If the node is not what its parent says of it.
+    /// If the node is not what its parent says of it; it is then still the next.
     pub fn accept(&mut self, node: &Node) -> Result<Option<Vec<MapEntry>>, FormatError> {
-        match (self.due.take(), node) {
+        match (self.due, node) {
             (Some(Due::Index(table)), Node::Index(index)) => {
                 let leaves = index.leaves();
                 let first = leaves.first().map(|leaf| leaf.first);
@@ -87,6 +99,7 @@ impl RunCursor {
                         (place, leaf.first, leaf.last_end)
                     })
                     .collect();
+                self.due = None;
                 Ok(None)
             }
             (Some(Due::Leaf(_, first, last_end)), Node::Leaf(leaf)) => {
@@ -99,6 +112,7 @@ impl RunCursor {
                         "its span is not what the index says",
                     ));
                 }
+                self.due = None;
                 Ok(Some(entries))
             }
             _ => Err(FormatError::invalid(

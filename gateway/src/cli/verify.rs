@@ -1,0 +1,124 @@
+//! `quarry volume verify`: what is wrong with a volume in the store; a failure if anything is.
+
+use serde::Serialize;
+
+use super::Failure;
+use super::output::Console;
+use super::progress::verifying;
+use super::table::{bytes, fields, table};
+use crate::control::{ByteRange, Client, Finding, VerifyReport, VolumeRef};
+
+/// Ranges printed with a finding; JSON has more.
+const RANGES_SHOWN: usize = 4;
+
+pub(super) async fn run(
+    client: &Client,
+    volume: &VolumeRef,
+    deep: bool,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    let report = verifying(client, volume, client.verify(volume, deep)).await?;
+    let count = report.findings.len() as u64 + report.findings_left_out;
+    if count == 0 {
+        return console.show(&report, text);
+    }
+    let hit = match report.unreadable_bytes {
+        0 => "all of its data can be read".to_owned(),
+        hit => format!("{} of its data cannot be read", bytes(hit)),
+    };
+    let remedy = match (report.unreadable_bytes, deep) {
+        (0, false) => "restore the objects from a copy, and verify it with --deep",
+        _ => "restore the objects from a copy, or the data from a backup",
+    };
+    let message = format!("{volume} is damaged in the store: {count} findings, {hit}");
+    let failure = Failure::new("damaged", message, remedy);
+    if console.is_json() {
+        // One document: what was found, and that it is a failure.
+        let both = Both {
+            report: &report,
+            error: &failure,
+        };
+        console.show(&both, |_| String::new())?;
+        return Err(failure.told());
+    }
+    console.show(&report, text)?;
+    Err(failure)
+}
+
+#[derive(Serialize)]
+struct Both<'a> {
+    #[serde(flatten)]
+    report: &'a VerifyReport,
+    error: &'a Failure,
+}
+
+fn text(report: &VerifyReport) -> String {
+    let checked = &report.checked;
+    let read = if report.deep {
+        format!("{} frames of ", checked.frames)
+    } else {
+        String::new()
+    };
+    let what = fields(&[
+        ("volume", Some(report.volume.clone())),
+        ("id", Some(report.id.clone())),
+        ("epoch", report.epoch.map(|epoch| epoch.to_string())),
+        (
+            "up to",
+            report.epoch.map(|_| {
+                format!(
+                    "write {}, before chunk {}",
+                    report.last_write, report.next_chunk
+                )
+            }),
+        ),
+        (
+            "checked",
+            Some(format!(
+                "{} nodes of the map, {read}{} chunks; {} read",
+                checked.nodes,
+                checked.chunks,
+                bytes(checked.read_bytes)
+            )),
+        ),
+        (
+            "unreadable",
+            Some(match report.unreadable_bytes {
+                0 if report.findings.is_empty() => "nothing, and nothing is wrong".to_owned(),
+                0 => "nothing".to_owned(),
+                hit => bytes(hit),
+            }),
+        ),
+    ]);
+    if report.findings.is_empty() {
+        return what;
+    }
+    let row = |finding: &Finding| {
+        vec![
+            finding.object.clone(),
+            ranges(&finding.ranges, finding.ranges_left_out),
+            finding.problem.clone(),
+        ]
+    };
+    let rows: Vec<_> = report.findings.iter().map(row).collect();
+    let more = match report.findings_left_out {
+        0 => String::new(),
+        more => format!("and {more} more\n"),
+    };
+    let found = table(&["OBJECT", "BYTES OF THE VOLUME", "PROBLEM"], &rows);
+    format!("{what}\n{found}{more}")
+}
+
+fn ranges(ranges: &[ByteRange], left_out: u64) -> String {
+    if ranges.is_empty() {
+        return "-".to_owned();
+    }
+    let shown = ranges.iter().take(RANGES_SHOWN);
+    let shown: Vec<_> = shown.map(|r| format!("{}..{}", r.start, r.end)).collect();
+    let more = (ranges.len() - shown.len()) as u64 + left_out;
+    let more = match more {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{}{more}", shown.join(" "))
+}

@@ -1,0 +1,113 @@
+//! Making the head of a volume anew, with its name if that is lost too.
+
+use quarry_objfmt::head::Head;
+use quarry_objfmt::keys;
+use std::sync::Arc;
+
+use super::{Daemon, now_ms, registry};
+use crate::backend::HeadCell;
+use crate::control::dto::check_size;
+use crate::control::{ApiError, ApiResult, Kind, RescueReport, RescueSpec, VolumeRef};
+use crate::rescue::{self, RescueError};
+
+impl From<RescueError> for ApiError {
+    fn from(error: RescueError) -> Self {
+        let (kind, remedy) = match &error {
+            RescueError::Sound => (
+                Kind::Conflict,
+                "there is nothing to rescue; `quarry volume verify` checks the rest of the volume",
+            ),
+            RescueError::Newer(_) => (Kind::Unsupported, "use a build of that version"),
+            RescueError::Nothing => (
+                Kind::Damaged,
+                "check its id; if it is right, restore its objects from a copy",
+            ),
+            RescueError::NotWhole { .. } | RescueError::Epochs => {
+                (Kind::Damaged, "restore the objects from a copy")
+            }
+            RescueError::Needs { .. } => (
+                Kind::Invalid,
+                "give what the volume was made with; a size that is too large does no harm",
+            ),
+            RescueError::Size { .. } => (Kind::Invalid, "give another --size"),
+            RescueError::Raced { .. } => (
+                Kind::Conflict,
+                "stop whoever has the volume attached, and try again",
+            ),
+            RescueError::Store(error) => return registry::store_error(error),
+        };
+        Self::new(kind, error.to_string(), remedy)
+    }
+}
+
+impl Daemon {
+    pub(super) async fn rescue_volume(
+        &self,
+        volume: &VolumeRef,
+        spec: &RescueSpec,
+    ) -> ApiResult<RescueReport> {
+        if let Some(size) = spec.size_bytes {
+            check_size(size, spec.sector_size.unwrap_or(quarry_objfmt::SECTOR_SIZE))?;
+        }
+        let slot = self.slot(volume);
+        let _change = slot.change.lock().await;
+        let answer = if slot.is_detached() {
+            self.rescue_detached(volume, spec).await
+        } else {
+            let message = format!("{volume} is attached");
+            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+        };
+        self.forget_idle(volume, &slot);
+        answer
+    }
+
+    async fn rescue_detached(
+        &self,
+        volume: &VolumeRef,
+        spec: &RescueSpec,
+    ) -> ApiResult<RescueReport> {
+        let id = match spec.id {
+            Some(id) => id,
+            None => registry::find(&self.control, volume)
+                .await
+                .map_err(|e| e.with_remedy("if its name is lost, give its id with --id"))?,
+        };
+        let name = registry::name_state(&self.control, volume, id).await?;
+        // It reads much, and waits for the store as other work does.
+        let store = Arc::clone(&self.common.background);
+        let rescued = rescue::run(store, volume, id, spec, &self.host, now_ms()).await;
+        let report = match rescued {
+            Err(RescueError::Sound) if !name.is_there() => {
+                let head = self.sound_head(volume, id).await?;
+                RescueReport {
+                    volume: volume.to_string(),
+                    id: id.to_string(),
+                    lost: "its name is lost, its head is sound".to_owned(),
+                    epoch: head.epoch.get(),
+                    last_write: head.root_write.get(),
+                    size_min_bytes: head.size.bytes(),
+                    applied: spec.apply,
+                    ..RescueReport::default()
+                }
+            }
+            rescued => rescued?,
+        };
+        if report.applied {
+            registry::name_anew(&self.control, volume, id, name).await?;
+        }
+        Ok(report)
+    }
+
+    /// The sound head of a volume that is to be called `volume` again, and says so itself.
+    async fn sound_head(&self, volume: &VolumeRef, id: quarry_objfmt::VolumeId) -> ApiResult<Head> {
+        let key = keys::head_key(&volume.tenant, id);
+        let (head, _) = HeadCell::read(&self.control, &key)
+            .await
+            .map_err(|e| registry::head_error(volume, &e))?;
+        if head.name == volume.name.as_str() {
+            return Ok(head);
+        }
+        let message = format!("volume {id} is called {}/{}", head.tenant, head.name);
+        Err(ApiError::new(Kind::Conflict, message, "use that name"))
+    }
+}

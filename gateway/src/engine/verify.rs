@@ -1,0 +1,113 @@
+//! Checks of volumes under way: one a volume, a few a daemon.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{Daemon, registry};
+use crate::control::{ApiError, ApiResult, Kind, VerifyProgress, VerifyReport, VolumeRef};
+use crate::verify::{self, Progress};
+
+/// Checks at once in a daemon: each may hold some hundred MiB, and takes its share of the store.
+const VERIFIES_MAX: usize = 2;
+
+/// The checks under way.
+#[derive(Clone, Default)]
+pub(super) struct Verifies(Arc<Mutex<BTreeMap<VolumeRef, Arc<Progress>>>>);
+
+/// The right to check a volume, given back when it is dropped, finished or not.
+struct Running {
+    all: Verifies,
+    volume: VolumeRef,
+    progress: Arc<Progress>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.all.0.lock().remove(&self.volume);
+    }
+}
+
+impl Verifies {
+    fn begin(&self, volume: &VolumeRef) -> ApiResult<Running> {
+        let mut all = self.0.lock();
+        if all.contains_key(volume) {
+            let message = format!("{volume} is being verified already");
+            return Err(ApiError::new(
+                Kind::Conflict,
+                message,
+                "wait for that to end",
+            ));
+        }
+        if all.len() >= VERIFIES_MAX {
+            let message = format!("{} volumes are being verified already", all.len());
+            let remedy = "try again when one of them is done";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        let progress = Arc::<Progress>::default();
+        all.insert(volume.clone(), Arc::clone(&progress));
+        Ok(Running {
+            all: self.clone(),
+            volume: volume.clone(),
+            progress,
+        })
+    }
+
+    pub(super) fn progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+        let found = self.0.lock().get(volume).map(|progress| progress.get());
+        found.ok_or_else(|| {
+            let message = format!("{volume} is not being verified");
+            let remedy = format!("verify it with `quarry volume verify {volume}`");
+            ApiError::new(Kind::NotFound, message, remedy)
+        })
+    }
+}
+
+impl Daemon {
+    /// Changes nothing, and ends where it is when its caller goes away.
+    pub(super) async fn verify_volume(
+        &self,
+        volume: &VolumeRef,
+        deep: bool,
+    ) -> ApiResult<VerifyReport> {
+        let id = registry::find(&self.control, volume).await?;
+        let running = self.verifies.begin(volume)?;
+        // A store that is away is waited for; what the volumes' users read comes first.
+        let store = Arc::clone(&self.common.background);
+        let progress = Arc::clone(&running.progress);
+        let report = verify::run(store, volume, id, deep, progress).await;
+        report.map_err(|error| registry::store_error(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(name: &str) -> VolumeRef {
+        VolumeRef::new("acme", name).unwrap()
+    }
+
+    #[test]
+    fn volume_being_verified_is_refused_until_that_ends() {
+        let all = Verifies::default();
+        assert_eq!(all.progress(&volume("a")).unwrap_err().kind, Kind::NotFound);
+        let running = all.begin(&volume("a")).unwrap();
+        assert_eq!(all.begin(&volume("a")).err().unwrap().kind, Kind::Conflict);
+        all.progress(&volume("a")).unwrap();
+        drop(running);
+        all.begin(&volume("a")).unwrap();
+    }
+
+    #[test]
+    fn volumes_past_the_most_at_once_are_refused() {
+        let all = Verifies::default();
+        let names = (0..VERIFIES_MAX).map(|n| volume(&n.to_string()));
+        let mut running: Vec<_> = names.map(|v| all.begin(&v).unwrap()).collect();
+        let refused = all.begin(&volume("more")).err().unwrap();
+        assert!(refused.message.contains("being verified"), "{refused}");
+        running.pop();
+        all.begin(&volume("more")).unwrap();
+    }
+}

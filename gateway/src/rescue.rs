@@ -1,0 +1,588 @@
+//! Makes a lost or damaged head anew from the volume's other objects.
+//!
+//! Owns: finding the newest consistent state, and the order in which it becomes the volume's. Does not
+//! own: whether a state is sound ([`crate::verify`] is asked).
+//!
+//! A state is a map and the chunks after it. Where a map's log begins is not written in the map, but any
+//! place will do that is not too late: chunks that are folded into a map already give, replayed in
+//! order, what is there. So the log is taken from behind the newest chunk that the map names, of which
+//! there may be chunks of zeroes alone that the map holds too; or from the first chunk, if no map is whole.
+//!
+//! The log is followed by its seals: a chunk behind a seal was never the volume's. Behind a seal the
+//! lowest epoch from the sealing one on goes on that has anything at that place: an attach that sealed and
+//! died before it recorded its range never wrote. Numbers of writes must go on without a gap.
+//!
+//! A map that a writer stored without moving the head to it is as good as others: it holds chunks that
+//! were in the log by then. One that names chunks that a later epoch has in other words is passed over.
+//!
+//! The order of making it so, and what a crash between the steps leaves:
+//! 1. Seal the log's end, for an epoch far above all that were found. *Crash: the seal stays, and
+//!    the next rescue finds the same end.* A chunk that is there instead means that somebody writes: refused.
+//! 2. The head, create-only or where the damaged one was seen. *Crash: the volume is there, by its id.*
+//! 3. The name, if it is lost. *Crash before: as after step 2; the next rescue finds a sound head, and
+//!    the name is still to be made.*
+
+mod log;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quarry_objfmt::chunk::encode_seal;
+use quarry_objfmt::error::FormatError;
+use quarry_objfmt::head::{Head, LogRange, RootRef};
+use quarry_objfmt::map::{Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, Compression, Durability, Encryption, Epoch, MapSeq, SECTOR_SIZE, Sectors,
+    VOLUME_SECTORS_MAX, VolumeId, WriteSeq, keys,
+};
+
+use self::log::{Followed, follow};
+use crate::backend::DAMAGE_RETRIES_MAX;
+use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
+use crate::store::{Store, StoreError, Tag};
+use crate::verify;
+
+/// How far the new epoch is above all that were found: an attach that wrote nothing left no trace of
+/// its epoch but in the head.
+const EPOCH_MARGIN: u32 = 256;
+
+/// Maps passed over that are listed.
+const PASSED_OVER_MAX: usize = 100;
+
+/// Why a head cannot be made anew.
+#[derive(Debug, thiserror::Error)]
+pub enum RescueError {
+    /// There is nothing to mend.
+    #[error("the head of the volume is sound")]
+    Sound,
+    /// A newer build wrote it.
+    #[error("the head of the volume is not damaged but of a later version: {0}")]
+    Newer(FormatError),
+    /// No chunk and no map.
+    #[error("the store has no chunk of the volume")]
+    Nothing,
+    /// No state is whole.
+    #[error("no state of the volume is whole; the newest is not for {object}: {problem}")]
+    NotWhole {
+        /// The object.
+        object: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The last epoch is used up.
+    #[error("the objects of the volume are of the last epochs that there are")]
+    Epochs,
+    /// What the head alone said was not given.
+    #[error("no object but the lost head says all about the volume: {} missing", .flags.join(", "))]
+    Needs {
+        /// The flags.
+        flags: Vec<String>,
+    },
+    /// What was given cannot be.
+    #[error("the volume has at least {min} bytes, in whole sectors of {sector_size}")]
+    Size {
+        /// Bytes that are written to.
+        min: u64,
+        /// Its logical block.
+        sector_size: u32,
+    },
+    /// Somebody writes to the volume, or makes its head anew too.
+    #[error("{object} was written just now")]
+    Raced {
+        /// The object.
+        object: String,
+    },
+    /// The store does not answer, or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The objects of the volume, by their keys.
+#[derive(Debug, Default)]
+struct Listed {
+    /// Chunks and seals.
+    chunks: BTreeMap<Epoch, BTreeSet<u64>>,
+    /// Map objects.
+    maps: BTreeSet<(Epoch, MapSeq)>,
+}
+
+impl Listed {
+    async fn read(store: &dyn Store, volume: &VolumeRef, id: VolumeId) -> Result<Self, StoreError> {
+        let prefix = keys::volume_prefix(&volume.tenant, id);
+        let mut listed = Self::default();
+        for key in store.list(&prefix).await? {
+            let mut parts = key[prefix.len()..].split('/');
+            let (kind, epoch, seq) = (parts.next(), parts.next(), parts.next());
+            let (Some(epoch), Some(seq), None) = (hex(epoch, 8), hex(seq, 16), parts.next()) else {
+                continue;
+            };
+            let Ok(epoch) = u32::try_from(epoch).map(Epoch::new) else {
+                continue;
+            };
+            // Numbers that nothing can follow upon are nobody's.
+            if seq == u64::MAX {
+                continue;
+            }
+            match kind {
+                Some("chunk") => {
+                    listed.chunks.entry(epoch).or_default().insert(seq);
+                }
+                Some("map") => {
+                    listed.maps.insert((epoch, MapSeq::new(seq)));
+                }
+                _ => {}
+            }
+        }
+        Ok(listed)
+    }
+
+    /// Whether a chunk is there and no later epoch began at or before its place.
+    fn can_be(&self, chunk: ChunkId) -> bool {
+        let there = self.chunks.get(&chunk.epoch);
+        let later = (
+            std::ops::Bound::Excluded(chunk.epoch),
+            std::ops::Bound::Unbounded,
+        );
+        let begun = |seqs: &BTreeSet<u64>| seqs.first().is_some_and(|s| *s <= chunk.seq.get());
+        there.is_some_and(|seqs| seqs.contains(&chunk.seq.get()))
+            && !self.chunks.range(later).any(|(_, seqs)| begun(seqs))
+    }
+
+    fn epoch_max(&self) -> Epoch {
+        let chunks = self.chunks.keys().next_back().copied();
+        let maps = self.maps.last().map(|(epoch, _)| *epoch);
+        chunks.max(maps).unwrap_or(Epoch::ZERO)
+    }
+}
+
+/// A number of so many hexadecimal digits, lower case.
+fn hex(text: Option<&str>, digits: usize) -> Option<u64> {
+    let text = text.filter(|text| text.len() == digits)?;
+    let is_hex = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    is_hex.then(|| u64::from_str_radix(text, 16).ok())?
+}
+
+/// A state that the volume can have.
+struct Candidate {
+    root: Option<RootRef>,
+    root_write: WriteSeq,
+    frame_sectors: u32,
+    size_min: Sectors,
+    followed: Followed,
+}
+
+/// What stands in the head's place.
+enum Lost {
+    Missing,
+    Damaged(Tag, FormatError),
+}
+
+/// Makes a head anew, or says what it would be.
+///
+/// # Errors
+/// [`RescueError`]; but after [`RescueError::Store`], [`RescueError::Raced`] nothing was changed but
+/// the log's end sealed.
+pub async fn run(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    id: VolumeId,
+    spec: &RescueSpec,
+    host: &str,
+    now_ms: u64,
+) -> Result<RescueReport, RescueError> {
+    let head_key = keys::head_key(&volume.tenant, id);
+    let lost = lost(&*store, &head_key, id).await?;
+    let listed = Listed::read(&*store, volume, id).await?;
+    if listed.chunks.is_empty() {
+        return Err(RescueError::Nothing);
+    }
+    let rescue = Rescue {
+        store,
+        volume: volume.clone(),
+        id,
+        listed,
+    };
+    let mut passed_over = Vec::new();
+    let found = rescue.newest(spec, &mut passed_over).await?;
+    let epoch = rescue.listed.epoch_max().max(found.followed.epoch_max);
+    let epoch = epoch.get().checked_add(EPOCH_MARGIN).map(Epoch::new);
+    let epoch = epoch.filter(|epoch| epoch.get() < u32::MAX);
+    let epoch = epoch.ok_or(RescueError::Epochs)?;
+    let mut report = rescue.report(&found, epoch, passed_over);
+    report.lost = match &lost {
+        Lost::Missing => "it is missing".to_owned(),
+        Lost::Damaged(_, error) => error.to_string(),
+    };
+    report.needs = needs(spec);
+    if !spec.apply {
+        return Ok(report);
+    }
+    let mut head = rescue.head(&found, spec)?;
+    head.epoch = epoch;
+    head.created_ms = now_ms;
+    for range in &mut head.log {
+        range.end = range.end.or(Some(found.followed.end));
+    }
+    // Step 1.
+    rescue.seal(&found.followed, epoch, host).await?;
+    // Step 2.
+    let bytes = Bytes::from(head.encode());
+    let written = match &lost {
+        Lost::Missing => rescue.store.create(&head_key, bytes.clone()).await,
+        Lost::Damaged(tag, _) => rescue.store.replace(&head_key, bytes.clone(), tag).await,
+    };
+    match written {
+        Ok(_) => {}
+        Err(StoreError::Exists { .. } | StoreError::Changed { .. }) => {
+            // Our own PUT, whose answer was lost, or another's.
+            let (now, _) = rescue.store.get(&head_key).await?;
+            if now != bytes {
+                return Err(RescueError::Raced { object: head_key });
+            }
+        }
+        Err(error) => return Err(error.into()),
+    }
+    report.applied = true;
+    Ok(report)
+}
+
+/// What is wrong with the head.
+async fn lost(store: &dyn Store, key: &str, id: VolumeId) -> Result<Lost, RescueError> {
+    let mut tries = 0;
+    loop {
+        let (bytes, tag) = match store.get(key).await {
+            Ok(found) => found,
+            Err(StoreError::NotFound { .. }) => return Ok(Lost::Missing),
+            Err(error) => return Err(error.into()),
+        };
+        let error = match Head::decode(&bytes) {
+            Ok(head) if head.volume == id => return Err(RescueError::Sound),
+            Ok(_) => FormatError::Misplaced {
+                what: "head",
+                field: "volume",
+            },
+            Err(error @ FormatError::Version { .. }) => return Err(RescueError::Newer(error)),
+            Err(error) => error,
+        };
+        // The damage may have happened on the way.
+        if tries == DAMAGE_RETRIES_MAX {
+            return Ok(Lost::Damaged(tag, error));
+        }
+        tries += 1;
+    }
+}
+
+/// The flags that are missing.
+fn needs(spec: &RescueSpec) -> Vec<String> {
+    let all = [
+        (spec.size_bytes.is_some(), "--size"),
+        (spec.sector_size.is_some(), "--sector-size"),
+        (spec.durability.is_some(), "--durability"),
+        (spec.compression.is_some(), "--compression"),
+    ];
+    let missing = all.iter().filter(|(given, _)| !given);
+    missing.map(|(_, flag)| (*flag).to_owned()).collect()
+}
+
+struct Rescue {
+    store: Arc<dyn Store>,
+    volume: VolumeRef,
+    id: VolumeId,
+    listed: Listed,
+}
+
+impl Rescue {
+    /// The newest state that is whole. Which maps it cannot start from goes to `passed_over`.
+    async fn newest(
+        &self,
+        spec: &RescueSpec,
+        passed_over: &mut Vec<Finding>,
+    ) -> Result<Candidate, RescueError> {
+        let mut newest: Option<Finding> = None;
+        let maps = self.listed.maps.iter().rev().map(|map| Some(*map));
+        for map in maps.chain([None]) {
+            let object = match map {
+                Some((epoch, seq)) => keys::map_key(&self.volume.tenant, self.id, epoch, seq),
+                None => format!(
+                    "{}chunk/",
+                    keys::volume_prefix(&self.volume.tenant, self.id)
+                ),
+            };
+            let problem = match self.candidate(map).await? {
+                Ok(None) => continue,
+                Ok(Some(candidate)) => match self.whole(&candidate, spec).await? {
+                    None => return Ok(candidate),
+                    Some(finding) => format!("{}: {}", finding.object, finding.problem),
+                },
+                Err(problem) => problem,
+            };
+            let finding = Finding {
+                object,
+                problem,
+                ..Finding::default()
+            };
+            newest.get_or_insert_with(|| finding.clone());
+            if passed_over.len() < PASSED_OVER_MAX {
+                passed_over.push(finding);
+            }
+        }
+        let Finding {
+            object, problem, ..
+        } = newest.unwrap_or_default();
+        Err(RescueError::NotWhole { object, problem })
+    }
+
+    /// The state that starts from a map object, or from no map; none if the object has no manifest.
+    async fn candidate(
+        &self,
+        map: Option<(Epoch, MapSeq)>,
+    ) -> Result<Result<Option<Candidate>, String>, RescueError> {
+        let mut newest: Option<ChunkId> = None;
+        let mut size_min = Sectors::ZERO;
+        let mut root = None;
+        if let Some((epoch, seq)) = map {
+            let (found, end) = match self.manifest(epoch, seq).await? {
+                Ok(Some(found)) => found,
+                Ok(None) => return Ok(Ok(None)),
+                Err(problem) => return Ok(Err(problem)),
+            };
+            root = Some(found);
+            size_min = end;
+            let mut foreign = None;
+            let head = self.template(root, Vec::new());
+            let each = |chunk: ChunkId| {
+                if !self.listed.can_be(chunk) {
+                    foreign.get_or_insert(chunk);
+                }
+                if newest.is_none_or(|n| n.seq < chunk.seq) {
+                    newest = Some(chunk);
+                }
+            };
+            let store = Arc::clone(&self.store);
+            if let Some(problem) = verify::walk_map(store, &self.volume, head, each).await? {
+                return Ok(Err(problem));
+            }
+            if let Some(chunk) = foreign {
+                let key = keys::chunk_key(&self.volume.tenant, chunk);
+                return Ok(Err(format!(
+                    "it names {key}, which is missing or not of the log"
+                )));
+            }
+        }
+        let followed =
+            match follow(&*self.store, &self.volume, self.id, &self.listed, newest).await? {
+                Ok(followed) => followed,
+                Err(problem) => return Ok(Err(problem)),
+            };
+        let size_min = size_min.max(followed.size_min);
+        Ok(Ok(Some(Candidate {
+            root,
+            root_write: followed.root_write,
+            frame_sectors: followed.frame_sectors,
+            size_min,
+            followed,
+        })))
+    }
+
+    /// What is wrong with a state.
+    async fn whole(
+        &self,
+        candidate: &Candidate,
+        spec: &RescueSpec,
+    ) -> Result<Option<Finding>, StoreError> {
+        let followed = &candidate.followed;
+        let mut head = self.template(candidate.root, followed.log.clone());
+        // What lies at the end and is no chunk of it is left out, though it is no seal.
+        let mut left_out = None;
+        if let Some(last) = head.log.last_mut().filter(|_| followed.blocked) {
+            last.end = Some(followed.end);
+            let id = ChunkId {
+                volume: self.id,
+                epoch: last.epoch,
+                seq: followed.end,
+            };
+            left_out = Some(keys::chunk_key(&self.volume.tenant, id));
+        }
+        head.root_write = candidate.root_write;
+        head.frame_sectors = candidate.frame_sectors;
+        // Too small a size is refused in its own words.
+        let given = spec.size_bytes.and_then(Sectors::from_bytes);
+        head.size = given.unwrap_or(head.size).max(candidate.size_min);
+        let store = Arc::clone(&self.store);
+        let report = verify::check_head(store, &self.volume, head).await?;
+        let mut findings = report.findings.into_iter();
+        Ok(findings.find(|finding| Some(&finding.object) != left_out.as_ref()))
+    }
+
+    /// A head to check states with: as large and as late as can be.
+    fn template(&self, root: Option<RootRef>, log: Vec<LogRange>) -> Head {
+        Head {
+            volume: self.id,
+            tenant: self.volume.tenant.to_string(),
+            name: self.volume.name.to_string(),
+            created_ms: 0,
+            sector_size: SECTOR_SIZE,
+            frame_sectors: 1,
+            compression: Compression::None,
+            encryption: Encryption::None,
+            durability: Durability::Local,
+            size: Sectors::new(VOLUME_SECTORS_MAX),
+            epoch: Epoch::new(u32::MAX),
+            owner: None,
+            lineage: None,
+            log,
+            root,
+            root_write: WriteSeq::ZERO,
+            next_map: MapSeq::ZERO,
+            stored_bytes: 0,
+        }
+    }
+
+    /// The manifest of a map object, if it has one, and the end of what it maps.
+    async fn manifest(
+        &self,
+        epoch: Epoch,
+        seq: MapSeq,
+    ) -> Result<Result<Option<(RootRef, Sectors)>, String>, StoreError> {
+        let key = keys::map_key(&self.volume.tenant, self.id, epoch, seq);
+        let object = match self.store.get(&key).await {
+            Ok((object, _)) => object,
+            Err(error @ (StoreError::NotFound { .. } | StoreError::Invalid { .. })) => {
+                return Ok(Err(error.to_string()));
+            }
+            Err(error) => return Err(error),
+        };
+        let Some(at) = last_node(&object) else {
+            return Ok(Err("it is no row of nodes".to_owned()));
+        };
+        // Its kind: a table ends with an index node.
+        if object[at + 6] != quarry_objfmt::map::NodeKind::Manifest as u8 {
+            return Ok(Ok(None));
+        }
+        let (Ok(offset), Ok(len)) = (u32::try_from(at), u32::try_from(object.len() - at)) else {
+            return Ok(Err("it is too long".to_owned()));
+        };
+        let id = MapObjectId {
+            volume: self.id,
+            epoch,
+            seq,
+        };
+        let manifest = match Manifest::decode(id, offset, &object[at..]) {
+            Ok(manifest) => manifest,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let ends = manifest.runs.iter().flatten().map(|table| table.end.get());
+        let end = Sectors::new(ends.max().unwrap_or(0));
+        let root = RootRef {
+            epoch,
+            seq,
+            offset,
+            len,
+        };
+        Ok(Ok(Some((root, end))))
+    }
+
+    /// The head of a state, with what the flags say; the last range of its log open.
+    fn head(&self, found: &Candidate, spec: &RescueSpec) -> Result<Head, RescueError> {
+        let (Some(size), Some(sector_size), Some(durability), Some(compression)) = (
+            spec.size_bytes,
+            spec.sector_size,
+            spec.durability,
+            spec.compression,
+        ) else {
+            return Err(RescueError::Needs { flags: needs(spec) });
+        };
+        let min = found.size_min.bytes();
+        let sectors = Sectors::from_bytes(size).filter(|_| size >= min);
+        let mut head = self.template(found.root, found.followed.log.clone());
+        head.size = sectors.ok_or(RescueError::Size { min, sector_size })?;
+        head.sector_size = sector_size;
+        head.frame_sectors = found.frame_sectors;
+        head.durability = durability;
+        head.compression = compression;
+        head.root_write = found.root_write;
+        head.stored_bytes = found.followed.bytes;
+        head.next_map = self
+            .listed
+            .maps
+            .iter()
+            .map(|(_, seq)| seq.next())
+            .max()
+            .unwrap_or(MapSeq::ZERO);
+        head.validate()
+            .map_err(|_| RescueError::Size { min, sector_size })?;
+        Ok(head)
+    }
+
+    /// Ends the log for every writer that may still be there.
+    async fn seal(&self, followed: &Followed, by: Epoch, host: &str) -> Result<(), RescueError> {
+        for epoch in &followed.open {
+            let id = ChunkId {
+                volume: self.id,
+                epoch: *epoch,
+                seq: followed.end,
+            };
+            let key = keys::chunk_key(&self.volume.tenant, id);
+            let seal = Bytes::from(encode_seal(id, by, host));
+            match self.store.create(&key, seal.clone()).await {
+                Ok(_) => {}
+                Err(StoreError::Exists { .. }) => {
+                    // Our own PUT, whose answer was lost; or what a damaged chunk left in its place, which
+                    // nobody can write over.
+                    let (there, _) = self.store.get(&key).await?;
+                    if there != seal && !followed.blocked {
+                        return Err(RescueError::Raced { object: key });
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&self, found: &Candidate, epoch: Epoch, passed_over: Vec<Finding>) -> RescueReport {
+        let followed = &found.followed;
+        let range = |range: &LogRange| LogRangeInfo {
+            epoch: range.epoch.get(),
+            first: range.first.get(),
+            end: range.end.map_or(followed.end.get(), ChunkSeq::get),
+        };
+        RescueReport {
+            volume: self.volume.to_string(),
+            id: self.id.to_string(),
+            epoch: epoch.get(),
+            map: found
+                .root
+                .map(|root| keys::map_key(&self.volume.tenant, self.id, root.epoch, root.seq)),
+            passed_over,
+            log: followed.log.iter().map(range).collect(),
+            log_ends: followed.ends.clone(),
+            left_behind: followed.left_behind,
+            last_write: followed.last_write.get(),
+            size_min_bytes: found.size_min.bytes(),
+            ..RescueReport::default()
+        }
+    }
+}
+
+/// Where the last node of a map object begins, if it is nodes end to end.
+fn last_node(object: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    loop {
+        let header = object.get(at..at + NODE_HEADER_LEN)?;
+        if header[..4] != NODE_MAGIC {
+            return None;
+        }
+        let stored = u32::from_le_bytes(header[16..20].try_into().ok()?);
+        let end = at + NODE_HEADER_LEN + usize::try_from(stored).ok()?;
+        match end.cmp(&object.len()) {
+            std::cmp::Ordering::Less => at = end,
+            std::cmp::Ordering::Equal => return Some(at),
+            std::cmp::Ordering::Greater => return None,
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! Checks a volume in the store against its checksums and its map, and says what of it is hit.
+//!
+//! Owns: what is looked at, in which order and in how much memory. Does not own: who may ask for it
+//! (`crate::engine`), the rules of the formats (`quarry-objfmt`).
+//!
+//! What is verified is one head, as it was at the start, and the log from its map on up to where it
+//! ended then. A writer that goes on meanwhile does no harm: objects are never changed, and none is
+//! deleted while its volume is there. What a host has not sent yet is not in the store and not looked at.
+//!
+//! The order: head; log, header by header; then the map and the log merged as a reader sees them,
+//! leaf by leaf, which says what each chunk is needed for; then the chunks, each once.
+//!
+//! **Invariants.**
+//! - What the map needs of chunks is held for [`REFS_MAX`] entries at most: if there are more, the
+//!   map is walked again for the chunks that come next. The log's entries are held as an attach holds them.
+//! - Nothing is found wrong that was read right once: what seems damaged is asked for again, as a
+//!   reader does.
+//! - The ranges named are what a reader of the store cannot have, no more: what newer data hide is not hit.
+
+mod chunk;
+mod counted;
+mod findings;
+mod log;
+mod walk;
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures::{StreamExt, TryStreamExt};
+use quarry_objfmt::chunk::CHUNK_SECTORS_MAX;
+use quarry_objfmt::head::Head;
+use quarry_objfmt::{ChunkId, Location, TenantName, VolumeId, keys};
+
+use self::chunk::{Fault, Ref, check_chunk};
+use self::counted::Counted;
+use self::findings::Findings;
+use self::log::Log;
+use self::walk::{Walk, lost_by};
+use crate::backend::{DAMAGE_RETRIES_MAX, HeadCell, HeadError};
+use crate::control::{VerifyProgress, VerifyReport, VolumeRef};
+use crate::store::{Store, StoreError};
+
+/// Entries of the map held at once, over all chunks: 64 MiB of them.
+const REFS_MAX: usize = (64 << 20) / size_of::<Ref>();
+
+/// Chunks checked side by side; each takes a header and up to [`chunk::GET_BYTES`] of frames, twice.
+const CHUNKS_AT_ONCE: usize = 8;
+
+/// How far a check is, for who looks on.
+#[derive(Debug, Default)]
+pub struct Progress {
+    nodes: AtomicU64,
+    chunks: AtomicU64,
+    chunks_total: AtomicU64,
+    frames: AtomicU64,
+    read_bytes: AtomicU64,
+    findings: AtomicU64,
+}
+
+impl Progress {
+    /// The counts now.
+    pub fn get(&self) -> VerifyProgress {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        VerifyProgress {
+            nodes: get(&self.nodes),
+            chunks: get(&self.chunks),
+            chunks_total: get(&self.chunks_total),
+            frames: get(&self.frames),
+            read_bytes: get(&self.read_bytes),
+            findings: get(&self.findings),
+        }
+    }
+}
+
+fn add(count: &AtomicU64, by: u64) {
+    count.fetch_add(by, Ordering::Relaxed);
+}
+
+/// What is being checked.
+struct Check {
+    store: Counted,
+    tenant: TenantName,
+    head: Head,
+    deep: bool,
+    refs_max: usize,
+    progress: Arc<Progress>,
+}
+
+/// Whether the answer says that the object is not as it should be, rather than that the store cannot
+/// tell now.
+const fn is_damage(error: &StoreError) -> bool {
+    matches!(
+        error,
+        StoreError::NotFound { .. } | StoreError::WrongLength { .. } | StoreError::Invalid { .. }
+    )
+}
+
+/// Checks the volume `id`, which is called `volume`. With `deep` every frame that a reader may need
+/// is read; without, only what names and locates it.
+///
+/// # Errors
+/// What waiting for the store does not mend: nothing can be said of the volume then.
+pub async fn run(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    id: VolumeId,
+    deep: bool,
+    progress: Arc<Progress>,
+) -> Result<VerifyReport, StoreError> {
+    run_with(store, volume, id, deep, progress, REFS_MAX).await
+}
+
+async fn run_with(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    id: VolumeId,
+    deep: bool,
+    progress: Arc<Progress>,
+    refs_max: usize,
+) -> Result<VerifyReport, StoreError> {
+    let store = Counted::new(store, Arc::clone(&progress));
+    let mut findings = Findings::new(Arc::clone(&progress));
+    let mut report = VerifyReport {
+        volume: volume.to_string(),
+        id: id.to_string(),
+        deep,
+        ..VerifyReport::default()
+    };
+    let key = keys::head_key(&volume.tenant, id);
+    match read_head(&store, &key).await? {
+        Err(reason) => {
+            findings.add(&key, format!("{reason}; the volume cannot be attached"));
+        }
+        Ok(head) => {
+            for problem in misplaced(&head, volume, id) {
+                findings.add(&key, problem);
+            }
+            let check = Check::new(store, volume, head, deep, refs_max, &progress);
+            check.all(&mut report, &mut findings).await?;
+        }
+    }
+    report.checked = progress.get();
+    findings.tell(&mut report);
+    Ok(report)
+}
+
+async fn read_head(store: &Counted, key: &str) -> Result<Result<Head, String>, StoreError> {
+    let mut tries = 0;
+    loop {
+        match HeadCell::read(store, key).await {
+            Ok((head, _)) => return Ok(Ok(head)),
+            Err(HeadError::Store(error)) => return Err(error),
+            Err(HeadError::Damaged { reason, .. }) if tries == DAMAGE_RETRIES_MAX => {
+                return Ok(Err(reason));
+            }
+            Err(_) => tries += 1,
+        }
+    }
+}
+
+/// What a sound head says that is not true of this volume.
+fn misplaced(head: &Head, volume: &VolumeRef, id: VolumeId) -> Vec<String> {
+    let mut problems = Vec::new();
+    if head.volume != id {
+        problems.push(format!("it is the head of volume {}", head.volume));
+    }
+    if head.tenant != volume.tenant.as_str() || head.name != volume.name.as_str() {
+        problems.push(format!(
+            "it says that the volume is called {}/{}",
+            head.tenant, head.name
+        ));
+    }
+    problems
+}
+
+/// Checks what a volume would be with this head, which need not be in the store: without reading
+/// frames.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) async fn check_head(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    head: Head,
+) -> Result<VerifyReport, StoreError> {
+    let progress = Arc::<Progress>::default();
+    let store = Counted::new(store, Arc::clone(&progress));
+    let mut findings = Findings::new(Arc::clone(&progress));
+    let mut report = VerifyReport::default();
+    let check = Check::new(store, volume, head, false, REFS_MAX, &progress);
+    check.all(&mut report, &mut findings).await?;
+    findings.tell(&mut report);
+    Ok(report)
+}
+
+/// Walks the map of a head without its log, and gives `each` the chunks that it names. Answers the
+/// first thing wrong with the map, if there is one.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) async fn walk_map(
+    store: Arc<dyn Store>,
+    volume: &VolumeRef,
+    head: Head,
+    mut each: impl FnMut(ChunkId) + Send,
+) -> Result<Option<String>, StoreError> {
+    let progress = Arc::<Progress>::default();
+    let store = Counted::new(store, Arc::clone(&progress));
+    let mut findings = Findings::new(Arc::clone(&progress));
+    let check = Check::new(store, volume, head, false, REFS_MAX, &progress);
+    if let Some(root) = walk::load_root(&check, &mut findings).await? {
+        let mut walk = Walk::new(&check, &root, Vec::new(), true);
+        while let Some(entry) = walk.next(&mut findings).await? {
+            match entry.location {
+                Location::Data(data) if lost_by(&data).is_none() => each(data.chunk),
+                _ => {}
+            }
+        }
+    }
+    let mut report = VerifyReport::default();
+    findings.tell(&mut report);
+    let first = report.findings.into_iter().next();
+    Ok(first.map(|finding| format!("{}: {}", finding.object, finding.problem)))
+}
+
+impl Check {
+    fn new(
+        store: Counted,
+        volume: &VolumeRef,
+        head: Head,
+        deep: bool,
+        refs_max: usize,
+        progress: &Arc<Progress>,
+    ) -> Self {
+        Self {
+            store,
+            tenant: volume.tenant.clone(),
+            head,
+            deep,
+            refs_max,
+            progress: Arc::clone(progress),
+        }
+    }
+
+    async fn all(
+        &self,
+        report: &mut VerifyReport,
+        findings: &mut Findings,
+    ) -> Result<(), StoreError> {
+        report.epoch = Some(self.head.epoch.get());
+        let log = log::walk(self, findings).await?;
+        (report.next_chunk, report.last_write) = (log.end.get(), log.last_write.get());
+        self.map_and_chunks(log, findings).await
+    }
+
+    /// The whole volume: what cannot be read if it cannot be attached.
+    fn whole(&self) -> (u64, u64) {
+        (0, self.head.size.get())
+    }
+
+    /// Walks the map, and checks what it names; as often as memory asks for.
+    async fn map_and_chunks(&self, log: Log, findings: &mut Findings) -> Result<(), StoreError> {
+        let Some(root) = walk::load_root(self, findings).await? else {
+            return Ok(());
+        };
+        let mut from: Option<ChunkId> = None;
+        loop {
+            let first_pass = from.is_none();
+            let mut walk = Walk::new(self, &root, log.entries.clone(), first_pass);
+            let mut batch = Batch::default();
+            while let Some(entry) = walk.next(findings).await? {
+                let Location::Data(data) = entry.location else {
+                    continue;
+                };
+                if let Some(finding) = lost_by(&data) {
+                    if first_pass {
+                        findings.hit(finding, entry.start.get(), entry.len.into());
+                    }
+                } else if from.is_none_or(|from| data.chunk >= from) {
+                    batch.push(data.chunk, Ref::new(&entry, &data), self.refs_max);
+                }
+            }
+            let Batch {
+                chunks,
+                above,
+                excess,
+                ..
+            } = batch;
+            if let Some(chunk) = excess {
+                let problem = "the map names more of it than a chunk can hold";
+                findings.add(&keys::chunk_key(&self.tenant, chunk), problem);
+            }
+            self.chunks(chunks, findings).await?;
+            if above.is_none() {
+                return Ok(());
+            }
+            from = above;
+        }
+    }
+
+    async fn chunks(
+        &self,
+        chunks: BTreeMap<ChunkId, Vec<Ref>>,
+        findings: &mut Findings,
+    ) -> Result<(), StoreError> {
+        add(&self.progress.chunks_total, chunks.len() as u64);
+        let mut checks = Box::pin(
+            futures::stream::iter(chunks)
+                .map(|(id, refs)| check_chunk(self, id, refs))
+                .buffer_unordered(CHUNKS_AT_ONCE),
+        );
+        while let Some(faults) = checks.try_next().await? {
+            add(&self.progress.chunks, 1);
+            for Fault {
+                object,
+                problem,
+                ranges,
+            } in faults
+            {
+                let finding = findings.add(&object, problem);
+                for (start, len) in ranges {
+                    findings.hit(finding, start, len.into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the map needs of the chunks that come next, by chunk, within a bound.
+#[derive(Default)]
+struct Batch {
+    chunks: BTreeMap<ChunkId, Vec<Ref>>,
+    held: usize,
+    /// The first chunk that is left for the next walk.
+    above: Option<ChunkId>,
+    /// A chunk of which the map names more than it can hold; what is too much was left out.
+    excess: Option<ChunkId>,
+}
+
+impl Batch {
+    fn push(&mut self, chunk: ChunkId, needed: Ref, max: usize) {
+        if self.above.is_some_and(|above| chunk >= above) {
+            return;
+        }
+        let refs = self.chunks.entry(chunk).or_default();
+        if refs.len() >= CHUNK_SECTORS_MAX as usize {
+            self.excess = Some(chunk);
+            return;
+        }
+        refs.push(needed);
+        self.held += 1;
+        // One chunk always stays, so that each walk gets further.
+        while self.held > max && self.chunks.len() > 1 {
+            let (last, refs) = self.chunks.pop_last().expect("there are two");
+            self.held -= refs.len();
+            self.above = Some(last);
+        }
+    }
+}
