@@ -48,7 +48,7 @@ impl World {
             world.hosts.iter().all(Host::has_no_uploads)
         })
         .await;
-        for host in &self.hosts {
+        for host in &mut self.hosts {
             host.check_budgets();
         }
         self.outcome.digest = self.core.digest.value();
