@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use parking_lot::Mutex;
-use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
+use quarry_cache::{AlignedBuf, BlockDevice, Geometry, SyncFailure};
 use quarry_objfmt::page::{RecordPage, SegmentHeader, SegmentKind};
 use quarry_objfmt::{CacheId, SegmentId};
 use rand::rngs::SmallRng;
@@ -38,6 +38,8 @@ pub struct DeviceFaults {
 pub struct SimDevice {
     id: CacheId,
     disk: Mutex<Disk>,
+    /// What the daemon of now was told of its syncs.
+    failure: Mutex<SyncFailure>,
 }
 
 #[derive(Debug)]
@@ -75,8 +77,18 @@ impl SimDevice {
             faults: DeviceFaults::default(),
             writes_left: None,
         };
-        let disk = Mutex::new(disk);
-        Self { id, disk }
+        Self {
+            id,
+            disk: Mutex::new(disk),
+            failure: Mutex::default(),
+        }
+    }
+
+    /// A daemon begins to use it, and hears of no failure that another one heard of.
+    pub fn open(&self) -> SyncFailure {
+        let failure = SyncFailure::default();
+        *self.failure.lock() = failure.clone();
+        failure
     }
 
     pub fn set_faults(&self, faults: DeviceFaults) {
@@ -288,6 +300,11 @@ impl BlockDevice for SimDevice {
         if self.disk.lock().writes_left == Some(0) {
             return Err(io::Error::from_raw_os_error(EIO));
         }
-        self.sync_data().map_err(io::Error::from_raw_os_error)
+        // As the device's own: a failure is everybody's, and for as long as the daemon lives.
+        let failure = self.failure.lock().clone();
+        if let Err(errno) = self.sync_data() {
+            failure.note(errno);
+        }
+        failure.get().map_err(io::Error::from_raw_os_error)
     }
 }

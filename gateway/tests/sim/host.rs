@@ -141,7 +141,7 @@ impl Host {
             scan.next_generation,
             &dirty,
         );
-        let failure = SyncFailure::default();
+        let failure = self.device.open();
         failure.then({
             let journals = self.journals.clone();
             move || journals.void()
@@ -196,6 +196,11 @@ impl Host {
             drained.abort();
         }
         let journal_is_void = daemon.failure.get().is_err();
+        if journal_is_void {
+            for promise in self.promises.values_mut() {
+                promise.acked = promise.flushed;
+            }
+        }
         for (n, session) in daemon.sessions {
             if !session.read_only {
                 let promise = Promise {
