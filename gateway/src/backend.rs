@@ -31,7 +31,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
 
 use open::Claimed;
-pub(crate) use sound::DAMAGE_RETRIES_MAX;
+pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
 pub use head::{HeadCell, HeadError};
 
@@ -331,31 +331,20 @@ impl VolumeBackend {
         let range = u64::from(first.stored_offset)
             ..u64::from(last.stored_offset) + u64::from(last.stored_len);
         let store = self.common.reads(foreground);
-        let mut tries = 0;
-        loop {
-            let error = match store.get_range(&object, range.clone()).await {
-                Ok(stored) => match self.decode(fetch, &stored).await {
-                    Ok(frames) => {
-                        for (frame, raw) in fetch.frames.iter().zip(&frames) {
-                            self.common
-                                .frames
-                                .insert((fetch.chunk, frame.index), raw.clone());
-                        }
-                        return Ok(frames);
-                    }
-                    Err(reason) => reason,
-                },
-                Err(error) => error.to_string(),
-            };
-            // Once more: the damage may have happened on the way.
-            tries += 1;
-            if tries > DAMAGE_RETRIES_MAX {
-                return Err(DataError {
-                    object,
-                    reason: error,
-                });
-            }
+        let attempt = || async {
+            let stored = get_range(&**store, &object, &range).await?;
+            let frames = self.decode(fetch, &stored).await;
+            frames.map_err(Unsound::Damaged)
+        };
+        let frames = match insist(attempt).await {
+            Ok(frames) => frames,
+            Err(unsound) => return Err(damaged(object, &unsound)),
+        };
+        for (frame, raw) in fetch.frames.iter().zip(&frames) {
+            let name = (fetch.chunk, frame.index);
+            self.common.frames.insert(name, raw.clone());
         }
+        Ok(frames)
     }
 
     async fn decode(&self, fetch: &Fetch, stored: &Bytes) -> Result<Vec<Bytes>, String> {
@@ -401,19 +390,13 @@ impl VolumeBackend {
         let id = node.object;
         let object = keys::map_key(self.head.tenant(), id.volume, id.epoch, id.seq);
         let range = u64::from(node.offset)..u64::from(node.offset) + u64::from(node.len);
-        let mut tries = 0;
-        loop {
-            let reason = match store.get_range(&object, range.clone()).await {
-                Ok(bytes) => match Node::decode(&node, &bytes) {
-                    Ok(decoded) => return Ok((node, Arc::new(decoded))),
-                    Err(error) => error.to_string(),
-                },
-                Err(error) => error.to_string(),
-            };
-            tries += 1;
-            if tries > DAMAGE_RETRIES_MAX {
-                return Err(DataError { object, reason });
-            }
+        let attempt = || async {
+            let bytes = get_range(&**store, &object, &range).await?;
+            Node::decode(&node, &bytes).map_err(|error| Unsound::Damaged(error.to_string()))
+        };
+        match insist(attempt).await {
+            Ok(decoded) => Ok((node, Arc::new(decoded))),
+            Err(unsound) => Err(damaged(object, &unsound)),
         }
     }
 
@@ -482,6 +465,23 @@ impl VolumeBackend {
             }
             Err(_) => Err(unknown()),
         }
+    }
+}
+
+/// A part of an object that must be there: that it is not is damage, too.
+async fn get_range(
+    store: &dyn Store,
+    object: &str,
+    range: &std::ops::Range<u64>,
+) -> Result<Bytes, Unsound> {
+    let got = store.get_range(object, range.clone()).await;
+    got.map_err(|error| Unsound::Damaged(error.to_string()))
+}
+
+fn damaged(object: String, unsound: &Unsound) -> DataError {
+    DataError {
+        object,
+        reason: unsound.to_string(),
     }
 }
 

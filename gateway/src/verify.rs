@@ -42,7 +42,7 @@ use self::counted::Counted;
 use self::findings::Findings;
 use self::log::Log;
 use self::walk::{Walk, lost_by};
-use crate::backend::{DAMAGE_RETRIES_MAX, HeadCell, HeadError};
+use crate::backend::{HeadCell, HeadError, Unsound};
 use crate::control::{VerifyProgress, VerifyReport, VolumeRef};
 use crate::store::{Store, StoreError};
 
@@ -101,6 +101,15 @@ const fn is_damage(error: &StoreError) -> bool {
     )
 }
 
+/// What the answer says of the object, or of the store.
+fn unsound(error: StoreError) -> Unsound {
+    if is_damage(&error) {
+        Unsound::Damaged(error.to_string())
+    } else {
+        Unsound::Store(error)
+    }
+}
+
 /// Checks the volume `id`, which is called `volume`. With `deep` every frame that a reader may need
 /// is read; without, only what names and locates it.
 ///
@@ -151,16 +160,11 @@ async fn run_with(
 }
 
 async fn read_head(store: &Counted, key: &str) -> Result<Result<Head, String>, StoreError> {
-    let mut tries = 0;
-    loop {
-        match HeadCell::read(store, key).await {
-            Ok((head, _)) => return Ok(Ok(head)),
-            Err(HeadError::Store(error)) => return Err(error),
-            Err(HeadError::Damaged { reason, .. }) if tries == DAMAGE_RETRIES_MAX => {
-                return Ok(Err(reason));
-            }
-            Err(_) => tries += 1,
-        }
+    match HeadCell::read(store, key).await {
+        Ok((head, _)) => Ok(Ok(head)),
+        Err(HeadError::Store(error)) => Err(error),
+        Err(HeadError::Damaged { reason, .. }) => Ok(Err(reason)),
+        Err(other) => Ok(Err(other.to_string())),
     }
 }
 

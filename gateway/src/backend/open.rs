@@ -406,6 +406,20 @@ pub(crate) async fn log_entry(
     }
 }
 
+/// As [`log_entry`], for who looks for damage: it is an answer.
+pub(crate) async fn log_place(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: ChunkId,
+) -> Result<Result<Option<Entry>, String>, StoreError> {
+    match log_entry(store, tenant, id).await {
+        Ok(entry) => Ok(Ok(entry)),
+        Err(OpenError::Store(error)) => Err(error),
+        Err(OpenError::Damaged { reason, .. }) => Ok(Err(reason)),
+        Err(other) => Ok(Err(other.to_string())),
+    }
+}
+
 /// What the first bytes of an object of the log say.
 enum Look {
     Entry(Entry),

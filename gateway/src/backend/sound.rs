@@ -9,11 +9,13 @@ use crate::store::StoreError;
 pub(crate) const DAMAGE_RETRIES_MAX: u32 = 2;
 
 /// Why there is nothing sound.
-#[derive(Debug)]
-pub(super) enum Unsound {
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unsound {
     /// The store's own answer.
+    #[error(transparent)]
     Store(StoreError),
     /// The object is damaged; how.
+    #[error("{0}")]
     Damaged(String),
 }
 
@@ -25,12 +27,32 @@ pub(super) async fn read<A, T, E: Display, F>(
 where
     F: Future<Output = Result<A, StoreError>>,
 {
+    insist(|| async {
+        let answer = ask().await.map_err(Unsound::Store)?;
+        decode(answer).map_err(|error| Unsound::Damaged(error.to_string()))
+    })
+    .await
+}
+
+/// Tries again what finds damage.
+pub(crate) async fn insist<T, F>(attempt: impl Fn() -> F) -> Result<T, Unsound>
+where
+    F: Future<Output = Result<T, Unsound>>,
+{
     let mut tries = 0;
     loop {
-        match decode(ask().await.map_err(Unsound::Store)?) {
-            Ok(sound) => return Ok(sound),
-            Err(_) if tries < DAMAGE_RETRIES_MAX => tries += 1,
-            Err(error) => return Err(Unsound::Damaged(error.to_string())),
+        match attempt().await {
+            Err(Unsound::Damaged(_)) if tries < DAMAGE_RETRIES_MAX => tries += 1,
+            end => return end,
         }
+    }
+}
+
+/// For who looks for damage: damage is an answer, and only a store that gives none an error.
+pub(crate) fn told<T>(result: Result<T, Unsound>) -> Result<Result<T, String>, StoreError> {
+    match result {
+        Ok(sound) => Ok(Ok(sound)),
+        Err(Unsound::Damaged(reason)) => Ok(Err(reason)),
+        Err(Unsound::Store(error)) => Err(error),
     }
 }

@@ -5,8 +5,7 @@ use quarry_objfmt::head::LogRange;
 use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Sectors, VolumeId, WriteSeq};
 
 use super::Listed;
-use crate::backend::DAMAGE_RETRIES_MAX;
-use crate::backend::open::{Entry, OpenError, log_entry};
+use crate::backend::open::{Entry, log_place};
 use crate::control::VolumeRef;
 use crate::store::{Store, StoreError};
 
@@ -193,16 +192,6 @@ impl Follow<'_> {
             epoch,
             seq,
         };
-        let mut tries = 0;
-        loop {
-            match log_entry(self.store, &self.volume.tenant, id).await {
-                Ok(entry) => return Ok(Ok(entry)),
-                Err(OpenError::Store(error)) => return Err(error),
-                Err(OpenError::Damaged { reason, .. }) if tries == DAMAGE_RETRIES_MAX => {
-                    return Ok(Err(reason));
-                }
-                Err(_) => tries += 1,
-            }
-        }
+        log_place(self.store, &self.volume.tenant, id).await
     }
 }

@@ -10,8 +10,8 @@ use quarry_objfmt::frame::FRAME_OVERHEAD_MAX;
 use quarry_objfmt::{ChunkId, DataLoc, MapEntry, SECTOR_SIZE, keys};
 
 use super::{Check, add, is_damage};
-use crate::backend::DAMAGE_RETRIES_MAX;
 use crate::backend::open::HEADER_GUESS;
+use crate::backend::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 use crate::store::{Store, StoreError};
 
 /// Bytes of frames read at once, unless a single frame has more.
@@ -313,20 +313,12 @@ impl OneChunk<'_> {
                 "the map says that it is longer than a frame can be".to_owned()
             ));
         }
-        let mut tries = 0;
-        loop {
-            let reason = match self.fetch(&[frame]).await? {
-                Ok(mut results) => match results.pop() {
-                    Some(Err(reason)) => reason,
-                    _ => return Ok(Ok(())),
-                },
-                Err(reason) => reason,
-            };
-            tries += 1;
-            if tries > DAMAGE_RETRIES_MAX {
-                return Ok(Err(reason));
-            }
-        }
+        let attempt = || async {
+            let results = self.fetch(&[frame]).await.map_err(Unsound::Store)?;
+            let alone = results.and_then(|mut results| results.pop().unwrap_or(Ok(())));
+            alone.map_err(Unsound::Damaged)
+        };
+        told(insist(attempt).await)
     }
 
     /// Reads frames that lie end to end, and decodes them.

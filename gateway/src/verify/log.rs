@@ -8,8 +8,7 @@ use quarry_volume::map::{Merger, Step};
 
 use super::findings::Findings;
 use super::{Check, read_head};
-use crate::backend::DAMAGE_RETRIES_MAX;
-use crate::backend::open::{Entry, OpenError, log_entry};
+use crate::backend::open::{Entry, log_place};
 use crate::store::StoreError;
 
 /// Headers read side by side.
@@ -75,11 +74,14 @@ impl LogWalk<'_> {
         };
         let key = |seq: u64| keys::chunk_key(&check.tenant, id(seq));
         let last = range.end.map_or(u64::MAX, ChunkSeq::get);
-        let mut found = Box::pin(
-            futures::stream::iter(range.first.get()..last)
-                .map(|seq| async move { (seq, place(check, id(seq)).await) })
-                .buffered(HEADERS_AT_ONCE),
-        );
+        let mut found =
+            Box::pin(
+                futures::stream::iter(range.first.get()..last)
+                    .map(|seq| async move {
+                        (seq, log_place(&check.store, &check.tenant, id(seq)).await)
+                    })
+                    .buffered(HEADERS_AT_ONCE),
+            );
         while let Some((seq, at)) = found.next().await {
             let problem = match at? {
                 Ok(Some(Entry::Chunk(header))) => {
@@ -103,7 +105,7 @@ impl LogWalk<'_> {
             }
         }
         if let Some(end) = range.end {
-            let problem = match place(check, id(end.get())).await? {
+            let problem = match log_place(&check.store, &check.tenant, id(end.get())).await? {
                 Ok(Some(Entry::Seal(seal))) if seal.by <= check.head.epoch => return Ok(end),
                 Ok(Some(Entry::Seal(seal))) => {
                     format!("it was sealed by epoch {}, later than the head's", seal.by)
@@ -159,21 +161,6 @@ impl LogWalk<'_> {
 
 pub(super) const fn end_of(entry: &MapEntry) -> Lba {
     entry.start.add(Sectors::new(entry.len as u64))
-}
-
-/// What is at a place of the log, or why that cannot be told.
-async fn place(check: &Check, id: ChunkId) -> Result<Result<Option<Entry>, String>, StoreError> {
-    let mut tries = 0;
-    loop {
-        match log_entry(&check.store, &check.tenant, id).await {
-            Ok(entry) => return Ok(Ok(entry)),
-            Err(OpenError::Store(error)) => return Err(error),
-            Err(OpenError::Damaged { reason, .. }) if tries == DAMAGE_RETRIES_MAX => {
-                return Ok(Err(reason));
-            }
-            Err(_) => tries += 1,
-        }
-    }
 }
 
 /// Makes one of lists of entries, the newest list first, each sorted and disjoint.

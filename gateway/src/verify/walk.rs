@@ -12,8 +12,8 @@ use quarry_volume::map::{MapRoot, Merger, Node, NodeRef, RunCursor, Step};
 
 use super::findings::Findings;
 use super::log::end_of;
-use super::{Check, add, is_damage};
-use crate::backend::DAMAGE_RETRIES_MAX;
+use super::{Check, add, is_damage, unsound};
+use crate::backend::{Unsound, insist, told};
 use crate::store::{Store, StoreError};
 
 /// Bytes of a run read at once, for each of up to 64 runs.
@@ -115,25 +115,12 @@ async fn read<T>(
     decode: impl Fn(&Bytes) -> Result<T, String>,
 ) -> Result<Result<T, String>, StoreError> {
     let range = u64::from(offset)..u64::from(offset) + u64::from(len);
-    let mut tries = 0;
-    loop {
-        let reason = match check
-            .store
-            .get_range(&map_key(check, id), range.clone())
-            .await
-        {
-            Ok(bytes) => match decode(&bytes) {
-                Ok(decoded) => return Ok(Ok(decoded)),
-                Err(reason) => reason,
-            },
-            Err(error) if is_damage(&error) => error.to_string(),
-            Err(error) => return Err(error),
-        };
-        tries += 1;
-        if tries > DAMAGE_RETRIES_MAX {
-            return Ok(Err(reason));
-        }
-    }
+    let key = map_key(check, id);
+    let attempt = || async {
+        let bytes = check.store.get_range(&key, range.clone()).await;
+        decode(&bytes.map_err(unsound)?).map_err(Unsound::Damaged)
+    };
+    told(insist(attempt).await)
 }
 
 /// The merge of the log (source 0) with all runs.
