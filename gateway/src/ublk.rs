@@ -182,6 +182,24 @@ pub struct DeviceSpec {
     pub permissions: Permissions,
 }
 
+#[cfg(test)]
+impl DeviceSpec {
+    /// One for tests, to be changed where they look.
+    fn example() -> Self {
+        Self {
+            cache: CacheId::from_bytes([8; 16]),
+            volume: VolumeId::from_bytes([7; 16]),
+            tenant: TenantName::new("acme").unwrap(),
+            name: VolumeName::new("db").unwrap(),
+            size: Sectors::new(2048),
+            sector_size: 4096,
+            read_only: false,
+            queues: 1,
+            permissions: Permissions::default(),
+        }
+    }
+}
+
 /// A device that is there.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Device {

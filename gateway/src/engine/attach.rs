@@ -117,15 +117,13 @@ impl Daemon {
         // Whether there is a front end is asked first: nothing is changed for want of one.
         let via = match options.via {
             Some(Via::Nbd) => Via::Nbd,
-            Some(Via::Ublk) => {
+            None if !options.wants_a_device() => {
+                self.ublk.probe().await.map_or(Via::Nbd, |_| Via::Ublk)
+            }
+            Some(Via::Ublk) | None => {
                 self.ublk.probe().await?;
                 Via::Ublk
             }
-            None if options.wants_a_device() => {
-                self.ublk.probe().await?;
-                Via::Ublk
-            }
-            None => self.ublk.probe().await.map_or(Via::Nbd, |_| Via::Ublk),
         };
         slot.set(Stage::Attaching);
         match self.open(volume, options, via, access.clone()).await {

@@ -101,53 +101,39 @@ fn logical_shift(sector_size: u32) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName};
+    use quarry_objfmt::Sectors;
 
     use super::*;
 
-    fn spec() -> DeviceSpec {
-        DeviceSpec {
-            cache: CacheId::from_bytes([8; 16]),
-            volume: VolumeId::from_bytes([7; 16]),
-            tenant: TenantName::new("acme").unwrap(),
-            name: VolumeName::new("db").unwrap(),
-            size: Sectors::new(2048),
-            sector_size: 4096,
-            read_only: false,
-            queues: 1,
-            permissions: super::super::Permissions::default(),
-        }
-    }
-
     #[test]
     fn params_of_a_spec_pass_its_check() {
-        check(0, &of_spec(&spec()), &spec()).unwrap();
+        check(0, &of_spec(&DeviceSpec::example()), &DeviceSpec::example()).unwrap();
     }
 
     #[test]
     fn params_of_a_smaller_device_pass_the_check_of_its_grown_volume() {
         let grown = DeviceSpec {
             size: Sectors::new(4096),
-            ..spec()
+            ..DeviceSpec::example()
         };
-        check(0, &of_spec(&spec()), &grown).unwrap();
+        check(0, &of_spec(&DeviceSpec::example()), &grown).unwrap();
     }
 
     #[test]
     fn params_of_another_shape_are_refused() {
-        let params = of_spec(&spec());
+        let params = of_spec(&DeviceSpec::example());
         for other in [
             DeviceSpec {
                 size: Sectors::new(2040),
-                ..spec()
+                ..DeviceSpec::example()
             },
             DeviceSpec {
                 sector_size: 512,
-                ..spec()
+                ..DeviceSpec::example()
             },
             DeviceSpec {
                 read_only: true,
-                ..spec()
+                ..DeviceSpec::example()
             },
         ] {
             assert!(matches!(

@@ -66,27 +66,11 @@ pub(super) fn word(volume: VolumeId) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::{CacheId, Sectors};
-
     use super::*;
-
-    fn spec() -> DeviceSpec {
-        DeviceSpec {
-            cache: CacheId::from_bytes([8; 16]),
-            volume: VolumeId::from_bytes([7; 16]),
-            tenant: TenantName::new("acme").unwrap(),
-            name: VolumeName::new("db").unwrap(),
-            size: Sectors::new(2048),
-            sector_size: 512,
-            read_only: false,
-            queues: 1,
-            permissions: super::super::Permissions::default(),
-        }
-    }
 
     #[test]
     fn stamp_written_and_read_is_the_same() {
-        let stamp = Stamp::of(&spec());
+        let stamp = Stamp::of(&DeviceSpec::example());
         assert_eq!(Stamp::from_json(stamp.to_json()), Some(stamp));
     }
 
@@ -104,7 +88,7 @@ mod tests {
 
     #[test]
     fn stamp_of_another_version_is_none() {
-        let mut json = Stamp::of(&spec()).to_json();
+        let mut json = Stamp::of(&DeviceSpec::example()).to_json();
         json["quarry"]["version"] = serde_json::json!(2);
         assert_eq!(Stamp::from_json(json), None);
     }

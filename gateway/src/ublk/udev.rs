@@ -256,26 +256,18 @@ fn text(spec: &DeviceSpec) -> String {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
-    use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeName};
-
     use super::super::Permissions;
     use super::*;
 
     fn spec(volume: u8) -> DeviceSpec {
         DeviceSpec {
-            cache: CacheId::from_bytes([8; 16]),
             volume: VolumeId::from_bytes([volume; 16]),
-            tenant: TenantName::new("acme").unwrap(),
-            name: VolumeName::new("db").unwrap(),
-            size: Sectors::new(2048),
-            sector_size: 512,
-            read_only: false,
-            queues: 1,
             permissions: Permissions {
                 uid: Some(1000),
                 gid: Some(6),
                 mode: Some(0o40),
             },
+            ..DeviceSpec::example()
         }
     }
 
