@@ -13,8 +13,8 @@ mod head;
 pub mod open;
 mod sound;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice};
@@ -42,6 +42,11 @@ use crate::store::{Store, StoreError};
 /// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
 pub const UPLOADS_MAX: usize = 16;
 
+/// The way of direct reads, or why the store or the kernel has none; found out when first asked, for few
+/// ask at all.
+pub type DirectWay =
+    LazyLock<Result<DirectLane, String>, Box<dyn FnOnce() -> Result<DirectLane, String> + Send>>;
+
 /// Fetched frames in memory, shared by all volumes: a frame is the same for each clone.
 pub type FrameCache = moka::sync::Cache<(ChunkId, u32), Bytes>;
 
@@ -66,8 +71,8 @@ pub struct Common {
     pub store: Arc<dyn Store>,
     /// For uploads, checkpoints and readahead.
     pub background: Arc<dyn Store>,
-    /// For reads that do not pass through our memory, if the store and the kernel can.
-    pub direct: Option<Arc<DirectLane>>,
+    /// For reads that do not pass through our memory.
+    pub direct: Arc<DirectWay>,
     /// The cache device, for reading what is uploaded.
     pub device: Arc<dyn BlockDevice>,
     /// The RAM tier.

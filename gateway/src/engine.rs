@@ -24,7 +24,7 @@ mod wanted;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -127,8 +127,6 @@ pub struct Daemon {
     control: Lane,
     store_url: String,
     common: Common,
-    /// Why no volume's misses can go around the daemon's memory.
-    direct_unfit: Option<String>,
     shared: Arc<Mutex<Shared>>,
     reactors: Mutex<Vec<Reactor>>,
     /// What the cache kept from before the start, until its volume is attached.
@@ -242,12 +240,12 @@ impl Daemon {
         let ublk = ublk::Control::new(PathBuf::from(ublk::LINK_ROOT))
             .no_better_than(config.ublk.mode.into());
         ublk.sweep();
-        let way = DirectLane::open(&StoreSettings::from(&config.store), lane.clone());
-        let (direct, direct_unfit) = direct::split(way);
+        let (settings, for_direct) = (StoreSettings::from(&config.store), lane.clone());
+        let open = move || DirectLane::open(&settings, for_direct).map_err(|why| why.to_string());
         let common = Common {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
-            direct,
+            direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
             frames: frame_cache(ram - ram / NODE_SHARE),
             uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
@@ -260,7 +258,6 @@ impl Daemon {
             lane,
             store_url,
             common,
-            direct_unfit,
             shared,
             reactors: Mutex::new(reactors),
             kept: Mutex::new(scan.volumes),

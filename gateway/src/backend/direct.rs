@@ -1,7 +1,5 @@
 //! A volume's direct reads: from the chunk's name to the connection that its bytes come on.
 
-use std::sync::Arc;
-
 use quarry_objfmt::{ChunkId, keys};
 use quarry_volume::IoId;
 
@@ -14,7 +12,7 @@ impl VolumeBackend {
     /// is none: one of the two, always, for a request waits for it. Why not, the way to the store
     /// has logged.
     pub(super) async fn fetch_direct(&self, io: IoId, chunk: ChunkId, offset: u64, len: u32) {
-        let Some(direct) = self.common.direct.as_ref().map(Arc::clone) else {
+        let Ok(direct) = &**self.common.direct else {
             return self.tell_direct(io, None).await;
         };
         let object = keys::chunk_key(self.head.tenant(), chunk);

@@ -3,24 +3,13 @@
 //! A wish that cannot be met does not keep a volume from being attached, at a restart least of all:
 //! it is told, in the answer to the attach, in the log and for as long as the volume is attached.
 
-use std::sync::Arc;
-
 use quarry_objfmt::{Compression, Encryption, Head};
 use quarry_volume::Event;
 
 use super::Daemon;
 use super::slot::Attached;
 use crate::control::Via;
-use crate::store::direct::{DirectLane, Unfit};
 use crate::ublk::Mode;
-
-/// The way around, or why there is none.
-pub(super) fn split(way: Result<DirectLane, Unfit>) -> (Option<Arc<DirectLane>>, Option<String>) {
-    match way {
-        Ok(way) => (Some(Arc::new(way)), None),
-        Err(why) => (None, Some(why.to_string())),
-    }
-}
 
 impl Daemon {
     /// Whether the misses of a volume attached by `via` can go around the daemon's memory.
@@ -37,7 +26,10 @@ impl Daemon {
         if head.encryption != Encryption::None {
             return Err("the volume is encrypted".to_owned());
         }
-        self.direct_unfit.clone().map_or(Ok(()), Err)
+        match &**self.common.direct {
+            Ok(_) => Ok(()),
+            Err(why) => Err(why.clone()),
+        }
     }
 }
 

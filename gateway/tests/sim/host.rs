@@ -7,7 +7,7 @@ mod attach;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
 use quarry_gateway::backend::open::{Claimed, OpenError};
@@ -157,7 +157,7 @@ impl Host {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
             device: Arc::clone(&self.device) as Arc<_>,
-            direct: None,
+            direct: Arc::new(LazyLock::new(Box::new(|| Err("not simulated".to_owned())))),
             frames: frame_cache(FRAMES_BYTES),
             uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
             runtime: tokio::runtime::Handle::current(),
