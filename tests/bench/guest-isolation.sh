@@ -29,8 +29,7 @@ quarry volume create acme/stuck --size 64MiB --compression none >/dev/null
 quarry volume attach acme/stuck --via ublk >/dev/null
 fio --name=f --filename="$(node stuck)" --rw=write --bs=1m --size=64m --direct=1 --minimal --output=/dev/null
 quarry volume detach acme/stuck
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 rm -rf "$state" "$cache"
 start_daemon
 quarry volume create acme/lively --size 64MiB >/dev/null
@@ -44,8 +43,7 @@ mapfile -t chunks < <(find "$dir/store" -type f -path "*$id/chunk/*" -size +1M)
 
 for _ in $(seq "$rounds"); do
     # What the last round fetched is forgotten with a restart.
-    kill "$daemon"
-    wait "$daemon" || fail "the daemon did not end well"
+    stop_daemon
     start_daemon
     for name in lively stuck; do quarry volume attach "acme/$name" --via ublk >/dev/null 2>&1; done
     dd if="$(node lively)" of=/dev/null bs=1M iflag=direct status=none
@@ -73,5 +71,4 @@ for _ in $(seq "$rounds"); do
     wait "$reader" || fail "a read that was stuck failed in the end"
     for name in lively stuck; do quarry volume detach "acme/$name" >/dev/null 2>&1; done
 done
-kill "$daemon"
-wait "$daemon"
+stop_daemon

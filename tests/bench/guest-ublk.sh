@@ -80,5 +80,4 @@ shown=$(quarry volume show "$volume" --output json)
 [[ $shown =~ \"mode\":\ *\"([a-z ]+)\" ]] && echo "mode ${BASH_REMATCH[1]}"
 rublk del -n "${theirs#/dev/ublkb}" >&2 || true
 quarry volume detach "$volume" >/dev/null 2>&1
-kill "$daemon"
-wait "$daemon"
+stop_daemon

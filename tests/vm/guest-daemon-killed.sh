@@ -50,8 +50,7 @@ for round in $(seq "$replacements"); do
     if ((round % 2)); then
         replace_daemon
     else
-        kill -TERM "$daemon"
-        wait "$daemon" || fail "the daemon did not end well"
+        stop_daemon
         start_daemon
     fi
     look "after replacement $round"
@@ -80,8 +79,7 @@ check_clean "$disk"
 quarry volume detach "$volume"
 [[ ! -e $disk ]] || fail "the device is still there after detach"
 [[ ! -e /dev/quarry/$volume ]] || fail "the link is still there after detach"
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 rm -rf "$state" "$cache"
 start_daemon
 quarry volume attach "$volume" --via ublk
@@ -91,6 +89,5 @@ mount -o ro "$disk" /mnt/fs || fail "mount after all"
 check_files /mnt/fs "$record"
 umount /mnt/fs
 quarry volume detach "$volume"
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 say "passed"

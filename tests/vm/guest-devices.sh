@@ -35,8 +35,7 @@ reader=$!
 # Another daemon on this host has no business with these devices.
 state=/mnt/state2 cache=/mnt/cache2 QUARRY_SOCKET=/run/other.sock start_daemon
 [[ -b $kept && -b $unlisted && -b $deleted ]] || fail "another daemon's devices were touched"
-kill "$daemon"
-wait "$daemon" || fail "the other daemon did not end well"
+stop_daemon
 kill -0 "$reader" || fail "a reader of a device without a daemon was not kept waiting"
 
 start_daemon
@@ -58,8 +57,7 @@ done
 # The same in the other modes, each forced: what the device is told to have, what the metrics say, and all data right
 # through verified I/O, a kill, and a replacement.
 copied() { counter quarry_volume_copied_bytes_total kept; }
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 export QUARRY_CONFIG=/mnt/quarry.toml
 for mode in zero-copy-by-hand user-copy plain; do
     words=${mode//-/ }
@@ -90,8 +88,7 @@ for mode in zero-copy-by-hand user-copy plain; do
     kill_daemon
     start_daemon
     sleep 1
-    kill -TERM "$daemon"
-    wait "$daemon" || fail "$mode: the daemon did not end well"
+    stop_daemon
     start_daemon
     sleep 1
     kill -INT "$load"
@@ -99,8 +96,7 @@ for mode in zero-copy-by-hand user-copy plain; do
     [[ $(grep '^3;' /mnt/fio.out | cut -d';' -f5) == 0 ]] || { cat /mnt/fio.out >&2; fail "$mode: an error or wrong data over a kill"; }
     cmp -n 4194304 /mnt/data "$(node kept)" || fail "$mode: other data after a kill"
     quarry volume detach acme/kept
-    kill "$daemon"
-    wait "$daemon" || fail "$mode: the daemon did not end well"
+    stop_daemon
     say "$mode: passed"
 done
 say "passed"

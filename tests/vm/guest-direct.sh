@@ -49,8 +49,7 @@ dd if="$disk" of=/mnt/data bs=1M iflag=direct status=none
 quarry volume detach "$volume" --output json
 
 # Another daemon, whose cache has none of it.
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 rm -rf "$state" "$cache"
 start_daemon
 quarry volume attach "$volume" --via ublk --direct-reads
@@ -128,6 +127,5 @@ quarry volume create acme/packed --size 1MiB
 quarry volume attach acme/packed --via ublk --direct-reads 2>&1 | grep -q 'no direct reads: the volume was created with --compression lz4' ||
     fail "a wish that cannot be met is not told of"
 quarry volume detach acme/packed
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 say "passed"

@@ -99,6 +99,5 @@ done
 each read || fail "read after a kill"
 say "all taken over after $((SECONDS - started)) s"
 (($(sum_of quarry_volume_copied_bytes_total) == 0)) || fail "data were copied after a kill"
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 say "passed"

@@ -37,6 +37,5 @@ for errors in $(grep '^3;' /mnt/fio.out | cut -d';' -f5); do
 done
 [[ $(quarry volume show "$volume") == *"2 queues"* ]] || fail "the queues are not shown after a kill"
 quarry volume detach "$volume"
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 say "passed"

@@ -105,8 +105,7 @@ check_files /mnt/fs "$record"
 umount /mnt/fs || fail "umount"
 quarry volume detach "$volume"
 quarry volume detach "$raw"
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 rm -rf "$state" "$cache"
 start_daemon
 quarry volume attach "$volume" --via ublk
@@ -123,6 +122,5 @@ fio_new_area read
 cmp -n $((16 * mib)) -i 0:$((80 * mib)) /mnt/old "$node" || fail "the new end is not in the store"
 quarry volume detach "$volume"
 quarry volume detach "$raw"
-kill "$daemon"
-wait "$daemon" || fail "the daemon did not end well"
+stop_daemon
 say "passed"

@@ -20,7 +20,6 @@ fail() {
     exit 1
 }
 
-# With arguments: started by that command.
 # With arguments: started by that command. What is in the array `flags` is given to the daemon.
 flags=()
 start_daemon() {
