@@ -354,6 +354,11 @@ impl UblkQueue {
         let Tag::Registering { entry, request } = state else {
             panic!("a registration that nobody asked for")
         };
+        if self.stopped {
+            // Not given to the volume, which would refuse it. The ring's end unregisters the pages.
+            self.waiting.push_back(tag);
+            return;
+        }
         if result == 0 {
             let buffer = self.registered(tag, &request, entry);
             return self.make(tag, request, buffer, Memory::Entry(entry), port);
@@ -363,7 +368,7 @@ impl UblkQueue {
             let error = io::Error::from_raw_os_error(-result);
             tracing::warn!(device = self.device, %error, "the kernel could not register a request's pages: its data are copied");
         }
-        if self.stopped || !self.bounce(tag, request, port) {
+        if !self.bounce(tag, request, port) {
             self.waiting.push_back(tag);
         }
     }
@@ -520,5 +525,68 @@ impl FrontEnd for UblkQueue {
 
     fn is_finished(&self) -> bool {
         self.begun && self.alive == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use slab::Slab;
+
+    use super::super::frontend::{Geometry, Inbox, Pending};
+    use super::super::ring::Ring;
+    use super::*;
+
+    /// Behind the descriptors' place, of which the kernel has a page for each queue.
+    const SHARED_BYTES: u64 = sys::UBLKSRV_CMD_BUF_OFFSET as u64 + 4096;
+
+    /// A stopped queue answers nothing: what comes late stays with the kernel, for the next daemon. It
+    /// once asked the volume for a read whose pages were registered only after the stop, and failed it.
+    #[test]
+    fn request_whose_pages_are_registered_after_the_stop_is_kept_unanswered() -> io::Result<()> {
+        let shared = memfd_create("descriptors", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&shared, SHARED_BYTES)?;
+        let read = sys::ublksrv_io_desc {
+            op_flags: sys::UBLK_IO_OP_READ,
+            nr_sectors: 8,
+            ..Default::default()
+        };
+        // SAFETY: a plain structure, of which each byte is one.
+        let bytes: [u8; 24] = unsafe { std::mem::transmute(read) };
+        rustix::io::pwrite(&shared, &bytes, sys::UBLKSRV_CMD_BUF_OFFSET.into())?;
+
+        let mut ring = Ring::new(shared.as_raw_fd(), 8)?;
+        let mut inbox = Inbox {
+            geometry: Geometry {
+                size: quarry_objfmt::Sectors::new(8),
+                sector_size: 512,
+                read_only: false,
+            },
+            requests: Slab::new(),
+            events: Vec::new(),
+        };
+        let mut pending = Pending::default();
+        let mut port = Port {
+            ring: &mut ring,
+            inbox: &mut inbox,
+            front_end: 0,
+            pending: &mut pending,
+            now_ms: 0,
+        };
+        for (result, stopped) in [(0, false), (0, true), (-libc::EINVAL, true)] {
+            let cdev = shared.try_clone()?;
+            let (mut queue, _started) = UblkQueue::open(0, 0, cdev, 1, Mode::ZeroCopyByHand)?;
+            queue.op_done(Operation::Fetch(0).pack(), 0, 0, &mut port);
+            assert!(matches!(queue.tags[0], Tag::Registering { .. }));
+            if stopped {
+                queue.stop(&mut port);
+            }
+            queue.op_done(Operation::Register(0).pack(), result, 0, &mut port);
+            let asked = port.inbox.events.drain(..).count();
+            assert_eq!(asked, usize::from(!stopped), "{result}");
+            queue.serve_waiting(&mut port);
+            assert!(port.inbox.events.is_empty(), "{result}");
+        }
+        Ok(())
     }
 }
