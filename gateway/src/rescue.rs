@@ -36,8 +36,7 @@ use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, RootRef};
 use quarry_objfmt::map::{Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Compression, Durability, Encryption, Epoch, MapSeq, SECTOR_SIZE, Sectors,
-    VOLUME_SECTORS_MAX, VolumeId, WriteSeq, keys,
+    ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, VolumeId, WriteSeq, keys,
 };
 
 use self::log::{Followed, follow};
@@ -420,25 +419,14 @@ impl Rescue {
 
     /// A head to check states with: as large and as late as can be.
     fn template(&self, root: Option<RootRef>, log: Vec<LogRange>) -> Head {
+        let (tenant, name) = (&self.volume.tenant, &self.volume.name);
+        let size = Sectors::new(VOLUME_SECTORS_MAX);
         Head {
-            volume: self.id,
-            tenant: self.volume.tenant.to_string(),
-            name: self.volume.name.to_string(),
-            created_ms: 0,
-            sector_size: SECTOR_SIZE,
             frame_sectors: 1,
-            compression: Compression::None,
-            encryption: Encryption::None,
-            durability: Durability::Local,
-            size: Sectors::new(VOLUME_SECTORS_MAX),
             epoch: Epoch::new(u32::MAX),
-            owner: None,
-            lineage: None,
             log,
             root,
-            root_write: WriteSeq::ZERO,
-            next_map: MapSeq::ZERO,
-            stored_bytes: 0,
+            ..Head::fresh(self.id, tenant, name, size, 0)
         }
     }
 
@@ -482,6 +470,7 @@ impl Rescue {
             seq,
             offset,
             len,
+            usage: None,
         };
         Ok(Ok(Some((root, end))))
     }

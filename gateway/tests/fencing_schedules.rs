@@ -18,9 +18,9 @@ use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, open_read_
 use quarry_gateway::store::{Store, StoreError, Tag};
 use quarry_objfmt::chunk::{LogObject, classify};
 use quarry_objfmt::{
-    CacheId, ChunkExtent, ChunkId, ChunkParams, ChunkSeq, Compression, Durability, Encryption,
-    Epoch, ExtentBody, Head, Lba, Location, MapEntry, MapSeq, Sectors, TenantName, VolumeId,
-    WriteSeq, encode_chunk, keys,
+    CacheId, ChunkExtent, ChunkId, ChunkParams, ChunkSeq, Compression, Durability, ExtentBody,
+    Head, Lba, Location, MapEntry, Sectors, TenantName, VolumeId, VolumeName, WriteSeq,
+    encode_chunk, keys,
 };
 
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
@@ -151,25 +151,15 @@ fn by(host: u8) -> Claim {
 }
 
 fn fresh_head() -> Head {
+    let (tenant, name) = (
+        TenantName::new("acme").unwrap(),
+        VolumeName::new("db").unwrap(),
+    );
     Head {
-        volume: VOLUME,
-        tenant: "acme".to_owned(),
-        name: "db".to_owned(),
-        created_ms: 1,
-        sector_size: 512,
         frame_sectors: 8,
         compression: Compression::None,
-        encryption: Encryption::None,
         durability: Durability::Object,
-        size: Sectors::new(1000),
-        epoch: Epoch::ZERO,
-        owner: None,
-        lineage: None,
-        log: Vec::new(),
-        root: None,
-        root_write: WriteSeq::ZERO,
-        next_map: MapSeq::ZERO,
-        stored_bytes: 0,
+        ..Head::fresh(VOLUME, &tenant, &name, Sectors::new(1000), 1)
     }
 }
 

@@ -326,7 +326,7 @@ impl ChunkHeader {
     }
 
     fn decode(bytes: &[u8], expect: ChunkId) -> Result<Self> {
-        let mut reader = FORMAT.open_leading(bytes)?;
+        let (_, mut reader) = FORMAT.open_leading(bytes)?;
         let header_len = FORMAT.encoded_len(bytes)?;
         let id = read_id(&mut reader, expect)?;
         let frame_shift = reader.u8()?;

@@ -10,7 +10,7 @@
 use crate::codec::{Compression, Encryption};
 use crate::error::{FormatError, Result};
 use crate::frame::frame_sectors_valid;
-use crate::keys::{TenantName, VolumeName};
+use crate::keys::{NAME_LEN_MAX, SnapName, TenantName, VolumeName};
 use crate::prologue::{Format, PROLOGUE_LEN, put_str, read_str};
 use crate::types::{
     CacheId, ChunkSeq, Epoch, MapSeq, SECTOR_SIZE, Sectors, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
@@ -20,11 +20,20 @@ use crate::wire::{Reader, put_u8, put_u32, put_u64};
 /// The most log ranges in a head. An attach adds one and a checkpoint drops those it folded in.
 pub const LOG_RANGES_MAX: usize = 1 << 16;
 
+/// Most snapshots of a volume: what a head can hold and still be written at each checkpoint.
+pub const SNAPSHOTS_MAX: usize = 1024;
+
+/// Sectors of a frame in new volumes: 64 KiB, the unit of a fetch.
+const FRAME_SECTORS: u32 = 128;
+
 const WHAT: &str = "head";
+/// Version 2 added the parent, the time that dead objects are retained, the snapshots, and in a root the
+/// place of its usage.
+const VERSION: u16 = 2;
 const LOG_RANGE_LEN: usize = 4 + 8 + 8;
 const FORMAT: Format = Format {
     magic: *b"QYHD",
-    version: 1,
+    version: VERSION,
     what: WHAT,
     len_max: HEAD_LEN_MAX,
 };
@@ -34,13 +43,21 @@ const OPEN: u64 = u64::MAX;
 const HAS_OWNER: u8 = 1;
 const HAS_LINEAGE: u8 = 2;
 const HAS_ROOT: u8 = 4;
+const HAS_PARENT: u8 = 8;
 
 /// The fields up to the names.
 const FIXED_LEN: usize = 16 + 8 + 4 + 4 + 4 + 8 + 4 + 8 + 8 + 8;
-/// Tenant, name, owner with host, lineage, root and the number of log ranges at their longest.
-const PARTS_LEN_MAX: usize = 3 * 256 + (16 + 8) + (16 + 4) + (4 + 8 + 4 + 4) + 4;
-const HEAD_LEN_MAX: usize =
-    PROLOGUE_LEN + FIXED_LEN + PARTS_LEN_MAX + LOG_RANGES_MAX * LOG_RANGE_LEN;
+/// Tenant, name, owner with host, lineage, root, parent, retention and both counts at their longest.
+const PARTS_LEN_MAX: usize = 4 * 256 + (16 + 8) + (16 + 4) + ROOT_LEN + 16 + 8 + 4 + 4;
+const ROOT_LEN: usize = 4 + 8 + 4 * 4;
+/// Fewest bytes of a snapshot: a name of one character, and no root.
+const SNAPSHOT_LEN_MIN: usize = 1 + 1 + 3 * 8 + 1;
+const SNAPSHOT_LEN_MAX: usize = SNAPSHOT_LEN_MIN + NAME_LEN_MAX + ROOT_LEN;
+const HEAD_LEN_MAX: usize = PROLOGUE_LEN
+    + FIXED_LEN
+    + PARTS_LEN_MAX
+    + LOG_RANGES_MAX * LOG_RANGE_LEN
+    + SNAPSHOTS_MAX * SNAPSHOT_LEN_MAX;
 
 /// When a flush is durable.
 #[derive(
@@ -106,6 +123,34 @@ pub struct RootRef {
     pub offset: u32,
     /// The manifest's bytes.
     pub len: u32,
+    /// The usage node in the same object: its first byte and its bytes. `None` where version 1 wrote it.
+    pub usage: Option<(u32, u32)>,
+}
+
+/// The snapshot that a clone was made of. Its objects are the clone's too until the tie is cut.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Parent {
+    /// The volume, of the same tenant.
+    pub volume: VolumeId,
+    /// Its snapshot's name.
+    pub snapshot: String,
+}
+
+/// A state of the volume that was given a name, and is kept until that is taken away.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SnapshotRef {
+    /// Its name, unique in the volume.
+    pub name: String,
+    /// When it was taken, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// The newest write in it.
+    pub root_write: WriteSeq,
+    /// How large the volume was.
+    pub size: Sectors,
+    /// Whether it is being deleted: no clone is made of it any more.
+    pub closing: bool,
+    /// Its map; `None` if nothing was ever written.
+    pub root: Option<RootRef>,
 }
 
 /// A volume's state of record.
@@ -147,9 +192,51 @@ pub struct Head {
     pub next_map: MapSeq,
     /// Bytes of the volume's objects in the store.
     pub stored_bytes: u64,
+    /// What it was cloned from, while it needs that.
+    pub parent: Option<Parent>,
+    /// How long objects that nothing needs any more are kept, in milliseconds: so far back the volume
+    /// can be opened as it was.
+    pub retain_ms: u64,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<SnapshotRef>,
 }
 
 impl Head {
+    /// The head of a volume that nothing was written to, of blocks of 512 bytes, frames of 64 KiB, LZ4 and
+    /// local durability.
+    #[must_use]
+    pub fn fresh(
+        volume: VolumeId,
+        tenant: &TenantName,
+        name: &VolumeName,
+        size: Sectors,
+        created_ms: u64,
+    ) -> Self {
+        Self {
+            volume,
+            tenant: tenant.to_string(),
+            name: name.to_string(),
+            created_ms,
+            sector_size: SECTOR_SIZE,
+            frame_sectors: FRAME_SECTORS,
+            compression: Compression::Lz4,
+            encryption: Encryption::None,
+            durability: Durability::Local,
+            size,
+            epoch: Epoch::ZERO,
+            owner: None,
+            lineage: None,
+            log: Vec::new(),
+            root: None,
+            root_write: WriteSeq::ZERO,
+            next_map: MapSeq::ZERO,
+            stored_bytes: 0,
+            parent: None,
+            retain_ms: 0,
+            snapshots: Vec::new(),
+        }
+    }
+
     /// Its bytes.
     ///
     /// # Panics
@@ -176,6 +263,7 @@ impl Head {
             0
         };
         present |= if self.root.is_some() { HAS_ROOT } else { 0 };
+        present |= if self.parent.is_some() { HAS_PARENT } else { 0 };
         put_u8(&mut out, present);
         put_u64(&mut out, self.size.get());
         put_u32(&mut out, self.epoch.get());
@@ -202,6 +290,16 @@ impl Head {
             put_u64(&mut out, range.first.get());
             put_u64(&mut out, range.end.map_or(OPEN, ChunkSeq::get));
         }
+        if let Some(parent) = &self.parent {
+            out.extend_from_slice(&parent.volume.to_bytes());
+            put_str(&mut out, &parent.snapshot);
+        }
+        put_u64(&mut out, self.retain_ms);
+        let count = u32::try_from(self.snapshots.len()).expect("validated");
+        put_u32(&mut out, count);
+        for snapshot in &self.snapshots {
+            snapshot.put(&mut out);
+        }
         FORMAT.seal(&mut out);
         out
     }
@@ -211,7 +309,7 @@ impl Head {
     /// # Errors
     /// If they are damaged, of a later version, or break a rule of [`Head::validate`].
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let mut reader = FORMAT.open(bytes)?;
+        let (version, mut reader) = FORMAT.open(bytes)?;
         let r = &mut reader;
         let volume = VolumeId::from_bytes(r.array()?);
         let created_ms = r.u64()?;
@@ -232,10 +330,11 @@ impl Head {
             }
         };
         let present = r.u8()?;
-        if present & !(HAS_OWNER | HAS_LINEAGE | HAS_ROOT) != 0 {
+        let known = HAS_OWNER | HAS_LINEAGE | HAS_ROOT | if version > 1 { HAS_PARENT } else { 0 };
+        if present & !known != 0 {
             return Err(FormatError::invalid(
                 WHAT,
-                "a part is present that version 1 does not know",
+                "a part is present that its version does not know",
             ));
         }
         let head = Self {
@@ -264,11 +363,22 @@ impl Head {
                 None
             },
             root: if present & HAS_ROOT != 0 {
-                Some(RootRef::read(r)?)
+                Some(RootRef::read(r, version > 1)?)
             } else {
                 None
             },
             log: read_log(r)?,
+            parent: if present & HAS_PARENT != 0 {
+                Some(read_parent(r)?)
+            } else {
+                None
+            },
+            retain_ms: if version > 1 { r.u64()? } else { 0 },
+            snapshots: if version > 1 {
+                read_snapshots(r)?
+            } else {
+                Vec::new()
+            },
         };
         reader.finish()?;
         head.validate()?;
@@ -312,7 +422,46 @@ impl Head {
         if let Some(root) = self.root {
             root.validate(WHAT, self.epoch)?;
         }
+        if let Some(parent) = &self.parent
+            && parent.snapshot.parse::<SnapName>().is_err()
+        {
+            return invalid("the parent's snapshot has a name that is none");
+        }
+        self.validate_snapshots()?;
         self.validate_log()
+    }
+
+    fn validate_snapshots(&self) -> Result<()> {
+        let invalid = |why| Err(FormatError::invalid(WHAT, why));
+        if self.snapshots.len() > SNAPSHOTS_MAX {
+            let (value, limit) = (self.snapshots.len() as u64, SNAPSHOTS_MAX as u64);
+            return Err(FormatError::TooLarge {
+                what: WHAT,
+                field: "number of snapshots",
+                value,
+                limit,
+            });
+        }
+        let mut names = std::collections::HashSet::with_capacity(self.snapshots.len());
+        for snapshot in &self.snapshots {
+            if snapshot.name.parse::<SnapName>().is_err() {
+                return invalid("a snapshot's name is not a name");
+            }
+            if !names.insert(&snapshot.name) {
+                return invalid("two snapshots have one name");
+            }
+            if snapshot.size == Sectors::ZERO || snapshot.size.get() > VOLUME_SECTORS_MAX {
+                return invalid("a snapshot's size is out of range");
+            }
+            if let Some(root) = snapshot.root {
+                root.validate(WHAT, self.epoch)?;
+            }
+        }
+        let order = |s: &SnapshotRef| s.root.map(|root| root.seq);
+        if !self.snapshots.is_sorted_by_key(order) {
+            return invalid("the snapshots are not in the order of their maps");
+        }
+        Ok(())
     }
 
     fn validate_log(&self) -> Result<()> {
@@ -333,8 +482,8 @@ impl Head {
             if range.end.is_some_and(|end| end < range.first) {
                 return invalid("a log range ends before it begins");
             }
-            if range.end.is_some_and(|end| end.get() == OPEN) {
-                return invalid("a log range ends at the mark of an open one");
+            if range.end.unwrap_or(range.first) > ChunkSeq::COMPACTED {
+                return invalid("a log range reaches into the numbers of compaction");
             }
         }
         for pair in self.log.windows(2) {
@@ -355,14 +504,23 @@ impl RootRef {
         put_u64(out, self.seq.get());
         put_u32(out, self.offset);
         put_u32(out, self.len);
+        let (offset, len) = self.usage.unwrap_or_default();
+        put_u32(out, offset);
+        put_u32(out, len);
     }
 
-    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self> {
+    /// With the place of its usage, or without, as version 1 wrote it.
+    pub(crate) fn read(reader: &mut Reader<'_>, with_usage: bool) -> Result<Self> {
         Ok(Self {
             epoch: Epoch::new(reader.u32()?),
             seq: MapSeq::new(reader.u64()?),
             offset: reader.u32()?,
             len: reader.u32()?,
+            usage: if with_usage {
+                Some((reader.u32()?, reader.u32()?)).filter(|place| *place != (0, 0))
+            } else {
+                None
+            },
         })
     }
 
@@ -379,8 +537,72 @@ impl RootRef {
                 "the map's manifest has no place",
             ));
         }
+        if let Some((offset, len)) = self.usage
+            && (len == 0 || offset.checked_add(len).is_none())
+        {
+            return Err(FormatError::invalid(what, "the map's usage has no place"));
+        }
         Ok(())
     }
+}
+
+impl SnapshotRef {
+    fn put(&self, out: &mut Vec<u8>) {
+        put_str(out, &self.name);
+        put_u64(out, self.created_ms);
+        put_u64(out, self.root_write.get());
+        put_u64(out, self.size.get());
+        let marks = u8::from(self.closing) << 1 | u8::from(self.root.is_some());
+        put_u8(out, marks);
+        if let Some(root) = self.root {
+            root.put(out);
+        }
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Result<Self> {
+        let name = read_str(reader)?;
+        let created_ms = reader.u64()?;
+        let root_write = WriteSeq::new(reader.u64()?);
+        let size = Sectors::new(reader.u64()?);
+        let marks = reader.u8()?;
+        if marks > 3 {
+            return Err(FormatError::invalid(
+                WHAT,
+                "a snapshot has a mark that no version knows",
+            ));
+        }
+        Ok(Self {
+            name,
+            created_ms,
+            root_write,
+            size,
+            closing: marks & 2 != 0,
+            root: match marks & 1 {
+                0 => None,
+                _ => Some(RootRef::read(reader, true)?),
+            },
+        })
+    }
+}
+
+fn read_parent(reader: &mut Reader<'_>) -> Result<Parent> {
+    Ok(Parent {
+        volume: VolumeId::from_bytes(reader.array()?),
+        snapshot: read_str(reader)?,
+    })
+}
+
+fn read_snapshots(reader: &mut Reader<'_>) -> Result<Vec<SnapshotRef>> {
+    let count = reader.u32()? as usize;
+    if count > reader.remaining() / SNAPSHOT_LEN_MIN {
+        let (need, have) = ((count * SNAPSHOT_LEN_MIN) as u64, reader.remaining() as u64);
+        return Err(FormatError::Truncated {
+            what: WHAT,
+            need,
+            have,
+        });
+    }
+    (0..count).map(|_| SnapshotRef::read(reader)).collect()
 }
 
 fn read_owner(reader: &mut Reader<'_>) -> Result<Owner> {
@@ -466,10 +688,37 @@ mod tests {
                 seq: MapSeq::new(4),
                 offset: 100,
                 len: 200,
+                usage: Some((60, 40)),
             }),
             root_write: WriteSeq::new(99),
             next_map: MapSeq::new(5),
             stored_bytes: 12345,
+            parent: Some(Parent {
+                volume: VolumeId::from_bytes([3; 16]),
+                snapshot: "golden".to_owned(),
+            }),
+            retain_ms: 86_400_000,
+            snapshots: vec![
+                snapshot("first", None, false),
+                snapshot("nightly", Some(2), true),
+            ],
+        }
+    }
+
+    fn snapshot(name: &str, map: Option<u64>, closing: bool) -> SnapshotRef {
+        SnapshotRef {
+            name: name.to_owned(),
+            created_ms: 1_700_000_000_001,
+            root_write: WriteSeq::new(50),
+            size: Sectors::new(1 << 19),
+            closing,
+            root: map.map(|seq| RootRef {
+                epoch: Epoch::new(3),
+                seq: MapSeq::new(seq),
+                offset: 7,
+                len: 8,
+                usage: None,
+            }),
         }
     }
 
@@ -482,6 +731,8 @@ mod tests {
             lineage: None,
             root: None,
             log: Vec::new(),
+            parent: None,
+            snapshots: Vec::new(),
             ..full
         };
         assert_eq!(Head::decode(&bare.encode()), Ok(bare));
@@ -530,7 +781,7 @@ mod tests {
     #[test]
     fn head_broken_rules_are_named() {
         type Break = fn(&mut Head);
-        let cases: [(Break, &str); 9] = [
+        let cases: [(Break, &str); 13] = [
             (|h| h.sector_size = 1024, "logical block"),
             (|h| h.frame_sectors = 100, "frame length"),
             (|h| h.size = Sectors::new(9), "number of logical blocks"),
@@ -540,6 +791,13 @@ mod tests {
             (|h| h.log[1].first = ChunkSeq::new(19), "ascending"),
             (|h| h.log[2].epoch = Epoch::new(8), "later epoch"),
             (|h| h.root.as_mut().unwrap().offset = u32::MAX, "no place"),
+            (|h| h.parent.as_mut().unwrap().snapshot.clear(), "parent"),
+            (|h| h.snapshots[1].name = "first".to_owned(), "one name"),
+            (|h| h.snapshots.swap(0, 1), "order of their maps"),
+            (
+                |h| h.snapshots[0].size = Sectors::ZERO,
+                "size is out of range",
+            ),
         ];
         for (broken, word) in cases {
             let mut head = sample();

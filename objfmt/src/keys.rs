@@ -203,6 +203,35 @@ pub fn snap_key(tenant: &TenantName, volume: VolumeId, name: &SnapName) -> Strin
     format!("t/{tenant}/v/{volume}/snap/{name}")
 }
 
+/// Where the clones of a snapshot are recorded, to list them.
+#[must_use]
+pub fn clones_prefix(tenant: &TenantName, volume: VolumeId, name: &SnapName) -> String {
+    format!("t/{tenant}/v/{volume}/clone/{name}/")
+}
+
+/// The record of a clone of a snapshot.
+#[must_use]
+pub fn clone_key(
+    tenant: &TenantName,
+    volume: VolumeId,
+    name: &SnapName,
+    clone: VolumeId,
+) -> String {
+    format!("t/{tenant}/v/{volume}/clone/{name}/{clone}")
+}
+
+/// Where a tenant's deleted volumes are recorded, to list them.
+#[must_use]
+pub fn trash_prefix(tenant: &TenantName) -> String {
+    format!("t/{tenant}/trash/")
+}
+
+/// The record of a deleted volume.
+#[must_use]
+pub fn trash_key(tenant: &TenantName, volume: VolumeId) -> String {
+    format!("t/{tenant}/trash/{volume}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,5 +293,10 @@ mod tests {
             snap_key(&tenant, volume, &snap),
             format!("t/acme/v/{id}/snap/monday")
         );
+        assert_eq!(
+            clone_key(&tenant, volume, &snap, volume),
+            format!("t/acme/v/{id}/clone/monday/{id}")
+        );
+        assert_eq!(trash_key(&tenant, volume), format!("t/acme/trash/{id}"));
     }
 }

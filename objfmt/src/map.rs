@@ -1,12 +1,12 @@
 //! Map objects: immutable sorted tables of [`MapEntry`](crate::MapEntry), and the manifest that
 //! names them.
 //!
-//! An object holds any number of tables and at most one manifest, written front to back. A table
-//! is a row of *leaf* nodes and then the one *index* node that lists them; a *manifest* lists the
+//! An object holds any number of tables and at most one usage node and one manifest, written front
+//! to back. A table is a row of *leaf* nodes and then the one *index* node that lists them; a *manifest* lists the
 //! runs of a map, newest first, each a sorted list of tables of this or of older objects. A reader
 //! starts at the manifest (`head` names its object, offset and length) and loads single nodes.
 //!
-//! Owns the bytes: node header, leaf, index and manifest, and [`MapObjectBuilder`], which lays
+//! Owns the bytes: node header, leaf, index, manifest and usage, and [`MapObjectBuilder`], which lays
 //! them out. Does not own what entries mean, which run shadows which, and what is loaded when.
 //!
 //! **Invariants.** Every node carries a CRC-32C over itself and its place (volume, epoch, map
@@ -19,12 +19,14 @@ mod index;
 mod leaf;
 mod manifest;
 mod node;
+mod usage;
 
 pub use builder::MapObjectBuilder;
 pub use index::{IndexEntry, IndexNode};
 pub use leaf::{LEAF_ENTRIES_MAX, Leaf};
 pub use manifest::{Manifest, RUNS_MAX, TableRef};
 pub use node::{NODE_HEADER_LEN, NODE_MAGIC, NODE_VERSION, NodeKind, open_node};
+pub use usage::{ChunkUse, DeadObject, ObjectKind, Usage};
 
 use crate::types::{Epoch, MapSeq, VolumeId};
 

@@ -89,8 +89,9 @@ impl Format {
         Ok(len as usize)
     }
 
-    /// A reader of the body of the structure that `bytes` begin with; what follows is ignored.
-    pub fn open_leading<'a>(&self, bytes: &'a [u8]) -> Result<Reader<'a>> {
+    /// The version, and a reader of the body, of the structure that `bytes` begin with; what follows is
+    /// ignored.
+    pub fn open_leading<'a>(&self, bytes: &'a [u8]) -> Result<(u16, Reader<'a>)> {
         let len = self.encoded_len(bytes)?;
         let Some(whole) = bytes.get(..len) else {
             return Err(FormatError::Truncated {
@@ -122,11 +123,11 @@ impl Format {
                 "a flag is set that no version knows",
             ));
         }
-        Ok(reader)
+        Ok((version, reader))
     }
 
-    /// A reader of the body of the structure that `bytes` are.
-    pub fn open<'a>(&self, bytes: &'a [u8]) -> Result<Reader<'a>> {
+    /// The version, and a reader of the body, of the structure that `bytes` are.
+    pub fn open<'a>(&self, bytes: &'a [u8]) -> Result<(u16, Reader<'a>)> {
         let len = self.encoded_len(bytes)?;
         if bytes.len() > len {
             let extra = (bytes.len() - len) as u64;
@@ -190,7 +191,7 @@ mod tests {
     #[test]
     fn prologue_sound_structure_opens() {
         let bytes = sample();
-        let mut reader = TEST.open(&bytes).unwrap();
+        let (_, mut reader) = TEST.open(&bytes).unwrap();
         assert_eq!(reader.bytes(4), Ok(&b"body"[..]));
         assert_eq!(reader.finish(), Ok(()));
     }

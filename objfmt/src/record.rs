@@ -22,6 +22,10 @@ const FORMAT: Format = Format {
 pub const TENANT_KIND: &str = "tenant";
 /// The kind of a [`NameRecord`].
 pub const NAME_KIND: &str = "name";
+/// The kind of a [`CloneRecord`].
+pub const CLONE_KIND: &str = "clone";
+/// The kind of a [`TrashRecord`].
+pub const TRASH_KIND: &str = "trash";
 
 /// A tenant.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -39,6 +43,28 @@ pub struct NameRecord {
     pub volume: VolumeId,
     /// When it was created, in milliseconds since 1970.
     pub created_ms: u64,
+}
+
+/// A clone, recorded at the snapshot that it was made of.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CloneRecord {
+    /// The clone.
+    pub volume: VolumeId,
+    /// What it was to be called, for people.
+    pub name: String,
+    /// When it was begun, in milliseconds since 1970.
+    pub created_ms: u64,
+}
+
+/// A volume that was deleted and can still be brought back.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TrashRecord {
+    /// The volume.
+    pub volume: VolumeId,
+    /// What it was called.
+    pub name: String,
+    /// When it was deleted, in milliseconds since 1970.
+    pub deleted_ms: u64,
 }
 
 /// The bytes of a record of this kind.
@@ -71,7 +97,7 @@ pub fn encode_record(kind: &str, json: &impl Serialize) -> Result<Vec<u8>> {
 /// # Errors
 /// If they are damaged, a record of another kind, or hold JSON that does not fit.
 pub fn decode_record<T: DeserializeOwned>(kind: &str, bytes: &[u8]) -> Result<T> {
-    let mut reader = FORMAT.open(bytes)?;
+    let (_, mut reader) = FORMAT.open(bytes)?;
     if read_str(&mut reader)? != kind {
         return Err(FormatError::Misplaced {
             what: WHAT,

@@ -42,7 +42,7 @@ impl Seal {
     /// # Errors
     /// If the bytes are no seal of that place.
     pub fn decode(bytes: &[u8], expect: ChunkId) -> Result<Self> {
-        let mut reader = FORMAT.open(bytes)?;
+        let (_, mut reader) = FORMAT.open(bytes)?;
         let id = read_id(&mut reader, expect)?;
         let by = Epoch::new(reader.u32()?);
         let by_host = read_str(&mut reader)?;

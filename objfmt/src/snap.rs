@@ -10,7 +10,8 @@ use crate::wire::{put_u8, put_u64};
 const WHAT: &str = "snapshot";
 const FORMAT: Format = Format {
     magic: *b"QYSN",
-    version: 1,
+    // Version 2 added the place of the map's usage.
+    version: 2,
     what: WHAT,
     len_max: 1024,
 };
@@ -62,7 +63,7 @@ impl Snapshot {
     /// # Errors
     /// If they are damaged, or another volume's.
     pub fn decode(bytes: &[u8], expect: VolumeId) -> Result<Self> {
-        let mut reader = FORMAT.open(bytes)?;
+        let (version, mut reader) = FORMAT.open(bytes)?;
         let volume = VolumeId::from_bytes(reader.array()?);
         if volume != expect {
             return Err(FormatError::Misplaced {
@@ -77,7 +78,7 @@ impl Snapshot {
         let name = read_str(&mut reader)?;
         let root = match reader.u8()? {
             0 => None,
-            1 => Some(RootRef::read(&mut reader)?),
+            1 => Some(RootRef::read(&mut reader, version > 1)?),
             _ => {
                 return Err(FormatError::invalid(
                     WHAT,
@@ -132,6 +133,7 @@ mod tests {
                 seq: MapSeq::new(2),
                 offset: 3,
                 len: 4,
+                usage: Some((5, 6)),
             }),
             root_write: WriteSeq::new(5),
             size: Sectors::new(6),

@@ -235,6 +235,17 @@ number!(
     Generation(u64)
 );
 
+impl ChunkSeq {
+    /// The first number of chunks that are not of the log: compaction made them.
+    pub const COMPACTED: Self = Self(1 << 63);
+
+    /// Whether it is a compaction's chunk, and in no log.
+    #[must_use]
+    pub const fn is_compacted(self) -> bool {
+        self.0 >= Self::COMPACTED.0
+    }
+}
+
 macro_rules! uuid_name {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -300,7 +311,7 @@ pub struct ChunkId {
     pub volume: VolumeId,
     /// The term it was written in.
     pub epoch: Epoch,
-    /// Its place in the log.
+    /// Its place in the log; a compaction's number.
     pub seq: ChunkSeq,
 }
 

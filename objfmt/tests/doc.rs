@@ -17,6 +17,7 @@ fn format_page_limits_are_those_of_the_code() {
         ("CHUNK_EXTENTS_MAX", chunk::CHUNK_EXTENTS_MAX as u64),
         ("CHUNK_HEADER_LEN_MAX", chunk::CHUNK_HEADER_LEN_MAX as u64),
         ("LOG_RANGES_MAX", head::LOG_RANGES_MAX as u64),
+        ("SNAPSHOTS_MAX", head::SNAPSHOTS_MAX as u64),
         ("NAME_LEN_MAX", keys::NAME_LEN_MAX as u64),
         ("HOST_LEN_MAX", quarry_objfmt::HOST_LEN_MAX as u64),
         ("PAGE_SIZE", page::PAGE_SIZE as u64),

@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use quarry_objfmt::head::{Lineage, LogRange, Owner, RootRef};
+use quarry_objfmt::head::{Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
 use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
 use quarry_objfmt::{
     CHUNK_PREFIX_LEN, CacheId, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
@@ -43,6 +43,15 @@ fn root() -> RootRef {
         seq: MapSeq::new(8),
         offset: 4096,
         len: 321,
+        usage: Some((3000, 1096)),
+    }
+}
+
+/// As version 1 of head and snapshot wrote it.
+fn root_v1() -> RootRef {
+    RootRef {
+        usage: None,
+        ..root()
     }
 }
 
@@ -84,6 +93,40 @@ fn full_head() -> Head {
         root_write: WriteSeq::new(99_999),
         next_map: MapSeq::new(9),
         stored_bytes: 123_456_789,
+        parent: Some(Parent {
+            volume: VolumeId::from_bytes(*b"golden parent id"),
+            snapshot: "golden".to_owned(),
+        }),
+        retain_ms: 86_400_000,
+        snapshots: vec![
+            SnapshotRef {
+                name: "empty".to_owned(),
+                created_ms: 1_700_000_000_200,
+                root_write: WriteSeq::ZERO,
+                size: Sectors::new(50 << 21),
+                closing: true,
+                root: None,
+            },
+            SnapshotRef {
+                name: "monday".to_owned(),
+                created_ms: 1_700_000_000_300,
+                root_write: WriteSeq::new(4_711),
+                size: Sectors::new(100 << 21),
+                closing: false,
+                root: Some(root()),
+            },
+        ],
+    }
+}
+
+/// What version 1 could say.
+fn head_v1(head: Head) -> Head {
+    Head {
+        root: head.root.map(|_| root_v1()),
+        parent: None,
+        retain_ms: 0,
+        snapshots: Vec::new(),
+        ..head
     }
 }
 
@@ -101,6 +144,9 @@ fn bare_head() -> Head {
         root_write: WriteSeq::ZERO,
         next_map: MapSeq::ZERO,
         stored_bytes: 0,
+        parent: None,
+        retain_ms: 0,
+        snapshots: Vec::new(),
         ..full_head()
     }
 }
@@ -250,10 +296,10 @@ fn chunk(compression: Compression, key: Option<&DataKey>) -> Vec<u8> {
 /// What this build writes, under each golden file's name.
 fn current() -> Vec<(&'static str, Vec<u8>)> {
     vec![
-        ("head-full-v1.bin", full_head().encode()),
-        ("head-bare-v1.bin", bare_head().encode()),
+        ("head-full-v2.bin", full_head().encode()),
+        ("head-bare-v2.bin", bare_head().encode()),
         ("seal-v1.bin", seal().encode()),
-        ("snapshot-v1.bin", snapshot().encode()),
+        ("snapshot-v2.bin", snapshot().encode()),
         (
             "record-tenant-v1.bin",
             encode_record(TENANT_KIND, &tenant_record()).unwrap(),
@@ -308,13 +354,19 @@ fn golden_files_without_codecs_are_what_this_build_writes() {
 
 #[test]
 fn golden_files_of_the_store_read_as_ever() {
-    assert_eq!(Head::decode(&golden("head-full-v1.bin")), Ok(full_head()));
-    assert_eq!(Head::decode(&golden("head-bare-v1.bin")), Ok(bare_head()));
+    let head = |name| Head::decode(&golden(name));
+    assert_eq!(head("head-full-v1.bin"), Ok(head_v1(full_head())));
+    assert_eq!(head("head-bare-v1.bin"), Ok(bare_head()));
+    assert_eq!(head("head-full-v2.bin"), Ok(full_head()));
+    assert_eq!(head("head-bare-v2.bin"), Ok(bare_head()));
     assert_eq!(Seal::decode(&golden("seal-v1.bin"), chunk_id()), Ok(seal()));
-    assert_eq!(
-        Snapshot::decode(&golden("snapshot-v1.bin"), VOLUME),
-        Ok(snapshot())
-    );
+    let v1 = Snapshot {
+        root: Some(root_v1()),
+        ..snapshot()
+    };
+    for (name, snapshot) in [("snapshot-v1.bin", v1), ("snapshot-v2.bin", snapshot())] {
+        assert_eq!(Snapshot::decode(&golden(name), VOLUME), Ok(snapshot));
+    }
     let record = decode_record(TENANT_KIND, &golden("record-tenant-v1.bin"));
     assert_eq!(record, Ok(tenant_record()));
     let record = decode_record(NAME_KIND, &golden("record-name-v1.bin"));

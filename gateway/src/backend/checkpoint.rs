@@ -91,6 +91,7 @@ pub(super) async fn run(
                 seq: id.seq,
                 offset,
                 len,
+                usage: None,
             });
             head.root_write = last_write;
             head.next_map = next_map;

@@ -207,36 +207,25 @@ fn fenced(now: &Head) -> HeadError {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::head::Durability;
-    use quarry_objfmt::{CacheId, Encryption, MapSeq, Owner, Sectors, VolumeId, WriteSeq};
+    use quarry_objfmt::{CacheId, Owner, Sectors, VolumeId, VolumeName};
 
     use super::*;
     use crate::store::FolderStore;
 
     fn attached(epoch: u32, host: &str) -> Head {
+        let (tenant, name) = (
+            TenantName::new("acme").unwrap(),
+            VolumeName::new("db").unwrap(),
+        );
+        let volume = VolumeId::from_bytes([1; 16]);
         Head {
-            volume: VolumeId::from_bytes([1; 16]),
-            tenant: "acme".to_owned(),
-            name: "db".to_owned(),
-            created_ms: 1,
-            sector_size: 512,
-            frame_sectors: 128,
-            compression: Compression::Lz4,
-            encryption: Encryption::None,
-            durability: Durability::Local,
-            size: Sectors::new(1000),
             epoch: Epoch::new(epoch),
             owner: Some(Owner {
                 cache: CacheId::from_bytes([2; 16]),
                 host: host.to_owned(),
                 since_ms: u64::from(epoch),
             }),
-            lineage: None,
-            log: Vec::new(),
-            root: None,
-            root_write: WriteSeq::ZERO,
-            next_map: MapSeq::ZERO,
-            stored_bytes: 0,
+            ..Head::fresh(volume, &tenant, &name, Sectors::new(1000), 1)
         }
     }
 

@@ -9,19 +9,13 @@ use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{
     NAME_KIND, NameRecord, TENANT_KIND, TenantRecord, decode_record, encode_record,
 };
-use quarry_objfmt::{
-    CacheId, Encryption, Epoch, MapSeq, Owner, Sectors, TenantName, VolumeId, VolumeName, WriteSeq,
-    keys,
-};
+use quarry_objfmt::{CacheId, Owner, Sectors, TenantName, VolumeId, VolumeName, keys};
 
 use super::now_ms;
 use super::resize::{larger, taken_over};
 use crate::backend::{HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
 use crate::store::{Store, StoreError};
-
-/// Sectors of a frame in new volumes: 64 KiB, the unit of a fetch.
-const FRAME_SECTORS: u32 = 128;
 
 /// Objects deleted side by side.
 const DELETE_CONCURRENCY: usize = 16;
@@ -138,24 +132,10 @@ pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiRe
     let size =
         Sectors::from_bytes(spec.size_bytes).ok_or_else(|| internal(&"an unchecked size"))?;
     let head = Head {
-        volume,
-        tenant: spec.tenant.to_string(),
-        name: spec.name.to_string(),
-        created_ms,
         sector_size: spec.sector_size,
-        frame_sectors: FRAME_SECTORS,
         compression: spec.compression,
-        encryption: Encryption::None,
         durability: spec.durability,
-        size,
-        epoch: Epoch::ZERO,
-        owner: None,
-        lineage: None,
-        log: Vec::new(),
-        root: None,
-        root_write: WriteSeq::ZERO,
-        next_map: MapSeq::ZERO,
-        stored_bytes: 0,
+        ..Head::fresh(volume, &spec.tenant, &spec.name, size, created_ms)
     };
     let head_key = keys::head_key(&spec.tenant, volume);
     store

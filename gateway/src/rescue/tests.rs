@@ -1,6 +1,8 @@
 use quarry_objfmt::CacheId;
 use quarry_objfmt::head::Lineage;
 
+use quarry_objfmt::{Compression, Durability};
+
 use super::*;
 use crate::backend::open::{Claim, claim};
 use crate::verify::fixture::{Fixture, SIZE, chunk_id, piece, volume_id};

@@ -12,11 +12,11 @@ use bytes::Bytes;
 use quarry_objfmt::chunk::{
     ChunkExtent, ChunkHeader, ChunkParams, ExtentBody, encode_chunk, encode_seal,
 };
-use quarry_objfmt::head::{Durability, Head, LogRange, RootRef};
+use quarry_objfmt::head::{Head, LogRange, RootRef};
 use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId, TableRef};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Compression, Encryption, Epoch, Lba, MapEntry, MapSeq, Sectors, VolumeId,
-    WriteSeq, keys,
+    ChunkId, ChunkSeq, Compression, Epoch, Lba, MapEntry, MapSeq, Sectors, TenantName, VolumeId,
+    VolumeName, WriteSeq, keys,
 };
 use tempfile::TempDir;
 
@@ -103,20 +103,15 @@ impl Fixture {
     pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> = Arc::new(FolderStore::open(dir.path(), false).unwrap());
+        let (tenant, name) = (
+            TenantName::new("acme").unwrap(),
+            VolumeName::new("db").unwrap(),
+        );
         let head = Head {
-            volume: volume_id(),
-            tenant: "acme".to_owned(),
-            name: "db".to_owned(),
-            created_ms: 1,
             sector_size: 4096,
             frame_sectors: FRAME,
             compression: Compression::None,
-            encryption: Encryption::None,
-            durability: Durability::Local,
-            size: Sectors::new(SIZE),
             epoch: Epoch::new(2),
-            owner: None,
-            lineage: None,
             log: vec![
                 LogRange {
                     epoch: Epoch::new(1),
@@ -129,10 +124,9 @@ impl Fixture {
                     end: None,
                 },
             ],
-            root: None,
             root_write: WriteSeq::new(3),
             next_map: MapSeq::new(2),
-            stored_bytes: 0,
+            ..Head::fresh(volume_id(), &tenant, &name, Sectors::new(SIZE), 1)
         };
         let mut new = Self {
             dir,
@@ -200,6 +194,7 @@ impl Fixture {
             seq,
             offset,
             len,
+            usage: None,
         };
         (root, table)
     }

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quarry_gateway::backend::open::Claim;
-use quarry_objfmt::codec::{Compression, Encryption};
+use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Durability, Head};
-use quarry_objfmt::{Epoch, MapSeq, Sectors, TenantName, WriteSeq, keys};
+use quarry_objfmt::{Sectors, TenantName, VolumeName, keys};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
@@ -368,28 +368,15 @@ fn no_panic() {
 }
 
 fn head(truth: &Truth) -> Head {
+    let name = VolumeName::new(format!("v{}", truth.index)).expect("a name");
     Head {
-        volume: truth.id,
-        tenant: truth.tenant.to_string(),
-        name: format!("v{}", truth.index),
-        created_ms: 0,
-        sector_size: 512,
         frame_sectors: FRAME_SECTORS,
         compression: match truth.index % 3 {
             0 => Compression::None,
             1 => Compression::Lz4,
             _ => Compression::Zstd,
         },
-        encryption: Encryption::None,
         durability: truth.durability,
-        size: Sectors::new(truth.size),
-        epoch: Epoch::ZERO,
-        owner: None,
-        lineage: None,
-        log: Vec::new(),
-        root: None,
-        root_write: WriteSeq::ZERO,
-        next_map: MapSeq::ZERO,
-        stored_bytes: 0,
+        ..Head::fresh(truth.id, &truth.tenant, &name, Sectors::new(truth.size), 0)
     }
 }

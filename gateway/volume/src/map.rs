@@ -92,7 +92,7 @@ impl Node {
         match kind {
             NodeKind::Index => IndexNode::decode(payload).map(Self::Index),
             NodeKind::Leaf => Leaf::decode(payload).map(Self::Leaf),
-            NodeKind::Manifest => Err(FormatError::invalid(
+            NodeKind::Manifest | NodeKind::Usage => Err(FormatError::invalid(
                 kind.what(),
                 "it is not a node of a table",
             )),

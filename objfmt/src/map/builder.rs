@@ -4,7 +4,7 @@ use crate::error::{FormatError, Result};
 use crate::map::index::{IndexEntry, encode_index};
 use crate::map::leaf::{LEAF_ENTRIES_MAX, check_entry, encode_leaf};
 use crate::map::node::{NodeKind, put_node};
-use crate::map::{Manifest, MapObjectId, TableRef};
+use crate::map::{Manifest, MapObjectId, TableRef, Usage};
 use crate::types::{Lba, MapEntry, Sectors};
 
 /// Builds a map object in RAM: push sorted entries, finish a table where it is to be cut, push on,
@@ -117,6 +117,22 @@ impl MapObjectBuilder {
     /// # Errors
     /// If a table is under way, the manifest is not sound, or the object outgrows 4 GiB.
     pub fn finish_manifest(&mut self, manifest: &Manifest) -> Result<(u32, u32)> {
+        self.finish_node(NodeKind::Manifest, |out| manifest.encode(out))
+    }
+
+    /// Appends the usage; returns its offset and length, for `head`.
+    ///
+    /// # Errors
+    /// As [`MapObjectBuilder::finish_manifest`].
+    pub fn finish_usage(&mut self, usage: &Usage) -> Result<(u32, u32)> {
+        self.finish_node(NodeKind::Usage, |out| usage.encode(out))
+    }
+
+    fn finish_node(
+        &mut self,
+        kind: NodeKind,
+        encode: impl FnOnce(&mut Vec<u8>) -> Result<()>,
+    ) -> Result<(u32, u32)> {
         if self.table_entries() > 0 {
             return Err(FormatError::invalid(
                 "map object",
@@ -124,8 +140,8 @@ impl MapObjectBuilder {
             ));
         }
         self.scratch.clear();
-        manifest.encode(&mut self.scratch)?;
-        let place = put_node(&mut self.bytes, NodeKind::Manifest, self.id, &self.scratch)?;
+        encode(&mut self.scratch)?;
+        let place = put_node(&mut self.bytes, kind, self.id, &self.scratch)?;
         self.table_start = self.bytes.len();
         Ok(place)
     }

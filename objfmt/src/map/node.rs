@@ -31,6 +31,8 @@ pub enum NodeKind {
     Leaf = 2,
     /// The runs of a map.
     Manifest = 3,
+    /// Which objects a map needs.
+    Usage = 4,
 }
 
 impl NodeKind {
@@ -39,6 +41,7 @@ impl NodeKind {
             1 => Ok(Self::Index),
             2 => Ok(Self::Leaf),
             3 => Ok(Self::Manifest),
+            4 => Ok(Self::Usage),
             _ => Err(FormatError::Unknown {
                 what: WHAT,
                 field: "kind",
@@ -54,6 +57,7 @@ impl NodeKind {
             Self::Index => "map index node",
             Self::Leaf => "map leaf",
             Self::Manifest => "map manifest",
+            Self::Usage => "map usage",
         }
     }
 }

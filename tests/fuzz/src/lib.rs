@@ -46,7 +46,7 @@ macro_rules! targets {
 targets! {
     store: head, snapshot, record, chunk_header, seal, frame;
     cache: superblock, segment_header, record_page, journal;
-    map: map_leaf, map_index, map_manifest;
+    map: map_leaf, map_index, map_manifest, map_usage;
     text: config, words;
     nbd: nbd_handshake, nbd_request, nbd_connection;
     control: control_api;

@@ -1,7 +1,7 @@
 //! What the nodes of a map say.
 
 use quarry_objfmt::map::{
-    IndexNode, Leaf, Manifest, MapObjectBuilder, MapObjectId, NodeKind, open_node,
+    IndexNode, Leaf, Manifest, MapObjectBuilder, MapObjectId, NodeKind, Usage, open_node,
 };
 use quarry_objfmt::{Epoch, Lba, MapEntry, MapSeq, VOLUME_SECTORS_MAX, VolumeId};
 
@@ -108,5 +108,28 @@ pub(crate) fn map_manifest(input: &[u8]) {
             .expect("within its rules");
         let again = builder.into_bytes();
         assert_eq!(Manifest::decode(OBJECT, offset, &again), Ok(manifest));
+    }
+}
+
+/// A usage that decodes is sorted, needs no more of a chunk than it has, and reads the same when it is
+/// written again.
+pub(crate) fn map_usage(input: &[u8]) {
+    for bytes in [input.to_vec(), mend::node(input, OBJECT, 0)] {
+        let Ok(usage) = Usage::decode(OBJECT, 0, &bytes) else {
+            continue;
+        };
+        let order = |chunk: &quarry_objfmt::map::ChunkUse| (chunk.epoch, chunk.seq);
+        assert!(usage.chunks.is_sorted_by(|a, b| order(a) < order(b)));
+        assert!(
+            usage
+                .chunks
+                .iter()
+                .all(|chunk| chunk.needed_sectors <= chunk.data_sectors)
+        );
+        assert!(usage.dead.iter().all(|object| object.born <= object.died));
+        let mut builder = MapObjectBuilder::new(OBJECT);
+        let (offset, _) = builder.finish_usage(&usage).expect("within its rules");
+        let again = builder.into_bytes();
+        assert_eq!(Usage::decode(OBJECT, offset, &again), Ok(usage));
     }
 }

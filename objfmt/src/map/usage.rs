@@ -1,0 +1,320 @@
+//! The usage node: what of a volume's objects its map needs, and which of them it needs no more.
+//!
+//! It is what reclaiming space goes by, and lies beside the manifest that it belongs to: `head` moves to
+//! both at once. Only the volume's own objects are in it; a clone's parent counts its own.
+//!
+//! Invariant: a chunk that the map needs is listed under `chunks`; one that is not listed at all is a
+//! chunk of the log behind the map, or garbage.
+
+use crate::error::{FormatError, Result};
+use crate::map::{MapObjectId, NodeKind, open_node};
+use crate::types::{ChunkSeq, Epoch, MapSeq};
+use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
+
+const WHAT: &str = "map usage";
+
+/// The version this build writes, and the newest it reads.
+const USAGE_VERSION: u8 = 1;
+
+/// Fewest bytes of a chunk: six varints.
+const CHUNK_LEN_MIN: usize = 6;
+
+/// Fewest bytes of a dead object: a byte and six varints.
+const DEAD_LEN_MIN: usize = 7;
+
+/// A chunk that the map may need.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ChunkUse {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its number.
+    pub seq: ChunkSeq,
+    /// The first map that needed it.
+    pub born: MapSeq,
+    /// Sectors of data in it.
+    pub data_sectors: u32,
+    /// How many of them the map needed when they were last counted: never fewer than it does now.
+    pub needed_sectors: u32,
+    /// Bytes of the object.
+    pub stored_bytes: u32,
+}
+
+/// What an object is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum ObjectKind {
+    /// A chunk.
+    Chunk,
+    /// A map object.
+    Map,
+}
+
+/// An object that the map needs no more and that was not deleted yet, for a snapshot may need it, or a
+/// reader who has an older map.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeadObject {
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its number.
+    pub number: u64,
+    /// The first map that needed it.
+    pub born: MapSeq,
+    /// The first map that did not: as `born` if none ever did.
+    pub died: MapSeq,
+    /// When that was found, in milliseconds since 1970.
+    pub died_ms: u64,
+    /// Bytes of the object.
+    pub stored_bytes: u64,
+}
+
+impl DeadObject {
+    /// Whether the map numbered `map` needs it.
+    #[must_use]
+    pub fn is_needed_by(&self, map: MapSeq) -> bool {
+        self.born <= map && map < self.died
+    }
+}
+
+/// A volume's objects, as of one map.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Usage {
+    /// Chunks that the map may need, by epoch and number.
+    pub chunks: Vec<ChunkUse>,
+    /// Objects that it needs no more.
+    pub dead: Vec<DeadObject>,
+}
+
+impl Usage {
+    /// Checks that `bytes` are exactly the usage node at `offset` of object `id`, and decodes it.
+    ///
+    /// # Errors
+    /// If the bytes are damaged, of another place, or not a sound usage.
+    pub fn decode(id: MapObjectId, offset: u32, bytes: &[u8]) -> Result<Self> {
+        match open_node(id, offset, bytes)? {
+            (NodeKind::Usage, payload) => Self::decode_payload(payload),
+            _ => Err(FormatError::Misplaced {
+                what: WHAT,
+                field: "kind of node",
+            }),
+        }
+    }
+
+    pub(super) fn decode_payload(payload: &[u8]) -> Result<Self> {
+        let mut reader = Reader::new(payload, WHAT);
+        let version = reader.u8()?;
+        if version != USAGE_VERSION {
+            return Err(FormatError::Version {
+                what: WHAT,
+                found: version.into(),
+                supported: USAGE_VERSION.into(),
+            });
+        }
+        let count = reader.count(CHUNK_LEN_MIN)?;
+        let mut chunks: Vec<ChunkUse> = Vec::with_capacity(count);
+        for _ in 0..count {
+            let chunk = read_chunk(&mut reader, chunks.last())?;
+            chunks.push(chunk);
+        }
+        let count = reader.count(DEAD_LEN_MIN)?;
+        let dead = (0..count)
+            .map(|_| read_dead(&mut reader))
+            .collect::<Result<_>>()?;
+        reader.finish()?;
+        Ok(Self { chunks, dead })
+    }
+
+    /// Appends the payload.
+    ///
+    /// # Errors
+    /// If the chunks are not sorted, or one needs more than it has.
+    pub(super) fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
+        put_u8(out, USAGE_VERSION);
+        put_varint(out, self.chunks.len() as u64);
+        let mut last: Option<&ChunkUse> = None;
+        for chunk in &self.chunks {
+            let sorted = last.is_none_or(|l| (l.epoch, l.seq) < (chunk.epoch, chunk.seq));
+            let Some(unneeded) = chunk.data_sectors.checked_sub(chunk.needed_sectors) else {
+                return Err(FormatError::invalid(WHAT, MORE_THAN_IT_HAS));
+            };
+            if !sorted {
+                return Err(FormatError::invalid(WHAT, "the chunks are not sorted"));
+            }
+            let (epoch, next, born) = before(last);
+            let same = chunk.epoch.get() == epoch;
+            put_varint(out, u64::from(chunk.epoch.get() - epoch));
+            put_varint(out, chunk.seq.get() - if same { next } else { 0 });
+            let born = chunk.born.get().wrapping_sub(born).cast_signed();
+            put_varint(out, zigzag(born));
+            put_varint(out, chunk.data_sectors.into());
+            put_varint(out, unneeded.into());
+            put_varint(out, chunk.stored_bytes.into());
+            last = Some(chunk);
+        }
+        put_varint(out, self.dead.len() as u64);
+        for object in &self.dead {
+            let Some(life) = object.died.get().checked_sub(object.born.get()) else {
+                return Err(FormatError::invalid(WHAT, DEAD_BEFORE_BORN));
+            };
+            put_u8(out, object.kind as u8);
+            put_varint(out, object.epoch.get().into());
+            put_varint(out, object.number);
+            put_varint(out, object.born.get());
+            put_varint(out, life);
+            put_varint(out, object.died_ms);
+            put_varint(out, object.stored_bytes);
+        }
+        Ok(())
+    }
+}
+
+const MORE_THAN_IT_HAS: &str = "more of a chunk is needed than it has";
+const DEAD_BEFORE_BORN: &str = "an object died before it was born";
+
+/// What a chunk is told relative to: the epoch, the next number in it, and the map, of the one before.
+fn before(last: Option<&ChunkUse>) -> (u32, u64, u64) {
+    last.map_or((0, 0, 0), |l| {
+        let next = l.seq.get().wrapping_add(1);
+        (l.epoch.get(), next, l.born.get())
+    })
+}
+
+fn read_chunk(reader: &mut Reader<'_>, last: Option<&ChunkUse>) -> Result<ChunkUse> {
+    let overflow = || FormatError::invalid(WHAT, "a number is too large");
+    let (before, next, born) = before(last);
+    let epoch = before
+        .checked_add(reader.varint_u32()?)
+        .ok_or_else(overflow)?;
+    let seq = reader.varint()?;
+    let seq = match last {
+        // Behind the largest number there is none.
+        Some(_) if epoch == before && next == 0 => return Err(overflow()),
+        _ if epoch == before => seq.checked_add(next).ok_or_else(overflow)?,
+        _ => seq,
+    };
+    let born = born.wrapping_add(unzigzag(reader.varint()?).cast_unsigned());
+    let data_sectors = reader.varint_u32()?;
+    let needed_sectors = data_sectors
+        .checked_sub(reader.varint_u32()?)
+        .ok_or_else(|| FormatError::invalid(WHAT, MORE_THAN_IT_HAS))?;
+    Ok(ChunkUse {
+        epoch: Epoch::new(epoch),
+        seq: ChunkSeq::new(seq),
+        born: MapSeq::new(born),
+        data_sectors,
+        needed_sectors,
+        stored_bytes: reader.varint_u32()?,
+    })
+}
+
+fn read_dead(reader: &mut Reader<'_>) -> Result<DeadObject> {
+    let kind = match reader.u8()? {
+        0 => ObjectKind::Chunk,
+        1 => ObjectKind::Map,
+        code => {
+            return Err(FormatError::Unknown {
+                what: WHAT,
+                field: "kind of object",
+                found: code.into(),
+            });
+        }
+    };
+    let epoch = Epoch::new(reader.varint_u32()?);
+    let number = reader.varint()?;
+    let born = reader.varint()?;
+    let died = born
+        .checked_add(reader.varint()?)
+        .ok_or_else(|| FormatError::invalid(WHAT, "a number is too large"))?;
+    Ok(DeadObject {
+        kind,
+        epoch,
+        number,
+        born: MapSeq::new(born),
+        died: MapSeq::new(died),
+        died_ms: reader.varint()?,
+        stored_bytes: reader.varint()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        fn any_chunk()(
+            epoch in 0u32..4, seq in prop_oneof![0u64..50, any::<u64>()], born: u64,
+            data: u32, needed: u32, stored_bytes: u32,
+        ) -> ChunkUse {
+            ChunkUse {
+                epoch: Epoch::new(epoch),
+                seq: ChunkSeq::new(seq),
+                born: MapSeq::new(born),
+                data_sectors: data.max(needed),
+                needed_sectors: data.min(needed),
+                stored_bytes,
+            }
+        }
+    }
+
+    prop_compose! {
+        fn any_dead()(
+            map: bool, epoch: u32, number: u64, (born, died) in (any::<u64>(), any::<u64>()),
+            died_ms: u64, stored_bytes: u64,
+        ) -> DeadObject {
+            DeadObject {
+                kind: if map { ObjectKind::Map } else { ObjectKind::Chunk },
+                epoch: Epoch::new(epoch),
+                number,
+                born: MapSeq::new(born.min(died)),
+                died: MapSeq::new(born.max(died)),
+                died_ms,
+                stored_bytes,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn usage_any_round_trips(
+            mut chunks in prop::collection::vec(any_chunk(), 0..50),
+            dead in prop::collection::vec(any_dead(), 0..20),
+        ) {
+            chunks.sort_by_key(|chunk| (chunk.epoch, chunk.seq));
+            chunks.dedup_by_key(|chunk| (chunk.epoch, chunk.seq));
+            let usage = Usage { chunks, dead };
+            let mut payload = Vec::new();
+            usage.encode(&mut payload).unwrap();
+            prop_assert_eq!(Usage::decode_payload(&payload), Ok(usage));
+        }
+
+        #[test]
+        fn usage_any_bytes_are_refused_or_sound(bytes: Vec<u8>) {
+            if let Ok(usage) = Usage::decode_payload(&bytes) {
+                let mut payload = Vec::new();
+                usage.encode(&mut payload).unwrap();
+                prop_assert_eq!(Usage::decode_payload(&payload), Ok(usage));
+            }
+        }
+    }
+
+    #[test]
+    fn usage_of_a_full_chunk_takes_at_most_12_bytes() {
+        let chunks = (0..10_000u64).map(|n| ChunkUse {
+            epoch: Epoch::new(3),
+            seq: ChunkSeq::new(100 + n),
+            born: MapSeq::new(7 + n / 100),
+            data_sectors: 16_384,
+            needed_sectors: 9_000,
+            stored_bytes: 8 << 20,
+        });
+        let usage = Usage {
+            chunks: chunks.collect(),
+            dead: Vec::new(),
+        };
+        let mut payload = Vec::new();
+        usage.encode(&mut payload).unwrap();
+        assert!(payload.len() <= 12 * 10_000 + 8, "{}", payload.len());
+    }
+}
