@@ -38,11 +38,15 @@ pub enum Mutation {
     HeadBeforeMap,
     /// A body shorter than asked for is taken for whole.
     TrustShortRead,
+    /// What a compaction moved is laid over what was folded meanwhile.
+    CompactOverNewer,
+    /// Objects are deleted while readers may have a map that needs them.
+    DeleteBeforeTheHorizon,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::NoSyncBeforeRecords,
         Self::FlushBeforeRecords,
         Self::FuaAsPlainWrite,
@@ -59,6 +63,8 @@ impl Mutation {
         Self::NoSeal,
         Self::HeadBeforeMap,
         Self::TrustShortRead,
+        Self::CompactOverNewer,
+        Self::DeleteBeforeTheHorizon,
     ];
 
     /// Whether the invariant is broken on this thread.

@@ -42,7 +42,7 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 6] = [
+pub(crate) const SECTIONS: [(&str, &str); 7] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("store", "The object store that keeps everything durable."),
     (
@@ -51,6 +51,7 @@ pub(crate) const SECTIONS: [(&str, &str); 6] = [
     ),
     ("reactor", "The threads that serve I/O."),
     ("ublk", "The volumes' block devices, /dev/ublkbN."),
+    ("reclaim", "What volumes do not need any more in the store."),
     ("writeback", "The way from the cache to the store."),
 ];
 
@@ -317,6 +318,25 @@ pub(crate) const KEYS: &[Key] = &[
                 .ok_or_else(|| "there is no such mode".to_owned())
         },
         get: |c| Some(quoted(c.ublk.mode.as_str())),
+    },
+    Key {
+        path: "reclaim.horizon",
+        doc: "How long an object that a volume does not need any more is kept. Whoever has the volume attached\n\
+              read-only elsewhere may go by a map of so long ago; for longer, attach a snapshot.",
+        expected: "write a duration such as \"15m\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.reclaim.horizon = d),
+        get: |c| Some(quoted(humantime::format_duration(c.reclaim.horizon))),
+    },
+    Key {
+        path: "reclaim.debt_min",
+        doc: "How much at least must be to gain in a volume before the live parts of its chunks are moved.",
+        expected: SIZE,
+        sample: "",
+        secret: false,
+        set: |c, v, _| size(v).map(|s| c.reclaim.debt_min = s),
+        get: |c| Some(quoted(c.reclaim.debt_min)),
     },
     Key {
         path: "writeback.delay",

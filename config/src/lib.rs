@@ -44,6 +44,8 @@ pub struct Config {
     pub ublk: Ublk,
     /// `[writeback]`
     pub writeback: Writeback,
+    /// `[reclaim]`
+    pub reclaim: Reclaim,
 }
 
 /// `[daemon]`: where the daemon lives and how it is reached.
@@ -197,6 +199,24 @@ impl Default for Writeback {
             delay: Duration::from_secs(5),
             chunk_size: Size::new(8 << 20),
             uploads_max: 8,
+        }
+    }
+}
+
+/// `[reclaim]`: what the store does not need any more.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reclaim {
+    /// How long it is kept all the same.
+    pub horizon: Duration,
+    /// So much at least must be to gain for compaction to begin.
+    pub debt_min: Size,
+}
+
+impl Default for Reclaim {
+    fn default() -> Self {
+        Self {
+            horizon: Duration::from_secs(15 * 60),
+            debt_min: Size::new(32 << 20),
         }
     }
 }

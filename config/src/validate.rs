@@ -14,6 +14,9 @@ const DIRTY_BYTES_MIN: u64 = 4 << 20;
 const DIRTY_PERCENT: RangeInclusive<u8> = 1..=95;
 const THREADS: RangeInclusive<u32> = 1..=64;
 const DELAY_MAX: Duration = Duration::from_secs(3600);
+
+/// Objects kept longer are a snapshot's business.
+const HORIZON_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 const CHUNK_BYTES: RangeInclusive<u64> = 64 << 10..=8 << 20;
 /// Chunks hold whole pages of the cache.
 const CHUNK_BYTES_STEP: u64 = 4096;
@@ -60,6 +63,11 @@ pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
             "it is more than an hour",
             "write \"1h\" or less",
         ));
+    }
+    if config.reclaim.horizon > HORIZON_MAX {
+        let horizon = humantime::format_duration(config.reclaim.horizon);
+        let (why, remedy) = ("it is more than 30 days", "write \"15m\" or leave it out");
+        return Err(refuse("reclaim.horizon", horizon, why, remedy));
     }
     let chunk = writeback.chunk_size;
     if !CHUNK_BYTES.contains(&chunk.bytes()) || !chunk.bytes().is_multiple_of(CHUNK_BYTES_STEP) {

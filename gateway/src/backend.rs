@@ -8,12 +8,17 @@
 //! waiting cannot mend: a damaged object, or a newer writer.
 
 mod checkpoint;
+mod compact;
 mod direct;
 mod head;
+mod objects;
 pub mod open;
+mod reclaim;
+mod scan;
 mod sound;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
@@ -23,7 +28,7 @@ use quarry_objfmt::chunk::{
     encode_chunk,
 };
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::{ChunkId, MapEntry, SECTOR_SIZE, VolumeId, keys};
+use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, VolumeId, keys};
 use quarry_volume::map::{MapRoot, Node, NodeRef};
 use quarry_volume::{Action, ChunkPlan, DataError, Event, ExtentSource, Fetch, IoId, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -31,9 +36,12 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
 
 use open::Claimed;
+use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
 pub use head::{HeadCell, HeadError};
+pub use objects::{LogChunk, Objects, Space};
+pub use reclaim::{ReclaimSettings, Reclaimed};
 
 use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
@@ -41,6 +49,9 @@ use crate::store::{Store, StoreError};
 
 /// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
 pub const UPLOADS_MAX: usize = 16;
+
+/// Most compactions at once, over all volumes: each takes up to 160 MiB.
+pub const COMPACTIONS_MAX: usize = 1;
 
 /// The way of direct reads, or why the store or the kernel has none; found out when first asked, for few
 /// ask at all.
@@ -79,6 +90,12 @@ pub struct Common {
     pub frames: FrameCache,
     /// Bounds the memory of uploads.
     pub uploads: Arc<Semaphore>,
+    /// Bounds the memory of compactions.
+    pub compactions: Arc<Semaphore>,
+    /// When what the store does not need any more is deleted.
+    pub reclaim: ReclaimSettings,
+    /// The wall's clock, in milliseconds since 1970.
+    pub now_ms: fn() -> u64,
     /// Where the work runs.
     pub runtime: Handle,
 }
@@ -122,6 +139,15 @@ pub struct VolumeBackend {
     stored_bytes: AtomicU64,
     /// Bytes of map objects stored since the attach.
     map_bytes: AtomicU64,
+    /// Chunks that are stored and not folded into the map.
+    log: parking_lot::Mutex<BTreeMap<ChunkSeq, LogChunk>>,
+    /// The volume's objects, and the right to change the map.
+    objects: tokio::sync::Mutex<Objects>,
+    /// The oldest runs of the map that a compaction goes by; 0 without one.
+    compacted_runs: AtomicUsize,
+    /// The number of the next chunk of compaction.
+    next_compacted: AtomicU64,
+    reclaim: Reclaim,
     key: VolumeKey,
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
@@ -141,10 +167,16 @@ impl VolumeBackend {
         key: VolumeKey,
         reactor: ReactorHandle,
     ) -> Arc<Self> {
+        let log = claimed.chunks.iter().map(|chunk| (chunk.id.seq, *chunk));
         Arc::new(Self {
             common,
             name,
             volume: claimed.info.volume,
+            log: parking_lot::Mutex::new(log.collect()),
+            reclaim: Reclaim::new(claimed.objects.space(&claimed.info.snapshots)),
+            objects: tokio::sync::Mutex::new(claimed.objects),
+            compacted_runs: AtomicUsize::new(0),
+            next_compacted: AtomicU64::new(ChunkSeq::COMPACTED.get()),
             root: parking_lot::Mutex::new(claimed.root),
             next_map: AtomicU64::new(claimed.info.next_map.get()),
             stored_bytes: AtomicU64::new(claimed.info.stored_bytes),
@@ -248,6 +280,7 @@ impl VolumeBackend {
             }
             Action::Upload(plan) => match self.upload(&plan).await {
                 Ok((entries, stored_bytes)) => {
+                    self.log_chunk(plan.id, &entries, stored_bytes);
                     self.tell(Event::Uploaded {
                         seq: plan.id.seq,
                         entries,
@@ -258,13 +291,7 @@ impl VolumeBackend {
                 Err(by) => self.tell(Event::Fenced { by }).await,
             },
             Action::Checkpoint(plan) => match checkpoint::run(&self, &plan).await {
-                Ok(root) => {
-                    self.tell(Event::Checkpointed {
-                        root,
-                        upto: plan.upto,
-                    })
-                    .await
-                }
+                Ok(()) => {}
                 Err(checkpoint::Stopped::Fenced { by }) => self.tell(Event::Fenced { by }).await,
                 Err(checkpoint::Stopped::Damaged(error)) => {
                     self.report(Report::Damaged {
@@ -319,6 +346,35 @@ impl VolumeBackend {
     fn problem(&self, problem: String) {
         tracing::error!(volume = self.name, problem);
         self.condition.lock().problem = Some(problem);
+    }
+
+    /// A chunk of ours is stored; its entries say how much is in it.
+    fn log_chunk(&self, id: ChunkId, entries: &[MapEntry], stored_bytes: u64) {
+        let chunk = LogChunk::new(id, entries, stored_bytes);
+        self.log.lock().insert(id.seq, chunk);
+    }
+
+    /// The chunks of the log up to and with `upto`.
+    fn log_up_to(&self, upto: ChunkSeq) -> Vec<LogChunk> {
+        self.log
+            .lock()
+            .range(..=upto)
+            .map(|(_, chunk)| *chunk)
+            .collect()
+    }
+
+    /// They are in the map.
+    fn folded(&self, chunks: &[LogChunk]) {
+        let mut log = self.log.lock();
+        for chunk in chunks {
+            log.remove(&chunk.id.seq);
+        }
+        drop(log);
+        let bytes = chunks
+            .iter()
+            .map(|chunk| u64::from(chunk.stored_bytes))
+            .sum();
+        self.reclaim.folded(bytes);
     }
 
     /// The raw contents of the frames, from memory or by one GET.

@@ -249,6 +249,12 @@ impl Daemon {
             device,
             frames: frame_cache(ram - ram / NODE_SHARE),
             uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
+            compactions: Arc::new(tokio::sync::Semaphore::new(backend::COMPACTIONS_MAX)),
+            reclaim: backend::ReclaimSettings {
+                horizon: config.reclaim.horizon,
+                debt_min: config.reclaim.debt_min.bytes(),
+            },
+            now_ms,
             runtime: tokio::runtime::Handle::current(),
         };
         Ok(Arc::new(Self {

@@ -1,7 +1,8 @@
 //! Checkpoints: the log folded into the map, and `head` moved to the new map.
 //!
 //! The order: map objects first, then one conditional PUT of `head`. *Crash in between: map
-//! objects that nothing names; the old map and the log are whole.*
+//! objects that nothing names; the old map and the log are whole.* One change of the map at a time: whoever
+//! makes it holds the lock on [`VolumeBackend`]'s objects.
 //!
 //! The new entries are a run of their own, or are merged with the newest runs as
 //! [`plan_merge`] says. Memory: one table being built, one stretch of each run being read.
@@ -11,22 +12,20 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use quarry_cache::Mutation;
-use quarry_objfmt::head::RootRef;
+use quarry_objfmt::head::{Head, RootRef};
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, TableRef};
-use quarry_objfmt::{MapSeq, keys};
-use quarry_volume::map::{MapRoot, Merger, Node, NodeRef, RunCursor, Step, plan_merge};
-use quarry_volume::{CheckpointPlan, DataError};
+use quarry_objfmt::{MapEntry, MapSeq, keys};
+use quarry_volume::map::{MapRoot, plan_merge};
+use quarry_volume::{CheckpointPlan, DataError, Event};
 
 use super::VolumeBackend;
 use super::head::HeadError;
-use super::sound::DAMAGE_RETRIES_MAX;
+use super::objects::Objects;
+use super::scan::Scan;
 use crate::store::StoreError;
 
 /// A table is cut at about this many bytes: the memory of building one, and the grain of merges.
 const TABLE_BYTES_MAX: usize = 8 << 20;
-
-/// Bytes of a run that are read at once when it is merged.
-const STRETCH_BYTES: u64 = 1 << 20;
 
 /// Why there is no checkpoint.
 #[derive(Debug)]
@@ -46,34 +45,76 @@ impl From<DataError> for Stopped {
     }
 }
 
-/// Writes the map objects of a checkpoint and moves the head to them.
-pub(super) async fn run(
+/// Writes the map objects of a checkpoint, moves the head to them, and tells the volume.
+pub(super) async fn run(backend: &VolumeBackend, plan: &CheckpointPlan) -> Result<(), Stopped> {
+    let mut objects = backend.objects.lock().await;
+    let old = backend.root.lock().clone();
+    // The runs that a compaction goes by stay as they are until it is done.
+    let free = old.runs().len() - backend.compacted_runs.load(Ordering::Relaxed);
+    let merged = plan_merge(&old, plan.entries.len() as u64).min(free);
+    let (runs, oldest) = (&old.runs()[..merged], merged == old.runs().len());
+    let mut writer = Writer::new(backend);
+    let mut scan = Scan::new(backend, plan.entries.to_vec(), runs, oldest);
+    while let Some(entry) = scan.next().await? {
+        writer.push(entry).await?;
+    }
+    let tables = writer.end_tables();
+    let root = old.with_new_run(merged, tables);
+    let chunks = backend.log_up_to(plan.upto);
+    let (upto, last_write) = (plan.upto, plan.last_write);
+    let root = publish(
+        backend,
+        writer,
+        &mut objects,
+        root,
+        |objects, map, now_ms| objects.fold(&chunks, &plan.entries, map, now_ms),
+        move |head| {
+            head.root_write = last_write;
+            let after = upto.next();
+            head.log
+                .retain(|range| range.end.is_none_or(|end| end > after));
+            for range in &mut head.log {
+                range.first = range.first.max(after);
+            }
+        },
+    )
+    .await?;
+    backend.note_space(&objects);
+    backend.folded(&chunks);
+    // With the right to change the map: the volume hears of its maps in their order.
+    backend.tell(Event::Checkpointed { root, upto }).await;
+    Ok(())
+}
+
+/// Writes the manifest of `root` and its usage behind the tables, and moves the head to them. `list` makes
+/// of the objects what they are with the new map, whose number it is given, `change` of the head.
+///
+/// The manifest goes into the newest table's object: one PUT for all of a small change.
+pub(super) async fn publish(
     backend: &VolumeBackend,
-    plan: &CheckpointPlan,
+    mut writer: Writer<'_>,
+    objects: &mut Objects,
+    root: MapRoot,
+    list: impl FnOnce(&mut Objects, MapSeq, u64),
+    change: impl Fn(&mut Head) + Send,
 ) -> Result<Arc<MapRoot>, Stopped> {
     let old = backend.root.lock().clone();
-    let merged = plan_merge(&old, plan.entries.len() as u64);
-    let mut writer = Writer {
-        backend,
-        builder: None,
-        tables: Vec::new(),
-    };
-    let mut merge = Merge::new(backend, &old, merged, plan);
-    while let Some(entry) = merge.next().await? {
-        let builder = writer.builder();
-        builder
-            .push(entry)
-            .expect("a merge gives sorted entries inside the volume");
-        if builder.table_bytes() >= TABLE_BYTES_MAX {
-            writer.finish_object().await?;
-        }
-    }
-    writer.end_table();
-    let root = old.with_new_run(merged, std::mem::take(&mut writer.tables));
-
-    // The manifest goes into the newest table's object: one PUT for all of a small checkpoint.
     let builder = writer.builder();
     let id = builder.id();
+    let now_ms = (backend.common.now_ms)();
+    let mut next = objects.clone();
+    list(&mut next, id.seq, now_ms);
+    let manifest = backend.head.get().root.map(|root| MapObjectId {
+        volume: backend.volume,
+        epoch: root.epoch,
+        seq: root.seq,
+    });
+    next.replace_map(&old, manifest, &root, id.seq, now_ms);
+    let usage = next.usage().map(|usage| {
+        builder
+            .finish_usage(&usage)
+            .expect("a usage is sorted, and far below 4 GiB")
+    });
     let (offset, len) = builder
         .finish_manifest(root.manifest())
         .expect("the policy keeps runs few");
@@ -82,7 +123,6 @@ pub(super) async fn run(
 
     let next_map = MapSeq::new(backend.next_map.load(Ordering::Relaxed));
     let stored_bytes = backend.stored_bytes.load(Ordering::Relaxed);
-    let (upto, last_write) = (plan.upto, plan.last_write);
     let changed = backend
         .head
         .update(&*backend.common.background, move |head| {
@@ -91,17 +131,11 @@ pub(super) async fn run(
                 seq: id.seq,
                 offset,
                 len,
-                usage: None,
+                usage,
             });
-            head.root_write = last_write;
             head.next_map = next_map;
             head.stored_bytes = stored_bytes;
-            let after = upto.next();
-            head.log
-                .retain(|range| range.end.is_none_or(|end| end > after));
-            for range in &mut head.log {
-                range.first = range.first.max(after);
-            }
+            change(head);
         });
     match changed.await {
         Ok(_) => {}
@@ -117,10 +151,11 @@ pub(super) async fn run(
     }
     let root = Arc::new(root);
     *backend.root.lock() = Arc::clone(&root);
+    *objects = next;
     Ok(root)
 }
 
-fn refused(object: &str, error: &StoreError) -> Stopped {
+pub(super) fn refused(object: &str, error: &StoreError) -> Stopped {
     Stopped::Damaged(DataError {
         object: object.to_owned(),
         reason: error.to_string(),
@@ -128,13 +163,21 @@ fn refused(object: &str, error: &StoreError) -> Stopped {
 }
 
 /// Builds the map objects, one in memory at a time.
-struct Writer<'a> {
+pub(super) struct Writer<'a> {
     backend: &'a VolumeBackend,
     builder: Option<MapObjectBuilder>,
     tables: Vec<TableRef>,
 }
 
-impl Writer<'_> {
+impl<'a> Writer<'a> {
+    pub(super) fn new(backend: &'a VolumeBackend) -> Self {
+        Self {
+            backend,
+            builder: None,
+            tables: Vec::new(),
+        }
+    }
+
     fn builder(&mut self) -> &mut MapObjectBuilder {
         let backend = self.backend;
         self.builder.get_or_insert_with(|| {
@@ -146,17 +189,31 @@ impl Writer<'_> {
         })
     }
 
+    /// Adds an entry behind those before.
+    pub(super) async fn push(&mut self, entry: MapEntry) -> Result<(), Stopped> {
+        let builder = self.builder();
+        builder
+            .push(entry)
+            .expect("entries are sorted and inside the volume");
+        if builder.table_bytes() >= TABLE_BYTES_MAX {
+            self.end_table();
+            self.put_object().await?;
+        }
+        Ok(())
+    }
+
+    /// The tables, with all that was pushed.
+    pub(super) fn end_tables(&mut self) -> Vec<TableRef> {
+        self.end_table();
+        std::mem::take(&mut self.tables)
+    }
+
     fn end_table(&mut self) {
         let table = self
             .builder()
             .finish_table()
             .expect("tables are cut long before 4 GiB");
         self.tables.extend(table);
-    }
-
-    async fn finish_object(&mut self) -> Result<(), Stopped> {
-        self.end_table();
-        self.put_object().await
     }
 
     async fn put_object(&mut self) -> Result<(), Stopped> {
@@ -175,149 +232,5 @@ impl Writer<'_> {
             }
             Err(error) => Err(refused(&object, &error)),
         }
-    }
-}
-
-/// The merge of the new entries (source 0) with the newest runs.
-struct Merge<'a> {
-    backend: &'a VolumeBackend,
-    merger: Merger,
-    fresh: Option<Vec<quarry_objfmt::MapEntry>>,
-    runs: Vec<Run>,
-}
-
-struct Run {
-    cursor: RunCursor,
-    tables: Vec<TableRef>,
-    /// The stretch of a map object that was read last.
-    stretch: Option<(MapObjectId, u64, Bytes)>,
-}
-
-impl<'a> Merge<'a> {
-    fn new(
-        backend: &'a VolumeBackend,
-        old: &MapRoot,
-        merged: usize,
-        plan: &CheckpointPlan,
-    ) -> Self {
-        let oldest = merged == old.runs().len();
-        let runs = old.runs()[..merged]
-            .iter()
-            .map(|tables| Run {
-                cursor: RunCursor::new(tables),
-                tables: tables.clone(),
-                stretch: None,
-            })
-            .collect();
-        Self {
-            backend,
-            merger: Merger::new(merged + 1).drop_zeroes(oldest),
-            fresh: Some(plan.entries.to_vec()),
-            runs,
-        }
-    }
-
-    async fn next(&mut self) -> Result<Option<quarry_objfmt::MapEntry>, Stopped> {
-        loop {
-            let source = match self.merger.step() {
-                Step::Entry(entry) => return Ok(Some(entry)),
-                Step::Done => return Ok(None),
-                Step::Need(source) => source,
-            };
-            let covered = self.merger.covered();
-            let entries = match source.checked_sub(1) {
-                None => self.fresh.take(),
-                Some(run) => self.runs[run].next(covered, self.backend).await?,
-            };
-            if let Err(error) = self.merger.feed(source, entries) {
-                return Err(DataError {
-                    object: "the map".to_owned(),
-                    reason: error.to_string(),
-                }
-                .into());
-            }
-        }
-    }
-}
-
-impl Run {
-    async fn next(
-        &mut self,
-        covered: quarry_objfmt::Lba,
-        backend: &VolumeBackend,
-    ) -> Result<Option<Vec<quarry_objfmt::MapEntry>>, Stopped> {
-        while let Some(place) = self.cursor.next_node(covered) {
-            let object = keys::map_key(
-                backend.head.tenant(),
-                place.object.volume,
-                place.object.epoch,
-                place.object.seq,
-            );
-            let damaged = |reason: String| DataError {
-                object: object.clone(),
-                reason,
-            };
-            let mut tries = 0;
-            let node = loop {
-                let bytes = self.read(&place, &object, backend).await?;
-                match Node::decode(&place, &bytes) {
-                    Ok(node) => break node,
-                    // Once more: the damage may have happened on the way.
-                    Err(_) if tries < DAMAGE_RETRIES_MAX => self.stretch = None,
-                    Err(error) => return Err(damaged(error.to_string()).into()),
-                }
-                tries += 1;
-            };
-            if let Some(entries) = self
-                .cursor
-                .accept(&node)
-                .map_err(|e| damaged(e.to_string()))?
-            {
-                return Ok(Some(entries));
-            }
-        }
-        Ok(None)
-    }
-
-    /// A node's bytes, read together with those behind it: leaves are needed in their order.
-    async fn read(
-        &mut self,
-        place: &NodeRef,
-        object: &str,
-        backend: &VolumeBackend,
-    ) -> Result<Bytes, DataError> {
-        let (from, to) = (
-            u64::from(place.offset),
-            u64::from(place.offset) + u64::from(place.len),
-        );
-        if let Some((id, start, bytes)) = &self.stretch
-            && *id == place.object
-            && *start <= from
-            && to <= start + bytes.len() as u64
-        {
-            let skip = usize::try_from(from - start).expect("inside the stretch");
-            return Ok(bytes.slice(skip..skip + place.len as usize));
-        }
-        // Not past the end of the table's nodes: leaves lie before their index.
-        let table_end = self
-            .tables
-            .iter()
-            .filter(|table| table.object == place.object && u64::from(table.index_offset) >= to)
-            .map(|table| u64::from(table.index_offset))
-            .min()
-            .unwrap_or(to);
-        let until = table_end.min(from + STRETCH_BYTES).max(to);
-        let bytes = backend
-            .common
-            .background
-            .get_range(object, from..until)
-            .await
-            .map_err(|e| DataError {
-                object: object.to_owned(),
-                reason: e.to_string(),
-            })?;
-        let first = bytes.slice(..place.len as usize);
-        self.stretch = Some((place.object, from, bytes));
-        Ok(first)
     }
 }

@@ -19,19 +19,24 @@ use quarry_cache::{Mutation, Recovered};
 use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
 };
-use quarry_objfmt::head::{Head, Lineage, LogRange, Owner};
-use quarry_objfmt::map::{Manifest, MapObjectId};
+use quarry_objfmt::head::{Head, Lineage, LogRange, Owner, RootRef};
+use quarry_objfmt::map::{Manifest, MapObjectId, Usage};
 use quarry_objfmt::{
     CacheId, ChunkId, ChunkSeq, Epoch, MapEntry, TenantName, VolumeId, WriteSeq, keys,
 };
 use quarry_volume::map::MapRoot;
 
 use super::head::{HeadCell, HeadError, put};
+use super::objects::{LogChunk, Objects};
 use super::sound::{self, Unsound};
 use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
 pub(crate) const HEADER_GUESS: u64 = 64 << 10;
+
+/// How often a volume that is being written elsewhere is opened again for reading, if what its head named
+/// was gone.
+const REOPENS_MAX: u32 = 3;
 
 /// Chunks of the log looked at side by side.
 const REPLAY_CONCURRENCY: usize = 16;
@@ -125,6 +130,10 @@ pub struct Claimed {
     pub root: Arc<MapRoot>,
     /// The entries of the chunks after it, oldest first.
     pub log: Vec<Vec<MapEntry>>,
+    /// These chunks.
+    pub chunks: Vec<LogChunk>,
+    /// The volume's objects that the map needs, and the dead ones.
+    pub objects: Objects,
     /// The number of the next chunk.
     pub next_chunk: ChunkSeq,
     /// The newest write in the store.
@@ -167,6 +176,7 @@ pub async fn claim(
     // Step 2.
     let Replayed {
         log,
+        chunks,
         stored_write,
         end,
     } = replay(store, tenant, &raised, Some(claim)).await?;
@@ -186,12 +196,14 @@ pub async fn claim(
             });
         })
         .await?;
-    let root = load_root(store, tenant, &info).await?;
+    let (root, objects) = load_root(store, tenant, &info).await?;
     Ok(Claimed {
         head: cell,
         info,
         root,
         log,
+        chunks,
+        objects,
         next_chunk: end,
         stored_write,
         kept_since,
@@ -227,20 +239,46 @@ pub async fn open_read_only(
     kept: Option<&Recovered>,
     claim: &Claim,
 ) -> Result<Claimed, OpenError> {
-    let (head, tag) = read_head(store, tenant, volume, claim).await?;
+    let mut tries = 0;
+    loop {
+        let (head, tag) = read_head(store, tenant, volume, claim).await?;
+        match open_head(store, tenant, head.clone(), tag.clone(), kept, claim).await {
+            // What a writer elsewhere has given up meanwhile may be gone; what it has now is not.
+            Err(OpenError::Damaged { .. }) if tries < REOPENS_MAX => {
+                let (now, _) = read_head(store, tenant, volume, claim).await?;
+                if now == head {
+                    return open_head(store, tenant, head, tag, kept, claim).await;
+                }
+                tries += 1;
+            }
+            opened => return opened,
+        }
+    }
+}
+
+async fn open_head(
+    store: &dyn Store,
+    tenant: &TenantName,
+    head: Head,
+    tag: Tag,
+    kept: Option<&Recovered>,
+    claim: &Claim,
+) -> Result<Claimed, OpenError> {
     let replayed = replay(store, tenant, &head, None).await?;
     if kept.is_some_and(|kept| !kept.unsent(replayed.stored_write).is_empty())
         && !claim.discard_unsent
     {
         return Err(OpenError::Unsent);
     }
-    let root = load_root(store, tenant, &head).await?;
+    let (root, objects) = load_root(store, tenant, &head).await?;
     Ok(Claimed {
         head: HeadCell::new(tenant.clone(), head.clone(), tag),
         kept_since: head.epoch,
         info: head,
         root,
         log: replayed.log,
+        chunks: replayed.chunks,
+        objects,
         next_chunk: replayed.end,
         stored_write: replayed.stored_write,
     })
@@ -250,6 +288,7 @@ pub async fn open_read_only(
 struct Replayed {
     /// The entries of its chunks, oldest first.
     log: Vec<Vec<MapEntry>>,
+    chunks: Vec<LogChunk>,
     /// The newest write in it.
     stored_write: WriteSeq,
     /// The number of the chunk that would come next.
@@ -264,7 +303,7 @@ async fn replay(
     head: &Head,
     claim: Option<&Claim>,
 ) -> Result<Replayed, OpenError> {
-    let mut log = Vec::new();
+    let (mut log, mut chunks) = (Vec::new(), Vec::new());
     let mut stored_write = head.root_write;
     let first = head.log.first();
     let mut end = first.map_or(ChunkSeq::new(1), |range| range.first);
@@ -282,11 +321,18 @@ async fn replay(
             }
             stored_write = header.last_write;
             end = header.id.seq.next();
-            log.push(header.map_entries());
+            let entries = header.map_entries();
+            // A chunk without a frame is nothing but its header.
+            let stored = header.frames.last().map_or(0, |frame| {
+                u64::from(frame.stored_offset) + u64::from(frame.stored_len)
+            });
+            chunks.push(LogChunk::new(header.id, &entries, stored));
+            log.push(entries);
         }
     }
     Ok(Replayed {
         log,
+        chunks,
         stored_write,
         end,
     })
@@ -469,15 +515,52 @@ async fn seal(
     }
 }
 
-/// The map that the head points to.
+/// The map that the head points to, and what is known of the volume's objects.
 async fn load_root(
     store: &dyn Store,
     tenant: &TenantName,
     head: &Head,
-) -> Result<Arc<MapRoot>, OpenError> {
+) -> Result<(Arc<MapRoot>, Objects), OpenError> {
     let Some(root) = &head.root else {
-        return Ok(Arc::new(MapRoot::empty()));
+        let nothing = Objects::new(head.volume, Usage::default());
+        return Ok((Arc::new(MapRoot::empty()), nothing));
     };
+    let manifest = node_at(
+        store,
+        tenant,
+        head,
+        root,
+        (root.offset, root.len),
+        Manifest::decode,
+    );
+    let map = Arc::new(MapRoot::new(manifest.await?));
+    let Some(place) = root.usage else {
+        return Ok((map, Objects::uncounted(head.volume)));
+    };
+    match node_at(store, tenant, head, root, place, Usage::decode).await {
+        Ok(usage) => Ok((map, Objects::new(head.volume, usage))),
+        // What is needed can be counted again; of what is dead only the list is lost.
+        Err(OpenError::Damaged { object, reason }) => {
+            tracing::error!(
+                object,
+                reason,
+                "the usage of the map is damaged: some dead objects will stay"
+            );
+            Ok((map, Objects::uncounted(head.volume)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The node at `place`, offset and length, of the object that `root` is in.
+async fn node_at<T>(
+    store: &dyn Store,
+    tenant: &TenantName,
+    head: &Head,
+    root: &RootRef,
+    place: (u32, u32),
+    decode: impl Fn(MapObjectId, u32, &[u8]) -> quarry_objfmt::error::Result<T>,
+) -> Result<T, OpenError> {
     let id = MapObjectId {
         volume: head.volume,
         epoch: root.epoch,
@@ -488,9 +571,10 @@ async fn load_root(
         object: object.clone(),
         reason,
     };
-    let range = u64::from(root.offset)..u64::from(root.offset) + u64::from(root.len);
+    let (offset, len) = place;
+    let range = u64::from(offset)..u64::from(offset) + u64::from(len);
     let ask = || store.get_range(&object, range.clone());
-    let manifest = sound::read(ask, |bytes| Manifest::decode(id, root.offset, &bytes))
+    sound::read(ask, |bytes| decode(id, offset, &bytes))
         .await
         .map_err(|error| match error {
             Unsound::Store(StoreError::NotFound { .. }) => {
@@ -498,8 +582,7 @@ async fn load_root(
             }
             Unsound::Store(error) => error.into(),
             Unsound::Damaged(reason) => damaged(reason),
-        })?;
-    Ok(Arc::new(MapRoot::new(manifest)))
+        })
 }
 
 /// Gives the volume back: no owner, so that anybody may attach it.

@@ -314,6 +314,9 @@ impl Daemon {
             backend: Box::new(Arc::clone(&backend)),
         };
         reactor.send(add).await?;
+        if !read_only {
+            backend.start_reclaiming();
+        }
         Ok(Opening { backend, spec })
     }
 
@@ -516,6 +519,7 @@ impl Daemon {
             ended.await?;
         }
         backend.tell(Event::Stop).await;
+        backend.stop_reclaiming().await;
         let drained = attached.read_only || backend.drain(true).await;
         let machine = reactor.remove_volume(key).await?;
         backend.close();

@@ -184,6 +184,7 @@ impl Machine for Mirror {
             | Event::NodesLoaded { .. }
             | Event::Uploaded { .. }
             | Event::Checkpointed { .. }
+            | Event::Remapped { .. }
             | Event::DirectReads(_)
             | Event::CheckpointFailed
             | Event::Fenced { .. } => {}

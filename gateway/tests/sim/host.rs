@@ -8,10 +8,11 @@ mod attach;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
 use quarry_gateway::backend::open::{Claimed, OpenError};
-use quarry_gateway::backend::{Common, UPLOADS_MAX, frame_cache};
+use quarry_gateway::backend::{COMPACTIONS_MAX, Common, ReclaimSettings, UPLOADS_MAX, frame_cache};
 use quarry_gateway::store::{Lane, LaneSettings, S3Store};
 use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
 use quarry_volume::map::NodeCache;
@@ -31,6 +32,9 @@ const FRAMES_BYTES: u64 = 1 << 30;
 
 /// Segments that may be dirty.
 const DIRTY_MAX: u32 = 9;
+
+/// How long what the map does not need is kept.
+pub const HORIZON: Duration = Duration::from_secs(120);
 
 /// Small enough that a short run meets every limit.
 const TUNING: Tuning = Tuning {
@@ -160,6 +164,12 @@ impl Host {
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not simulated".to_owned())))),
             frames: frame_cache(FRAMES_BYTES),
             uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+            compactions: Arc::new(Semaphore::new(COMPACTIONS_MAX)),
+            reclaim: ReclaimSettings {
+                horizon: HORIZON,
+                debt_min: 0,
+            },
+            now_ms: || 0,
             runtime: tokio::runtime::Handle::current(),
         };
         self.daemon = Some(Daemon {

@@ -19,6 +19,7 @@ use rand::rngs::SmallRng;
 use tokio::sync::mpsc;
 
 use super::device::{GEOMETRY, SimDevice};
+use super::host::HORIZON;
 use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_of};
 
 /// Sectors of one read of a sweep over the whole volume.
@@ -89,6 +90,8 @@ pub struct Session {
     /// The cache device failed an I/O of ours, so that requests may fail.
     pub hurt: bool,
     pub stopping: bool,
+    /// When it began: what it reads by may be gone a horizon later, if somebody else has the volume by then.
+    opened_ms: u64,
     /// The next sector of the sweep that reads all; none: it is done.
     sweep: Option<u64>,
     last_tick_ms: u64,
@@ -140,6 +143,7 @@ impl Session {
             flushed: beginning.upto,
             hurt: false,
             stopping: false,
+            opened_ms: cx.now_ms,
             sweep: Some(0),
             last_tick_ms: 0,
         };
@@ -256,8 +260,12 @@ impl Session {
         cx.digest.add((id, result.is_ok(), cx.now_ms));
         let index = cx.truth.index;
         if let Err(error) = result {
+            let succeeded = self.read_only || cx.truth.served(u32::MAX) > self.epoch;
+            // It was opened some time before it began.
+            let kept_ms = HORIZON.as_millis() / 2;
+            let outlived = succeeded && u128::from(cx.now_ms - self.opened_ms) >= kept_ms;
             let may = match error {
-                IoError::Io => self.hurt || cx.failure.get().is_err(),
+                IoError::Io => self.hurt || outlived || cx.failure.get().is_err(),
                 IoError::ReadOnly => {
                     self.read_only || matches!(self.volume.state(), VolumeState::Fenced { .. })
                 }

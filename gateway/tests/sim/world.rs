@@ -28,6 +28,9 @@ const FRAME_SECTORS: u32 = 32;
 const VOLUME_SECTORS: u64 = 3072;
 /// Requests in flight at once, of one session.
 const REQUESTS_MAX: usize = 12;
+
+/// The longest time in which nothing is done at all, in milliseconds.
+const NAP_PART_MS_MAX: u64 = 20_000;
 /// What a run came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Outcome {
@@ -354,7 +357,13 @@ impl World {
             _ => {
                 let nap_ms = u64::try_from(self.plan.nap_max.as_millis()).unwrap();
                 let nap_ms = nap_ms >> self.core.rng.random_range(0..8);
-                sleep(Duration::from_millis(nap_ms)).await;
+                // A reactor never sleeps so long that it goes by a map of a horizon ago.
+                let parts = nap_ms.div_ceil(NAP_PART_MS_MAX).max(1);
+                for _ in 0..parts {
+                    sleep(Duration::from_millis(nap_ms / parts)).await;
+                    self.work(20);
+                    self.go_on().await;
+                }
             }
         }
     }

@@ -197,6 +197,11 @@ pub enum Event {
         /// The last chunk it holds.
         upto: ChunkSeq,
     },
+    /// The map is another that reads the same: a compaction has moved data.
+    Remapped {
+        /// The map as it is now.
+        root: Arc<MapRoot>,
+    },
     /// The checkpoint under way cannot be made: the map that is there is damaged. The log stays as it
     /// is, and no other checkpoint is tried.
     CheckpointFailed,

@@ -393,6 +393,7 @@ impl Volume {
             Event::Fenced { by } => self.fenced(by, cx),
             Event::Tick { now_ms } => self.tick(now_ms, cx),
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
+            Event::Remapped { root } => self.root = root,
             Event::CheckpointFailed => self.checkpoint_failed(cx),
             Event::Grown { size } => self.params.size = self.params.size.max(size),
             Event::DirectReads(on) => self.reads.direct = on,

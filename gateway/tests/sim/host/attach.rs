@@ -160,6 +160,9 @@ impl Host {
         let key = reactor.new_key();
         let common = daemon.common.clone();
         let backend = VolumeBackend::new(common, self.name.clone(), claimed, key, reactor);
+        if !read_only {
+            backend.start_reclaiming();
+        }
         Beginning {
             epoch: epoch.get(),
             read_only,
@@ -187,7 +190,10 @@ impl Host {
             None if session.in_flight() > 0 => return Ok(()),
             waiting @ None => {
                 let backend = Arc::clone(&session.backend);
-                *waiting = Some(tokio::spawn(async move { backend.drain(true).await }));
+                *waiting = Some(tokio::spawn(async move {
+                    backend.stop_reclaiming().await;
+                    backend.drain(true).await
+                }));
                 return daemon.drive(n, &self.device, &mut world, |session, cx| {
                     session.feed(Event::Stop, cx)
                 });

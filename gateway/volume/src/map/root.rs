@@ -98,6 +98,20 @@ impl MapRoot {
         })
     }
 
+    /// The version after this one: `tables` are a new run right above the `older` oldest runs. Without
+    /// tables there is no new run.
+    ///
+    /// # Panics
+    /// If there are not so many runs.
+    #[must_use]
+    pub fn with_run_above(&self, older: usize, tables: Vec<TableRef>) -> Self {
+        let mut runs = self.manifest.runs.clone();
+        if !tables.is_empty() {
+            runs.insert(runs.len() - older, tables);
+        }
+        Self::new(Manifest { runs })
+    }
+
     /// Whether `range` surely is one hole: no table touches it. Needs no node.
     #[must_use]
     pub fn is_hole_quick(&self, range: LbaRange) -> bool {

@@ -34,6 +34,12 @@ struct Planned {
     stored: Option<(Vec<MapEntry>, u64)>,
 }
 
+/// A log as large as the volume divided by this starts a checkpoint.
+const CHECKPOINT_SHARE: u64 = 32;
+
+/// Fewer chunks of the log than this start none: each costs two PUTs.
+const CHECKPOINT_CHUNKS_MIN: u64 = 8;
+
 #[derive(Debug)]
 struct Drain {
     io: IoId,
@@ -304,7 +310,7 @@ impl Volume {
             .drains
             .iter()
             .any(|d| d.checkpoint && d.target <= wb.committed);
-        let due = wb.log_chunks >= tuning.checkpoint_chunks
+        let due = wb.log_chunks >= self.checkpoint_chunks()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;
         let (Some(upto), true) = (
@@ -327,6 +333,15 @@ impl Volume {
             last_write,
             entries: Arc::new(entries),
         }));
+    }
+
+    /// Chunks of the log that start a checkpoint: fewer for a small volume, for until they are folded nobody
+    /// knows what of the map they have made useless.
+    fn checkpoint_chunks(&self) -> u64 {
+        let tuning = &self.params.tuning;
+        let chunks = self.params.size.get() / u64::from(tuning.chunk_sectors_max);
+        let share = (chunks / CHECKPOINT_SHARE).max(CHECKPOINT_CHUNKS_MIN);
+        share.min(tuning.checkpoint_chunks)
     }
 
     pub(super) fn checkpointed(&mut self, root: Arc<MapRoot>, upto: ChunkSeq, cx: &mut Cx<'_>) {

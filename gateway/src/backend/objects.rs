@@ -1,0 +1,481 @@
+//! What is known of a volume's own objects: which the map needs, and which are dead and still there.
+//!
+//! A map's number is the clock of their lives. An object that the maps from `born` on needed, and the map
+//! `died` not any more, is needed by a snapshot of any map in between, and by nothing else. Maps are
+//! only ever made from the one before, so what is dead stays dead, whoever makes the next; but for a rollback
+//! to a snapshot, which needs nothing that the snapshot did not.
+//!
+//! Owns: the lists. Does not own: the counting ([`super::reclaim`]), the deleting, or the chunks of the log
+//! behind the map.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+
+use quarry_objfmt::map::{ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, Epoch, Location, MapEntry, MapSeq, SECTOR_SIZE, SnapshotRef, VolumeId,
+};
+use quarry_volume::map::MapRoot;
+use tokio::time::Instant;
+
+/// A chunk as it came into the log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LogChunk {
+    /// The chunk.
+    pub id: ChunkId,
+    /// Sectors of data in it.
+    pub data_sectors: u32,
+    /// Bytes of the object.
+    pub stored_bytes: u32,
+}
+
+impl LogChunk {
+    /// The chunk of these entries.
+    pub(super) fn new(id: ChunkId, entries: &[MapEntry], stored_bytes: u64) -> Self {
+        let data = entries
+            .iter()
+            .filter(|entry| entry.location != Location::Zero);
+        Self {
+            id,
+            data_sectors: data.map(|entry| entry.len).sum(),
+            stored_bytes: u32::try_from(stored_bytes).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// The name of a chunk among its volume's.
+pub(super) type ChunkName = (Epoch, ChunkSeq);
+
+/// Sectors of each chunk that a map needs.
+pub(super) type Needed = HashMap<ChunkName, u32>;
+
+/// What a volume takes in the store, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Space {
+    /// Data that the map needs, before compression, as of when they were last counted.
+    pub live: u64,
+    /// Data in chunks that the map needs a part of, before compression, which it does not need.
+    pub debt: u64,
+    /// Dead objects that no snapshot needs: they go when the horizon has passed.
+    pub dead: u64,
+    /// Dead objects that a snapshot needs.
+    pub pinned: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Dead {
+    object: DeadObject,
+    /// Since when this process knows: a clock that does not jump.
+    since: Instant,
+}
+
+/// A volume's objects as of its newest map.
+#[derive(Clone, Debug)]
+pub struct Objects {
+    volume: VolumeId,
+    /// Whether `chunks` are all that the map needs. They are not where version 1 of a head has left a map
+    /// without usage, until it is counted.
+    counted: bool,
+    chunks: BTreeMap<ChunkName, ChunkUse>,
+    dead: Vec<Dead>,
+}
+
+impl Objects {
+    /// As a map's usage says.
+    pub(super) fn new(volume: VolumeId, usage: Usage) -> Self {
+        let since = Instant::now();
+        let dead = |object: DeadObject| Dead { object, since };
+        Self {
+            volume,
+            counted: true,
+            chunks: usage
+                .chunks
+                .iter()
+                .map(|c| ((c.epoch, c.seq), *c))
+                .collect(),
+            dead: usage.dead.into_iter().map(dead).collect(),
+        }
+    }
+
+    /// Of a map without usage.
+    pub(super) fn uncounted(volume: VolumeId) -> Self {
+        Self {
+            counted: false,
+            ..Self::new(volume, Usage::default())
+        }
+    }
+
+    pub(super) const fn is_counted(&self) -> bool {
+        self.counted
+    }
+
+    /// What is to be written beside the manifest; `None` if it would not be all.
+    pub(super) fn usage(&self) -> Option<Usage> {
+        self.counted.then(|| Usage {
+            chunks: self.chunks.values().copied().collect(),
+            dead: self.dead.iter().map(|dead| dead.object).collect(),
+        })
+    }
+
+    /// Chunks go from the log into the map numbered `map`, which needs `entries` of them.
+    pub(super) fn fold(
+        &mut self,
+        chunks: &[LogChunk],
+        entries: &[MapEntry],
+        map: MapSeq,
+        now_ms: u64,
+    ) {
+        let mut needed = Needed::new();
+        for entry in entries {
+            if let Some(name) = Self::chunk_of(self.volume, entry) {
+                *needed.entry(name).or_default() += entry.len;
+            }
+        }
+        for chunk in chunks {
+            let needed = needed.get(&(chunk.id.epoch, chunk.id.seq)).copied();
+            self.add(chunk, needed.unwrap_or(0), map, now_ms);
+        }
+    }
+
+    /// The map numbered `map` is the first that needs the chunk, or the first that could have.
+    pub(super) fn add(&mut self, chunk: &LogChunk, needed: u32, map: MapSeq, now_ms: u64) {
+        let name = (chunk.id.epoch, chunk.id.seq);
+        let used = ChunkUse {
+            epoch: chunk.id.epoch,
+            seq: chunk.id.seq,
+            born: map,
+            data_sectors: chunk.data_sectors,
+            needed_sectors: needed,
+            stored_bytes: chunk.stored_bytes,
+        };
+        self.chunks.insert(name, used);
+        if needed == 0 {
+            self.end_chunk(name, map, now_ms);
+        }
+    }
+
+    /// The chunk of this volume that an entry is in.
+    pub(super) fn chunk_of(volume: VolumeId, entry: &MapEntry) -> Option<ChunkName> {
+        match entry.location {
+            Location::Data(data) if data.chunk.volume == volume => {
+                Some((data.chunk.epoch, data.chunk.seq))
+            }
+            _ => None,
+        }
+    }
+
+    /// The map numbered `map` does not need the chunk any more.
+    pub(super) fn end_chunk(&mut self, name: ChunkName, map: MapSeq, now_ms: u64) {
+        let Some(chunk) = self.chunks.remove(&name) else {
+            return;
+        };
+        self.bury(DeadObject {
+            kind: ObjectKind::Chunk,
+            epoch: chunk.epoch,
+            number: chunk.seq.get(),
+            born: chunk.born.min(map),
+            died: map,
+            died_ms: now_ms,
+            stored_bytes: chunk.stored_bytes.into(),
+        });
+    }
+
+    /// The map numbered `map` takes the place of the one whose manifest is in `manifest`: map objects that
+    /// it does not name are dead.
+    pub(super) fn replace_map(
+        &mut self,
+        old: &MapRoot,
+        manifest: Option<MapObjectId>,
+        new: &MapRoot,
+        map: MapSeq,
+        now_ms: u64,
+    ) {
+        let kept = new.objects();
+        let mut gone: BTreeSet<MapObjectId> = old.objects();
+        gone.extend(manifest);
+        gone.retain(|object| object.volume == self.volume && !kept.contains(object));
+        let tables: Vec<_> = old.runs().iter().flatten().collect();
+        for object in gone {
+            let own = tables.iter().filter(|table| table.object == object);
+            self.bury(DeadObject {
+                kind: ObjectKind::Map,
+                epoch: object.epoch,
+                number: object.seq.get(),
+                born: object.seq,
+                died: map,
+                died_ms: now_ms,
+                stored_bytes: own.map(|table| table.stored_bytes).sum(),
+            });
+        }
+    }
+
+    fn bury(&mut self, object: DeadObject) {
+        self.dead.push(Dead {
+            object,
+            since: Instant::now(),
+        });
+    }
+
+    /// The map numbered `map`, which this one was made from or is, needs so much of each chunk: what it
+    /// does not need at all is dead. Younger chunks were not counted.
+    pub(super) fn count(&mut self, needed: &Needed, map: MapSeq, now_ms: u64) {
+        if !self.counted {
+            let unlisted = needed
+                .iter()
+                .filter(|(name, _)| !self.chunks.contains_key(name));
+            let found: Vec<ChunkUse> = unlisted
+                .map(|(&(epoch, seq), &sectors)| ChunkUse {
+                    epoch,
+                    seq,
+                    born: MapSeq::ZERO,
+                    data_sectors: sectors,
+                    needed_sectors: sectors,
+                    stored_bytes: 0,
+                })
+                .collect();
+            self.chunks
+                .extend(found.into_iter().map(|c| ((c.epoch, c.seq), c)));
+            self.counted = true;
+        }
+        let mut ended = Vec::new();
+        for (name, chunk) in &mut self.chunks {
+            if chunk.born > map {
+                continue;
+            }
+            chunk.needed_sectors = needed
+                .get(name)
+                .copied()
+                .unwrap_or(0)
+                .min(chunk.data_sectors);
+            if chunk.needed_sectors == 0 {
+                ended.push(*name);
+            }
+        }
+        for name in ended {
+            self.end_chunk(name, map, now_ms);
+        }
+    }
+
+    /// The chunks, by epoch and number.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = (ChunkName, &ChunkUse)> {
+        self.chunks.iter().map(|(name, chunk)| (*name, chunk))
+    }
+
+    /// Dead objects that nobody can need any more: no snapshot does, and for `horizon` no reader
+    /// was given a map that does; by the wall's clock they died `retain` ago or longer.
+    pub(super) fn due(
+        &self,
+        snapshots: &[SnapshotRef],
+        horizon: Duration,
+        retain_ms: u64,
+        now_ms: u64,
+    ) -> Vec<DeadObject> {
+        let due = self.dead.iter().filter(|dead| {
+            dead.since.elapsed() >= horizon
+                && now_ms.saturating_sub(dead.object.died_ms) >= retain_ms
+                && !is_pinned(&dead.object, snapshots)
+        });
+        due.map(|dead| dead.object).collect()
+    }
+
+    /// When the next of them may be due.
+    pub(super) fn next_due(&self, horizon: Duration) -> Option<Instant> {
+        self.dead.iter().map(|dead| dead.since + horizon).min()
+    }
+
+    /// They are deleted.
+    pub(super) fn forget(&mut self, deleted: &[DeadObject]) {
+        self.dead.retain(|dead| !deleted.contains(&dead.object));
+    }
+
+    pub(super) fn space(&self, snapshots: &[SnapshotRef]) -> Space {
+        let mut space = Space::default();
+        for chunk in self.chunks.values() {
+            let bytes = |sectors: u32| u64::from(sectors) * u64::from(SECTOR_SIZE);
+            space.live += bytes(chunk.needed_sectors);
+            space.debt += bytes(chunk.data_sectors - chunk.needed_sectors);
+        }
+        for dead in &self.dead {
+            let sum = match is_pinned(&dead.object, snapshots) {
+                true => &mut space.pinned,
+                false => &mut space.dead,
+            };
+            *sum += dead.object.stored_bytes;
+        }
+        space
+    }
+}
+
+fn is_pinned(object: &DeadObject, snapshots: &[SnapshotRef]) -> bool {
+    let mut maps = snapshots.iter().filter_map(|s| s.root.map(|root| root.seq));
+    maps.any(|map| object.is_needed_by(map))
+}
+
+/// Whether a snapshot needs the chunk, dead or alive: taking it apart would give nothing back.
+pub(super) fn is_held(chunk: &ChunkUse, snapshots: &[SnapshotRef]) -> bool {
+    let mut maps = snapshots.iter().filter_map(|s| s.root.map(|root| root.seq));
+    maps.any(|map| chunk.born <= map)
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::map::Manifest;
+    use quarry_objfmt::map::TableRef;
+    use quarry_objfmt::{DataLoc, Lba, RootRef, Sectors, WriteSeq};
+
+    use super::*;
+
+    const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
+
+    fn chunk(seq: u64) -> LogChunk {
+        LogChunk {
+            id: ChunkId {
+                volume: VOLUME,
+                epoch: Epoch::new(1),
+                seq: ChunkSeq::new(seq),
+            },
+            data_sectors: 100,
+            stored_bytes: 1000,
+        }
+    }
+
+    fn entry(at: u64, len: u32, chunk: &LogChunk) -> MapEntry {
+        MapEntry {
+            start: Lba::new(at),
+            len,
+            location: Location::Data(DataLoc {
+                chunk: chunk.id,
+                raw: 0,
+                stored_offset: 0,
+                stored_len: 1,
+            }),
+        }
+    }
+
+    fn snapshot(map: u64) -> SnapshotRef {
+        SnapshotRef {
+            name: format!("s{map}"),
+            created_ms: 0,
+            root_write: WriteSeq::ZERO,
+            size: Sectors::new(8),
+            closing: false,
+            root: Some(RootRef {
+                epoch: Epoch::new(1),
+                seq: MapSeq::new(map),
+                offset: 0,
+                len: 1,
+                usage: None,
+            }),
+        }
+    }
+
+    fn due(objects: &Objects, snapshots: &[u64]) -> Vec<u64> {
+        let snapshots: Vec<_> = snapshots.iter().map(|map| snapshot(*map)).collect();
+        let due = objects.due(&snapshots, Duration::ZERO, 0, 0);
+        due.iter().map(|object| object.number).collect()
+    }
+
+    #[test]
+    fn chunk_is_due_when_no_snapshot_lies_between_its_birth_and_its_death() {
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let (a, b) = (chunk(1), chunk(2));
+        let entries = [entry(0, 60, &a), entry(100, 100, &b)];
+        objects.fold(&[a, b], &entries, MapSeq::new(3), 0);
+        assert!(due(&objects, &[]).is_empty());
+        let needed = Needed::from([((b.id.epoch, b.id.seq), 50)]);
+        objects.count(&needed, MapSeq::new(7), 0);
+        for held in [3, 4, 6] {
+            assert!(due(&objects, &[held]).is_empty(), "{held}");
+        }
+        assert_eq!(due(&objects, &[1, 2, 7, 8]), [1]);
+        let space = objects.space(&[]);
+        assert_eq!((space.live, space.debt), (50 * 512, 50 * 512));
+        assert_eq!((space.dead, space.pinned), (1000, 0));
+        assert_eq!(objects.space(&[snapshot(4)]).pinned, 1000);
+        let again = Objects::new(VOLUME, objects.usage().unwrap());
+        assert_eq!(due(&again, &[]), [1]);
+    }
+
+    #[test]
+    fn chunk_overwritten_within_the_log_was_never_needed() {
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let (a, b) = (chunk(1), chunk(2));
+        objects.fold(&[a, b], &[entry(0, 100, &b)], MapSeq::new(3), 0);
+        assert_eq!(due(&objects, &[1, 2, 3, 4]), [1]);
+    }
+
+    #[test]
+    fn chunk_younger_than_the_map_that_was_counted_lives() {
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let a = chunk(1);
+        objects.fold(&[a], &[entry(0, 100, &a)], MapSeq::new(9), 0);
+        objects.count(&Needed::new(), MapSeq::new(8), 0);
+        assert!(due(&objects, &[]).is_empty());
+        objects.count(&Needed::new(), MapSeq::new(9), 0);
+        assert_eq!(due(&objects, &[]), [1]);
+    }
+
+    #[test]
+    fn map_without_usage_has_it_once_it_is_counted() {
+        let mut objects = Objects::uncounted(VOLUME);
+        let (old, young) = (chunk(1), chunk(2));
+        objects.fold(&[young], &[entry(0, 70, &young)], MapSeq::new(5), 0);
+        assert_eq!(objects.usage(), None);
+        let name = |chunk: &LogChunk| (chunk.id.epoch, chunk.id.seq);
+        let needed = Needed::from([(name(&old), 30), (name(&young), 70)]);
+        objects.count(&needed, MapSeq::new(5), 0);
+        let usage = objects.usage().unwrap();
+        let listed: Vec<_> = usage
+            .chunks
+            .iter()
+            .map(|c| (c.seq.get(), c.data_sectors))
+            .collect();
+        assert_eq!(listed, [(1, 30), (2, 100)]);
+    }
+
+    #[test]
+    fn map_objects_that_the_next_map_does_not_name_are_dead_but_for_a_clones_parents() {
+        let object = |volume: u8, seq| MapObjectId {
+            volume: VolumeId::from_bytes([volume; 16]),
+            epoch: Epoch::new(1),
+            seq: MapSeq::new(seq),
+        };
+        let table = |object| TableRef {
+            object,
+            first: Lba::new(0),
+            end: Lba::new(8),
+            entries: 1,
+            index_offset: 0,
+            index_len: 24,
+            stored_bytes: 500,
+        };
+        let root = |tables: &[MapObjectId]| {
+            let runs = tables.iter().map(|object| vec![table(*object)]).collect();
+            MapRoot::new(Manifest { runs })
+        };
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let old = root(&[object(1, 3), object(1, 2), object(2, 1)]);
+        let new = root(&[object(1, 5), object(1, 2)]);
+        objects.replace_map(&old, Some(object(1, 4)), &new, MapSeq::new(5), 0);
+        assert_eq!(due(&objects, &[]), [3, 4]);
+        assert!(due(&objects, &[4]).is_empty());
+        assert_eq!(due(&objects, &[3]), [4]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dead_objects_wait_for_the_horizon_and_for_their_retention() {
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        objects.fold(&[chunk(1)], &[], MapSeq::new(3), 1_000);
+        let horizon = Duration::from_secs(60);
+        let due = |objects: &Objects, retain, now| objects.due(&[], horizon, retain, now).len();
+        assert_eq!(due(&objects, 0, 1_000_000), 0);
+        tokio::time::advance(horizon).await;
+        assert_eq!(objects.next_due(horizon), Some(Instant::now()));
+        assert_eq!(due(&objects, 0, 0), 1);
+        assert_eq!(due(&objects, 5_000, 5_999), 0);
+        assert_eq!(due(&objects, 5_000, 6_000), 1);
+        // Known anew, it waits anew.
+        let again = Objects::new(VOLUME, objects.usage().unwrap());
+        assert_eq!(due(&again, 0, 1_000_000), 0);
+    }
+}

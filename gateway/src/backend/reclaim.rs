@@ -1,0 +1,378 @@
+//! Reclaiming: what the map does not need any more is found, moved out of the way, and deleted.
+//!
+//! One task for each volume attached for writing, all of it in the background's lane:
+//! 1. *Count.* A scan of the whole map says how much of each chunk it needs. It goes by the map that the head
+//!    names, never by what is only in memory; chunks that it does not need are dead.
+//! 2. *Compact* ([`super::compact`]), while there is too much in chunks that nobody needs.
+//! 3. *Sweep.* Dead objects are deleted once no reader can have a map that needs them (the horizon), unless a
+//!    snapshot does. *Crash before the next checkpoint: they are found and deleted again, which is no error.*
+//!
+//! A writer that was fenced and wakes up late deletes nothing that its successor needs: what was dead in its
+//! map is dead in every later one, and a snapshot in its head is a snapshot in every later head until
+//! somebody deletes that.
+//!
+//! Owns: the task, and when what is done. Does not own: the lists ([`super::objects`]).
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use quarry_cache::Mutation;
+use quarry_objfmt::map::{ChunkUse, DeadObject, ObjectKind};
+use quarry_objfmt::{ChunkId, ChunkSeq, MapSeq, SECTOR_SIZE, SnapshotRef, keys};
+use quarry_volume::map::MapRoot;
+use quarry_volume::{Event, Report};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::VolumeBackend;
+use super::checkpoint::Stopped;
+use super::compact::{self, STAGE_SECTORS_MAX};
+use super::objects::{ChunkName, Needed, Objects, Space, is_held};
+use super::scan::Scan;
+
+/// The map is read for counting and gathering at most so many bytes for each byte that was uploaded since:
+/// one in this many.
+const READ_SHARE: u64 = 4;
+
+/// A count that found little to do makes the next one wait for twice as many uploads, up to this factor.
+const PATIENCE_MAX: u64 = 16;
+
+/// Compaction begins when so much of a hundredth of what is needed lies about that is not, in chunks that
+/// are.
+const DEBT_START_PERCENT: u64 = 20;
+
+/// And ends when it is down to this.
+const DEBT_STOP_PERCENT: u64 = 15;
+
+/// A chunk of which more than this is needed is not taken apart.
+const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
+
+/// Objects deleted side by side.
+const DELETES_AT_ONCE: usize = 8;
+
+/// Between two tries to delete what the store refuses to delete.
+const REFUSED_RETRY_DELAY: Duration = Duration::from_secs(60);
+
+/// When what is not needed is deleted.
+#[derive(Clone, Copy, Debug)]
+pub struct ReclaimSettings {
+    /// How long an object is kept that the map does not need any more: longer than any reader goes by an
+    /// older map.
+    pub horizon: Duration,
+    /// So many bytes at least must be to gain for compaction to begin.
+    pub debt_min: u64,
+}
+
+/// The state of a volume's reclaiming.
+#[derive(Debug)]
+pub(super) struct Reclaim {
+    wake: Notify,
+    stopping: AtomicBool,
+    task: parking_lot::Mutex<Option<JoinHandle<()>>>,
+    space: parking_lot::Mutex<Space>,
+    /// Bytes of the map that may be read.
+    credit: AtomicU64,
+    patience: AtomicU64,
+    /// Chunks that could not be read; compaction leaves them.
+    unsound: parking_lot::Mutex<BTreeSet<ChunkName>>,
+    moved_bytes: AtomicU64,
+    deleted_bytes: AtomicU64,
+    deleted_objects: AtomicU64,
+}
+
+/// What reclaiming has done since the attach.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Reclaimed {
+    /// Bytes of chunks that compaction has uploaded.
+    pub moved_bytes: u64,
+    /// Bytes of the objects that were deleted.
+    pub deleted_bytes: u64,
+    /// How many these were.
+    pub deleted_objects: u64,
+}
+
+impl Reclaim {
+    pub(super) fn new(space: Space) -> Self {
+        Self {
+            wake: Notify::new(),
+            stopping: AtomicBool::new(false),
+            task: parking_lot::Mutex::new(None),
+            space: parking_lot::Mutex::new(space),
+            credit: AtomicU64::new(0),
+            patience: AtomicU64::new(1),
+            unsound: parking_lot::Mutex::new(BTreeSet::new()),
+            moved_bytes: AtomicU64::new(0),
+            deleted_bytes: AtomicU64::new(0),
+            deleted_objects: AtomicU64::new(0),
+        }
+    }
+
+    /// Chunks of so many bytes went from the log into the map.
+    pub(super) fn folded(&self, bytes: u64) {
+        self.credit.fetch_add(bytes / READ_SHARE, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn moved(&self, bytes: u64) {
+        self.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn cannot_read(&self, chunk: ChunkName) {
+        self.unsound.lock().insert(chunk);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+}
+
+impl VolumeBackend {
+    /// Begins to reclaim: for a volume attached for writing.
+    pub fn start_reclaiming(self: &Arc<Self>) {
+        let this = Arc::clone(self);
+        let task = self
+            .common
+            .runtime
+            .spawn(async move { this.reclaim().await });
+        *self.reclaim.task.lock() = Some(task);
+    }
+
+    /// Ends it; when this has returned, nothing is moved or deleted any more.
+    pub async fn stop_reclaiming(&self) {
+        self.reclaim.stopping.store(true, Ordering::Relaxed);
+        self.reclaim.wake.notify_one();
+        let task = self.reclaim.task.lock().take();
+        if let Some(task) = task {
+            // It does not panic, and is aborted by nobody.
+            let _ = task.await;
+        }
+    }
+
+    /// What the volume takes in the store, as of the last change of its map.
+    pub fn space(&self) -> Space {
+        *self.reclaim.space.lock()
+    }
+
+    /// What reclaiming has done since the attach.
+    pub fn reclaimed(&self) -> Reclaimed {
+        Reclaimed {
+            moved_bytes: self.reclaim.moved_bytes.load(Ordering::Relaxed),
+            deleted_bytes: self.reclaim.deleted_bytes.load(Ordering::Relaxed),
+            deleted_objects: self.reclaim.deleted_objects.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The lists have changed.
+    pub(super) fn note_space(&self, objects: &Objects) {
+        *self.reclaim.space.lock() = objects.space(&self.head.get().snapshots);
+    }
+
+    async fn reclaim(self: Arc<Self>) {
+        while !self.reclaim.is_stopping() {
+            match self.tidy().await {
+                Ok(()) => {}
+                Err(Stopped::Fenced { by }) => {
+                    self.tell(Event::Fenced { by }).await;
+                    return;
+                }
+                Err(Stopped::Damaged(error)) => self.report(Report::Damaged {
+                    object: error.object,
+                    reason: format!("{}; space is not reclaimed", error.reason),
+                }),
+            }
+            let next = self.sweep().await;
+            let due = async {
+                match next {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.reclaim.wake.notified() => {}
+                () = due => {}
+            }
+        }
+    }
+
+    /// Counts, if it is time, and compacts what is worth it.
+    async fn tidy(&self) -> Result<(), Stopped> {
+        let (root, map, counted) = {
+            let objects = self.objects.lock().await;
+            let map = self.head.get().root.map(|root| root.seq);
+            (self.root.lock().clone(), map, objects.is_counted())
+        };
+        let Some(map) = map else {
+            return Ok(());
+        };
+        // Once for the count, once for what a compaction gathers.
+        let cost = 2 * root.stored_bytes();
+        let patience = self.reclaim.patience.load(Ordering::Relaxed);
+        let credit = self.reclaim.credit.load(Ordering::Relaxed);
+        if counted && (credit == 0 || credit < cost * patience) {
+            return Ok(());
+        }
+        self.reclaim.credit.store(0, Ordering::Relaxed);
+        let Some(needed) = self.count(&root).await? else {
+            return Ok(());
+        };
+        let debt = {
+            let mut objects = self.objects.lock().await;
+            objects.count(&needed, map, (self.common.now_ms)());
+            self.note_space(&objects);
+            let space = self.space();
+            space.debt * 100 >= space.live * DEBT_START_PERCENT / 4
+        };
+        let patience = if debt {
+            1
+        } else {
+            (patience * 2).min(PATIENCE_MAX)
+        };
+        self.reclaim.patience.store(patience, Ordering::Relaxed);
+
+        let mut least = DEBT_START_PERCENT;
+        while !self.reclaim.is_stopping() {
+            let victims = self.victims(map, least).await;
+            if victims.is_empty() {
+                break;
+            }
+            compact::run(self, &victims).await?;
+            least = DEBT_STOP_PERCENT;
+        }
+        Ok(())
+    }
+
+    /// How much of each own chunk a map needs; `None` if there is no time left to find out.
+    async fn count(&self, root: &Arc<MapRoot>) -> Result<Option<Needed>, Stopped> {
+        let mut needed = Needed::new();
+        let mut scan = Scan::new(self, Vec::new(), root.runs(), true);
+        while let Some(entry) = scan.next().await? {
+            if let Some(name) = Objects::chunk_of(self.volume, &entry) {
+                *needed.entry(name).or_default() += entry.len;
+            }
+            if self.reclaim.is_stopping() {
+                return Ok(None);
+            }
+        }
+        Ok(Some(needed))
+    }
+
+    /// Chunks to take apart, those of which the least is needed first, if more than `percent` of what is
+    /// needed is to gain in all. Only those that the map numbered `map` could have: others were not counted.
+    async fn victims(&self, map: MapSeq, percent: u64) -> Vec<ChunkName> {
+        let snapshots = self.head.get().snapshots;
+        let objects = self.objects.lock().await;
+        let unsound = self.reclaim.unsound.lock();
+        let free = |name: &ChunkName, chunk: &ChunkUse| {
+            !is_held(chunk, &snapshots) && chunk.born <= map && !unsound.contains(name)
+        };
+        let bytes = |sectors: u32| u64::from(sectors) * u64::from(SECTOR_SIZE);
+        let (mut live, mut debt, mut candidates) = (0, 0, Vec::new());
+        for (name, chunk) in objects.chunks() {
+            live += bytes(chunk.needed_sectors);
+            if free(&name, chunk) {
+                debt += bytes(chunk.data_sectors - chunk.needed_sectors);
+                let needed = u64::from(chunk.needed_sectors) * 100;
+                if needed <= u64::from(chunk.data_sectors) * VICTIM_NEEDED_PERCENT_MAX {
+                    candidates.push((name, *chunk));
+                }
+            }
+        }
+        let enough = live * percent / 100;
+        if debt <= enough || debt < self.common.reclaim.debt_min {
+            return Vec::new();
+        }
+        let share = |chunk: &ChunkUse| {
+            u64::from(chunk.needed_sectors) * 1_000_000 / u64::from(chunk.data_sectors.max(1))
+        };
+        candidates.sort_by_key(|(name, chunk)| (share(chunk), *name));
+        let mut room = STAGE_SECTORS_MAX;
+        let mut left = debt - live * DEBT_STOP_PERCENT / 100;
+        let mut victims = Vec::new();
+        for (name, chunk) in candidates {
+            let Some(rest) = room.checked_sub(chunk.needed_sectors) else {
+                break;
+            };
+            room = rest;
+            victims.push(name);
+            let gain = bytes(chunk.data_sectors - chunk.needed_sectors);
+            match left.checked_sub(gain) {
+                Some(more) => left = more,
+                None => break,
+            }
+        }
+        victims
+    }
+
+    /// Deletes what nobody can need any more. Answers when the next may be due.
+    async fn sweep(&self) -> Option<Instant> {
+        let settings = self.common.reclaim;
+        let due = {
+            let objects = self.objects.lock().await;
+            self.due(&objects, &self.head.get().snapshots)
+        };
+        let mut refused = false;
+        let mut deleted = Vec::new();
+        let mut deletes = futures::stream::iter(due)
+            .map(|object| async move { (object, self.delete(&object).await) })
+            .buffer_unordered(DELETES_AT_ONCE);
+        while let Some((object, result)) = deletes.next().await {
+            match result {
+                Ok(()) => deleted.push(object),
+                Err(error) => {
+                    tracing::warn!(volume = self.name, %error, "the store does not delete what is not needed");
+                    refused = true;
+                }
+            }
+            if self.reclaim.is_stopping() {
+                break;
+            }
+        }
+        drop(deletes);
+        let mut objects = self.objects.lock().await;
+        for object in &deleted {
+            self.reclaim.deleted_objects.fetch_add(1, Ordering::Relaxed);
+            self.reclaim
+                .deleted_bytes
+                .fetch_add(object.stored_bytes, Ordering::Relaxed);
+            if object.kind == ObjectKind::Chunk {
+                self.stored_bytes
+                    .fetch_sub(object.stored_bytes, Ordering::Relaxed);
+            }
+        }
+        objects.forget(&deleted);
+        self.note_space(&objects);
+        let now = Instant::now();
+        let next = objects.next_due(settings.horizon)?;
+        // Those that a snapshot needs are overdue for as long as it is there.
+        Some(if refused || next <= now {
+            now + REFUSED_RETRY_DELAY.max(settings.horizon)
+        } else {
+            next
+        })
+    }
+
+    fn due(&self, objects: &Objects, snapshots: &[SnapshotRef]) -> Vec<DeadObject> {
+        let retain_ms = self.head.get().retain_ms;
+        let horizon = match Mutation::DeleteBeforeTheHorizon.is_on() {
+            true => Duration::ZERO,
+            false => self.common.reclaim.horizon,
+        };
+        objects.due(snapshots, horizon, retain_ms, (self.common.now_ms)())
+    }
+
+    async fn delete(&self, object: &DeadObject) -> Result<(), crate::store::StoreError> {
+        let (tenant, volume, epoch) = (self.head.tenant(), self.volume, object.epoch);
+        let key = match object.kind {
+            ObjectKind::Map => keys::map_key(tenant, volume, epoch, MapSeq::new(object.number)),
+            ObjectKind::Chunk => {
+                let seq = ChunkSeq::new(object.number);
+                keys::chunk_key(tenant, ChunkId { volume, epoch, seq })
+            }
+        };
+        self.common.background.delete(&key).await
+    }
+}
