@@ -60,6 +60,22 @@ pub struct VolumeStats {
     pub checkpoints: u64,
     /// Bytes of map objects uploaded.
     pub map_bytes: u64,
+    /// Bytes of chunks uploaded by compaction.
+    pub compacted_bytes: u64,
+    /// Bytes of objects that nobody needs and that will be deleted.
+    pub dead_bytes: u64,
+    /// Data not needed in chunks that are needed in part, before compression.
+    pub debt_bytes: u64,
+    /// Bytes of objects deleted for nobody needed them.
+    pub deleted_bytes: u64,
+    /// Objects deleted for nobody needed them.
+    pub deleted_objects: u64,
+    /// Data needed in the store, before compression, as of the last count.
+    pub live_bytes: u64,
+    /// Bytes of objects that only snapshots need.
+    pub pinned_bytes: u64,
+    /// Bytes of the volume's chunks in the store.
+    pub stored_bytes: u64,
     /// Bytes fetched for misses and readahead.
     pub fetched_bytes: u64,
     /// Ranged GETs for misses and readahead.
@@ -234,9 +250,34 @@ static TABLE: &[Definition] = &[
         of!(Volume.checkpoints),
     ),
     counter(
+        "quarry_volume_compacted_bytes_total",
+        "Bytes of chunks uploaded by compaction.",
+        of!(Volume.compacted_bytes),
+    ),
+    counter(
         "quarry_volume_copied_bytes_total",
         "Bytes of requests that passed through the daemon's memory.",
         of!(Volume.copied_bytes),
+    ),
+    gauge(
+        "quarry_volume_dead_bytes",
+        "Bytes of objects that nobody needs and that will be deleted.",
+        of!(Volume.dead_bytes),
+    ),
+    gauge(
+        "quarry_volume_debt_bytes",
+        "Data not needed in chunks that are needed in part, before compression.",
+        of!(Volume.debt_bytes),
+    ),
+    counter(
+        "quarry_volume_deleted_bytes_total",
+        "Bytes of objects deleted for nobody needed them.",
+        of!(Volume.deleted_bytes),
+    ),
+    counter(
+        "quarry_volume_deleted_objects_total",
+        "Objects deleted for nobody needed them.",
+        of!(Volume.deleted_objects),
     ),
     counter(
         "quarry_volume_direct_bytes_total",
@@ -283,6 +324,11 @@ static TABLE: &[Definition] = &[
         "Bytes read that the cache had.",
         of!(Volume.hit_bytes),
     ),
+    gauge(
+        "quarry_volume_live_bytes",
+        "Data needed in the store, before compression, as of the last count.",
+        of!(Volume.live_bytes),
+    ),
     counter(
         "quarry_volume_map_bytes_total",
         "Bytes of map objects uploaded.",
@@ -293,6 +339,11 @@ static TABLE: &[Definition] = &[
         "Bytes read that the store had to give.",
         of!(Volume.miss_bytes),
     ),
+    gauge(
+        "quarry_volume_pinned_bytes",
+        "Bytes of objects that only snapshots need.",
+        of!(Volume.pinned_bytes),
+    ),
     counter(
         "quarry_volume_read_bytes_total",
         "Bytes read.",
@@ -302,6 +353,11 @@ static TABLE: &[Definition] = &[
         "quarry_volume_reads_total",
         "Reads completed.",
         of!(Volume.reads),
+    ),
+    gauge(
+        "quarry_volume_stored_bytes",
+        "Bytes of the volume's chunks in the store.",
+        of!(Volume.stored_bytes),
     ),
     counter(
         "quarry_volume_uploaded_bytes_total",

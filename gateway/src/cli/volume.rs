@@ -262,6 +262,12 @@ fn show_text(v: &VolumeInfo) -> String {
         ("attached since", here.and_then(|a| time_ms(a.since_ms))),
         ("owner", owner),
         ("stored", Some(bytes(v.stored_bytes))),
+        ("live", here.map(|_| bytes(v.live_bytes))),
+        ("debt", here.map(|_| bytes(v.debt_bytes))),
+        ("dead", here.map(|_| bytes(v.dead_bytes))),
+        ("pinned", here.map(|_| bytes(v.pinned_bytes))),
+        ("compacted", here.map(|_| bytes(v.compacted_bytes))),
+        ("deleted", here.map(|_| bytes(v.deleted_bytes))),
         ("cached", Some(bytes(v.cached_bytes))),
         ("dirty", Some(bytes(v.dirty_bytes))),
         (

@@ -443,8 +443,20 @@ pub struct VolumeInfo {
     pub rpo_ms: u64,
     /// Its data on the cache device.
     pub cached_bytes: u64,
-    /// Its objects in the store.
+    /// Its chunks in the store.
     pub stored_bytes: u64,
+    /// Data that it needs there, before compression, as of the last count.
+    pub live_bytes: u64,
+    /// Data there that it does not need, before compression, in chunks that it needs a part of.
+    pub debt_bytes: u64,
+    /// Objects that nobody needs, and that are deleted when the horizon has passed.
+    pub dead_bytes: u64,
+    /// Objects that only snapshots need.
+    pub pinned_bytes: u64,
+    /// Bytes of chunks that compaction has uploaded since it was attached.
+    pub compacted_bytes: u64,
+    /// Bytes of objects deleted since it was attached.
+    pub deleted_bytes: u64,
     /// Reads.
     pub reads: u64,
     /// Bytes read.

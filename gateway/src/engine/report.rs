@@ -81,6 +81,12 @@ impl Daemon {
         info.dirty_bytes = stats.dirty_bytes;
         info.rpo_ms = stats.rpo_ms;
         info.stored_bytes = attached.backend.stored().0;
+        let space = attached.backend.space();
+        (info.live_bytes, info.debt_bytes) = (space.live, space.debt);
+        (info.dead_bytes, info.pinned_bytes) = (space.dead, space.pinned);
+        let reclaimed = attached.backend.reclaimed();
+        info.compacted_bytes = reclaimed.moved_bytes;
+        info.deleted_bytes = reclaimed.deleted_bytes;
         info.cached_bytes = self.cached_bytes(&attached);
         (info.reads, info.read_bytes) = (stats.reads, stats.read_bytes);
         (info.writes, info.write_bytes) = (stats.writes, stats.write_bytes);
@@ -169,6 +175,7 @@ impl Daemon {
         let mut volumes = Vec::new();
         for (volume, attached) in self.attached() {
             let (s, copied_bytes) = self.stats(&attached).await;
+            let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
             let of = metrics::VolumeStats {
                 size_bytes: attached.backend.head().get().size.bytes(),
                 reads: s.reads,
@@ -192,6 +199,14 @@ impl Daemon {
                 uploaded_chunks: s.uploaded_chunks,
                 checkpoints: s.checkpoints,
                 map_bytes: attached.backend.stored().1,
+                stored_bytes: attached.backend.stored().0,
+                live_bytes: space.live,
+                debt_bytes: space.debt,
+                dead_bytes: space.dead,
+                pinned_bytes: space.pinned,
+                compacted_bytes: reclaimed.moved_bytes,
+                deleted_bytes: reclaimed.deleted_bytes,
+                deleted_objects: reclaimed.deleted_objects,
                 fetched_bytes: s.fetched_bytes,
                 fetches: s.fetches,
                 stalled: u64::from(s.stalled),
