@@ -309,8 +309,8 @@ pub(crate) async fn check_head(
     Ok(report)
 }
 
-/// Walks the map of a head without its log, and gives `each` the chunks that it names. Answers the
-/// first thing wrong with the map, if there is one.
+/// Walks the map of a head without its log, and gives `each` the chunks that it names, of whichever volume.
+/// Answers the first thing wrong with the map, if there is one.
 ///
 /// # Errors
 /// As [`run`].
@@ -323,7 +323,7 @@ pub(crate) async fn walk_map(
     let progress = Arc::<Progress>::default();
     let store = Counted::new(store, Arc::clone(&progress));
     let mut findings = Findings::new(Arc::clone(&progress));
-    let ancestors = Ancestors::find(&store, volume, &head, &mut findings).await?;
+    let ancestors = Ancestors::Unknown;
     let check = Check::new(store, volume, head, ancestors, false, REFS_MAX, &progress);
     if let Some(root) = walk::load_root(&check, &mut findings).await? {
         let mut walk = Walk::new(&check, &root, Vec::new(), true);
