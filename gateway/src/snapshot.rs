@@ -20,10 +20,10 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, Usage};
-use quarry_objfmt::record::{CLONE_KIND, TOMBSTONE_KIND};
+use quarry_objfmt::record::{CLONE_KIND, NAME_KIND, TOMBSTONE_KIND};
 use quarry_objfmt::{
-    ChunkSeq, CloneRecord, Epoch, MapSeq, SnapName, Snapshot, TenantName, TombstoneRecord,
-    VolumeId, VolumeName, WriteSeq, decode_record, encode_record, keys,
+    ChunkSeq, CloneRecord, Epoch, MapSeq, NameRecord, SnapName, Snapshot, TenantName,
+    TombstoneRecord, VolumeId, VolumeName, WriteSeq, decode_record, encode_record, keys,
 };
 
 pub use self::rollback::roll_back;
@@ -419,13 +419,13 @@ async fn fate(
     let key = keys::head_key(tenant, record.volume);
     loop {
         match store.get(&key).await {
+            Ok((bytes, _)) if is_tombstone(&bytes) => return Ok(Fate::Gone),
             Ok((bytes, _)) => {
-                return Ok(match Head::decode(&bytes) {
-                    Ok(head) => Fate::Live(format!("{tenant}/{}", head.name)),
-                    Err(_) if is_tombstone(&bytes) => Fate::Gone,
-                    // A head that cannot be read is one that can be mended.
-                    Err(_) => Fate::Live(format!("{tenant}/{}", record.name)),
-                });
+                // A head that cannot be read is one that can be mended.
+                let name = Head::decode(&bytes).map_or(record.name.clone(), |head| head.name);
+                return Ok(Fate::Live(
+                    known_as(store, tenant, record.volume, &name).await?,
+                ));
             }
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -447,6 +447,28 @@ async fn fate(
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// What people know a clone by: its name, or, if that does not lead to it, its id too.
+async fn known_as(
+    store: &dyn Store,
+    tenant: &TenantName,
+    clone: VolumeId,
+    name: &str,
+) -> Result<String, SnapshotError> {
+    let leads = match VolumeName::new(name) {
+        Ok(name) => match store.get(&keys::name_key(tenant, &name)).await {
+            Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
+                .is_ok_and(|record| record.volume == clone),
+            Err(StoreError::NotFound { .. }) => false,
+            Err(error) => return Err(error.into()),
+        },
+        Err(_) => false,
+    };
+    Ok(match leads {
+        true => format!("{tenant}/{name}"),
+        false => format!("{tenant}/{name} (nameless, id {clone})"),
+    })
 }
 
 fn is_tombstone(bytes: &[u8]) -> bool {

@@ -52,7 +52,10 @@ pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
             Kind::Damaged,
             "see `quarry volume show` and `quarry volume verify`",
         ),
-        SnapshotError::HasClones { .. } => (Kind::Conflict, "delete the clones first"),
+        SnapshotError::HasClones { .. } => (
+            Kind::Conflict,
+            "delete the clones first; `quarry volume rescue NAME --id ID --apply` gives a nameless one its name",
+        ),
         SnapshotError::BeingCloned { .. } => (
             Kind::Conflict,
             "try again when they are there or have failed; one whose making was broken off is given up after an hour",
@@ -343,7 +346,7 @@ impl Daemon {
     }
 
     /// Makes a clone and gives it its name. *Crash before the name: the clone is there, without one, and its
-    /// snapshot cannot be deleted.*
+    /// snapshot cannot be deleted; whoever tries is told its id, and `volume rescue` gives it the name.*
     pub(super) async fn volume_of_snapshot(
         &self,
         snapshot: &SnapRef,
