@@ -6,7 +6,7 @@ mod stepped;
 
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 
 use quarry_gateway::backend::open::{Claim, hold};
 use quarry_gateway::backend::{HeadCell, HeadError};
@@ -227,7 +227,7 @@ fn cut_off<T>(store: &Stepped, calls: usize, task: impl Future<Output = T>) -> b
     let mut cx = Context::from_waker(Waker::noop());
     for _ in 0..=calls {
         store.begin();
-        if let Poll::Ready(_) = task.as_mut().poll(&mut cx) {
+        if task.as_mut().poll(&mut cx).is_ready() {
             return true;
         }
     }
