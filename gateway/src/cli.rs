@@ -14,6 +14,7 @@ mod output;
 mod progress;
 mod rescue;
 mod serve;
+mod snapshot;
 mod status;
 mod table;
 mod tenant;
@@ -120,6 +121,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         }
         Command::Tenant(command) => wait(tenant::run(&client()?, command, console)),
         Command::Volume(command) => wait(volume::run(&client()?, command, console)),
+        Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

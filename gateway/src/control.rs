@@ -22,17 +22,17 @@ mod socket;
 pub(crate) mod fake;
 
 use async_trait::async_trait;
-use quarry_objfmt::TenantName;
+use quarry_objfmt::{TenantName, VolumeName};
 
 pub use api::control_routes as routes;
 pub use client::Client;
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
-    OwnerInfo, RescueReport, RescueSpec, ResizeInfo, State, StatusInfo, StoreStatus, TenantInfo,
-    VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeSpec,
+    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, SnapshotInfo, State, StatusInfo,
+    StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
-pub use name::VolumeRef;
+pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
@@ -53,27 +53,43 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>>;
-    /// One volume.
-    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo>;
-    /// Makes a volume usable on this host; answers when it is.
-    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo>;
+    /// One volume, or a snapshot as it is attached here.
+    async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo>;
+    /// Makes a volume usable on this host, or a snapshot readable; answers when it is.
+    async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo>;
     /// Takes a volume off this host, everything uploaded first.
-    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()>;
+    async fn detach(&self, image: &ImageRef) -> ApiResult<()>;
     /// Gives a volume a larger size, for good, and shows it to whoever uses the volume here;
     /// [`Kind::Conflict`] if it is larger already or somebody else's. A size that the volume's own
     /// sector size forbids is the engine's to refuse.
     async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
-    /// Checks a volume in the store, attached or not; what is wrong is in the answer. Ends early when
-    /// its caller goes away. [`Kind::Conflict`] while it is being checked already.
-    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport>;
+    /// Checks a volume or a snapshot in the store, attached or not; what is wrong is in the answer. Ends
+    /// early when its caller goes away. [`Kind::Conflict`] while it is being checked already.
+    async fn verify(&self, image: &ImageRef, spec: VerifySpec) -> ApiResult<VerifyReport>;
     /// How far the check under way is; [`Kind::NotFound`] if there is none.
-    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress>;
+    async fn verify_progress(&self, image: &ImageRef) -> ApiResult<VerifyProgress>;
     /// Makes a lost or damaged head anew from the volume's other objects, or says what it would be;
     /// [`Kind::Conflict`] if the head is sound or the volume attached here.
     async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport>;
-    /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached.
+    /// Gives the state of a volume, with all that was acknowledged before the call, a name;
+    /// [`Kind::Conflict`] if another host has the volume.
+    async fn create_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo>;
+    /// The snapshots of a volume, or all, by volume and age.
+    async fn list_snapshots(&self, volume: Option<&VolumeRef>) -> ApiResult<Vec<SnapshotInfo>>;
+    /// One snapshot, with the volumes that were cloned from it.
+    async fn show_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo>;
+    /// Takes a snapshot's name away; [`Kind::Conflict`] while it has clones, is attached here, or another
+    /// host has the volume.
+    async fn delete_snapshot(&self, snapshot: &SnapRef) -> ApiResult<()>;
+    /// Makes a volume of the same tenant that starts as the snapshot is; the snapshot's volume is not
+    /// touched, whoever has it.
+    async fn clone_snapshot(&self, snapshot: &SnapRef, name: &VolumeName) -> ApiResult<VolumeInfo>;
+    /// Makes a detached volume what its snapshot is; what was written since is lost, the snapshots stay.
+    async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo>;
+    /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached, or while its
+    /// snapshots have clones.
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// How the daemon does.
     async fn status(&self) -> ApiResult<StatusInfo>;

@@ -18,7 +18,7 @@ use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::replace::Predecessor;
-use crate::control::{self, ApiError, Engine, Kind, Listeners, VolumeRef};
+use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners};
 use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
@@ -206,7 +206,7 @@ async fn attach_again(daemon: Arc<Daemon>) {
 }
 
 /// Tries until it works or cannot.
-async fn attach_one_again(daemon: &Daemon, volume: VolumeRef, how: How) {
+async fn attach_one_again(daemon: &Daemon, volume: ImageRef, how: How) {
     let mut delay = ATTACH_AGAIN_DELAY.0;
     // Who detaches it meanwhile takes it out of the list.
     while daemon.wanted().contains(&volume) {

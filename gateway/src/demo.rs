@@ -101,7 +101,7 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
         "everything is in the object store, {:.1} s later",
         begun.elapsed().as_secs_f64()
     ));
-    first.daemon.detach(&volume).await?;
+    first.daemon.detach(&volume.clone().into()).await?;
     first.stop().await;
     std::fs::remove_file(home.join("first.cache")).context("cannot throw the cache away")?;
     say("threw the cache away");
@@ -115,8 +115,8 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
         bytes(size),
         rate(size, begun.elapsed())
     ));
-    let info = second.daemon.show_volume(&volume).await?;
-    second.daemon.detach(&volume).await?;
+    let info = second.daemon.show_volume(&volume.clone().into()).await?;
+    second.daemon.detach(&volume.clone().into()).await?;
     second.stop().await;
 
     let held = hash_in == hash_out;
@@ -192,7 +192,10 @@ impl Host {
     }
 
     async fn attach(&self, volume: &VolumeRef) -> anyhow::Result<(Disk, String)> {
-        let info = self.daemon.attach(volume, AttachOptions::default()).await?;
+        let info = self
+            .daemon
+            .attach(&volume.clone().into(), AttachOptions::default())
+            .await?;
         match (info.via, info.device) {
             (Via::Ublk, Some(device)) => {
                 let file = File::options().read(true).write(true).open(&device);

@@ -1,7 +1,7 @@
 //! The engine: tenants, volumes and attachments of one daemon.
 //!
-//! Owns: which volumes are attached here and by what, and the order of the steps that attach,
-//! detach, create, resize and delete one. The state of record is in the object store; this host keeps only
+//! Owns: which volumes and snapshots are attached here and by what, and the order of the steps that
+//! attach, detach, create, resize and delete one. The state of record is in the object store; this host keeps only
 //! the list of what it had attached, so that the next start attaches it again.
 //!
 //! Invariants:
@@ -19,6 +19,7 @@ mod report;
 mod rescue;
 mod resize;
 mod slot;
+mod snapshot;
 mod verify;
 mod wanted;
 
@@ -31,7 +32,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use quarry_cache::{Cache, CacheDevice, Journal, Journals, Recovered, Scan};
-use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId};
+use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId, VolumeName};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
@@ -40,9 +41,9 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, RescueReport, RescueSpec,
-    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, VolumeInfo, VolumeRef,
-    VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, ImageRef, Kind, RescueReport,
+    RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, VerifyProgress,
+    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -138,7 +139,7 @@ pub struct Daemon {
     /// Segments with unsent writes of volumes that went, which could not be read again.
     unsettled: Mutex<BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>>,
     journals: Journals,
-    slots: Mutex<BTreeMap<VolumeRef, Arc<Slot>>>,
+    slots: Mutex<BTreeMap<ImageRef, Arc<Slot>>>,
     wanted: Wanted,
     ublk: ublk::Control,
     metrics: metrics::Metrics,
@@ -283,12 +284,12 @@ impl Daemon {
         }))
     }
 
-    fn slot(&self, volume: &VolumeRef) -> Arc<Slot> {
+    fn slot(&self, volume: &ImageRef) -> Arc<Slot> {
         Arc::clone(self.slots.lock().entry(volume.clone()).or_default())
     }
 
     /// Forgets a slot in which nothing happens any more; the caller holds `slot`.
-    fn forget_idle(&self, volume: &VolumeRef, slot: &Arc<Slot>) {
+    fn forget_idle(&self, volume: &ImageRef, slot: &Arc<Slot>) {
         let mut slots = self.slots.lock();
         // One in the table, one the caller's.
         if slot.is_detached() && Arc::strong_count(slot) == 2 {
@@ -418,29 +419,29 @@ impl Engine for Daemon {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
         self.fit()?;
         registry::create_volume(&self.control, &spec).await?;
-        self.show_volume(&spec.volume()).await
+        self.show_volume(&spec.volume().into()).await
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
         let mut all = Vec::new();
         for volume in registry::list_volumes(&self.control, tenant).await? {
-            all.push(self.show_volume(&volume).await?);
+            all.push(self.show_volume(&volume.into()).await?);
         }
         Ok(all)
     }
 
-    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
-        self.show(volume).await
+    async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
+        self.show(image).await
     }
 
-    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+    async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo> {
         self.fit()?;
         let access = Access::resolve(&options).await?;
-        self.attach_volume(volume, &options, access).await
+        self.attach_volume(image, &options, access).await
     }
 
-    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
-        self.detach_volume(volume).await
+    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+        self.detach_volume(image).await
     }
 
     async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
@@ -449,9 +450,10 @@ impl Engine for Daemon {
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let slot = self.slots.lock().get(volume).cloned().unwrap_or_default();
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slots.lock().get(&image).cloned().unwrap_or_default();
         let Stage::Attached(attached) = slot.stage() else {
-            return Err(not_attached(volume));
+            return Err(not_attached(&image));
         };
         let backend = &attached.backend;
         if attached.read_only {
@@ -469,12 +471,41 @@ impl Engine for Daemon {
         ))
     }
 
-    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
-        self.verify_volume(volume, deep).await
+    async fn verify(&self, image: &ImageRef, spec: VerifySpec) -> ApiResult<VerifyReport> {
+        self.verify_image(image, spec).await
     }
 
-    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
-        self.verifies.progress(volume)
+    async fn verify_progress(&self, image: &ImageRef) -> ApiResult<VerifyProgress> {
+        self.verifies.progress(image)
+    }
+
+    async fn create_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        self.fit()?;
+        self.snapshot_volume(snapshot).await
+    }
+
+    async fn list_snapshots(&self, volume: Option<&VolumeRef>) -> ApiResult<Vec<SnapshotInfo>> {
+        self.snapshots(volume).await
+    }
+
+    async fn show_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        self.show_one_snapshot(snapshot).await
+    }
+
+    async fn delete_snapshot(&self, snapshot: &SnapRef) -> ApiResult<()> {
+        self.unname_snapshot(snapshot).await
+    }
+
+    async fn clone_snapshot(&self, snapshot: &SnapRef, name: &VolumeName) -> ApiResult<VolumeInfo> {
+        self.fit()?;
+        let volume = self.volume_of_snapshot(snapshot, name).await?;
+        self.show_volume(&volume.into()).await
+    }
+
+    async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo> {
+        self.fit()?;
+        self.roll_volume_back(snapshot).await?;
+        self.show_volume(&snapshot.volume.clone().into()).await
     }
 
     async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
@@ -483,7 +514,8 @@ impl Engine for Daemon {
     }
 
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let slot = self.slot(volume);
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
         let _change = slot.change.lock().await;
         let answer = if slot.is_detached() {
             self.delete_detached(volume).await
@@ -491,7 +523,7 @@ impl Engine for Daemon {
             let message = format!("{volume} is attached");
             Err(ApiError::new(Kind::Conflict, message, "detach it first"))
         };
-        self.forget_idle(volume, &slot);
+        self.forget_idle(&image, &slot);
         answer
     }
 
@@ -508,7 +540,7 @@ impl Engine for Daemon {
     }
 }
 
-fn not_attached(volume: &VolumeRef) -> ApiError {
+fn not_attached(volume: &ImageRef) -> ApiError {
     let message = format!("{volume} is not attached to this host");
     let remedy = format!("attach it with `quarry volume attach {volume}`");
     ApiError::new(Kind::Conflict, message, remedy)

@@ -11,6 +11,7 @@ pub mod nbd;
 pub mod provision;
 pub mod reactor;
 pub mod rescue;
+pub mod snapshot;
 pub mod store;
 pub mod ublk;
 pub mod verify;

@@ -15,6 +15,9 @@
 //! A map that a writer stored without moving the head to it is as good as others: it holds chunks that
 //! were in the log by then. One that names chunks that a later epoch has in other words is passed over.
 //!
+//! A clone's map names objects of the volumes that it comes from; what it was cloned from is told by its record there.
+//! Snapshots come back from their copies, those that are whole.
+//!
 //! The order of making it so, and what a crash between the steps leaves:
 //! 1. Seal the log's end, for an epoch far above all that were found. *Crash: the seal stays, and
 //!    the next rescue finds the same end.* A chunk that is there instead means that somebody writes: refused.
@@ -33,10 +36,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quarry_objfmt::chunk::encode_seal;
 use quarry_objfmt::error::FormatError;
-use quarry_objfmt::head::{Head, LogRange, RootRef};
+use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, VolumeId, WriteSeq, keys,
+    ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, SnapName, Snapshot, VOLUME_SECTORS_MAX, VolumeId,
+    WriteSeq, keys,
 };
 
 use self::log::{Followed, follow};
@@ -107,6 +111,8 @@ struct Listed {
     chunks: BTreeMap<Epoch, BTreeSet<u64>>,
     /// Map objects.
     maps: BTreeSet<(Epoch, MapSeq)>,
+    /// Copies of snapshots.
+    snapshots: Vec<SnapName>,
 }
 
 impl Listed {
@@ -116,6 +122,10 @@ impl Listed {
         for key in store.list(&prefix).await? {
             let mut parts = key[prefix.len()..].split('/');
             let (kind, epoch, seq) = (parts.next(), parts.next(), parts.next());
+            if let (Some("snap"), Some(Ok(name)), None) = (kind, epoch.map(SnapName::new), seq) {
+                listed.snapshots.push(name);
+                continue;
+            }
             let (Some(epoch), Some(seq), None) = (hex(epoch, 8), hex(seq, 16), parts.next()) else {
                 continue;
             };
@@ -172,6 +182,8 @@ struct Candidate {
     frame_sectors: u32,
     size_min: Sectors,
     followed: Followed,
+    /// What it was cloned from, if its map needs that.
+    parent: Option<Parent>,
 }
 
 /// What stands in the head's place.
@@ -217,11 +229,14 @@ pub async fn run(
         Lost::Damaged(_, error) => error.to_string(),
     };
     report.needs = needs(spec);
+    let snapshots = rescue.snapshots(&found, &mut report.passed_over).await?;
+    report.snapshots = snapshots.iter().map(|s| s.name.clone()).collect();
     if !spec.apply {
         return Ok(report);
     }
     let mut head = rescue.head(&found, spec)?;
     head.epoch = epoch;
+    head.snapshots = snapshots;
     head.created_ms = now_ms;
     for range in &mut head.log {
         range.end = range.end.or(Some(found.followed.end));
@@ -343,6 +358,7 @@ impl Rescue {
         let mut newest: Option<ChunkId> = None;
         let mut size_min = Sectors::ZERO;
         let mut root = None;
+        let mut foreign_volumes = BTreeSet::new();
         if let Some((epoch, seq)) = map {
             let (found, end) = match self.manifest(epoch, seq).await? {
                 Ok(Some(found)) => found,
@@ -354,10 +370,13 @@ impl Rescue {
             let mut foreign = None;
             let head = self.template(root, Vec::new());
             let each = |chunk: ChunkId| {
-                if !self.listed.can_be(chunk) {
+                if chunk.volume != self.id {
+                    foreign_volumes.insert(chunk.volume);
+                } else if !self.listed.can_be(chunk) {
                     foreign.get_or_insert(chunk);
                 }
-                if newest.is_none_or(|n| n.seq < chunk.seq) {
+                let of_log = chunk.volume == self.id && chunk.seq < ChunkSeq::COMPACTED;
+                if of_log && newest.is_none_or(|n| n.seq < chunk.seq) {
                     newest = Some(chunk);
                 }
             };
@@ -378,7 +397,17 @@ impl Rescue {
                 Err(problem) => return Ok(Err(problem)),
             };
         let size_min = size_min.max(followed.size_min);
+        let mut parent = None;
+        if let Some(volume) = foreign_volumes.first() {
+            parent = self.parent(&foreign_volumes).await?;
+            if parent.is_none() {
+                return Ok(Err(format!(
+                    "it names chunks of volume {volume}, and no record says that it was cloned from that"
+                )));
+            }
+        }
         Ok(Ok(Some(Candidate {
+            parent,
             root,
             root_write: followed.root_write,
             frame_sectors: followed.frame_sectors,
@@ -408,6 +437,7 @@ impl Rescue {
         }
         head.root_write = candidate.root_write;
         head.frame_sectors = candidate.frame_sectors;
+        head.parent.clone_from(&candidate.parent);
         // Too small a size is refused in its own words.
         let given = spec.size_bytes.and_then(Sectors::from_bytes);
         head.size = given.unwrap_or(head.size).max(candidate.size_min);
@@ -415,6 +445,98 @@ impl Rescue {
         let report = verify::check_head(store, &self.volume, head).await?;
         let mut findings = report.findings.into_iter();
         Ok(findings.find(|finding| Some(&finding.object) != left_out.as_ref()))
+    }
+
+    /// The snapshot that the volume was cloned from, by its record: looked for at the volumes that its map
+    /// names, and at their clones, and so on.
+    async fn parent(&self, named: &BTreeSet<VolumeId>) -> Result<Option<Parent>, StoreError> {
+        let mut seen = named.clone();
+        let mut next: Vec<VolumeId> = named.iter().copied().collect();
+        while let Some(volume) = next.pop() {
+            let prefix = format!("{}clone/", keys::volume_prefix(&self.volume.tenant, volume));
+            for key in self.store.list(&prefix).await? {
+                let Some((snapshot, clone)) = key[prefix.len()..].split_once('/') else {
+                    continue;
+                };
+                let (Ok(snapshot), Ok(clone)) = (SnapName::new(snapshot), VolumeId::parse(clone))
+                else {
+                    continue;
+                };
+                if clone == self.id {
+                    let snapshot = snapshot.to_string();
+                    return Ok(Some(Parent { volume, snapshot }));
+                }
+                if seen.insert(clone) {
+                    next.push(clone);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The snapshots that are whole, by their copies; the others go to `passed_over`.
+    async fn snapshots(
+        &self,
+        found: &Candidate,
+        passed_over: &mut Vec<Finding>,
+    ) -> Result<Vec<SnapshotRef>, StoreError> {
+        let mut whole = Vec::new();
+        for name in &self.listed.snapshots {
+            let object = keys::snap_key(&self.volume.tenant, self.id, name);
+            let problem = match self.snapshot(name, &object, found).await? {
+                Ok(snapshot) => {
+                    whole.push(snapshot);
+                    continue;
+                }
+                Err(problem) => problem,
+            };
+            if passed_over.len() < PASSED_OVER_MAX {
+                passed_over.push(Finding {
+                    object,
+                    problem,
+                    ..Finding::default()
+                });
+            }
+        }
+        whole.sort_by_key(|s| s.root.map(|root| root.seq));
+        whole.truncate(SNAPSHOTS_MAX);
+        Ok(whole)
+    }
+
+    async fn snapshot(
+        &self,
+        name: &SnapName,
+        object: &str,
+        found: &Candidate,
+    ) -> Result<Result<SnapshotRef, String>, StoreError> {
+        let copy = match self.store.get(object).await {
+            Ok((bytes, _)) => Snapshot::decode(&bytes, self.id),
+            Err(error @ (StoreError::NotFound { .. } | StoreError::Invalid { .. })) => {
+                return Ok(Err(error.to_string()));
+            }
+            Err(error) => return Err(error),
+        };
+        let copy = match copy {
+            Ok(copy) if copy.name == name.as_str() => copy,
+            Ok(copy) => return Ok(Err(format!("it is of snapshot {}", copy.name))),
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let mut head = self.template(copy.root, Vec::new());
+        head.frame_sectors = found.frame_sectors;
+        head.size = copy.size;
+        head.parent.clone_from(&found.parent);
+        let report = verify::check_head(Arc::clone(&self.store), &self.volume, head).await?;
+        if let Some(finding) = report.findings.first() {
+            return Ok(Err(format!("{}: {}", finding.object, finding.problem)));
+        }
+        Ok(Ok(SnapshotRef {
+            name: copy.name,
+            created_ms: copy.created_ms,
+            root_write: copy.root_write,
+            size: copy.size,
+            closing: false,
+            root: copy.root,
+        }))
     }
 
     /// A head to check states with: as large and as late as can be.
@@ -494,6 +616,7 @@ impl Rescue {
         head.durability = durability;
         head.compression = compression;
         head.root_write = found.root_write;
+        head.parent.clone_from(&found.parent);
         head.stored_bytes = found.followed.bytes;
         head.next_map = self
             .listed
@@ -552,6 +675,10 @@ impl Rescue {
             log_ends: followed.ends.clone(),
             left_behind: followed.left_behind,
             last_write: followed.last_write.get(),
+            parent: found
+                .parent
+                .as_ref()
+                .map(|p| format!("{}@{}", p.volume, p.snapshot)),
             size_min_bytes: found.size_min.bytes(),
             ..RescueReport::default()
         }

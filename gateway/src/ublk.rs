@@ -24,11 +24,11 @@ use std::io;
 use std::path::PathBuf;
 
 use libublk::sys;
-use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{CacheId, Sectors, SnapName, TenantName, VolumeId, VolumeName};
 
 pub use control::{Control, Found, Host, State};
 pub use node::Permissions;
-pub use stamp::Stamp;
+pub use stamp::{Stamp, snapshot_device};
 
 /// Requests that a queue of a device has under way at most.
 pub const QUEUE_DEPTH: u16 = 128;
@@ -42,7 +42,7 @@ pub const IO_BYTES_MAX: u32 = 1 << 20;
 /// Largest discard or write-zeroes of one request, in bytes.
 pub const DISCARD_BYTES_MAX: u32 = 1 << 30;
 
-/// Where the names of the devices are: `<here>/<tenant>/<volume>`.
+/// Where the names of the devices are: `<here>/<tenant>/<volume>`, or `…/<volume>@<snapshot>`.
 pub const LINK_ROOT: &str = "/dev/quarry";
 
 /// What the ublk driver of the running kernel can do (`UBLK_F_*`).
@@ -162,12 +162,14 @@ impl fmt::Display for Mode {
 pub struct DeviceSpec {
     /// The cache device of the daemon that serves it.
     pub cache: CacheId,
-    /// The volume.
+    /// The volume; for a snapshot [`snapshot_device`].
     pub volume: VolumeId,
     /// Its tenant.
     pub tenant: TenantName,
     /// Its name.
     pub name: VolumeName,
+    /// The snapshot, if it is one's.
+    pub snapshot: Option<SnapName>,
     /// Its size; a multiple of `sector_size`.
     pub size: Sectors,
     /// Bytes of a logical block: 512 or 4096.
@@ -182,6 +184,14 @@ pub struct DeviceSpec {
     pub permissions: Permissions,
 }
 
+/// The name of a device beside its tenant's: `<volume>`, or `<volume>@<snapshot>`.
+fn short_name(name: &VolumeName, snapshot: Option<&SnapName>) -> String {
+    match snapshot {
+        Some(snapshot) => format!("{name}@{snapshot}"),
+        None => name.to_string(),
+    }
+}
+
 #[cfg(test)]
 impl DeviceSpec {
     /// One for tests, to be changed where they look.
@@ -191,6 +201,7 @@ impl DeviceSpec {
             volume: VolumeId::from_bytes([7; 16]),
             tenant: TenantName::new("acme").unwrap(),
             name: VolumeName::new("db").unwrap(),
+            snapshot: None,
             size: Sectors::new(2048),
             sector_size: 4096,
             read_only: false,
@@ -207,7 +218,7 @@ pub struct Device {
     pub id: u32,
     /// `/dev/ublkbN`.
     pub node: PathBuf,
-    /// `/dev/quarry/<tenant>/<volume>`; `None` if it could not be made.
+    /// `/dev/quarry/<tenant>/<volume>`, or `…/<volume>@<snapshot>`; `None` if it could not be made.
     pub link: Option<PathBuf>,
     /// How its data travel.
     pub mode: Mode,

@@ -15,6 +15,7 @@
 //!   map is walked again for the chunks that come next. The log's entries are held as an attach holds them.
 //! - Nothing is found wrong that was read right once: what seems damaged is asked for again, as a
 //!   reader does.
+//! - A map names objects of its own volume and, if that is a clone, of those that it comes from.
 //! - The ranges named are what a reader of the store cannot have, no more: what newer data hide is not hit.
 
 mod chunk;
@@ -28,14 +29,14 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::{StreamExt, TryStreamExt};
 use quarry_objfmt::chunk::CHUNK_SECTORS_MAX;
-use quarry_objfmt::head::Head;
-use quarry_objfmt::{ChunkId, Location, TenantName, VolumeId, keys};
+use quarry_objfmt::head::{Head, Parent, SnapshotRef};
+use quarry_objfmt::{ChunkId, Location, SnapName, TenantName, VolumeId, keys};
 
 use self::chunk::{Fault, Ref, check_chunk};
 use self::counted::Counted;
@@ -43,7 +44,7 @@ use self::findings::Findings;
 use self::log::Log;
 use self::walk::{Walk, lost_by};
 use crate::backend::{HeadCell, HeadError, Unsound};
-use crate::control::{VerifyProgress, VerifyReport, VolumeRef};
+use crate::control::{ImageRef, VerifyProgress, VerifyReport, VerifySpec, VolumeRef};
 use crate::store::{Store, StoreError};
 
 /// Entries of the map held at once, over all chunks: 64 MiB of them.
@@ -87,6 +88,7 @@ struct Check {
     store: Counted,
     tenant: TenantName,
     head: Head,
+    ancestors: Ancestors,
     deep: bool,
     refs_max: usize,
     progress: Arc<Progress>,
@@ -110,37 +112,40 @@ fn unsound(error: StoreError) -> Unsound {
     }
 }
 
-/// Checks the volume `id`, which is called `volume`. With `deep` every frame that a reader may need
-/// is read; without, only what names and locates it.
+/// Checks the volume `id`, or a snapshot of it, which is called `image`; none if there is no such snapshot. With `deep`
+/// every frame that a reader may need is read; without, only what names and locates it. A snapshot is
+/// checked as a volume with its map and no log.
 ///
 /// # Errors
 /// What waiting for the store does not mend: nothing can be said of the volume then.
 pub async fn run(
     store: Arc<dyn Store>,
-    volume: &VolumeRef,
+    image: &ImageRef,
     id: VolumeId,
-    deep: bool,
+    spec: VerifySpec,
     progress: Arc<Progress>,
-) -> Result<VerifyReport, StoreError> {
-    run_with(store, volume, id, deep, progress, REFS_MAX).await
+) -> Result<Option<VerifyReport>, StoreError> {
+    run_with(store, image, id, spec, progress, REFS_MAX).await
 }
 
 async fn run_with(
     store: Arc<dyn Store>,
-    volume: &VolumeRef,
+    image: &ImageRef,
     id: VolumeId,
-    deep: bool,
+    spec: VerifySpec,
     progress: Arc<Progress>,
     refs_max: usize,
-) -> Result<VerifyReport, StoreError> {
+) -> Result<Option<VerifyReport>, StoreError> {
     let store = Counted::new(store, Arc::clone(&progress));
     let mut findings = Findings::new(Arc::clone(&progress));
-    let mut report = VerifyReport {
-        volume: volume.to_string(),
+    let (volume, deep) = (&image.volume, spec.deep);
+    let begun = |image: &ImageRef| VerifyReport {
+        volume: image.to_string(),
         id: id.to_string(),
         deep,
         ..VerifyReport::default()
     };
+    let mut report = begun(image);
     let key = keys::head_key(&volume.tenant, id);
     match read_head(&store, &key).await? {
         Err(reason) => {
@@ -150,13 +155,113 @@ async fn run_with(
             for problem in misplaced(&head, volume, id) {
                 findings.add(&key, problem);
             }
-            let check = Check::new(store, volume, head, deep, refs_max, &progress);
-            check.all(&mut report, &mut findings).await?;
+            let ancestors = Ancestors::find(&store, volume, &head, &mut findings).await?;
+            let check = |head| {
+                let (store, ancestors) = (store.clone(), ancestors.clone());
+                Check::new(store, volume, head, ancestors, deep, refs_max, &progress)
+            };
+            if let Some(name) = &image.snapshot {
+                let mut all = head.snapshots.iter();
+                let Some(snapshot) = all.find(|s| s.name == name.as_str()) else {
+                    return Ok(None);
+                };
+                let check = check(then(&head, snapshot));
+                check.all(&mut report, &mut findings).await?;
+            } else {
+                check(head.clone()).all(&mut report, &mut findings).await?;
+                report.snapshots_left_out = head.snapshots.len() as u64;
+            }
+            if image.snapshot.is_none() && spec.snapshots {
+                for snapshot in &head.snapshots {
+                    let name = SnapName::new(snapshot.name.clone());
+                    let image = ImageRef {
+                        snapshot: name.ok(),
+                        ..image.clone()
+                    };
+                    let mut report_of = begun(&image);
+                    let mut found = Findings::new(Arc::clone(&progress));
+                    let check = check(then(&head, snapshot));
+                    check.all(&mut report_of, &mut found).await?;
+                    found.tell(&mut report_of);
+                    report.snapshots.push(report_of);
+                }
+                report.snapshots_left_out = 0;
+            }
         }
     }
     report.checked = progress.get();
     findings.tell(&mut report);
-    Ok(report)
+    Ok(Some(report))
+}
+
+/// The head of a volume that is what its snapshot is.
+fn then(head: &Head, snapshot: &SnapshotRef) -> Head {
+    Head {
+        size: snapshot.size,
+        root: snapshot.root,
+        root_write: snapshot.root_write,
+        log: Vec::new(),
+        ..head.clone()
+    }
+}
+
+/// The volumes whose objects a clone's map may name: what it was cloned from, and what that was.
+#[derive(Clone, Default, Debug)]
+enum Ancestors {
+    /// These, which may be none.
+    #[default]
+    None,
+    These(BTreeSet<VolumeId>),
+    /// The row of heads is broken: any.
+    Unknown,
+}
+
+impl Ancestors {
+    async fn find(
+        store: &Counted,
+        volume: &VolumeRef,
+        head: &Head,
+        findings: &mut Findings,
+    ) -> Result<Self, StoreError> {
+        let mut found = BTreeSet::new();
+        let mut parent = head.parent.clone();
+        while let Some(Parent {
+            volume: id,
+            snapshot,
+        }) = parent
+        {
+            if !found.insert(id) {
+                break;
+            }
+            let key = keys::head_key(&volume.tenant, id);
+            let head = match read_head(store, &key).await? {
+                Ok(head) => head,
+                Err(reason) => {
+                    let problem = "of a volume that this one was cloned from";
+                    findings.add(&key, format!("{problem}: {reason}"));
+                    return Ok(Self::Unknown);
+                }
+            };
+            if !head.snapshots.iter().any(|s| s.name == snapshot) {
+                let problem =
+                    format!("snapshot {snapshot}, which this volume was cloned from, is not in it");
+                findings.add(&key, problem);
+            }
+            parent = head.parent;
+        }
+        Ok(match found.is_empty() {
+            true => Self::None,
+            false => Self::These(found),
+        })
+    }
+
+    fn have(&self, volume: VolumeId) -> bool {
+        match self {
+            Self::None => false,
+            Self::These(these) => these.contains(&volume),
+            Self::Unknown => true,
+        }
+    }
 }
 
 async fn read_head(store: &Counted, key: &str) -> Result<Result<Head, String>, StoreError> {
@@ -197,14 +302,15 @@ pub(crate) async fn check_head(
     let store = Counted::new(store, Arc::clone(&progress));
     let mut findings = Findings::new(Arc::clone(&progress));
     let mut report = VerifyReport::default();
-    let check = Check::new(store, volume, head, false, REFS_MAX, &progress);
+    let ancestors = Ancestors::find(&store, volume, &head, &mut findings).await?;
+    let check = Check::new(store, volume, head, ancestors, false, REFS_MAX, &progress);
     check.all(&mut report, &mut findings).await?;
     findings.tell(&mut report);
     Ok(report)
 }
 
-/// Walks the map of a head without its log, and gives `each` the chunks that it names. Answers the
-/// first thing wrong with the map, if there is one.
+/// Walks the map of a head without its log, and gives `each` the chunks that it names, of whichever volume.
+/// Answers the first thing wrong with the map, if there is one.
 ///
 /// # Errors
 /// As [`run`].
@@ -217,7 +323,8 @@ pub(crate) async fn walk_map(
     let progress = Arc::<Progress>::default();
     let store = Counted::new(store, Arc::clone(&progress));
     let mut findings = Findings::new(Arc::clone(&progress));
-    let check = Check::new(store, volume, head, false, REFS_MAX, &progress);
+    let ancestors = Ancestors::Unknown;
+    let check = Check::new(store, volume, head, ancestors, false, REFS_MAX, &progress);
     if let Some(root) = walk::load_root(&check, &mut findings).await? {
         let mut walk = Walk::new(&check, &root, Vec::new(), true);
         while let Some(entry) = walk.next(&mut findings).await? {
@@ -238,6 +345,7 @@ impl Check {
         store: Counted,
         volume: &VolumeRef,
         head: Head,
+        ancestors: Ancestors,
         deep: bool,
         refs_max: usize,
         progress: &Arc<Progress>,
@@ -246,6 +354,7 @@ impl Check {
             store,
             tenant: volume.tenant.clone(),
             head,
+            ancestors,
             deep,
             refs_max,
             progress: Arc::clone(progress),

@@ -26,6 +26,8 @@ pub const NAME_KIND: &str = "name";
 pub const CLONE_KIND: &str = "clone";
 /// The kind of a [`TrashRecord`].
 pub const TRASH_KIND: &str = "trash";
+/// The kind of a [`TombstoneRecord`].
+pub const TOMBSTONE_KIND: &str = "tombstone";
 
 /// A tenant.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -65,6 +67,16 @@ pub struct TrashRecord {
     pub name: String,
     /// When it was deleted, in milliseconds since 1970.
     pub deleted_ms: u64,
+}
+
+/// Stands where the head of a clone would have come that was begun and given up: so that whoever began
+/// it and wakes late cannot make it any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TombstoneRecord {
+    /// The clone that is never to be.
+    pub volume: VolumeId,
+    /// When it was given up, in milliseconds since 1970.
+    pub given_up_ms: u64,
 }
 
 /// The bytes of a record of this kind.

@@ -126,10 +126,30 @@ impl HeadCell {
         store: &dyn Store,
         change: impl Fn(&mut Head) + Send,
     ) -> Result<Head, HeadError> {
+        let change = move |head: &mut Head| {
+            change(head);
+            Ok::<(), std::convert::Infallible>(())
+        };
+        let Ok(head) = self.try_update(store, change).await?;
+        Ok(head)
+    }
+
+    /// As [`HeadCell::update`], for a change that may find that it cannot be: then nothing is written by
+    /// this turn of it.
+    ///
+    /// # Errors
+    /// As [`HeadCell::update`]; the inner error is `change`'s.
+    pub async fn try_update<E>(
+        &self,
+        store: &dyn Store,
+        change: impl Fn(&mut Head) -> Result<(), E> + Send,
+    ) -> Result<Result<Head, E>, HeadError> {
         let mut state = self.state.lock().await;
         loop {
             let mut head = state.0.clone();
-            change(&mut head);
+            if let Err(error) = change(&mut head) {
+                return Ok(Err(error));
+            }
             let (done, now) = match replace(store, &self.key, &head, &state.1).await? {
                 Replaced::Done(tag) => (true, (head, tag)),
                 Replaced::Changed(now, tag) => {
@@ -144,7 +164,7 @@ impl HeadCell {
             *self.latest.lock() = now.0.clone();
             *state = now;
             if done {
-                return Ok(state.0.clone());
+                return Ok(Ok(state.0.clone()));
             }
         }
     }

@@ -16,13 +16,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::StreamExt;
 use quarry_cache::{Mutation, Recovered};
+use quarry_objfmt::FormatError;
 use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
 };
 use quarry_objfmt::head::{Head, Lineage, LogRange, Owner, RootRef};
 use quarry_objfmt::map::{Manifest, MapObjectId, Usage};
 use quarry_objfmt::{
-    CacheId, ChunkId, ChunkSeq, Epoch, MapEntry, TenantName, VolumeId, WriteSeq, keys,
+    CacheId, ChunkId, ChunkSeq, Epoch, MapEntry, SnapName, TenantName, VolumeId, WriteSeq, keys,
 };
 use quarry_volume::map::MapRoot;
 
@@ -70,6 +71,12 @@ pub enum OpenError {
         "the cache on this host holds writes to this volume that were never sent: attach it without --read-only, which sends them"
     )]
     Unsent,
+    /// It was deleted, or is being deleted.
+    #[error("there is no snapshot {snapshot}")]
+    NoSnapshot {
+        /// Its name.
+        snapshot: SnapName,
+    },
     /// Two attached at once, or one attached and one resized; the other won.
     #[error(
         "the volume was attached or resized at the same moment by {by}: try again; if it is attached there, detach it first"
@@ -153,17 +160,48 @@ pub async fn claim(
     kept: Option<&Recovered>,
     claim: &Claim,
 ) -> Result<Claimed, OpenError> {
+    let taken = take(store, tenant, volume, kept, claim).await?;
+    let (root, objects) = load_root(store, tenant, &taken.info).await?;
+    let Replayed {
+        log,
+        chunks,
+        stored_write,
+        end,
+    } = taken.log;
+    Ok(Claimed {
+        head: taken.head,
+        info: taken.info,
+        root,
+        log,
+        chunks,
+        objects,
+        next_chunk: end,
+        stored_write,
+        kept_since: taken.kept_since,
+    })
+}
+
+/// A volume whose log is ours to write; its map is not read yet.
+pub(crate) struct TakenOver {
+    pub head: HeadCell,
+    pub info: Head,
+    pub log: Replayed,
+    kept_since: Epoch,
+}
+
+/// Steps 1 to 3.
+pub(crate) async fn take(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    kept: Option<&Recovered>,
+    claim: &Claim,
+) -> Result<TakenOver, OpenError> {
     let (head, tag) = read_head(store, tenant, volume, claim).await?;
     let kept_since = kept_since(&head, kept, claim)?;
 
     // Step 1.
-    let mut raised = head.clone();
-    raised.epoch = head.epoch.next();
-    raised.owner = Some(Owner {
-        cache: claim.cache,
-        host: claim.host.clone(),
-        since_ms: claim.now_ms,
-    });
+    let mut raised = raised(&head, claim);
     if kept_since > head.epoch {
         raised.lineage = Some(Lineage {
             cache: claim.cache,
@@ -174,12 +212,8 @@ pub async fn claim(
     let tag = put(store, &key, &raised, &tag).await?;
 
     // Step 2.
-    let Replayed {
-        log,
-        chunks,
-        stored_write,
-        end,
-    } = replay(store, tenant, &raised, Some(claim)).await?;
+    let log = replay(store, tenant, &raised, Some(claim)).await?;
+    let end = log.end;
 
     // Step 3.
     let cell = HeadCell::new(tenant.clone(), raised, tag);
@@ -196,18 +230,44 @@ pub async fn claim(
             });
         })
         .await?;
-    let (root, objects) = load_root(store, tenant, &info).await?;
-    Ok(Claimed {
+    Ok(TakenOver {
         head: cell,
         info,
-        root,
         log,
-        chunks,
-        objects,
-        next_chunk: end,
-        stored_write,
         kept_since,
     })
+}
+
+/// The head with the next term, which is ours.
+fn raised(head: &Head, claim: &Claim) -> Head {
+    Head {
+        epoch: head.epoch.next(),
+        owner: Some(Owner {
+            cache: claim.cache,
+            host: claim.host.clone(),
+            since_ms: claim.now_ms,
+        }),
+        ..head.clone()
+    }
+}
+
+/// Takes the right to change the head of a volume that nobody serves, without opening it: step 1 alone.
+/// Answers whether it was ours already; if not, it is to be given back.
+///
+/// # Errors
+/// [`OpenError`]; nothing was changed.
+pub async fn hold(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    claim: &Claim,
+) -> Result<(HeadCell, bool), OpenError> {
+    let (head, tag) = read_head(store, tenant, volume, claim).await?;
+    let raised = raised(&head, claim);
+    let key = keys::head_key(tenant, volume);
+    let tag = put(store, &key, &raised, &tag).await?;
+    let cell = HeadCell::new(tenant.clone(), raised, tag);
+    Ok((cell, head.owner.is_some()))
 }
 
 /// The volume's head, unless somebody else has the volume and `claim` does not say `force`.
@@ -284,15 +344,58 @@ async fn open_head(
     })
 }
 
+/// Opens a snapshot of a volume, whoever has the volume: nothing in the store changes. Answers when it
+/// was made, too.
+///
+/// # Errors
+/// [`OpenError`].
+pub async fn open_snapshot(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    name: &SnapName,
+) -> Result<(Claimed, u64), OpenError> {
+    let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
+    let found = head.snapshots.iter().find(|s| s.name == name.as_str());
+    let Some(snapshot) = found.filter(|s| !s.closing) else {
+        let snapshot = name.clone();
+        return Err(OpenError::NoSnapshot { snapshot });
+    };
+    let root = load_map(store, tenant, volume, snapshot.root).await?;
+    let created_ms = snapshot.created_ms;
+    // As the volume was then; never written.
+    let info = Head {
+        size: snapshot.size,
+        root: snapshot.root,
+        root_write: snapshot.root_write,
+        log: Vec::new(),
+        ..head.clone()
+    };
+    let opened = Claimed {
+        head: HeadCell::new(tenant.clone(), info.clone(), tag),
+        root,
+        log: Vec::new(),
+        chunks: Vec::new(),
+        // Of the volume, which this does not change.
+        objects: Objects::new(volume, Usage::default()),
+        next_chunk: ChunkSeq::new(1),
+        stored_write: info.root_write,
+        kept_since: info.epoch,
+        info,
+    };
+    Ok((opened, created_ms))
+}
+
 /// The log after the map.
-struct Replayed {
+pub(crate) struct Replayed {
     /// The entries of its chunks, oldest first.
     log: Vec<Vec<MapEntry>>,
-    chunks: Vec<LogChunk>,
+    /// The chunks.
+    pub chunks: Vec<LogChunk>,
     /// The newest write in it.
     stored_write: WriteSeq,
     /// The number of the chunk that would come next.
-    end: ChunkSeq,
+    pub end: ChunkSeq,
 }
 
 /// Reads the log of `head`. With a claim its open end is sealed on the way; without, it ends where
@@ -322,11 +425,7 @@ async fn replay(
             stored_write = header.last_write;
             end = header.id.seq.next();
             let entries = header.map_entries();
-            // A chunk without a frame is nothing but its header.
-            let stored = header.frames.last().map_or(0, |frame| {
-                u64::from(frame.stored_offset) + u64::from(frame.stored_len)
-            });
-            chunks.push(LogChunk::new(header.id, &entries, stored));
+            chunks.push(LogChunk::new(header.id, &entries, header.object_len()));
             log.push(entries);
         }
     }
@@ -521,24 +620,11 @@ async fn load_root(
     tenant: &TenantName,
     head: &Head,
 ) -> Result<(Arc<MapRoot>, Objects), OpenError> {
-    let Some(root) = &head.root else {
-        let nothing = Objects::new(head.volume, Usage::default());
-        return Ok((Arc::new(MapRoot::empty()), nothing));
-    };
-    let manifest = node_at(
-        store,
-        tenant,
-        head,
-        root,
-        (root.offset, root.len),
-        Manifest::decode,
-    );
-    let map = Arc::new(MapRoot::new(manifest.await?));
-    let Some(place) = root.usage else {
-        return Ok((map, Objects::uncounted(head.volume)));
-    };
-    match node_at(store, tenant, head, root, place, Usage::decode).await {
-        Ok(usage) => Ok((map, Objects::new(head.volume, usage))),
+    let volume = head.volume;
+    let map = load_map(store, tenant, volume, head.root).await?;
+    let objects = match load_usage(store, tenant, volume, head.root).await {
+        Ok(Some(usage)) => Objects::new(volume, usage),
+        Ok(None) => Objects::uncounted(volume),
         // What is needed can be counted again; of what is dead only the list is lost.
         Err(OpenError::Damaged { object, reason }) => {
             tracing::error!(
@@ -546,32 +632,64 @@ async fn load_root(
                 reason,
                 "the usage of the map is damaged: some dead objects will stay"
             );
-            Ok((map, Objects::uncounted(head.volume)))
+            Objects::uncounted(volume)
         }
-        Err(error) => Err(error),
-    }
+        Err(error) => return Err(error),
+    };
+    Ok((map, objects))
 }
 
-/// The node at `place`, offset and length, of the object that `root` is in.
-async fn node_at<T>(
+/// The map that a head or a snapshot of the volume points to.
+pub(crate) async fn load_map(
     store: &dyn Store,
     tenant: &TenantName,
-    head: &Head,
-    root: &RootRef,
-    place: (u32, u32),
-    decode: impl Fn(MapObjectId, u32, &[u8]) -> quarry_objfmt::error::Result<T>,
+    volume: VolumeId,
+    root: Option<RootRef>,
+) -> Result<Arc<MapRoot>, OpenError> {
+    let Some(root) = root else {
+        return Ok(Arc::new(MapRoot::empty()));
+    };
+    let place = (root.offset, root.len);
+    let manifest = root_node(store, tenant, volume, root, place, Manifest::decode).await?;
+    Ok(Arc::new(MapRoot::new(manifest)))
+}
+
+/// The usage beside that map; `None` if it has none.
+pub(crate) async fn load_usage(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    root: Option<RootRef>,
+) -> Result<Option<Usage>, OpenError> {
+    let Some(root) = root else {
+        return Ok(Some(Usage::default()));
+    };
+    let Some(place) = root.usage else {
+        return Ok(None);
+    };
+    let usage = root_node(store, tenant, volume, root, place, Usage::decode).await?;
+    Ok(Some(usage))
+}
+
+/// A node of the object that `root` names.
+async fn root_node<T>(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    root: RootRef,
+    (offset, len): (u32, u32),
+    decode: impl Fn(MapObjectId, u32, &[u8]) -> Result<T, FormatError> + Send,
 ) -> Result<T, OpenError> {
     let id = MapObjectId {
-        volume: head.volume,
+        volume,
         epoch: root.epoch,
         seq: root.seq,
     };
-    let object = keys::map_key(tenant, head.volume, root.epoch, root.seq);
+    let object = keys::map_key(tenant, volume, root.epoch, root.seq);
     let damaged = |reason: String| OpenError::Damaged {
         object: object.clone(),
         reason,
     };
-    let (offset, len) = place;
     let range = u64::from(offset)..u64::from(offset) + u64::from(len);
     let ask = || store.get_range(&object, range.clone());
     sound::read(ask, |bytes| decode(id, offset, &bytes))

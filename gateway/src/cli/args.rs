@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
 use quarry_objfmt::{Compression, Durability, TenantName, VolumeId};
 
-use crate::control::{DeviceMode, DeviceOwner, Via, VolumeRef};
+use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, Via, VolumeRef};
 
 /// Block devices whose data live in object storage.
 #[derive(Debug, Parser)]
@@ -64,6 +64,9 @@ pub enum Command {
     /// Make, use and delete volumes.
     #[command(subcommand, after_help = VOLUME_EXAMPLES)]
     Volume(VolumeCommand),
+    /// Keep states of volumes: make, list and delete snapshots.
+    #[command(subcommand, after_help = SNAPSHOT_EXAMPLES)]
+    Snapshot(SnapshotCommand),
     /// Show how the daemon does; fails if it is not ready.
     #[command(after_help = "Example:\n  quarry status --output json")]
     Status,
@@ -148,6 +151,40 @@ pub enum TenantCommand {
     },
 }
 
+const SNAPSHOT_EXAMPLES: &str = "\
+Examples:
+  quarry snapshot create acme/db@nightly
+  quarry snapshot list acme/db
+  quarry volume attach acme/db@nightly
+  quarry volume clone acme/db@nightly acme/test
+  quarry volume rollback acme/db@nightly
+  quarry snapshot delete acme/db@nightly";
+
+/// What to do with snapshots.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Give a volume's state a name, while it is in use; all that was acknowledged before is in it.
+    Create {
+        /// The snapshot, as tenant/volume@snapshot.
+        snapshot: SnapRef,
+    },
+    /// List snapshots, the oldest first.
+    List {
+        /// Only this volume's.
+        volume: Option<VolumeRef>,
+    },
+    /// Show all about a snapshot, with the volumes cloned from it.
+    Show {
+        /// The snapshot, as tenant/volume@snapshot.
+        snapshot: SnapRef,
+    },
+    /// Delete a snapshot that has no clones.
+    Delete {
+        /// The snapshot, as tenant/volume@snapshot.
+        snapshot: SnapRef,
+    },
+}
+
 const VOLUME_EXAMPLES: &str = "\
 Examples:
   quarry volume create acme/db --size 100GiB
@@ -170,7 +207,10 @@ Examples:
   quarry volume attach acme/db
   nbdinfo \"$(quarry volume attach acme/db --via nbd --output json | jq -r .uri)\"
   quarry volume attach acme/db --owner qemu:kvm --mode 0660
-  quarry volume attach acme/db --force")]
+  quarry volume attach acme/db --force
+  quarry volume attach acme/db@nightly
+
+A snapshot is attached for reading only, on any number of hosts, beside its volume.")]
     Attach(AttachFlags),
     /// List volumes.
     List {
@@ -178,10 +218,26 @@ Examples:
         #[arg(long)]
         tenant: Option<TenantName>,
     },
-    /// Show all about a volume.
+    /// Show all about a volume, or about a snapshot as it is attached.
     Show {
-        /// The volume, as tenant/name.
+        /// The volume, as tenant/name, or the snapshot.
+        volume: ImageRef,
+    },
+    /// Make a volume that starts as a snapshot is, at once; the snapshot's volume may be in use.
+    #[command(after_help = "Example:\n  quarry volume clone acme/db@golden acme/test1")]
+    Clone {
+        /// The snapshot, as tenant/volume@snapshot.
+        snapshot: SnapRef,
+        /// The new volume, of the same tenant.
         volume: VolumeRef,
+    },
+    /// Make a detached volume what its snapshot is; what was written since is lost, snapshots are not.
+    #[command(after_help = "\
+Example:
+  quarry snapshot create acme/db@before && quarry volume rollback acme/db@nightly")]
+    Rollback {
+        /// The snapshot, as tenant/volume@snapshot.
+        snapshot: SnapRef,
     },
     /// Make a volume larger, attached here or nowhere, while it is in use.
     #[command(after_help = "\
@@ -200,8 +256,8 @@ Example:
     },
     /// Upload all that was written, then take the volume off this host.
     Detach {
-        /// The volume, as tenant/name.
-        volume: VolumeRef,
+        /// The volume, as tenant/name, or the snapshot.
+        volume: ImageRef,
     },
     /// Check a volume in the object store, attached or not: what is wrong, and where.
     #[command(after_help = "\
@@ -211,11 +267,14 @@ Examples:
 
 Fails if anything is wrong. What a host has not sent to the store yet is not looked at.")]
     Verify {
-        /// The volume, as tenant/name.
-        volume: VolumeRef,
+        /// The volume, as tenant/name, or a snapshot.
+        volume: ImageRef,
         /// Read every byte that the volume needs, not only what names it.
         #[arg(long)]
         deep: bool,
+        /// Check each of its snapshots too.
+        #[arg(long)]
+        snapshots: bool,
     },
     /// Make a volume's lost or damaged head anew from its other objects; without --apply, say what it would be.
     #[command(after_help = "\
@@ -297,8 +356,8 @@ pub struct RescueFlags {
 /// Flags of `quarry volume attach`.
 #[derive(Debug, Args)]
 pub struct AttachFlags {
-    /// The volume, as tenant/name.
-    pub volume: VolumeRef,
+    /// The volume, as tenant/name, or a snapshot.
+    pub volume: ImageRef,
     /// A block device (ublk) or a network block device; by default a block device if the kernel can.
     #[arg(long, value_enum, value_name = "HOW")]
     pub via: Option<Via>,

@@ -1,5 +1,6 @@
 //! Signs of life for calls that take long: on standard error, and only if that is a terminal.
 
+use std::fmt::Display;
 use std::future::Future;
 use std::time::Duration;
 
@@ -7,14 +8,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::table::bytes;
-use crate::control::{ApiResult, Client, VolumeRef};
+use crate::control::{ApiResult, Client, ImageRef};
 
 /// How often the spinner turns.
 const TURN: Duration = Duration::from_millis(100);
 /// How often the daemon is asked how far it is.
 const ASK: Duration = Duration::from_millis(500);
 
-fn spinner(doing: &str, volume: &VolumeRef) -> ProgressBar {
+fn spinner(doing: &str, volume: &impl Display) -> ProgressBar {
     // Hidden by the library when standard error is no terminal.
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg}") {
@@ -28,7 +29,7 @@ fn spinner(doing: &str, volume: &VolumeRef) -> ProgressBar {
 /// Waits for `call` while a spinner turns.
 pub(super) async fn shown<T>(
     doing: &str,
-    volume: &VolumeRef,
+    volume: &impl Display,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
     let bar = spinner(doing, volume);
@@ -40,7 +41,7 @@ pub(super) async fn shown<T>(
 /// Waits for `call`, which checks a volume, and shows how far it is.
 pub(super) async fn verifying<T>(
     client: &Client,
-    volume: &VolumeRef,
+    volume: &ImageRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
     let bar = spinner("verifying", volume);
@@ -87,7 +88,7 @@ async fn asking<T>(ask: impl AsyncFn(), call: impl Future<Output = ApiResult<T>>
 pub(super) async fn uploading<T>(
     doing: &str,
     client: &Client,
-    volume: &VolumeRef,
+    volume: &ImageRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
     let bar = spinner(doing, volume);

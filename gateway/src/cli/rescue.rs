@@ -59,6 +59,8 @@ fn text(report: &RescueReport) -> String {
             Some(report.map.clone().unwrap_or_else(|| "none".to_owned())),
         ),
         ("passed over", there(&passed_over.join(", "))),
+        ("cloned from", report.parent.clone()),
+        ("snapshots", there(&report.snapshots.join(", "))),
         ("chunks", there(&log.join(", "))),
         ("log ends", there(&report.log_ends)),
         ("left behind", left),

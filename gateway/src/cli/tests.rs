@@ -68,6 +68,18 @@ fn every_line_of_the_manual_parses() {
         "volume sync acme/db",
         "volume detach acme/db",
         "volume delete acme/db",
+        "volume attach acme/db@nightly --via nbd",
+        "volume show acme/db@nightly",
+        "volume detach acme/db@nightly",
+        "volume verify acme/db@nightly --deep",
+        "volume verify acme/db --snapshots",
+        "volume clone acme/db@golden acme/test1",
+        "volume rollback acme/db@nightly",
+        "snapshot create acme/db@nightly",
+        "snapshot list",
+        "snapshot list acme/db --output json",
+        "snapshot show acme/db@nightly",
+        "snapshot delete acme/db@nightly",
         "status --socket /s",
         "config check quarry.toml",
         "config example",
@@ -94,6 +106,13 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume attach acme/db --mode rw",
         "volume resize acme/db",
         "volume resize acme/db large",
+        "volume resize acme/db@nightly 1GiB",
+        "volume delete acme/db@nightly",
+        "volume clone acme/db acme/test1",
+        "volume rollback acme/db",
+        "snapshot create acme/db",
+        "snapshot create acme/db@../x",
+        "snapshot create acme@nightly",
         "tenant create ACME",
         "volume",
         "serve --listen nowhere --output json",
@@ -184,6 +203,52 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
     ok("tenant delete acme").await;
     assert!(ok("status").await.out.contains("file:///store answers"));
     assert_eq!(ok("status --output json").await.json()["ready"], true);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn snapshot_from_the_command_line_lives_its_whole_life() {
+    let daemon = daemon().await;
+    let socket = daemon.socket();
+    let ok = async |line: &str| {
+        let ran = quarry(&socket, line).await;
+        assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{line}: {}", ran.out);
+        ran
+    };
+    ok("tenant create acme").await;
+    ok("volume create acme/db --size 1GiB").await;
+    let none = ok("snapshot list acme/db").await.out;
+    assert!(none.contains("quarry snapshot create"), "{none}");
+    let made = ok("snapshot create acme/db@nightly").await.out;
+    assert!(
+        made.contains("up to write 7") && made.contains("acme/db@nightly"),
+        "{made}"
+    );
+    let list = ok("snapshot list").await.out;
+    assert!(
+        list.contains("acme/db@nightly") && list.contains("kept"),
+        "{list}"
+    );
+    let place = ok("volume attach acme/db@nightly --via nbd").await.out;
+    assert_eq!(place, "nbd+unix:///acme/db@nightly?socket=/run/nbd.sock\n");
+    ok("volume clone acme/db@nightly acme/copy").await;
+    let shown = ok("volume show acme/copy").await.out;
+    assert!(shown.contains("cloned from   acme/db@nightly\n"), "{shown}");
+    let shown = ok("snapshot show acme/db@nightly").await.out;
+    assert!(shown.contains("clones        acme/copy\n"), "{shown}");
+    let refused = quarry(&socket, "snapshot delete acme/db@nightly").await;
+    assert_eq!(refused.code, FAILED);
+    assert!(refused.err.contains("acme/copy"), "{}", refused.err);
+    let refused = quarry(&socket, "volume clone acme/db@nightly other/copy").await;
+    assert!(refused.err.contains("acme/copy"), "{}", refused.err);
+    ok("volume rollback acme/db@nightly").await;
+    ok("volume delete acme/copy").await;
+    let done = ok("snapshot delete acme/db@nightly --output json")
+        .await
+        .json();
+    assert_eq!(done["done"], "deleted");
+    let gone = quarry(&socket, "snapshot show acme/db@nightly --output json").await;
+    assert_eq!(gone.json()["error"]["kind"], "not_found");
     daemon.stop().await;
 }
 

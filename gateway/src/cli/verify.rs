@@ -6,27 +6,31 @@ use super::Failure;
 use super::output::Console;
 use super::progress::verifying;
 use super::table::{bytes, fields, table};
-use crate::control::{ByteRange, Client, Finding, VerifyReport, VolumeRef};
+use crate::control::{ByteRange, Client, Finding, ImageRef, VerifyReport, VerifySpec};
 
 /// Ranges printed with a finding; JSON has more.
 const RANGES_SHOWN: usize = 4;
 
 pub(super) async fn run(
     client: &Client,
-    volume: &VolumeRef,
-    deep: bool,
+    volume: &ImageRef,
+    spec: VerifySpec,
     console: &mut Console<'_>,
 ) -> Result<(), Failure> {
-    let report = verifying(client, volume, client.verify(volume, deep)).await?;
-    let count = report.findings.len() as u64 + report.findings_left_out;
+    let report = verifying(client, volume, client.verify(volume, &spec)).await?;
+    let all = || std::iter::once(&report).chain(&report.snapshots);
+    let count: u64 = all()
+        .map(|r| r.findings.len() as u64 + r.findings_left_out)
+        .sum();
     if count == 0 {
         return console.show(&report, text);
     }
-    let hit = match report.unreadable_bytes {
+    let unreadable: u64 = all().map(|r| r.unreadable_bytes).sum();
+    let hit = match unreadable {
         0 => "all of its data can be read".to_owned(),
         hit => format!("{} of its data cannot be read", bytes(hit)),
     };
-    let remedy = match (report.unreadable_bytes, deep) {
+    let remedy = match (unreadable, spec.deep) {
         (0, false) => "restore the objects from a copy, and verify it with --deep",
         _ => "restore the objects from a copy, or the data from a backup",
     };
@@ -53,6 +57,13 @@ struct Both<'a> {
 }
 
 fn text(report: &VerifyReport) -> String {
+    let all = std::iter::once(report).chain(&report.snapshots);
+    let texts: Vec<_> = all.map(text_of_one).collect();
+    texts.join("\n")
+}
+
+fn text_of_one(report: &VerifyReport) -> String {
+    let is_snapshot = report.volume.contains('@');
     let checked = &report.checked;
     let read = if report.deep {
         format!("{} frames of ", checked.frames)
@@ -65,21 +76,32 @@ fn text(report: &VerifyReport) -> String {
         ("epoch", report.epoch.map(|epoch| epoch.to_string())),
         (
             "up to",
-            report.epoch.map(|_| {
-                format!(
+            report.epoch.map(|_| match is_snapshot {
+                true => format!("write {}", report.last_write),
+                false => format!(
                     "write {}, before chunk {}",
                     report.last_write, report.next_chunk
-                )
+                ),
+            }),
+        ),
+        (
+            "not looked at",
+            (report.snapshots_left_out > 0).then(|| {
+                let count = report.snapshots_left_out;
+                format!("{count} snapshots, which --snapshots checks too")
             }),
         ),
         (
             "checked",
-            Some(format!(
-                "{} nodes of the map, {read}{} chunks; {} read",
-                checked.nodes,
-                checked.chunks,
-                bytes(checked.read_bytes)
-            )),
+            // What was checked of its snapshots is counted with the volume.
+            (report.checked.nodes + report.checked.chunks > 0 || !is_snapshot).then(|| {
+                format!(
+                    "{} nodes of the map, {read}{} chunks; {} read",
+                    checked.nodes,
+                    checked.chunks,
+                    bytes(checked.read_bytes)
+                )
+            }),
         ),
         (
             "unreadable",

@@ -8,7 +8,8 @@ use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
 use super::{Failure, rescue, verify};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ResizeInfo, State, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ResizeInfo, SnapRef, State, VerifySpec, VolumeInfo,
+    VolumeRef, VolumeSpec,
 };
 
 pub(super) async fn run(
@@ -31,8 +32,18 @@ pub(super) async fn run(
             let resized = shown("resizing", &volume, call).await?;
             console.show(&resized, resize_text)
         }
+        VolumeCommand::Clone { snapshot, volume } => {
+            clone(client, &snapshot, &volume, console).await
+        }
+        VolumeCommand::Rollback { snapshot } => {
+            let rolled = shown("rolling back", &snapshot, client.rollback(&snapshot)).await?;
+            console.show(&rolled, |_| {
+                format!("{}: it is what {snapshot} is", snapshot.volume)
+            })
+        }
         VolumeCommand::Sync { volume } => {
-            uploading("syncing", client, &volume, client.sync(&volume)).await?;
+            let image = volume.clone().into();
+            uploading("syncing", client, &image, client.sync(&volume)).await?;
             done(
                 console,
                 &volume,
@@ -44,7 +55,14 @@ pub(super) async fn run(
             uploading("detaching", client, &volume, client.detach(&volume)).await?;
             done(console, &volume, "detached", "it is detached")
         }
-        VolumeCommand::Verify { volume, deep } => verify::run(client, &volume, deep, console).await,
+        VolumeCommand::Verify {
+            volume,
+            deep,
+            snapshots,
+        } => {
+            let spec = VerifySpec { deep, snapshots };
+            verify::run(client, &volume, spec, console).await
+        }
         VolumeCommand::Rescue(flags) => rescue::run(client, flags, console).await,
         VolumeCommand::Delete { volume } => {
             shown("deleting", &volume, client.delete_volume(&volume)).await?;
@@ -55,7 +73,7 @@ pub(super) async fn run(
 
 fn done(
     console: &mut Console<'_>,
-    volume: &VolumeRef,
+    volume: &impl std::fmt::Display,
     word: &str,
     sentence: &str,
 ) -> Result<(), Failure> {
@@ -90,6 +108,27 @@ async fn create(
     console.show(&made, |made| {
         format!(
             "{volume}: {} are there; attach it with `quarry volume attach {volume}`",
+            bytes(made.size_bytes)
+        )
+    })
+}
+
+async fn clone(
+    client: &Client,
+    snapshot: &SnapRef,
+    volume: &VolumeRef,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    if volume.tenant != snapshot.volume.tenant {
+        let message = format!("a clone of {snapshot} cannot be tenant {}'s", volume.tenant);
+        let remedy = format!("name it {}/{}", snapshot.volume.tenant, volume.name);
+        return Err(Failure::new("invalid", message, remedy));
+    }
+    let call = client.clone_snapshot(snapshot, &volume.name);
+    let made = shown("cloning", volume, call).await?;
+    console.show(&made, |made| {
+        format!(
+            "{volume}: {} as in {snapshot} are there; attach it with `quarry volume attach {volume}`",
             bytes(made.size_bytes)
         )
     })
@@ -160,7 +199,7 @@ fn list_text(volumes: &[VolumeInfo]) -> String {
     }
     let row = |v: &VolumeInfo| {
         vec![
-            format!("{}/{}", v.tenant, v.name),
+            v.image(),
             bytes(v.size_bytes),
             state_text(v),
             v.attached.as_ref().map(place).unwrap_or_default(),
@@ -229,7 +268,7 @@ fn show_text(v: &VolumeInfo) -> String {
     });
     let counted = |count: u64, sum: u64| here.map(|_| format!("{count} ({})", bytes(sum)));
     fields(&[
-        ("volume", Some(format!("{}/{}", v.tenant, v.name))),
+        ("volume", Some(v.image())),
         ("id", Some(v.id.clone())),
         ("created", time_ms(v.created_ms)),
         (
@@ -251,6 +290,16 @@ fn show_text(v: &VolumeInfo) -> String {
         ),
         ("durability", Some(v.durability.to_string())),
         ("compression", Some(v.compression.to_string())),
+        (
+            "cloned from",
+            v.parent
+                .as_ref()
+                .map(|p| format!("{}@{}", p.volume, p.snapshot)),
+        ),
+        (
+            "snapshots",
+            (v.snapshots > 0 && v.snapshot.is_none()).then(|| v.snapshots.to_string()),
+        ),
         ("state", Some(state_text(v))),
         ("problem", v.problem.clone()),
         ("device", here.map(place)),

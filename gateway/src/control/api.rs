@@ -10,16 +10,17 @@ use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{delete, get, post};
-use quarry_objfmt::{SECTOR_SIZE, TenantName};
+use quarry_objfmt::{SECTOR_SIZE, SnapName, TenantName};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachOptions, RescueReport, RescueSpec, ResizeSpec, TenantList, TenantSpec, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec, check_size,
+    AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeSpec, SnapshotInfo, SnapshotList,
+    SnapshotSpec, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
+    VolumeList, VolumeSpec, check_size,
 };
 use super::error::response;
-use super::{ApiError, ApiResult, Engine, Kind, VolumeRef};
+use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -30,6 +31,7 @@ type Shared = State<Arc<dyn Engine>>;
 type Body = Result<Bytes, BytesRejection>;
 type Tenant = Result<Path<String>, PathRejection>;
 type Volume = Result<Path<(String, String)>, PathRejection>;
+type Snapshot = Result<Path<(String, String, String)>, PathRejection>;
 
 /// Everything: for the unix socket.
 pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
@@ -49,6 +51,23 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
         .route(
             "/v1/volumes/{tenant}/{volume}/verify",
             get(verify_progress).post(verify),
+        )
+        .route("/v1/snapshots", get(list_all_snapshots))
+        .route(
+            "/v1/volumes/{tenant}/{volume}/snapshots",
+            get(list_snapshots).post(create_snapshot),
+        )
+        .route(
+            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}",
+            get(show_snapshot).delete(delete_snapshot),
+        )
+        .route(
+            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/clone",
+            post(clone_snapshot),
+        )
+        .route(
+            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/rollback",
+            post(rollback),
         )
         .route("/v1/status", get(status));
     finish(routes.merge(health()), engine)
@@ -143,6 +162,20 @@ fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
     Ok(VolumeRef::new(tenant, name)?)
 }
 
+/// Where a snapshot will do: `name` or `name@snapshot` in a volume's place.
+fn image_of(path: Volume) -> ApiResult<ImageRef> {
+    let Path((tenant, name)) = path.map_err(|_| not_utf8())?;
+    Ok(ImageRef::new(tenant, &name)?)
+}
+
+fn snapshot_of(path: Snapshot) -> ApiResult<SnapRef> {
+    let Path((tenant, volume, name)) = path.map_err(|_| not_utf8())?;
+    Ok(SnapRef {
+        volume: VolumeRef::new(tenant, volume)?,
+        name: SnapName::new(name)?,
+    })
+}
+
 fn not_utf8() -> ApiError {
     ApiError::invalid("the path is not UTF-8", "mend the request")
 }
@@ -195,8 +228,8 @@ async fn list_volumes(
 }
 
 async fn show_volume(State(engine): Shared, path: Volume) -> ApiResult<Json<VolumeInfo>> {
-    let volume = volume_of(path)?;
-    Ok(Json(engine.show_volume(&volume).await?))
+    let image = image_of(path)?;
+    Ok(Json(engine.show_volume(&image).await?))
 }
 
 async fn delete_volume(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
@@ -210,17 +243,17 @@ async fn attach(
     path: Volume,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
-    let volume = volume_of(path)?;
+    let image = image_of(path)?;
     let options: AttachOptions = json(body)?;
     options.check()?;
     Ok(Json(
-        whole(async move { engine.attach(&volume, options).await }).await?,
+        whole(async move { engine.attach(&image, options).await }).await?,
     ))
 }
 
 async fn detach(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
-    let volume = volume_of(path)?;
-    whole(async move { engine.detach(&volume).await }).await?;
+    let image = image_of(path)?;
+    whole(async move { engine.detach(&image).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -260,15 +293,69 @@ async fn verify(
     path: Volume,
     body: Body,
 ) -> Result<Json<VerifyReport>, Refused> {
-    let volume = volume_of(path)?;
+    let image = image_of(path)?;
     let spec: VerifySpec = json(body)?;
     // Changes nothing: a client that hangs up ends it.
-    Ok(Json(engine.verify(&volume, spec.deep).await?))
+    Ok(Json(engine.verify(&image, spec).await?))
 }
 
 async fn verify_progress(State(engine): Shared, path: Volume) -> ApiResult<Json<VerifyProgress>> {
+    let image = image_of(path)?;
+    Ok(Json(engine.verify_progress(&image).await?))
+}
+
+async fn list_all_snapshots(State(engine): Shared) -> ApiResult<Json<SnapshotList>> {
+    let snapshots = engine.list_snapshots(None).await?;
+    Ok(Json(SnapshotList { snapshots }))
+}
+
+async fn list_snapshots(State(engine): Shared, path: Volume) -> ApiResult<Json<SnapshotList>> {
     let volume = volume_of(path)?;
-    Ok(Json(engine.verify_progress(&volume).await?))
+    let snapshots = engine.list_snapshots(Some(&volume)).await?;
+    Ok(Json(SnapshotList { snapshots }))
+}
+
+async fn create_snapshot(
+    State(engine): Shared,
+    path: Volume,
+    body: Body,
+) -> Result<impl IntoResponse, Refused> {
+    let volume = volume_of(path)?;
+    let SnapshotSpec { name } = json(body)?;
+    let snapshot = SnapRef { volume, name };
+    let made = whole(async move { engine.create_snapshot(&snapshot).await }).await?;
+    Ok((StatusCode::CREATED, Json(made)))
+}
+
+async fn show_snapshot(
+    State(engine): Shared,
+    path: Snapshot,
+) -> Result<Json<SnapshotInfo>, Refused> {
+    let snapshot = snapshot_of(path)?;
+    Ok(Json(engine.show_snapshot(&snapshot).await?))
+}
+
+async fn delete_snapshot(State(engine): Shared, path: Snapshot) -> ApiResult<StatusCode> {
+    let snapshot = snapshot_of(path)?;
+    whole(async move { engine.delete_snapshot(&snapshot).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn clone_snapshot(
+    State(engine): Shared,
+    path: Snapshot,
+    body: Body,
+) -> Result<impl IntoResponse, Refused> {
+    let snapshot = snapshot_of(path)?;
+    let CloneSpec { name } = json(body)?;
+    let made = whole(async move { engine.clone_snapshot(&snapshot, &name).await }).await?;
+    Ok((StatusCode::CREATED, Json(made)))
+}
+
+async fn rollback(State(engine): Shared, path: Snapshot) -> Result<Json<VolumeInfo>, Refused> {
+    let snapshot = snapshot_of(path)?;
+    let call = async move { engine.rollback(&snapshot).await };
+    Ok(Json(whole(call).await?))
 }
 
 async fn status(State(engine): Shared) -> ApiResult<impl IntoResponse> {
@@ -324,6 +411,10 @@ mod tests {
 
     fn volume(name: &str) -> VolumeRef {
         VolumeRef::new("acme", name).unwrap()
+    }
+
+    fn image(name: &str) -> ImageRef {
+        ImageRef::new("acme", name).unwrap()
     }
 
     /// Status and body of one request on its own connection.
@@ -387,7 +478,7 @@ mod tests {
             read_only: true,
             ..AttachOptions::default()
         };
-        let attached = client.attach(&volume("db"), &options).await.unwrap();
+        let attached = client.attach(&image("db"), &options).await.unwrap();
         assert_eq!(
             attached.uri.as_deref(),
             Some("nbd+unix:///acme/db?socket=/run/nbd.sock")
@@ -397,7 +488,7 @@ mod tests {
             (resized.volume.as_str(), resized.size_bytes),
             ("acme/db", 2 << 30)
         );
-        let shown = client.show_volume(&volume("db")).await.unwrap();
+        let shown = client.show_volume(&image("db")).await.unwrap();
         assert_eq!(shown.state, VolumeState::Attached);
         assert_eq!(shown.size_bytes, 2 << 30);
         assert!(shown.attached.unwrap().read_only);
@@ -405,9 +496,9 @@ mod tests {
         let early = client.delete_volume(&volume("db")).await.unwrap_err();
         assert_eq!(early.kind, Kind::Conflict);
         client.sync(&volume("db")).await.unwrap();
-        client.detach(&volume("db")).await.unwrap();
+        client.detach(&image("db")).await.unwrap();
         client.delete_volume(&volume("db")).await.unwrap();
-        let gone = client.show_volume(&volume("db")).await.unwrap_err();
+        let gone = client.show_volume(&image("db")).await.unwrap_err();
         assert_eq!(gone, ApiError::no_volume(&volume("db")));
         client.delete_tenant(&acme()).await.unwrap();
         assert_eq!(client.status().await.unwrap().host, "here");
@@ -424,14 +515,18 @@ mod tests {
         for name in ["db", "slow"] {
             client.create_volume(&spec(name)).await.unwrap();
         }
-        let report = client.verify(&volume("db"), true).await.unwrap();
+        let deep = VerifySpec {
+            deep: true,
+            ..VerifySpec::default()
+        };
+        let report = client.verify(&image("db"), &deep).await.unwrap();
         assert!(report.deep && report.findings.is_empty());
         ended.notified().await;
-        client.verify_progress(&volume("db")).await.unwrap();
+        client.verify_progress(&image("db")).await.unwrap();
 
-        let slow = volume("slow");
+        let slow = image("slow");
         let patience = Duration::from_millis(100);
-        timeout(patience, client.verify(&slow, false))
+        timeout(patience, client.verify(&slow, &VerifySpec::default()))
             .await
             .unwrap_err();
         timeout(Duration::from_secs(10), ended.notified())
@@ -549,6 +644,29 @@ mod tests {
                 r#"{"size_bytes":512}"#,
                 404,
             ),
+            ("GET", "/v1/volumes/acme/db@/x", "", 404),
+            ("GET", "/v1/volumes/acme/db@a@b", "", 400),
+            ("POST", "/v1/volumes/acme/db/snapshots", "", 400),
+            (
+                "POST",
+                "/v1/volumes/acme/db/snapshots",
+                r#"{"name":"../x"}"#,
+                400,
+            ),
+            ("GET", "/v1/volumes/acme/db/snapshots/UP", "", 400),
+            ("DELETE", "/v1/volumes/acme/db/snapshots/none", "", 404),
+            (
+                "POST",
+                "/v1/volumes/acme/db/snapshots/none/clone",
+                r#"{"name":"a","tenant":"other"}"#,
+                400,
+            ),
+            (
+                "POST",
+                "/v1/volumes/acme/db@nightly/resize",
+                r#"{"size_bytes":512}"#,
+                400,
+            ),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),
         ] {
@@ -571,7 +689,7 @@ mod tests {
         let daemon = FakeDaemon::start(Arc::new(FakeEngine::default())).await;
         let error = daemon
             .client()
-            .attach(&volume("panic"), &AttachOptions::default())
+            .attach(&image("panic"), &AttachOptions::default())
             .await
             .unwrap_err();
         assert_eq!(error.kind, Kind::Internal);
@@ -588,12 +706,12 @@ mod tests {
         client.create_volume(&spec("db")).await.unwrap();
         let hung_up = timeout(
             Duration::from_millis(20),
-            client.attach(&volume("db"), &AttachOptions::default()),
+            client.attach(&image("db"), &AttachOptions::default()),
         )
         .await;
         assert!(hung_up.is_err());
         let attached = async {
-            while client.show_volume(&volume("db")).await.unwrap().state != VolumeState::Attached {
+            while client.show_volume(&image("db")).await.unwrap().state != VolumeState::Attached {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
@@ -609,11 +727,10 @@ mod tests {
         let client = daemon.client();
         client.create_tenant(&acme()).await.unwrap();
         client.create_volume(&spec("db")).await.unwrap();
-        let call = tokio::spawn(async move {
-            client
-                .attach(&volume("db"), &AttachOptions::default())
-                .await
-        });
+        let call =
+            tokio::spawn(
+                async move { client.attach(&image("db"), &AttachOptions::default()).await },
+            );
         tokio::time::sleep(Duration::from_millis(50)).await;
         daemon.stop().await;
         call.await.unwrap().unwrap();

@@ -3,17 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use quarry_objfmt::TenantName;
+use quarry_objfmt::{TenantName, VolumeName};
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    AttachInfo, AttachOptions, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, StatusInfo,
-    TenantInfo, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
-    VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
+    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
-use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
+use super::{ApiError, ApiResult, ImageRef, Kind, Problem, SnapRef, VolumeRef};
 
 /// How long a daemon may take to answer what it should know by itself or ask the store once.
 const ANSWER_TIME: Duration = Duration::from_secs(120);
@@ -206,17 +206,17 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
+    pub async fn show_volume(&self, volume: &ImageRef) -> ApiResult<VolumeInfo> {
         self.get(&format!("/v1/volumes/{volume}")).await
     }
 
-    /// Attaches a volume to the daemon's host.
+    /// Attaches a volume, or a snapshot, to the daemon's host.
     ///
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn attach(
         &self,
-        volume: &VolumeRef,
+        volume: &ImageRef,
         options: &AttachOptions,
     ) -> ApiResult<AttachInfo> {
         let path = format!("/v1/volumes/{volume}/attach");
@@ -230,7 +230,7 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
+    pub async fn detach(&self, volume: &ImageRef) -> ApiResult<()> {
         self.order(Method::POST, &format!("/v1/volumes/{volume}/detach"))
             .await
     }
@@ -273,11 +273,10 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none; that something is wrong with the volume is none.
-    pub async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+    pub async fn verify(&self, volume: &ImageRef, spec: &VerifySpec) -> ApiResult<VerifyReport> {
         let path = format!("/v1/volumes/{volume}/verify");
-        let spec = VerifySpec { deep };
         let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .call(Method::POST, &path, Some(spec), Patience::Work)
             .await?;
         self.json(response).await
     }
@@ -286,8 +285,78 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+    pub async fn verify_progress(&self, volume: &ImageRef) -> ApiResult<VerifyProgress> {
         self.get(&format!("/v1/volumes/{volume}/verify")).await
+    }
+
+    /// Gives a volume's state a name.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn create_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        let path = format!("/v1/volumes/{}/snapshots", snapshot.volume);
+        let name = snapshot.name.clone();
+        let spec = SnapshotSpec { name };
+        let response = self
+            .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// A volume's snapshots, or all.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_snapshots(&self, volume: Option<&VolumeRef>) -> ApiResult<SnapshotList> {
+        match volume {
+            Some(volume) => self.get(&format!("/v1/volumes/{volume}/snapshots")).await,
+            None => self.get("/v1/snapshots").await,
+        }
+    }
+
+    /// One snapshot.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn show_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        self.get(&snapshot_path(snapshot)).await
+    }
+
+    /// Takes a snapshot's name away.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn delete_snapshot(&self, snapshot: &SnapRef) -> ApiResult<()> {
+        self.order(Method::DELETE, &snapshot_path(snapshot)).await
+    }
+
+    /// Makes a volume that starts as the snapshot is.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn clone_snapshot(
+        &self,
+        snapshot: &SnapRef,
+        name: &VolumeName,
+    ) -> ApiResult<VolumeInfo> {
+        let path = format!("{}/clone", snapshot_path(snapshot));
+        let spec = CloneSpec { name: name.clone() };
+        let response = self
+            .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Makes a volume what its snapshot is.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo> {
+        let path = format!("{}/rollback", snapshot_path(snapshot));
+        let response = self
+            .call(Method::POST, &path, None::<&()>, Patience::Work)
+            .await?;
+        self.json(response).await
     }
 
     /// Removes a volume for ever.
@@ -306,6 +375,11 @@ impl Client {
     pub async fn status(&self) -> ApiResult<StatusInfo> {
         self.get("/v1/status").await
     }
+}
+
+fn snapshot_path(snapshot: &SnapRef) -> String {
+    let SnapRef { volume, name } = snapshot;
+    format!("/v1/volumes/{volume}/snapshots/{name}")
 }
 
 /// Whether a connection failed for want of permission.

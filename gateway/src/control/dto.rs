@@ -8,11 +8,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use quarry_objfmt::{
-    Compression, Durability, Sectors, TenantName, VOLUME_SECTORS_MAX, VolumeId, VolumeName,
+    Compression, Durability, Sectors, SnapName, TenantName, VOLUME_SECTORS_MAX, VolumeId,
+    VolumeName,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, VolumeRef};
+use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, ImageRef, VolumeRef};
 use crate::ublk::QUEUES_MAX;
 
 /// Largest volume: 1 EiB.
@@ -165,6 +166,53 @@ pub struct ResizeInfo {
 pub struct VerifySpec {
     /// Read every byte that the volume needs, not only what names it.
     pub deep: bool,
+    /// Check each of its snapshots too.
+    pub snapshots: bool,
+}
+
+/// Request: make a snapshot.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotSpec {
+    /// Its name.
+    pub name: SnapName,
+}
+
+/// Request: make a volume that starts as a snapshot is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneSpec {
+    /// What it is to be called.
+    pub name: VolumeName,
+}
+
+/// A snapshot.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SnapshotInfo {
+    /// `tenant/name` of its volume.
+    pub volume: String,
+    /// Its name.
+    pub name: String,
+    /// When it was made.
+    pub created_ms: u64,
+    /// How large its volume was.
+    pub size_bytes: u64,
+    /// The number of the newest write in it.
+    pub newest_write: u64,
+    /// Its deletion was begun and not finished: nothing can be made of it any more.
+    pub deleting: bool,
+    /// The volumes that were cloned from it; none if that was not looked for.
+    pub clones: Option<Vec<String>>,
+    /// How it is attached here.
+    pub attached: Option<AttachedInfo>,
+}
+
+/// Answer: snapshots.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct SnapshotList {
+    /// By volume and age.
+    pub snapshots: Vec<SnapshotInfo>,
 }
 
 /// A run of a volume's bytes.
@@ -212,7 +260,7 @@ pub struct VerifyProgress {
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VerifyReport {
-    /// `tenant/name`.
+    /// `tenant/name`, or `tenant/name@snapshot`.
     pub volume: String,
     /// Its id.
     pub id: String,
@@ -236,6 +284,10 @@ pub struct VerifyReport {
     pub unreadable_left_out: u64,
     /// All that cannot be read.
     pub unreadable_bytes: u64,
+    /// The same of its snapshots, if that was asked for.
+    pub snapshots: Vec<VerifyReport>,
+    /// How many snapshots it has that were not looked at.
+    pub snapshots_left_out: u64,
 }
 
 /// Request: make a lost or damaged head of a volume anew.
@@ -301,6 +353,10 @@ pub struct RescueReport {
     pub size_min_bytes: u64,
     /// Flags that it cannot be written without: what they say is in no other object.
     pub needs: Vec<String>,
+    /// Its snapshots that are whole.
+    pub snapshots: Vec<String>,
+    /// What it was cloned from.
+    pub parent: Option<String>,
     /// Whether it is written.
     pub applied: bool,
 }
@@ -411,7 +467,17 @@ pub struct OwnerInfo {
     pub since_ms: u64,
 }
 
-/// A volume. The counters are of this attachment, and 0 when it is not attached here.
+/// The snapshot that a volume was cloned from.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ParentInfo {
+    /// `tenant/name` of its volume, or that volume's id if its name cannot be had.
+    pub volume: String,
+    /// Its name.
+    pub snapshot: String,
+}
+
+/// A volume, or a snapshot as it is attached. The counters are of this attachment, and 0 when it is not attached here.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VolumeInfo {
@@ -419,6 +485,9 @@ pub struct VolumeInfo {
     pub tenant: String,
     /// Its name.
     pub name: String,
+    /// The snapshot, if it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Its id, for ever.
     pub id: String,
     /// When it was made.
@@ -431,6 +500,10 @@ pub struct VolumeInfo {
     pub durability: Durability,
     /// How its data are compressed.
     pub compression: Compression,
+    /// What it was cloned from.
+    pub parent: Option<ParentInfo>,
+    /// How many snapshots it has.
+    pub snapshots: u64,
     /// What it is doing.
     pub state: State,
     /// How it is attached here.
@@ -488,6 +561,20 @@ pub struct VolumeInfo {
     pub stalled: bool,
     /// What is wrong with it, in a sentence.
     pub problem: Option<String>,
+}
+
+impl VolumeInfo {
+    /// `tenant/name`, or `tenant/name@snapshot`.
+    #[must_use]
+    pub fn image(&self) -> String {
+        let snapshot = self.snapshot.as_ref().map(|s| format!("@{s}"));
+        format!(
+            "{}/{}{}",
+            self.tenant,
+            self.name,
+            snapshot.unwrap_or_default()
+        )
+    }
 }
 
 /// Answer: volumes.
@@ -550,7 +637,7 @@ impl AttachOptions {
 /// Answer: where an attached volume is.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct AttachInfo {
-    /// `tenant/name`.
+    /// `tenant/name`, or `tenant/name@snapshot`.
     pub volume: String,
     /// By what.
     pub via: Via,
@@ -571,7 +658,7 @@ pub struct AttachInfo {
 impl AttachInfo {
     /// A volume that is a block device.
     #[must_use]
-    pub fn ublk(volume: &VolumeRef, device: impl Into<String>, link: Option<String>) -> Self {
+    pub fn ublk(volume: &ImageRef, device: impl Into<String>, link: Option<String>) -> Self {
         Self {
             volume: volume.to_string(),
             via: Via::Ublk,
@@ -584,7 +671,7 @@ impl AttachInfo {
 
     /// A volume that is exported on the NBD server's unix socket.
     #[must_use]
-    pub fn nbd(volume: &VolumeRef, socket: &Path) -> Self {
+    pub fn nbd(volume: &ImageRef, socket: &Path) -> Self {
         let uri = format!("nbd+unix:///{volume}?socket={}", escaped(socket));
         Self {
             volume: volume.to_string(),
@@ -677,7 +764,7 @@ pub struct StatusInfo {
 mod tests {
     use super::*;
 
-    fn volume(text: &str) -> VolumeRef {
+    fn volume(text: &str) -> ImageRef {
         text.parse().unwrap()
     }
 

@@ -15,6 +15,7 @@ use super::*;
 pub(crate) struct FakeEngine {
     tenants: Mutex<Vec<TenantName>>,
     volumes: Mutex<BTreeMap<VolumeRef, VolumeInfo>>,
+    snapshots: Mutex<Vec<SnapshotInfo>>,
     /// How long an attach takes.
     attach_time: Duration,
     /// Told when a check ends, whichever way.
@@ -105,16 +106,18 @@ impl Engine for FakeEngine {
             .collect())
     }
 
-    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
+    async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
+        let volume = &image.volume;
         let volumes = self.volumes.lock();
         let found = volumes.get(volume).cloned();
         found.ok_or_else(|| ApiError::no_volume(volume))
     }
 
-    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+    async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+        let volume = &image.volume;
         assert_ne!(volume.name.as_str(), "panic", "asked to");
         tokio::time::sleep(self.attach_time).await;
-        let info = AttachInfo::nbd(volume, std::path::Path::new("/run/nbd.sock"));
+        let info = AttachInfo::nbd(image, std::path::Path::new("/run/nbd.sock"));
         self.change(volume, |volume| {
             volume.state = State::Attached;
             volume.attached = Some(AttachedInfo {
@@ -135,8 +138,8 @@ impl Engine for FakeEngine {
         Ok(info)
     }
 
-    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
-        self.change(volume, |volume| {
+    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+        self.change(&image.volume, |volume| {
             volume.state = State::Detached;
             volume.attached = None;
         })
@@ -162,7 +165,7 @@ impl Engine for FakeEngine {
     }
 
     async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
-        self.show_volume(volume).await?;
+        self.show_volume(&volume.clone().into()).await?;
         let flags = [
             (spec.id.is_none(), "--id"),
             (spec.size_bytes.is_none(), "--size"),
@@ -188,14 +191,15 @@ impl Engine for FakeEngine {
         })
     }
 
-    async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport> {
+    async fn verify(&self, image: &ImageRef, spec: VerifySpec) -> ApiResult<VerifyReport> {
+        let (volume, deep) = (&image.volume, spec.deep);
         struct Ended(Arc<tokio::sync::Notify>);
         impl Drop for Ended {
             fn drop(&mut self) {
                 self.0.notify_one();
             }
         }
-        self.show_volume(volume).await?;
+        self.show_volume(image).await?;
         let _ended = Ended(Arc::clone(&self.verify_ended));
         if volume.name.as_str() == "slow" {
             std::future::pending::<()>().await;
@@ -223,13 +227,91 @@ impl Engine for FakeEngine {
         Ok(report)
     }
 
-    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
-        self.show_volume(volume).await?;
+    async fn verify_progress(&self, image: &ImageRef) -> ApiResult<VerifyProgress> {
+        self.show_volume(image).await?;
         Ok(VerifyProgress::default())
     }
 
+    async fn create_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        let volume = self.show_volume(&snapshot.volume.clone().into()).await?;
+        let made = SnapshotInfo {
+            volume: volume.image(),
+            name: snapshot.name.to_string(),
+            created_ms: 1,
+            size_bytes: volume.size_bytes,
+            newest_write: 7,
+            ..SnapshotInfo::default()
+        };
+        self.snapshots.lock().push(made.clone());
+        Ok(made)
+    }
+
+    async fn list_snapshots(&self, volume: Option<&VolumeRef>) -> ApiResult<Vec<SnapshotInfo>> {
+        let all = self.snapshots.lock().clone();
+        let is = |s: &SnapshotInfo| volume.is_none_or(|v| v.to_string() == s.volume);
+        Ok(all.into_iter().filter(is).collect())
+    }
+
+    async fn show_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        let all = self.list_snapshots(Some(&snapshot.volume)).await?;
+        let mut found = all.into_iter().filter(|s| s.name == snapshot.name.as_str());
+        let found = found.next().ok_or_else(|| {
+            let message = format!("there is no snapshot {snapshot}");
+            ApiError::new(Kind::NotFound, message, "choose another")
+        })?;
+        let volumes = self.volumes.lock();
+        let of = |v: &&VolumeInfo| v.parent.as_ref().is_some_and(|p| p.snapshot == found.name);
+        Ok(SnapshotInfo {
+            clones: Some(volumes.values().filter(of).map(VolumeInfo::image).collect()),
+            ..found
+        })
+    }
+
+    async fn delete_snapshot(&self, snapshot: &SnapRef) -> ApiResult<()> {
+        let found = self.show_snapshot(snapshot).await?;
+        if let Some(clone) = found.clones.unwrap_or_default().first() {
+            let message = format!("{snapshot} has clones: {clone}");
+            let remedy = "delete the clones first";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        let mut all = self.snapshots.lock();
+        all.retain(|s| (&s.volume, &s.name) != (&found.volume, &found.name));
+        Ok(())
+    }
+
+    async fn clone_snapshot(&self, snapshot: &SnapRef, name: &VolumeName) -> ApiResult<VolumeInfo> {
+        let found = self.show_snapshot(snapshot).await?;
+        let parent = self.show_volume(&snapshot.volume.clone().into()).await?;
+        let made = VolumeInfo {
+            name: name.to_string(),
+            parent: Some(ParentInfo {
+                volume: found.volume,
+                snapshot: found.name,
+            }),
+            attached: None,
+            state: State::Detached,
+            ..parent
+        };
+        let volume = VolumeRef {
+            tenant: snapshot.volume.tenant.clone(),
+            name: name.clone(),
+        };
+        self.volumes.lock().insert(volume, made.clone());
+        Ok(made)
+    }
+
+    async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo> {
+        self.show_snapshot(snapshot).await?;
+        self.show_volume(&snapshot.volume.clone().into()).await
+    }
+
     async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
-        if self.show_volume(volume).await?.attached.is_some() {
+        if self
+            .show_volume(&volume.clone().into())
+            .await?
+            .attached
+            .is_some()
+        {
             let remedy = format!("detach it first with `quarry volume detach {volume}`");
             return Err(ApiError::new(
                 Kind::Conflict,

@@ -1,10 +1,10 @@
-//! How people name a volume.
+//! How people name a volume, a snapshot, and what of both can be attached.
 
 use std::fmt;
 use std::str::FromStr;
 
 use quarry_objfmt::keys::NAME_LEN_MAX;
-use quarry_objfmt::{NameError, TenantName, VolumeName};
+use quarry_objfmt::{NameError, SnapName, TenantName, VolumeName};
 
 use super::{ApiError, ApiResult};
 
@@ -50,6 +50,105 @@ impl FromStr for VolumeRef {
     }
 }
 
+/// A snapshot as people name it: `tenant/name@snapshot`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SnapRef {
+    /// Whose it is.
+    pub volume: VolumeRef,
+    /// Its name.
+    pub name: SnapName,
+}
+
+impl fmt::Display for SnapRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.volume, self.name)
+    }
+}
+
+impl FromStr for SnapRef {
+    type Err = ApiError;
+
+    fn from_str(text: &str) -> ApiResult<Self> {
+        match text.split_once('@') {
+            Some((volume, name)) => Ok(Self {
+                volume: volume.parse()?,
+                name: SnapName::new(name)?,
+            }),
+            None => Err(ApiError::invalid(
+                format!("{text:?} names no snapshot"),
+                "write tenant/volume@snapshot, such as acme/db@nightly",
+            )),
+        }
+    }
+}
+
+/// What can be attached: a volume, or, for reading, one of its snapshots. Ordered and compared by both
+/// names, so that a snapshot is never taken for its volume.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ImageRef {
+    /// The volume.
+    pub volume: VolumeRef,
+    /// Its snapshot; `None`: the volume itself.
+    pub snapshot: Option<SnapName>,
+}
+
+impl ImageRef {
+    /// From the tenant's name and [`ImageRef::short_name`].
+    ///
+    /// # Errors
+    /// If one of the names cannot be one.
+    pub fn new(tenant: impl Into<String>, short_name: &str) -> Result<Self, NameError> {
+        let (name, snapshot) = match short_name.split_once('@') {
+            Some((name, snapshot)) => (name, Some(SnapName::new(snapshot)?)),
+            None => (short_name, None),
+        };
+        let volume = VolumeRef::new(tenant, name)?;
+        Ok(Self { volume, snapshot })
+    }
+
+    /// The name without the tenant's, as devices, exports and metrics have it: `name` or `name@snapshot`.
+    #[must_use]
+    pub fn short_name(&self) -> String {
+        match &self.snapshot {
+            Some(snapshot) => format!("{}@{snapshot}", self.volume.name),
+            None => self.volume.name.to_string(),
+        }
+    }
+}
+
+impl From<VolumeRef> for ImageRef {
+    fn from(volume: VolumeRef) -> Self {
+        let snapshot = None;
+        Self { volume, snapshot }
+    }
+}
+
+impl From<SnapRef> for ImageRef {
+    fn from(snapshot: SnapRef) -> Self {
+        Self {
+            volume: snapshot.volume,
+            snapshot: Some(snapshot.name),
+        }
+    }
+}
+
+impl fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.volume.tenant, self.short_name())
+    }
+}
+
+impl FromStr for ImageRef {
+    type Err = ApiError;
+
+    fn from_str(text: &str) -> ApiResult<Self> {
+        match text.split_once('/') {
+            Some((tenant, short_name)) => Ok(Self::new(tenant, short_name)?),
+            None => Err(text.parse::<VolumeRef>().unwrap_err()),
+        }
+    }
+}
+
 impl From<NameError> for ApiError {
     fn from(error: NameError) -> Self {
         let NameError { kind, name, why } = error;
@@ -74,6 +173,29 @@ mod tests {
             ("acme", "db.1_x-y")
         );
         assert_eq!(volume.to_string(), "acme/db.1_x-y");
+    }
+
+    #[test]
+    fn image_ref_is_a_volume_or_a_snapshot_and_reads_back() {
+        for text in ["acme/db", "acme/db@nightly-1.2"] {
+            let image: ImageRef = text.parse().unwrap();
+            assert_eq!(image.to_string(), text);
+            assert_eq!(image.snapshot.is_some(), text.contains('@'));
+        }
+        let snapshot: SnapRef = "acme/db@nightly".parse().unwrap();
+        assert_eq!(ImageRef::from(snapshot).short_name(), "db@nightly");
+        for text in [
+            "acme/db@",
+            "@nightly",
+            "acme@nightly",
+            "acme/db@a@b",
+            "acme/db@../x",
+            "acme/db@Nightly",
+        ] {
+            assert!(text.parse::<ImageRef>().is_err(), "{text}");
+            assert!(text.parse::<SnapRef>().is_err(), "{text}");
+        }
+        assert!("acme/db".parse::<SnapRef>().is_err());
     }
 
     #[test]

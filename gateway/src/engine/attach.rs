@@ -5,21 +5,26 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{Journal, Recovered};
-use quarry_objfmt::{Generation, SegmentId, VolumeId};
+use quarry_objfmt::{Generation, SegmentId, SnapName, VolumeId};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
 use super::kept::{Taken, settle, take_up};
 use super::slot::{Attached, Slot, Stage};
+use super::snapshot::no_snapshot;
 use super::wanted::How;
 use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
-use crate::backend::open::{Claim, Claimed, OpenError, claim, give_back, open_read_only};
+use crate::backend::open::{
+    Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
+};
 use crate::backend::{HeadError, VolumeBackend};
-use crate::control::{ApiError, ApiResult, AttachInfo, AttachOptions, Kind, Via, VolumeRef};
+use crate::control::{
+    ApiError, ApiResult, AttachInfo, AttachOptions, ImageRef, Kind, Via, VolumeRef,
+};
 use crate::nbd::Export;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
-use crate::ublk::{Device, DeviceSpec, Found, Permissions, Stamp, UblkError};
+use crate::ublk::{Device, DeviceSpec, Found, Permissions, Stamp, UblkError, snapshot_device};
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
 /// stopped, which comes first; one whose device could not be recovered never does.
@@ -35,6 +40,7 @@ impl From<OpenError> for ApiError {
             | OpenError::Stale { .. }
             | OpenError::Unsent
             | OpenError::Raced { .. } => Kind::Conflict,
+            OpenError::NoSnapshot { .. } => Kind::NotFound,
             OpenError::Damaged { .. } | OpenError::Cache(_) => Kind::Damaged,
             OpenError::Store(error) => return registry::store_error(error),
         };
@@ -63,8 +69,8 @@ impl From<ReactorGone> for ApiError {
 }
 
 /// A volume that a reactor serves, without a front end yet.
-struct Opening {
-    backend: Arc<VolumeBackend>,
+pub(super) struct Opening {
+    pub(super) backend: Arc<VolumeBackend>,
     spec: DeviceSpec,
 }
 
@@ -73,7 +79,7 @@ impl Daemon {
     ///
     /// # Errors
     /// As attaching it for the first time, but for its owner, who was found then.
-    pub async fn attach_again(&self, volume: &VolumeRef, how: &How) -> ApiResult<AttachInfo> {
+    pub async fn attach_again(&self, volume: &ImageRef, how: &How) -> ApiResult<AttachInfo> {
         self.fit()?;
         let options = AttachOptions {
             via: Some(how.via),
@@ -90,10 +96,15 @@ impl Daemon {
     /// Only for [`Daemon::attach_again`] is `access` not what `options` says.
     pub(super) async fn attach_volume(
         &self,
-        volume: &VolumeRef,
+        volume: &ImageRef,
         options: &AttachOptions,
         access: Access,
     ) -> ApiResult<AttachInfo> {
+        // A snapshot takes no writes, whoever asks.
+        let options = &AttachOptions {
+            read_only: options.read_only || volume.snapshot.is_some(),
+            ..options.clone()
+        };
         let slot = self.slot(volume);
         let _change = slot.change.lock().await;
         let answer = self.attach_to(&slot, volume, options, access).await;
@@ -104,7 +115,7 @@ impl Daemon {
     async fn attach_to(
         &self,
         slot: &Slot,
-        volume: &VolumeRef,
+        volume: &ImageRef,
         options: &AttachOptions,
         access: Access,
     ) -> ApiResult<AttachInfo> {
@@ -157,7 +168,7 @@ impl Daemon {
     /// Opens the volume and gives it a front end. With the error comes what could not be taken back.
     async fn open(
         &self,
-        volume: &VolumeRef,
+        volume: &ImageRef,
         options: &AttachOptions,
         via: Via,
         access: Access,
@@ -165,16 +176,10 @@ impl Daemon {
         let mut opening = self.serve(volume, options).await.map_err(|e| (e, None))?;
         opening.spec.permissions = access.permissions();
         let mut attached = Attached {
-            backend: opening.backend,
-            info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
-            mode: THROUGH_THE_DAEMON,
-            queues: 0,
-            since_ms: now_ms(),
             read_only: options.read_only,
             access,
-            device: None,
             shown: AtomicU64::new(opening.spec.size.bytes()),
-            direct: None,
+            ..self.without_front_end(volume, &opening.backend)
         };
         if options.direct_reads {
             let can = self.can_read_directly(&attached.backend.head().get(), via);
@@ -221,10 +226,37 @@ impl Daemon {
         Ok(attached)
     }
 
+    /// A volume that is served here to nobody.
+    pub(super) fn without_front_end(
+        &self,
+        volume: &ImageRef,
+        backend: &Arc<VolumeBackend>,
+    ) -> Attached {
+        Attached {
+            backend: Arc::clone(backend),
+            info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
+            mode: THROUGH_THE_DAEMON,
+            queues: 0,
+            since_ms: now_ms(),
+            read_only: false,
+            access: Access::default(),
+            device: None,
+            shown: AtomicU64::new(backend.head().get().size.bytes()),
+            direct: None,
+        }
+    }
+
     /// Takes the right to write (or reads what is there), takes up what the cache kept, and puts
     /// the volume on a reactor. After an error all is as before, but for a raised epoch.
-    async fn serve(&self, volume: &VolumeRef, options: &AttachOptions) -> ApiResult<Opening> {
-        let id = registry::find(&self.control, volume).await?;
+    pub(super) async fn serve(
+        &self,
+        volume: &ImageRef,
+        options: &AttachOptions,
+    ) -> ApiResult<Opening> {
+        let id = registry::find(&self.control, &volume.volume).await?;
+        if let Some(name) = &volume.snapshot {
+            return self.serve_snapshot(volume, id, name, options).await;
+        }
         let unsettled = self.unsettled.lock().remove(&id);
         if let Some(segments) = unsettled {
             self.settle_cache(id, segments)
@@ -240,9 +272,28 @@ impl Daemon {
         Ok(opening)
     }
 
+    /// Reads what the snapshot is. What the cache kept of its volume is no part of it.
+    async fn serve_snapshot(
+        &self,
+        image: &ImageRef,
+        id: VolumeId,
+        name: &SnapName,
+        options: &AttachOptions,
+    ) -> ApiResult<Opening> {
+        let opened = open_snapshot(&self.control, &image.volume.tenant, id, name).await;
+        let (opened, created_ms) = opened.map_err(|error| match error {
+            OpenError::NoSnapshot { .. } => no_snapshot(image),
+            error => error.into(),
+        })?;
+        let device = snapshot_device(id, name, created_ms);
+        let taken = (Taken::default(), None);
+        self.put_on_a_reactor(image, device, opened, taken, options)
+            .await
+    }
+
     async fn serve_kept(
         &self,
-        volume: &VolumeRef,
+        volume: &ImageRef,
         id: VolumeId,
         kept: Option<Recovered>,
         options: &AttachOptions,
@@ -255,21 +306,35 @@ impl Daemon {
             discard_unsent: options.discard_unsent,
         };
         let read_only = options.read_only;
-        let (store, tenant) = (&self.control, &volume.tenant);
+        let (store, tenant) = (&self.control, &volume.volume.tenant);
         let claimed = if read_only {
             open_read_only(store, tenant, id, kept.as_ref(), &how).await?
         } else {
             claim(store, tenant, id, kept.as_ref(), &how).await?
         };
-        let (taken, journal) = if read_only {
+        let taken = if read_only {
             (Taken::default(), None)
         } else {
             let (taken, journal) = self.take_up(id, kept, &claimed).await?;
             (taken, Some(journal))
         };
+        self.put_on_a_reactor(volume, id, claimed, taken, options)
+            .await
+    }
+
+    /// `device` is by what its block device is known again.
+    async fn put_on_a_reactor(
+        &self,
+        volume: &ImageRef,
+        device: VolumeId,
+        claimed: Claimed,
+        (taken, journal): (Taken, Option<Journal>),
+        options: &AttachOptions,
+    ) -> ApiResult<Opening> {
+        let read_only = options.read_only;
         let head = &claimed.info;
         let params = VolumeParams {
-            id,
+            id: head.volume,
             size: head.size,
             sector_size: head.sector_size,
             frame_sectors: head.frame_sectors,
@@ -279,10 +344,11 @@ impl Daemon {
             tuning: self.tuning(),
         };
         let spec = DeviceSpec {
-            cache: how.cache,
-            volume: id,
-            tenant: volume.tenant.clone(),
-            name: volume.name.clone(),
+            cache: self.common.device.id(),
+            volume: device,
+            tenant: volume.volume.tenant.clone(),
+            name: volume.volume.name.clone(),
+            snapshot: volume.snapshot.clone(),
             size: head.size,
             sector_size: head.sector_size,
             read_only,
@@ -413,9 +479,12 @@ impl Daemon {
             let Some(stamp) = found.stamp.filter(|s| s.cache == self.common.device.id()) else {
                 continue;
             };
-            let volume = VolumeRef {
-                tenant: stamp.tenant.clone(),
-                name: stamp.name.clone(),
+            let volume = ImageRef {
+                volume: VolumeRef {
+                    tenant: stamp.tenant.clone(),
+                    name: stamp.name.clone(),
+                },
+                snapshot: stamp.snapshot.clone(),
             };
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
@@ -426,7 +495,7 @@ impl Daemon {
         }
     }
 
-    async fn remove_left_device(&self, volume: &VolumeRef, device: u32, stamp: Stamp) {
+    async fn remove_left_device(&self, volume: &ImageRef, device: u32, stamp: Stamp) {
         match self.ublk.remove_left(device, stamp).await {
             Ok(()) => {
                 tracing::warn!(%volume, device, "removed a device that an earlier daemon left and nobody wants");
@@ -437,7 +506,7 @@ impl Daemon {
         }
     }
 
-    pub(super) async fn detach_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+    pub(super) async fn detach_volume(&self, volume: &ImageRef) -> ApiResult<()> {
         let slot = self.slot(volume);
         let _change = slot.change.lock().await;
         let answer = self.detach_from(&slot, volume).await;
@@ -445,7 +514,7 @@ impl Daemon {
         answer
     }
 
-    async fn detach_from(&self, slot: &Slot, volume: &VolumeRef) -> ApiResult<()> {
+    async fn detach_from(&self, slot: &Slot, volume: &ImageRef) -> ApiResult<()> {
         let unlist = || {
             self.wanted.remove(volume).map_err(|error| {
                 let message = format!(
@@ -500,7 +569,7 @@ impl Daemon {
     ///
     /// The order: no more requests, drain, take apart, give back. *Crash before the giving back: it
     /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
-    async fn let_go(&self, attached: &Attached) -> ApiResult<bool> {
+    pub(super) async fn let_go(&self, attached: &Attached) -> ApiResult<bool> {
         let backend = &attached.backend;
         let (reactor, key) = backend.place();
         let ended = reactor.stop_front_ends(key);

@@ -15,6 +15,7 @@ use super::now_ms;
 use super::resize::{larger, taken_over};
 use crate::backend::{HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
+use crate::snapshot;
 use crate::store::{Store, StoreError};
 
 /// Objects deleted side by side.
@@ -113,20 +114,7 @@ pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> Api
 
 pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiResult<()> {
     check_tenant(store, &spec.tenant).await?;
-    let name_key = keys::name_key(&spec.tenant, &spec.name);
-    let exists = || {
-        let message = format!("there is a volume {} already", spec.volume());
-        ApiError::new(
-            Kind::Exists,
-            message,
-            "choose another name, or delete it first",
-        )
-    };
-    match store.get(&name_key).await {
-        Ok(_) => return Err(exists()),
-        Err(StoreError::NotFound { .. }) => {}
-        Err(error) => return Err(store_error(&error)),
-    }
+    check_free(store, &spec.volume()).await?;
     let volume = VolumeId::from(uuid::Uuid::new_v4());
     let created_ms = now_ms();
     let size =
@@ -142,16 +130,48 @@ pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiRe
         .create(&head_key, Bytes::from(head.encode()))
         .await
         .map_err(|e| store_error(&e))?;
+    match name_fresh(store, &spec.volume(), volume, created_ms).await {
+        Err(error) if error.kind == Kind::Exists => {
+            store.delete(&head_key).await.map_err(|e| store_error(&e))?;
+            Err(error)
+        }
+        named => named,
+    }
+}
+
+/// [`Kind::Exists`] if a name is taken.
+pub(super) async fn check_free(store: &dyn Store, volume: &VolumeRef) -> ApiResult<()> {
+    match store
+        .get(&keys::name_key(&volume.tenant, &volume.name))
+        .await
+    {
+        Ok(_) => Err(taken(volume)),
+        Err(StoreError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(store_error(&error)),
+    }
+}
+
+fn taken(volume: &VolumeRef) -> ApiError {
+    let message = format!("there is a volume {volume} already");
+    let remedy = "choose another name, or delete it first";
+    ApiError::new(Kind::Exists, message, remedy)
+}
+
+/// Gives a volume that was just made its name; [`Kind::Exists`] if it is taken.
+pub(super) async fn name_fresh(
+    store: &dyn Store,
+    name: &VolumeRef,
+    volume: VolumeId,
+    created_ms: u64,
+) -> ApiResult<()> {
+    let key = keys::name_key(&name.tenant, &name.name);
     let bytes =
         encode_record(NAME_KIND, &NameRecord { volume, created_ms }).map_err(|e| internal(&e))?;
-    match store.create(&name_key, Bytes::from(bytes)).await {
+    match store.create(&key, Bytes::from(bytes)).await {
         Ok(_) => Ok(()),
         // The lost answer of our own try, or somebody quicker: the record tells.
-        Err(StoreError::Exists { .. }) if find(store, &spec.volume()).await? == volume => Ok(()),
-        Err(StoreError::Exists { .. }) => {
-            store.delete(&head_key).await.map_err(|e| store_error(&e))?;
-            Err(exists())
-        }
+        Err(StoreError::Exists { .. }) if find(store, name).await? == volume => Ok(()),
+        Err(StoreError::Exists { .. }) => Err(taken(name)),
         Err(error) => Err(store_error(&error)),
     }
 }
@@ -319,8 +339,10 @@ pub(super) async fn list_volumes(
 }
 
 /// Deletes a volume: first its head is made `owner`'s, in a term of its own, so that whoever attached
-/// it meanwhile is fenced; then it loses its name, then its objects. *Crash in between: it is `owner`'s
-/// and can be deleted again; or nothing leads to it any more.*
+/// it meanwhile is fenced, and no clone is made of its snapshots any more; then it loses its name, then its
+/// objects, the head last, and then, if it is a clone, its record at its parent. *Crash in between: it is
+/// `owner`'s and can be deleted again; or nothing leads to it any more, and its parent's snapshot is kept
+/// until what is left of it is deleted.* It stays if a snapshot has clones, and is given back.
 pub(super) async fn delete_volume(
     store: &dyn Store,
     volume: &VolumeRef,
@@ -329,8 +351,11 @@ pub(super) async fn delete_volume(
     use futures::{StreamExt, TryStreamExt};
     let id = find(store, volume).await?;
     let head_key = keys::head_key(&volume.tenant, id);
+    let mut parent = None;
     match HeadCell::read(store, &head_key).await {
         Ok((head, tag)) => {
+            parent = head.parent.clone();
+            let was_ours = head.owner.clone();
             if let Some(other) = head.owner.as_ref().filter(|o| o.cache != owner.cache) {
                 let message = format!("{volume} is attached by host {}", other.host);
                 let remedy = "detach it there first";
@@ -342,7 +367,16 @@ pub(super) async fn delete_volume(
                 head.owner = Some(owner.clone());
             });
             match taken.await {
-                Ok(_) => {}
+                Ok(_) => {
+                    let closed = snapshot::close_all(store, &cell, now_ms()).await;
+                    if let Err(error) = closed {
+                        let back = cell.update(store, |head| head.owner = was_ours.clone());
+                        if let Err(error) = back.await {
+                            tracing::warn!(%volume, %error, "not deleted, and the store still names this host as the owner");
+                        }
+                        return Err(super::snapshot::told(volume, error));
+                    }
+                }
                 Err(HeadError::Fenced { by }) => {
                     let message = format!("{volume} was attached just now by {by}");
                     let remedy = "detach it there first";
@@ -362,11 +396,18 @@ pub(super) async fn delete_volume(
         .list(&keys::volume_prefix(&volume.tenant, id))
         .await
         .map_err(|e| store_error(&e))?;
+    let objects = objects.into_iter().filter(|key| *key != head_key);
     futures::stream::iter(objects)
         .map(|key| async move { store.delete(&key).await })
         .buffer_unordered(DELETE_CONCURRENCY)
         .try_for_each(|()| async { Ok(()) })
         .await
         .map_err(|e| store_error(&e))?;
+    store.delete(&head_key).await.map_err(|e| store_error(&e))?;
+    if let Some(parent) = parent {
+        snapshot::forget_clone(store, &volume.tenant, id, &parent)
+            .await
+            .map_err(|e| store_error(&e))?;
+    }
     Ok(id)
 }

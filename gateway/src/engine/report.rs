@@ -3,13 +3,17 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use quarry_objfmt::head::Head;
+use quarry_objfmt::keys;
 use quarry_volume::VolumeStats;
 
 use super::slot::{Attached, Slot};
+use super::snapshot::no_snapshot;
 use super::{Daemon, VolumeMachine, registry};
+use crate::backend::HeadCell;
 use crate::control::{
-    ApiResult, AttachedInfo, CacheStatus, OwnerInfo, State, StatusInfo, StoreStatus, VolumeInfo,
-    VolumeRef,
+    ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, State, StatusInfo,
+    StoreStatus, VolumeInfo, VolumeRef,
 };
 use crate::metrics;
 use crate::reactor::ReactorStats;
@@ -25,17 +29,24 @@ impl Daemon {
     }
 
     /// Never waits for a call that changes the volume.
-    pub(super) async fn show(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
-        let slot = self.slots.lock().get(volume).cloned().unwrap_or_default();
+    pub(super) async fn show(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
+        let slot = self.slots.lock().get(image).cloned().unwrap_or_default();
         let attached = slot.stage().attached().cloned();
-        let head = match &attached {
+        let volume = &image.volume;
+        let mut head = match &attached {
             Some(attached) => attached.backend.head().get(),
             None => registry::head(&self.control, volume).await?,
         };
+        if let (Some(name), None) = (&image.snapshot, &attached) {
+            let mut all = head.snapshots.iter();
+            let found = all.find(|s| s.name == name.as_str());
+            head.size = found.ok_or_else(|| no_snapshot(image))?.size;
+        }
         let elsewhere = |o: &quarry_objfmt::Owner| o.cache != self.common.device.id();
         let mut info = VolumeInfo {
             tenant: volume.tenant.to_string(),
             name: volume.name.to_string(),
+            snapshot: image.snapshot.as_ref().map(ToString::to_string),
             id: head.volume.to_string(),
             created_ms: head.created_ms,
             size_bytes: head.size.bytes(),
@@ -43,7 +54,11 @@ impl Daemon {
             durability: head.durability,
             compression: head.compression,
             stored_bytes: head.stored_bytes,
+            parent: self.parent(volume, &head).await,
+            snapshots: head.snapshots.len() as u64,
             state: match slot.state() {
+                // A snapshot is nobody's.
+                State::Detached if image.snapshot.is_some() => State::Detached,
                 State::Detached if head.owner.as_ref().is_some_and(elsewhere) => {
                     State::AttachedElsewhere
                 }
@@ -54,29 +69,14 @@ impl Daemon {
                 cache: o.cache.to_string(),
                 since_ms: o.since_ms,
             }),
-            problem: self.wanted.problem(volume),
+            problem: self.wanted.problem(image),
             ..VolumeInfo::default()
         };
         let Some(attached) = attached else {
             return Ok(info);
         };
         let (stats, copied_bytes) = self.stats(&attached).await;
-        info.attached = Some(AttachedInfo {
-            via: attached.info.via,
-            device: attached.info.device.clone(),
-            link: attached.info.link.clone(),
-            uri: attached.info.uri.clone(),
-            mode: attached.mode.to_owned(),
-            queues: attached.queues,
-            size_bytes: attached.shown.load(Ordering::Relaxed),
-            epoch: attached.backend.head().epoch().get(),
-            since_ms: attached.since_ms,
-            read_only: attached.read_only,
-            device_owner: attached.access.owner.as_ref().map(|o| o.name.to_string()),
-            device_mode: attached.access.mode.map(|mode| mode.to_string()),
-            direct_reads: attached.direct == Some(Ok(())),
-            direct_reads_refused: attached.direct.clone().and_then(Result::err),
-        });
+        info.attached = Some(attached_info(&attached));
         let read = stats.hit_bytes + stats.miss_bytes;
         info.dirty_bytes = stats.dirty_bytes;
         info.rpo_ms = stats.rpo_ms;
@@ -103,20 +103,34 @@ impl Daemon {
         Ok(info)
     }
 
+    /// The snapshot that a volume was cloned from, by its volume's name if that can be had.
+    async fn parent(&self, volume: &VolumeRef, head: &Head) -> Option<ParentInfo> {
+        let parent = head.parent.as_ref()?;
+        let key = keys::head_key(&volume.tenant, parent.volume);
+        let name = match HeadCell::read(&self.control, &key).await {
+            Ok((head, _)) => format!("{}/{}", head.tenant, head.name),
+            Err(_) => parent.volume.to_string(),
+        };
+        Some(ParentInfo {
+            volume: name,
+            snapshot: parent.snapshot.clone(),
+        })
+    }
+
     /// Clean data of a volume on the cache device.
     fn cached_bytes(&self, attached: &Attached) -> u64 {
         let volume = attached.backend.volume();
         self.shared.lock().cache.clean().bytes_of(volume)
     }
 
-    fn attached(&self) -> Vec<(VolumeRef, Arc<Attached>)> {
-        let slots: Vec<(VolumeRef, Arc<Slot>)> = self
+    fn attached(&self) -> Vec<(ImageRef, Arc<Attached>)> {
+        let slots: Vec<(ImageRef, Arc<Slot>)> = self
             .slots
             .lock()
             .iter()
             .map(|(v, s)| (v.clone(), Arc::clone(s)))
             .collect();
-        let attached = |(v, s): (VolumeRef, Arc<Slot>)| Some((v, s.stage().attached().cloned()?));
+        let attached = |(v, s): (ImageRef, Arc<Slot>)| Some((v, s.stage().attached().cloned()?));
         slots.into_iter().filter_map(attached).collect()
     }
 
@@ -213,8 +227,8 @@ impl Daemon {
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };
             volumes.push(metrics::VolumeSample {
-                tenant: volume.tenant.to_string(),
-                volume: volume.name.to_string(),
+                tenant: volume.volume.tenant.to_string(),
+                volume: volume.short_name(),
                 via: attached.info.via.as_str(),
                 mode: attached.mode,
                 stats: of,
@@ -275,5 +289,25 @@ impl Daemon {
                     .collect(),
             },
         }
+    }
+}
+
+/// How a volume or a snapshot is attached here.
+pub(super) fn attached_info(attached: &Attached) -> AttachedInfo {
+    AttachedInfo {
+        via: attached.info.via,
+        device: attached.info.device.clone(),
+        link: attached.info.link.clone(),
+        uri: attached.info.uri.clone(),
+        mode: attached.mode.to_owned(),
+        queues: attached.queues,
+        size_bytes: attached.shown.load(Ordering::Relaxed),
+        epoch: attached.backend.head().epoch().get(),
+        since_ms: attached.since_ms,
+        read_only: attached.read_only,
+        device_owner: attached.access.owner.as_ref().map(|o| o.name.to_string()),
+        device_mode: attached.access.mode.map(|mode| mode.to_string()),
+        direct_reads: attached.direct == Some(Ok(())),
+        direct_reads_refused: attached.direct.clone().and_then(Result::err),
     }
 }

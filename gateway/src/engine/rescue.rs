@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Daemon, now_ms, registry};
 use crate::backend::HeadCell;
 use crate::control::dto::check_size;
-use crate::control::{ApiError, ApiResult, Kind, RescueReport, RescueSpec, VolumeRef};
+use crate::control::{ApiError, ApiResult, ImageRef, Kind, RescueReport, RescueSpec, VolumeRef};
 use crate::rescue::{self, RescueError};
 
 impl From<RescueError> for ApiError {
@@ -49,7 +49,8 @@ impl Daemon {
         if let Some(size) = spec.size_bytes {
             check_size(size, spec.sector_size.unwrap_or(quarry_objfmt::SECTOR_SIZE))?;
         }
-        let slot = self.slot(volume);
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
         let _change = slot.change.lock().await;
         let answer = if slot.is_detached() {
             self.rescue_detached(volume, spec).await
@@ -57,7 +58,7 @@ impl Daemon {
             let message = format!("{volume} is attached");
             Err(ApiError::new(Kind::Conflict, message, "detach it first"))
         };
-        self.forget_idle(volume, &slot);
+        self.forget_idle(&image, &slot);
         answer
     }
 

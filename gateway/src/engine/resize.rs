@@ -24,7 +24,7 @@ use super::slot::{Attached, Stage};
 use super::{Daemon, registry};
 use crate::backend::HeadError;
 use crate::control::dto::check_size;
-use crate::control::{ApiError, ApiResult, Kind, ResizeInfo, VolumeRef};
+use crate::control::{ApiError, ApiResult, ImageRef, Kind, ResizeInfo, VolumeRef};
 use crate::ublk::UblkError;
 
 /// Longest wait for a change of the head: longer than its own deadline, for a checkpoint's change that
@@ -40,7 +40,8 @@ impl Daemon {
         volume: &VolumeRef,
         size_bytes: u64,
     ) -> ApiResult<ResizeInfo> {
-        let slot = self.slot(volume);
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
         let _change = slot.change.lock().await;
         let answer = match slot.stage() {
             Stage::Attached(attached) => self.grow_attached(volume, &attached, size_bytes).await,
@@ -52,7 +53,7 @@ impl Daemon {
                     .map(|()| resized(volume, size_bytes, None))
             }
         };
-        self.forget_idle(volume, &slot);
+        self.forget_idle(&image, &slot);
         answer
     }
 

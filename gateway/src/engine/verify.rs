@@ -5,8 +5,11 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::snapshot::no_snapshot;
 use super::{Daemon, registry};
-use crate::control::{ApiError, ApiResult, Kind, VerifyProgress, VerifyReport, VolumeRef};
+use crate::control::{
+    ApiError, ApiResult, ImageRef, Kind, VerifyProgress, VerifyReport, VerifySpec,
+};
 use crate::verify::{self, Progress};
 
 /// Checks at once in a daemon: each may hold some hundred MiB, and takes its share of the store.
@@ -14,12 +17,12 @@ const VERIFIES_MAX: usize = 2;
 
 /// The checks under way.
 #[derive(Clone, Default)]
-pub(super) struct Verifies(Arc<Mutex<BTreeMap<VolumeRef, Arc<Progress>>>>);
+pub(super) struct Verifies(Arc<Mutex<BTreeMap<ImageRef, Arc<Progress>>>>);
 
 /// The right to check a volume, given back when it is dropped, finished or not.
 struct Running {
     all: Verifies,
-    volume: VolumeRef,
+    volume: ImageRef,
     progress: Arc<Progress>,
 }
 
@@ -30,7 +33,7 @@ impl Drop for Running {
 }
 
 impl Verifies {
-    fn begin(&self, volume: &VolumeRef) -> ApiResult<Running> {
+    fn begin(&self, volume: &ImageRef) -> ApiResult<Running> {
         let mut all = self.0.lock();
         if all.contains_key(volume) {
             let message = format!("{volume} is being verified already");
@@ -54,7 +57,7 @@ impl Verifies {
         })
     }
 
-    pub(super) fn progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
+    pub(super) fn progress(&self, volume: &ImageRef) -> ApiResult<VerifyProgress> {
         let found = self.0.lock().get(volume).map(|progress| progress.get());
         found.ok_or_else(|| {
             let message = format!("{volume} is not being verified");
@@ -66,18 +69,19 @@ impl Verifies {
 
 impl Daemon {
     /// Changes nothing, and ends where it is when its caller goes away.
-    pub(super) async fn verify_volume(
+    pub(super) async fn verify_image(
         &self,
-        volume: &VolumeRef,
-        deep: bool,
+        image: &ImageRef,
+        spec: VerifySpec,
     ) -> ApiResult<VerifyReport> {
-        let id = registry::find(&self.control, volume).await?;
-        let running = self.verifies.begin(volume)?;
+        let id = registry::find(&self.control, &image.volume).await?;
+        let running = self.verifies.begin(image)?;
         // A store that is away is waited for; what the volumes' users read comes first.
         let store = Arc::clone(&self.common.background);
         let progress = Arc::clone(&running.progress);
-        let report = verify::run(store, volume, id, deep, progress).await;
-        report.map_err(|error| registry::store_error(&error))
+        let report = verify::run(store, image, id, spec, progress).await;
+        let report = report.map_err(|error| registry::store_error(&error))?;
+        report.ok_or_else(|| no_snapshot(image))
     }
 }
 
@@ -85,8 +89,8 @@ impl Daemon {
 mod tests {
     use super::*;
 
-    fn volume(name: &str) -> VolumeRef {
-        VolumeRef::new("acme", name).unwrap()
+    fn volume(name: &str) -> ImageRef {
+        ImageRef::new("acme", name).unwrap()
     }
 
     #[test]

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::access::Access;
-use crate::control::{Via, VolumeRef};
+use crate::control::{ImageRef, Via};
 
 /// Version of the file.
 const VERSION: u32 = 1;
@@ -39,7 +39,7 @@ pub struct How {
     pub direct_reads: bool,
 }
 
-/// A volume of the list, and why it is not attached, if it is not.
+/// A volume or snapshot of the list, and why it is not attached, if it is not.
 #[derive(Clone, Debug)]
 struct Entry {
     how: How,
@@ -50,7 +50,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct Wanted {
     path: PathBuf,
-    entries: Mutex<BTreeMap<VolumeRef, Entry>>,
+    entries: Mutex<BTreeMap<ImageRef, Entry>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -83,7 +83,7 @@ impl Wanted {
     }
 
     /// All of it.
-    pub fn all(&self) -> Vec<(VolumeRef, How)> {
+    pub fn all(&self) -> Vec<(ImageRef, How)> {
         let entries = self.entries.lock();
         entries
             .iter()
@@ -92,7 +92,7 @@ impl Wanted {
     }
 
     /// Whether a volume is in it.
-    pub fn contains(&self, volume: &VolumeRef) -> bool {
+    pub fn contains(&self, volume: &ImageRef) -> bool {
         self.entries.lock().contains_key(volume)
     }
 
@@ -100,7 +100,7 @@ impl Wanted {
     ///
     /// # Errors
     /// If that cannot be written.
-    pub fn add(&self, volume: &VolumeRef, how: How) -> io::Result<()> {
+    pub fn add(&self, volume: &ImageRef, how: How) -> io::Result<()> {
         self.change(|entries| {
             let problem = None;
             entries.insert(volume.clone(), Entry { how, problem });
@@ -111,21 +111,21 @@ impl Wanted {
     ///
     /// # Errors
     /// If that cannot be written.
-    pub fn remove(&self, volume: &VolumeRef) -> io::Result<()> {
+    pub fn remove(&self, volume: &ImageRef) -> io::Result<()> {
         self.change(|entries| {
             entries.remove(volume);
         })
     }
 
     /// Notes why a volume is not attached, or that it is.
-    pub fn note(&self, volume: &VolumeRef, problem: Option<String>) {
+    pub fn note(&self, volume: &ImageRef, problem: Option<String>) {
         if let Some(entry) = self.entries.lock().get_mut(volume) {
             entry.problem = problem;
         }
     }
 
     /// Why a volume of the list is not attached.
-    pub fn problem(&self, volume: &VolumeRef) -> Option<String> {
+    pub fn problem(&self, volume: &ImageRef) -> Option<String> {
         self.entries.lock().get(volume)?.problem.clone()
     }
 
@@ -135,7 +135,7 @@ impl Wanted {
         entries.values().filter(|e| e.problem.is_some()).count()
     }
 
-    fn change(&self, change: impl FnOnce(&mut BTreeMap<VolumeRef, Entry>)) -> io::Result<()> {
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<ImageRef, Entry>)) -> io::Result<()> {
         let mut entries = self.entries.lock();
         let mut changed = entries.clone();
         change(&mut changed);
@@ -145,7 +145,7 @@ impl Wanted {
     }
 }
 
-fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<VolumeRef, Entry>> {
+fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<ImageRef, Entry>> {
     let on_disk: OnDisk = serde_json::from_slice(bytes)?;
     anyhow::ensure!(
         on_disk.version == VERSION,
@@ -153,14 +153,14 @@ fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<VolumeRef, Entry>> {
         on_disk.version
     );
     let entry = |(name, how): (String, How)| {
-        let volume: VolumeRef = name.parse()?;
+        let volume: ImageRef = name.parse()?;
         Ok((volume, Entry { how, problem: None }))
     };
     on_disk.attached.into_iter().map(entry).collect()
 }
 
 /// Replaces the file in one step: written, synced, renamed, and the folder synced.
-fn write(path: &Path, entries: &BTreeMap<VolumeRef, Entry>) -> io::Result<()> {
+fn write(path: &Path, entries: &BTreeMap<ImageRef, Entry>) -> io::Result<()> {
     let on_disk = OnDisk {
         version: VERSION,
         attached: entries
@@ -199,8 +199,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let list = Wanted::load(dir.path()).unwrap();
         assert!(list.all().is_empty());
-        let (one, two): (VolumeRef, VolumeRef) =
-            ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
+        let (one, two): (ImageRef, ImageRef) =
+            ("acme/one".parse().unwrap(), "acme/one@two".parse().unwrap());
         list.add(&one, HOW).unwrap();
         let how = How {
             access: serde_json::from_str(ACCESS).unwrap(),
@@ -225,7 +225,7 @@ mod tests {
             r#"{"version":1,"attached":{"acme/one":{"via":"nbd","read_only":true,"force":true}}}"#;
         fs::write(&path, old).unwrap();
         let list = Wanted::load(dir.path()).unwrap();
-        let one: VolumeRef = "acme/one".parse().unwrap();
+        let one: ImageRef = "acme/one".parse().unwrap();
         assert_eq!(list.all(), [(one.clone(), HOW)]);
         list.add(&one, HOW).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), old);
@@ -245,7 +245,7 @@ mod tests {
     fn change_that_cannot_be_written_is_not_made() {
         let dir = tempfile::tempdir().unwrap();
         let list = Wanted::load(dir.path()).unwrap();
-        let one: VolumeRef = "acme/one".parse().unwrap();
+        let one: ImageRef = "acme/one".parse().unwrap();
         dir.close().unwrap();
         assert!(list.add(&one, HOW).is_err());
         assert!(!list.contains(&one));

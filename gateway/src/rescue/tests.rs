@@ -5,6 +5,7 @@ use quarry_objfmt::{Compression, Durability};
 
 use super::*;
 use crate::backend::open::{Claim, claim};
+use crate::control::VerifySpec;
 use crate::verify::fixture::{Fixture, SIZE, chunk_id, piece, volume_id};
 
 fn flags() -> RescueSpec {
@@ -41,14 +42,15 @@ impl Fixture {
     }
 
     async fn assert_sound(&self) {
-        let report = verify::run(
-            Arc::clone(&self.store),
-            &self.name,
-            volume_id(),
-            true,
-            Arc::default(),
-        );
-        assert_eq!(report.await.unwrap().findings, []);
+        let spec = VerifySpec {
+            deep: true,
+            snapshots: true,
+        };
+        let (store, image) = (Arc::clone(&self.store), self.name.clone().into());
+        let report = verify::run(store, &image, volume_id(), spec, Arc::default()).await;
+        let report = report.unwrap().unwrap();
+        assert_eq!(report.findings, []);
+        assert!(report.snapshots.iter().all(|s| s.findings.is_empty()));
     }
 
     /// Makes it so, and attaches the volume; answers the head written.

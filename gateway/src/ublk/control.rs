@@ -32,7 +32,7 @@ use super::stamp::{self, Stamp};
 use super::udev::Udev;
 use super::{
     Device, DeviceSpec, Features, IO_BYTES_MAX, LINK_ROOT, Mode, QUEUE_DEPTH, UblkError, link,
-    params,
+    params, short_name,
 };
 use crate::reactor::ublk_queue::{Running, UblkQueue};
 
@@ -304,6 +304,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
     // Until it is disowned, dropping `ctrl` deletes the device again.
     let id = ctrl.dev_info().dev_id;
     let told = Udev::default().tell(id, spec);
+    let name = short_name(&spec.name, spec.snapshot.as_ref());
     let started = told.and_then(|()| {
         let mode = serve(&ctrl, spec, host)?;
         let node = wait_for_node(&ctrl)?;
@@ -314,7 +315,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
         }
         Ok(Device {
             id,
-            link: link::make(link_root, &spec.tenant, &spec.name, &node),
+            link: link::make(link_root, &spec.tenant, &name, &node),
             node,
             mode,
             queues: ctrl.dev_info().nr_hw_queues,
@@ -405,7 +406,8 @@ fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<D
         };
         tracing::error!(%error, "the device is served as it is");
     }
-    let link = link::make(link_root, &spec.tenant, &spec.name, &node);
+    let name = short_name(&spec.name, spec.snapshot.as_ref());
+    let link = link::make(link_root, &spec.tenant, &name, &node);
     tracing::info!(device = %node.display(), volume = %spec.volume, %mode, "device recovered");
     let size = match grow(&ctrl, spec.size) {
         Ok(()) => spec.size,
@@ -576,7 +578,8 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
     if !force && is_in_use(&node) {
         return Err(UblkError::InUse { node });
     }
-    link::remove(link_root, &stamp.tenant, &stamp.name, &node);
+    let name = short_name(&stamp.name, stamp.snapshot.as_ref());
+    link::remove(link_root, &stamp.tenant, &name, &node);
     ctrl.kill_dev()
         .and_then(done)
         .map_err(|error| command(id, "stopping it", error))?;

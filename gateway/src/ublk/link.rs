@@ -9,14 +9,14 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use quarry_objfmt::{TenantName, VolumeName};
+use quarry_objfmt::TenantName;
 
 /// Tries to make a name: meanwhile udev may remove an empty folder.
 const TRIES: u32 = 3;
 
-/// The name of a volume's device.
-fn path(root: &Path, tenant: &TenantName, name: &VolumeName) -> PathBuf {
-    root.join(tenant.as_str()).join(name.as_str())
+/// The name of a device; `name` is that of a volume, or `volume@snapshot`.
+fn path(root: &Path, tenant: &TenantName, name: &str) -> PathBuf {
+    root.join(tenant.as_str()).join(name)
 }
 
 /// What the name leads to: relative to its folder, as udev has it.
@@ -28,12 +28,7 @@ fn target(root: &Path, node: &Path) -> PathBuf {
 }
 
 /// Makes or replaces the name, atomically.
-pub(super) fn make(
-    root: &Path,
-    tenant: &TenantName,
-    name: &VolumeName,
-    node: &Path,
-) -> Option<PathBuf> {
+pub(super) fn make(root: &Path, tenant: &TenantName, name: &str, node: &Path) -> Option<PathBuf> {
     let link = path(root, tenant, name);
     let target = target(root, node);
     let mut made = try_make(&link, &target);
@@ -71,7 +66,7 @@ fn try_make(link: &Path, target: &Path) -> io::Result<()> {
 }
 
 /// Removes the name if it still leads to `node`, and its tenant's folder if it was the last.
-pub(super) fn remove(root: &Path, tenant: &TenantName, name: &VolumeName, node: &Path) {
+pub(super) fn remove(root: &Path, tenant: &TenantName, name: &str, node: &Path) {
     let link = path(root, tenant, name);
     match fs::read_link(&link) {
         Ok(found) if found == target(root, node) => {}
@@ -94,19 +89,16 @@ pub(super) fn remove(root: &Path, tenant: &TenantName, name: &VolumeName, node: 
 mod tests {
     use super::*;
 
-    fn names() -> (TenantName, VolumeName) {
-        (
-            TenantName::new("acme").unwrap(),
-            VolumeName::new("db").unwrap(),
-        )
+    fn names() -> (TenantName, &'static str) {
+        (TenantName::new("acme").unwrap(), "db@nightly")
     }
 
     #[test]
     fn link_made_twice_leads_to_the_newer_node() {
         let root = tempfile::tempdir().unwrap();
         let (tenant, name) = names();
-        make(root.path(), &tenant, &name, Path::new("/dev/ublkb0")).unwrap();
-        let link = make(root.path(), &tenant, &name, Path::new("/dev/ublkb1")).unwrap();
+        make(root.path(), &tenant, name, Path::new("/dev/ublkb0")).unwrap();
+        let link = make(root.path(), &tenant, name, Path::new("/dev/ublkb1")).unwrap();
         assert_eq!(fs::read_link(link).unwrap(), Path::new("/dev/ublkb1"));
     }
 
@@ -117,10 +109,10 @@ mod tests {
         fs::write(&node, "").unwrap();
         let (tenant, name) = names();
         let root = dev.path().join("quarry");
-        let link = make(&root, &tenant, &name, &node).unwrap();
+        let link = make(&root, &tenant, name, &node).unwrap();
         assert_eq!(fs::read_link(&link).unwrap(), Path::new("../../ublkb7"));
         assert_eq!(link.canonicalize().unwrap(), node.canonicalize().unwrap());
-        remove(&root, &tenant, &name, &node);
+        remove(&root, &tenant, name, &node);
         assert!(fs::read_link(&link).is_err());
     }
 
@@ -128,10 +120,10 @@ mod tests {
     fn link_to_another_node_is_not_removed() {
         let root = tempfile::tempdir().unwrap();
         let (tenant, name) = names();
-        let link = make(root.path(), &tenant, &name, Path::new("/dev/ublkb1")).unwrap();
-        remove(root.path(), &tenant, &name, Path::new("/dev/ublkb0"));
+        let link = make(root.path(), &tenant, name, Path::new("/dev/ublkb1")).unwrap();
+        remove(root.path(), &tenant, name, Path::new("/dev/ublkb0"));
         assert!(fs::read_link(&link).is_ok());
-        remove(root.path(), &tenant, &name, Path::new("/dev/ublkb1"));
+        remove(root.path(), &tenant, name, Path::new("/dev/ublkb1"));
         assert!(fs::read_link(&link).is_err());
         assert!(!link.parent().unwrap().exists());
     }
@@ -141,7 +133,7 @@ mod tests {
         let root = tempfile::NamedTempFile::new().unwrap();
         let (tenant, name) = names();
         assert_eq!(
-            make(root.path(), &tenant, &name, Path::new("/dev/ublkb0")),
+            make(root.path(), &tenant, name, Path::new("/dev/ublkb0")),
             None
         );
     }

@@ -6,7 +6,7 @@
 //! holds the [`Stamp`] in words, among them whose device it is: each daemon has a cache device of its own; that directory is open to all, so the stamp counts only where it
 //! agrees with the kernel's word.
 
-use quarry_objfmt::{CacheId, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{CacheId, SnapName, TenantName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::DeviceSpec;
@@ -20,12 +20,15 @@ pub struct Stamp {
     version: u32,
     /// The cache device of the daemon that made it.
     pub cache: CacheId,
-    /// The volume.
+    /// The volume; of a snapshot's device [`snapshot_device`].
     pub volume: VolumeId,
     /// Its tenant.
     pub tenant: TenantName,
     /// Its name.
     pub name: VolumeName,
+    /// The snapshot, if it is one's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapName>,
     /// Whether the device takes no writes.
     pub read_only: bool,
 }
@@ -40,6 +43,7 @@ impl Stamp {
             volume: spec.volume,
             tenant: spec.tenant.clone(),
             name: spec.name.clone(),
+            snapshot: spec.snapshot.clone(),
             read_only: spec.read_only,
         }
     }
@@ -54,6 +58,21 @@ impl Stamp {
     pub(super) fn to_json(&self) -> serde_json::Value {
         serde_json::json!({ "quarry": self })
     }
+}
+
+/// By what a snapshot's device is known again, in the place of a volume's id: neither its volume's
+/// device nor another snapshot's is taken for it, nor one's that had the name before.
+pub fn snapshot_device(volume: VolumeId, name: &SnapName, created_ms: u64) -> VolumeId {
+    // FNV-1a: the same in every build, for devices outlive their daemons.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in name.as_str().bytes().chain(created_ms.to_le_bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let mut bytes = volume.to_bytes();
+    for (byte, mark) in bytes.iter_mut().zip(hash.to_le_bytes()) {
+        *byte ^= mark;
+    }
+    VolumeId::from_bytes(bytes)
 }
 
 /// The mark that the kernel keeps; never 0, which is what others' devices have.
@@ -72,6 +91,24 @@ mod tests {
     fn stamp_written_and_read_is_the_same() {
         let stamp = Stamp::of(&DeviceSpec::example());
         assert_eq!(Stamp::from_json(stamp.to_json()), Some(stamp));
+    }
+
+    #[test]
+    fn device_of_a_snapshot_is_known_from_its_volumes_and_other_snapshots() {
+        let volume = VolumeId::from_bytes([7; 16]);
+        let name = |name: &str| SnapName::new(name).unwrap();
+        let device = snapshot_device(volume, &name("nightly"), 5);
+        let words = [
+            volume,
+            device,
+            snapshot_device(volume, &name("nightlz"), 5),
+            snapshot_device(volume, &name("nightly"), 6),
+            snapshot_device(VolumeId::from_bytes([8; 16]), &name("nightly"), 5),
+        ];
+        let words: std::collections::BTreeSet<u64> = words.map(word).into();
+        assert_eq!(words.len(), 5);
+        // For ever: a daemon takes over what an older one made.
+        assert_eq!(word(device), 0x2572e611d560a068);
     }
 
     #[test]

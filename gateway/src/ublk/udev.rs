@@ -12,8 +12,9 @@
 //!   start of a daemon.
 //! - The folder and its parent are root's, and nobody else can write there: who writes a file there
 //!   chooses who may read a device.
-//! - Tenants' and volumes' names have only letters, digits, `.`, `_` and `-`, a letter or digit
-//!   first, so that they can break neither a line of the file nor a path.
+//! - Tenants', volumes' and snapshots' names have only letters, digits, `.`, `_` and `-`, a letter or digit
+//!   first, and a snapshot's follows its volume's behind an `@`, which udev leaves as it is: so they can break
+//!   neither a line of the file nor a path.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use quarry_objfmt::VolumeId;
 
-use super::{DeviceSpec, UblkError};
+use super::{DeviceSpec, UblkError, short_name};
 
 /// Where the rule looks for what it is told; the rule has the same path.
 const TOLD: &str = "/run/quarry/udev";
@@ -237,7 +238,7 @@ fn text(spec: &DeviceSpec) -> String {
     let mut text = format!(
         "QUARRY_TENANT={}\nQUARRY_VOLUME={}\n{}\n",
         spec.tenant,
-        spec.name,
+        short_name(&spec.name, spec.snapshot.as_ref()),
         id_line(spec.volume)
     );
     let permissions = &spec.permissions;

@@ -10,7 +10,7 @@ use super::{Progress, add};
 use crate::store::{Store, StoreError, Tag};
 
 /// The store below, its reads counted.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Counted {
     store: Arc<dyn Store>,
     progress: Arc<Progress>,

@@ -19,8 +19,13 @@ impl Fixture {
     async fn verify_with(&self, deep: bool, refs_max: usize) -> VerifyReport {
         let progress = Arc::<Progress>::default();
         let store = Arc::clone(&self.store);
-        let run = run_with(store, &self.name, volume_id(), deep, progress, refs_max);
-        run.await.unwrap()
+        let image = self.name.clone().into();
+        let spec = VerifySpec {
+            deep,
+            snapshots: true,
+        };
+        let run = run_with(store, &image, volume_id(), spec, progress, refs_max);
+        run.await.unwrap().unwrap()
     }
 
     async fn verify(&self, deep: bool) -> VerifyReport {
@@ -398,8 +403,9 @@ async fn volume_that_grew_since_its_head_was_read_is_no_finding() {
         first: parking_lot::Mutex::new(true),
         grown: grown.encode().into(),
     });
-    let run = run(store, &fixture.name, volume_id(), true, Arc::default());
-    assert_eq!(run.await.unwrap().findings, []);
+    let (image, spec) = (fixture.name.clone().into(), VerifySpec::default());
+    let run = run(store, &image, volume_id(), spec, Arc::default());
+    assert_eq!(run.await.unwrap().unwrap().findings, []);
 }
 
 /// A store in which a volume grows as soon as its head was read.

@@ -20,7 +20,8 @@ use crate::store::{Store, StoreError};
 const STRETCH_BYTES: u64 = 256 << 10;
 
 /// The volume that stands for "lost", in entries that never leave this module's caller. No volume's
-/// entries get here but those of the volume that is checked, whose id was drawn at random.
+/// entries get here but those of the volume that is checked and of those that it was cloned from, whose ids
+/// were drawn at random.
 const LOST: VolumeId = VolumeId::from_bytes([0; 16]);
 
 /// The finding for which the sectors of an entry are lost, if they are.
@@ -89,7 +90,8 @@ pub(super) async fn load_root(
 fn sound(check: &Check, root: MapObjectId, manifest: &Manifest) -> Result<(), String> {
     for table in manifest.runs.iter().flatten() {
         let TableRef { object, end, .. } = table;
-        if object.volume != root.volume || (object.epoch, object.seq) > (root.epoch, root.seq) {
+        let older = (object.epoch, object.seq) <= (root.epoch, root.seq);
+        if !check.ancestors.have(object.volume) && (object.volume != root.volume || !older) {
             return Err(format!(
                 "it names map {} of volume {}, which is not of its history",
                 object.seq, object.volume
@@ -281,7 +283,8 @@ fn foreign_lost(
             continue;
         };
         let ChunkId { volume, epoch, seq } = data.chunk;
-        if volume == head.volume && epoch <= head.epoch && seq.get() < log {
+        let folded = seq.get() < log || seq >= ChunkSeq::COMPACTED;
+        if volume == head.volume && epoch <= head.epoch && folded || check.ancestors.have(volume) {
             continue;
         }
         let number = *finding.get_or_insert_with(|| {

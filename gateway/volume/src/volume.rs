@@ -410,7 +410,7 @@ impl Volume {
     /// Answers with those segments.
     pub fn close(self, shared: &mut Shared) -> Vec<(SegmentId, Generation)> {
         let cache = &mut shared.cache;
-        cache.leave_line(self.params.id);
+        self.leave_line(cache);
         let mut kept = Vec::new();
         for (segment, unsent) in self.into_segments() {
             cache.part_with(segment, unsent);
@@ -421,10 +421,24 @@ impl Volume {
         kept
     }
 
+    /// Wants no segment any more. One that takes no writes never stands in the line, but the volume whose
+    /// snapshot it is may, under the same name.
+    fn leave_line(&self, cache: &mut Cache) {
+        if !self.params.read_only {
+            cache.leave_line(self.params.id);
+        }
+    }
+
     /// Its name for ever.
     #[must_use]
     pub const fn id(&self) -> VolumeId {
         self.params.id
+    }
+
+    /// The newest write that was acknowledged.
+    #[must_use]
+    pub const fn last_acknowledged(&self) -> WriteSeq {
+        self.writes.last_acknowledged()
     }
 
     /// Its size.
@@ -652,7 +666,7 @@ impl Volume {
         for slot in self.writes.take_waiting() {
             self.piece_done(slot, Err(error), cx);
         }
-        cx.cache.leave_line(self.params.id);
+        self.leave_line(cx.cache);
         self.finish_drains(cx);
     }
 

@@ -1134,3 +1134,62 @@ fn same_seed_takes_the_same_steps() {
     };
     assert_eq!(trace(5), trace(5));
 }
+
+#[test]
+fn drain_beside_a_writer_who_never_stops_ends_when_what_was_before_it_is_in_the_map() {
+    for seed in 700..706 {
+        let mut world = World::new(seed, Durability::Object);
+        // A few forced writes are always under way, so that the log never is empty.
+        let write = |world: &mut World| {
+            while world.asked.len() < 6 {
+                let start = world.rng.random_range(0..SIZE - 64);
+                world.ask(Op::Write { fua: true }, range(start, 64));
+            }
+        };
+        for _ in 0..500 {
+            write(&mut world);
+            world.step();
+        }
+        let before = world.volume.last_acknowledged();
+        world.feed(Event::Drain {
+            io: IoId(1),
+            checkpoint: true,
+        });
+        let (mut steps, patience) = (0, 2_000);
+        while world.drains == 0 && steps < patience {
+            write(&mut world);
+            world.step();
+            steps += 1;
+        }
+        assert!(steps < patience, "seed {seed}: the drain does not end");
+        assert!(before > WriteSeq::ZERO && world.volume.last_acknowledged() > before);
+        world.settle();
+        world.read_all();
+    }
+}
+
+#[test]
+fn volume_that_only_reads_takes_nobodys_place_in_the_line() {
+    let mut shared = fresh_shared(&[], Generation::new(1));
+    while shared.cache.open_for_writes(VOLUME).is_ok() {}
+    assert!(shared.cache.has_line());
+    let opened = Opened {
+        root: Arc::new(MapRoot::empty()),
+        log: Vec::new(),
+        next_chunk: ChunkSeq::new(1),
+        stored_write: WriteSeq::ZERO,
+        unsent: Vec::new(),
+        kept_segments: Vec::new(),
+    };
+    let params = VolumeParams {
+        read_only: true,
+        ..params(1, SIZE, Durability::Local)
+    };
+    // As a snapshot of the volume that stands there.
+    let mut due = Vec::new();
+    let mut volume = Volume::new(params, opened, &mut shared, &mut due);
+    volume.apply(Event::Tick { now_ms: 1 }, &mut shared, &mut due);
+    assert!(shared.cache.has_line());
+    assert!(volume.close(&mut shared).is_empty());
+    assert!(shared.cache.has_line());
+}

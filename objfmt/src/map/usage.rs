@@ -6,6 +6,8 @@
 //! Invariant: a chunk that the map needs is listed under `chunks`; one that is not listed at all is a
 //! chunk of the log behind the map, or garbage.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::error::{FormatError, Result};
 use crate::map::{MapObjectId, NodeKind, open_node};
 use crate::types::{ChunkSeq, Epoch, MapSeq};
@@ -85,7 +87,57 @@ pub struct Usage {
     pub dead: Vec<DeadObject>,
 }
 
+/// An object by its names.
+type Name = (ObjectKind, Epoch, u64);
+
 impl Usage {
+    /// The usage of the map numbered `at` that takes the volume back to an older map, whose usage is `to`
+    /// and which needs the volume's own map objects `maps`; `self` is the usage of the map that it comes
+    /// after. `left` are objects in neither usage that only the newer map or its log needed.
+    ///
+    /// What the older map needs lives again, born when it was. All else that was known is dead: what was
+    /// alive until now dies at `at`, what was dead before keeps its time.
+    #[must_use]
+    pub fn taken_back(
+        &self,
+        to: &Self,
+        maps: &BTreeSet<(Epoch, MapSeq)>,
+        left: impl IntoIterator<Item = DeadObject>,
+        at: MapSeq,
+        now_ms: u64,
+    ) -> Self {
+        let chunk = |c: &ChunkUse| (ObjectKind::Chunk, c.epoch, c.seq.get());
+        let alive: BTreeSet<Name> = to
+            .chunks
+            .iter()
+            .map(chunk)
+            .chain(maps.iter().map(|(e, n)| (ObjectKind::Map, *e, n.get())))
+            .collect();
+        let dies = |c: &ChunkUse| DeadObject {
+            kind: ObjectKind::Chunk,
+            epoch: c.epoch,
+            number: c.seq.get(),
+            born: c.born,
+            died: at,
+            died_ms: now_ms,
+            stored_bytes: c.stored_bytes.into(),
+        };
+        let mut dead: BTreeMap<Name, DeadObject> = BTreeMap::new();
+        let known = self.dead.iter().copied();
+        for object in known
+            .chain(self.chunks.iter().map(dies))
+            .chain(left)
+            .map(|o| ((o.kind, o.epoch, o.number), o))
+            .filter(|(name, _)| !alive.contains(name))
+        {
+            dead.entry(object.0).or_insert(object.1);
+        }
+        Self {
+            chunks: to.chunks.clone(),
+            dead: dead.into_values().collect(),
+        }
+    }
+
     /// Checks that `bytes` are exactly the usage node at `offset` of object `id`, and decodes it.
     ///
     /// # Errors
@@ -297,6 +349,59 @@ mod tests {
                 prop_assert_eq!(Usage::decode_payload(&payload), Ok(usage));
             }
         }
+    }
+
+    #[test]
+    fn usage_taken_back_lives_as_then_and_keeps_account_of_all_since() {
+        let chunk = |seq: u64, born: u64, needed_sectors| ChunkUse {
+            epoch: Epoch::new(1),
+            seq: ChunkSeq::new(seq),
+            born: MapSeq::new(born),
+            data_sectors: 100,
+            needed_sectors,
+            stored_bytes: 7,
+        };
+        let dead = |kind, number, born, died| DeadObject {
+            kind,
+            epoch: Epoch::new(1),
+            number,
+            born: MapSeq::new(born),
+            died: MapSeq::new(died),
+            died_ms: 5,
+            stored_bytes: 7,
+        };
+        // Map 10 needed chunks 1 and 2 and map object 9; chunk 1 died at 12, chunk 0 before it.
+        let to = Usage {
+            chunks: vec![chunk(1, 8, 100), chunk(2, 9, 60)],
+            dead: vec![dead(ObjectKind::Chunk, 0, 7, 10)],
+        };
+        let now = Usage {
+            chunks: vec![chunk(2, 9, 10), chunk(3, 12, 100)],
+            dead: vec![
+                dead(ObjectKind::Chunk, 0, 7, 10),
+                dead(ObjectKind::Chunk, 1, 8, 12),
+                dead(ObjectKind::Map, 9, 9, 12),
+                dead(ObjectKind::Map, 11, 11, 13),
+            ],
+        };
+        let log = dead(ObjectKind::Chunk, 4, 20, 20);
+        let maps = BTreeSet::from([(Epoch::new(1), MapSeq::new(9))]);
+        let back = now.taken_back(&to, &maps, [log], MapSeq::new(20), 99);
+        assert_eq!(back.chunks, to.chunks);
+        let died = DeadObject {
+            died_ms: 99,
+            ..dead(ObjectKind::Chunk, 3, 12, 20)
+        };
+        let expected = [
+            dead(ObjectKind::Chunk, 0, 7, 10),
+            died,
+            log,
+            dead(ObjectKind::Map, 11, 11, 13),
+        ];
+        assert_eq!(back.dead, expected);
+        // Nothing that was known is forgotten, and nothing both lives and is dead.
+        let mut payload = Vec::new();
+        back.encode(&mut payload).unwrap();
     }
 
     #[test]

@@ -246,6 +246,7 @@ fn kind(error: &OpenError) -> &'static str {
         OpenError::Owned { .. } => "owned",
         OpenError::Stale { .. } => "stale",
         OpenError::Unsent => "unsent",
+        OpenError::NoSnapshot { .. } => "no snapshot",
         OpenError::Raced { .. } => "raced",
         OpenError::Damaged { .. } => "damaged",
         OpenError::Cache(_) => "cache",

@@ -194,7 +194,7 @@ impl Volume {
         }
         if self.writes.waiting.is_empty() {
             // One that wanted a segment beforehand, and does without, keeps nobody waiting.
-            cx.cache.leave_line(self.params.id);
+            self.leave_line(cx.cache);
             if self.writes.starved {
                 self.writes.starved = false;
                 cx.out.push(Action::Report(Report::Stalled(false)));

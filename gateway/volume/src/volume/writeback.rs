@@ -54,6 +54,8 @@ pub(super) struct Writeback {
     planned: Queue<Planned>,
     /// Every write up to this one is in a committed chunk.
     committed: WriteSeq,
+    /// Every write up to this one is in the map.
+    folded: WriteSeq,
     /// Every write up to this one is in a chunk that is planned or committed.
     cut: WriteSeq,
     uncut_sectors: u64,
@@ -65,6 +67,8 @@ pub(super) struct Writeback {
     log_chunks: u64,
     last_chunk: Option<ChunkSeq>,
     checkpoint_upto: Option<ChunkSeq>,
+    /// The newest write that the checkpoint under way folds.
+    checkpoint_write: WriteSeq,
     /// Chunks that the checkpoint under way folds.
     checkpoint_chunks: u64,
     /// The map cannot be read, so that nothing can be folded into it.
@@ -78,6 +82,11 @@ impl Writeback {
             next_chunk,
             planned: Queue::new(),
             committed: stored,
+            // Where the map ends inside a log is not asked for: a drain folds it all.
+            folded: match log_chunks {
+                0 => stored,
+                _ => WriteSeq::ZERO,
+            },
             cut: stored,
             uncut_sectors: 0,
             uncut_writes: 0,
@@ -90,6 +99,7 @@ impl Writeback {
                 .filter(|_| log_chunks > 0)
                 .map(ChunkSeq::new),
             checkpoint_upto: None,
+            checkpoint_write: WriteSeq::ZERO,
             checkpoint_chunks: 0,
             map_damaged: false,
             drains: Vec::new(),
@@ -309,7 +319,7 @@ impl Volume {
         let asked = wb
             .drains
             .iter()
-            .any(|d| d.checkpoint && d.target <= wb.committed);
+            .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
         let due = wb.log_chunks >= self.checkpoint_chunks()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;
@@ -328,6 +338,7 @@ impl Volume {
         self.writeback.checkpoint_chunks = std::mem::take(&mut self.writeback.log_chunks);
         self.writeback.checkpoint_upto = Some(upto);
         let last_write = self.writeback.committed;
+        self.writeback.checkpoint_write = last_write;
         cx.out.push(Action::Checkpoint(CheckpointPlan {
             upto,
             last_write,
@@ -352,6 +363,7 @@ impl Volume {
         );
         self.root = root;
         self.frozen = None;
+        self.writeback.folded = self.writeback.checkpoint_write;
         self.stats.checkpoints += 1;
         self.pump_writeback(cx);
     }
@@ -389,11 +401,13 @@ impl Volume {
             VolumeState::Fenced { .. } | VolumeState::Failed { .. }
         );
         let wb = &self.writeback;
-        let folded = wb.map_damaged || (wb.log_chunks == 0 && self.frozen.is_none());
-        let committed = self.writeback.committed;
+        let (damaged, folded) = (wb.map_damaged, wb.folded);
+        let committed = wb.committed;
         let mut all_sent = false;
         self.writeback.drains.retain(|drain| {
-            let complete = drain.target <= committed && (folded || !drain.checkpoint);
+            // What was written since need not be in the map: with a busy writer there is always more.
+            let in_map = damaged || drain.target <= folded;
+            let complete = drain.target <= committed && (in_map || !drain.checkpoint);
             all_sent |= complete;
             if complete || stuck {
                 cx.out.push(Action::Drained {

@@ -1,0 +1,420 @@
+//! Snapshots and clones: who may make and delete them here, and the right to write while that is done.
+//!
+//! The steps in the store, and what a crash between them leaves, are in [`crate::snapshot`]. Before them:
+//! of a volume that is attached here, what was acknowledged is brought into its map, and its writers go on; one
+//! that is attached nowhere is this daemon's for the moment (crash: it stays this host's, and the next attach or
+//! snapshot here goes on; others need `--force`).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quarry_objfmt::{SnapName, VolumeId, VolumeName};
+use quarry_volume::Event;
+
+use super::report::attached_info;
+use super::slot::{Attached, Slot, Stage};
+use super::{Daemon, VolumeMachine, now_ms, registry};
+use crate::backend::HeadError;
+use crate::backend::open::{Claim, OpenError, give_back, hold};
+use crate::control::{
+    ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
+};
+use crate::snapshot::{self, CloneSpec, SnapshotError};
+
+/// Longest wait for the store once all is uploaded: longer than one call's own deadline, for a checkpoint's
+/// change of the head that is under way has none, and comes first.
+const STORE_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// There is no such snapshot.
+pub(super) fn no_snapshot(image: &ImageRef) -> ApiError {
+    let message = format!("there is no snapshot {image}");
+    let remedy = format!(
+        "`quarry snapshot list {}` shows those that are there",
+        image.volume
+    );
+    ApiError::new(Kind::NotFound, message, remedy)
+}
+
+/// What cannot be done with a snapshot of `volume`, as the API tells it.
+pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
+    let (kind, remedy) = match &error {
+        SnapshotError::Exists(_) => (Kind::Exists, "choose another name, or delete it first"),
+        SnapshotError::NotFound(_) => (
+            Kind::NotFound,
+            "`quarry snapshot list` shows those that are there",
+        ),
+        SnapshotError::Closing(_) => (
+            Kind::Conflict,
+            "finish that with `quarry snapshot delete`, or use another",
+        ),
+        SnapshotError::TooMany => (Kind::Conflict, "delete some of them"),
+        SnapshotError::Behind => (
+            Kind::Damaged,
+            "see `quarry volume show` and `quarry volume verify`",
+        ),
+        SnapshotError::HasClones { .. } => (
+            Kind::Conflict,
+            "delete the clones first; `quarry volume rescue NAME --id ID --apply` gives a nameless one its name",
+        ),
+        SnapshotError::BeingCloned { .. } => (
+            Kind::Conflict,
+            "try again when they are there or have failed; one whose making was broken off is given up after an hour",
+        ),
+        SnapshotError::Busy { .. } => (Kind::Conflict, "try again"),
+        SnapshotError::Damaged { .. } => (Kind::Damaged, "restore the object from a copy"),
+        SnapshotError::Head(HeadError::Fenced { .. }) => (
+            Kind::Conflict,
+            "do that on the host that has the volume now",
+        ),
+        SnapshotError::Head(error) => return registry::head_error(volume, error),
+        SnapshotError::Open(error) => return not_ours(volume, error),
+        SnapshotError::Store(error) => return registry::store_error(error),
+    };
+    ApiError::new(kind, format!("{volume}: {error}"), remedy)
+}
+
+/// Why the volume cannot be this daemon's for the moment.
+fn not_ours(volume: &VolumeRef, error: &OpenError) -> ApiError {
+    match error {
+        OpenError::Owned { host, .. } => {
+            let message = format!("{volume} is attached by host {host}");
+            let remedy =
+                "do that there; if that host is lost, attach the volume here with --force first";
+            ApiError::new(Kind::Conflict, message, remedy)
+        }
+        OpenError::Store(error) => registry::store_error(error),
+        OpenError::Damaged { .. } | OpenError::Cache(_) => {
+            ApiError::new(Kind::Damaged, error.to_string(), "")
+        }
+        _ => ApiError::new(Kind::Conflict, error.to_string(), ""),
+    }
+}
+
+fn info_of(volume: &VolumeRef, snapshot: &quarry_objfmt::SnapshotRef) -> SnapshotInfo {
+    SnapshotInfo {
+        volume: volume.to_string(),
+        name: snapshot.name.clone(),
+        created_ms: snapshot.created_ms,
+        size_bytes: snapshot.size.bytes(),
+        newest_write: snapshot.root_write.get(),
+        deleting: snapshot.closing,
+        ..SnapshotInfo::default()
+    }
+}
+
+impl Daemon {
+    /// In this daemon's name, taking nothing from anybody.
+    fn claim(&self) -> Claim {
+        Claim {
+            cache: self.common.device.id(),
+            host: self.host.clone(),
+            now_ms: now_ms(),
+            force: false,
+            discard_unsent: false,
+        }
+    }
+
+    pub(super) async fn snapshot_volume(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        let image = ImageRef::from(snapshot.volume.clone());
+        let slot = self.slot(&image);
+        let made = match slot.stage() {
+            Stage::Attached(attached) => self.snapshot_attached(&slot, &attached, snapshot).await,
+            _ => self.snapshot_detached(&slot, &image, snapshot).await,
+        };
+        self.forget_idle(&image, &slot);
+        made
+    }
+
+    /// The right to change the slot is taken only when all is uploaded, which may take as long as the
+    /// store is away.
+    async fn snapshot_attached(
+        &self,
+        slot: &Slot,
+        attached: &Arc<Attached>,
+        snapshot: &SnapRef,
+    ) -> ApiResult<SnapshotInfo> {
+        let volume = &snapshot.volume;
+        self.may_change(volume, attached)?;
+        let backend = &attached.backend;
+        let acknowledged = self.fold(volume, attached).await?;
+        let _change = slot.change.lock().await;
+        let same = |stage: Stage| {
+            stage
+                .attached()
+                .is_some_and(|now| Arc::ptr_eq(now, attached))
+        };
+        if !same(slot.stage()) {
+            let message = format!("{volume} was detached meanwhile");
+            return Err(ApiError::new(Kind::Conflict, message, "try again"));
+        }
+        let (head, name) = (backend.head(), &snapshot.name);
+        let made = snapshot::create(&self.control, head, name, acknowledged, now_ms());
+        let made = self.in_time(volume, made).await?;
+        let made = tell_if_fenced(attached, made).await;
+        made.map(|made| info_of(volume, &made))
+            .map_err(|error| told(volume, error))
+    }
+
+    /// Brings all that is acknowledged by now into the map; answers up to which write.
+    async fn fold(
+        &self,
+        volume: &VolumeRef,
+        attached: &Attached,
+    ) -> ApiResult<quarry_objfmt::WriteSeq> {
+        let backend = &attached.backend;
+        let (reactor, key) = backend.place();
+        let look = |m: &VolumeMachine| m.volume.last_acknowledged();
+        let acknowledged = reactor.inspect(key, look).await?.unwrap_or_default();
+        if backend.drain(true).await {
+            return Ok(acknowledged);
+        }
+        let problem = backend.condition().problem.unwrap_or_default();
+        let message = format!("{volume} cannot be brought into the store as it is: {problem}");
+        let remedy = "see `quarry volume show`";
+        Err(ApiError::new(Kind::Conflict, message, remedy))
+    }
+
+    /// Attached without a front end, snapshotted, detached: so that what the cache kept is in it too.
+    async fn snapshot_detached(
+        &self,
+        slot: &Slot,
+        image: &ImageRef,
+        snapshot: &SnapRef,
+    ) -> ApiResult<SnapshotInfo> {
+        let volume = &snapshot.volume;
+        let _change = slot.change.lock().await;
+        if !slot.is_detached() {
+            let message = format!("{volume} was attached meanwhile");
+            return Err(ApiError::new(Kind::Conflict, message, "try again"));
+        }
+        let head = registry::head(&self.control, volume).await?;
+        let elsewhere = |o: &&quarry_objfmt::Owner| o.cache != self.common.device.id();
+        if let Some(owner) = head.owner.as_ref().filter(elsewhere) {
+            let owned = OpenError::Owned {
+                host: owner.host.clone(),
+                since: String::new(),
+            };
+            return Err(not_ours(volume, &owned));
+        }
+        if head
+            .snapshots
+            .iter()
+            .any(|s| s.name == snapshot.name.as_str())
+        {
+            return Err(told(volume, SnapshotError::Exists(snapshot.name.clone())));
+        }
+        slot.set(Stage::Attaching);
+        let served = self.serve(image, &AttachOptions::default()).await;
+        let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
+        let attached = self.without_front_end(image, &opening.backend);
+        let made = match self.fold(volume, &attached).await {
+            Ok(acknowledged) => {
+                let head = opening.backend.head();
+                let name = &snapshot.name;
+                let made = snapshot::create(&self.control, head, name, acknowledged, now_ms());
+                let made = self.in_time(volume, made).await;
+                made.and_then(|made| made.map_err(|error| told(volume, error)))
+            }
+            Err(error) => Err(error),
+        };
+        match self.let_go(&attached).await {
+            Ok(_) => slot.set(Stage::Detached),
+            Err(error) => {
+                slot.set(Stage::Attached(Arc::new(attached)));
+                return Err(error);
+            }
+        }
+        made.map(|made| info_of(volume, &made))
+    }
+
+    /// Whether the volume's head is this attachment's to change.
+    fn may_change(&self, volume: &VolumeRef, attached: &Attached) -> ApiResult<()> {
+        if attached.read_only {
+            let message = format!("{volume} is attached here for reading only");
+            let remedy = "detach it first, or do that on the host that writes to it";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        let condition = attached.backend.condition();
+        if condition.fenced {
+            let message = format!("{volume}: {}", condition.problem.unwrap_or_default());
+            let remedy = "do that on the host that has it now";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        Ok(())
+    }
+
+    /// Waits for steps in the store, which none of them waits for without end. Given up in between, they are
+    /// as after a crash.
+    async fn in_time<T>(
+        &self,
+        volume: &VolumeRef,
+        steps: impl Future<Output = Result<T, SnapshotError>>,
+    ) -> ApiResult<Result<T, SnapshotError>> {
+        let done = tokio::time::timeout(STORE_WAIT_MAX, steps).await;
+        done.map_err(|_| {
+            let message = format!("{volume}: the store does not take its head");
+            let remedy = "try again when the store answers";
+            ApiError::new(Kind::Unavailable, message, remedy)
+        })
+    }
+
+    pub(super) async fn snapshots(
+        &self,
+        volume: Option<&VolumeRef>,
+    ) -> ApiResult<Vec<SnapshotInfo>> {
+        let volumes = match volume {
+            Some(volume) => vec![volume.clone()],
+            None => registry::list_volumes(&self.control, None).await?,
+        };
+        let mut all = Vec::new();
+        for volume in volumes {
+            let head = registry::head(&self.control, &volume).await?;
+            for snapshot in &head.snapshots {
+                let mut info = info_of(&volume, snapshot);
+                info.attached = self.attached_snapshot(&volume, &snapshot.name);
+                all.push(info);
+            }
+        }
+        Ok(all)
+    }
+
+    fn attached_snapshot(
+        &self,
+        volume: &VolumeRef,
+        name: &str,
+    ) -> Option<crate::control::AttachedInfo> {
+        let image = ImageRef::new(volume.tenant.as_str(), &format!("{}@{name}", volume.name));
+        let slot = self.slots.lock().get(&image.ok()?).cloned()?;
+        slot.stage().attached().map(|a| attached_info(a))
+    }
+
+    pub(super) async fn show_one_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        let SnapRef { volume, name } = snapshot;
+        let head = registry::head(&self.control, volume).await?;
+        let mut all = head.snapshots.iter();
+        let found = all.find(|s| s.name == name.as_str());
+        let found = found.ok_or_else(|| no_snapshot(&snapshot.clone().into()))?;
+        let clones = snapshot::clones(&self.control, &volume.tenant, head.volume, name);
+        let clones = clones.await.map_err(|error| told(volume, error))?;
+        Ok(SnapshotInfo {
+            clones: Some(clones),
+            attached: self.attached_snapshot(volume, &found.name),
+            ..info_of(volume, found)
+        })
+    }
+
+    pub(super) async fn unname_snapshot(&self, snapshot: &SnapRef) -> ApiResult<()> {
+        let (image, volume) = (ImageRef::from(snapshot.clone()), &snapshot.volume);
+        let of_volume = ImageRef::from(volume.clone());
+        let (slot, own) = (self.slot(&of_volume), self.slot(&image));
+        let deleted = {
+            // In this order, always: so nobody attaches it meanwhile.
+            let _change = slot.change.lock().await;
+            let _own = own.change.lock().await;
+            if !own.is_detached() || self.wanted.contains(&image) {
+                let message = format!("{image} is attached here");
+                Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+            } else {
+                self.unname(&slot, snapshot).await
+            }
+        };
+        self.forget_idle(&image, &own);
+        self.forget_idle(&of_volume, &slot);
+        deleted
+    }
+
+    async fn unname(&self, slot: &Slot, snapshot: &SnapRef) -> ApiResult<()> {
+        let SnapRef { volume, name } = snapshot;
+        let writes = |a: &Arc<Attached>| !a.read_only;
+        if let Some(attached) = slot.stage().attached().filter(|a| writes(a)) {
+            self.may_change(volume, attached)?;
+            let head = attached.backend.head();
+            let deleted = snapshot::delete(&self.control, head, name, now_ms());
+            let deleted = self.in_time(volume, deleted).await?;
+            let deleted = tell_if_fenced(attached, deleted).await;
+            return deleted.map_err(|error| told(volume, error));
+        }
+        let id = registry::find(&self.control, volume).await?;
+        let held = hold(&self.control, &volume.tenant, id, &self.claim()).await;
+        let (head, was_ours) = held.map_err(|error| not_ours(volume, &error))?;
+        let deleted = snapshot::delete(&self.control, &head, name, now_ms());
+        let deleted = self.in_time(volume, deleted).await;
+        if !was_ours && let Err(error) = give_back(&self.control, &head).await {
+            tracing::warn!(%volume, %error, "the store still names this host as the owner");
+        }
+        deleted?.map_err(|error| told(volume, error))
+    }
+
+    /// Makes a clone and gives it its name. *Crash before the name: the clone is there, without one, and its
+    /// snapshot cannot be deleted; whoever tries is told its id, and `volume rescue` gives it the name.*
+    pub(super) async fn volume_of_snapshot(
+        &self,
+        snapshot: &SnapRef,
+        name: &VolumeName,
+    ) -> ApiResult<VolumeRef> {
+        let parent = &snapshot.volume;
+        let clone = VolumeRef {
+            tenant: parent.tenant.clone(),
+            name: name.clone(),
+        };
+        registry::check_free(&self.control, &clone).await?;
+        let spec = CloneSpec {
+            tenant: parent.tenant.clone(),
+            parent: registry::find(&self.control, parent).await?,
+            snapshot: snapshot.name.clone(),
+            volume: VolumeId::from(uuid::Uuid::new_v4()),
+            name: name.clone(),
+            now_ms: now_ms(),
+        };
+        let made = snapshot::make_clone(&self.control, &spec).await;
+        made.map_err(|error| told(parent, error))?;
+        let named = registry::name_fresh(&self.control, &clone, spec.volume, spec.now_ms).await;
+        if let Err(error) = named {
+            // Somebody was quicker. After other errors it may have its name, and stays.
+            if error.kind == Kind::Exists {
+                snapshot::take_back(&self.control, &spec).await;
+            }
+            return Err(error);
+        }
+        Ok(clone)
+    }
+
+    pub(super) async fn roll_volume_back(&self, snapshot: &SnapRef) -> ApiResult<()> {
+        let SnapRef { volume, name } = snapshot;
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
+        let rolled = {
+            let _change = slot.change.lock().await;
+            if !slot.is_detached() || self.wanted.contains(&image) {
+                let message = format!("{volume} is attached");
+                Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+            } else {
+                self.roll_detached_back(volume, name).await
+            }
+        };
+        self.forget_idle(&image, &slot);
+        rolled
+    }
+
+    async fn roll_detached_back(&self, volume: &VolumeRef, name: &SnapName) -> ApiResult<()> {
+        let id = registry::find(&self.control, volume).await?;
+        let by = self.claim();
+        let back = snapshot::roll_back(&self.control, &volume.tenant, id, name, &by);
+        let back = self.in_time(volume, back).await?;
+        back.map(drop).map_err(|error| told(volume, error))
+    }
+}
+
+/// Tells an attachment that it is fenced, if that was found.
+async fn tell_if_fenced<T>(
+    attached: &Attached,
+    done: Result<T, SnapshotError>,
+) -> Result<T, SnapshotError> {
+    if let Err(SnapshotError::Head(HeadError::Fenced { by })) = &done {
+        attached
+            .backend
+            .tell(Event::Fenced { by: by.clone() })
+            .await;
+    }
+    done
+}

@@ -1,0 +1,690 @@
+//! Snapshots in the store: how they are made, deleted, cloned and gone back to.
+//!
+//! Owns: the order of the store calls of each, and what a crash between them leaves. Does not own: who
+//! may ask (`crate::engine`), what is kept for a snapshot's sake (the reclaiming of space, which goes by the
+//! snapshots that the head names).
+//!
+//! **Invariants.**
+//! - A snapshot is there if the head names it. The head is changed by its owner's conditional PUTs alone, so
+//!   that a writer that was stalled can make none of objects that are gone.
+//! - A clone is there if its head is. What its map names of its parent's objects is kept as long as the
+//!   parent's head names the snapshot, and it does as long as the clone is there: the clone's record is written
+//!   before the snapshot is looked for, and the snapshot is closing before the records are listed, so
+//!   that of a creation and a deletion one sees the other. The test `snapshot_schedules` runs both in
+//!   every order of their calls.
+//! - Each change of a head moves it on: its bytes never come back.
+
+mod rollback;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
+use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, Usage};
+use quarry_objfmt::record::{CLONE_KIND, NAME_KIND, TOMBSTONE_KIND};
+use quarry_objfmt::{
+    ChunkSeq, CloneRecord, Epoch, MapSeq, NameRecord, SnapName, Snapshot, TenantName,
+    TombstoneRecord, VolumeId, VolumeName, WriteSeq, decode_record, encode_record, keys,
+};
+
+pub use self::rollback::roll_back;
+use crate::backend::open::{OpenError, load_map};
+use crate::backend::{HeadCell, HeadError};
+use crate::store::{Store, StoreError};
+
+/// Most times that a snapshot is tried anew because a checkpoint came between its two PUTs.
+const TRIES_MAX: u32 = 16;
+
+/// A clone that was begun so long ago and has no head is given up when its snapshot is deleted. (Whoever began it
+/// and wakes later finds that; the time only keeps creations under way from being disturbed.)
+const BEGUN_MAX_MS: u64 = 60 * 60 * 1000;
+
+/// Clones looked at side by side.
+const CLONES_AT_ONCE: usize = 16;
+
+/// Why something cannot be done with a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The name is taken.
+    #[error("there is a snapshot {0} already")]
+    Exists(SnapName),
+    /// There is none, or no more.
+    #[error("there is no snapshot {0}")]
+    NotFound(SnapName),
+    /// Its deletion was begun.
+    #[error("snapshot {0} is being deleted")]
+    Closing(SnapName),
+    /// The head is full.
+    #[error("the volume has {SNAPSHOTS_MAX} snapshots, and can have no more")]
+    TooMany,
+    /// What was acknowledged is not in the map, and cannot be brought there.
+    #[error("the volume's newest writes cannot be folded into its map")]
+    Behind,
+    /// Volumes need it.
+    #[error("snapshot {snapshot} has clones: {}", .clones.join(", "))]
+    HasClones {
+        /// Its name.
+        snapshot: SnapName,
+        /// Their names.
+        clones: Vec<String>,
+    },
+    /// A clone of it is being made, or was begun and given up less than an hour ago.
+    #[error("a clone of snapshot {snapshot} is being made: {}", .clones.join(", "))]
+    BeingCloned {
+        /// Its name.
+        snapshot: SnapName,
+        /// What they are to be called.
+        clones: Vec<String>,
+    },
+    /// The head, or what else was just seen, changes all the time.
+    #[error("{object} is changed by somebody else all the time")]
+    Busy {
+        /// The object.
+        object: String,
+    },
+    /// An object is damaged.
+    #[error("{object}: {reason}")]
+    Damaged {
+        /// Its key.
+        object: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The head cannot be read or changed.
+    #[error(transparent)]
+    Head(#[from] HeadError),
+    /// The volume cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The store does not answer, or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a change of the head is not made.
+enum Not {
+    Exists,
+    Missing,
+    Moved,
+    Needed,
+}
+
+/// Moves a head on, so that its bytes are none that it had before: a map number is passed over.
+fn renew(head: &mut Head) {
+    head.next_map = head.next_map.next();
+}
+
+fn find<'a>(head: &'a Head, name: &SnapName) -> Option<&'a SnapshotRef> {
+    head.snapshots.iter().find(|s| s.name == name.as_str())
+}
+
+/// Gives the map of the head a name. All writes up to `at_least` must be in that map.
+///
+/// The order, and what a crash between the steps leaves:
+/// 1. The copy, for a rescue. *Crash: a copy that no head names; the next snapshot of that name takes its
+///    place, and deleting the name deletes it.*
+/// 2. The head. If a checkpoint moved it since, both are done anew with the new map.
+///
+/// # Errors
+/// [`SnapshotError`]; after one of the store's, the snapshot may be there or not.
+pub async fn create(
+    store: &dyn Store,
+    cell: &HeadCell,
+    name: &SnapName,
+    at_least: WriteSeq,
+    now_ms: u64,
+) -> Result<SnapshotRef, SnapshotError> {
+    for _ in 0..TRIES_MAX {
+        let head = cell.get();
+        if find(&head, name).is_some() {
+            return Err(SnapshotError::Exists(name.clone()));
+        }
+        if head.snapshots.len() >= SNAPSHOTS_MAX {
+            return Err(SnapshotError::TooMany);
+        }
+        if head.root_write < at_least {
+            return Err(SnapshotError::Behind);
+        }
+        let snapshot = SnapshotRef {
+            name: name.to_string(),
+            created_ms: now_ms,
+            root_write: head.root_write,
+            size: head.size,
+            closing: false,
+            root: head.root,
+        };
+        // Step 1.
+        put_copy(store, cell.tenant(), &head, &snapshot, name).await?;
+        // Step 2.
+        let add = |head: &mut Head| match find(head, name) {
+            // A turn before this one, whose answer was lost.
+            Some(there) if *there == snapshot => Err(Not::Needed),
+            Some(_) => Err(Not::Exists),
+            None if head.root != snapshot.root => Err(Not::Moved),
+            None => {
+                head.snapshots.push(snapshot.clone());
+                renew(head);
+                Ok(())
+            }
+        };
+        match cell.try_update(store, add).await? {
+            Ok(_) | Err(Not::Needed) => return Ok(snapshot),
+            Err(Not::Moved) => {}
+            Err(_) => return Err(SnapshotError::Exists(name.clone())),
+        }
+    }
+    let object = keys::head_key(cell.tenant(), cell.get().volume);
+    Err(SnapshotError::Busy { object })
+}
+
+/// Writes the copy of a snapshot, over one that no head names.
+async fn put_copy(
+    store: &dyn Store,
+    tenant: &TenantName,
+    head: &Head,
+    snapshot: &SnapshotRef,
+    name: &SnapName,
+) -> Result<(), SnapshotError> {
+    let key = keys::snap_key(tenant, head.volume, name);
+    let copy = Snapshot {
+        volume: head.volume,
+        name: snapshot.name.clone(),
+        created_ms: snapshot.created_ms,
+        root: snapshot.root,
+        root_write: snapshot.root_write,
+        size: snapshot.size,
+        log_end: head.log.first().map_or(ChunkSeq::new(1), |r| r.first),
+    };
+    let bytes = Bytes::from(copy.encode());
+    match store.create(&key, bytes.clone()).await {
+        Ok(_) => return Ok(()),
+        Err(StoreError::Exists { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let (there, tag) = store.get(&key).await?;
+    if there == bytes {
+        return Ok(());
+    }
+    match store.replace(&key, bytes.clone(), &tag).await {
+        Ok(_) => Ok(()),
+        Err(StoreError::Changed { .. }) if store.get(&key).await?.0 == bytes => Ok(()),
+        Err(StoreError::Changed { .. }) => Err(SnapshotError::Busy { object: key }),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Takes a snapshot's name away, if no clone needs it.
+///
+/// The order, and what a crash between the steps leaves:
+/// 1. The head: the snapshot is closing. *Crash, here and up to step 3: it stays so; no clone is made
+///    of it, and deleting it again goes on.*
+/// 2. The records of its clones. If one is there, or being made, the head is changed back, and that is an
+///    error. One that was begun long ago and has no head gets a tombstone in the head's place, create-only, and
+///    then its record is deleted: whoever began it finds the tombstone, or was there first.
+/// 3. The head, without the snapshot. From here on what only it needed may be deleted. *Crash: the copy
+///    stays; deleting it again deletes that.*
+/// 4. The copy.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub async fn delete(
+    store: &dyn Store,
+    cell: &HeadCell,
+    name: &SnapName,
+    now_ms: u64,
+) -> Result<(), SnapshotError> {
+    let volume = cell.get().volume;
+    let copy = keys::snap_key(cell.tenant(), volume, name);
+    // Step 1.
+    match cell.try_update(store, |head| close(head, name)).await? {
+        Ok(_) | Err(Not::Needed) => {}
+        Err(_) => {
+            return match store.get(&copy).await {
+                Ok(_) => Ok(store.delete(&copy).await?),
+                Err(StoreError::NotFound { .. }) => Err(SnapshotError::NotFound(name.clone())),
+                Err(error) => Err(error.into()),
+            };
+        }
+    }
+    // Step 2.
+    if let Err(needed) = settle_clones(store, cell.tenant(), volume, name, now_ms).await? {
+        cell.update(store, |head| reopen(head, name)).await?;
+        return Err(needed);
+    }
+    // Step 3.
+    let remove = |head: &mut Head| {
+        head.snapshots.retain(|s| s.name != name.as_str());
+        renew(head);
+    };
+    cell.update(store, remove).await?;
+    // Step 4.
+    Ok(store.delete(&copy).await?)
+}
+
+/// From here on no clone of the snapshot is made.
+fn close(head: &mut Head, name: &SnapName) -> Result<(), Not> {
+    let mut all = head.snapshots.iter_mut();
+    let found = all.find(|s| s.name == name.as_str()).ok_or(Not::Missing)?;
+    if found.closing {
+        return Err(Not::Needed);
+    }
+    found.closing = true;
+    renew(head);
+    Ok(())
+}
+
+fn reopen(head: &mut Head, name: &SnapName) {
+    for snapshot in &mut head.snapshots {
+        if snapshot.name == name.as_str() {
+            snapshot.closing = false;
+        }
+    }
+    renew(head);
+}
+
+/// Closes all snapshots of a volume that is to be deleted, unless one has clones: then all are as before, and
+/// the error names them. The volume's owner alone may.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub async fn close_all(
+    store: &dyn Store,
+    cell: &HeadCell,
+    now_ms: u64,
+) -> Result<(), SnapshotError> {
+    let before = cell.get();
+    let names: Vec<SnapName> = before
+        .snapshots
+        .iter()
+        .filter_map(|s| SnapName::new(s.name.clone()).ok())
+        .collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let close_each = |head: &mut Head| {
+        for name in &names {
+            // One that is closing already stays so.
+            let _ = close(head, name);
+        }
+    };
+    cell.update(store, close_each).await?;
+    for name in &names {
+        let settled = settle_clones(store, cell.tenant(), before.volume, name, now_ms).await?;
+        let Err(needed) = settled else { continue };
+        let was_open = |name: &SnapName| find(&before, name).is_some_and(|s| !s.closing);
+        let open_each = |head: &mut Head| {
+            for name in names.iter().filter(|name| was_open(name)) {
+                reopen(head, name);
+            }
+        };
+        cell.update(store, open_each).await?;
+        return Err(needed);
+    }
+    Ok(())
+}
+
+/// What became of a clone that has a record.
+enum Fate {
+    /// It is there.
+    Live(String),
+    /// It has no head, and began not long ago.
+    Begun(String),
+    /// It is not there, and never will be.
+    Gone,
+}
+
+/// Step 2 of [`delete`]: the inner error says which clones there are.
+async fn settle_clones(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    name: &SnapName,
+    now_ms: u64,
+) -> Result<Result<(), SnapshotError>, SnapshotError> {
+    let (mut live, mut begun) = (Vec::new(), Vec::new());
+    for (key, fate) in fates(store, tenant, volume, name, Some(now_ms)).await? {
+        match fate {
+            Fate::Live(name) => live.push(name),
+            Fate::Begun(name) => begun.push(name),
+            Fate::Gone => store.delete(&key).await?,
+        }
+    }
+    let snapshot = name.clone();
+    Ok(match (live.is_empty(), begun.is_empty()) {
+        (true, true) => Ok(()),
+        (false, _) => Err(SnapshotError::HasClones {
+            snapshot,
+            clones: live,
+        }),
+        (true, false) => Err(SnapshotError::BeingCloned {
+            snapshot,
+            clones: begun,
+        }),
+    })
+}
+
+/// The names of the clones of a snapshot that are there; changes nothing.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub async fn clones(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    name: &SnapName,
+) -> Result<Vec<String>, SnapshotError> {
+    let live = |(_, fate)| match fate {
+        Fate::Live(name) => Some(name),
+        Fate::Begun(_) | Fate::Gone => None,
+    };
+    let fates = fates(store, tenant, volume, name, None).await?;
+    Ok(fates.into_iter().filter_map(live).collect())
+}
+
+/// The keys of the records of a snapshot's clones, and what became of each.
+async fn fates(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    name: &SnapName,
+    now_ms: Option<u64>,
+) -> Result<Vec<(String, Fate)>, SnapshotError> {
+    let prefix = keys::clones_prefix(tenant, volume, name);
+    let listed = store.list(&prefix).await?;
+    let look = |key: String| async move {
+        let record = match store.get(&key).await {
+            Ok((bytes, _)) => decode_record(CLONE_KIND, &bytes),
+            // Deleted since, with its clone.
+            Err(StoreError::NotFound { .. }) => return Ok((key, Fate::Gone)),
+            Err(error) => return Err(error.into()),
+        };
+        match record {
+            Ok(record) => Ok((key, fate(store, tenant, &record, now_ms).await?)),
+            Err(error) => Err(SnapshotError::Damaged {
+                object: key,
+                reason: error.to_string(),
+            }),
+        }
+    };
+    let looks = futures::stream::iter(listed).map(look);
+    looks.buffered(CLONES_AT_ONCE).try_collect().await
+}
+
+/// With a time, a clone that was begun long before it is given up.
+async fn fate(
+    store: &dyn Store,
+    tenant: &TenantName,
+    record: &CloneRecord,
+    now_ms: Option<u64>,
+) -> Result<Fate, SnapshotError> {
+    let key = keys::head_key(tenant, record.volume);
+    loop {
+        match store.get(&key).await {
+            Ok((bytes, _)) if is_tombstone(&bytes) => return Ok(Fate::Gone),
+            Ok((bytes, _)) => {
+                // A head that cannot be read is one that can be mended.
+                let name = Head::decode(&bytes).map_or(record.name.clone(), |head| head.name);
+                return Ok(Fate::Live(
+                    known_as(store, tenant, record.volume, &name).await?,
+                ));
+            }
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let age = now_ms.map_or(0, |now| now.saturating_sub(record.created_ms));
+        if age < BEGUN_MAX_MS {
+            return Ok(Fate::Begun(format!("{tenant}/{}", record.name)));
+        }
+        let tombstone = TombstoneRecord {
+            volume: record.volume,
+            given_up_ms: now_ms.unwrap_or_default(),
+        };
+        match store
+            .create(&key, encoded(TOMBSTONE_KIND, &tombstone)?)
+            .await
+        {
+            // Whoever was quicker, or our own lost answer: what is there tells.
+            Ok(_) | Err(StoreError::Exists { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// What people know a clone by: its name, or, if that does not lead to it, its id too.
+async fn known_as(
+    store: &dyn Store,
+    tenant: &TenantName,
+    clone: VolumeId,
+    name: &str,
+) -> Result<String, SnapshotError> {
+    let leads = match VolumeName::new(name) {
+        Ok(name) => match store.get(&keys::name_key(tenant, &name)).await {
+            Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
+                .is_ok_and(|record| record.volume == clone),
+            Err(StoreError::NotFound { .. }) => false,
+            Err(error) => return Err(error.into()),
+        },
+        Err(_) => false,
+    };
+    Ok(match leads {
+        true => format!("{tenant}/{name}"),
+        false => format!("{tenant}/{name} (nameless, id {clone})"),
+    })
+}
+
+fn is_tombstone(bytes: &[u8]) -> bool {
+    decode_record::<TombstoneRecord>(TOMBSTONE_KIND, bytes).is_ok()
+}
+
+fn encoded(kind: &str, record: &impl serde::Serialize) -> Result<Bytes, SnapshotError> {
+    let bytes = encode_record(kind, record).map_err(|error| SnapshotError::Damaged {
+        object: format!("a record of kind {kind}"),
+        reason: error.to_string(),
+    })?;
+    Ok(bytes.into())
+}
+
+/// A clone to be.
+#[derive(Clone, Debug)]
+pub struct CloneSpec {
+    /// Whose, as the parent.
+    pub tenant: TenantName,
+    /// The volume whose snapshot it is made of.
+    pub parent: VolumeId,
+    /// The snapshot.
+    pub snapshot: SnapName,
+    /// Its own id, that no volume ever had.
+    pub volume: VolumeId,
+    /// What it is to be called.
+    pub name: VolumeName,
+    /// Now, in milliseconds since 1970.
+    pub now_ms: u64,
+}
+
+/// Makes a volume of a snapshot, without its name, whatever is done with the snapshot's volume meanwhile.
+///
+/// The order, and what a crash between the steps leaves:
+/// 1. The record at the parent, create-only. *Crash: the snapshot cannot be deleted for an hour; then
+///    whoever deletes it gives the clone up.*
+/// 2. The parent's head is read: the snapshot must be there and not closing.
+/// 3. The map object: the snapshot's manifest in the clone's own name. Its tables stay the parent's. *Crash: garbage.*
+/// 4. The head, create-only: a tombstone may be there by now. *Crash: the clone is there, without a name.*
+///
+/// # Errors
+/// [`SnapshotError`]; what was made is taken back as far as the store lets it.
+pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, SnapshotError> {
+    let CloneSpec { tenant, parent, .. } = spec;
+    let key = clone_key(spec);
+    let record = CloneRecord {
+        volume: spec.volume,
+        name: spec.name.to_string(),
+        created_ms: spec.now_ms,
+    };
+    // Step 1.
+    match store.create(&key, encoded(CLONE_KIND, &record)?).await {
+        // The id is ours alone, and so is what exists: a lost answer.
+        Ok(_) | Err(StoreError::Exists { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // Step 2.
+    let read = HeadCell::read(store, &keys::head_key(tenant, *parent)).await;
+    let found = read.map_err(SnapshotError::from).and_then(|(head, _)| {
+        let snapshot = find(&head, &spec.snapshot).cloned();
+        match snapshot {
+            None => Err(SnapshotError::NotFound(spec.snapshot.clone())),
+            Some(s) if s.closing => Err(SnapshotError::Closing(spec.snapshot.clone())),
+            Some(snapshot) => Ok((head, snapshot)),
+        }
+    });
+    let made = match found {
+        Ok((head, snapshot)) => make_head(store, spec, &head, &snapshot).await,
+        Err(error) => Err(error),
+    };
+    if made.is_err() {
+        take_back(store, spec).await;
+    }
+    made
+}
+
+fn clone_key(spec: &CloneSpec) -> String {
+    keys::clone_key(&spec.tenant, spec.parent, &spec.snapshot, spec.volume)
+}
+
+/// Steps 3 and 4.
+async fn make_head(
+    store: &dyn Store,
+    spec: &CloneSpec,
+    parent: &Head,
+    snapshot: &SnapshotRef,
+) -> Result<Head, SnapshotError> {
+    let root = match snapshot.root {
+        None => None,
+        root => Some(copy_map(store, spec, root).await?),
+    };
+    let fresh = Head::fresh(
+        spec.volume,
+        &spec.tenant,
+        &spec.name,
+        snapshot.size,
+        spec.now_ms,
+    );
+    let head = Head {
+        sector_size: parent.sector_size,
+        frame_sectors: parent.frame_sectors,
+        compression: parent.compression,
+        encryption: parent.encryption,
+        durability: parent.durability,
+        retain_ms: parent.retain_ms,
+        root,
+        next_map: CLONED_MAP.next(),
+        parent: Some(Parent {
+            volume: spec.parent,
+            snapshot: spec.snapshot.to_string(),
+        }),
+        ..fresh
+    };
+    // Step 4.
+    let key = keys::head_key(&spec.tenant, spec.volume);
+    let bytes = Bytes::from(head.encode());
+    match store.create(&key, bytes.clone()).await {
+        Ok(_) => Ok(head),
+        Err(StoreError::Exists { .. }) if store.get(&key).await?.0 == bytes => Ok(head),
+        // A tombstone.
+        Err(StoreError::Exists { .. }) => Err(SnapshotError::NotFound(spec.snapshot.clone())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The number of a clone's first map, in epoch 0.
+const CLONED_MAP: MapSeq = MapSeq::ZERO;
+
+/// Step 3.
+async fn copy_map(
+    store: &dyn Store,
+    spec: &CloneSpec,
+    root: Option<RootRef>,
+) -> Result<RootRef, SnapshotError> {
+    let map = load_map(store, &spec.tenant, spec.parent, root).await?;
+    let id = MapObjectId {
+        volume: spec.volume,
+        epoch: Epoch::ZERO,
+        seq: CLONED_MAP,
+    };
+    put_root(
+        store,
+        &spec.tenant,
+        id,
+        map.manifest(),
+        Some(&Usage::default()),
+    )
+    .await
+}
+
+/// Stores a map object of a manifest, and a usage if it is known, alone.
+async fn put_root(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: MapObjectId,
+    manifest: &quarry_objfmt::map::Manifest,
+    usage: Option<&Usage>,
+) -> Result<RootRef, SnapshotError> {
+    let key = keys::map_key(tenant, id.volume, id.epoch, id.seq);
+    let damaged = |error: quarry_objfmt::FormatError| SnapshotError::Damaged {
+        object: key.clone(),
+        reason: error.to_string(),
+    };
+    let mut builder = MapObjectBuilder::new(id);
+    let usage = usage.map(|usage| builder.finish_usage(usage));
+    let usage = usage.transpose().map_err(damaged)?;
+    let (offset, len) = builder.finish_manifest(manifest).map_err(damaged)?;
+    match store.create(&key, builder.into_bytes().into()).await {
+        // The number is ours alone: what exists is what we sent, its answer lost.
+        Ok(_) | Err(StoreError::Exists { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(RootRef {
+        epoch: id.epoch,
+        seq: id.seq,
+        offset,
+        len,
+        usage,
+    })
+}
+
+/// Takes back a clone that has no head, or one that nobody knows of yet: the record goes last, for it is
+/// what leads to the rest. *Crash: as one of its creation.*
+pub async fn take_back(store: &dyn Store, spec: &CloneSpec) {
+    let CloneSpec { tenant, volume, .. } = spec;
+    let head = keys::head_key(tenant, *volume);
+    let map = keys::map_key(tenant, *volume, Epoch::ZERO, CLONED_MAP);
+    let undo = async {
+        // A tombstone stays.
+        match store.get(&head).await {
+            Ok((bytes, _)) if is_tombstone(&bytes) => {}
+            Ok(_) => store.delete(&head).await?,
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        store.delete(&map).await?;
+        store.delete(&clone_key(spec)).await
+    };
+    if let Err(error) = undo.await {
+        tracing::warn!(clone = %volume, %error, "a clone that was begun is not taken back; deleting its snapshot will");
+    }
+}
+
+/// Deletes the record of a clone whose head is gone.
+///
+/// # Errors
+/// The store's.
+pub async fn forget_clone(
+    store: &dyn Store,
+    tenant: &TenantName,
+    clone: VolumeId,
+    parent: &Parent,
+) -> Result<(), StoreError> {
+    let Ok(name) = SnapName::new(parent.snapshot.clone()) else {
+        return Ok(());
+    };
+    let key = keys::clone_key(tenant, parent.volume, &name, clone);
+    store.delete(&key).await
+}

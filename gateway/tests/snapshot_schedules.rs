@@ -1,0 +1,329 @@
+//! The code that makes a clone beside the code that deletes its snapshot, in every order of their store calls, and
+//! each cut off after any of them: never is a clone there whose snapshot is gone.
+
+#[path = "common/stepped.rs"]
+mod stepped;
+
+use std::cell::{Cell, RefCell};
+use std::pin::pin;
+use std::task::{Context, Waker};
+
+use quarry_gateway::backend::open::{Claim, hold};
+use quarry_gateway::backend::{HeadCell, HeadError};
+use quarry_gateway::snapshot::{
+    CloneSpec, SnapshotError, clones, close_all, create, delete, make_clone,
+};
+use quarry_gateway::store::Store;
+use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId};
+use quarry_objfmt::{
+    CacheId, Epoch, Head, Lba, Location, MapEntry, MapSeq, RootRef, Sectors, SnapName, TenantName,
+    VolumeId, VolumeName, WriteSeq, keys,
+};
+use stepped::{Stepped, Task, alone, in_every_order, run};
+
+const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
+const CLONE: VolumeId = VolumeId::from_bytes([2; 16]);
+/// When the clone is begun.
+const BEGUN: u64 = 10;
+/// When one that is begun is given up.
+const LATE: u64 = BEGUN + 3_600_000;
+
+fn tenant() -> TenantName {
+    TenantName::new("acme").unwrap()
+}
+
+fn snap() -> SnapName {
+    SnapName::new("golden").unwrap()
+}
+
+fn spec() -> CloneSpec {
+    CloneSpec {
+        tenant: tenant(),
+        parent: VOLUME,
+        snapshot: snap(),
+        volume: CLONE,
+        name: VolumeName::new("copy").unwrap(),
+        now_ms: BEGUN,
+    }
+}
+
+/// A volume with a map that somebody has attached, and a snapshot of it.
+fn attached() -> (Stepped, HeadCell) {
+    let store = Stepped::default();
+    let id = MapObjectId {
+        volume: VOLUME,
+        epoch: Epoch::new(0),
+        seq: MapSeq::new(0),
+    };
+    let mut builder = MapObjectBuilder::new(id);
+    let entry = MapEntry {
+        start: Lba::new(8),
+        len: 8,
+        location: Location::Zero,
+    };
+    builder.push(entry).unwrap();
+    let table = builder.finish_table().unwrap().unwrap();
+    let manifest = Manifest {
+        runs: vec![vec![table]],
+    };
+    let (offset, len) = builder.finish_manifest(&manifest).unwrap();
+    let key = keys::map_key(&tenant(), VOLUME, id.epoch, id.seq);
+    alone(&store, store.create(&key, builder.into_bytes().into())).unwrap();
+    let name = VolumeName::new("db").unwrap();
+    let head = Head {
+        root: Some(RootRef {
+            epoch: id.epoch,
+            seq: id.seq,
+            offset,
+            len,
+            usage: None,
+        }),
+        root_write: WriteSeq::new(3),
+        next_map: MapSeq::new(1),
+        ..Head::fresh(VOLUME, &tenant(), &name, Sectors::new(1000), 1)
+    };
+    let key = keys::head_key(&tenant(), VOLUME);
+    alone(&store, store.create(&key, head.encode().into())).unwrap();
+    let by = Claim {
+        cache: CacheId::from_bytes([1; 16]),
+        host: "a".to_owned(),
+        now_ms: 1,
+        force: false,
+        discard_unsent: false,
+    };
+    let (cell, _) = alone(&store, hold(&store, &tenant(), VOLUME, &by)).unwrap();
+    let name = snap();
+    let made = create(&store, &cell, &name, WriteSeq::new(3), 5);
+    alone(&store, made).unwrap();
+    (store, cell)
+}
+
+fn head_of(store: &Stepped, volume: VolumeId) -> Option<Head> {
+    let objects = store.objects.lock();
+    Head::decode(objects.get(&keys::head_key(&tenant(), volume))?).ok()
+}
+
+/// What is there in the end. A clone has all that it needs; who is not there has left nothing to find it by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Found {
+    clone: bool,
+    snapshot: bool,
+    closing: bool,
+}
+
+fn look(store: &Stepped) -> Found {
+    let parent = head_of(store, VOLUME).expect("the parent stays");
+    let snapshot = parent.snapshots.first();
+    let clone = head_of(store, CLONE);
+    if let Some(clone) = &clone {
+        let root = clone.root.unwrap();
+        let key = keys::map_key(&tenant(), CLONE, root.epoch, root.seq);
+        assert!(
+            store.objects.lock().contains_key(&key),
+            "a clone without its map"
+        );
+        assert!(snapshot.is_some(), "a clone whose snapshot is gone");
+        let key = keys::clone_key(&tenant(), VOLUME, &snap(), CLONE);
+        assert!(
+            store.objects.lock().contains_key(&key),
+            "a clone without its record"
+        );
+    }
+    let copy = keys::snap_key(&tenant(), VOLUME, &snap());
+    assert!(snapshot.is_none() || store.objects.lock().contains_key(&copy));
+    Found {
+        clone: clone.is_some(),
+        snapshot: snapshot.is_some(),
+        closing: snapshot.is_some_and(|s| s.closing),
+    }
+}
+
+/// Deletes the snapshot at a time, beside the making of a clone.
+fn race(now_ms: u64) -> (usize, [usize; 4]) {
+    let outcomes = Cell::new([0; 4]);
+    let orders = in_every_order(|choose| {
+        let (store, cell) = attached();
+        let (made, deleted) = (RefCell::new(None), RefCell::new(None));
+        let spec = spec();
+        let tasks: Vec<Task<'_>> = vec![
+            Box::pin(async { *made.borrow_mut() = Some(make_clone(&store, &spec).await) }),
+            Box::pin(async {
+                *deleted.borrow_mut() = Some(delete(&store, &cell, &snap(), now_ms).await);
+            }),
+        ];
+        run(&store, tasks, choose);
+        let (made, deleted) = (made.take().unwrap(), deleted.take().unwrap());
+        let found = look(&store);
+        assert_eq!(found.clone, made.is_ok(), "{made:?}");
+        assert_eq!(found.snapshot, deleted.is_err(), "{deleted:?}");
+        assert!(
+            !found.closing,
+            "a refused deletion leaves the snapshot as it was"
+        );
+        let outcome = match (&made, &deleted) {
+            (Ok(_), Err(SnapshotError::HasClones { .. })) => 0,
+            (Ok(_), Err(SnapshotError::BeingCloned { .. })) => 1,
+            (Err(SnapshotError::NotFound(_) | SnapshotError::Closing(_)), Ok(())) => 2,
+            (Err(SnapshotError::Closing(_)), Err(SnapshotError::BeingCloned { .. })) => 3,
+            others => panic!("{others:?}"),
+        };
+        let mut counts = outcomes.get();
+        counts[outcome] += 1;
+        outcomes.set(counts);
+        let record = keys::clone_key(&tenant(), VOLUME, &snap(), CLONE);
+        assert!(found.clone || !store.objects.lock().contains_key(&record));
+    });
+    (orders, outcomes.get())
+}
+
+#[test]
+fn clone_beside_a_deletion_in_every_order_has_its_snapshot_or_is_not_there() {
+    let (orders, counts) = race(BEGUN);
+    println!("{orders} orders: {counts:?}");
+    assert!(orders > 200 && counts.iter().all(|count| *count > 0));
+}
+
+#[test]
+fn clone_that_is_made_late_beside_a_deletion_is_given_up_or_has_its_snapshot() {
+    let (orders, counts) = race(LATE);
+    println!("{orders} orders: {counts:?}");
+    // None is waited for.
+    assert!(orders > 1000 && counts[0] > 0 && counts[2] > 0);
+    assert_eq!((counts[1], counts[3]), (0, 0));
+}
+
+#[test]
+fn clone_beside_the_deletion_of_its_whole_volume_keeps_it_or_is_not_there() {
+    let refused = Cell::new(0);
+    let orders = in_every_order(|choose| {
+        let (store, cell) = attached();
+        let (made, closed) = (RefCell::new(None), RefCell::new(None));
+        let spec = spec();
+        let tasks: Vec<Task<'_>> = vec![
+            Box::pin(async { *made.borrow_mut() = Some(make_clone(&store, &spec).await) }),
+            Box::pin(async {
+                *closed.borrow_mut() = Some(close_all(&store, &cell, BEGUN).await);
+            }),
+        ];
+        run(&store, tasks, choose);
+        let (made, closed) = (made.take().unwrap(), closed.take().unwrap());
+        let found = look(&store);
+        assert_eq!(found.clone, made.is_ok());
+        // Once all are closed, the volume's objects are deleted.
+        assert!(
+            closed.is_err() || made.is_err(),
+            "a clone of a deleted volume"
+        );
+        assert_eq!(found.closing, closed.is_ok());
+        refused.set(refused.get() + usize::from(closed.is_err()));
+    });
+    println!("{orders} orders, {} deletions were refused", refused.get());
+    assert!(orders > 150 && (1..orders).contains(&refused.get()));
+}
+
+/// Carries a task out for so many calls, and then no more; whether it came to its end.
+fn cut_off<T>(store: &Stepped, calls: usize, task: impl Future<Output = T>) -> bool {
+    let mut task = pin!(task);
+    let mut cx = Context::from_waker(Waker::noop());
+    for _ in 0..=calls {
+        store.begin();
+        if task.as_mut().poll(&mut cx).is_ready() {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn clone_cut_off_after_any_call_is_there_or_can_be_given_up() {
+    let (mut calls, mut there) = (0, 0);
+    loop {
+        let (store, cell) = attached();
+        let spec = spec();
+        let done = cut_off(&store, calls, make_clone(&store, &spec));
+        let found = look(&store);
+        there += usize::from(found.clone);
+        // At first nobody can know whether it goes on; later it is given up, and never made.
+        let early = alone(&store, delete(&store, &cell, &snap(), BEGUN));
+        assert_eq!(early.is_ok(), calls == 0, "after {calls} calls: {early:?}");
+        if calls > 0 {
+            let late = alone(&store, delete(&store, &cell, &snap(), LATE));
+            assert_eq!(late.is_err(), found.clone, "after {calls} calls: {late:?}");
+        }
+        assert_eq!(look(&store).snapshot, found.clone);
+        if done {
+            break;
+        }
+        calls += 1;
+    }
+    println!("{calls} calls, and the clone is there after {there} of them");
+    assert!(calls >= 5 && there > 0);
+}
+
+#[test]
+fn deletion_cut_off_after_any_call_is_finished_by_the_next() {
+    let mut calls = 0;
+    loop {
+        let (store, cell) = attached();
+        let done = cut_off(&store, calls, delete(&store, &cell, &snap(), BEGUN));
+        let found = look(&store);
+        let spec = spec();
+        let made = alone(&store, make_clone(&store, &spec));
+        assert_eq!(made.is_ok(), calls == 0, "after {calls} calls: {made:?}");
+        let again = alone(&store, delete(&store, &cell, &snap(), BEGUN));
+        match &again {
+            Ok(()) => assert!(!look(&store).snapshot),
+            Err(SnapshotError::HasClones { clones: names, .. }) => {
+                // The engine had not named it yet.
+                let known_as = format!("acme/copy (nameless, id {CLONE})");
+                assert_eq!((calls, &names[..]), (0, &[known_as][..]));
+                let listed = alone(&store, clones(&store, &tenant(), VOLUME, &snap()));
+                assert_eq!(&listed.unwrap(), names);
+            }
+            // It had come to its end, but for nobody's knowing.
+            Err(SnapshotError::NotFound(_)) => assert!(!found.snapshot),
+            Err(error) => panic!("after {calls} calls: {error}"),
+        }
+        let copy = keys::snap_key(&tenant(), VOLUME, &snap());
+        assert!(calls == 0 || !store.objects.lock().contains_key(&copy));
+        if done {
+            break;
+        }
+        calls += 1;
+    }
+    assert!(calls >= 3, "{calls}");
+}
+
+#[test]
+fn writer_that_was_taken_over_can_neither_make_a_snapshot_nor_delete_one() {
+    let (store, stalled) = attached();
+    let by = Claim {
+        cache: CacheId::from_bytes([2; 16]),
+        host: "b".to_owned(),
+        now_ms: 2,
+        force: true,
+        discard_unsent: false,
+    };
+    let (owner, was_owned) = alone(&store, hold(&store, &tenant(), VOLUME, &by)).unwrap();
+    assert!(was_owned);
+    let before = head_of(&store, VOLUME);
+    let fenced = |error: &SnapshotError| matches!(error, SnapshotError::Head(HeadError::Fenced { by }) if by == "host b");
+    let [golden, late, other] = ["golden", "late", "other"].map(|n| SnapName::new(n).unwrap());
+    let made = create(&store, &stalled, &late, WriteSeq::ZERO, 9);
+    assert!(fenced(&alone(&store, made).unwrap_err()));
+    let deleted = delete(&store, &stalled, &golden, 9);
+    assert!(fenced(&alone(&store, deleted).unwrap_err()));
+    assert_eq!(head_of(&store, VOLUME), before);
+    // What the stalled one left there is written over by the snapshot of that name that comes to be.
+    let made = create(&store, &owner, &late, WriteSeq::ZERO, 10);
+    let made = alone(&store, made).unwrap();
+    let head = head_of(&store, VOLUME).unwrap();
+    assert_eq!(head.snapshots[1], made);
+    let behind = create(&store, &owner, &other, WriteSeq::new(4), 11);
+    assert!(matches!(alone(&store, behind), Err(SnapshotError::Behind)));
+    let twice = create(&store, &owner, &late, WriteSeq::ZERO, 12);
+    assert!(matches!(
+        alone(&store, twice),
+        Err(SnapshotError::Exists(_))
+    ));
+}
