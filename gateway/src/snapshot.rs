@@ -19,7 +19,7 @@ mod rollback;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
-use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, Usage};
+use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, Usage};
 use quarry_objfmt::record::{CLONE_KIND, NAME_KIND, TOMBSTONE_KIND};
 use quarry_objfmt::{
     ChunkSeq, CloneRecord, Epoch, MapSeq, NameRecord, SnapName, Snapshot, TenantName,
@@ -556,10 +556,6 @@ async fn make_head(
     parent: &Head,
     snapshot: &SnapshotRef,
 ) -> Result<Head, SnapshotError> {
-    let root = match snapshot.root {
-        None => None,
-        root => Some(copy_map(store, spec, root).await?),
-    };
     let fresh = Head::fresh(
         spec.volume,
         &spec.tenant,
@@ -567,14 +563,13 @@ async fn make_head(
         snapshot.size,
         spec.now_ms,
     );
-    let head = Head {
+    let mut head = Head {
         sector_size: parent.sector_size,
         frame_sectors: parent.frame_sectors,
         compression: parent.compression,
         encryption: parent.encryption,
         durability: parent.durability,
         retain_ms: parent.retain_ms,
-        root,
         next_map: CLONED_MAP.next(),
         parent: Some(Parent {
             volume: spec.parent,
@@ -582,6 +577,10 @@ async fn make_head(
         }),
         ..fresh
     };
+    if snapshot.root.is_some() {
+        let basis = Basis::of(&head);
+        head.root = Some(copy_map(store, spec, snapshot.root, basis).await?);
+    }
     // Step 4.
     let key = keys::head_key(&spec.tenant, spec.volume);
     let bytes = Bytes::from(head.encode());
@@ -602,6 +601,7 @@ async fn copy_map(
     store: &dyn Store,
     spec: &CloneSpec,
     root: Option<RootRef>,
+    basis: Basis,
 ) -> Result<RootRef, SnapshotError> {
     let map = load_map(store, &spec.tenant, spec.parent, root).await?;
     let id = MapObjectId {
@@ -609,14 +609,11 @@ async fn copy_map(
         epoch: Epoch::ZERO,
         seq: CLONED_MAP,
     };
-    put_root(
-        store,
-        &spec.tenant,
-        id,
-        map.manifest(),
-        Some(&Usage::default()),
-    )
-    .await
+    let usage = Usage {
+        basis,
+        ..Usage::default()
+    };
+    put_root(store, &spec.tenant, id, map.manifest(), Some(&usage)).await
 }
 
 /// Stores a map object of a manifest, and a usage if it is known, alone.

@@ -72,6 +72,29 @@ pub enum Durability {
     Object,
 }
 
+impl Durability {
+    /// Its number in the formats.
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Local => 0,
+            Self::Object => 1,
+        }
+    }
+
+    /// What has this number.
+    pub(crate) fn from_code(code: u8, what: &'static str) -> Result<Self> {
+        match code {
+            0 => Ok(Self::Local),
+            1 => Ok(Self::Object),
+            _ => Err(FormatError::Unknown {
+                what,
+                field: "durability",
+                found: code.into(),
+            }),
+        }
+    }
+}
+
 impl std::fmt::Display for Durability {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
@@ -251,10 +274,7 @@ impl Head {
         put_u32(&mut out, self.frame_sectors);
         put_u8(&mut out, self.compression.code());
         put_u8(&mut out, self.encryption.code());
-        put_u8(
-            &mut out,
-            matches!(self.durability, Durability::Object).into(),
-        );
+        put_u8(&mut out, self.durability.code());
         let mut present = 0;
         present |= if self.owner.is_some() { HAS_OWNER } else { 0 };
         present |= if self.lineage.is_some() {
@@ -317,18 +337,7 @@ impl Head {
         let frame_sectors = r.u32()?;
         let compression = Compression::from_code(r.u8()?, WHAT)?;
         let encryption = Encryption::from_code(r.u8()?, WHAT)?;
-        let durability = match r.u8()? {
-            0 => Durability::Local,
-            1 => Durability::Object,
-            code => {
-                let found = code.into();
-                return Err(FormatError::Unknown {
-                    what: WHAT,
-                    field: "durability",
-                    found,
-                });
-            }
-        };
+        let durability = Durability::from_code(r.u8()?, WHAT)?;
         let present = r.u8()?;
         let known = HAS_OWNER | HAS_LINEAGE | HAS_ROOT | if version > 1 { HAS_PARENT } else { 0 };
         if present & !known != 0 {

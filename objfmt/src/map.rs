@@ -26,7 +26,7 @@ pub use index::{IndexEntry, IndexNode};
 pub use leaf::{LEAF_ENTRIES_MAX, Leaf};
 pub use manifest::{Manifest, RUNS_MAX, TableRef};
 pub use node::{NODE_HEADER_LEN, NODE_MAGIC, NODE_VERSION, NodeKind, open_node};
-pub use usage::{ChunkUse, DeadObject, ObjectKind, Usage};
+pub use usage::{Basis, ChunkUse, DeadObject, ObjectKind, Usage};
 
 use crate::types::{Epoch, MapSeq, VolumeId};
 

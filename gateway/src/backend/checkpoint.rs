@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use quarry_cache::Mutation;
 use quarry_objfmt::head::{Head, RootRef};
-use quarry_objfmt::map::{MapObjectBuilder, MapObjectId, TableRef};
+use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, TableRef};
 use quarry_objfmt::{MapEntry, MapSeq, keys};
 use quarry_volume::map::{MapRoot, plan_merge};
 use quarry_volume::{CheckpointPlan, DataError, Event};
@@ -110,7 +110,9 @@ pub(super) async fn publish(
         seq: root.seq,
     });
     next.replace_map(&old, manifest, &root, id.seq, now_ms);
-    let usage = next.usage().map(|usage| {
+    let mut after = backend.head.get();
+    change(&mut after);
+    let usage = next.usage(Basis::of(&after)).map(|usage| {
         builder
             .finish_usage(&usage)
             .expect("a usage is sorted, and far below 4 GiB")

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use quarry_objfmt::map::{ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
+use quarry_objfmt::map::{Basis, ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, Location, MapEntry, MapSeq, SECTOR_SIZE, SnapshotRef, VolumeId,
 };
@@ -110,8 +110,9 @@ impl Objects {
     }
 
     /// What is to be written beside the manifest; `None` if it would not be all.
-    pub(super) fn usage(&self) -> Option<Usage> {
+    pub(super) fn usage(&self, basis: Basis) -> Option<Usage> {
         self.counted.then(|| Usage {
+            basis,
             chunks: self.chunks.values().copied().collect(),
             dead: self.dead.iter().map(|dead| dead.object).collect(),
         })
@@ -392,7 +393,7 @@ mod tests {
         assert_eq!((space.live, space.debt), (50 * 512, 50 * 512));
         assert_eq!((space.dead, space.pinned), (1000, 0));
         assert_eq!(objects.space(&[snapshot(4)]).pinned, 1000);
-        let again = Objects::new(VOLUME, objects.usage().unwrap());
+        let again = Objects::new(VOLUME, objects.usage(Basis::default()).unwrap());
         assert_eq!(due(&again, &[]), [1]);
     }
 
@@ -420,11 +421,11 @@ mod tests {
         let mut objects = Objects::uncounted(VOLUME);
         let (old, young) = (chunk(1), chunk(2));
         objects.fold(&[young], &[entry(0, 70, &young)], MapSeq::new(5), 0);
-        assert_eq!(objects.usage(), None);
+        assert_eq!(objects.usage(Basis::default()), None);
         let name = |chunk: &LogChunk| (chunk.id.epoch, chunk.id.seq);
         let needed = Needed::from([(name(&old), 30), (name(&young), 70)]);
         objects.count(&needed, MapSeq::new(5), 0);
-        let usage = objects.usage().unwrap();
+        let usage = objects.usage(Basis::default()).unwrap();
         let listed: Vec<_> = usage
             .chunks
             .iter()
@@ -475,7 +476,7 @@ mod tests {
         assert_eq!(due(&objects, 5_000, 5_999), 0);
         assert_eq!(due(&objects, 5_000, 6_000), 1);
         // Known anew, it waits anew.
-        let again = Objects::new(VOLUME, objects.usage().unwrap());
+        let again = Objects::new(VOLUME, objects.usage(Basis::default()).unwrap());
         assert_eq!(due(&again, 0, 1_000_000), 0);
     }
 }

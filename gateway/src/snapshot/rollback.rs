@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use quarry_objfmt::head::{Head, LogRange, SnapshotRef};
-use quarry_objfmt::map::{DeadObject, Manifest, MapObjectId, ObjectKind, TableRef, Usage};
+use quarry_objfmt::map::{Basis, DeadObject, Manifest, MapObjectId, ObjectKind, TableRef, Usage};
 use quarry_objfmt::{Epoch, MapSeq, SnapName, TenantName, VolumeId, keys};
 
 use super::{SnapshotError, find, put_root};
@@ -66,6 +66,14 @@ async fn go_back(
     let map = load_map(store, tenant, volume, snapshot.root).await?;
     let at = info.next_map;
     let usage = usage(store, tenant, taken, snapshot, map.manifest(), at, now_ms).await?;
+    let usage = usage.map(|usage| Usage {
+        basis: Basis {
+            log_end: taken.log.end,
+            root_write: snapshot.root_write,
+            ..Basis::of(info)
+        },
+        ..usage
+    });
     // Step 2. An object even for an empty map: the newest map has the highest number.
     let id = MapObjectId {
         volume,

@@ -8,9 +8,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::codec::Compression;
 use crate::error::{FormatError, Result};
+use crate::head::{Durability, Head};
 use crate::map::{MapObjectId, NodeKind, open_node};
-use crate::types::{ChunkSeq, Epoch, MapSeq};
+use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, WriteSeq};
 use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
 
 const WHAT: &str = "map usage";
@@ -78,9 +80,68 @@ impl DeadObject {
     }
 }
 
+/// Where a map stands in its volume's life, and what the volume is: for who has lost its head.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Basis {
+    /// The first chunk of the log that is not in it.
+    pub log_end: ChunkSeq,
+    /// The newest write in it.
+    pub root_write: WriteSeq,
+    /// How large the volume was; it may be larger by now.
+    pub size: Sectors,
+    /// Bytes in a logical block.
+    pub sector_size: u32,
+    /// Sectors in a frame.
+    pub frame_sectors: u32,
+    /// Tried for each frame.
+    pub compression: Compression,
+    /// When a flush is durable.
+    pub durability: Durability,
+}
+
+impl Basis {
+    /// Of the map that this head names.
+    #[must_use]
+    pub fn of(head: &Head) -> Self {
+        Self {
+            log_end: head.log.first().map_or(ChunkSeq::ZERO, |range| range.first),
+            root_write: head.root_write,
+            size: head.size,
+            sector_size: head.sector_size,
+            frame_sectors: head.frame_sectors,
+            compression: head.compression,
+            durability: head.durability,
+        }
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        put_varint(out, self.log_end.get());
+        put_varint(out, self.root_write.get());
+        put_varint(out, self.size.get());
+        put_varint(out, self.sector_size.into());
+        put_varint(out, self.frame_sectors.into());
+        put_u8(out, self.compression.code());
+        put_u8(out, self.durability.code());
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self> {
+        Ok(Self {
+            log_end: ChunkSeq::new(reader.varint()?),
+            root_write: WriteSeq::new(reader.varint()?),
+            size: Sectors::new(reader.varint()?),
+            sector_size: reader.varint_u32()?,
+            frame_sectors: reader.varint_u32()?,
+            compression: Compression::from_code(reader.u8()?, WHAT)?,
+            durability: Durability::from_code(reader.u8()?, WHAT)?,
+        })
+    }
+}
+
 /// A volume's objects, as of one map.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Usage {
+    /// What the map is of.
+    pub basis: Basis,
     /// Chunks that the map may need, by epoch and number.
     pub chunks: Vec<ChunkUse>,
     /// Objects that it needs no more.
@@ -133,6 +194,7 @@ impl Usage {
             dead.entry(object.0).or_insert(object.1);
         }
         Self {
+            basis: self.basis,
             chunks: to.chunks.clone(),
             dead: dead.into_values().collect(),
         }
@@ -162,6 +224,7 @@ impl Usage {
                 supported: USAGE_VERSION.into(),
             });
         }
+        let basis = Basis::decode(&mut reader)?;
         let count = reader.count(CHUNK_LEN_MIN)?;
         let mut chunks: Vec<ChunkUse> = Vec::with_capacity(count);
         for _ in 0..count {
@@ -173,7 +236,11 @@ impl Usage {
             .map(|_| read_dead(&mut reader))
             .collect::<Result<_>>()?;
         reader.finish()?;
-        Ok(Self { chunks, dead })
+        Ok(Self {
+            basis,
+            chunks,
+            dead,
+        })
     }
 
     /// Appends the payload.
@@ -182,6 +249,7 @@ impl Usage {
     /// If the chunks are not sorted, or one needs more than it has.
     pub(super) fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
         put_u8(out, USAGE_VERSION);
+        self.basis.encode(out);
         put_varint(out, self.chunks.len() as u64);
         let mut last: Option<&ChunkUse> = None;
         for chunk in &self.chunks {
@@ -294,6 +362,18 @@ mod tests {
 
     use super::*;
 
+    fn basis() -> Basis {
+        Basis {
+            log_end: ChunkSeq::new(77),
+            root_write: WriteSeq::new(1000),
+            size: Sectors::new(1 << 30),
+            sector_size: 4096,
+            frame_sectors: 128,
+            compression: Compression::Zstd,
+            durability: Durability::Object,
+        }
+    }
+
     prop_compose! {
         fn any_chunk()(
             epoch in 0u32..4, seq in prop_oneof![0u64..50, any::<u64>()], born: u64,
@@ -335,7 +415,11 @@ mod tests {
         ) {
             chunks.sort_by_key(|chunk| (chunk.epoch, chunk.seq));
             chunks.dedup_by_key(|chunk| (chunk.epoch, chunk.seq));
-            let usage = Usage { chunks, dead };
+            let usage = Usage {
+                basis: basis(),
+                chunks,
+                dead,
+            };
             let mut payload = Vec::new();
             usage.encode(&mut payload).unwrap();
             prop_assert_eq!(Usage::decode_payload(&payload), Ok(usage));
@@ -372,10 +456,12 @@ mod tests {
         };
         // Map 10 needed chunks 1 and 2 and map object 9; chunk 1 died at 12, chunk 0 before it.
         let to = Usage {
+            basis: basis(),
             chunks: vec![chunk(1, 8, 100), chunk(2, 9, 60)],
             dead: vec![dead(ObjectKind::Chunk, 0, 7, 10)],
         };
         let now = Usage {
+            basis: basis(),
             chunks: vec![chunk(2, 9, 10), chunk(3, 12, 100)],
             dead: vec![
                 dead(ObjectKind::Chunk, 0, 7, 10),
@@ -415,11 +501,12 @@ mod tests {
             stored_bytes: 8 << 20,
         });
         let usage = Usage {
+            basis: basis(),
             chunks: chunks.collect(),
             dead: Vec::new(),
         };
         let mut payload = Vec::new();
         usage.encode(&mut payload).unwrap();
-        assert!(payload.len() <= 12 * 10_000 + 8, "{}", payload.len());
+        assert!(payload.len() <= 12 * 10_000 + 32, "{}", payload.len());
     }
 }
