@@ -13,7 +13,7 @@ use crate::event::{Action, StatusRun};
 /// Most runs of an answer: one of 8 KiB, in NBD.
 pub const STATUS_RUNS_MAX: usize = 1024;
 
-/// Entries of the layers that end a walk: some tenths of a millisecond.
+/// Entries of the layers at which a walk takes no further step: some tenths of a millisecond, and the last step.
 const ENTRIES_MAX: usize = 4096;
 
 /// How far a walk goes between looking at the bounds: 16 MiB, as readahead looks ahead.
