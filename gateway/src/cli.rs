@@ -1,14 +1,18 @@
 //! The command line: a client of the control plane and nothing more, but for `serve`, `demo` and
-//! `config`, which need no daemon.
+//! `config`, which need no daemon, and for `import` and `export`, which also read and write volumes by NBD.
 //!
 //! Owns the flags, the form of what is printed, and the exit codes: 0 done, 1 failed, 2 misused.
 //! Every failure is one sentence on standard error that ends in what to do; with `--output json`
 //! standard output bears it too. What was asked for goes to standard output, progress never.
 
 mod args;
+mod attachment;
 mod config;
+mod copying;
 mod demo;
+mod export;
 mod failure;
+mod import;
 mod logging;
 mod output;
 mod progress;

@@ -165,6 +165,12 @@ impl ExportDirectory for Exports {
     }
 }
 
+/// Sectors of data in a chunk.
+fn chunk_sectors(config: &quarry_config::Config) -> u32 {
+    let chunk = config.writeback.chunk_size.bytes() / u64::from(quarry_objfmt::SECTOR_SIZE);
+    u32::try_from(chunk).unwrap_or(u32::MAX)
+}
+
 /// Now, in milliseconds of Unix time: recorded for people, decided upon by nobody.
 pub(crate) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -254,6 +260,7 @@ impl Daemon {
             reclaim: backend::ReclaimSettings {
                 horizon: config.reclaim.horizon,
                 debt_min: config.reclaim.debt_min.bytes(),
+                chunk_sectors: chunk_sectors(&config),
             },
             now_ms,
             runtime: tokio::runtime::Handle::current(),
@@ -299,10 +306,9 @@ impl Daemon {
 
     fn tuning(&self) -> Tuning {
         let writeback = &self.config.writeback;
-        let chunk = writeback.chunk_size.bytes() / u64::from(quarry_objfmt::SECTOR_SIZE);
         Tuning {
             writeback_delay_ms: u64::try_from(writeback.delay.as_millis()).unwrap_or(u64::MAX),
-            chunk_sectors_max: u32::try_from(chunk).unwrap_or(u32::MAX),
+            chunk_sectors_max: chunk_sectors(&self.config),
             uploads_max: writeback.uploads_max as usize,
             ..Tuning::default()
         }

@@ -6,6 +6,7 @@ pub mod control;
 pub mod daemon;
 pub mod demo;
 pub mod engine;
+pub mod image;
 pub mod metrics;
 pub mod nbd;
 pub mod provision;

@@ -212,8 +212,7 @@ impl NbdServer {
                 }
             };
             let export = negotiated.export;
-            let connection =
-                Connection::new(fd, negotiated.structured).with_guard(Box::new(permit));
+            let connection = Connection::new(fd, negotiated.replies).with_guard(Box::new(permit));
             let message = Message::AddFrontEnd {
                 key: export.volume,
                 front_end: Box::new(connection),

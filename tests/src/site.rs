@@ -167,7 +167,7 @@ impl Site {
     /// # Errors
     /// If it cannot be started.
     pub fn quarry(&self, arguments: &[&str]) -> Result<Ran> {
-        Ran::run(self.client().args(arguments))
+        Ran::run(&mut self.command(arguments))
     }
 
     /// Calls `quarry ARGUMENTS --output json`.
@@ -175,13 +175,24 @@ impl Site {
     /// # Errors
     /// If it cannot be started.
     pub fn quarry_json(&self, arguments: &[&str]) -> Result<Ran> {
-        Ran::run(self.client().args(arguments).args(["--output", "json"]))
+        Ran::run(self.command(arguments).args(["--output", "json"]))
     }
 
-    fn client(&self) -> Command {
+    /// The command `quarry ARGUMENTS` as a client of this site, whose user's state is in it too.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = clean_quarry();
-        command.env("QUARRY_SOCKET", self.socket());
         command
+            .env("QUARRY_SOCKET", self.socket())
+            .env("XDG_STATE_HOME", self.state())
+            .args(arguments);
+        command
+    }
+
+    /// Where its clients keep what they must remember.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.root.join("state")
     }
 
     /// The command that starts the daemon.

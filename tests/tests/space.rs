@@ -11,9 +11,9 @@ use tempfile::tempdir;
 
 const VOLUME: &str = "acme/churn";
 const BLOCK: u64 = 4096;
-/// Chunks of an eighth of the usual size, for a volume that is as much smaller than real ones.
+/// Small chunks, for a volume that is as much smaller than real ones.
 const SETTINGS: &str =
-    "[writeback]\nchunk_size = \"1MiB\"\n[reclaim]\nhorizon = \"2s\"\ndebt_min = \"1MiB\"\n";
+    "[writeback]\nchunk_size = \"256KiB\"\n[reclaim]\nhorizon = \"2s\"\ndebt_min = \"1MiB\"\n";
 /// Requests under way.
 const DEPTH: usize = 32;
 /// By then what is not needed must be gone.

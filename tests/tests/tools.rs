@@ -83,6 +83,46 @@ fn nbdinfo_of_a_volume_tells_its_geometry() -> Result<()> {
 }
 
 #[test]
+fn nbdinfo_map_of_a_volume_shows_what_was_written() -> Result<()> {
+    let Some(nbdinfo) = tool("nbdinfo") else {
+        return Ok(());
+    };
+    let dir = tempdir()?;
+    let daemon = started(dir.path(), 1 << 40)?;
+    let site = daemon.site().clone();
+    let mut nbd = daemon.connect(VOLUME)?;
+    nbd.write(5 * MIB, &[1; 8192], false)?;
+    nbd.write((1 << 40) - 4096, &[1; 4096], false)?;
+    drop(nbd);
+    let map = |daemon: &Daemon| -> Result<Vec<(u64, u64, u64)>> {
+        let told = run(&nbdinfo, &["--map", "--json", &daemon.uri(VOLUME)?])?;
+        let told: Vec<Value> = serde_json::from_str(&told.stdout)?;
+        let number = |run: &Value, key: &str| run[key].as_u64().context("a number");
+        let run = |run| {
+            let kind = number(run, "type")?;
+            Ok((number(run, "offset")?, number(run, "length")?, kind))
+        };
+        told.iter().map(run).collect()
+    };
+    let last = (1 << 40) - 4096;
+    let expected = [
+        (0, 5 * MIB, 3),
+        (5 * MIB, 8192, 0),
+        (5 * MIB + 8192, last - 5 * MIB - 8192, 3),
+        (last, 4096, 0),
+    ];
+    ensure!(map(&daemon)? == expected, "{:?}", map(&daemon)?);
+    // The same from the store alone.
+    daemon.sync(VOLUME)?;
+    daemon.kill()?;
+    site.lose_host()?;
+    let daemon = site.start()?;
+    drop(daemon.attach(VOLUME, &["--force"])?);
+    ensure!(map(&daemon)? == expected, "{:?}", map(&daemon)?);
+    daemon.stop()
+}
+
+#[test]
 fn nbdcopy_in_and_out_after_losing_the_host_is_the_same() -> Result<()> {
     let Some(nbdcopy) = tool("nbdcopy") else {
         return Ok(());

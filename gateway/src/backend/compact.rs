@@ -37,9 +37,6 @@ use crate::store::StoreError;
 /// puts in order.
 pub(super) const STAGE_SECTORS_MAX: u32 = 128 << 10;
 
-/// Sectors of data in a chunk that it makes (8 MiB).
-const CHUNK_SECTORS_MAX: u32 = 16 << 10;
-
 /// Victims read side by side; each takes its object and its needed data.
 const READS_AT_ONCE: usize = 4;
 
@@ -91,7 +88,7 @@ pub(super) async fn run(backend: &VolumeBackend, victims: &[ChunkName]) -> Resul
     let mut rest = &pieces[..];
     let mut first = 0;
     while !rest.is_empty() {
-        let (part, more) = rest.split_at(chunk_of(rest));
+        let (part, more) = rest.split_at(chunk_of(rest, backend.common.reclaim.chunk_sectors));
         moved.push(write(backend, part, &data[first..first + part.len()]).await?);
         first += part.len();
         rest = more;
@@ -245,15 +242,15 @@ fn cut_out(
     Ok(pieces.iter().map(cut).collect())
 }
 
-/// How many of the pieces the next chunk takes.
-fn chunk_of(pieces: &[Piece]) -> usize {
-    let mut room = CHUNK_SECTORS_MAX;
+/// How many of the pieces the next chunk takes, of so many sectors.
+fn chunk_of(pieces: &[Piece], sectors: u32) -> usize {
+    let mut room = sectors;
     let fit = pieces.iter().take_while(|piece| {
         let rest = room.checked_sub(piece.len);
         room = rest.unwrap_or(0);
         rest.is_some()
     });
-    // No piece is longer than a frame, which is far shorter than a chunk.
+    // A piece is no longer than a frame; where a chunk is to be shorter, it is as long as that.
     fit.count().max(1)
 }
 

@@ -43,10 +43,10 @@ const PATIENCE_MAX: u64 = 16;
 
 /// Compaction begins when so much of a hundredth of what is needed lies about that is not, in chunks that
 /// are.
-const DEBT_START_PERCENT: u64 = 20;
+const DEBT_START_PERCENT: u64 = 31;
 
 /// And ends when it is down to this.
-const DEBT_STOP_PERCENT: u64 = 15;
+const DEBT_STOP_PERCENT: u64 = 30;
 
 /// A chunk of which more than this is needed is not taken apart.
 const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
@@ -65,6 +65,8 @@ pub struct ReclaimSettings {
     pub horizon: Duration,
     /// So many bytes at least must be to gain for compaction to begin.
     pub debt_min: u64,
+    /// Sectors of data in a chunk that compaction makes.
+    pub chunk_sectors: u32,
 }
 
 /// The state of a volume's reclaiming.

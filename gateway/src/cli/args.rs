@@ -9,6 +9,8 @@ use quarry_config::Size;
 use quarry_objfmt::{Compression, Durability, TenantName, VolumeId};
 
 use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, Via, VolumeRef};
+use crate::image::ImageFormat;
+use crate::image::copy::JOBS_MAX;
 
 /// Block devices whose data live in object storage.
 #[derive(Debug, Parser)]
@@ -191,6 +193,8 @@ Examples:
   quarry volume attach acme/db --via nbd
   quarry volume resize acme/db 200GiB
   quarry volume sync acme/db
+  quarry volume import disk.qcow2 acme/db
+  quarry volume export acme/db disk.qcow2
   quarry volume detach acme/db";
 
 /// What to do with volumes.
@@ -259,6 +263,25 @@ Example:
         /// The volume, as tenant/name, or the snapshot.
         volume: ImageRef,
     },
+    /// Copy a disk image into a volume: raw, qcow2, vmdk, vhdx, vdi and what else QEMU's programs read.
+    #[command(after_help = "\
+Examples:
+  quarry volume import disk.qcow2 acme/db
+  quarry volume import disk.img acme/db --size 200GiB --compression zstd
+  zstdcat disk.img.zst | quarry volume import - acme/db --size 100GiB
+
+Cut off, the same command goes on where it stopped, but for standard input. The volume must be empty, or is
+made so with --overwrite. An image that names other files, such as a backing file, is refused.")]
+    Import(ImportFlags),
+    /// Copy a volume into a disk image.
+    #[command(after_help = "\
+Examples:
+  quarry volume export acme/db disk.qcow2
+  quarry volume export acme/db - | zstd > disk.img.zst
+
+The image has its name when it is whole. A volume that is written to meanwhile gives an image of no single
+moment: detach it, or stop its users, first.")]
+    Export(ExportFlags),
     /// Check a volume in the object store, attached or not: what is wrong, and where.
     #[command(after_help = "\
 Examples:
@@ -299,6 +322,14 @@ pub struct CreateFlags {
     /// Its size, up to 1EiB.
     #[arg(long)]
     pub size: Size,
+    /// All else.
+    #[command(flatten)]
+    pub shape: ShapeFlags,
+}
+
+/// Flags of a volume that is made.
+#[derive(Clone, Debug, Args)]
+pub struct ShapeFlags {
     /// Its logical block size.
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = sector_size())]
     pub sector_size: u32,
@@ -308,6 +339,57 @@ pub struct CreateFlags {
     /// How its data are compressed in the store.
     #[arg(long, default_value = "lz4", value_name = "HOW", value_parser = compression())]
     pub compression: Compression,
+}
+
+/// Flags of `quarry volume import`.
+#[derive(Debug, Args)]
+pub struct ImportFlags {
+    /// The image: a file, a block device, or - for the bytes of a disk from standard input.
+    pub image: PathBuf,
+    /// The volume, as tenant/name; made if it is not there.
+    pub volume: VolumeRef,
+    /// What the image is; by default told by its first bytes, which for a raw image its user chose.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
+    /// Size of a volume that is made; by default the image's.
+    #[arg(long)]
+    pub size: Option<Size>,
+    /// Lose what is in the volume, and what an import that was cut off has done.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Leave the volume attached, by NBD.
+    #[arg(long)]
+    pub attach: bool,
+    /// Requests of 1MiB at once.
+    #[arg(long, value_name = "COUNT", default_value = "16", value_parser = jobs())]
+    pub jobs: usize,
+    /// Of a volume that is made.
+    #[command(flatten)]
+    pub shape: ShapeFlags,
+}
+
+/// Flags of `quarry volume export`.
+#[derive(Debug, Args)]
+pub struct ExportFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// The image to make, or - to write the bytes of the disk to standard output.
+    pub image: PathBuf,
+    /// What to make: raw, qcow2, vmdk, vhdx, vdi…; by default by the image's name, or raw.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
+    /// Replace a file of that name.
+    #[arg(long)]
+    pub force: bool,
+    /// Requests of 1MiB at once.
+    #[arg(long, value_name = "COUNT", default_value = "16", value_parser = jobs())]
+    pub jobs: usize,
+}
+
+fn jobs() -> impl TypedValueParser<Value = usize> {
+    clap::value_parser!(u64)
+        .range(1..=JOBS_MAX as u64)
+        .map(|jobs| usize::try_from(jobs).unwrap_or(1))
 }
 
 fn sector_size() -> impl TypedValueParser<Value = u32> {

@@ -89,7 +89,7 @@ impl From<anyhow::Error> for Failure {
 }
 
 /// An error and its causes in one sentence, without those that an error before has told in full.
-fn chain(error: &anyhow::Error) -> String {
+pub(super) fn chain(error: &anyhow::Error) -> String {
     let mut sentence = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if !sentence.contains(&cause) {

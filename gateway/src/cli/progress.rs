@@ -15,6 +15,12 @@ const TURN: Duration = Duration::from_millis(100);
 /// How often the daemon is asked how far it is.
 const ASK: Duration = Duration::from_millis(500);
 
+/// A copy whose length is known.
+const COPY_BAR: &str = "{prefix} [{wide_bar}] {percent}% {binary_bytes} of {binary_total_bytes}, \
+    {binary_bytes_per_sec}, {eta} left";
+/// A copy of who knows how much.
+const STREAM_BAR: &str = "{spinner} {prefix} {binary_bytes}, {binary_bytes_per_sec}";
+
 fn spinner(doing: &str, volume: &impl Display) -> ProgressBar {
     // Hidden by the library when standard error is no terminal.
     let bar = ProgressBar::new_spinner();
@@ -23,6 +29,26 @@ fn spinner(doing: &str, volume: &impl Display) -> ProgressBar {
     }
     bar.set_prefix(format!("{doing} {volume}"));
     bar.enable_steady_tick(TURN);
+    bar
+}
+
+/// A bar for a copy of `total` bytes, if that is known, which starts at `start`: bytes, rate and time left.
+pub(super) fn copying(
+    doing: &str,
+    volume: &impl Display,
+    total: Option<u64>,
+    start: u64,
+) -> ProgressBar {
+    let (bar, template) = match total {
+        Some(total) => (ProgressBar::new(total), COPY_BAR),
+        None => (ProgressBar::new_spinner(), STREAM_BAR),
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_prefix(format!("{doing} {volume}"));
+    bar.set_position(start);
+    bar.reset_eta();
     bar
 }
 

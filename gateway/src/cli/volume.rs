@@ -2,11 +2,11 @@
 
 use serde_json::json;
 
-use super::args::{AttachFlags, CreateFlags, VolumeCommand};
+use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, rescue, verify};
+use super::{Failure, export, import, rescue, verify};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ResizeInfo, SnapRef, State, VerifySpec, VolumeInfo,
     VolumeRef, VolumeSpec,
@@ -55,6 +55,8 @@ pub(super) async fn run(
             uploading("detaching", client, &volume, client.detach(&volume)).await?;
             done(console, &volume, "detached", "it is detached")
         }
+        VolumeCommand::Import(flags) => import::run(client, flags, console).await,
+        VolumeCommand::Export(flags) => export::run(client, flags, console).await,
         VolumeCommand::Verify {
             volume,
             deep,
@@ -91,9 +93,12 @@ async fn create(
     let CreateFlags {
         volume,
         size,
-        sector_size,
-        durability,
-        compression,
+        shape:
+            ShapeFlags {
+                sector_size,
+                durability,
+                compression,
+            },
     } = flags;
     let VolumeRef { tenant, name } = volume.clone();
     let spec = VolumeSpec {

@@ -1,4 +1,4 @@
-//! A small NBD client over a unix socket, for the demo and for tests. Blocking.
+//! A small NBD client over a unix socket, for images, the demo and tests. Blocking.
 //!
 //! Several requests may be under way: [`Client::submit`] sends one, [`Client::reap`] takes the next
 //! answer, whichever it is. The calls for one request ([`Client::read_at`] and so on) and the copies
@@ -10,7 +10,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::wire::{self, Put, Reader, RequestHeader, command, info, option, reply, transmission};
+use super::wire::{
+    self, Put, Reader, RequestHeader, allocation, chunk, command, info, option, reply, transmission,
+};
 
 /// Requests that a copy keeps under way.
 const COPY_DEPTH: usize = 16;
@@ -62,6 +64,17 @@ pub enum Ask<'a> {
     Trim(u32),
     /// Write this many zeroes.
     WriteZeroes(u32),
+    /// Tell which runs of this many bytes read as zeroes.
+    Status(u32),
+}
+
+/// A run of an export, as a block status tells of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Run {
+    /// Bytes.
+    pub len: u64,
+    /// Whether it is known to read as zeroes.
+    pub zero: bool,
 }
 
 /// An answer.
@@ -73,6 +86,17 @@ pub struct Answer {
     pub errno: u32,
     /// What was read; empty for all others.
     pub data: Vec<u8>,
+    /// The status of what was asked for, from its start on; empty for all others.
+    pub runs: Vec<Run>,
+}
+
+/// A request under way.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    cookie: u64,
+    command: u16,
+    offset: u64,
+    len: u32,
 }
 
 /// A connection to an export.
@@ -82,9 +106,12 @@ pub struct Client {
     size: u64,
     flags: u16,
     block_size: u32,
+    /// Whether reads get structured replies.
+    structured: bool,
+    /// The number of the context `base:allocation`, if it was set.
+    allocation: Option<u32>,
     next_cookie: u64,
-    /// The requests under way, and how many bytes each brings back.
-    under_way: Vec<(u64, u32)>,
+    under_way: Vec<Asked>,
 }
 
 impl Client {
@@ -93,22 +120,42 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn connect(socket: &Path, export: &str) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(SOCKET_TIME_MAX))?;
-        stream.set_write_timeout(Some(SOCKET_TIME_MAX))?;
+        let mut client = Self::over(UnixStream::connect(socket)?)?;
+        client.stream.set_read_timeout(Some(SOCKET_TIME_MAX))?;
+        client.stream.set_write_timeout(Some(SOCKET_TIME_MAX))?;
+        client.choose(export)?;
+        Ok(client)
+    }
+
+    /// Connects to the export of this name, and agrees on block status if the server knows it. For work
+    /// that takes as long as it takes: answers are waited for without end.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn connect_mapped(socket: &Path, export: &str) -> Result<Self, ClientError> {
+        let mut client = Self::over(UnixStream::connect(socket)?)?;
+        client.agree_on_status(export)?;
+        client.choose(export)?;
+        Ok(client)
+    }
+
+    /// Takes the server's greeting.
+    fn over(stream: UnixStream) -> Result<Self, ClientError> {
         let mut client = Self {
             stream,
             size: 0,
             flags: 0,
             block_size: 1,
+            structured: false,
+            allocation: None,
             next_cookie: 1,
             under_way: Vec::new(),
         };
-        client.negotiate(export)?;
+        client.greet()?;
         Ok(client)
     }
 
-    fn negotiate(&mut self, export: &str) -> Result<(), ClientError> {
+    fn greet(&mut self) -> Result<(), ClientError> {
         let greeting: [u8; 18] = self.receive()?;
         let mut reader = Reader::new(&greeting);
         if reader.u64() != Some(wire::GREETING_MAGIC) || reader.u64() != Some(wire::OPTION_MAGIC) {
@@ -120,21 +167,48 @@ impl Client {
                 "it is too old for the fixed newstyle handshake",
             ));
         }
-        let mut payload = Vec::new();
-        payload.put_u32(
-            u32::try_from(export.len()).map_err(|_| ClientError::Protocol("a name of 4 GiB"))?,
-        );
-        payload.extend_from_slice(export.as_bytes());
-        payload.put_u16(1);
-        payload.put_u16(info::BLOCK_SIZE);
         let mut out = Vec::new();
         out.put_u32(u32::from(
             offered & (wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES),
         ));
-        wire::put_option(&mut out, option::GO, &payload);
         self.stream.write_all(&out)?;
+        Ok(())
+    }
+
+    /// Asks for structured replies and `base:allocation`; a server that has them not is asked no more.
+    fn agree_on_status(&mut self, export: &str) -> Result<(), ClientError> {
+        self.send_option(option::STRUCTURED_REPLY, &[])?;
+        let (kind, _) = self.receive_option_reply(option::STRUCTURED_REPLY)?;
+        self.structured = kind == reply::ACK;
+        if !self.structured {
+            return Ok(());
+        }
+        let mut payload = Vec::new();
+        put_name(&mut payload, export)?;
+        payload.put_u32(1);
+        put_name(&mut payload, allocation::NAME)?;
+        self.send_option(option::SET_META_CONTEXT, &payload)?;
         loop {
-            let (kind, payload) = self.receive_option_reply()?;
+            let (kind, payload) = self.receive_option_reply(option::SET_META_CONTEXT)?;
+            let mut reader = Reader::new(&payload);
+            match kind {
+                reply::META_CONTEXT => self.allocation = reader.u32(),
+                reply::ACK => return Ok(()),
+                kind if kind & reply::ERROR != 0 => return Ok(()),
+                _ => return Err(ClientError::Protocol("an answer of an unknown kind")),
+            }
+        }
+    }
+
+    /// Takes the export.
+    fn choose(&mut self, export: &str) -> Result<(), ClientError> {
+        let mut payload = Vec::new();
+        put_name(&mut payload, export)?;
+        payload.put_u16(1);
+        payload.put_u16(info::BLOCK_SIZE);
+        self.send_option(option::GO, &payload)?;
+        loop {
+            let (kind, payload) = self.receive_option_reply(option::GO)?;
             let mut reader = Reader::new(&payload);
             match kind {
                 reply::ACK => return Ok(()),
@@ -160,10 +234,17 @@ impl Client {
         }
     }
 
-    fn receive_option_reply(&mut self) -> Result<(u32, Vec<u8>), ClientError> {
+    fn send_option(&mut self, option: u32, payload: &[u8]) -> Result<(), ClientError> {
+        let mut out = Vec::new();
+        wire::put_option(&mut out, option, payload);
+        self.stream.write_all(&out)?;
+        Ok(())
+    }
+
+    fn receive_option_reply(&mut self, option: u32) -> Result<(u32, Vec<u8>), ClientError> {
         let head: [u8; wire::OPTION_REPLY_LEN] = self.receive()?;
         let mut reader = Reader::new(&head);
-        if reader.u64() != Some(wire::OPTION_REPLY_MAGIC) || reader.u32() != Some(option::GO) {
+        if reader.u64() != Some(wire::OPTION_REPLY_MAGIC) || reader.u32() != Some(option) {
             return Err(ClientError::Protocol("an answer has not the magic"));
         }
         let (kind, len) = (reader.u32().unwrap_or(0), reader.u32().unwrap_or(0));
@@ -179,6 +260,16 @@ impl Client {
         let mut bytes = [0; N];
         self.stream.read_exact(&mut bytes)?;
         Ok(bytes)
+    }
+
+    fn receive_u32(&mut self) -> io::Result<u32> {
+        let bytes: [u8; 4] = self.receive()?;
+        Ok(Reader::new(&bytes).u32().unwrap_or(0))
+    }
+
+    fn receive_u64(&mut self) -> io::Result<u64> {
+        let bytes: [u8; 8] = self.receive()?;
+        Ok(Reader::new(&bytes).u64().unwrap_or(0))
     }
 
     /// The export's size in bytes.
@@ -220,6 +311,10 @@ impl Client {
             Ask::Flush => (command::FLUSH, 0, 0, 0),
             Ask::Trim(len) => (command::TRIM, 0, offset, len),
             Ask::WriteZeroes(len) => (command::WRITE_ZEROES, 0, offset, len),
+            Ask::Status(_) if self.allocation.is_none() => {
+                return Err(ClientError::Protocol("it has no block status"));
+            }
+            Ask::Status(len) => (command::BLOCK_STATUS, 0, offset, len),
         };
         let cookie = self.next_cookie;
         self.next_cookie += 1;
@@ -234,8 +329,12 @@ impl Client {
         if let Ask::Write(data, _) = ask {
             self.stream.write_all(data)?;
         }
-        self.under_way
-            .push((cookie, if command == command::READ { len } else { 0 }));
+        self.under_way.push(Asked {
+            cookie,
+            command,
+            offset,
+            len,
+        });
         Ok(cookie)
     }
 
@@ -245,23 +344,112 @@ impl Client {
     /// If the socket fails or the server breaks the protocol. A request's own failure is in the
     /// answer.
     pub fn reap(&mut self) -> Result<Answer, ClientError> {
+        // Both kinds of reply begin with as many bytes, and have the cookie in the same place.
         let head: [u8; wire::SIMPLE_REPLY_LEN] = self.receive()?;
         let mut reader = Reader::new(&head);
-        if reader.u32() != Some(wire::SIMPLE_REPLY_MAGIC) {
-            return Err(ClientError::Protocol("a reply has not the magic"));
-        }
-        let (errno, cookie) = (reader.u32().unwrap_or(0), reader.u64().unwrap_or(0));
-        let Some(at) = self.under_way.iter().position(|(name, _)| *name == cookie) else {
+        let (magic, word) = (reader.u32().unwrap_or(0), reader.u32().unwrap_or(0));
+        let cookie = reader.u64().unwrap_or(0);
+        let place = self.under_way.iter().position(|a| a.cookie == cookie);
+        let Some(place) = place else {
             return Err(ClientError::Protocol("a reply to no request"));
         };
-        let (_, len) = self.under_way.swap_remove(at);
-        let mut data = vec![0; if errno == 0 { len as usize } else { 0 }];
-        self.stream.read_exact(&mut data)?;
-        Ok(Answer {
+        let asked = self.under_way.swap_remove(place);
+        let is_read = asked.command == command::READ;
+        let mut answer = Answer {
             cookie,
-            errno,
-            data,
-        })
+            errno: 0,
+            data: vec![0; if is_read { asked.len as usize } else { 0 }],
+            runs: Vec::new(),
+        };
+        match magic {
+            wire::SIMPLE_REPLY_MAGIC => {
+                answer.errno = word;
+                if word == 0 {
+                    self.stream.read_exact(&mut answer.data)?;
+                }
+            }
+            wire::STRUCTURED_REPLY_MAGIC if self.structured => {
+                self.receive_chunks(word, &asked, &mut answer)?;
+            }
+            _ => return Err(ClientError::Protocol("a reply has not the magic")),
+        }
+        if answer.errno != 0 {
+            answer.data.clear();
+            answer.runs.clear();
+        }
+        Ok(answer)
+    }
+
+    /// Takes the chunks of a structured reply, of whose first the head up to the cookie is read.
+    fn receive_chunks(
+        &mut self,
+        mut word: u32,
+        asked: &Asked,
+        answer: &mut Answer,
+    ) -> Result<(), ClientError> {
+        let broken = ClientError::Protocol;
+        // Bytes of the answer's data that have come; chunks do not overlap.
+        let mut covered = 0_u64;
+        loop {
+            let half = |word: u32| u16::try_from(word & 0xffff).unwrap_or(0);
+            let (flags, kind) = (half(word >> 16), half(word));
+            let len = self.receive_u32()?;
+            match kind {
+                chunk::OFFSET_DATA if asked.command == command::READ && len > 8 => {
+                    let offset = self.receive_u64()?;
+                    let part = part_of(answer, asked, offset, u64::from(len - 8))?;
+                    self.stream.read_exact(part)?;
+                    covered += u64::from(len - 8);
+                }
+                chunk::OFFSET_HOLE if asked.command == command::READ && len == 12 => {
+                    let offset = self.receive_u64()?;
+                    let hole = self.receive_u32()?;
+                    part_of(answer, asked, offset, u64::from(hole))?.fill(0);
+                    covered += u64::from(hole);
+                }
+                _ => {
+                    if len > ANSWER_BYTES_MAX {
+                        return Err(broken("a chunk is too long"));
+                    }
+                    let mut payload = vec![0; len as usize];
+                    self.stream.read_exact(&mut payload)?;
+                    let mut reader = Reader::new(&payload);
+                    match kind {
+                        chunk::NONE => {}
+                        chunk::BLOCK_STATUS if asked.command == command::BLOCK_STATUS => {
+                            if reader.u32() != self.allocation {
+                                return Err(broken("the status of another context"));
+                            }
+                            while let (Some(len), Some(flags)) = (reader.u32(), reader.u32()) {
+                                answer.runs.push(Run {
+                                    len: u64::from(len),
+                                    zero: flags & allocation::ZERO != 0,
+                                });
+                            }
+                        }
+                        kind if kind & chunk::ERROR != 0 => {
+                            let errno = reader.u32().filter(|errno| *errno != 0);
+                            answer.errno = errno.unwrap_or(wire::errno::EIO);
+                        }
+                        _ => return Err(broken("a chunk of an unknown kind")),
+                    }
+                }
+            }
+            if flags & chunk::DONE != 0 {
+                break;
+            }
+            let head: [u8; wire::SIMPLE_REPLY_LEN] = self.receive()?;
+            let mut reader = Reader::new(&head);
+            let magic = reader.u32();
+            word = reader.u32().unwrap_or(0);
+            if magic != Some(wire::STRUCTURED_REPLY_MAGIC) || reader.u64() != Some(asked.cookie) {
+                return Err(broken("chunks of several replies are mixed"));
+            }
+        }
+        if answer.errno == 0 && covered != answer.data.len() as u64 {
+            return Err(broken("a read's answer has gaps"));
+        }
+        Ok(())
     }
 
     /// Requests under way.
@@ -270,15 +458,11 @@ impl Client {
         self.under_way.len()
     }
 
-    fn one(&mut self, ask: Ask<'_>, offset: u64) -> Result<Vec<u8>, ClientError> {
+    fn one(&mut self, ask: Ask<'_>, offset: u64) -> Result<Answer, ClientError> {
         let cookie = self.submit(ask, offset)?;
         let answer = self.reap()?;
         match answer {
-            Answer {
-                errno: 0,
-                cookie: own,
-                data,
-            } if own == cookie => Ok(data),
+            Answer { errno: 0, .. } if answer.cookie == cookie => Ok(answer),
             Answer { errno: 0, .. } => Err(ClientError::Protocol("another request was under way")),
             Answer { errno, .. } => Err(ClientError::Request { errno }),
         }
@@ -289,7 +473,26 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn read_at(&mut self, offset: u64, len: u32) -> Result<Vec<u8>, ClientError> {
-        self.one(Ask::Read(len), offset)
+        self.one(Ask::Read(len), offset).map(|answer| answer.data)
+    }
+
+    /// Whether the server tells which runs read as zeroes.
+    #[must_use]
+    pub fn has_status(&self) -> bool {
+        self.allocation.is_some()
+    }
+
+    /// Which runs read as zeroes, of at most `len` bytes from `offset` on: together at least a byte, maybe
+    /// less than asked for.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn status_at(&mut self, offset: u64, len: u32) -> Result<Vec<Run>, ClientError> {
+        let runs = self.one(Ask::Status(len), offset)?.runs;
+        if runs.is_empty() || runs.iter().any(|run| run.len == 0) {
+            return Err(ClientError::Protocol("a block status without a run"));
+        }
+        Ok(runs)
     }
 
     /// Writes `data` at `offset`.
@@ -437,8 +640,33 @@ impl Client {
     }
 }
 
+/// Adds a name with its length before it.
+fn put_name(out: &mut Vec<u8>, name: &str) -> Result<(), ClientError> {
+    let len = u32::try_from(name.len()).map_err(|_| ClientError::Protocol("a name of 4 GiB"))?;
+    out.put_u32(len);
+    out.extend_from_slice(name.as_bytes());
+    Ok(())
+}
+
+/// The part of a read's answer that is `len` bytes at `offset` of the export.
+fn part_of<'a>(
+    answer: &'a mut Answer,
+    asked: &Asked,
+    offset: u64,
+    len: u64,
+) -> Result<&'a mut [u8], ClientError> {
+    let start = offset.checked_sub(asked.offset);
+    let end = start.and_then(|start| start.checked_add(len));
+    let range = start
+        .zip(end)
+        .and_then(|(start, end)| Some(usize::try_from(start).ok()?..usize::try_from(end).ok()?));
+    range
+        .and_then(|range| answer.data.get_mut(range))
+        .ok_or(ClientError::Protocol("data that were not asked for"))
+}
+
 /// Reads until `buf` is full or the source is at its end.
-fn read_full(source: &mut impl Read, buf: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn read_full(source: &mut impl Read, buf: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buf.len() {
         match source.read(&mut buf[filled..]) {

@@ -18,11 +18,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use io_uring::{opcode, types};
 use quarry_objfmt::{LbaRange, SECTOR_SIZE};
-use quarry_volume::{IoError, Op};
+use quarry_volume::{IoError, Op, StatusRun};
 use rustix::net::Shutdown;
 use slab::Slab;
 
-use super::wire::{self, Command, REQUEST_LEN, ReplyHead, RequestHeader};
+use super::negotiate::Replies;
+use super::wire::{self, Command, REQUEST_LEN, Rejected, ReplyHead, RequestHeader};
 use crate::reactor::memory::{AlignedBuf, Pool};
 use crate::reactor::{Buffer, FrontEnd, Port};
 
@@ -55,6 +56,9 @@ enum Kind {
     Write {
         range: LbaRange,
         fua: bool,
+    },
+    Status {
+        one: bool,
     },
     /// A discard that must be durable: a flush follows it.
     TrimThenFlush,
@@ -116,7 +120,7 @@ unsafe impl Send for Outgoing {}
 /// A client of one volume, in transmission.
 pub struct Connection {
     fd: OwnedFd,
-    structured: bool,
+    replies: Replies,
     input: AlignedBuf,
     /// The bytes of `input` that were received and not parsed.
     input_start: usize,
@@ -137,15 +141,14 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Serves a socket that is through its handshake, in blocking mode. `structured` tells whether
-    /// reads get structured replies.
+    /// Serves a socket that is through its handshake, in blocking mode.
     #[must_use]
-    pub fn new(fd: OwnedFd, structured: bool) -> Self {
+    pub fn new(fd: OwnedFd, replies: Replies) -> Self {
         // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
         let message = Box::new(unsafe { mem::zeroed::<libc::msghdr>() });
         Self {
             fd,
-            structured,
+            replies,
             input: AlignedBuf::zeroed(INPUT_BYTES),
             input_start: 0,
             input_end: 0,
@@ -267,15 +270,15 @@ impl Connection {
                 return false;
             }
         };
-        let command = match wire::check(&header, &port.geometry()) {
+        let command = match self.check(&header, port) {
             Ok(command) => command,
             Err(rejected) => {
                 self.input_start += REQUEST_LEN;
-                self.reply_error(
-                    header.cookie,
-                    header.command == wire::command::READ,
-                    rejected.errno,
+                let chunked = matches!(
+                    header.command,
+                    wire::command::READ | wire::command::BLOCK_STATUS
                 );
+                self.reply_error(header.cookie, chunked, rejected.errno);
                 if rejected.payload > 0 {
                     self.expect = Expect::Skip {
                         left: rejected.payload,
@@ -284,17 +287,20 @@ impl Connection {
                 return true;
             }
         };
-        let buf = match command {
-            Command::Read { .. } | Command::Write { .. } => {
-                match self.pool.take(header.len as usize) {
-                    Some(buf) => Some(buf),
-                    None => {
-                        self.stalled = true;
-                        return false;
-                    }
+        let room = match command {
+            Command::Read { .. } | Command::Write { .. } => header.len as usize,
+            Command::Status { .. } => wire::STATUS_BYTES_MAX,
+            _ => 0,
+        };
+        let buf = match room {
+            0 => None,
+            room => match self.pool.take(room) {
+                Some(buf) => Some(buf),
+                None => {
+                    self.stalled = true;
+                    return false;
                 }
-            }
-            _ => None,
+            },
         };
         self.input_start += REQUEST_LEN;
         let kind = match command {
@@ -306,6 +312,7 @@ impl Connection {
                 offset: header.offset,
             },
             Command::Write { range, fua } => Kind::Write { range, fua },
+            Command::Status { one, .. } => Kind::Status { one },
             Command::Trim { fua: true, .. } => Kind::TrimThenFlush,
             Command::Flush | Command::Trim { .. } | Command::WriteZeroes { .. } => Kind::Other,
         };
@@ -317,6 +324,7 @@ impl Connection {
         });
         match command {
             Command::Read { range } => self.request(key, Op::Read, range, port),
+            Command::Status { range, .. } => self.request(key, Op::Status, range, port),
             Command::Write { .. } => self.expect = Expect::Payload { key, filled: 0 },
             Command::Flush => self.request(key, Op::Flush, nothing(), port),
             Command::Trim { range, .. } => self.request(key, Op::Discard, range, port),
@@ -326,6 +334,17 @@ impl Connection {
             Command::Disconnect => {}
         }
         true
+    }
+
+    /// Whether a request can be served on this connection, and as what.
+    fn check(&self, header: &RequestHeader, port: &Port<'_>) -> Result<Command, Rejected> {
+        match wire::check(header, &port.geometry())? {
+            Command::Status { .. } if !self.replies.status => Err(Rejected {
+                errno: wire::errno::EINVAL,
+                payload: 0,
+            }),
+            command => Ok(command),
+        }
     }
 
     fn request(&self, key: usize, op: Op, range: LbaRange, port: &mut Port<'_>) {
@@ -419,8 +438,9 @@ impl Connection {
         self.parse(port);
     }
 
-    fn reply_error(&mut self, cookie: u64, read: bool, errno: u32) {
-        let head = if read && self.structured {
+    /// Says an error; in a chunk, to what is answered in chunks where they were agreed on.
+    fn reply_error(&mut self, cookie: u64, chunked: bool, errno: u32) {
+        let head = if chunked && self.replies.structured {
             ReplyHead::error(cookie, errno)
         } else {
             ReplyHead::simple(cookie, errno)
@@ -553,6 +573,18 @@ impl FrontEnd for Connection {
         }
     }
 
+    fn status_told(&mut self, tag: u32, runs: &[StatusRun]) {
+        let pending = &mut self.requests[tag as usize];
+        let Kind::Status { one } = pending.kind else {
+            panic!("a status for another request");
+        };
+        let bytes = wire::encode_status(if one { &runs[..1] } else { runs });
+        pending.len = u32::try_from(bytes.len()).expect("at most STATUS_BYTES_MAX");
+        if let Some(buf) = &mut pending.buf {
+            buf.copy_in(0, &bytes);
+        }
+    }
+
     fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>) {
         let key = tag as usize;
         if self.requests[key].kind == Kind::TrimThenFlush && result.is_ok() {
@@ -562,8 +594,12 @@ impl FrontEnd for Connection {
         }
         let pending = self.requests.remove(key);
         match (result, pending.kind, pending.buf) {
+            (Ok(()), Kind::Status { .. }, Some(buf)) => self.outbox.push(Reply {
+                head: ReplyHead::status(pending.cookie, pending.len),
+                data: Some((buf, pending.len)),
+            }),
             (Ok(()), Kind::Read { offset }, Some(buf)) => {
-                let head = if self.structured {
+                let head = if self.replies.structured {
                     ReplyHead::data(pending.cookie, offset, pending.len)
                 } else {
                     ReplyHead::simple(pending.cookie, 0)
@@ -583,8 +619,8 @@ impl FrontEnd for Connection {
                         data: None,
                     }),
                     Err(error) => {
-                        let read = matches!(kind, Kind::Read { .. });
-                        self.reply_error(pending.cookie, read, wire::errno_of(error));
+                        let chunked = matches!(kind, Kind::Read { .. } | Kind::Status { .. });
+                        self.reply_error(pending.cookie, chunked, wire::errno_of(error));
                     }
                 }
             }
@@ -638,5 +674,6 @@ fn nothing() -> LbaRange {
     }
 }
 
+const _: () = assert!(wire::STATUS_BYTES_MAX <= crate::reactor::memory::POOLED_BYTES_MAX);
 const _: () = assert!(wire::PAYLOAD_BYTES_MAX as usize <= crate::reactor::memory::POOLED_BYTES_MAX);
 const _: () = assert!(wire::PAYLOAD_BYTES_MAX.is_multiple_of(SECTOR_SIZE));

@@ -30,15 +30,24 @@ pub enum NegotiationError {
 pub struct Negotiated {
     /// The export.
     pub export: Export,
+    /// What replies look like.
+    pub replies: Replies,
+}
+
+/// What replies look like, and what can be asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Replies {
     /// Whether reads get structured replies.
     pub structured: bool,
+    /// Whether the context `base:allocation` was set, without which there is no block status.
+    pub status: bool,
 }
 
 impl std::fmt::Debug for Negotiated {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Negotiated")
             .field("volume", &self.export.volume)
-            .field("structured", &self.structured)
+            .field("replies", &self.replies)
             .finish_non_exhaustive()
     }
 }
@@ -66,7 +75,7 @@ pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let zeroes = flags & u32::from(wire::FLAG_NO_ZEROES) == 0;
 
-    let mut structured = false;
+    let mut agreed = Agreed::default();
     let mut payload = Vec::new();
     let mut out = Vec::new();
     for _ in 0..OPTIONS_MAX {
@@ -84,46 +93,63 @@ pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
         stream.read_exact(&mut payload).await?;
 
         out.clear();
-        let step = answer(code, &payload, directory, &mut structured, zeroes, &mut out)?;
+        let step = answer(code, &payload, directory, &mut agreed, zeroes, &mut out)?;
         stream.write_all(&out).await?;
         stream.flush().await?;
         match step {
             Step::Next => {}
             Step::End => return Ok(None),
-            Step::Go(export) => return Ok(Some(Negotiated { export, structured })),
+            Step::Go(export, replies) => return Ok(Some(Negotiated { export, replies })),
         }
     }
     Err(NegotiationError::Protocol("it sends options without end"))
+}
+
+/// What was agreed on so far.
+#[derive(Default)]
+struct Agreed {
+    structured: bool,
+    /// The export that the context `base:allocation` was set for: it holds for no other.
+    status_of: Option<String>,
+}
+
+impl Agreed {
+    fn replies(&self, export: &str) -> Replies {
+        Replies {
+            structured: self.structured,
+            status: self.status_of.as_deref() == Some(export),
+        }
+    }
 }
 
 /// What follows an option.
 enum Step {
     Next,
     End,
-    Go(Export),
+    Go(Export, Replies),
 }
 
 fn answer(
     code: u32,
     payload: &[u8],
     directory: &dyn ExportDirectory,
-    structured: &mut bool,
+    agreed: &mut Agreed,
     zeroes: bool,
     out: &mut Vec<u8>,
 ) -> Result<Step, NegotiationError> {
     match code {
         option::EXPORT_NAME => {
-            let name = std::str::from_utf8(payload).ok();
-            let Some(export) = name.and_then(|name| directory.lookup(name)) else {
+            let name = std::str::from_utf8(payload).unwrap_or_default();
+            let Some(export) = directory.lookup(name) else {
                 // The protocol has no answer for this but to hang up.
                 return Ok(Step::End);
             };
             out.put_u64(export.geometry.size.bytes());
-            out.put_u16(wire::export_flags(&export.geometry, *structured));
+            out.put_u16(wire::export_flags(&export.geometry, agreed.structured));
             if zeroes {
                 out.resize(out.len() + wire::EXPORT_NAME_ZEROES, 0);
             }
-            return Ok(Step::Go(export));
+            return Ok(Step::Go(export, agreed.replies(name)));
         }
         option::ABORT => {
             wire::put_option_reply(out, code, reply::ACK, &[]);
@@ -157,7 +183,7 @@ fn answer(
             let mut size = Vec::with_capacity(12);
             size.put_u16(wire::info::EXPORT);
             size.put_u64(export.geometry.size.bytes());
-            size.put_u16(wire::export_flags(&export.geometry, *structured));
+            size.put_u16(wire::export_flags(&export.geometry, agreed.structured));
             wire::put_option_reply(out, code, reply::INFO, &size);
             let mut blocks = Vec::with_capacity(14);
             blocks.put_u16(wire::info::BLOCK_SIZE);
@@ -167,16 +193,19 @@ fn answer(
             wire::put_option_reply(out, code, reply::INFO, &blocks);
             wire::put_option_reply(out, code, reply::ACK, &[]);
             if code == option::GO {
-                return Ok(Step::Go(export));
+                return Ok(Step::Go(export, agreed.replies(request.name)));
             }
         }
         option::STRUCTURED_REPLY if payload.is_empty() => {
-            *structured = true;
+            agreed.structured = true;
             wire::put_option_reply(out, code, reply::ACK, &[]);
         }
         option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
+            if code == option::SET_META_CONTEXT {
+                agreed.status_of = None;
+            }
             match wire::decode_meta_query(payload) {
-                Some(_) if !*structured => {
+                Some(_) if !agreed.structured => {
                     wire::put_option_reply(
                         out,
                         code,
@@ -184,7 +213,7 @@ fn answer(
                         b"structured replies come first",
                     );
                 }
-                Some(name) if directory.lookup(name).is_none() => {
+                Some(query) if directory.lookup(query.name).is_none() => {
                     wire::put_option_reply(
                         out,
                         code,
@@ -192,8 +221,21 @@ fn answer(
                         b"no volume of this name is attached by NBD",
                     );
                 }
-                // There are no contexts: none is named, none is set.
-                Some(_) => wire::put_option_reply(out, code, reply::ACK, &[]),
+                Some(query) => {
+                    // To list, all of a kind may be asked for, or all that there are.
+                    let listed = code == option::LIST_META_CONTEXT
+                        && (query.queries == 0 || query.namespace);
+                    if query.allocation || listed {
+                        let mut context = Vec::with_capacity(4 + wire::allocation::NAME.len());
+                        context.put_u32(wire::allocation::ID);
+                        context.extend_from_slice(wire::allocation::NAME.as_bytes());
+                        wire::put_option_reply(out, code, reply::META_CONTEXT, &context);
+                    }
+                    if query.allocation && code == option::SET_META_CONTEXT {
+                        agreed.status_of = Some(query.name.to_owned());
+                    }
+                    wire::put_option_reply(out, code, reply::ACK, &[]);
+                }
                 None => wire::put_option_reply(out, code, reply::ERR_INVALID, b"malformed query"),
             }
         }

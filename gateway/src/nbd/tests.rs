@@ -605,7 +605,7 @@ fn handshake_options_are_answered_one_by_one() {
     );
     assert_eq!(
         raw.option(option::LIST_META_CONTEXT, &query)[0].0,
-        reply::ACK
+        reply::META_CONTEXT
     );
     let info = raw.option(option::INFO, &go_payload("acme/db"));
     assert_eq!(
@@ -717,6 +717,57 @@ fn reads_with_structured_replies_are_one_chunk_or_an_error() {
     assert_eq!(chunk, wire::ReplyHead::error(77, errno::EINVAL).bytes());
     raw.ask(command::FLUSH, 0, 0, 0);
     assert_eq!(raw.simple_reply(), 0);
+}
+
+#[test]
+fn block_status_of_a_range_is_its_runs_and_is_refused_without_its_context() {
+    let bench = Bench::new();
+    let mut client = Client::connect_mapped(&bench.socket, "acme/db").unwrap();
+    assert!(client.has_status());
+    let run = |zero| client::Run { len: 4096, zero };
+    let expected = [run(false), run(true), run(false)];
+    assert_eq!(client.status_at(0, 3 << 12).unwrap(), expected);
+    // Reads in chunks, errors and all else go on beside it.
+    bench.cache.write_all_at(&[0x33; 4096], 8192).unwrap();
+    assert_eq!(client.read_at(8192, 4096).unwrap(), [0x33; 4096]);
+    assert!(matches!(
+        client.status_at(BYTES, 4096),
+        Err(ClientError::Request {
+            errno: errno::EINVAL
+        })
+    ));
+    client.flush().unwrap();
+    // A long range is answered in part.
+    let runs = client.status_at(0, 32 << 20).unwrap();
+    assert_eq!(runs.len(), wire::STATUS_BYTES_MAX / wire::STATUS_RUN_LEN);
+
+    assert!(!bench.client().has_status());
+    let mut raw = Raw::negotiated(UnixStream::connect(&bench.socket).unwrap(), true);
+    raw.ask(command::BLOCK_STATUS, 0, 0, 4096);
+    let mut chunk = vec![0; 26];
+    raw.0.read_exact(&mut chunk).unwrap();
+    assert_eq!(chunk, wire::ReplyHead::error(77, errno::EINVAL).bytes());
+}
+
+#[test]
+fn block_status_of_one_run_is_one() {
+    let bench = Bench::new();
+    let mut raw = Raw::greeted(UnixStream::connect(&bench.socket).unwrap());
+    raw.option(option::STRUCTURED_REPLY, &[]);
+    let mut query = Vec::new();
+    query.put_u32(7);
+    query.extend_from_slice(b"acme/db");
+    query.put_u32(1);
+    query.put_u32(15);
+    query.extend_from_slice(b"base:allocation");
+    let answers = raw.option(option::SET_META_CONTEXT, &query);
+    assert_eq!(answers[0].1, b"\0\0\0\x01base:allocation");
+    raw.option(option::GO, &go_payload("acme/db"));
+    raw.ask(command::BLOCK_STATUS, command::FLAG_REQ_ONE, 4096, 1 << 20);
+    let mut chunk = [0; 32];
+    raw.0.read_exact(&mut chunk).unwrap();
+    assert_eq!(chunk[..24], *wire::ReplyHead::status(77, 8).bytes());
+    assert_eq!(chunk[24..], [0, 0, 16, 0, 0, 0, 0, 3]);
 }
 
 #[test]

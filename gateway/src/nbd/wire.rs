@@ -6,7 +6,7 @@
 #![expect(clippy::big_endian_bytes, reason = "NBD is a big-endian protocol")]
 
 use quarry_objfmt::{Lba, LbaRange, SECTOR_SIZE, Sectors};
-use quarry_volume::IoError;
+use quarry_volume::{IoError, STATUS_RUNS_MAX, StatusRun};
 
 use crate::reactor::Geometry;
 
@@ -76,6 +76,8 @@ pub mod reply {
     pub const SERVER: u32 = 2;
     /// One piece of information.
     pub const INFO: u32 = 3;
+    /// One metadata context, and the number that stands for it.
+    pub const META_CONTEXT: u32 = 4;
     /// Bit of all errors.
     pub const ERROR: u32 = 1 << 31;
     /// The option is unknown.
@@ -130,13 +132,52 @@ pub mod command {
     pub const TRIM: u16 = 4;
     /// Write zeroes.
     pub const WRITE_ZEROES: u16 = 6;
+    /// Tell the status of a range in the contexts that were set.
+    pub const BLOCK_STATUS: u16 = 7;
     /// Flag of all: durable before the reply.
     pub const FLAG_FUA: u16 = 1 << 0;
     /// Flag of `WRITE_ZEROES`: keep the space.
     pub const FLAG_NO_HOLE: u16 = 1 << 1;
     /// Flag of `READ`: do not cut the reply into chunks.
     pub const FLAG_DF: u16 = 1 << 2;
+    /// Flag of `BLOCK_STATUS`: tell of one run only.
+    pub const FLAG_REQ_ONE: u16 = 1 << 3;
 }
+
+/// The kinds of chunks of a structured reply.
+pub mod chunk {
+    /// Flag: the reply's last.
+    pub const DONE: u16 = 1;
+    /// Nothing.
+    pub const NONE: u16 = 0;
+    /// Data and their offset.
+    pub const OFFSET_DATA: u16 = 1;
+    /// A run of zeroes.
+    pub const OFFSET_HOLE: u16 = 2;
+    /// The status of runs in one context.
+    pub const BLOCK_STATUS: u16 = 5;
+    /// Bit of all errors.
+    pub const ERROR: u16 = 1 << 15;
+}
+
+/// The metadata context `base:allocation`, the only one that there is.
+pub mod allocation {
+    /// Its name.
+    pub const NAME: &str = "base:allocation";
+    /// What a client asks for that wants to know all contexts of its kind.
+    pub const NAMESPACE: &str = "base:";
+    /// The number that stands for it.
+    pub const ID: u32 = 1;
+    /// Flag of a run: it takes no space.
+    pub const HOLE: u32 = 1 << 0;
+    /// Flag of a run: it reads as zeroes.
+    pub const ZERO: u32 = 1 << 1;
+}
+
+/// Bytes of a run of a block status: its length and its flags.
+pub const STATUS_RUN_LEN: usize = 8;
+/// Longest answer to a block status, in bytes.
+pub const STATUS_BYTES_MAX: usize = STATUS_RUNS_MAX * STATUS_RUN_LEN;
 
 /// The errors that the protocol knows.
 pub mod errno {
@@ -279,6 +320,13 @@ pub enum Command {
         /// Durable before the reply.
         fua: bool,
     },
+    /// Tell which runs read as zeroes.
+    Status {
+        /// What.
+        range: LbaRange,
+        /// Of one run only.
+        one: bool,
+    },
     /// The client goes.
     Disconnect,
 }
@@ -306,6 +354,7 @@ pub fn check(header: &RequestHeader, geometry: &Geometry) -> Result<Command, Rej
     let allowed = match header.command {
         command::READ => command::FLAG_FUA | command::FLAG_DF,
         command::WRITE_ZEROES => command::FLAG_FUA | command::FLAG_NO_HOLE,
+        command::BLOCK_STATUS => command::FLAG_FUA | command::FLAG_REQ_ONE,
         _ => command::FLAG_FUA,
     };
     let fua = header.flags & command::FLAG_FUA != 0;
@@ -313,7 +362,7 @@ pub fn check(header: &RequestHeader, geometry: &Geometry) -> Result<Command, Rej
         command::DISC => return Ok(Command::Disconnect),
         _ if header.flags & !allowed != 0 => return reject(errno::EINVAL),
         command::FLUSH if header.offset == 0 && header.len == 0 => return Ok(Command::Flush),
-        command::READ => false,
+        command::READ | command::BLOCK_STATUS => false,
         command::WRITE | command::TRIM | command::WRITE_ZEROES => true,
         _ => return reject(errno::EINVAL),
     };
@@ -348,6 +397,10 @@ pub fn check(header: &RequestHeader, geometry: &Geometry) -> Result<Command, Rej
         command::READ => Command::Read { range },
         command::WRITE => Command::Write { range, fua },
         command::TRIM => Command::Trim { range, fua },
+        command::BLOCK_STATUS => Command::Status {
+            range,
+            one: header.flags & command::FLAG_REQ_ONE != 0,
+        },
         _ => Command::WriteZeroes { range, fua },
     })
 }
@@ -379,26 +432,34 @@ impl ReplyHead {
     /// The only chunk of a read's structured reply; `len` bytes of data follow.
     #[must_use]
     pub fn data(cookie: u64, offset: u64, len: u32) -> Self {
-        let mut head = Self::chunk(cookie, 1, 8 + len);
+        let mut head = Self::chunk(cookie, chunk::OFFSET_DATA, 8 + len);
         head.bytes[20..28].copy_from_slice(&offset.to_be_bytes());
         head.len = 28;
+        head
+    }
+
+    /// The only chunk of a block status' reply; `len` bytes of runs follow.
+    #[must_use]
+    pub fn status(cookie: u64, len: u32) -> Self {
+        let mut head = Self::chunk(cookie, chunk::BLOCK_STATUS, 4 + len);
+        head.bytes[20..24].copy_from_slice(&allocation::ID.to_be_bytes());
+        head.len = 24;
         head
     }
 
     /// The only chunk of a structured reply that says an error, without words.
     #[must_use]
     pub fn error(cookie: u64, errno: u32) -> Self {
-        let mut head = Self::chunk(cookie, 1 << 15 | 1, 6);
+        let mut head = Self::chunk(cookie, chunk::ERROR | 1, 6);
         head.bytes[20..24].copy_from_slice(&errno.to_be_bytes());
         head.len = 26;
         head
     }
 
     fn chunk(cookie: u64, kind: u16, len: u32) -> Self {
-        const DONE: u16 = 1;
         let mut bytes = [0; Self::LEN_MAX];
         bytes[0..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
-        bytes[4..6].copy_from_slice(&DONE.to_be_bytes());
+        bytes[4..6].copy_from_slice(&chunk::DONE.to_be_bytes());
         bytes[6..8].copy_from_slice(&kind.to_be_bytes());
         bytes[8..16].copy_from_slice(&cookie.to_be_bytes());
         bytes[16..20].copy_from_slice(&len.to_be_bytes());
@@ -410,6 +471,19 @@ impl ReplyHead {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }
+}
+
+/// The runs of a block status as they are sent, [`STATUS_RUN_LEN`] bytes each. None reaches over what was
+/// asked for, of which a request cannot name more than 32 bits.
+#[must_use]
+pub fn encode_status(runs: &[StatusRun]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(runs.len() * STATUS_RUN_LEN);
+    for run in runs {
+        bytes.put_u32(u32::try_from(run.len.bytes()).unwrap_or(u32::MAX));
+        let zero = allocation::HOLE | allocation::ZERO;
+        bytes.put_u32(if run.zero { zero } else { 0 });
+    }
+    bytes
 }
 
 /// Reads big-endian integers off the front of bytes; each `None` at their end.
@@ -536,17 +610,37 @@ impl<'a> InfoRequest<'a> {
     }
 }
 
-/// The name in the payload of `LIST_META_CONTEXT` and `SET_META_CONTEXT`; `None` if the payload is
-/// not well formed.
+/// The payload of `LIST_META_CONTEXT` and `SET_META_CONTEXT`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MetaQuery<'a> {
+    /// The export.
+    pub name: &'a str,
+    /// How many contexts were asked for.
+    pub queries: u32,
+    /// Whether `base:allocation` was, by its whole name.
+    pub allocation: bool,
+    /// Whether all of its kind were.
+    pub namespace: bool,
+}
+
+/// From the option's payload; `None` if it is not well formed.
 #[must_use]
-pub fn decode_meta_query(payload: &[u8]) -> Option<&str> {
+pub fn decode_meta_query(payload: &[u8]) -> Option<MetaQuery<'_>> {
     let mut reader = Reader::new(payload);
     let name = reader.string(NAME_BYTES_MAX)?;
-    let count = reader.u32()?;
-    for _ in 0..count {
-        reader.string(NAME_BYTES_MAX)?;
+    let queries = reader.u32()?;
+    let (mut allocation, mut namespace) = (false, false);
+    for _ in 0..queries {
+        let query = reader.string(NAME_BYTES_MAX)?;
+        allocation |= query == self::allocation::NAME;
+        namespace |= query == self::allocation::NAMESPACE;
     }
-    reader.is_empty().then_some(name)
+    reader.is_empty().then_some(MetaQuery {
+        name,
+        queries,
+        allocation,
+        namespace,
+    })
 }
 
 #[cfg(test)]
@@ -667,7 +761,11 @@ mod tests {
             errno::EINVAL
         );
         assert_eq!(errno_for(5, 0, 0, 4096), errno::EINVAL);
-        assert_eq!(errno_for(7, 0, 0, 4096), errno::EINVAL);
+        assert_eq!(errno_for(8, 0, 0, 4096), errno::EINVAL);
+        assert_eq!(
+            errno_for(command::BLOCK_STATUS, command::FLAG_DF, 0, 4096),
+            errno::EINVAL
+        );
         assert_eq!(errno_for(command::FLUSH, 0, 4096, 0), errno::EINVAL);
     }
 
@@ -730,9 +828,9 @@ mod tests {
         ) {
             let offset = if small { offset % (2 * BYTES) / 4096 * 4096 } else { offset };
             let len = if small { len % 65536 / 4096 * 4096 } else { len };
-            match check(&header(command, flags & 7, offset, len), &GEOMETRY) {
+            match check(&header(command, flags & 15, offset, len), &GEOMETRY) {
                 Ok(Command::Read { range } | Command::Write { range, .. } | Command::Trim { range, .. }
-                    | Command::WriteZeroes { range, .. }) => {
+                    | Command::WriteZeroes { range, .. } | Command::Status { range, .. }) => {
                     prop_assert!(!range.is_empty());
                     prop_assert!(range.end.get() <= GEOMETRY.size.get());
                     prop_assert_eq!(range.start.get() * 512, offset);

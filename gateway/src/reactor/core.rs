@@ -9,7 +9,7 @@ use std::time::Instant;
 use std::{io, mem};
 
 use io_uring::{cqueue, opcode, types};
-use quarry_volume::{Action, Event, IoError};
+use quarry_volume::{Action, Event, IoError, StatusRun};
 use slab::Slab;
 use tokio::sync::{mpsc, oneshot};
 
@@ -272,6 +272,13 @@ impl Core {
         } else {
             self.answer(volume, request, result);
         }
+    }
+
+    /// The volume answers a request for the status of a range, which it completes next.
+    pub(super) fn status_told(&mut self, volume: u32, request: usize, runs: &[StatusRun]) {
+        let in_flight = &self.volumes[volume as usize].inbox.requests[request];
+        let (front_end, tag) = (in_flight.front_end, in_flight.tag);
+        self.with_front_end(front_end, |front_end, _| front_end.status_told(tag, runs));
     }
 
     fn answer(&mut self, volume: u32, request: usize, result: Result<(), IoError>) {

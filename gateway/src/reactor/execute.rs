@@ -160,6 +160,9 @@ impl Core {
                 });
                 self.start_fills();
             }
+            Action::Status { request, runs } => {
+                self.status_told(volume, request_key(request), &runs);
+            }
             Action::Complete { request, result } => {
                 self.request_done(volume, request_key(request), result)
             }

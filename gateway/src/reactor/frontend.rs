@@ -24,7 +24,7 @@ use std::ptr::NonNull;
 
 use io_uring::squeue;
 use quarry_objfmt::{LbaRange, Sectors};
-use quarry_volume::{Event, IoError, Op, Request, RequestId};
+use quarry_volume::{Event, IoError, Op, Request, RequestId, StatusRun};
 use slab::Slab;
 
 use super::ring::Ring;
@@ -42,6 +42,10 @@ pub trait FrontEnd: Send {
 
     /// A request it made is done; `tag` as given to [`Port::request`]. Its buffer is its own again.
     fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>);
+
+    /// What a request for the status of a range is answered with, right before it is done. Only for
+    /// front ends that make such requests.
+    fn status_told(&mut self, _tag: u32, _runs: &[StatusRun]) {}
 
     /// The batch is about to be submitted: push what was gathered in it.
     fn flush(&mut self, _port: &mut Port<'_>) {}
@@ -216,7 +220,7 @@ impl Port<'_> {
     pub fn request(&mut self, op: Op, range: LbaRange, buffer: Buffer, tag: u32) -> RequestId {
         let bytes = match op {
             Op::Read | Op::Write { .. } => range.len().bytes(),
-            Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
+            Op::Flush | Op::Discard | Op::WriteZeroes { .. } | Op::Status => 0,
         };
         assert_eq!(
             bytes,

@@ -168,6 +168,7 @@ impl Host {
             reclaim: ReclaimSettings {
                 horizon: HORIZON,
                 debt_min: 0,
+                chunk_sectors: plan.chunk_sectors_max,
             },
             now_ms: || 0,
             runtime: tokio::runtime::Handle::current(),

@@ -13,7 +13,9 @@ use quarry_gateway::backend::VolumeBackend;
 use quarry_gateway::reactor::{BackendSink, Message};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::{Generation, LbaRange, Record, RecordBody, SegmentId};
-use quarry_volume::{Action, Event, IoError, Op, Request, RequestId, Shared, Volume, VolumeState};
+use quarry_volume::{
+    Action, Event, IoError, Op, Request, RequestId, Shared, StatusRun, Volume, VolumeState,
+};
 use rand::RngExt;
 use rand::rngs::SmallRng;
 use tokio::sync::mpsc;
@@ -181,6 +183,7 @@ impl Session {
                     generation,
                     record,
                 } => self.journal(segment, generation, record, cx),
+                Action::Status { request, runs } => self.told(request.0, &runs, cx),
                 Action::Complete { request, result } => self.complete(request.0, result, cx),
                 Action::Upload(plan) => {
                     let planned = Planned {
@@ -235,7 +238,7 @@ impl Session {
             Op::Discard | Op::WriteZeroes { .. } => {
                 asked.recorded == 0 && asked.range == range(start, len)
             }
-            Op::Read | Op::Flush => false,
+            Op::Read | Op::Flush | Op::Status => false,
         });
         let asked = made_by.expect("a record is of a request in flight");
         asked.recorded += len;
@@ -316,7 +319,30 @@ impl Session {
                 self.acked = self.acked.max(asked.last_seq);
             }
             Op::Flush => self.flushed_up_to(asked.target, cx),
+            Op::Status => {}
         }
+    }
+
+    /// A run told to be zeroes reads as zeroes now, and one told to have data does not.
+    fn told(&mut self, id: u64, runs: &[StatusRun], cx: &mut Cx<'_>) {
+        let asked = &self.requests[&id];
+        assert_eq!(asked.op, Op::Status);
+        let (mut lba, end) = (asked.range.start.get(), asked.range.end.get());
+        assert!(!runs.is_empty());
+        for run in runs {
+            cx.digest.add((id, run.len.get(), run.zero));
+            for lba in lba..lba + run.len.get() {
+                let stamp = self.now[usize::try_from(lba).unwrap()];
+                assert_eq!(
+                    stamp == 0,
+                    run.zero,
+                    "volume {}: status of {lba}",
+                    cx.truth.index
+                );
+            }
+            lba += run.len.get();
+        }
+        assert!(lba <= end);
     }
 
     fn flushed_up_to(&mut self, seq: u64, cx: &mut Cx<'_>) {
@@ -350,7 +376,11 @@ impl Session {
         let range = range(start, len.min(cx.truth.size - start));
         let fua = cx.rng.random_bool(0.1);
         match kind {
-            0..7 => self.ask(Op::Read, range, cx),
+            0 => {
+                self.ask(Op::Status, range, cx)?;
+                self.ask(Op::Read, range, cx)
+            }
+            1..7 => self.ask(Op::Read, range, cx),
             7..18 => self.ask(Op::Write { fua }, range, cx),
             18 => self.ask(Op::Discard, range, cx),
             19 => self.ask(Op::WriteZeroes { fua }, range, cx),
@@ -391,7 +421,7 @@ impl Session {
                     fill(sector, cx.truth.index, asked.stamp, lba);
                 }
             }
-            Op::Flush | Op::Discard | Op::WriteZeroes { .. } => {}
+            Op::Flush | Op::Discard | Op::WriteZeroes { .. } | Op::Status => {}
         }
         self.requests.insert(id, asked);
         let id = RequestId(id);

@@ -42,6 +42,18 @@ pub enum Op {
         /// Force unit access.
         fua: bool,
     },
+    /// Tell which runs are known to read as zeroes, by [`Action::Status`], and nothing of the data. The
+    /// answer covers the start of the range, as far as it can be told at once.
+    Status,
+}
+
+/// A run of a volume and whether it is known to read as zeroes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StatusRun {
+    /// Its length.
+    pub len: Sectors,
+    /// Whether it is known to read as zeroes.
+    pub zero: bool,
 }
 
 /// One request of a front end. Its buffer stays with the driver, which knows it by `id`.
@@ -373,6 +385,15 @@ pub enum Action {
     Upload(ChunkPlan),
     /// Fold the log into the map and move `head`; answer `Checkpointed` or `Fenced`.
     Checkpoint(CheckpointPlan),
+    /// The answer to [`Op::Status`], which is completed next. Done at once, before any action that comes
+    /// after it; nothing comes back.
+    Status {
+        /// Whose.
+        request: RequestId,
+        /// From the range's start on, without gaps, neighbours being different; at least one, and
+        /// no more than [`STATUS_RUNS_MAX`](crate::STATUS_RUNS_MAX).
+        runs: Vec<StatusRun>,
+    },
     /// The request is done. Its buffer may be given away.
     Complete {
         /// Which.

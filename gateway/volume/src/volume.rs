@@ -17,11 +17,14 @@
 mod direct;
 mod flush;
 mod read;
+mod status;
 mod write;
 mod writeback;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+
+pub use status::STATUS_RUNS_MAX;
 
 use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap, Mutation};
 use quarry_objfmt::head::Durability;
@@ -528,6 +531,7 @@ impl Volume {
                 self.stats.flushes += 1;
                 self.start_flush(slot, cx);
             }
+            Op::Status => self.start_status(slot, cx),
         }
     }
 
@@ -548,9 +552,9 @@ impl Volume {
             }
         }
         match (request.op, &self.state) {
-            (Op::Read, _) | (_, VolumeState::Serving) | (Op::Flush, VolumeState::ReadOnly) => {
-                Ok(())
-            }
+            (Op::Read | Op::Status, _)
+            | (_, VolumeState::Serving)
+            | (Op::Flush, VolumeState::ReadOnly) => Ok(()),
             (_, VolumeState::Failed { .. }) => Err(IoError::Io),
             _ => Err(IoError::ReadOnly),
         }

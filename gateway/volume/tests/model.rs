@@ -26,8 +26,8 @@ use quarry_objfmt::{
 };
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
-    Action, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId, Shared, Tuning,
-    Volume, VolumeParams,
+    Action, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId, STATUS_RUNS_MAX,
+    Shared, StatusRun, Tuning, Volume, VolumeParams,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -160,6 +160,8 @@ struct World {
     journal: BTreeMap<u64, (SegmentId, Generation, Record)>,
     /// What the read that completed last has read.
     last_read: Vec<u8>,
+    /// Sectors of which the last status told.
+    last_told: u64,
     /// Whether misses may go around the daemon's memory; then nothing is compressed.
     direct: bool,
 }
@@ -221,6 +223,7 @@ impl World {
             clock: 0,
             journal: BTreeMap::new(),
             last_read: Vec::new(),
+            last_told: 0,
             direct: seed % 2 == 1,
         };
         world.feed(Event::DirectReads(world.direct));
@@ -241,7 +244,14 @@ impl World {
     }
 
     fn feed(&mut self, event: Event) {
+        let before = self.due.len();
         self.volume.apply(event, &mut self.shared, &mut self.due);
+        for action in self.due.split_off(before) {
+            match action {
+                Action::Status { request, runs } => self.told(request.0, &runs),
+                action => self.due.push(action),
+            }
+        }
     }
 
     fn ask(&mut self, op: Op, range: LbaRange) {
@@ -249,7 +259,7 @@ impl World {
         self.next_request += 1;
         let mut data = vec![
             0;
-            if op == Op::Flush {
+            if matches!(op, Op::Flush | Op::Status) {
                 0
             } else {
                 range.len().bytes() as usize
@@ -265,7 +275,7 @@ impl World {
                 self.may_read_as(id, range, stamp);
             }
             Op::Discard | Op::WriteZeroes { .. } => self.may_read_as(id, range, 0),
-            Op::Read | Op::Flush => {}
+            Op::Read | Op::Flush | Op::Status => {}
         }
         self.asked.insert(id, Asked { op, range, data });
         self.feed(Event::Request(Request {
@@ -500,7 +510,7 @@ impl World {
                 self.drains += 1;
             }
             Action::Report(_) => {}
-            Action::Journal { .. } => unreachable!("written before"),
+            Action::Journal { .. } | Action::Status { .. } => unreachable!("done before"),
         }
         true
     }
@@ -563,6 +573,27 @@ impl World {
             }
             self.last_read = asked.data;
         }
+    }
+
+    /// A run told to be zeroes may read as zeroes, and one told to have data was written some time.
+    fn told(&mut self, id: u64, runs: &[StatusRun]) {
+        let asked = &self.asked[&id];
+        assert_eq!(asked.op, Op::Status);
+        assert!(!runs.is_empty() && runs.len() <= STATUS_RUNS_MAX);
+        let mut lba = asked.range.start.get();
+        for run in runs {
+            for sector in lba..lba + run.len.get() {
+                let may = &self.sectors[sector as usize];
+                let fits = |stamp: &u64| (*stamp == 0) == run.zero;
+                assert!(
+                    may.iter().any(fits),
+                    "sector {sector} is {run:?}, may be {may:?}"
+                );
+            }
+            lba += run.len.get();
+        }
+        assert!(lba <= asked.range.end.get());
+        self.last_told = lba - asked.range.start.get();
     }
 
     fn settle(&mut self) {
@@ -803,6 +834,7 @@ fn random_request(world: &mut World) {
         },
         15 => Op::Discard,
         16 => Op::WriteZeroes { fua: false },
+        17 => Op::Status,
         _ => Op::Flush,
     };
     world.ask(
@@ -1075,6 +1107,7 @@ fn volume_behind_its_end_is_refused_until_it_has_grown() {
     let mut world = World::new(1, Durability::Local);
     let ops = [
         Op::Read,
+        Op::Status,
         Op::Write { fua: false },
         Op::Discard,
         Op::WriteZeroes { fua: false },
@@ -1192,4 +1225,45 @@ fn volume_that_only_reads_takes_nobodys_place_in_the_line() {
     assert!(shared.cache.has_line());
     assert!(volume.close(&mut shared).is_empty());
     assert!(shared.cache.has_line());
+}
+
+/// Asks for the status of all, as often as answers fall short, and gives how often.
+fn status_of_all(world: &mut World) -> usize {
+    let (mut at, mut asked) = (0, 0);
+    while at < world.size() {
+        world.ask(Op::Status, range(at, world.size() - at));
+        world.settle();
+        at += world.last_told;
+        asked += 1;
+    }
+    asked
+}
+
+#[test]
+fn status_of_a_long_fragmented_range_is_told_in_bounded_answers_from_every_layer() {
+    let mut world = World::new(2, Durability::Object);
+    // Some steps of the walk long.
+    world.grow(160 << 11);
+    let end = world.size();
+    for place in [0, 8, (16 << 11) - 8, 16 << 11, (100 << 11) + 3, end - 8] {
+        world.ask(Op::Write { fua: false }, range(place, 8));
+        world.settle();
+    }
+    world.forget_what_was_overwritten();
+    assert!(status_of_all(&mut world) <= 2, "few runs are told at once");
+    // Nothing of it in memory: map nodes are loaded, in the middle of the range too.
+    world.flush();
+    world.reopen(End::CacheLost);
+    assert!(
+        status_of_all(&mut world) <= 12,
+        "no more answers than steps"
+    );
+    for n in 0..u64::try_from(STATUS_RUNS_MAX).unwrap() {
+        world.ask(Op::Write { fua: false }, range((40 << 11) + 2 * n, 1));
+        world.settle();
+    }
+    assert!(
+        status_of_all(&mut world) > 2,
+        "many runs are more than one answer"
+    );
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use quarry_gateway::nbd::negotiate::negotiate;
+use quarry_gateway::nbd::negotiate::{Replies, negotiate};
 use quarry_gateway::nbd::wire::{
     self, Command, InfoRequest, OPTION_BYTES_MAX, REQUEST_LEN, Reader, RequestHeader, command,
     decode_meta_query,
@@ -19,7 +19,7 @@ use quarry_gateway::reactor::{
     BackendSink, Geometry, Machine, Message, Reactor, ReactorConfig, VolumeKey,
 };
 use quarry_objfmt::{SECTOR_SIZE, Sectors, VOLUME_SECTORS_MAX};
-use quarry_volume::{Action, Event, IoId, Op, RequestId};
+use quarry_volume::{Action, Event, IoId, Op, RequestId, StatusRun};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::mend::padded;
@@ -70,6 +70,16 @@ impl Machine for Zeroes {
             Event::Request(request) => {
                 let outside = request.range.end.get() > self.geometry.size.get();
                 assert!(!outside, "{request:?} is outside the volume");
+                if request.op == Op::Status {
+                    let run = StatusRun {
+                        len: request.range.len(),
+                        zero: true,
+                    };
+                    out.push(Action::Status {
+                        request: request.id,
+                        runs: vec![run],
+                    });
+                }
                 (request.id, Ok(()))
             }
             Event::IoDone { io, result } => {
@@ -307,10 +317,12 @@ fn judge(header: &RequestHeader, geometry: &Geometry) {
                 Command::Write { range, .. } => (command::WRITE, range),
                 Command::Trim { range, .. } => (command::TRIM, range),
                 Command::WriteZeroes { range, .. } => (command::WRITE_ZEROES, range),
+                Command::Status { range, .. } => (command::BLOCK_STATUS, range),
                 Command::Flush | Command::Disconnect => unreachable!("matched before"),
             };
             assert_eq!(code, header.command);
-            assert!(code == command::READ || !geometry.read_only);
+            let reads = matches!(code, command::READ | command::BLOCK_STATUS);
+            assert!(reads || !geometry.read_only);
             let sector = u128::from(SECTOR_SIZE);
             assert_eq!(u128::from(range.start.get()) * sector, offset);
             assert_eq!(u128::from(range.end.get()) * sector, offset + len);
@@ -336,7 +348,9 @@ struct Due {
     errno: u32,
     /// Bytes of zeroes behind the reply.
     data: usize,
-    read: bool,
+    command: u16,
+    /// Bytes that it was about.
+    asked: u32,
 }
 
 /// Each whole request has exactly one reply, the right one; reads are zeroes to the last byte; and
@@ -348,19 +362,23 @@ pub(crate) fn nbd_connection(input: &[u8]) {
         return;
     };
     let (structured, bench) = (choice & 1 != 0, Bench::get());
+    let replies = Replies {
+        structured,
+        status: structured && choice & 4 != 0,
+    };
     let (volume, geometry) = if choice & 2 == 0 {
         (bench.small, SMALL)
     } else {
         (bench.read_only, READ_ONLY)
     };
     let mut stream = stream.to_vec();
-    let (due, is_sound) = expected(&mut stream, &geometry);
+    let (due, is_sound) = expected(&mut stream, &geometry, replies.status);
 
     let (mut ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     ours.set_read_timeout(Some(ANSWER_TIME_MAX)).expect("ours");
     let message = Message::AddFrontEnd {
         key: volume,
-        front_end: Box::new(Connection::new(theirs.into(), structured)),
+        front_end: Box::new(Connection::new(theirs.into(), replies)),
     };
     bench
         .reactor
@@ -383,7 +401,7 @@ pub(crate) fn nbd_connection(input: &[u8]) {
 
 /// The replies due, by cookie; each request is given its number for a cookie. False if the stream
 /// turns into something else than NBD.
-fn expected(stream: &mut [u8], geometry: &Geometry) -> (HashMap<u64, Due>, bool) {
+fn expected(stream: &mut [u8], geometry: &Geometry, status: bool) -> (HashMap<u64, Due>, bool) {
     let mut due = HashMap::new();
     let mut at = 0;
     for cookie in 0.. {
@@ -396,15 +414,16 @@ fn expected(stream: &mut [u8], geometry: &Geometry) -> (HashMap<u64, Due>, bool)
         header.cookie = cookie;
         *bytes = header.encode();
         at += REQUEST_LEN;
-        let read = header.command == command::READ;
         let mut reply = Due {
             errno: 0,
             data: 0,
-            read,
+            command: header.command,
+            asked: header.len,
         };
         match wire::check(&header, geometry) {
             Ok(Command::Disconnect) => break,
             Ok(Command::Read { .. }) => reply.data = header.len as usize,
+            Ok(Command::Status { .. }) if !status => reply.errno = wire::errno::EINVAL,
             Ok(Command::Write { .. }) => {
                 at += header.len as usize;
                 if at > stream.len() {
@@ -436,11 +455,15 @@ fn settle(got: &[u8], mut due: HashMap<u64, Due>, structured: bool, is_sound: bo
         let reply = due.remove(&cookie).expect("one reply for each request");
         assert_eq!(
             is_chunk,
-            structured && reply.read && (reply.errno != 0 || reply.data > 0)
+            structured && matches!(reply.command, command::READ | command::BLOCK_STATUS)
         );
         if is_chunk {
             let len = got.u32().unwrap_or(0) as usize;
-            if reply.errno == 0 {
+            if reply.errno == 0 && reply.command == command::BLOCK_STATUS {
+                assert_eq!((word, len), (1 << 16 | 5, 12));
+                assert_eq!(got.u32(), Some(wire::allocation::ID));
+                assert_eq!((got.u32(), got.u32()), (Some(reply.asked), Some(3)));
+            } else if reply.errno == 0 {
                 assert_eq!((word, len), (1 << 16 | 1, 8 + reply.data));
                 let _offset = got.u64();
             } else {

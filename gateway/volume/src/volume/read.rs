@@ -14,8 +14,8 @@ use quarry_cache::{Cache, CacheLoc, CleanRun};
 use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId};
 
 use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
-use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Report};
-use crate::map::{Node, NodeRef};
+use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Op, Report};
+use crate::map::{Node, NodeCache, NodeRef};
 
 /// Most frames of one fetch: with frames of 64 KiB, GETs of at most 1 MiB, several in flight.
 const FETCH_FRAMES_MAX: usize = 16;
@@ -60,7 +60,7 @@ pub(super) struct Reads {
     pub(super) direct: bool,
     /// Kept between calls for their memory: what a read is resolved into, and a look-up's answer.
     pieces: Vec<Piece>,
-    found: Vec<MapEntry>,
+    pub(super) found: Vec<MapEntry>,
 }
 
 /// A run of a request and where it comes from.
@@ -137,35 +137,44 @@ impl Volume {
         cx: &mut Cx<'_>,
         pieces: &mut Vec<Piece>,
     ) -> Result<(), Vec<NodeRef>> {
-        let nodes = &mut *cx.nodes;
-        let found = &mut self.reads.found;
         let mut plan = Plan {
             base: range.start,
             cache: cx.cache,
             pieces,
         };
+        self.walk_layers(range, cx.nodes, &mut plan)
+    }
+
+    /// Tells `told` what each part of `range` is by the newest layer that knows of it, in order within
+    /// each layer's gaps: together the parts are exactly `range`.
+    pub(super) fn walk_layers(
+        &mut self,
+        range: LbaRange,
+        nodes: &mut NodeCache,
+        told: &mut impl Layered,
+    ) -> Result<(), Vec<NodeRef>> {
+        let found = &mut self.reads.found;
         let mut missing = Vec::new();
-        let mut in_map = |part: LbaRange, plan: &mut Plan<'_>| {
+        let mut in_map = |part: LbaRange, told: &mut _| {
             found.clear();
             match self.root.lookup_into(part, nodes, found) {
                 Ok(()) => found
                     .iter()
-                    .for_each(|e: &MapEntry| plan.committed(entry_range(e), e.location)),
+                    .for_each(|e: &MapEntry| Layered::committed(told, entry_range(e), e.location)),
                 Err(nodes) => missing.extend(nodes),
             }
         };
         self.dirty.visit(range, |part, dirty| match dirty {
-            Some(Dirty { at: Some(at), .. }) => plan.push(part, Source::Cache { at, clean: false }),
-            Some(Dirty { at: None, .. }) => plan.push(part, Source::Zero),
+            Some(Dirty { at, .. }) => told.dirty(part, at),
             None => self
                 .tail
                 .visit(part, |part, found| match (found, &self.frozen) {
-                    (Some(found), _) => plan.committed(part, found.0),
+                    (Some(found), _) => told.committed(part, found.0),
                     (None, Some(frozen)) => frozen.visit(part, |part, found| match found {
-                        Some(found) => plan.committed(part, found.0),
-                        None => in_map(part, &mut plan),
+                        Some(found) => told.committed(part, found.0),
+                        None => in_map(part, told),
                     }),
-                    (None, None) => in_map(part, &mut plan),
+                    (None, None) => in_map(part, told),
                 }),
         });
         if missing.is_empty() {
@@ -431,7 +440,10 @@ impl Volume {
                 Some(slot) => {
                     self.active[slot].held.extend(nodes);
                     cx.nodes.insert_all(self.active[slot].held.clone());
-                    self.start_read(slot, cx);
+                    match self.active[slot].request.op {
+                        Op::Status => self.start_status(slot, cx),
+                        _ => self.start_read(slot, cx),
+                    }
                 }
                 None => {
                     self.reads.readahead_nodes = false;
@@ -516,6 +528,15 @@ impl Volume {
     }
 }
 
+/// What is told of the parts of a range as the layers are walked.
+pub(super) trait Layered {
+    /// An unsent write has it: on the cache device, or as zeroes.
+    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>);
+
+    /// The store has it.
+    fn committed(&mut self, part: LbaRange, location: Location);
+}
+
 /// A request being resolved into pieces.
 struct Plan<'a> {
     base: Lba,
@@ -541,6 +562,13 @@ impl Plan<'_> {
                 source,
             }),
         }
+    }
+}
+
+impl Layered for Plan<'_> {
+    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>) {
+        let source = at.map_or(Source::Zero, |at| Source::Cache { at, clean: false });
+        self.push(part, source);
     }
 
     fn committed(&mut self, part: LbaRange, location: Location) {
