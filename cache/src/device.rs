@@ -157,10 +157,7 @@ impl CacheDevice {
                 size,
             })?;
             if !is_device {
-                // All blocks now: a full file system shows here, not under a tenant's write.
-                rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size)
-                    .map_err(io::Error::from)
-                    .map_err(fail("allocate"))?;
+                allocate(&file, size).map_err(fail("allocate"))?;
             }
             let superblock = Superblock {
                 cache: fresh_id,
@@ -194,6 +191,10 @@ impl CacheDevice {
                     path: path.to_owned(),
                     reason,
                 });
+            }
+            if !is_device {
+                // A copy of a cache may have holes.
+                allocate(&file, needed).map_err(fail("allocate"))?;
             }
             (superblock.cache, geometry, false)
         };
@@ -382,6 +383,17 @@ const LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Between two tries.
 const LOCK_WAIT_STEP: Duration = Duration::from_millis(10);
 
+/// Gives the file all of its blocks now: a full file system shows here, not under a tenant's write. What
+/// was taken before the room ended is given back.
+fn allocate(file: &File, size: u64) -> io::Result<()> {
+    let before = file.metadata()?.len();
+    rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size).map_err(|errno| {
+        // Only what lies behind the old end can be told apart.
+        let _ = file.set_len(before);
+        errno.into()
+    })
+}
+
 /// The geometry for `size` bytes; `None` if they are too few.
 fn cut(size: u64) -> Option<Geometry> {
     if size < CACHE_SIZE_MIN {
@@ -446,6 +458,29 @@ mod tests {
             (again.id(), again.geometry(), again.fresh()),
             (ID, geometry, false)
         );
+    }
+
+    #[test]
+    fn copy_of_a_cache_with_holes_has_none_once_it_is_opened() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("cache"), dir.path().join("copy"));
+        drop(CacheDevice::open(&path, Some(16 << 20), ID, "a", 1).unwrap());
+        let mut first = vec![0; 4096];
+        File::open(&path)
+            .unwrap()
+            .read_exact_at(&mut first, 0)
+            .unwrap();
+        let sparse = File::create(&copy).unwrap();
+        sparse.write_all_at(&first, 0).unwrap();
+        sparse.set_len(16 << 20).unwrap();
+        assert!(sparse.metadata().unwrap().blocks() * 512 < 1 << 20);
+        let opened = CacheDevice::open(&copy, None, OTHER, "a", 1).unwrap();
+        assert!(!opened.fresh());
+        let geometry = opened.geometry();
+        let used =
+            geometry.data_start + u64::from(geometry.segments) * u64::from(geometry.segment_size);
+        assert!(sparse.metadata().unwrap().blocks() * 512 >= used);
     }
 
     #[test]

@@ -236,6 +236,14 @@ fn cache_device_that_fails_fails_flushes_loses_nothing_flushed_and_shows_nothing
 }
 
 #[test]
+fn attach_without_room_for_list_journal_or_device_is_undone_and_others_go_on() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-full.sh", &[])
+}
+
+#[test]
 fn direct_reads_of_a_real_s3_server_copy_nothing_and_survive_what_happens_to_it() -> Result<()> {
     let (Some(mut host), Some(weed)) = (Host::new()?, tool("weed")) else {
         return Ok(());

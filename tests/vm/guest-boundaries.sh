@@ -25,14 +25,6 @@ fs_check() {
     xfs) xfs_repair -n "$1" >"$dir/xfs_repair.log" 2>&1 || { cat "$dir/xfs_repair.log" >&2; fail "the XFS is not clean"; } ;;
     esac
 }
-# Waits for the volumes that the daemon attaches again.
-await_ready() {
-    for _ in $(seq 600); do
-        if busybox wget -q -O /dev/null http://127.0.0.1:9400/readyz; then return; fi
-        sleep 0.05
-    done
-    fail "not ready $1"
-}
 
 # The disk as it is before the log begins.
 mkfs.ext4 -q -E "offset=$cache_bytes" "$disk" "$(((disk_bytes - cache_bytes) >> 10))k" || fail "mkfs.ext4 for the host"
@@ -89,7 +81,6 @@ at_boundary() { # ENTRIES MARK NEXT SEED
     rm -rf /run/quarry
     mount "${loops[1]}" /mnt/host || fail "mount the host's"
     cache=${loops[0]} start_daemon
-    await_ready "after a cut"
     if [[ $("$QUARRY_BIN" volume show "$volume" --output json 2>/mnt/said) =~ (/dev/ublkb[0-9]+) ]]; then
         device=$(await_device)
     elif "$QUARRY_BIN" volume attach "$volume" --via ublk >/mnt/said 2>&1; then
