@@ -244,6 +244,31 @@ fn attach_without_room_for_list_journal_or_device_is_undone_and_others_go_on() -
 }
 
 #[test]
+fn databases_and_a_repository_keep_what_was_committed_over_kills_and_a_power_cut() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    // Debian keeps most of PostgreSQL's programs out of the PATH; one that is in it stands for them.
+    let tools = [
+        "mkfs.xfs",
+        "xfs_repair",
+        "pgbench",
+        "sqlite3",
+        "git",
+        "setpriv",
+    ];
+    if tools.iter().any(|name| tool(name).is_none()) {
+        return Ok(());
+    }
+    let disk = host.disk("cache.img", 256 * MIB)?;
+    let script = "guest-users.sh";
+    host.boot(&[&disk], script, &["first", "4"])
+        .context("the first life")?;
+    host.boot(&[&disk], script, &["last"])
+        .context("after a power cut")
+}
+
+#[test]
 fn direct_reads_of_a_real_s3_server_copy_nothing_and_survive_what_happens_to_it() -> Result<()> {
     let (Some(mut host), Some(weed)) = (Host::new()?, tool("weed")) else {
         return Ok(());
