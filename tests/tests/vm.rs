@@ -269,6 +269,17 @@ fn databases_and_a_repository_keep_what_was_committed_over_kills_and_a_power_cut
 }
 
 #[test]
+fn clock_memory_second_daemons_and_another_host_cost_a_volume_nothing() -> Result<()> {
+    let Some(mut host) = Host::new()? else {
+        return Ok(());
+    };
+    // Little, for it is to end.
+    host.memory = "512M";
+    let disk = host.disk("cache.img", 128 * MIB)?;
+    host.boot(&[&disk], "guest-mishaps.sh", &[])
+}
+
+#[test]
 fn direct_reads_of_a_real_s3_server_copy_nothing_and_survive_what_happens_to_it() -> Result<()> {
     let (Some(mut host), Some(weed)) = (Host::new()?, tool("weed")) else {
         return Ok(());
