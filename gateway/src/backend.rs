@@ -107,6 +107,15 @@ pub struct Condition {
     pub damaged: u64,
 }
 
+impl Condition {
+    /// Tells of a problem, unless there is one that is for good.
+    fn tell(&mut self, problem: String) {
+        if !self.fenced && !self.failed {
+            self.problem = Some(problem);
+        }
+    }
+}
+
 /// The backend of one attached volume.
 pub struct VolumeBackend {
     common: Common,
@@ -309,7 +318,7 @@ impl VolumeBackend {
             Report::Unreadable { errno } => {
                 let error = std::io::Error::from_raw_os_error(errno);
                 tracing::error!(volume, %error, "{UNREADABLE}");
-                condition.problem = Some(format!("{UNREADABLE}: {error}"));
+                condition.tell(format!("{UNREADABLE}: {error}"));
             }
             Report::Damaged { object, reason } => {
                 tracing::error!(volume, object, reason, "damaged object");
@@ -323,7 +332,7 @@ impl VolumeBackend {
 
     fn problem(&self, problem: String) {
         tracing::error!(volume = self.name, problem);
-        self.condition.lock().problem = Some(problem);
+        self.condition.lock().tell(problem);
     }
 
     /// A problem of this kind is over, if it is the one that is told.

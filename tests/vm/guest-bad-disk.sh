@@ -13,15 +13,16 @@ export QUARRY_CONFIG=/mnt/quarry.toml
 # What is unsent stays so until somebody asks.
 printf '[writeback]\ndelay = "1h"\n' >"$QUARRY_CONFIG"
 
-cache_is() { # sound|writeless|readless|gone
+cache_is() { # sound|writeless|readless|gone|holed
     local table
     case $1 in
-    sound) table="linear /dev/ubda 0" ;;
-    writeless) table="flakey /dev/ubda 0 0 1 1 error_writes" ;;
-    readless) table="flakey /dev/ubda 0 0 1 1 error_reads" ;;
-    gone) table=error ;;
+    sound) table="0 $sectors linear /dev/ubda 0" ;;
+    writeless) table="0 $sectors flakey /dev/ubda 0 0 1 1 error_writes" ;;
+    readless) table="0 $sectors flakey /dev/ubda 0 0 1 1 error_reads" ;;
+    gone) table="0 $sectors error" ;;
+    holed) table="0 $((sectors / 2)) linear /dev/ubda 0"$'\n'"$((sectors / 2)) $((sectors / 2)) error" ;;
     esac
-    dmsetup reload cache --table "0 $sectors $table" && dmsetup suspend --nolockfs --noflush cache && dmsetup resume cache ||
+    dmsetup reload cache <<<"$table" && dmsetup suspend --nolockfs --noflush cache && dmsetup resume cache ||
         fail "the cache cannot be $1"
     say "the cache device is $1"
 }
@@ -54,6 +55,7 @@ quarry volume attach "$volume" --via ublk
 disk=$(await_device)
 quarry volume create acme/raw --size 64MiB
 quarry volume attach acme/raw --via ublk
+quarry volume create acme/late --size 64MiB
 mkfs.ext4 -q "$disk" || fail "mkfs.ext4"
 mkdir /mnt/fs
 mount "$disk" /mnt/fs || fail "mount"
@@ -80,6 +82,12 @@ for round in writes sync; do
     read_is /mnt/old 0 || fail "what was flushed reads otherwise while the device fails"
     cache_is sound
     write_at /mnt/newer 8 fsync && fail "a flush was acknowledged after one that failed"
+    if [[ $round == sync ]]; then
+        # Nobody is to begin on a device that cannot tell what it has lost.
+        "$QUARRY_BIN" volume attach acme/late --via ublk >/mnt/said 2>&1 && fail "attached after a sync that failed"
+        grep -q "the cache device failed: Input/output error.*start the daemon anew" /mnt/said || fail "refused with: $(cat /mnt/said)"
+        [[ $("$QUARRY_BIN" volume show acme/late) =~ owner ]] && fail "a volume that was not attached has an owner"
+    fi
     echo 3 >/proc/sys/vm/drop_caches
     check_files /mnt/fs "$record"
     read_is /mnt/old 0 || fail "what was flushed reads otherwise"
@@ -126,9 +134,13 @@ read_is /mnt/newer 16 && fail "read from a device that is gone"
 write_at /mnt/new 20 && fail "a write was taken by a device that is gone"
 quarry status --output json
 kill_daemon
-"$QUARRY_BIN" serve --data-dir "$state" --store "file://$dir/store" --cache "$cache" --socket /run/other.sock >/mnt/said 2>&1 &&
-    fail "a daemon serves without its cache device"
-grep -q "cannot read the cache /dev/mapper/cache: Input/output error" /mnt/said || fail "said: $(cat /mnt/said)"
+for how in gone holed; do
+    cache_is "$how"
+    timeout 20 "$QUARRY_BIN" serve --data-dir "$state" --store "file://$dir/store" --cache "$cache" --socket /run/other.sock >/mnt/said 2>&1 &&
+        fail "a daemon serves with a cache device that is $how"
+    grep -qE "cannot read the cache /dev/mapper/cache|the cache /dev/mapper/cache cannot be read" /mnt/said &&
+        grep -q "Input/output error" /mnt/said || fail "said: $(cat /mnt/said)"
+done
 cache_is sound
 start_daemon
 await_device

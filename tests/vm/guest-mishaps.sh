@@ -63,7 +63,7 @@ mount -t tmpfs -o size=100% tmpfs /mnt/ballast
 # Until the daemon is gone; whoever else is in the way would be killed after it.
 for n in $(seq 10000); do
     kill -0 "$daemon" 2>/dev/null || break
-    head -c 4M /dev/zero >"/mnt/ballast/$n" 2>/dev/null || true
+    head -c 16M /dev/zero >"/mnt/ballast/$n" 2>/dev/null || true
 done
 kill -0 "$daemon" 2>/dev/null && fail "memory did not end"
 umount /mnt/ballast

@@ -259,6 +259,13 @@ impl Daemon {
         kept: Option<Recovered>,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
+        if !options.read_only {
+            // One that failed a sync takes no writes any more: to be seen before the right to write is taken.
+            let device = Arc::clone(&self.common.device);
+            let synced = tokio::task::spawn_blocking(move || device.sync()).await;
+            let synced = synced.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+            synced.map_err(OpenError::Cache)?;
+        }
         let how = Claim {
             cache: self.common.device.id(),
             host: self.host.clone(),
