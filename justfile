@@ -39,10 +39,10 @@ demo *arguments:
 sim *arguments:
     tests/sim {{arguments}}
 
-# Longer than a change needs: many crashes, a minute's outage, more bit flips, more states of the model of fencing
+# Longer than a change needs: many crashes, a minute's outage, more bit flips, more flushes of a disk, more states of the model of fencing
 long:
     QUARRY_TEST_OPERATIONS=100000 QUARRY_TEST_CRASHES=40 QUARRY_TEST_OUTAGE_SECONDS=60 \
-    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 QUARRY_TEST_MODEL_LARGE=1 bash tests/run --no-install --no-lint --no-fuzz
+    QUARRY_TEST_FLIPS=200 QUARRY_TEST_COLD_MIB=1024 QUARRY_TEST_MODEL_LARGE=1 QUARRY_TEST_BOUNDARIES=150 bash tests/run --no-install --no-lint --no-fuzz
 
 # What reads bytes of others under a fuzzer, each target for so long; what it finds is kept in the corpora
 fuzz seconds="60" *targets:

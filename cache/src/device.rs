@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use quarry_objfmt::CacheId;
 use quarry_objfmt::page::Superblock;
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 
 use crate::{AlignedBuf, Geometry, SyncFailure};
 
@@ -54,6 +54,12 @@ pub enum CacheError {
         /// The device.
         path: PathBuf,
     },
+    /// The kernel has given the block device to somebody.
+    #[error("the cache {} is in use: it is mounted, a part of a RAID or a volume group, or another daemon's under another name; give this daemon a device of its own", path.display())]
+    Claimed {
+        /// The device.
+        path: PathBuf,
+    },
     /// It has content, and not ours.
     #[error("{} holds data that are not a Quarry cache ({reason}); if nobody needs them, wipe its first 4 KiB and start again", path.display())]
     Foreign {
@@ -86,6 +92,9 @@ fn remedy(error: &io::Error) -> &'static str {
 #[derive(Debug)]
 pub struct CacheDevice {
     file: File,
+    /// Of a block device, which the lock alone does not keep to us: it is on the node, and a device may have
+    /// several. And no lock keeps a file system out.
+    _claim: Option<File>,
     path: PathBuf,
     id: CacheId,
     geometry: Geometry,
@@ -135,6 +144,7 @@ impl CacheDevice {
         };
         let meta = file.metadata().map_err(fail("inspect"))?;
         let is_device = meta.file_type().is_block_device();
+        let claim = is_device.then(|| claim(&file, path)).transpose()?;
         let length = if is_device {
             rustix_device_size(&file).map_err(fail("measure"))?
         } else {
@@ -157,10 +167,7 @@ impl CacheDevice {
                 size,
             })?;
             if !is_device {
-                // All blocks now: a full file system shows here, not under a tenant's write.
-                rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size)
-                    .map_err(io::Error::from)
-                    .map_err(fail("allocate"))?;
+                allocate(&file, size).map_err(fail("allocate"))?;
             }
             let superblock = Superblock {
                 cache: fresh_id,
@@ -195,6 +202,10 @@ impl CacheDevice {
                     reason,
                 });
             }
+            if !is_device {
+                // A copy of a cache may have holes.
+                allocate(&file, needed).map_err(fail("allocate"))?;
+            }
             (superblock.cache, geometry, false)
         };
 
@@ -213,6 +224,7 @@ impl CacheDevice {
         };
         Ok(Self {
             file,
+            _claim: claim,
             path: path.to_owned(),
             id,
             geometry,
@@ -353,25 +365,50 @@ impl AsRawFd for CacheDevice {
 /// Locks the cache for this process. Waits a little: the kernel takes a dead daemon's io_uring
 /// down behind its back, and until then the ring keeps the file, and the lock on it, alive.
 fn lock(file: &File, path: &Path) -> Result<(), CacheError> {
+    let lock = || rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
+    match in_time(rustix::io::Errno::WOULDBLOCK, lock) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(CacheError::Locked {
+            path: path.to_owned(),
+        }),
+        locked => locked.map_err(|errno| refused("lock", path, errno)),
+    }
+}
+
+/// Has the kernel give the block device to this process alone, by whatever node it is opened. Others that
+/// do not ask for that can still open it, as we do ourselves. Waits as [`lock`] does.
+fn claim(file: &File, path: &Path) -> Result<File, CacheError> {
+    let node = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
+    let open = || rustix::fs::open(&*node, flags, Mode::empty());
+    match in_time(rustix::io::Errno::BUSY, open) {
+        Ok(claim) => Ok(claim.into()),
+        Err(rustix::io::Errno::BUSY) => Err(CacheError::Claimed {
+            path: path.to_owned(),
+        }),
+        Err(errno) => Err(refused("claim", path, errno)),
+    }
+}
+
+fn refused(action: &'static str, path: &Path, errno: rustix::io::Errno) -> CacheError {
+    CacheError::Io {
+        action,
+        path: path.to_owned(),
+        source: errno.into(),
+    }
+}
+
+/// Tries until the answer is another one than `busy`, or it has lasted too long.
+fn in_time<T>(
+    busy: rustix::io::Errno,
+    attempt: impl Fn() -> rustix::io::Result<T>,
+) -> rustix::io::Result<T> {
     let begun = Instant::now();
     loop {
-        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_WAIT_MAX => {
+        match attempt() {
+            Err(errno) if errno == busy && begun.elapsed() < LOCK_WAIT_MAX => {
                 std::thread::sleep(LOCK_WAIT_STEP);
             }
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(CacheError::Locked {
-                    path: path.to_owned(),
-                });
-            }
-            Err(errno) => {
-                return Err(CacheError::Io {
-                    action: "lock",
-                    path: path.to_owned(),
-                    source: errno.into(),
-                });
-            }
+            answer => return answer,
         }
     }
 }
@@ -381,6 +418,17 @@ const LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Between two tries.
 const LOCK_WAIT_STEP: Duration = Duration::from_millis(10);
+
+/// Gives the file all of its blocks now: a full file system shows here, not under a tenant's write. What
+/// was taken before the room ended is given back.
+fn allocate(file: &File, size: u64) -> io::Result<()> {
+    let before = file.metadata()?.len();
+    rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size).map_err(|errno| {
+        // Only what lies behind the old end can be told apart.
+        let _ = file.set_len(before);
+        errno.into()
+    })
+}
 
 /// The geometry for `size` bytes; `None` if they are too few.
 fn cut(size: u64) -> Option<Geometry> {
@@ -446,6 +494,29 @@ mod tests {
             (again.id(), again.geometry(), again.fresh()),
             (ID, geometry, false)
         );
+    }
+
+    #[test]
+    fn copy_of_a_cache_with_holes_has_none_once_it_is_opened() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("cache"), dir.path().join("copy"));
+        drop(CacheDevice::open(&path, Some(16 << 20), ID, "a", 1).unwrap());
+        let mut first = vec![0; 4096];
+        File::open(&path)
+            .unwrap()
+            .read_exact_at(&mut first, 0)
+            .unwrap();
+        let sparse = File::create(&copy).unwrap();
+        sparse.write_all_at(&first, 0).unwrap();
+        sparse.set_len(16 << 20).unwrap();
+        assert!(sparse.metadata().unwrap().blocks() * 512 < 1 << 20);
+        let opened = CacheDevice::open(&copy, None, OTHER, "a", 1).unwrap();
+        assert!(!opened.fresh());
+        let geometry = opened.geometry();
+        let used =
+            geometry.data_start + u64::from(geometry.segments) * u64::from(geometry.segment_size);
+        assert!(sparse.metadata().unwrap().blocks() * 512 >= used);
     }
 
     #[test]

@@ -87,21 +87,29 @@ impl Journals {
         };
         let path = self.path(volume);
         let new = path.with_extension("new");
+        let made = self.make(&new, &header).and_then(|map| {
+            fs::rename(&new, &path)?;
+            Ok(Journal { header, map })
+        });
+        if made.is_err() {
+            // What there is of it takes the room that another volume's needs.
+            let _ = fs::remove_file(&new);
+        }
+        made
+    }
+
+    fn make(&self, path: &Path, header: &JournalHeader) -> io::Result<MmapMut> {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
-            .open(&new)?;
+            .open(path)?;
         file.write_all(&header.encode(self.cache)[..])?;
         // All of it now: a store into a page that the file system has no room for kills the process.
-        file.write_all(&vec![0; entries as usize * JOURNAL_ENTRY_LEN])?;
-        fs::rename(&new, &path)?;
-        Ok(Journal {
-            header,
-            map: map(&file)?,
-        })
+        file.write_all(&vec![0; header.entries as usize * JOURNAL_ENTRY_LEN])?;
+        map(&file)
     }
 
     /// What the last daemon's journal of a volume says: the records in it that were valid on the

@@ -124,6 +124,15 @@ pub struct Condition {
     pub damaged: u64,
 }
 
+impl Condition {
+    /// Tells of a problem, unless there is one that is for good.
+    fn tell(&mut self, problem: String) {
+        if !self.fenced && !self.failed {
+            self.problem = Some(problem);
+        }
+    }
+}
+
 /// The backend of one attached volume.
 pub struct VolumeBackend {
     common: Common,
@@ -333,6 +342,11 @@ impl VolumeBackend {
                 condition.failed = true;
                 condition.problem = Some(format!("the cache device failed while {doing}: {error}"));
             }
+            Report::Unreadable { errno } => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                tracing::error!(volume, %error, "{UNREADABLE}");
+                condition.tell(format!("{UNREADABLE}: {error}"));
+            }
             Report::Damaged { object, reason } => {
                 tracing::error!(volume, object, reason, "damaged object");
                 condition.damaged += 1;
@@ -345,7 +359,16 @@ impl VolumeBackend {
 
     fn problem(&self, problem: String) {
         tracing::error!(volume = self.name, problem);
-        self.condition.lock().problem = Some(problem);
+        self.condition.lock().tell(problem);
+    }
+
+    /// A problem of this kind is over, if it is the one that is told.
+    fn over(&self, kind: &str) {
+        let problem = &mut self.condition.lock().problem;
+        if problem.as_ref().is_some_and(|p| p.starts_with(kind)) {
+            tracing::info!(volume = self.name, "no more: {kind}");
+            *problem = None;
+        }
     }
 
     /// A chunk of ours is stored; its entries say how much is in it.
@@ -477,15 +500,13 @@ impl VolumeBackend {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
                 Err(error) => {
-                    let doing = "reading unsent data for their upload";
-                    self.report(Report::CacheFailed {
-                        errno: error.raw_os_error().unwrap_or(0),
-                        doing,
-                    });
+                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                    self.report(Report::Unreadable { errno });
                     tokio::time::sleep(READ_RETRY_DELAY).await;
                 }
             }
         };
+        self.over(UNREADABLE);
         let stored_bytes = encoded.bytes.len() as u64;
         let store = &self.common.background;
         while let Err(error) = store.create(&object, encoded.bytes.clone()).await {
@@ -495,9 +516,10 @@ impl VolumeBackend {
             }
             // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
             // somebody can mend it, and the writes are safe in the cache until then.
-            self.problem(format!("the store takes no chunks: {error}"));
+            self.problem(format!("{REFUSED}: {error}"));
             tokio::time::sleep(REFUSED_RETRY_DELAY).await;
         }
+        self.over(REFUSED);
         self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
         Ok((encoded.header.map_entries(), stored_bytes))
     }
@@ -556,6 +578,12 @@ async fn aside<T: Send + 'static>(
         _ => tokio::task::spawn_blocking(work).await,
     }
 }
+
+/// What begins the problem of a cache device from which unsent data cannot be read.
+const UNREADABLE: &str = "unsent data cannot be read from the cache device";
+
+/// What begins the problem of a store that takes no chunks.
+const REFUSED: &str = "the store takes no chunks";
 
 /// Between tries to store a chunk that the store refuses.
 const REFUSED_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);

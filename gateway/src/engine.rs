@@ -207,7 +207,12 @@ impl Daemon {
         let mut scan = if device.fresh() {
             Scan::default()
         } else {
-            quarry_cache::scan(&*device)?
+            quarry_cache::scan(&*device).with_context(|| {
+                format!(
+                    "the cache {} cannot be read, and what it keeps is not known: mend the device, or copy what can be read of it to a sound one",
+                    path.display()
+                )
+            })?
         };
         scan.add_journals(&journals)?;
         let geometry = device.geometry();

@@ -323,7 +323,7 @@ pub enum UblkError {
     },
     /// The folder from which udev's rule learns of the devices cannot be used.
     #[error(
-        "{} cannot be used ({source}): it and the folder above must be directories of the daemon's user, writable by nobody else", .path.display()
+        "{} cannot be used ({source}): it needs some room, and it and the folder above must be directories of the daemon's user, writable by nobody else", .path.display()
     )]
     UdevFolder {
         /// The folder.

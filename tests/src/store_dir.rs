@@ -55,7 +55,12 @@ impl StoreDir {
     pub fn volume_bytes(&self) -> Result<u64> {
         let mut total = 0;
         for object in self.objects("v")? {
-            total += fs::metadata(object)?.len();
+            match fs::metadata(object) {
+                Ok(found) => total += found.len(),
+                // Deleted since it was listed.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(total)
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{MIB, Ran, quarry_program, skip, target_dir, test_number, tool};
+use quarry_tests::{GIB, MIB, Ran, quarry_program, skip, target_dir, test_number, tool};
 use tempfile::{TempDir, tempdir_in};
 
 /// How a script of the guest ends that cannot be run in its kernel.
@@ -89,9 +89,10 @@ impl Host {
         Ran::run(&mut command)
     }
 
-    fn disk(&self, name: &str) -> Result<PathBuf> {
+    /// A blank disk, of which the host gives only what is used.
+    fn disk(&self, name: &str, size: u64) -> Result<PathBuf> {
         let path = self.dir.path().join(name);
-        File::create(&path)?.set_len(256 * MIB)?;
+        File::create(&path)?.set_len(size)?;
         Ok(path)
     }
 }
@@ -188,7 +189,7 @@ fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> R
     let Some(host) = Host::new()? else {
         return Ok(());
     };
-    let disk = host.disk("cache.img")?;
+    let disk = host.disk("cache.img", 256 * MIB)?;
     let script = "guest-power-cut.sh";
     host.boot(&[&disk], script, &["first", "3"])
         .context("the first life")?;
@@ -196,10 +197,94 @@ fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> R
         .context("after a power cut")?;
     host.boot(&[&disk], script, &["again", "2"])
         .context("after two power cuts")?;
-    let fresh = host.disk("another-cache.img")?;
+    let fresh = host.disk("another-cache.img", 256 * MIB)?;
     std::fs::remove_dir_all(host.dir.path().join("state"))?;
     host.boot(&[&fresh], script, &["elsewhere", "0"])
         .context("on another host")
+}
+
+/// A disk is replayed to its flushes, with `fs` on a volume of it.
+fn replay_flushes(fs: &str, boundaries: u64, tools: &[&str]) -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    if tools.iter().any(|name| tool(name).is_none()) {
+        return Ok(());
+    }
+    let boundaries = test_number("QUARRY_TEST_BOUNDARIES", boundaries).to_string();
+    let disk = host.disk("disk.img", 256 * MIB)?;
+    let log = host.disk("log.img", 2 * GIB)?;
+    let log_writes = env!("CARGO_BIN_EXE_log-writes");
+    let arguments = [log_writes, fs, &boundaries, "3"];
+    host.boot(&[&disk, &log], "guest-boundaries.sh", &arguments)
+}
+
+#[test]
+fn disk_as_it_was_at_each_flush_has_every_synced_file_of_an_ext4_volume() -> Result<()> {
+    replay_flushes("ext4", 14, &["dmsetup", "losetup"])
+}
+
+#[test]
+fn disk_as_it_was_at_each_flush_has_every_synced_file_of_an_xfs_volume() -> Result<()> {
+    let tools = ["dmsetup", "losetup", "mkfs.xfs", "xfs_repair"];
+    replay_flushes("xfs", 10, &tools)
+}
+
+#[test]
+fn cache_device_that_fails_fails_flushes_loses_nothing_flushed_and_shows_nothing_wrong()
+-> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    if tool("dmsetup").is_none() {
+        return Ok(());
+    }
+    let disk = host.disk("cache.img", 128 * MIB)?;
+    host.boot(&[&disk], "guest-bad-disk.sh", &[])
+}
+
+#[test]
+fn attach_without_room_for_list_journal_or_device_is_undone_and_others_go_on() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-full.sh", &[])
+}
+
+#[test]
+fn databases_and_a_repository_keep_what_was_committed_over_kills_and_a_power_cut() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    // Debian keeps most of PostgreSQL's programs out of the PATH; one that is in it stands for them.
+    let tools = [
+        "mkfs.xfs",
+        "xfs_repair",
+        "pgbench",
+        "sqlite3",
+        "git",
+        "setpriv",
+    ];
+    if tools.iter().any(|name| tool(name).is_none()) {
+        return Ok(());
+    }
+    let disk = host.disk("cache.img", 256 * MIB)?;
+    let script = "guest-users.sh";
+    host.boot(&[&disk], script, &["first", "4"])
+        .context("the first life")?;
+    host.boot(&[&disk], script, &["last"])
+        .context("after a power cut")
+}
+
+#[test]
+fn clock_memory_second_daemons_and_another_host_cost_a_volume_nothing() -> Result<()> {
+    let Some(mut host) = Host::new()? else {
+        return Ok(());
+    };
+    // Little, for it is to end.
+    host.memory = "512M";
+    let disk = host.disk("cache.img", 128 * MIB)?;
+    host.boot(&[&disk], "guest-mishaps.sh", &[])
 }
 
 #[test]

@@ -7,6 +7,8 @@
 
 set -euo pipefail
 export QUARRY_SOCKET=/run/quarry.sock
+# No udevd makes the nodes of dmsetup's devices here.
+export DM_DISABLE_UDEV=1
 volume=acme/disk
 log=$dir/daemon.log
 daemon=
@@ -87,6 +89,9 @@ await_device() {
     fail "no working device for $volume"
 }
 
+# Told each time how many files are promised.
+promised() { :; }
+
 # Files fN, each made, synced and given its name in a synced directory before its sum is recorded: from then on it is
 # promised. Ends when $dir/enough appears.
 write_files() {
@@ -98,6 +103,7 @@ write_files() {
         mv "$file.new" "$file" && sync "$at" || return 1
         echo "$(md5sum <"$file" | cut -d' ' -f1) f$number" >>"$record"
         sync "$record"
+        promised "$((number + 1))"
         # Some unsynced work beside it: overwrites and deletions that keep the file system busy.
         head -c 50000 /dev/urandom >"$at/scratch$((number % 3))"
         if ((number % 5 == 4)); then rm -f "$at/scratch0"; fi
@@ -107,12 +113,12 @@ write_files() {
 
 # Every recorded file is there with its bytes.
 check_files() {
-    local at=$1 record=$2 sum name count=0
-    while read -r sum name; do
-        [[ $(md5sum <"$at/$name" | cut -d' ' -f1) == "$sum" ]] || fail "$name is lost or wrong"
-        count=$((count + 1))
-    done <"$record"
-    say "$count synced files are right"
+    local at=$1 record=$2
+    if [[ -s $record ]]; then
+        # A second blank, as it makes them itself.
+        (cd "$at" && sed 's/ /  /' "$record" | md5sum --check --quiet --strict >&2) || fail "files are lost or wrong"
+    fi
+    say "$(wc -l <"$record") synced files are right"
 }
 
 check_clean() {

@@ -135,7 +135,8 @@ pub(super) async fn publish(
                 len,
                 usage,
             });
-            head.next_map = next_map;
+            // A snapshot may have passed over numbers.
+            head.next_map = head.next_map.max(next_map);
             head.stored_bytes = stored_bytes;
             change(head);
         });

@@ -94,7 +94,9 @@ pub enum OpenError {
         reason: String,
     },
     /// The cache device cannot be read or written.
-    #[error("the cache device failed during recovery: {0}")]
+    #[error(
+        "the cache device failed: {0}; after a sync that failed, start the daemon anew on a sound device"
+    )]
     Cache(#[from] std::io::Error),
     /// The store does not answer, or refuses.
     #[error(transparent)]

@@ -136,30 +136,42 @@ impl Daemon {
                 Via::Ublk
             }
         };
+        let how = How {
+            via,
+            read_only: options.read_only,
+            // To take it away from somebody is said once; to look on takes nothing away.
+            force: options.force && options.read_only,
+            queues: options.queues,
+            access: access.clone(),
+            direct_reads: options.direct_reads,
+        };
+        // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it.*
+        let before = self.wanted.add(volume, how).map_err(|error| {
+            let message =
+                format!("{volume} cannot be noted as attached for the next start: {error}");
+            let remedy = format!(
+                "see that {} has room and can be written",
+                self.config.daemon.data_dir.display()
+            );
+            ApiError::new(kind_of(&error), message, remedy)
+        })?;
         slot.set(Stage::Attaching);
-        match self.open(volume, options, via, access.clone()).await {
+        match self.open(volume, options, via, access).await {
             Ok(attached) => {
                 let info = attached.info.clone();
                 slot.set(Stage::Attached(Arc::new(attached)));
-                let how = How {
-                    via,
-                    read_only: options.read_only,
-                    // To take it away from somebody is said once; to look on takes nothing away.
-                    force: options.force && options.read_only,
-                    queues: options.queues,
-                    access,
-                    direct_reads: options.direct_reads,
-                };
-                self.wanted.add(volume, how).map_err(|error| {
-                    let message = format!(
-                        "{volume} is attached, but that cannot be noted for the next start: {error}"
-                    );
-                    ApiError::internal(message)
-                })?;
+                self.wanted.note(volume, None);
                 Ok(info)
             }
-            Err((error, left)) => {
-                slot.set(left.map_or(Stage::Detached, |left| Stage::Attached(Arc::new(left))));
+            Err((error, Some(left))) => {
+                slot.set(Stage::Attached(Arc::new(left)));
+                Err(error)
+            }
+            Err((error, None)) => {
+                slot.set(Stage::Detached);
+                if let Err(error) = self.wanted.restore(volume, before) {
+                    tracing::error!(%volume, %error, "not attached, but the next start will try it: the list of attached volumes cannot be written");
+                }
                 Err(error)
             }
         }
@@ -298,6 +310,13 @@ impl Daemon {
         kept: Option<Recovered>,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
+        if !options.read_only {
+            // One that failed a sync takes no writes any more: to be seen before the right to write is taken.
+            let device = Arc::clone(&self.common.device);
+            let synced = tokio::task::spawn_blocking(move || device.sync()).await;
+            let synced = synced.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+            synced.map_err(OpenError::Cache)?;
+        }
         let how = Claim {
             cache: self.common.device.id(),
             host: self.host.clone(),
@@ -315,8 +334,17 @@ impl Daemon {
         let taken = if read_only {
             (Taken::default(), None)
         } else {
-            let (taken, journal) = self.take_up(id, kept, &claimed).await?;
-            (taken, Some(journal))
+            let nothing_kept = kept.is_none();
+            match self.take_up(id, kept, &claimed).await {
+                Ok((taken, journal)) => (taken, Some(journal)),
+                Err(error) => {
+                    // With nothing of it here, others need not ask for it by force.
+                    if nothing_kept && let Err(error) = give_back(store, &claimed.head).await {
+                        tracing::warn!(%volume, %error, "not attached, but the store names this host as the owner");
+                    }
+                    return Err(error);
+                }
+            }
         };
         self.put_on_a_reactor(volume, id, claimed, taken, options)
             .await
@@ -409,11 +437,8 @@ impl Daemon {
                 "the journal in {} cannot be made: {error}",
                 self.config.daemon.journal_dir.display()
             );
-            ApiError::new(
-                Kind::Internal,
-                message,
-                "free memory there, or set daemon.journal_dir",
-            )
+            let remedy = "free memory there, or set daemon.journal_dir";
+            ApiError::new(kind_of(&error), message, remedy)
         })?;
         Ok((taken, journal))
     }
@@ -642,6 +667,14 @@ impl Daemon {
                 Err(error)
             }
         }
+    }
+}
+
+/// What is full may have room again: then it is worth another try.
+fn kind_of(error: &std::io::Error) -> Kind {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull => Kind::Unavailable,
+        _ => Kind::Internal,
     }
 }
 

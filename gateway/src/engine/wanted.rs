@@ -96,15 +96,31 @@ impl Wanted {
         self.entries.lock().contains_key(volume)
     }
 
-    /// Puts a volume in.
+    /// Puts a volume in, and answers how it was to be attached before, if it was. Nothing is written if that
+    /// is the same: a start needs no room.
     ///
     /// # Errors
     /// If that cannot be written.
-    pub fn add(&self, volume: &ImageRef, how: How) -> io::Result<()> {
-        self.change(|entries| {
-            let problem = None;
-            entries.insert(volume.clone(), Entry { how, problem });
-        })
+    pub fn add(&self, volume: &ImageRef, how: How) -> io::Result<Option<How>> {
+        let before = self.entries.lock().get(volume).map(|e| e.how.clone());
+        if before.as_ref() != Some(&how) {
+            self.change(|entries| {
+                let problem = entries.remove(volume).and_then(|e| e.problem);
+                entries.insert(volume.clone(), Entry { how, problem });
+            })?;
+        }
+        Ok(before)
+    }
+
+    /// Makes it again what it was before [`Self::add`].
+    ///
+    /// # Errors
+    /// If that cannot be written.
+    pub fn restore(&self, volume: &ImageRef, before: Option<How>) -> io::Result<()> {
+        match before {
+            Some(how) => self.add(volume, how).map(|_| ()),
+            None => self.remove(volume),
+        }
     }
 
     /// Takes a volume out.
@@ -245,9 +261,31 @@ mod tests {
     fn change_that_cannot_be_written_is_not_made() {
         let dir = tempfile::tempdir().unwrap();
         let list = Wanted::load(dir.path()).unwrap();
-        let one: ImageRef = "acme/one".parse().unwrap();
+        let (one, two): (ImageRef, ImageRef) =
+            ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
+        assert_eq!(list.add(&one, HOW).unwrap(), None);
         dir.close().unwrap();
-        assert!(list.add(&one, HOW).is_err());
-        assert!(!list.contains(&one));
+        assert!(list.add(&two, HOW).is_err());
+        assert!(!list.contains(&two));
+        assert_eq!(list.add(&one, HOW).unwrap(), Some(HOW));
+    }
+
+    #[test]
+    fn volume_restored_is_as_it_was_or_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = Wanted::load(dir.path()).unwrap();
+        let one: ImageRef = "acme/one".parse().unwrap();
+        let other = How {
+            queues: Some(2),
+            ..HOW
+        };
+        list.add(&one, HOW).unwrap();
+        list.note(&one, Some("the store is away".to_owned()));
+        let before = list.add(&one, other).unwrap();
+        list.restore(&one, before).unwrap();
+        assert_eq!(list.all(), [(one.clone(), HOW)]);
+        assert_eq!(list.failing(), 1);
+        list.restore(&one, None).unwrap();
+        assert!(Wanted::load(dir.path()).unwrap().all().is_empty());
     }
 }

@@ -423,12 +423,18 @@ pub enum Report {
         /// Bytes acknowledged here that the store will not get.
         unsent_bytes: u64,
     },
-    /// The cache device failed an I/O; the volume takes no more writes.
+    /// The cache device failed a write or a sync; the volume takes no more writes.
     CacheFailed {
         /// The errno.
         errno: i32,
         /// What was being done.
         doing: &'static str,
+    },
+    /// Data that the store lacks cannot be read from the cache device. The volume serves on: they may be
+    /// read again later, and what can be read can be saved.
+    Unreadable {
+        /// The errno.
+        errno: i32,
     },
     /// An object of the volume is damaged; reads of what it held fail.
     Damaged {

@@ -164,6 +164,8 @@ struct World {
     last_told: u64,
     /// Whether misses may go around the daemon's memory; then nothing is compressed.
     direct: bool,
+    /// Whether the cache device fails its reads.
+    unreadable: bool,
 }
 
 fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
@@ -225,6 +227,7 @@ impl World {
             last_read: Vec::new(),
             last_told: 0,
             direct: seed % 2 == 1,
+            unreadable: false,
         };
         world.feed(Event::DirectReads(world.direct));
         world
@@ -334,6 +337,9 @@ impl World {
                 offset,
                 len,
             } => {
+                if self.unreadable {
+                    return self.failed(io);
+                }
                 let data = self.device.read(offset, len as usize);
                 self.put(request, buffer_offset, &data);
                 self.done(io);
@@ -517,6 +523,12 @@ impl World {
 
     fn done(&mut self, io: IoId) {
         self.feed(Event::IoDone { io, result: Ok(()) });
+    }
+
+    fn failed(&mut self, io: IoId) -> bool {
+        let result = Err(5);
+        self.feed(Event::IoDone { io, result });
+        true
     }
 
     fn put(&mut self, request: RequestId, at: u32, data: &[u8]) {
@@ -957,6 +969,28 @@ fn direct_reads_that_work_or_fail_read_back_what_was_written() {
         counted.0 > 100 && counted.1 > 50,
         "direct reads that worked and that failed: {counted:?}"
     );
+}
+
+#[test]
+fn cache_that_cannot_be_read_costs_no_read_of_what_the_store_has() {
+    for seed in 700..706 {
+        run(seed, Durability::Object, 4, |world, _| {
+            world.read_all();
+            world.flush();
+            world.unreadable = true;
+            // Readers in turn, so that readahead makes copies on the device of what they read next.
+            for reader in 0..3 {
+                for start in (0..SIZE - 64).step_by(64) {
+                    world.ask(Op::Read, range(start + reader, 64));
+                    for _ in 0..world.rng.random_range(0..12) {
+                        world.step();
+                    }
+                }
+            }
+            world.settle();
+            world.unreadable = false;
+        });
+    }
 }
 
 #[test]

@@ -106,7 +106,9 @@ impl Volume {
         let request = self.active[slot].request;
         let mut pieces = std::mem::take(&mut self.reads.pieces);
         pieces.clear();
-        match self.resolve(request.range, cx, &mut pieces) {
+        // A copy may have been made anew, or another fail: the second time none is asked.
+        let copies = !self.active[slot].retried;
+        match self.resolve(request.range, copies, cx, &mut pieces) {
             Ok(()) => {
                 // One more than there are pieces, until all are issued.
                 let active = &mut self.active[slot];
@@ -130,16 +132,19 @@ impl Volume {
         self.reads.pieces = pieces;
     }
 
-    /// Where each run of `range` comes from, newest layer first.
+    /// Where each run of `range` comes from, newest layer first; of what the store has, the cache's copies
+    /// count only with `copies`.
     fn resolve(
         &mut self,
         range: LbaRange,
+        copies: bool,
         cx: &mut Cx<'_>,
         pieces: &mut Vec<Piece>,
     ) -> Result<(), Vec<NodeRef>> {
         let mut plan = Plan {
             base: range.start,
             cache: cx.cache,
+            copies,
             pieces,
         };
         self.walk_layers(range, cx.nodes, &mut plan)
@@ -327,10 +332,7 @@ impl Volume {
                 cx.cache.distrust(segment);
                 self.active[slot].retry = true;
             } else {
-                cx.out.push(Action::Report(Report::CacheFailed {
-                    errno,
-                    doing: "reading unsent data",
-                }));
+                cx.out.push(Action::Report(Report::Unreadable { errno }));
             }
             IoError::Io
         });
@@ -489,7 +491,7 @@ impl Volume {
                 end: Lba::new(until),
             };
             let mut pieces = Vec::new();
-            let resolved = self.resolve(ahead, cx, &mut pieces);
+            let resolved = self.resolve(ahead, true, cx, &mut pieces);
             // A window's answer is not for keeping: it is much longer than a request's.
             self.reads.found = Vec::new();
             match resolved {
@@ -541,6 +543,7 @@ pub(super) trait Layered {
 struct Plan<'a> {
     base: Lba,
     cache: &'a Cache,
+    copies: bool,
     pieces: &'a mut Vec<Piece>,
 }
 
@@ -575,6 +578,9 @@ impl Layered for Plan<'_> {
         let Location::Data(at) = location else {
             return self.push(part, Source::Zero);
         };
+        if !self.copies {
+            return self.push(part, Source::Store(at));
+        }
         let len = u32::try_from(part.len().get()).expect("a run inside a frame");
         let cache = self.cache;
         cache
