@@ -279,9 +279,26 @@ impl Objects {
         due.map(|dead| dead.object).collect()
     }
 
-    /// When the next of them may be due.
-    pub(super) fn next_due(&self, horizon: Duration) -> Option<Instant> {
-        self.dead.iter().map(|dead| dead.since + horizon).min()
+    /// When the next of them is due, and whether there are some that are not as long as there is a snapshot.
+    pub(super) fn next_due(
+        &self,
+        snapshots: &[SnapshotRef],
+        horizon: Duration,
+        retain_ms: u64,
+        now_ms: u64,
+    ) -> (Option<Instant>, bool) {
+        let (mut next, mut pinned) = (None, false);
+        for dead in &self.dead {
+            if is_pinned(&dead.object, snapshots) {
+                pinned = true;
+                continue;
+            }
+            let age = now_ms.saturating_sub(dead.object.died_ms);
+            let retained = Duration::from_millis(retain_ms.saturating_sub(age));
+            let due = (dead.since + horizon).max(Instant::now() + retained);
+            next = Some(next.map_or(due, |next: Instant| next.min(due)));
+        }
+        (next, pinned)
     }
 
     /// They are deleted.
@@ -471,7 +488,10 @@ mod tests {
         let due = |objects: &Objects, retain, now| objects.due(&[], horizon, retain, now).len();
         assert_eq!(due(&objects, 0, 1_000_000), 0);
         tokio::time::advance(horizon).await;
-        assert_eq!(objects.next_due(horizon), Some(Instant::now()));
+        let next = objects.next_due(&[], horizon, 0, 0);
+        assert_eq!(next, (Some(Instant::now()), false));
+        let held = objects.next_due(&[snapshot(3)], horizon, 0, 0);
+        assert_eq!(held, (Some(Instant::now()), false));
         assert_eq!(due(&objects, 0, 0), 1);
         assert_eq!(due(&objects, 5_000, 5_999), 0);
         assert_eq!(due(&objects, 5_000, 6_000), 1);

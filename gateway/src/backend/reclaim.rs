@@ -54,8 +54,9 @@ const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
 /// Objects deleted side by side.
 const DELETES_AT_ONCE: usize = 8;
 
-/// Between two tries to delete what the store refuses to delete.
-const REFUSED_RETRY_DELAY: Duration = Duration::from_secs(60);
+/// Between two tries to delete what the store refuses to delete, and two looks whether snapshots still need
+/// what only they do.
+const LOOK_AGAIN_DELAY: Duration = Duration::from_secs(60);
 
 /// When what is not needed is deleted.
 #[derive(Clone, Copy, Debug)]
@@ -347,14 +348,18 @@ impl VolumeBackend {
         }
         objects.forget(&deleted);
         self.note_space(&objects);
-        let now = Instant::now();
-        let next = objects.next_due(settings.horizon)?;
-        // Those that a snapshot needs are overdue for as long as it is there.
-        Some(if refused || next <= now {
-            now + REFUSED_RETRY_DELAY.max(settings.horizon)
-        } else {
-            next
-        })
+        let head = self.head.get();
+        let now_ms = (self.common.now_ms)();
+        let (next, pinned) =
+            objects.next_due(&head.snapshots, settings.horizon, head.retain_ms, now_ms);
+        let later = Instant::now() + LOOK_AGAIN_DELAY;
+        match next {
+            Some(next) if refused => Some(next.max(later)),
+            // Nobody tells of a snapshot that was deleted.
+            Some(next) if pinned => Some(next.min(later)),
+            None if pinned => Some(later),
+            next => next,
+        }
     }
 
     fn due(&self, objects: &Objects, snapshots: &[SnapshotRef]) -> Vec<DeadObject> {
