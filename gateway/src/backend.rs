@@ -18,10 +18,7 @@ use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice};
-use quarry_objfmt::chunk::{
-    ChunkExtent, ChunkParams, ExtentBody, LogObject, Seal, classify, decode_frame, decode_header,
-    encode_chunk,
-};
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::{ChunkId, MapEntry, SECTOR_SIZE, VolumeId, keys};
 use quarry_volume::map::{MapRoot, Node, NodeRef};
@@ -30,7 +27,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
 
-use open::Claimed;
+use open::{Claimed, Entry};
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
 pub use head::{HeadCell, HeadError};
@@ -433,13 +430,20 @@ impl VolumeBackend {
         let stored_bytes = encoded.bytes.len() as u64;
         let store = &self.common.background;
         while let Err(error) = store.create(&object, encoded.bytes.clone()).await {
-            if let StoreError::Exists { .. } = error {
-                self.settle_existing(&object, plan).await?;
-                break;
-            }
+            let problem = match error {
+                StoreError::Exists { .. } => match self.settle_existing(plan).await {
+                    Ok(Existing::Ours) => break,
+                    Ok(Existing::NewerWriter(by)) => return Err(by),
+                    // Not to be guessed: a fence is for good.
+                    Err(reason) => {
+                        format!("{object} is there already, and cannot be read: {reason}")
+                    }
+                },
+                error => format!("the store takes no chunks: {error}"),
+            };
             // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
             // somebody can mend it, and the writes are safe in the cache until then.
-            self.problem(format!("the store takes no chunks: {error}"));
+            self.problem(problem);
             tokio::time::sleep(REFUSED_RETRY_DELAY).await;
         }
         self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
@@ -447,30 +451,27 @@ impl VolumeBackend {
     }
 
     /// Something is at our key already: our own chunk, whose first answer was lost, or a seal.
-    async fn settle_existing(&self, object: &str, plan: &ChunkPlan) -> Result<(), String> {
-        let unknown = || "an unknown writer".to_owned();
-        let (bytes, _) = self
-            .common
-            .background
-            .get(object)
-            .await
-            .map_err(|_| unknown())?;
-        match classify(&bytes) {
-            Ok(LogObject::Chunk) => match decode_header(&bytes, plan.id) {
-                Ok(header)
-                    if header.first_write == plan.first_write
-                        && header.last_write == plan.last_write =>
-                {
-                    Ok(())
-                }
-                _ => Err(unknown()),
-            },
-            Ok(LogObject::Seal) => {
-                Err(Seal::decode(&bytes, plan.id).map_or_else(|_| unknown(), |seal| seal.by_host))
+    async fn settle_existing(&self, plan: &ChunkPlan) -> Result<Existing, String> {
+        let store = &*self.common.background;
+        let there = open::log_place(store, self.head.tenant(), plan.id).await;
+        match there.map_err(|error| error.to_string())?? {
+            Some(Entry::Chunk(header))
+                if header.first_write == plan.first_write
+                    && header.last_write == plan.last_write =>
+            {
+                Ok(Existing::Ours)
             }
-            Err(_) => Err(unknown()),
+            Some(Entry::Seal(seal)) => Ok(Existing::NewerWriter(seal.by_host)),
+            Some(Entry::Chunk(_)) => Ok(Existing::NewerWriter("an unknown writer".to_owned())),
+            None => Err("the store says that it exists, and that it does not".to_owned()),
         }
     }
+}
+
+/// Whose object is where a chunk was to be.
+enum Existing {
+    Ours,
+    NewerWriter(String),
 }
 
 /// A part of an object that must be there: that it is not is damage, too.

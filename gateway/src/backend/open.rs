@@ -345,7 +345,9 @@ async fn replay_range(
                     reason,
                 });
             }
-            Some(Entry::Seal(_)) => break,
+            Some(Entry::Seal(_)) => {
+                break;
+            }
             None => {
                 let Some(claim) = claim else { break };
                 if Mutation::NoSeal.is_on() {
@@ -382,27 +384,28 @@ pub(crate) async fn log_entry(
     id: ChunkId,
 ) -> Result<Option<Entry>, OpenError> {
     let object = keys::chunk_key(tenant, id);
-    let damaged = |reason: String| OpenError::Damaged {
-        object: object.clone(),
-        reason,
+    // Both reads again, if the second finds damage: how much it asks for was said by the first.
+    let attempt = || async {
+        let prefix = store.get_prefix(&object, HEADER_GUESS).await;
+        let needed = match look(&prefix.map_err(Unsound::Store)?, id).map_err(Unsound::Damaged)? {
+            Look::Entry(entry) => return Ok(entry),
+            Look::Longer(needed) => needed,
+        };
+        let header = store.get_range(&object, 0..needed as u64).await;
+        let header = header.map_err(|error| match error {
+            error @ (StoreError::Unavailable { .. } | StoreError::Denied { .. }) => {
+                Unsound::Store(error)
+            }
+            error => Unsound::Damaged(error.to_string()),
+        })?;
+        let header = decode_header(&header, id).map_err(|e| Unsound::Damaged(e.to_string()))?;
+        Ok(Entry::Chunk(header))
     };
-    let ask = || store.get_prefix(&object, HEADER_GUESS);
-    let found = match sound::read(ask, |prefix| look(&prefix, id)).await {
-        Ok(found) => found,
-        Err(Unsound::Store(StoreError::NotFound { .. })) => return Ok(None),
-        Err(Unsound::Store(error)) => return Err(error.into()),
-        Err(Unsound::Damaged(reason)) => return Err(damaged(reason)),
-    };
-    let needed = match found {
-        Look::Entry(entry) => return Ok(Some(entry)),
-        Look::Longer(needed) => needed,
-    };
-    let ask = || store.get_range(&object, 0..needed as u64);
-    let header = sound::read(ask, |bytes| decode_header(&bytes, id)).await;
-    match header {
-        Ok(header) => Ok(Some(Entry::Chunk(header))),
-        Err(Unsound::Store(error)) => Err(damaged(error.to_string())),
-        Err(Unsound::Damaged(reason)) => Err(damaged(reason)),
+    match sound::insist(attempt).await {
+        Ok(entry) => Ok(Some(entry)),
+        Err(Unsound::Store(StoreError::NotFound { .. })) => Ok(None),
+        Err(Unsound::Store(error)) => Err(error.into()),
+        Err(Unsound::Damaged(reason)) => Err(OpenError::Damaged { object, reason }),
     }
 }
 
