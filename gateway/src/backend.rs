@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
-use quarry_cache::{AlignedBuf, BlockDevice};
+use quarry_cache::{AlignedBuf, BlockDevice, Branch};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::{ChunkId, MapEntry, SECTOR_SIZE, VolumeId, keys};
@@ -418,6 +418,7 @@ impl VolumeBackend {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
                 Err(error) => {
+                    Branch::UploadReadFailed.taken();
                     let doing = "reading unsent data for their upload";
                     self.report(Report::CacheFailed {
                         errno: error.raw_os_error().unwrap_or(0),
@@ -459,9 +460,13 @@ impl VolumeBackend {
                 if header.first_write == plan.first_write
                     && header.last_write == plan.last_write =>
             {
+                Branch::ChunkThere.taken();
                 Ok(Existing::Ours)
             }
-            Some(Entry::Seal(seal)) => Ok(Existing::NewerWriter(seal.by_host)),
+            Some(Entry::Seal(seal)) => {
+                Branch::SealMet.taken();
+                Ok(Existing::NewerWriter(seal.by_host))
+            }
             Some(Entry::Chunk(_)) => Ok(Existing::NewerWriter("an unknown writer".to_owned())),
             None => Err("the store says that it exists, and that it does not".to_owned()),
         }

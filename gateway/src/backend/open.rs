@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use quarry_cache::{Mutation, Recovered};
+use quarry_cache::{Branch, Mutation, Recovered};
 use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
 };
@@ -207,10 +207,13 @@ async fn read_head(
 ) -> Result<(Head, Tag), OpenError> {
     let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
     match &head.owner {
-        Some(owner) if owner.cache != claim.cache && !claim.force => Err(OpenError::Owned {
-            host: owner.host.clone(),
-            since: since(owner.since_ms),
-        }),
+        Some(owner) if owner.cache != claim.cache && !claim.force => {
+            Branch::OwnedRefused.taken();
+            Err(OpenError::Owned {
+                host: owner.host.clone(),
+                since: since(owner.since_ms),
+            })
+        }
         _ => Ok((head, tag)),
     }
 }
@@ -307,6 +310,7 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
     let stale = kept.split_off_before(since);
     match stale.segments.iter().map(|s| s.epoch).max() {
         Some(epoch) if !stale.unsent(WriteSeq::ZERO).is_empty() && !claim.discard_unsent => {
+            Branch::StaleRefused.taken();
             let bytes = stale.data_bytes();
             Err(OpenError::Stale { bytes, epoch })
         }
@@ -346,6 +350,7 @@ async fn replay_range(
                 });
             }
             Some(Entry::Seal(_)) => {
+                Branch::SealFound.taken();
                 break;
             }
             None => {
@@ -391,6 +396,7 @@ pub(crate) async fn log_entry(
             Look::Entry(entry) => return Ok(entry),
             Look::Longer(needed) => needed,
         };
+        Branch::HeaderLonger.taken();
         let header = store.get_range(&object, 0..needed as u64).await;
         let header = header.map_err(|error| match error {
             error @ (StoreError::Unavailable { .. } | StoreError::Denied { .. }) => {
@@ -459,9 +465,15 @@ async fn seal(
     let object = keys::chunk_key(tenant, id);
     let seal = encode_seal(id, head.epoch, &claim.host);
     match store.create(&object, seal.into()).await {
-        Ok(_) => Ok(None),
+        Ok(_) => {
+            Branch::Sealed.taken();
+            Ok(None)
+        }
         Err(StoreError::Exists { .. }) => match log_entry(store, tenant, id).await? {
-            Some(Entry::Chunk(header)) => Ok(Some(header)),
+            Some(Entry::Chunk(header)) => {
+                Branch::SealBeaten.taken();
+                Ok(Some(header))
+            }
             Some(Entry::Seal(_)) => Ok(None),
             None => {
                 let reason = "the store says that it exists, and that it does not".to_owned();

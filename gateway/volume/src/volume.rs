@@ -23,7 +23,7 @@ mod writeback;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap, Mutation};
+use quarry_cache::{Branch, Cache, CacheLoc, Carried, ExtentMap, Mutation};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
@@ -583,6 +583,7 @@ impl Volume {
             return;
         }
         if active.retry && !active.retried {
+            Branch::ReadAgain.taken();
             active.retry = false;
             active.retried = true;
             active.failed = None;
@@ -594,6 +595,7 @@ impl Volume {
             Op::Write { fua: true } | Op::WriteZeroes { fua: true }
         );
         if fua && active.failed.is_none() && !Mutation::FuaAsPlainWrite.is_on() {
+            Branch::FuaWaits.taken();
             let target = active.last_write;
             self.await_durable(slot, target, cx);
             return;
