@@ -38,12 +38,12 @@ const DIRTY_MAX: u32 = 9;
 
 /// Small enough that a short run meets every limit.
 const TUNING: Tuning = Tuning {
-    // These two are a plan's own.
+    // These three are a plan's own.
     writeback_delay_ms: 0,
     chunk_sectors_max: 0,
+    checkpoint_entries: 0,
     chunk_writes_max: 64,
     uploads_max: 4,
-    checkpoint_entries: 120,
     checkpoint_chunks: 6,
     readahead_sectors_max: 256,
     journal_entries: 24,
@@ -173,6 +173,7 @@ impl Host {
             tuning: Tuning {
                 writeback_delay_ms: plan.writeback_delay_ms,
                 chunk_sectors_max: plan.chunk_sectors_max,
+                checkpoint_entries: plan.checkpoint_entries,
                 ..TUNING
             },
             lane,

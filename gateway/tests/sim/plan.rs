@@ -51,6 +51,8 @@ pub struct Plan {
     pub writeback_delay_ms: u64,
     /// Most sectors of a chunk.
     pub chunk_sectors_max: u32,
+    /// Entries of the log that start a checkpoint.
+    pub checkpoint_entries: usize,
     /// How long an I/O of the cache device takes at most.
     pub io_ms_max: u64,
 }
@@ -87,6 +89,7 @@ impl Plan {
             weather: Weather::default(),
             writeback_delay_ms: 20,
             chunk_sectors_max: 256,
+            checkpoint_entries: 120,
             io_ms_max: 3,
         }
     }
@@ -148,6 +151,7 @@ impl Plan {
             weather,
             writeback_delay_ms: [20, 300, 3_000][rng.random_range(0..3)],
             chunk_sectors_max: 256,
+            checkpoint_entries: 120,
             io_ms_max: if rng.random_bool(0.2) { 400 } else { 3 },
         };
         match rng.random_range(0..20) {
@@ -179,6 +183,7 @@ impl Plan {
             nap_max: Duration::from_millis(20),
             writeback_delay_ms: 3_000,
             chunk_sectors_max: 4_096,
+            checkpoint_entries: 24,
             ..self
         }
     }
