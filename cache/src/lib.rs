@@ -12,6 +12,7 @@
 //! - Clean data are found by (chunk, raw sector) and by nothing else, so a stale fill is harmless.
 
 mod aligned;
+mod branch;
 mod clean;
 pub mod device;
 mod extent;
@@ -23,6 +24,7 @@ mod recover;
 mod segment;
 
 pub use aligned::AlignedBuf;
+pub use branch::Branch;
 pub use clean::{CleanIndex, CleanRun};
 pub use device::{BlockDevice, CACHE_FILE_SIZE_DEFAULT, CacheDevice, CacheError};
 pub use extent::{Carried, ExtentMap};

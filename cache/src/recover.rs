@@ -20,7 +20,7 @@ use quarry_objfmt::page::{
 use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
 
 use crate::segment::PAGE_SIZE;
-use crate::{AlignedBuf, BlockDevice, Journals, Mutation};
+use crate::{AlignedBuf, BlockDevice, Branch, Journals, Mutation};
 
 /// A record page found on the device.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -100,6 +100,9 @@ impl Recovered {
         let (kept, old): (Vec<_>, Vec<_>) = self.segments.drain(..).partition(|s| s.epoch >= since);
         let is_kept = |id: SegmentId| kept.iter().any(|s| s.segment == id);
         let (journal, old_journal) = self.journal.drain(..).partition(|(id, _)| is_kept(*id));
+        if !old.is_empty() {
+            Branch::StaleSplitOff.taken();
+        }
         self.segments = kept;
         self.journal = journal;
         Self {
@@ -164,6 +167,7 @@ impl Recovered {
         if missing.is_empty() {
             return Ok(());
         }
+        Branch::JournalPaged.taken();
         missing.sort_by_key(|(_, r)| r.seq);
         // Before the pages that name them.
         device.sync()?;
@@ -208,6 +212,7 @@ impl Recovered {
                 let before = page.records.len();
                 page.records.retain(|r| r.seq <= last);
                 if page.records.len() != before {
+                    Branch::GapCut.taken();
                     cut += before - page.records.len();
                     if !Mutation::LeaveWhatWasCut.is_on() {
                         segment.write(page, device, volume)?;
@@ -258,12 +263,17 @@ impl RecoveredSegment {
         let room = u64::from(segment_size) - data_end.max().unwrap_or(0).min(segment_size.into());
         let places = 1..u32::try_from(room / PAGE_SIZE).unwrap_or(0);
         let free = places.filter(|index| self.pages.iter().all(|p| p.index != *index));
-        free.zip(records.chunks(RECORDS_PER_PAGE))
+        let pages = free
+            .zip(records.chunks(RECORDS_PER_PAGE))
             .map(|(index, records)| RecoveredPage {
                 index,
                 records: records.to_vec(),
-            })
-            .collect()
+            });
+        let pages: Vec<_> = pages.collect();
+        if pages.len() < records.len().div_ceil(RECORDS_PER_PAGE) {
+            Branch::JournalWithoutRoom.taken();
+        }
+        pages
     }
 
     fn write(

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
 
-use crate::{CleanIndex, CleanRun, Mutation};
+use crate::{Branch, CleanIndex, CleanRun, Mutation};
 
 /// Bytes of a page: segment headers and record pages.
 pub const PAGE_SIZE: u64 = 4096;
@@ -440,10 +440,12 @@ impl Cache {
             if Mutation::ReclaimPinned.is_on() {
                 segment.pins = 0;
             } else if segment.pins > 0 || segment.hot {
+                Branch::ReclaimPassedOver.taken();
                 segment.hot = false;
                 self.fifo.push_back(id);
                 continue;
             }
+            Branch::Reclaimed.taken();
             segment.state = State::Free;
             self.distrust(id);
             self.reclaimed += 1;

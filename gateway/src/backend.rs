@@ -22,11 +22,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
-use quarry_cache::{AlignedBuf, BlockDevice};
-use quarry_objfmt::chunk::{
-    ChunkExtent, ChunkParams, ExtentBody, LogObject, Seal, classify, decode_frame, decode_header,
-    encode_chunk,
-};
+use quarry_cache::{AlignedBuf, BlockDevice, Branch};
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, VolumeId, keys};
 use quarry_volume::map::{MapRoot, Node, NodeRef};
@@ -35,7 +32,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
 
-use open::Claimed;
+use open::{Claimed, Entry};
 use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
@@ -500,6 +497,7 @@ impl VolumeBackend {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
                 Err(error) => {
+                    Branch::UploadReadFailed.taken();
                     let errno = error.raw_os_error().unwrap_or(libc::EIO);
                     self.report(Report::Unreadable { errno });
                     tokio::time::sleep(READ_RETRY_DELAY).await;
@@ -510,13 +508,20 @@ impl VolumeBackend {
         let stored_bytes = encoded.bytes.len() as u64;
         let store = &self.common.background;
         while let Err(error) = store.create(&object, encoded.bytes.clone()).await {
-            if let StoreError::Exists { .. } = error {
-                self.settle_existing(&object, plan).await?;
-                break;
-            }
+            let problem = match error {
+                StoreError::Exists { .. } => match self.settle_existing(plan).await {
+                    Ok(Existing::Ours) => break,
+                    Ok(Existing::NewerWriter(by)) => return Err(by),
+                    // Not to be guessed: a fence is for good.
+                    Err(reason) => {
+                        format!("{object} is there already, and cannot be read: {reason}")
+                    }
+                },
+                error => format!("{REFUSED}: {error}"),
+            };
             // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
             // somebody can mend it, and the writes are safe in the cache until then.
-            self.problem(format!("{REFUSED}: {error}"));
+            self.problem(problem);
             tokio::time::sleep(REFUSED_RETRY_DELAY).await;
         }
         self.over(REFUSED);
@@ -525,30 +530,31 @@ impl VolumeBackend {
     }
 
     /// Something is at our key already: our own chunk, whose first answer was lost, or a seal.
-    async fn settle_existing(&self, object: &str, plan: &ChunkPlan) -> Result<(), String> {
-        let unknown = || "an unknown writer".to_owned();
-        let (bytes, _) = self
-            .common
-            .background
-            .get(object)
-            .await
-            .map_err(|_| unknown())?;
-        match classify(&bytes) {
-            Ok(LogObject::Chunk) => match decode_header(&bytes, plan.id) {
-                Ok(header)
-                    if header.first_write == plan.first_write
-                        && header.last_write == plan.last_write =>
-                {
-                    Ok(())
-                }
-                _ => Err(unknown()),
-            },
-            Ok(LogObject::Seal) => {
-                Err(Seal::decode(&bytes, plan.id).map_or_else(|_| unknown(), |seal| seal.by_host))
+    async fn settle_existing(&self, plan: &ChunkPlan) -> Result<Existing, String> {
+        let store = &*self.common.background;
+        let there = open::log_place(store, self.head.tenant(), plan.id).await;
+        match there.map_err(|error| error.to_string())?? {
+            Some(Entry::Chunk(header))
+                if header.first_write == plan.first_write
+                    && header.last_write == plan.last_write =>
+            {
+                Branch::ChunkThere.taken();
+                Ok(Existing::Ours)
             }
-            Err(_) => Err(unknown()),
+            Some(Entry::Seal(seal)) => {
+                Branch::SealMet.taken();
+                Ok(Existing::NewerWriter(seal.by_host))
+            }
+            Some(Entry::Chunk(_)) => Ok(Existing::NewerWriter("an unknown writer".to_owned())),
+            None => Err("the store says that it exists, and that it does not".to_owned()),
         }
     }
+}
+
+/// Whose object is where a chunk was to be.
+enum Existing {
+    Ours,
+    NewerWriter(String),
 }
 
 /// A part of an object that must be there: that it is not is damage, too.

@@ -1,7 +1,7 @@
 //! The head of a volume, and the right to change it: its tag of when we last wrote it.
 
 use bytes::Bytes;
-use quarry_cache::Mutation;
+use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::{Epoch, TenantName, keys};
@@ -156,8 +156,10 @@ impl HeadCell {
                     if (now.epoch, &now.owner) != (state.0.epoch, &state.0.owner)
                         && !Mutation::IgnoreEpoch.is_on()
                     {
+                        Branch::HeadFenced.taken();
                         return Err(fenced(&now));
                     }
+                    Branch::HeadOfBefore.taken();
                     (false, (*now, tag))
                 }
             };
@@ -206,6 +208,7 @@ async fn replace(
         Err(StoreError::Changed { .. } | StoreError::NotFound { .. }) => {
             let (now, now_tag) = HeadCell::read(store, key).await?;
             Ok(if now.encode() == bytes[..] {
+                Branch::HeadThere.taken();
                 Replaced::Done(now_tag)
             } else {
                 Replaced::Changed(Box::new(now), now_tag)

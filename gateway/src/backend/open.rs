@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use quarry_cache::{Mutation, Recovered};
+use quarry_cache::{Branch, Mutation, Recovered};
 use quarry_objfmt::FormatError;
 use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
@@ -281,10 +281,13 @@ async fn read_head(
 ) -> Result<(Head, Tag), OpenError> {
     let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
     match &head.owner {
-        Some(owner) if owner.cache != claim.cache && !claim.force => Err(OpenError::Owned {
-            host: owner.host.clone(),
-            since: since(owner.since_ms),
-        }),
+        Some(owner) if owner.cache != claim.cache && !claim.force => {
+            Branch::OwnedRefused.taken();
+            Err(OpenError::Owned {
+                host: owner.host.clone(),
+                since: since(owner.since_ms),
+            })
+        }
         _ => Ok((head, tag)),
     }
 }
@@ -454,6 +457,7 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
     let stale = kept.split_off_before(since);
     match stale.segments.iter().map(|s| s.epoch).max() {
         Some(epoch) if !stale.unsent(WriteSeq::ZERO).is_empty() && !claim.discard_unsent => {
+            Branch::StaleRefused.taken();
             let bytes = stale.data_bytes();
             Err(OpenError::Stale { bytes, epoch })
         }
@@ -492,7 +496,10 @@ async fn replay_range(
                     reason,
                 });
             }
-            Some(Entry::Seal(_)) => break,
+            Some(Entry::Seal(_)) => {
+                Branch::SealFound.taken();
+                break;
+            }
             None => {
                 let Some(claim) = claim else { break };
                 if Mutation::NoSeal.is_on() {
@@ -529,27 +536,29 @@ pub(crate) async fn log_entry(
     id: ChunkId,
 ) -> Result<Option<Entry>, OpenError> {
     let object = keys::chunk_key(tenant, id);
-    let damaged = |reason: String| OpenError::Damaged {
-        object: object.clone(),
-        reason,
+    // Both reads again, if the second finds damage: how much it asks for was said by the first.
+    let attempt = || async {
+        let prefix = store.get_prefix(&object, HEADER_GUESS).await;
+        let needed = match look(&prefix.map_err(Unsound::Store)?, id).map_err(Unsound::Damaged)? {
+            Look::Entry(entry) => return Ok(entry),
+            Look::Longer(needed) => needed,
+        };
+        Branch::HeaderLonger.taken();
+        let header = store.get_range(&object, 0..needed as u64).await;
+        let header = header.map_err(|error| match error {
+            error @ (StoreError::Unavailable { .. } | StoreError::Denied { .. }) => {
+                Unsound::Store(error)
+            }
+            error => Unsound::Damaged(error.to_string()),
+        })?;
+        let header = decode_header(&header, id).map_err(|e| Unsound::Damaged(e.to_string()))?;
+        Ok(Entry::Chunk(header))
     };
-    let ask = || store.get_prefix(&object, HEADER_GUESS);
-    let found = match sound::read(ask, |prefix| look(&prefix, id)).await {
-        Ok(found) => found,
-        Err(Unsound::Store(StoreError::NotFound { .. })) => return Ok(None),
-        Err(Unsound::Store(error)) => return Err(error.into()),
-        Err(Unsound::Damaged(reason)) => return Err(damaged(reason)),
-    };
-    let needed = match found {
-        Look::Entry(entry) => return Ok(Some(entry)),
-        Look::Longer(needed) => needed,
-    };
-    let ask = || store.get_range(&object, 0..needed as u64);
-    let header = sound::read(ask, |bytes| decode_header(&bytes, id)).await;
-    match header {
-        Ok(header) => Ok(Some(Entry::Chunk(header))),
-        Err(Unsound::Store(error)) => Err(damaged(error.to_string())),
-        Err(Unsound::Damaged(reason)) => Err(damaged(reason)),
+    match sound::insist(attempt).await {
+        Ok(entry) => Ok(Some(entry)),
+        Err(Unsound::Store(StoreError::NotFound { .. })) => Ok(None),
+        Err(Unsound::Store(error)) => Err(error.into()),
+        Err(Unsound::Damaged(reason)) => Err(OpenError::Damaged { object, reason }),
     }
 }
 
@@ -603,9 +612,15 @@ async fn seal(
     let object = keys::chunk_key(tenant, id);
     let seal = encode_seal(id, head.epoch, &claim.host);
     match store.create(&object, seal.into()).await {
-        Ok(_) => Ok(None),
+        Ok(_) => {
+            Branch::Sealed.taken();
+            Ok(None)
+        }
         Err(StoreError::Exists { .. }) => match log_entry(store, tenant, id).await? {
-            Some(Entry::Chunk(header)) => Ok(Some(header)),
+            Some(Entry::Chunk(header)) => {
+                Branch::SealBeaten.taken();
+                Ok(Some(header))
+            }
             Some(Entry::Seal(_)) => Ok(None),
             None => {
                 let reason = "the store says that it exists, and that it does not".to_owned();

@@ -3,6 +3,8 @@
 
 use std::fmt::Display;
 
+use quarry_cache::Branch;
+
 use crate::store::StoreError;
 
 /// Most times that a damaged answer is asked for again before the object is called damaged.
@@ -42,7 +44,10 @@ where
     let mut tries = 0;
     loop {
         match attempt().await {
-            Err(Unsound::Damaged(_)) if tries < DAMAGE_RETRIES_MAX => tries += 1,
+            Err(Unsound::Damaged(_)) if tries < DAMAGE_RETRIES_MAX => {
+                Branch::AskedAgain.taken();
+                tries += 1;
+            }
             end => return end,
         }
     }

@@ -14,6 +14,8 @@ use quarry_objfmt::{CacheId, SegmentId};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use super::faults::{Fault, Faults};
+
 const SECTOR: usize = 512;
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -54,6 +56,7 @@ struct Disk {
     faults: DeviceFaults,
     /// The host dies after so many more writes of its recovery.
     writes_left: Option<u32>,
+    happened: Faults,
 }
 
 /// How much of an I/O under way arrives when its host dies.
@@ -65,7 +68,7 @@ pub enum Arrives {
 }
 
 impl SimDevice {
-    pub fn new(id: CacheId, seed: u64) -> Self {
+    pub fn new(id: CacheId, seed: u64, happened: Faults) -> Self {
         let segments = u64::from(GEOMETRY.segments) * u64::from(GEOMETRY.segment_size);
         let size = usize::try_from(GEOMETRY.data_start + segments).unwrap();
         let disk = Disk {
@@ -76,6 +79,7 @@ impl SimDevice {
             doomed: BTreeSet::new(),
             faults: DeviceFaults::default(),
             writes_left: None,
+            happened,
         };
         Self {
             id,
@@ -109,30 +113,33 @@ impl SimDevice {
         self.disk.lock().current[at..at + len].to_vec()
     }
 
-    pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, i32> {
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), i32> {
         let mut disk = self.disk.lock();
         let chance = disk.faults.read;
         if chance > 0.0 && disk.rng.random_bool(chance) {
+            disk.happened.note(Fault::ReadFailed);
             return Err(EIO);
         }
         let at = usize::try_from(offset).unwrap();
-        Ok(disk.current[at..at + len].to_vec())
+        buf.copy_from_slice(&disk.current[at..at + buf.len()]);
+        Ok(())
     }
 
     pub fn write(&self, offset: u64, data: &[u8], durable: bool) -> Result<(), i32> {
         let chance = self.disk.lock().faults.write;
-        self.try_to_write(chance, offset, data, durable)
+        self.try_to_write(chance, Fault::WriteFailed, offset, data, durable)
     }
 
     pub fn fill(&self, offset: u64, data: &[u8]) -> Result<(), i32> {
         let chance = self.disk.lock().faults.fill;
-        self.try_to_write(chance, offset, data, false)
+        self.try_to_write(chance, Fault::FillFailed, offset, data, false)
     }
 
     /// A write that fails may have arrived in part.
     fn try_to_write(
         &self,
         chance: f64,
+        fault: Fault,
         offset: u64,
         data: &[u8],
         durable: bool,
@@ -140,6 +147,7 @@ impl SimDevice {
         let mut disk = self.disk.lock();
         if chance > 0.0 && disk.rng.random_bool(chance) {
             disk.put(offset, data, Arrives::AnySectors);
+            disk.happened.note(fault);
             return Err(if disk.rng.random_bool(0.5) {
                 EIO
             } else {
@@ -155,7 +163,13 @@ impl SimDevice {
 
     /// A write that was under way when its host died.
     pub fn arrive(&self, offset: u64, data: &[u8], arrives: Arrives) {
-        self.disk.lock().put(offset, data, arrives);
+        let mut disk = self.disk.lock();
+        disk.put(offset, data, arrives);
+        disk.happened.note(match arrives {
+            Arrives::Nothing => Fault::InFlightLost,
+            Arrives::All => Fault::InFlightWhole,
+            Arrives::AnySectors => Fault::InFlightTorn,
+        });
     }
 
     pub fn sync_data(&self) -> Result<(), i32> {
@@ -169,7 +183,11 @@ impl SimDevice {
                 disk.harden(sector);
             }
         }
-        if fails { Err(EIO) } else { Ok(()) }
+        if !fails {
+            return Ok(());
+        }
+        disk.happened.note(Fault::SyncFailed);
+        Err(EIO)
     }
 
     /// The power goes: any part of what was not synced is lost.
@@ -180,8 +198,10 @@ impl SimDevice {
         for sector in std::mem::take(&mut disk.volatile) {
             if disk.rng.random_bool(kept) {
                 disk.harden(sector);
+                disk.happened.note(Fault::SectorKeptByPower);
             } else {
                 disk.revert(sector);
+                disk.happened.note(Fault::SectorLostByPower);
             }
         }
         disk.restart();
@@ -220,6 +240,7 @@ impl SimDevice {
         let bit = 1 << disk.rng.random_range(0..8);
         disk.current[at] ^= bit;
         disk.stable[at] ^= bit;
+        disk.happened.note(Fault::RecordFlipped);
         true
     }
 }
@@ -263,6 +284,7 @@ impl Disk {
     fn restart(&mut self) {
         for sector in std::mem::take(&mut self.doomed) {
             self.revert(sector);
+            self.happened.note(Fault::SectorLostBySync);
         }
         self.writes_left = None;
         self.faults = DeviceFaults::default();
@@ -280,9 +302,7 @@ impl BlockDevice for SimDevice {
     }
 
     fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
-        let read = self.read(offset, buf.len());
-        buf.copy_from_slice(&read.map_err(io::Error::from_raw_os_error)?);
-        Ok(())
+        self.read(offset, buf).map_err(io::Error::from_raw_os_error)
     }
 
     fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {

@@ -4,12 +4,14 @@
 //! same parts, without its front ends.
 
 mod attach;
+mod errands;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+pub use errands::Errand;
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
 use quarry_gateway::backend::open::{Claimed, OpenError};
 use quarry_gateway::backend::{COMPACTIONS_MAX, Common, ReclaimSettings, UPLOADS_MAX, frame_cache};
@@ -22,7 +24,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::device::SimDevice;
+use super::faults::Faults;
 use super::oracle::{Digest, Truth};
+use super::outcome::Outcome;
 use super::plan::Plan;
 use super::session::{Cx, Died, Session};
 use super::store::SimBucket;
@@ -38,12 +42,12 @@ pub const HORIZON: Duration = Duration::from_secs(120);
 
 /// Small enough that a short run meets every limit.
 const TUNING: Tuning = Tuning {
-    // These two are a plan's own.
+    // These three are a plan's own.
     writeback_delay_ms: 0,
     chunk_sectors_max: 0,
+    checkpoint_entries: 0,
     chunk_writes_max: 64,
     uploads_max: 4,
-    checkpoint_entries: 200,
     checkpoint_chunks: 6,
     readahead_sectors_max: 256,
     journal_entries: 24,
@@ -89,14 +93,16 @@ pub struct Daemon {
     pub opening: BTreeMap<usize, Opening>,
     /// Detaches under way: the drain, once all requests are done.
     pub leaving: BTreeMap<usize, Option<JoinHandle<bool>>>,
+    pub errands: Vec<Errand>,
 }
 
 /// An attach under way.
 pub struct Opening {
     task: JoinHandle<Result<Claimed, OpenError>>,
     read_only: bool,
-    /// The newest write that was durable when it began.
+    /// The newest write that was durable when it began, and the size.
     durable: u64,
+    grown: u64,
 }
 
 /// What an attach came to.
@@ -104,13 +110,14 @@ pub struct Opening {
 pub enum Attach {
     UnderWay,
     Serves,
-    Refused(&'static str),
+    /// Of what kind, and in words.
+    Refused(&'static str, String),
     /// The host died in its recovery.
     Died,
 }
 
 impl Host {
-    pub fn new(index: usize, life: u64, seed: u64, dir: &Path) -> Self {
+    pub fn new(index: usize, life: u64, seed: u64, dir: &Path, happened: &Faults) -> Self {
         let mut id = [0xc0; 16];
         id[0] = u8::try_from(index).unwrap();
         id[1..9].copy_from_slice(&life.to_le_bytes());
@@ -118,7 +125,7 @@ impl Host {
         Self {
             name: format!("host-{index}"),
             cache,
-            device: Arc::new(SimDevice::new(cache, seed)),
+            device: Arc::new(SimDevice::new(cache, seed, happened.clone())),
             journals: Journals::open(dir, cache).unwrap(),
             dir: dir.to_owned(),
             daemon: None,
@@ -177,6 +184,7 @@ impl Host {
             tuning: Tuning {
                 writeback_delay_ms: plan.writeback_delay_ms,
                 chunk_sectors_max: plan.chunk_sectors_max,
+                checkpoint_entries: plan.checkpoint_entries,
                 ..TUNING
             },
             lane,
@@ -191,6 +199,7 @@ impl Host {
             sessions: BTreeMap::new(),
             opening: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            errands: Vec::new(),
         });
     }
 
@@ -205,6 +214,9 @@ impl Host {
         }
         for drained in daemon.leaving.into_values().flatten() {
             drained.abort();
+        }
+        for errand in daemon.errands {
+            errand.abort();
         }
         let journal_is_void = daemon.failure.get().is_err();
         if journal_is_void {
@@ -242,6 +254,16 @@ impl Host {
     /// Whether it has acknowledged writes of a volume that it does not serve now.
     pub fn owes(&self, volume: VolumeId) -> bool {
         self.promises.contains_key(&volume)
+    }
+
+    /// Whether the end of its daemon ends the service of volume `n`, or it is the one that can recover it
+    /// best.
+    pub fn matters_to(&self, n: usize, volume: VolumeId) -> bool {
+        let serves = |daemon: &Daemon| {
+            let session = daemon.sessions.get(&n).filter(|s| !s.read_only);
+            daemon.opening.contains_key(&n) || session.is_some_and(|s| !s.is_fenced())
+        };
+        self.owes(volume) || self.daemon.as_ref().is_some_and(serves)
     }
 
     /// A record page is damaged: what it said of is lost, and what came after it.
@@ -290,6 +312,10 @@ pub struct Outer<'a> {
     pub digest: &'a mut Digest,
     pub now_ms: u64,
     pub io_ms_max: u64,
+    pub direct: Option<f64>,
+    pub damage: bool,
+    pub bucket: &'a SimBucket,
+    pub outcome: &'a mut Outcome,
     pub fuse: &'a mut Option<u32>,
 }
 
@@ -359,6 +385,10 @@ fn cx<'a>(
         digest: outer.digest,
         now_ms: outer.now_ms,
         io_ms_max: outer.io_ms_max,
+        direct: outer.direct,
+        damage: outer.damage,
+        bucket: outer.bucket,
+        outcome: outer.outcome,
         fuse: outer.fuse,
     }
 }

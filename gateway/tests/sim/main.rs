@@ -2,13 +2,20 @@
 //! simulated devices, bucket and clock, under a seeded scheduler.
 //!
 //! Each seed is run twice and must take the same steps. `QUARRY_SIM_SEED` runs that seed alone;
-//! `QUARRY_SIM_SECONDS` says how long fresh ones are tried. `just sim` sets them.
+//! `QUARRY_SIM_SECONDS` says how long fresh ones are tried, or `QUARRY_SIM_HISTORIES` for how many
+//! crashes that were recovered from, on `QUARRY_SIM_THREADS` threads, from `QUARRY_SIM_FIRST` on.
+//! `just sim` sets them.
 
+mod campaign;
+mod counts;
+mod coverage;
 mod device;
+mod faults;
 mod host;
 #[cfg(debug_assertions)]
 mod mutations;
 mod oracle;
+mod outcome;
 mod panics;
 mod plan;
 mod scenarios;
@@ -17,14 +24,19 @@ mod store;
 mod world;
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use campaign::{Campaign, Goal};
+use outcome::Outcome;
 use plan::Plan;
 use quarry_tests::test_number;
-use world::{Outcome, run};
+use world::run;
 
 /// How long fresh seeds are tried if nothing else is said.
 const FRESH_SECONDS: u64 = 20;
+
+/// Of seeds that are run for the number of histories, one in so many is run twice.
+const REPEAT_EVERY: u64 = 16;
 
 /// Says how to repeat a run that does not end well.
 struct Replay(Plan);
@@ -36,6 +48,13 @@ impl Drop for Replay {
             println!("to repeat it: just sim --seed {}", self.0.seed);
         }
     }
+}
+
+fn hold(plan: Plan) -> Outcome {
+    let replay = Replay(plan);
+    let outcome = run(plan);
+    drop(replay);
+    outcome
 }
 
 fn hold_and_repeat(plan: Plan) -> Outcome {
@@ -51,7 +70,8 @@ fn seeds_hold(seeds: Range<u64>) {
     for seed in seeds.clone() {
         sum.add(&hold_and_repeat(Plan::of(seed)));
     }
-    println!("seeds {seeds:?}, each twice: {sum}");
+    println!("seeds {seeds:?}, each twice: {}", sum.table());
+    sum.coverage.check(false);
 }
 
 /// In parts, which run side by side.
@@ -66,33 +86,35 @@ macro_rules! fixed_seeds {
     };
 }
 
-// 2,000 runs.
+// 960 runs, half of them storms.
 fixed_seeds! {
-    seeds_below_125_hold_and_repeat: 0..125,
-    seeds_below_250_hold_and_repeat: 125..250,
-    seeds_below_375_hold_and_repeat: 250..375,
-    seeds_below_500_hold_and_repeat: 375..500,
-    seeds_below_625_hold_and_repeat: 500..625,
-    seeds_below_750_hold_and_repeat: 625..750,
-    seeds_below_875_hold_and_repeat: 750..875,
-    seeds_below_1000_hold_and_repeat: 875..1_000,
+    seeds_below_60_hold_and_repeat: 0..60,
+    seeds_below_120_hold_and_repeat: 60..120,
+    seeds_below_180_hold_and_repeat: 120..180,
+    seeds_below_240_hold_and_repeat: 180..240,
+    seeds_below_300_hold_and_repeat: 240..300,
+    seeds_below_360_hold_and_repeat: 300..360,
+    seeds_below_420_hold_and_repeat: 360..420,
+    seeds_below_480_hold_and_repeat: 420..480,
 }
 
 #[test]
 fn fresh_seeds_hold_and_repeat() {
     if let Ok(seed) = std::env::var("QUARRY_SIM_SEED") {
         let plan = Plan::of(seed.parse().expect("QUARRY_SIM_SEED is a number"));
-        println!("{plan:?}\n{:?}", hold_and_repeat(plan));
+        println!("{plan:?}\n{}", hold_and_repeat(plan).table());
         return;
     }
-    let first = u64::from(rand::random::<u32>()) << 16;
-    let until =
-        Instant::now() + Duration::from_secs(test_number("QUARRY_SIM_SECONDS", FRESH_SECONDS));
-    println!("fresh seeds from {first} on");
-    let (mut sum, mut seed) = (Outcome::default(), first);
-    while Instant::now() < until {
-        sum.add(&hold_and_repeat(Plan::of(seed)));
-        seed += 1;
+    let seconds = test_number("QUARRY_SIM_SECONDS", FRESH_SECONDS);
+    let (goal, repeat_every) = match test_number("QUARRY_SIM_HISTORIES", 0) {
+        0 => (Goal::Time(Duration::from_secs(seconds)), 1),
+        histories => (Goal::Histories(histories), REPEAT_EVERY),
+    };
+    Campaign {
+        first: test_number("QUARRY_SIM_FIRST", u64::from(rand::random::<u32>()) << 16),
+        goal,
+        threads: test_number("QUARRY_SIM_THREADS", 1),
+        repeat_every,
     }
-    println!("seeds {:?}, each twice: {sum}", first..seed);
+    .run();
 }

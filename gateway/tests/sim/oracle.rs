@@ -74,7 +74,11 @@ pub struct Truth {
     pub id: VolumeId,
     pub tenant: TenantName,
     pub durability: Durability,
+    /// Its size at first, and the most that it grows to.
     pub size: u64,
+    pub size_max: u64,
+    /// The size that somebody was told it has.
+    pub grown: u64,
     next_stamp: Stamp,
     histories: BTreeMap<u32, History>,
 }
@@ -89,6 +93,8 @@ impl Truth {
             tenant,
             durability,
             size,
+            size_max: size + size / 4,
+            grown: size,
             next_stamp: 1,
             histories: BTreeMap::from([(0, History::default())]),
         }
@@ -166,7 +172,7 @@ impl Truth {
 
     /// What each sector reads as after write `upto` of `epoch`.
     pub fn image(&self, epoch: u32, upto: u64) -> Vec<Stamp> {
-        let mut image = vec![0; usize::try_from(self.size).unwrap()];
+        let mut image = vec![0; usize::try_from(self.size_max).unwrap()];
         let writes = &self.histories[&epoch].writes;
         assert!(
             upto <= writes.len() as u64,

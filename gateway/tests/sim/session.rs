@@ -11,18 +11,21 @@ use std::sync::Arc;
 use quarry_cache::{CacheLoc, Journal, SyncFailure};
 use quarry_gateway::backend::VolumeBackend;
 use quarry_gateway::reactor::{BackendSink, Message};
-use quarry_objfmt::head::Durability;
-use quarry_objfmt::{Generation, LbaRange, Record, RecordBody, SegmentId};
+use quarry_objfmt::head::{Durability, Head};
+use quarry_objfmt::{Generation, LbaRange, Record, RecordBody, SegmentId, keys};
 use quarry_volume::{
-    Action, Event, IoError, Op, Request, RequestId, Shared, StatusRun, Volume, VolumeState,
+    Action, Event, IoError, Op, Report, Request, RequestId, Shared, StatusRun, Volume, VolumeState,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
 use tokio::sync::mpsc;
 
+use super::coverage::Told;
 use super::device::{GEOMETRY, SimDevice};
 use super::host::HORIZON;
 use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_of};
+use super::outcome::{Crash, Outcome};
+use super::store::SimBucket;
 
 /// Sectors of one read of a sweep over the whole volume.
 const SWEEP_SECTORS: u64 = 256;
@@ -32,12 +35,18 @@ pub struct Cx<'a> {
     pub shared: &'a mut Shared,
     pub device: &'a SimDevice,
     pub failure: &'a SyncFailure,
+    pub bucket: &'a SimBucket,
+    pub outcome: &'a mut Outcome,
     pub truth: &'a mut Truth,
     pub rng: &'a mut SmallRng,
     pub digest: &'a mut Digest,
     pub now_ms: u64,
     /// How long an I/O of the cache device takes at most.
     pub io_ms_max: u64,
+    /// That a direct read fails; none: there are none.
+    pub direct: Option<f64>,
+    /// Readers may get more bad bodies of an object than they bear.
+    pub damage: bool,
     /// The host dies after so many more actions.
     pub fuse: &'a mut Option<u32>,
 }
@@ -65,6 +74,26 @@ struct Asked {
     last_seq: u64,
     /// Flushes: the newest write acknowledged before.
     target: u64,
+    /// It must be refused, for this reason.
+    refusal: Option<IoError>,
+    of_sweep: bool,
+}
+
+impl Asked {
+    const fn new(op: Op, range: LbaRange) -> Self {
+        Self {
+            op,
+            range,
+            data: Vec::new(),
+            stamp: 0,
+            allowed: Vec::new(),
+            recorded: 0,
+            last_seq: 0,
+            target: 0,
+            refusal: None,
+            of_sweep: false,
+        }
+    }
 }
 
 /// A chunk that was planned.
@@ -91,9 +120,18 @@ pub struct Session {
     pub flushed: u64,
     /// The cache device failed an I/O of ours, so that requests may fail.
     pub hurt: bool,
+    /// An object showed as damaged, so that reads may fail, and checkpoints.
+    pub damaged: bool,
     pub stopping: bool,
     /// When it began: what it reads by may be gone a horizon later, if somebody else has the volume by then.
     opened_ms: u64,
+    /// It was told to stop.
+    pub stopped: bool,
+    /// The crash from which it came back, until its whole image was checked.
+    pub history: Option<Crash>,
+    /// Sectors of the sweep that were read and are right, of so many.
+    swept: u64,
+    sweep_sectors: u64,
     /// The next sector of the sweep that reads all; none: it is done.
     sweep: Option<u64>,
     last_tick_ms: u64,
@@ -125,6 +163,9 @@ pub struct Beginning {
     pub backend: Arc<VolumeBackend>,
     pub inbox: mpsc::Receiver<Message>,
     pub journal: Option<Journal>,
+    /// Whether its frames are stored as they are, and may be received directly.
+    pub direct: bool,
+    pub history: Option<Crash>,
 }
 
 impl Session {
@@ -144,12 +185,21 @@ impl Session {
             acked: beginning.upto,
             flushed: beginning.upto,
             hurt: false,
+            damaged: false,
             stopping: false,
             opened_ms: cx.now_ms,
+            stopped: false,
+            history: beginning.history,
+            swept: 0,
+            sweep_sectors: 0,
             sweep: Some(0),
             last_tick_ms: 0,
         };
+        session.sweep_sectors = session.volume.size().get();
         session.take(beginning.first, cx)?;
+        if beginning.direct {
+            session.feed(Event::DirectReads(true), cx)?;
+        }
         Ok(session)
     }
 
@@ -161,15 +211,56 @@ impl Session {
         self.requests.is_empty() && self.pending.is_empty()
     }
 
+    pub fn is_fenced(&self) -> bool {
+        matches!(self.volume.state(), VolumeState::Fenced { .. })
+    }
+
     pub fn is_swept(&self) -> bool {
         self.sweep.is_none()
     }
 
     pub fn feed(&mut self, event: Event, cx: &mut Cx<'_>) -> Result<(), Died> {
+        self.tell(event, None, cx)
+    }
+
+    /// Feeds an event; of an I/O's end, `io` says what it is.
+    fn tell(&mut self, event: Event, io: Option<Told>, cx: &mut Cx<'_>) -> Result<(), Died> {
+        self.check(&event, cx);
+        let coverage = &mut cx.outcome.coverage;
+        coverage.tells(&self.volume, self.stopped, &event, io);
+        self.stopped |= matches!(event, Event::Stop);
         let mut out = Vec::new();
         self.volume.set_now(cx.now_ms);
         self.volume.apply(event, cx.shared, &mut out);
         self.take(out, cx)
+    }
+
+    /// Bad news must have a reason.
+    fn check(&mut self, event: &Event, cx: &Cx<'_>) {
+        match event {
+            Event::Fenced { by } => {
+                let key = keys::head_key(&cx.truth.tenant, cx.truth.id);
+                let head = Head::decode(&cx.bucket.peek(&key).unwrap()).unwrap();
+                assert!(
+                    head.epoch.get() > self.epoch,
+                    "volume {} is fenced in epoch {} by {by}, and nobody has taken it over",
+                    cx.truth.index,
+                    self.epoch
+                );
+            }
+            Event::CheckpointFailed => self.sees_damage("a checkpoint is given up", cx),
+            _ => {}
+        }
+    }
+
+    fn sees_damage(&mut self, what: &str, cx: &Cx<'_>) {
+        let condition = self.backend.condition();
+        assert!(
+            cx.damage,
+            "volume {}: {what}, and no object is damaged ({condition:?})",
+            cx.truth.index
+        );
+        self.damaged = true;
     }
 
     fn take(&mut self, actions: Vec<Action>, cx: &mut Cx<'_>) -> Result<(), Died> {
@@ -177,6 +268,7 @@ impl Session {
             if let Some(left) = cx.fuse {
                 *left = left.checked_sub(1).ok_or(Died)?;
             }
+            cx.outcome.coverage.asks(&action);
             match action {
                 Action::Journal {
                     segment,
@@ -199,11 +291,17 @@ impl Session {
                 | Action::CopyToRequest { .. }
                 | Action::WritePage { .. }
                 | Action::Sync { .. }
+                | Action::FetchDirect { .. }
                 | Action::FillWrite { .. } => {
                     let due_ms = cx.now_ms + cx.rng.random_range(0..=cx.io_ms_max);
                     self.pending.push(Pending { due_ms, action });
                 }
-                other => self.backend.submit(other),
+                other => {
+                    if let Action::Report(Report::Damaged { object, reason }) = &other {
+                        self.sees_damage(&format!("{object}: {reason}"), cx);
+                    }
+                    self.backend.submit(other);
+                }
             }
         }
         Ok(())
@@ -262,13 +360,21 @@ impl Session {
         let asked = self.requests.remove(&id).expect("completed once");
         cx.digest.add((id, result.is_ok(), cx.now_ms));
         let index = cx.truth.index;
+        if let Some(refusal) = asked.refusal {
+            assert_eq!(result, Err(refusal), "{:?} of {:?}", asked.op, asked.range);
+            return;
+        }
         if let Err(error) = result {
             let succeeded = self.read_only || cx.truth.served(u32::MAX) > self.epoch;
             // It was opened some time before it began.
             let kept_ms = HORIZON.as_millis() / 2;
             let outlived = succeeded && u128::from(cx.now_ms - self.opened_ms) >= kept_ms;
             let may = match error {
-                IoError::Io => self.hurt || outlived || cx.failure.get().is_err(),
+                IoError::Io => {
+                    let reads = matches!(asked.op, Op::Read | Op::Status);
+                    let missing = self.damaged && reads;
+                    missing || self.hurt || outlived || cx.failure.get().is_err()
+                }
                 IoError::ReadOnly => {
                     self.read_only || matches!(self.volume.state(), VolumeState::Fenced { .. })
                 }
@@ -295,6 +401,9 @@ impl Session {
                         "volume {index} in epoch {}: sector {lba} reads as write {stamp}, may be {allowed:?}",
                         self.epoch
                     );
+                }
+                if asked.of_sweep {
+                    self.has_swept(asked.range.len().get(), cx);
                 }
             }
             Op::Write { fua } | Op::WriteZeroes { fua } => {
@@ -345,9 +454,19 @@ impl Session {
         assert!(lba <= end);
     }
 
+    /// So much more of the image was read and is right; all of it ends a history.
+    fn has_swept(&mut self, sectors: u64, cx: &mut Cx<'_>) {
+        self.swept += sectors;
+        if self.swept == self.sweep_sectors
+            && let Some(crash) = self.history.take()
+        {
+            cx.outcome.histories.note(crash);
+        }
+    }
+
     fn flushed_up_to(&mut self, seq: u64, cx: &mut Cx<'_>) {
         self.flushed = self.flushed.max(seq);
-        if cx.truth.durability == Durability::Object {
+        if cx.truth.durability == Durability::Object && !self.read_only {
             cx.truth.reported(self.epoch, seq, "a flush");
         }
     }
@@ -355,9 +474,20 @@ impl Session {
     /// Makes a request: of the sweep, if that is not done, else any.
     pub fn ask_something(&mut self, cx: &mut Cx<'_>) -> Result<(), Died> {
         if let Some(start) = self.sweep {
-            let end = (start + SWEEP_SECTORS).min(cx.truth.size);
-            self.sweep = Some(end).filter(|end| *end < cx.truth.size);
-            return self.ask(Op::Read, range(start, end - start), cx);
+            let end = (start + SWEEP_SECTORS).min(self.sweep_sectors);
+            self.sweep = Some(end).filter(|end| *end < self.sweep_sectors);
+            let asked = Asked {
+                of_sweep: true,
+                ..Asked::new(Op::Read, range(start, end - start))
+            };
+            return self.send(asked, cx);
+        }
+        let now = self.volume.size().get();
+        if cx.rng.random_bool(0.005) {
+            // Over the end.
+            let len = cx.rng.random_range(1..8);
+            let beyond = range(now + 1 - len.min(2), len);
+            return self.ask_in_vain(Op::Read, beyond, IoError::Invalid, cx);
         }
         let kind = if self.read_only {
             0
@@ -366,14 +496,14 @@ impl Session {
         };
         // Half of it in one corner, so that writes meet.
         let size = if cx.rng.random_bool(0.5) {
-            cx.truth.size
+            now
         } else {
-            cx.truth.size / 16
+            now / 16
         };
         let start = cx.rng.random_range(0..size - 1);
         let long = cx.rng.random_bool(0.1);
         let len = cx.rng.random_range(1..=if long { 400 } else { 24 });
-        let range = range(start, len.min(cx.truth.size - start));
+        let range = range(start, len.min(now - start));
         let fua = cx.rng.random_bool(0.1);
         match kind {
             0 => {
@@ -392,19 +522,56 @@ impl Session {
         self.ask(Op::Flush, range(0, 0), cx)
     }
 
-    fn ask(&mut self, op: Op, range: LbaRange, cx: &mut Cx<'_>) -> Result<(), Died> {
+    /// Ends its service, with no request in flight.
+    pub fn stop(&mut self, cx: &mut Cx<'_>) -> Result<(), Died> {
+        self.feed(Event::Stop, cx)?;
+        let (op, range) = match cx.rng.random_range(0..4) {
+            0 => (Op::Flush, range(0, 0)),
+            1 => (Op::Read, range(0, 8)),
+            _ => (any_change(cx.rng), range(0, 8)),
+        };
+        self.ask_in_vain(op, range, IoError::ShuttingDown, cx)
+    }
+
+    /// Makes any request that changes something, which must be refused.
+    pub fn change_in_vain(&mut self, refusal: IoError, cx: &mut Cx<'_>) -> Result<(), Died> {
+        let op = any_change(cx.rng);
+        self.ask_in_vain(op, range(0, 8), refusal, cx)
+    }
+
+    /// Makes a request that must be refused.
+    fn ask_in_vain(
+        &mut self,
+        op: Op,
+        range: LbaRange,
+        refusal: IoError,
+        cx: &mut Cx<'_>,
+    ) -> Result<(), Died> {
+        let asked = Asked {
+            refusal: Some(refusal),
+            ..Asked::new(op, range)
+        };
         let id = self.next_request;
         self.next_request += 1;
-        let mut asked = Asked {
-            op,
-            range,
-            data: Vec::new(),
-            stamp: 0,
-            allowed: Vec::new(),
-            recorded: 0,
-            last_seq: 0,
-            target: self.acked,
-        };
+        self.requests.insert(id, asked);
+        let id = RequestId(id);
+        self.feed(Event::Request(Request { id, op, range }), cx)?;
+        assert!(
+            !self.requests.contains_key(&id.0),
+            "what cannot be is refused at once"
+        );
+        Ok(())
+    }
+
+    fn ask(&mut self, op: Op, range: LbaRange, cx: &mut Cx<'_>) -> Result<(), Died> {
+        self.send(Asked::new(op, range), cx)
+    }
+
+    fn send(&mut self, mut asked: Asked, cx: &mut Cx<'_>) -> Result<(), Died> {
+        let id = self.next_request;
+        self.next_request += 1;
+        let (op, range) = (asked.op, asked.range);
+        asked.target = self.acked;
         let bytes = usize::try_from(range.len().bytes()).unwrap();
         let lbas = range.start.get()..range.end.get();
         match op {
@@ -455,5 +622,15 @@ impl Session {
         self.last_tick_ms = cx.now_ms;
         let now_ms = cx.now_ms;
         self.feed(Event::Tick { now_ms }, cx)
+    }
+}
+
+/// Any operation that changes something.
+fn any_change(rng: &mut SmallRng) -> Op {
+    let fua = rng.random_bool(0.5);
+    match rng.random_range(0..3) {
+        0 => Op::Write { fua },
+        1 => Op::WriteZeroes { fua },
+        _ => Op::Discard,
     }
 }

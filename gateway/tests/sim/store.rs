@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt as _;
 use futures::stream::{BoxStream, once};
+use futures::{FutureExt as _, StreamExt as _};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -26,8 +26,10 @@ use rand::{RngExt, SeedableRng};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-/// Bad bodies that one object gives at most: no reader gets more of them than it bears.
-const BAD_BODIES_MAX: u32 = 2;
+use super::faults::{Fault, Faults};
+
+/// Bad bodies that a reader bears of one object.
+pub const BAD_BODIES_BORNE: u32 = 2;
 
 /// What the way to the store is like: chances of one request.
 #[derive(Clone, Copy, Default, Debug)]
@@ -46,11 +48,30 @@ pub struct Weather {
     pub wrong: f64,
     /// An answer that takes seconds.
     pub slow: f64,
+    /// Bad bodies that one object gives at most.
+    pub bad_bodies_max: u32,
+}
+
+impl Weather {
+    /// The same kinds of trouble, each less often.
+    pub fn milder(self) -> Self {
+        Self {
+            error_before: self.error_before / 8.0,
+            error_after: self.error_after / 8.0,
+            lost_before: self.lost_before / 8.0,
+            lost_after: self.lost_after / 8.0,
+            short: self.short / 4.0,
+            wrong: self.wrong / 2.0,
+            slow: self.slow / 8.0,
+            ..self
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Fate {
     Plain,
+    Refused,
     ErrorBefore,
     ErrorAfter,
     LostBefore,
@@ -59,6 +80,7 @@ enum Fate {
 
 pub struct SimBucket {
     memory: Arc<InMemory>,
+    pub happened: Faults,
     sky: Mutex<Sky>,
 }
 
@@ -68,19 +90,25 @@ struct Sky {
     away_until: Option<Instant>,
     bad_bodies: BTreeMap<String, u32>,
     requests: u64,
+    /// The longest way of a request, and of its answer.
+    way_max: Duration,
+    happened: Faults,
 }
 
 impl SimBucket {
-    pub fn new(seed: u64) -> Arc<Self> {
+    pub fn new(seed: u64, way_max: Duration, happened: Faults) -> Arc<Self> {
         let sky = Sky {
             rng: SmallRng::seed_from_u64(seed),
             weather: Weather::default(),
             away_until: None,
             bad_bodies: BTreeMap::new(),
             requests: 0,
+            way_max,
+            happened: happened.clone(),
         };
         Arc::new(Self {
             memory: Arc::new(InMemory::new()),
+            happened,
             sky: Mutex::new(sky),
         })
     }
@@ -91,6 +119,7 @@ impl SimBucket {
 
     /// Nobody reaches the store for so long.
     pub fn go_away(&self, lasting: Duration) {
+        self.happened.note(Fault::Outage);
         self.sky.lock().away_until = Some(Instant::now() + lasting);
     }
 
@@ -109,15 +138,31 @@ impl SimBucket {
     ) -> Result<T> {
         let (fate, there, back) = self.sky.lock().draw();
         let (tx, rx) = oneshot::channel();
+        let happened = self.happened.clone();
         tokio::spawn(async move {
             sleep(there).await;
             let answer = match fate {
-                Fate::LostBefore => return,
-                Fate::ErrorBefore => Err(broken("before")),
-                Fate::ErrorAfter => effect.await.and_then(|_| Err(broken("after"))),
+                Fate::Refused => Err(broken("before")),
+                Fate::LostBefore => {
+                    happened.note(Fault::LostBefore);
+                    return;
+                }
+                Fate::ErrorBefore => {
+                    happened.note(Fault::ErrorBefore);
+                    Err(broken("before"))
+                }
+                Fate::ErrorAfter => {
+                    happened.note(Fault::ErrorAfter);
+                    effect.await.and_then(|_| Err(broken("after")))
+                }
                 Fate::LostAfter(late) => {
                     sleep(late).await;
                     let _ = effect.await;
+                    happened.note(if late.is_zero() {
+                        Fault::LostAfter
+                    } else {
+                        Fault::LateEffect
+                    });
                     return;
                 }
                 Fate::Plain => effect.await,
@@ -133,16 +178,22 @@ impl SimBucket {
     }
 }
 
+/// The shortest way of a request, and of its answer.
+const WAY_MIN: Duration = Duration::from_micros(100);
+
 impl Sky {
     fn draw(&mut self) -> (Fate, Duration, Duration) {
         self.requests += 1;
-        let way = |rng: &mut SmallRng| Duration::from_micros(rng.random_range(100..20_000));
+        let longest = self.way_max;
+        let way = |rng: &mut SmallRng| rng.random_range(WAY_MIN..longest);
         let (mut there, mut back) = (way(&mut self.rng), way(&mut self.rng));
         if self.away_until.is_some_and(|until| Instant::now() < until) {
-            return (Fate::ErrorBefore, there, back);
+            self.happened.note(Fault::RefusedByOutage);
+            return (Fate::Refused, there, back);
         }
         let weather = self.weather;
         if self.chance(weather.slow) {
+            self.happened.note(Fault::Slow);
             there += Duration::from_millis(self.rng.random_range(0..8_000));
             back += Duration::from_millis(self.rng.random_range(0..8_000));
         }
@@ -177,14 +228,16 @@ impl Sky {
         }
         let (cut, flip) = (self.chance(short), self.chance(wrong));
         let bad = self.bad_bodies.entry(key.to_owned()).or_default();
-        if (!cut && !flip) || *bad == BAD_BODIES_MAX {
+        if (!cut && !flip) || *bad >= self.weather.bad_bodies_max {
             return body;
         }
         *bad += 1;
         if cut {
+            self.happened.note(Fault::ShortBody);
             let len = self.rng.random_range(0..body.len());
             return body.slice(..len);
         }
+        self.happened.note(Fault::WrongBody);
         let mut bytes = body.to_vec();
         let at = self.rng.random_range(0..bytes.len());
         bytes[at] ^= 1 << self.rng.random_range(0..8);
@@ -260,6 +313,15 @@ impl ObjectStore for SimBucket {
 }
 
 impl SimBucket {
+    /// What a request without a fault would get, at once.
+    pub fn peek(&self, key: &str) -> Option<Bytes> {
+        let read = async {
+            let got = self.memory.get(&Path::from(key)).await.ok()?;
+            got.bytes().await.ok()
+        };
+        read.now_or_never().expect("memory does not wait")
+    }
+
     /// Puts an object without any fault, as a world's beginning.
     pub async fn place(&self, key: &str, body: Vec<u8>) {
         self.memory

@@ -4,10 +4,10 @@
 mod attach;
 mod finish;
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quarry_cache::Branch;
 use quarry_gateway::backend::open::Claim;
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Durability, Head};
@@ -17,73 +17,39 @@ use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
 
 use super::device::DeviceFaults;
+use super::faults::Faults;
 use super::host::{End, Host, Outer};
 use super::oracle::{Digest, Truth};
+use super::outcome::{Crash, Outcome};
 use super::panics::{note_panics, take_panic};
 use super::plan::Plan;
 use super::session::{Cx, Died, Session};
-use super::store::{SimBucket, Weather};
+use super::store::{BAD_BODIES_BORNE, SimBucket, Weather};
 
 const FRAME_SECTORS: u32 = 32;
-const VOLUME_SECTORS: u64 = 3072;
 /// Requests in flight at once, of one session.
 const REQUESTS_MAX: usize = 12;
 
 /// The longest time in which nothing is done at all, in milliseconds.
 const NAP_PART_MS_MAX: u64 = 20_000;
-/// What a run came to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Outcome {
-    pub digest: u64,
-    pub writes: u64,
-    pub crashes: u64,
-    pub attaches: u64,
-    pub readers: u64,
-    pub store_requests: u64,
-    pub simulated_ms: u64,
-}
 
-impl Outcome {
-    /// Adds the counts of another run.
-    pub fn add(&mut self, other: &Self) {
-        self.writes += other.writes;
-        self.crashes += other.crashes;
-        self.attaches += other.attaches;
-        self.readers += other.readers;
-        self.store_requests += other.store_requests;
-        self.simulated_ms += other.simulated_ms;
-    }
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} crashes, {} attaches, {} readers, {} writes in the end, {} store requests, {} simulated seconds",
-            self.crashes,
-            self.attaches,
-            self.readers,
-            self.writes,
-            self.store_requests,
-            self.simulated_ms / 1_000
-        )
-    }
-}
+/// The longest step while nothing is served.
+const WAIT_US_MAX: u64 = 50_000;
 
 pub struct World {
     plan: Plan,
     core: Core,
-    bucket: Arc<SimBucket>,
     hosts: Vec<Host>,
     /// When each host dies: after so many more actions.
     fuses: Vec<Option<u32>>,
     /// Those that look at the store from elsewhere; each with its volume.
     readers: Vec<(Host, usize)>,
     truths: Vec<Truth>,
+    /// For each volume, what ended its service, until it is served again.
+    lost: Vec<Option<Crash>>,
     dir: tempfile::TempDir,
     /// Lives of hosts and daemons so far: names and seeds for the next.
     lives: u64,
-    outcome: Outcome,
     is_calm: bool,
 }
 
@@ -93,6 +59,10 @@ struct Core {
     digest: Digest,
     started: Instant,
     io_ms_max: u64,
+    direct: Option<f64>,
+    damage: bool,
+    bucket: Arc<SimBucket>,
+    outcome: Outcome,
 }
 
 impl Core {
@@ -108,6 +78,10 @@ impl Core {
             rng: &mut self.rng,
             digest: &mut self.digest,
             io_ms_max: self.io_ms_max,
+            direct: self.direct,
+            damage: self.damage,
+            bucket: &self.bucket,
+            outcome: &mut self.outcome,
             fuse,
         }
     }
@@ -121,6 +95,7 @@ pub fn run(plan: Plan) -> Outcome {
         .build()
         .unwrap();
     note_panics();
+    Branch::take_counts();
     runtime.block_on(async {
         let mut world = World::new(plan).await;
         for _ in 0..plan.steps {
@@ -134,7 +109,7 @@ pub fn run(plan: Plan) -> Outcome {
 impl World {
     async fn new(plan: Plan) -> Self {
         let mut rng = SmallRng::seed_from_u64(plan.seed);
-        let bucket = SimBucket::new(rng.random());
+        let bucket = SimBucket::new(rng.random(), plan.way_max, Faults::default());
         let truths = (0..plan.volumes)
             .map(|n| {
                 let tenant = TenantName::new(["acme", "other"][n % 2]).unwrap();
@@ -147,7 +122,7 @@ impl World {
                     u32::try_from(n).unwrap(),
                     tenant,
                     durability,
-                    VOLUME_SECTORS,
+                    plan.volume_sectors,
                 )
             })
             .collect::<Vec<_>>();
@@ -160,8 +135,8 @@ impl World {
             fuses: vec![None; plan.hosts],
             hosts: Vec::new(),
             readers: Vec::new(),
+            lost: vec![None; plan.volumes],
             lives: 0,
-            outcome: Outcome::default(),
             is_calm: false,
             plan,
             core: Core {
@@ -169,8 +144,11 @@ impl World {
                 digest: Digest::default(),
                 started: Instant::now(),
                 io_ms_max: plan.io_ms_max,
+                direct: plan.direct,
+                damage: plan.weather.bad_bodies_max > BAD_BODIES_BORNE,
+                bucket,
+                outcome: Outcome::default(),
             },
-            bucket,
             truths,
             dir,
         };
@@ -178,14 +156,15 @@ impl World {
             let host = world.new_host(index);
             world.hosts.push(host);
         }
-        world.bucket.set_weather(plan.weather);
+        world.core.bucket.set_weather(plan.weather);
         world
     }
 
     fn new_host(&mut self, index: usize) -> Host {
         self.lives += 1;
         let dir = self.dir.path().join("journals");
-        Host::new(index, self.lives, self.core.rng.random(), &dir)
+        let happened = &self.core.bucket.happened;
+        Host::new(index, self.lives, self.core.rng.random(), &dir, happened)
     }
 
     fn chance(&mut self, chance: f64) -> bool {
@@ -197,7 +176,7 @@ impl World {
         self.attach_some();
         self.go_on().await;
         self.ask_some();
-        let ios = self.core.rng.random_range(0..16);
+        let ios = self.core.rng.random_range(0..self.plan.ios_max);
         self.work(ios);
         self.pass_time().await;
     }
@@ -206,38 +185,64 @@ impl World {
     fn trouble(&mut self) {
         let plan = self.plan;
         let h = self.core.rng.random_range(0..self.hosts.len());
-        if self.chance(plan.crash) {
-            self.fuses[h].get_or_insert(self.core.rng.random_range(0..60));
+        if self.chance(plan.crash) && (self.has_read_all(h) || self.chance(plan.hasty)) {
+            self.fuses[h].get_or_insert(self.core.rng.random_range(0..plan.fuse_max));
         }
         if self.chance(plan.lose_cache) {
-            self.crash(h, End::PowerCut);
+            self.crash(h, End::PowerCut, Crash::CacheLost);
             self.hosts[h] = self.new_host(h);
         }
         if self.chance(plan.outage) {
             let lasting = self.core.rng.random_range(0..=plan.outage_max.as_millis());
             let lasting = Duration::from_millis(u64::try_from(lasting).unwrap());
-            self.bucket.go_away(lasting);
+            self.core.bucket.go_away(lasting);
         }
         if self.core.rng.random_bool(0.01) {
             let calm = self.core.rng.random_bool(0.5);
-            self.bucket.set_weather(if calm {
+            self.core.bucket.set_weather(if calm {
                 Weather::default()
             } else {
                 plan.weather
             });
         }
+        self.errand(h);
         let Some(daemon) = &self.hosts[h].daemon else {
             return;
         };
         if daemon.is_failed() && self.core.rng.random_bool(0.05) {
-            self.crash(h, End::Killed);
+            self.crash(h, End::Killed, Crash::DaemonKilled);
         }
     }
 
-    fn crash(&mut self, h: usize, end: End) {
+    /// An operator asks something of a volume that a host serves.
+    fn errand(&mut self, h: usize) {
+        let (drains, grows) = (self.chance(self.plan.drain), self.chance(self.plan.grow));
+        if !drains && !grows {
+            return;
+        }
+        let n = self.core.rng.random_range(0..self.truths.len());
+        let daemon = self.hosts[h].daemon.as_ref();
+        if !daemon
+            .and_then(|d| d.sessions.get(&n))
+            .is_some_and(|s| !s.stopping && !s.is_fenced())
+        {
+            return;
+        }
+        if drains {
+            let checkpoint = self.core.rng.random_bool(0.3);
+            self.hosts[h].drain(n, checkpoint);
+        }
+        if grows {
+            let mut outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
+            self.hosts[h].grow(n, &mut outer);
+        }
+    }
+
+    fn crash(&mut self, h: usize, end: End, kind: Crash) {
         self.fuses[h] = None;
+        self.note_lost(h, kind);
         if self.hosts[h].daemon.is_some() {
-            self.outcome.crashes += 1;
+            self.core.outcome.crashes += 1;
             self.core
                 .digest
                 .add(("crash", h, end == End::Killed, self.core.now_ms()));
@@ -248,26 +253,44 @@ impl World {
         }
     }
 
+    /// Volumes that this host served, or that only it can recover, are to be recovered.
+    fn note_lost(&mut self, h: usize, kind: Crash) {
+        for (n, truth) in self.truths.iter().enumerate() {
+            let elsewhere = self.hosts.iter().enumerate();
+            let elsewhere = elsewhere.filter(|(other, _)| *other != h);
+            let mut serving = elsewhere.filter_map(|(_, host)| host.daemon.as_ref());
+            if serving.any(|daemon| daemon.sessions.contains_key(&n)) {
+                continue;
+            }
+            if self.hosts[h].matters_to(n, truth.id) {
+                self.lost[n] = Some(kind);
+            }
+        }
+        if let Some(daemon) = &self.hosts[h].daemon {
+            let unread = daemon.sessions.values().filter(|s| s.history.is_some());
+            self.core.outcome.cut_short += unread.count() as u64;
+        }
+    }
+
     fn dies(&mut self, h: usize) {
-        let end = if self.core.rng.random_bool(0.5) {
-            End::Killed
+        if self.core.rng.random_bool(0.5) {
+            self.crash(h, End::Killed, Crash::DaemonKilled);
         } else {
-            End::PowerCut
-        };
-        self.crash(h, end);
+            self.crash(h, End::PowerCut, Crash::PowerCut);
+        }
     }
 
     fn start(&mut self, h: usize) {
         self.lives += 1;
         let seed = self.plan.seed.wrapping_add(self.lives);
-        self.hosts[h].start(&self.bucket, seed, &self.plan);
+        self.hosts[h].start(&self.core.bucket, seed, &self.plan);
         let faults = if self.is_calm {
             DeviceFaults::default()
         } else {
             self.plan.device
         };
         self.hosts[h].device.set_faults(faults);
-        if self.chance(self.plan.crash * 10.0) {
+        if self.chance(self.plan.cut_short) {
             let writes = self.core.rng.random_range(0..6);
             self.hosts[h].device.die_after_writes(Some(writes));
         }
@@ -350,7 +373,18 @@ impl World {
         }
     }
 
+    /// Whether a host serves something, and has read all of it.
+    fn has_read_all(&self, h: usize) -> bool {
+        let daemon = self.hosts[h].daemon.as_ref();
+        let sessions = daemon.map(|daemon| &daemon.sessions);
+        sessions.is_some_and(|s| !s.is_empty() && s.values().all(|s| s.history.is_none()))
+    }
+
     async fn pass_time(&mut self) {
+        if self.sessions().is_empty() {
+            let wait_us = self.core.rng.random_range(0..WAIT_US_MAX);
+            return sleep(Duration::from_micros(wait_us)).await;
+        }
         match self.core.rng.random_range(0..20) {
             0..8 => tokio::task::yield_now().await,
             8..19 => sleep(Duration::from_micros(self.core.rng.random_range(0..8_000))).await,
@@ -376,7 +410,8 @@ fn no_panic() {
     }
 }
 
-fn head(truth: &Truth) -> Head {
+/// The head of a volume that nobody has attached yet.
+pub fn head(truth: &Truth) -> Head {
     let name = VolumeName::new(format!("v{}", truth.index)).expect("a name");
     Head {
         frame_sectors: FRAME_SECTORS,

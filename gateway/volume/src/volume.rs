@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 pub use status::STATUS_RUNS_MAX;
 
-use quarry_cache::{Cache, CacheLoc, Carried, ExtentMap, Mutation};
+use quarry_cache::{Branch, Cache, CacheLoc, Carried, ExtentMap, Mutation};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
@@ -602,6 +602,7 @@ impl Volume {
             return;
         }
         if active.retry && !active.retried {
+            Branch::ReadAgain.taken();
             active.retry = false;
             active.retried = true;
             active.failed = None;
@@ -613,6 +614,7 @@ impl Volume {
             Op::Write { fua: true } | Op::WriteZeroes { fua: true }
         );
         if fua && active.failed.is_none() && !Mutation::FuaAsPlainWrite.is_on() {
+            Branch::FuaWaits.taken();
             let target = active.last_write;
             self.await_durable(slot, target, cx);
             return;

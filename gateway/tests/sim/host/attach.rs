@@ -9,14 +9,16 @@ use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, give_back,
 use quarry_gateway::engine::kept::{Taken, settle, take_up};
 use quarry_gateway::reactor::ReactorHandle;
 use quarry_objfmt::VolumeId;
-use quarry_volume::{Event, Opened, Volume, VolumeParams};
+use quarry_objfmt::codec::Compression;
+use quarry_volume::{Opened, Volume, VolumeParams};
 
 use super::{Attach, Host, Opening, Outer, Promise, TUNING};
 use crate::oracle::Truth;
+use crate::outcome::Crash;
 use crate::session::{Beginning, Died, Session};
 
 /// How long an attach waits for the store, as in the engine.
-const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
+pub(super) const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
 
 impl Host {
     /// Begins to attach a volume.
@@ -46,12 +48,13 @@ impl Host {
             task,
             read_only,
             durable: truth.durable_by(u32::MAX),
+            grown: truth.grown,
         };
         daemon.opening.insert(n, opening);
     }
 
-    /// Goes on with an attach.
-    pub async fn go_on(&mut self, n: usize, mut world: Outer<'_>) -> Attach {
+    /// Goes on with an attach, after `crash`.
+    pub async fn go_on(&mut self, n: usize, crash: Option<Crash>, mut world: Outer<'_>) -> Attach {
         let daemon = self.daemon.as_mut().unwrap();
         if !daemon.opening[&n].task.is_finished() {
             return Attach::UnderWay;
@@ -59,7 +62,7 @@ impl Host {
         let opening = daemon.opening.remove(&n).unwrap();
         let claimed = match opening.task.await.expect("a claim does not panic") {
             Ok(claimed) => claimed,
-            Err(error) => return Attach::Refused(kind(&error)),
+            Err(error) => return Attach::Refused(kind(&error), error.to_string()),
         };
         let truth = &mut *world.truth;
         let (id, epoch) = (truth.id, claimed.info.epoch.get());
@@ -75,7 +78,7 @@ impl Host {
         let taken = match taken {
             Ok(taken) => taken,
             Err(_) if self.device.is_dead() => return Attach::Died,
-            Err(_) => return Attach::Refused("cache"),
+            Err(error) => return Attach::Refused("cache", error.to_string()),
         };
         let mut attachment = [0; 16];
         attachment[..4].copy_from_slice(&epoch.to_le_bytes());
@@ -85,7 +88,7 @@ impl Host {
             (!opening.read_only).then(|| self.journals.create(id, epoch_name, attachment, entries));
         let Ok(journal) = journal.transpose() else {
             // The folder is gone since a sync failed.
-            return Attach::Refused("cache");
+            return Attach::Refused("cache", "the folder of journals is gone".to_owned());
         };
         let upto = taken.unsent.last().map_or(stored, |(_, r)| r.seq.get());
         let served = if opening.read_only {
@@ -103,9 +106,18 @@ impl Host {
             }
             epoch
         };
+        let size = claimed.info.size.get();
+        assert!(
+            opening.grown <= size && size <= truth.size_max,
+            "volume {} has {size} sectors",
+            truth.index
+        );
         let now = truth.image(served, upto);
+        let direct = world.direct.is_some() && claimed.info.compression == Compression::None;
         world.digest.add((n, epoch, stored, upto));
-        let beginning = self.begin(id, claimed, taken, upto, journal);
+        let mut beginning = self.begin(id, claimed, taken, upto, journal);
+        beginning.direct = direct;
+        beginning.history = crash;
         let daemon = self.daemon.as_mut().unwrap();
         daemon.kept.remove(&id);
         let (session, died) = daemon.with(&self.device, &mut world, |cx| {
@@ -172,6 +184,8 @@ impl Host {
             backend,
             inbox,
             journal,
+            direct: false,
+            history: None,
         }
     }
 
@@ -194,9 +208,7 @@ impl Host {
                     backend.stop_reclaiming().await;
                     backend.drain(true).await
                 }));
-                return daemon.drive(n, &self.device, &mut world, |session, cx| {
-                    session.feed(Event::Stop, cx)
-                });
+                return daemon.drive(n, &self.device, &mut world, |session, cx| session.stop(cx));
             }
             Some(drained) if !drained.is_finished() || !session.is_idle() => return Ok(()),
             Some(_) => {}
@@ -204,6 +216,7 @@ impl Host {
         let drained = daemon.leaving.remove(&n).flatten().unwrap();
         let drained = drained.await.unwrap();
         let session = daemon.sessions.remove(&n).unwrap();
+        world.outcome.cut_short += u64::from(session.history.is_some());
         let truth = world.truth;
         let (epoch, acked) = (session.epoch, session.acked);
         let stats = session.volume.stats();
@@ -211,9 +224,9 @@ impl Host {
         session.backend.close();
         if drained && kept.is_empty() {
             truth.reported(epoch, acked, "a detach");
-            assert_eq!(
-                (stats.dirty_bytes, stats.dirty_entries, stats.log_entries),
-                (0, 0, 0),
+            assert!(
+                (stats.dirty_bytes, stats.dirty_entries) == (0, 0)
+                    && (stats.log_entries == 0 || session.damaged),
                 "volume {}: all is sent and folded into the map, it says",
                 truth.index
             );

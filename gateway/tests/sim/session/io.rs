@@ -1,12 +1,17 @@
 //! A session's I/O on the cache device and on the buffers of its requests, and what is left of it when
 //! the host dies.
 
+use quarry_objfmt::{ChunkId, keys};
 use quarry_volume::{Action, Event, IoId, RequestId};
 use rand::RngExt;
 use rand::rngs::SmallRng;
 
 use super::{Cx, Died, Pending, Session};
+use crate::coverage::io_told;
 use crate::device::{Arrives, SimDevice};
+use crate::faults::Fault;
+
+const EIO: i32 = 5;
 
 impl Session {
     /// Carries out one I/O that is due, any one. False if there is none.
@@ -18,16 +23,21 @@ impl Session {
         }
         let pick = due[cx.rng.random_range(0..due.len())];
         let Pending { action, .. } = self.pending.swap_remove(pick);
-        let is_fill = matches!(action, Action::FillWrite { .. });
-        let (io, result) = self.carry_out(action, cx);
-        self.hurt |= result.is_err() && !is_fill;
+        // Failures of which nobody is to hear.
+        let is_aside = matches!(
+            action,
+            Action::FillWrite { .. } | Action::FetchDirect { .. }
+        );
+        let (io, result) = self.carry_out(&action, cx);
+        self.hurt |= result.is_err() && !is_aside;
         cx.digest.add((io.0, result));
-        self.feed(Event::IoDone { io, result }, cx)?;
+        let told = io_told(&action, result.is_err());
+        self.tell(Event::IoDone { io, result }, Some(told), cx)?;
         Ok(true)
     }
 
-    fn carry_out(&mut self, action: Action, cx: &mut Cx<'_>) -> (IoId, Result<(), i32>) {
-        match action {
+    fn carry_out(&mut self, action: &Action, cx: &mut Cx<'_>) -> (IoId, Result<(), i32>) {
+        match *action {
             Action::CacheRead {
                 io,
                 request,
@@ -35,9 +45,8 @@ impl Session {
                 offset,
                 len,
             } => {
-                let read = cx.device.read(offset, len as usize);
-                let result = read.map(|data| self.put(request, buffer_offset, &data));
-                (io, result)
+                let buf = self.part_mut(request, buffer_offset, len as usize);
+                (io, cx.device.read(offset, buf))
             }
             Action::CacheWrite {
                 io,
@@ -55,25 +64,41 @@ impl Session {
                 buffer_offset,
                 len,
             } => {
-                self.put(request, buffer_offset, &vec![0; len as usize]);
+                self.part_mut(request, buffer_offset, len as usize).fill(0);
                 (io, Ok(()))
             }
             Action::CopyToRequest {
                 io,
                 request,
                 buffer_offset,
-                data,
+                ref data,
             } => {
-                self.put(request, buffer_offset, &data);
+                self.part_mut(request, buffer_offset, data.len())
+                    .copy_from_slice(data);
                 (io, Ok(()))
+            }
+            Action::FetchDirect {
+                io,
+                request,
+                buffer_offset,
+                chunk,
+                object_offset,
+                len,
+            } => {
+                let buf = self.part_mut(request, buffer_offset, len as usize);
+                (io, receive(buf, chunk, object_offset, cx))
             }
             Action::WritePage {
                 io,
                 offset,
-                page,
+                ref page,
                 durable,
             } => (io, cx.device.write(offset, &page[..], durable)),
-            Action::FillWrite { io, offset, data } => (io, cx.device.fill(offset, &data)),
+            Action::FillWrite {
+                io,
+                offset,
+                ref data,
+            } => (io, cx.device.fill(offset, data)),
             Action::Sync { io } => {
                 // As a reactor: a failure is everybody's, and for ever.
                 if let Err(errno) = cx.device.sync_data() {
@@ -81,15 +106,14 @@ impl Session {
                 }
                 (io, cx.failure.get())
             }
-            other => unreachable!("{other:?} is no I/O"),
+            ref other => unreachable!("{other:?} is no I/O"),
         }
     }
 
-    fn put(&mut self, request: RequestId, at: u32, data: &[u8]) {
+    fn part_mut(&mut self, request: RequestId, at: u32, len: usize) -> &mut [u8] {
         let asked = self.requests.get_mut(&request.0);
         let asked = asked.expect("a buffer is used while its request is in flight");
-        let at = at as usize;
-        asked.data[at..at + data.len()].copy_from_slice(data);
+        &mut asked.data[at as usize..at as usize + len]
     }
 
     fn part(&self, request: RequestId, at: u32, len: u32) -> &[u8] {
@@ -122,4 +146,20 @@ impl Session {
             }
         }
     }
+}
+
+/// Receives part of a chunk's object as it is, or fails with some of it received.
+fn receive(buf: &mut [u8], chunk: ChunkId, offset: u64, cx: &mut Cx<'_>) -> Result<(), i32> {
+    let object = cx.bucket.peek(&keys::chunk_key(&cx.truth.tenant, chunk));
+    let object = object.ok_or(EIO)?;
+    let at = usize::try_from(offset).unwrap();
+    let body = object.get(at..at + buf.len()).ok_or(EIO)?;
+    if cx.rng.random_bool(cx.direct.unwrap()) {
+        let some = cx.rng.random_range(0..buf.len());
+        buf[..some].copy_from_slice(&body[..some]);
+        cx.bucket.happened.note(Fault::DirectFailed);
+        return Err(EIO);
+    }
+    buf.copy_from_slice(body);
+    Ok(())
 }

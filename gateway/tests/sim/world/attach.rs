@@ -3,18 +3,21 @@
 use std::sync::Arc;
 
 use quarry_gateway::backend::open::Claim;
-use quarry_volume::VolumeState;
+use quarry_volume::IoError;
 use rand::RngExt;
 
 use super::World;
+use crate::faults::Fault;
 use crate::host::{Attach, End, Host};
+use crate::outcome::Crash;
+use crate::store::BAD_BODIES_BORNE;
 
 impl World {
     /// Starts daemons, attaches what is not attached, and sometimes what is.
     pub(super) fn attach_some(&mut self) {
         let h = self.core.rng.random_range(0..self.hosts.len());
         if self.hosts[h].daemon.is_none() {
-            if self.core.rng.random_bool(0.1) {
+            if self.core.rng.random_bool(self.plan.start) {
                 self.start(h);
             }
             return;
@@ -30,12 +33,15 @@ impl World {
         // Most come back to the cache that has their newest writes.
         let elsewhere = !self.hosts[h].owes(id) && self.hosts.iter().any(|host| host.owes(id));
         let served = served || elsewhere && self.core.rng.random_bool(0.9);
-        if !here && (!served && self.core.rng.random_bool(0.2) || self.chance(self.plan.fight)) {
+        if !here
+            && (!served && self.core.rng.random_bool(self.plan.attach)
+                || self.chance(self.plan.fight))
+        {
             let force = self.core.rng.random_bool(0.7);
             let discard = self.core.rng.random_bool(0.3);
             let claim = self.claim(h, force, discard);
             self.hosts[h].attach(n, &self.truths[n], &claim, false);
-            self.outcome.attaches += 1;
+            self.core.outcome.attaches += 1;
         } else if here && self.wants_to_leave(h, n) {
             self.hosts[h].detach(n);
         }
@@ -43,7 +49,7 @@ impl World {
             let index = 100 + self.readers.len();
             let mut host = self.new_host(index);
             self.lives += 1;
-            host.start(&self.bucket, self.lives, &self.plan);
+            host.start(&self.core.bucket, self.lives, &self.plan);
             let claim = Claim {
                 cache: host.cache,
                 host: host.name.clone(),
@@ -61,8 +67,9 @@ impl World {
         let Some(session) = daemon.sessions.get(&n) else {
             return false;
         };
-        let fenced = matches!(session.volume.state(), VolumeState::Fenced { .. });
+        let fenced = session.is_fenced();
         !session.stopping
+            && !daemon.has_errand(n)
             && (fenced && self.core.rng.random_bool(0.1) || self.chance(self.plan.detach))
     }
 
@@ -74,10 +81,23 @@ impl World {
                     break;
                 };
                 if daemon.opening.contains_key(&n) {
+                    let crash = self.recovered_from(h, n);
                     let outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
-                    let came_to = self.hosts[h].go_on(n, outer).await;
+                    let came_to = self.hosts[h].go_on(n, crash, outer).await;
                     self.check_refusal(&came_to);
-                    if came_to == Attach::Died {
+                    match came_to {
+                        Attach::Serves => self.lost[n] = None,
+                        Attach::Died => {
+                            if self.hosts[h].device.is_dead() {
+                                self.core.bucket.happened.note(Fault::RecoveryCutShort);
+                            }
+                            self.dies(h);
+                        }
+                        Attach::UnderWay | Attach::Refused(..) => {}
+                    }
+                } else if daemon.has_errand(n) {
+                    let outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
+                    if self.hosts[h].end_errands(n, outer).await.is_err() {
                         self.dies(h);
                     }
                 } else if daemon.leaving.contains_key(&n) {
@@ -91,14 +111,36 @@ impl World {
         self.read_elsewhere().await;
     }
 
+    /// What a volume is recovered from, if host `h` serves it from now on: who has not the cache with its
+    /// newest writes takes it over.
+    fn recovered_from(&self, h: usize, n: usize) -> Option<Crash> {
+        let id = self.truths[n].id;
+        let others = self
+            .hosts
+            .iter()
+            .enumerate()
+            .filter(|(other, _)| *other != h);
+        let (mut served, mut owed) = (false, false);
+        for (_, host) in others {
+            let daemon = host.daemon.as_ref();
+            served |= daemon.is_some_and(|d| d.sessions.contains_key(&n));
+            owed |= host.owes(id);
+        }
+        match self.lost[n] {
+            _ if served => Some(Crash::TakenOver),
+            Some(Crash::DaemonKilled | Crash::PowerCut) if owed => Some(Crash::TakenOver),
+            lost => lost,
+        }
+    }
+
     /// An attach fails for a reason that there is, or not at all.
     fn check_refusal(&self, came_to: &Attach) {
-        let Attach::Refused(why) = came_to else {
+        let Attach::Refused(kind, why) = came_to else {
             return;
         };
         let device = self.plan.device;
-        let may = match *why {
-            "damaged" => self.plan.weather.wrong > 0.0,
+        let may = match *kind {
+            "damaged" => self.plan.weather.bad_bodies_max > BAD_BODIES_BORNE,
             "cache" => device.write + device.read + device.sync > 0.0,
             _ => true,
         };
@@ -110,7 +152,7 @@ impl World {
             let mut never = None;
             let mut outer = self.core.outer(&mut self.truths[n], &mut never);
             if host.daemon.as_ref().unwrap().opening.contains_key(&n) {
-                let came_to = host.go_on(n, outer).await;
+                let came_to = host.go_on(n, None, outer).await;
                 self.check_refusal(&came_to);
                 if matches!(came_to, Attach::UnderWay | Attach::Serves) {
                     self.readers.push((host, n));
@@ -123,10 +165,17 @@ impl World {
                     session.ask_something(cx)?;
                 }
                 while session.hear(cx)? || session.step_io(cx)? {}
-                Ok(session.is_swept() && session.is_idle())
+                session.tick(cx)?;
+                let done = session.is_swept() && session.is_idle();
+                if done {
+                    session.flush(cx)?;
+                    session.change_in_vain(IoError::ReadOnly, cx)?;
+                    session.stop(cx)?;
+                }
+                Ok(done)
             });
             if read.unwrap() {
-                self.outcome.readers += 1;
+                self.core.outcome.readers += 1;
                 host.crash(End::Killed, &self.truths, &mut self.core.rng);
             } else {
                 self.readers.push((host, n));

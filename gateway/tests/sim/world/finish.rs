@@ -5,9 +5,10 @@ use std::time::Duration;
 use rand::RngExt;
 use tokio::time::{Instant, sleep};
 
-use super::{Outcome, REQUESTS_MAX, World, no_panic};
+use super::{REQUESTS_MAX, World, no_panic};
 use crate::device::DeviceFaults;
 use crate::host::Host;
+use crate::outcome::Outcome;
 use crate::session::Session;
 use crate::store::Weather;
 
@@ -20,9 +21,9 @@ impl World {
     /// nothing is left behind.
     pub(super) async fn finish(mut self) -> Outcome {
         self.is_calm = true;
-        self.plan.crash = 0.0;
-        self.bucket.come_back();
-        self.bucket.set_weather(Weather::default());
+        self.plan.cut_short = 0.0;
+        self.core.bucket.come_back();
+        self.core.bucket.set_weather(Weather::default());
         for h in 0..self.hosts.len() {
             self.fuses[h] = None;
             let failed = self.hosts[h].daemon.as_ref().is_some_and(|d| d.is_failed());
@@ -51,11 +52,15 @@ impl World {
         for host in &mut self.hosts {
             host.check_budgets();
         }
-        self.outcome.digest = self.core.digest.value();
-        self.outcome.writes = self.truths.iter().map(|t| t.len(t.served(u32::MAX))).sum();
-        self.outcome.store_requests = self.bucket.requests();
-        self.outcome.simulated_ms = self.core.now_ms();
-        self.outcome
+        let mut outcome = self.core.outcome.clone();
+        outcome.digest = self.core.digest.value();
+        outcome.runs = 1;
+        outcome.writes = self.truths.iter().map(|t| t.len(t.served(u32::MAX))).sum();
+        outcome.store_requests = self.core.bucket.requests();
+        outcome.simulated_ms = self.core.now_ms();
+        outcome.faults = self.core.bucket.happened.counts();
+        outcome.coverage.take_branches();
+        outcome
     }
 
     /// Volumes that went elsewhere hold what is unsent here, and may keep others from the cache: an
@@ -106,7 +111,7 @@ impl World {
     fn leave_all(&mut self) -> bool {
         for (h, n) in self.sessions() {
             let daemon = self.hosts[h].daemon.as_ref().unwrap();
-            if !daemon.sessions[&n].stopping {
+            if !daemon.sessions[&n].stopping && !daemon.has_errand(n) {
                 self.hosts[h].detach(n);
             }
         }

@@ -12,7 +12,7 @@
 //! The data never pass through our memory, so no checksum vouches for them: the sync before the
 //! record that names them does.
 
-use quarry_cache::Mutation;
+use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordPage};
 use quarry_objfmt::{SegmentId, WriteSeq};
@@ -79,13 +79,23 @@ impl Volume {
     /// Completes the request once every write up to `target` is as durable as the volume promises.
     pub(super) fn await_durable(&mut self, slot: usize, target: WriteSeq, cx: &mut Cx<'_>) {
         if target <= self.durable_now() {
+            Branch::FlushDurable.taken();
             self.complete(slot, cx);
             return;
         }
         match self.state {
             VolumeState::Serving | VolumeState::ReadOnly => {}
-            VolumeState::Fenced { .. } => return self.complete_with(slot, IoError::ReadOnly, cx),
-            VolumeState::Failed { .. } => return self.complete_with(slot, IoError::Io, cx),
+            VolumeState::Fenced { .. } => {
+                Branch::FlushRefused.taken();
+                return self.complete_with(slot, IoError::ReadOnly, cx);
+            }
+            VolumeState::Failed { .. } => {
+                Branch::FlushRefused.taken();
+                return self.complete_with(slot, IoError::Io, cx);
+            }
+        }
+        if self.flush.round.is_some() {
+            Branch::FlushBehindRound.taken();
         }
         self.flush.waiters.push_back(Waiter { slot, target });
         self.pump_flush(cx);
@@ -117,7 +127,10 @@ impl Volume {
             return;
         };
         match self.params.durability {
-            Durability::Object => self.upload_up_to(newest, cx),
+            Durability::Object => {
+                Branch::FlushByStore.taken();
+                self.upload_up_to(newest, cx);
+            }
             Durability::Local => self.start_round(cx),
         }
     }
@@ -144,6 +157,9 @@ impl Volume {
             // The page's place must not go to another generation before it is written.
             cx.cache.hold(page.segment);
         }
+        if pages.is_empty() {
+            Branch::RoundWithoutPages.taken();
+        }
         self.stats.flush_rounds += 1;
         self.flush.round = Some(Round::Syncing { target, pages });
         if Mutation::NoSyncBeforeRecords.is_on() {
@@ -158,6 +174,7 @@ impl Volume {
             panic!("a sync completed outside a round");
         };
         if let Err(errno) = result {
+            Branch::RoundSyncFailed.taken();
             for page in pages {
                 self.release(page.segment, cx);
             }
@@ -208,6 +225,7 @@ impl Volume {
         };
         *left -= 1;
         if let Err(errno) = result {
+            Branch::RecordPageFailed.taken();
             self.fail(errno, "writing a record page", cx);
         }
         self.finish_round(cx);
@@ -219,6 +237,7 @@ impl Volume {
         };
         self.flush.round = None;
         if matches!(self.state, VolumeState::Failed { .. }) {
+            Branch::RoundEndsFailed.taken();
             for slot in self.flush.take_waiters() {
                 self.complete_with(slot, IoError::Io, cx);
             }

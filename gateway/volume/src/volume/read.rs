@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quarry_cache::{Cache, CacheLoc, CleanRun};
+use quarry_cache::{Branch, Cache, CacheLoc, CleanRun};
 use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId};
 
 use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
@@ -161,6 +161,7 @@ impl Volume {
         let found = &mut self.reads.found;
         let mut missing = Vec::new();
         let mut in_map = |part: LbaRange, told: &mut _| {
+            Branch::LookedUpInMap.taken();
             found.clear();
             match self.root.lookup_into(part, nodes, found) {
                 Ok(()) => found
@@ -174,9 +175,15 @@ impl Volume {
             None => self
                 .tail
                 .visit(part, |part, found| match (found, &self.frozen) {
-                    (Some(found), _) => told.committed(part, found.0),
+                    (Some(found), _) => {
+                        Branch::FoundInLog.taken();
+                        told.committed(part, found.0);
+                    }
                     (None, Some(frozen)) => frozen.visit(part, |part, found| match found {
-                        Some(found) => told.committed(part, found.0),
+                        Some(found) => {
+                            Branch::FoundInFolding.taken();
+                            told.committed(part, found.0);
+                        }
                         None => in_map(part, told),
                     }),
                     (None, None) => in_map(part, told),
@@ -210,6 +217,12 @@ impl Volume {
                     });
                 }
                 Source::Cache { at, clean } => {
+                    let whose = if clean {
+                        Branch::ReadClean
+                    } else {
+                        Branch::ReadUnsent
+                    };
+                    whose.taken();
                     self.stats.hit_bytes += u64::from(len);
                     cx.cache.pin(at.segment);
                     let io = self.io(Io::Read {
@@ -227,6 +240,7 @@ impl Volume {
                     });
                 }
                 Source::Store(at) => {
+                    Branch::ReadMissed.taken();
                     self.stats.miss_bytes += u64::from(len);
                     if !(direct && self.fetch_direct(slot, piece, at, cx)) {
                         self.await_frame(slot, piece, at, &mut wanted);
@@ -260,6 +274,9 @@ impl Volume {
                 wanted.push((at.chunk, frame));
                 Vec::new()
             });
+        if !waiters.is_empty() {
+            Branch::FrameAwaited.taken();
+        }
         waiters.push(waiter);
     }
 
@@ -405,9 +422,11 @@ impl Volume {
         };
         let first = index * self.params.frame_sectors;
         if cx.cache.clean().holds(&chunk, first, len) {
+            Branch::FillNeedless.taken();
             return;
         }
         let Some(at) = cx.cache.reserve_fill(len) else {
+            Branch::FillRefused.taken();
             return;
         };
         let io = self.io(Io::Fill {
@@ -485,6 +504,9 @@ impl Volume {
         // In strides of half a window, so that its GETs are long.
         let due = from < until && until - from >= stream.window / 2;
         let room = self.reads.readahead_frames < READAHEAD_FRAMES_MAX;
+        if due && (!room || self.reads.readahead_nodes) {
+            Branch::ReadaheadHeldBack.taken();
+        }
         if due && room && !self.reads.readahead_nodes {
             let ahead = LbaRange {
                 start: Lba::new(from),

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use quarry_cache::{CacheLoc, Mutation, NoSpace};
+use quarry_cache::{Branch, CacheLoc, Mutation, NoSpace};
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordBody, SegmentHeader, SegmentKind};
 use quarry_objfmt::{Generation, Lba, LbaRange, Sectors, SegmentId, WriteSeq};
 
@@ -172,6 +172,7 @@ impl Volume {
     pub(super) fn queue_write(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let request = self.active[slot].request;
         if request.op == Op::Discard && self.reads_as_hole(request.range) {
+            Branch::HoleDiscarded.taken();
             self.complete(slot, cx);
             return;
         }
@@ -214,10 +215,12 @@ impl Volume {
                 return true;
             }
             if self.writes.unsent.len() as u64 + self.writes.in_flight >= UNSENT_WRITES_MAX {
+                Branch::UnsentFull.taken();
                 self.starve(cx);
                 return false;
             }
             if self.journal_used() >= u64::from(self.params.tuning.journal_entries) {
+                Branch::JournalFull.taken();
                 self.start_round(cx);
                 return false;
             }
@@ -239,6 +242,9 @@ impl Volume {
                     .unwrap_or(u32::MAX)
                     .min(room)
                     .min(PIECE_SECTORS_MAX);
+                if placed > Sectors::ZERO {
+                    Branch::WriteSplit.taken();
+                }
                 let at = CacheLoc {
                     segment: id,
                     offset: segment.data_end,
@@ -304,6 +310,7 @@ impl Volume {
                 if room >= least {
                     return Some((id, room));
                 }
+                Branch::SegmentTooFull.taken();
                 self.writes.open = None;
                 self.release(id, cx);
             }
@@ -340,7 +347,12 @@ impl Volume {
                 self.write_header(io, id, opened.generation, SegmentKind::Write, cx);
             }
             // Both pass: the first when the store has taken something, the second in a moment.
-            Err(NoSpace::DirtyCap | NoSpace::Busy) => {
+            Err(full) => {
+                let why = match full {
+                    NoSpace::DirtyCap => Branch::SegmentRefused,
+                    NoSpace::Busy => Branch::SegmentBusy,
+                };
+                why.taken();
                 if self.writes.open.is_none() {
                     self.starve(cx);
                 }
@@ -391,6 +403,7 @@ impl Volume {
             "one header at a time"
         );
         if let Err(errno) = result {
+            Branch::HeaderFailed.taken();
             self.release(segment, cx);
             self.fail(errno, "writing a segment header", cx);
             return;
@@ -430,8 +443,14 @@ impl Volume {
                 self.active[slot].last_write = seq;
                 Ok(())
             }
-            (Ok(()), VolumeState::Failed { .. }) => Err(IoError::Io),
-            (Ok(()), _) => Err(IoError::ReadOnly),
+            (Ok(()), VolumeState::Failed { .. }) => {
+                Branch::ArrivedFailed.taken();
+                Err(IoError::Io)
+            }
+            (Ok(()), _) => {
+                Branch::ArrivedFenced.taken();
+                Err(IoError::ReadOnly)
+            }
             (Err(errno), _) => {
                 self.fail(errno, "writing data", cx);
                 Err(IoError::Io)
@@ -472,6 +491,7 @@ impl Volume {
         });
         self.index(id, &record);
         if self.journal_used() >= u64::from(self.params.tuning.journal_entries / 2) {
+            Branch::JournalHalfFull.taken();
             self.start_round(cx);
         }
         record.seq
@@ -546,6 +566,7 @@ impl Volume {
     pub(super) fn close_idle(&mut self, cx: &mut Cx<'_>) {
         let quiet = self.writes.unsent.is_empty() && self.writes.waiting.is_empty();
         if cx.cache.has_line() && self.writes.waiting.is_empty() {
+            Branch::SegmentLent.taken();
             // Somebody has no segment at all: what is in ours goes out, and ours goes back.
             self.upload_up_to(self.writes.last, cx);
             self.give_up_segments(cx);
@@ -557,6 +578,7 @@ impl Volume {
         }
         let since = *self.writes.idle_since.get_or_insert(self.now_ms);
         if self.now_ms.saturating_sub(since) >= IDLE_SEGMENT_MS {
+            Branch::SegmentIdle.taken();
             self.give_up_segments(cx);
         }
     }

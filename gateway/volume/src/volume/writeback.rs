@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use quarry_cache::{CacheLoc, Carried, CleanRun, ExtentMap, Mutation};
+use quarry_cache::{Branch, CacheLoc, Carried, CleanRun, ExtentMap, Mutation};
 use quarry_objfmt::page::{Record, RecordBody};
 use quarry_objfmt::{ChunkId, ChunkSeq, Lba, LbaRange, MapEntry, Sectors, WriteSeq};
 
@@ -161,18 +161,32 @@ impl Volume {
     fn cut_is_due(&self) -> bool {
         let wb = &self.writeback;
         let serving = self.state == VolumeState::Serving;
-        if !serving || wb.uncut_writes == 0 || wb.planned.len() >= self.params.tuning.uploads_max {
+        if !serving || wb.uncut_writes == 0 {
+            return false;
+        }
+        if wb.planned.len() >= self.params.tuning.uploads_max {
+            Branch::UploadsFull.taken();
             return false;
         }
         let tuning = &self.params.tuning;
         let age = wb
             .uncut_since
             .map_or(0, |since| self.now_ms.saturating_sub(since));
-        wb.uncut_sectors >= u64::from(tuning.chunk_sectors_max)
-            || wb.uncut_writes >= tuning.chunk_writes_max
-            || age >= tuning.writeback_delay_ms
-            || wb.wanted > wb.cut
-            || self.writes.starved()
+        let why = if wb.uncut_sectors >= u64::from(tuning.chunk_sectors_max) {
+            Branch::CutBySectors
+        } else if wb.uncut_writes >= tuning.chunk_writes_max {
+            Branch::CutByWrites
+        } else if age >= tuning.writeback_delay_ms {
+            Branch::CutByAge
+        } else if wb.wanted > wb.cut {
+            Branch::CutWanted
+        } else if self.writes.starved() {
+            Branch::CutStarved
+        } else {
+            return false;
+        };
+        why.taken();
+        true
     }
 
     /// Everything up to `target` is to be committed as soon as can be.
@@ -275,6 +289,7 @@ impl Volume {
             let stored = planned.iter().position(|p| p.stored.is_some());
             planned.swap(0, stored.expect("just stored"));
         }
+        let mut committed = 0;
         while self
             .writeback
             .planned
@@ -283,6 +298,12 @@ impl Volume {
         {
             let planned = self.writeback.planned.pop_front().expect("just seen");
             self.commit(planned, cx);
+            committed += 1;
+        }
+        match committed {
+            0 => Branch::StoredEarly.taken(),
+            1 => {}
+            _ => Branch::CommittedSeveral.taken(),
         }
         self.pump_writes(cx);
         self.pump_flush(cx);
@@ -329,6 +350,14 @@ impl Volume {
         ) else {
             return;
         };
+        let why = if wb.log_chunks >= tuning.checkpoint_chunks {
+            Branch::CheckpointByChunks
+        } else if asked {
+            Branch::CheckpointAsked
+        } else {
+            Branch::CheckpointByEntries
+        };
+        why.taken();
         let frozen = std::mem::take(&mut self.tail);
         let entries = frozen
             .iter()
@@ -409,6 +438,9 @@ impl Volume {
             let in_map = damaged || drain.target <= folded;
             let complete = drain.target <= committed && (in_map || !drain.checkpoint);
             all_sent |= complete;
+            if stuck && !complete {
+                Branch::DrainStuck.taken();
+            }
             if complete || stuck {
                 cx.out.push(Action::Drained {
                     io: drain.io,

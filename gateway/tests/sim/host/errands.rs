@@ -1,0 +1,126 @@
+//! What an operator asks of an attached volume: to send all that it holds, and to grow.
+
+use std::time::Duration;
+
+use quarry_gateway::backend::HeadError;
+use quarry_objfmt::Sectors;
+use quarry_objfmt::head::Head;
+use quarry_volume::Event;
+use rand::RngExt;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::attach::CONTROL_DEADLINE;
+use super::{Host, Outer};
+use crate::session::Died;
+
+/// How long a change of the head is waited for, as in the engine.
+const HEAD_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// Sectors by which a volume grows at least.
+const GROWTH_SECTORS: u64 = 32;
+
+/// One that is under way.
+pub struct Errand {
+    n: usize,
+    epoch: u32,
+    what: What,
+}
+
+enum What {
+    Drain { acked: u64, task: JoinHandle<bool> },
+    Grow(JoinHandle<Option<Result<Head, HeadError>>>),
+}
+
+impl Errand {
+    pub fn abort(&self) {
+        match &self.what {
+            What::Drain { task, .. } => task.abort(),
+            What::Grow(task) => task.abort(),
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        match &self.what {
+            What::Drain { task, .. } => task.is_finished(),
+            What::Grow(task) => task.is_finished(),
+        }
+    }
+}
+
+impl Host {
+    /// Asks volume `n`, which is served here, to send what was acknowledged.
+    pub fn drain(&mut self, n: usize, checkpoint: bool) {
+        let daemon = self.daemon.as_mut().unwrap();
+        let session = &daemon.sessions[&n];
+        let backend = session.backend.clone();
+        let what = What::Drain {
+            acked: session.acked,
+            task: tokio::spawn(async move { backend.drain(checkpoint).await }),
+        };
+        let epoch = session.epoch;
+        daemon.errands.push(Errand { n, epoch, what });
+    }
+
+    /// Grows volume `n`, which is served here, if it is not at its largest.
+    pub fn grow(&mut self, n: usize, outer: &mut Outer<'_>) {
+        let daemon = self.daemon.as_mut().unwrap();
+        let session = &daemon.sessions[&n];
+        let size = session.volume.size().get() + GROWTH_SECTORS * outer.rng.random_range(1..3);
+        if size > outer.truth.size_max || daemon.has_errand(n) {
+            return;
+        }
+        let backend = session.backend.clone();
+        let store = daemon.lane.with_deadline(CONTROL_DEADLINE);
+        let size = Sectors::new(size);
+        let task = tokio::spawn(async move {
+            let grown = backend.head().update(&store, |head| {
+                head.size = head.size.max(size);
+            });
+            timeout(HEAD_WAIT_MAX, grown).await.ok()
+        });
+        let (epoch, what) = (session.epoch, What::Grow(task));
+        daemon.errands.push(Errand { n, epoch, what });
+    }
+
+    /// Ends what is done of volume `n`.
+    pub async fn end_errands(&mut self, n: usize, mut outer: Outer<'_>) -> Result<(), Died> {
+        let daemon = self.daemon.as_mut().unwrap();
+        let (done, left) = std::mem::take(&mut daemon.errands)
+            .into_iter()
+            .partition(|errand| errand.n == n && errand.is_finished());
+        daemon.errands = left;
+        let done: Vec<Errand> = done;
+        for Errand { epoch, what, .. } in done {
+            let event = match what {
+                What::Drain { acked, task } => {
+                    if task.await.expect("a drain does not panic") {
+                        outer.truth.reported(epoch, acked, "a drain");
+                    }
+                    continue;
+                }
+                What::Grow(task) => match task.await.expect("a change does not panic") {
+                    Some(Ok(head)) => {
+                        outer.truth.grown = outer.truth.grown.max(head.size.get());
+                        Event::Grown { size: head.size }
+                    }
+                    Some(Err(HeadError::Fenced { by })) => Event::Fenced { by },
+                    Some(Err(_)) | None => continue,
+                },
+            };
+            if daemon.sessions.get(&n).is_some_and(|s| s.epoch == epoch) {
+                daemon.drive(n, &self.device, &mut outer, |session, cx| {
+                    session.feed(event, cx)
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl super::Daemon {
+    /// Whether something is under way that must end before volume `n` is detached.
+    pub fn has_errand(&self, n: usize) -> bool {
+        self.errands.iter().any(|errand| errand.n == n)
+    }
+}
