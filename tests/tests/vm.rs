@@ -176,6 +176,14 @@ fn device_grows_with_its_volume_under_ext4_and_over_the_death_of_a_daemon_betwee
 }
 
 #[test]
+fn devices_of_a_volume_and_its_snapshots_are_told_apart_in_use_and_after_kills() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-snapshots.sh", &[])
+}
+
+#[test]
 fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> Result<()> {
     let Some(host) = Host::new()? else {
         return Ok(());
