@@ -8,11 +8,11 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, RescueReport, RescueSpec,
-    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeRef,
-    VolumeSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, ImageRef, Problem, RescueReport,
+    RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, VerifyProgress,
+    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, routes,
 };
-use quarry_objfmt::TenantName;
+use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
 use tower::ServiceExt as _;
 
@@ -52,11 +52,11 @@ impl Engine for Strict {
         Ok(Vec::new())
     }
 
-    async fn show_volume(&self, volume: &VolumeRef) -> ApiResult<VolumeInfo> {
-        Err(ApiError::no_volume(volume))
+    async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
+        Err(none(image))
     }
 
-    async fn attach(&self, volume: &VolumeRef, options: AttachOptions) -> ApiResult<AttachInfo> {
+    async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo> {
         assert!(options.via != Some(Via::Nbd) || !options.wants_a_device());
         assert!(options.queues.is_none_or(|queues| queues > 0));
         let text = serde_json::to_vec(&options).expect("JSON");
@@ -64,11 +64,11 @@ impl Engine for Strict {
             serde_json::from_slice::<AttachOptions>(&text).ok(),
             Some(options)
         );
-        Err(ApiError::no_volume(volume))
+        Err(none(image))
     }
 
-    async fn detach(&self, volume: &VolumeRef) -> ApiResult<()> {
-        Err(ApiError::no_volume(volume))
+    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+        Err(none(image))
     }
 
     async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
@@ -81,12 +81,40 @@ impl Engine for Strict {
         Err(ApiError::no_volume(volume))
     }
 
-    async fn verify(&self, volume: &VolumeRef, _deep: bool) -> ApiResult<VerifyReport> {
-        Err(ApiError::no_volume(volume))
+    async fn verify(&self, image: &ImageRef, _spec: VerifySpec) -> ApiResult<VerifyReport> {
+        Err(none(image))
     }
 
-    async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
-        Err(ApiError::no_volume(volume))
+    async fn verify_progress(&self, image: &ImageRef) -> ApiResult<VerifyProgress> {
+        Err(none(image))
+    }
+
+    async fn create_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        Err(none(&snapshot.clone().into()))
+    }
+
+    async fn list_snapshots(&self, _volume: Option<&VolumeRef>) -> ApiResult<Vec<SnapshotInfo>> {
+        Ok(Vec::new())
+    }
+
+    async fn show_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
+        Err(none(&snapshot.clone().into()))
+    }
+
+    async fn delete_snapshot(&self, snapshot: &SnapRef) -> ApiResult<()> {
+        Err(none(&snapshot.clone().into()))
+    }
+
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapRef,
+        _name: &VolumeName,
+    ) -> ApiResult<VolumeInfo> {
+        Err(none(&snapshot.clone().into()))
+    }
+
+    async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo> {
+        Err(none(&snapshot.clone().into()))
     }
 
     async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport> {
@@ -110,6 +138,12 @@ impl Engine for Strict {
     async fn metrics_text(&self) -> String {
         String::new()
     }
+}
+
+/// No image is there; its name reads back as what it is, and no other.
+fn none(image: &ImageRef) -> ApiError {
+    assert_eq!(image.to_string().parse().ok().as_ref(), Some(image));
+    ApiError::no_volume(&image.volume)
 }
 
 /// The input is a method, a path and a body, each but the last ended by a line feed. A request is
