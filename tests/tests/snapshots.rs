@@ -467,6 +467,44 @@ fn snapshot_of_a_volume_that_its_host_left_dirty_holds_what_was_unsent() -> Resu
 }
 
 #[test]
+fn volume_rescued_after_a_rollback_is_what_was_written_since() -> Result<()> {
+    let (mut random, seed) = seeded("rescued rollback");
+    let stamps = Stamps::new(seed);
+    let dir = tempdir()?;
+    let store = StoreDir::of(dir.path());
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut image = vec![0; usize::try_from(SIZE)?];
+    let mut nbd = daemon.fresh_volume(VOLUME, SIZE, &[])?;
+    scribble(&mut nbd, &mut image, (&mut random, stamps), 1)?;
+    daemon.quarry(&["snapshot", "create", "acme/db@then"])?;
+    let mut then = image.clone();
+    for number in 2..6 {
+        scribble(&mut nbd, &mut image, (&mut random, stamps), number)?;
+        daemon.sync(VOLUME)?;
+    }
+    drop(nbd);
+    detach(&daemon, VOLUME)?;
+    daemon.quarry(&["volume", "rollback", "acme/db@then"])?;
+    let flags = "--size 16MiB --sector-size 512 --durability local --compression lz4 --apply";
+    let flags: Vec<&str> = flags.split(' ').collect();
+    // At once, when nothing was written since, and after writes.
+    for number in [10, 11] {
+        fs::remove_file(&store.objects("head")?[0])?;
+        let report = daemon.json(&[&["volume", "rescue", VOLUME], &flags[..]].concat())?;
+        ensure!(report["applied"] == true, "{report}");
+        let mut nbd = daemon.attach(VOLUME, &[])?;
+        same_bytes("rescued", &nbd.read_vec(0, SIZE)?, &then)?;
+        scribble(&mut nbd, &mut then, (&mut random, stamps), number)?;
+        drop(nbd);
+        detach(&daemon, VOLUME)?;
+    }
+    same_bytes("in the end", &image_of(&daemon, VOLUME)?, &then)?;
+    daemon.quarry(&["volume", "verify", VOLUME, "--deep", "--snapshots"])?;
+    daemon.stop()
+}
+
+#[test]
 fn rescued_volume_has_its_snapshots_and_a_rescued_clone_its_parent() -> Result<()> {
     let (mut random, seed) = seeded("rescued snapshots");
     let stamps = Stamps::new(seed);
