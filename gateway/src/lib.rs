@@ -12,5 +12,6 @@ pub mod provision;
 pub mod reactor;
 pub mod rescue;
 pub mod store;
+pub mod trash;
 pub mod ublk;
 pub mod verify;

@@ -203,6 +203,12 @@ pub fn snap_key(tenant: &TenantName, volume: VolumeId, name: &SnapName) -> Strin
     format!("t/{tenant}/v/{volume}/snap/{name}")
 }
 
+/// Where the clones of all of a volume's snapshots are recorded, to list them.
+#[must_use]
+pub fn all_clones_prefix(tenant: &TenantName, volume: VolumeId) -> String {
+    format!("t/{tenant}/v/{volume}/clone/")
+}
+
 /// Where the clones of a snapshot are recorded, to list them.
 #[must_use]
 pub fn clones_prefix(tenant: &TenantName, volume: VolumeId, name: &SnapName) -> String {

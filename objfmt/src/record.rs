@@ -65,6 +65,18 @@ pub struct TrashRecord {
     pub name: String,
     /// When it was deleted, in milliseconds since 1970.
     pub deleted_ms: u64,
+    /// The snapshot that it was cloned from, where a record of it is left when its head is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<CloneOf>,
+}
+
+/// A snapshot of a volume of the same tenant.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CloneOf {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The snapshot's name.
+    pub snapshot: String,
 }
 
 /// The bytes of a record of this kind.
@@ -126,6 +138,15 @@ mod tests {
     fn record_round_trips() {
         let bytes = encode_record(NAME_KIND, &sample()).unwrap();
         assert_eq!(decode_record(NAME_KIND, &bytes), Ok(sample()));
+    }
+
+    #[test]
+    fn trash_record_without_a_parent_is_read_and_written_without_one() {
+        let json =
+            r#"{"volume":"01010101-0101-0101-0101-010101010101","name":"db","deleted_ms":5}"#;
+        let record: TrashRecord = serde_json::from_str(json).unwrap();
+        assert_eq!(record.parent, None);
+        assert_eq!(serde_json::to_string(&record).unwrap(), json);
     }
 
     #[test]

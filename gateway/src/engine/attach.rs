@@ -32,6 +32,7 @@ impl From<OpenError> for ApiError {
     fn from(error: OpenError) -> Self {
         let kind = match &error {
             OpenError::Owned { .. }
+            | OpenError::Deleted
             | OpenError::Stale { .. }
             | OpenError::Unsent
             | OpenError::Raced { .. } => Kind::Conflict,
