@@ -42,7 +42,7 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 6] = [
+pub(crate) const SECTIONS: [(&str, &str); 7] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("store", "The object store that keeps everything durable."),
     (
@@ -52,6 +52,7 @@ pub(crate) const SECTIONS: [(&str, &str); 6] = [
     ("reactor", "The threads that serve I/O."),
     ("ublk", "The volumes' block devices, /dev/ublkbN."),
     ("writeback", "The way from the cache to the store."),
+    ("trash", "Deleted volumes, until their objects are deleted."),
 ];
 
 const SIZE: &str = "write a size such as \"64MiB\"";
@@ -345,6 +346,16 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| count(v).map(|n| c.writeback.uploads_max = n),
         get: |c| Some(c.writeback.uploads_max.to_string()),
+    },
+    Key {
+        path: "trash.grace",
+        doc: "How long a deleted volume can be restored. Then this daemon deletes its objects, whichever host deleted\n\
+              the volume, by this host's clock: the same on all hosts is best. \"0s\": at once.",
+        expected: "write a duration such as \"7d\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.trash.grace = d),
+        get: |c| Some(quoted(humantime::format_duration(c.trash.grace))),
     },
 ];
 

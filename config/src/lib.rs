@@ -44,6 +44,8 @@ pub struct Config {
     pub ublk: Ublk,
     /// `[writeback]`
     pub writeback: Writeback,
+    /// `[trash]`
+    pub trash: Trash,
 }
 
 /// `[daemon]`: where the daemon lives and how it is reached.
@@ -197,6 +199,21 @@ impl Default for Writeback {
             delay: Duration::from_secs(5),
             chunk_size: Size::new(8 << 20),
             uploads_max: 8,
+        }
+    }
+}
+
+/// `[trash]`: deleted volumes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trash {
+    /// How long a deleted volume can be restored before its objects are deleted.
+    pub grace: Duration,
+}
+
+impl Default for Trash {
+    fn default() -> Self {
+        Self {
+            grace: Duration::from_secs(7 * 24 * 60 * 60),
         }
     }
 }

@@ -17,6 +17,7 @@ mod serve;
 mod status;
 mod table;
 mod tenant;
+mod trash;
 mod verify;
 mod volume;
 
@@ -120,6 +121,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         }
         Command::Tenant(command) => wait(tenant::run(&client()?, command, console)),
         Command::Volume(command) => wait(volume::run(&client()?, command, console)),
+        Command::Trash(command) => wait(trash::run(&client()?, command, console)),
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

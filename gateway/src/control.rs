@@ -17,12 +17,13 @@ mod name;
 mod permissions;
 mod serve;
 mod socket;
+mod trash;
 
 #[cfg(test)]
 pub(crate) mod fake;
 
 use async_trait::async_trait;
-use quarry_objfmt::TenantName;
+use quarry_objfmt::{TenantName, VolumeName};
 
 pub use api::control_routes as routes;
 pub use client::Client;
@@ -36,6 +37,7 @@ pub use name::VolumeRef;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
+pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
 
 /// What an [`Engine`] answers.
 pub type ApiResult<T> = Result<T, ApiError>;
@@ -47,8 +49,9 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo>;
     /// All tenants, by name.
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>>;
-    /// Removes a tenant; [`Kind::Conflict`] while it has volumes.
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()>;
+    /// Removes a tenant, and purges its trash if `purge`; [`Kind::Conflict`] while it has volumes, or
+    /// trash that is to stay.
+    async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()>;
     /// Makes a volume that reads as zeroes; [`Kind::Exists`] if there is one of that name.
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
@@ -73,8 +76,16 @@ pub trait Engine: Send + Sync + 'static {
     /// Makes a lost or damaged head anew from the volume's other objects, or says what it would be;
     /// [`Kind::Conflict`] if the head is sound or the volume attached here.
     async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport>;
-    /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached.
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// Puts a volume into the trash; [`Kind::Conflict`] while it is attached or has clones, or while this
+    /// host's cache may hold writes that the store lacks, unless they are to be given up.
+    async fn delete_volume(&self, volume: &VolumeRef, discard_unsent: bool)
+    -> ApiResult<TrashInfo>;
+    /// What is in the trash, of one tenant if one is named.
+    async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>>;
+    /// Brings a volume back from the trash, under another name if one is given.
+    async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo>;
+    /// Deletes volumes of the trash and their data for ever; answers when that is done.
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport>;
     /// How the daemon does.
     async fn status(&self) -> ApiResult<StatusInfo>;
     /// Whether the daemon can serve; if not, why, in words that end a sentence begun "not ready:".

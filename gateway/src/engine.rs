@@ -19,6 +19,7 @@ mod report;
 mod rescue;
 mod resize;
 mod slot;
+mod trash;
 mod verify;
 mod wanted;
 
@@ -31,7 +32,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use quarry_cache::{Cache, CacheDevice, Journal, Journals, Recovered, Scan};
-use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId};
+use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId, VolumeName};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
@@ -40,9 +41,9 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, RescueReport, RescueSpec,
-    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, VolumeInfo, VolumeRef,
-    VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, PurgeReport, PurgeSpec,
+    RescueReport, RescueSpec, ResizeInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -148,6 +149,7 @@ pub struct Daemon {
     unfit: Mutex<Option<ApiError>>,
     exports: Arc<Exports>,
     verifies: verify::Verifies,
+    trash: trash::Trash,
 }
 
 /// The volumes that can be had over NBD: those attached with it.
@@ -273,6 +275,7 @@ impl Daemon {
             unfit: Mutex::default(),
             exports: Arc::default(),
             verifies: verify::Verifies::default(),
+            trash: trash::Trash::default(),
             config,
         }))
     }
@@ -309,20 +312,6 @@ impl Daemon {
         // Under the lock: the next one sees that this volume is there.
         let key = handle.new_key();
         Ok((handle, key))
-    }
-
-    /// Makes the volume ours, so that nobody else can write to it, and deletes it.
-    async fn delete_detached(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let owner = quarry_objfmt::Owner {
-            cache: self.common.device.id(),
-            host: self.host.clone(),
-            since_ms: now_ms(),
-        };
-        let id = registry::delete_volume(&self.control, volume, owner).await?;
-        if let Some(kept) = self.kept.lock().remove(&id) {
-            self.forget(id, &kept);
-        }
-        Ok(())
     }
 
     /// Gives up what the cache kept of a volume that is no more. What cannot be noted on the device
@@ -405,8 +394,8 @@ impl Engine for Daemon {
         registry::list_tenants(&self.control).await
     }
 
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
-        registry::delete_tenant(&self.control, tenant).await
+    async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()> {
+        self.delete_tenant_and_trash(tenant, purge).await
     }
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
@@ -476,17 +465,25 @@ impl Engine for Daemon {
         self.rescue_volume(volume, &spec).await
     }
 
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let slot = self.slot(volume);
-        let _change = slot.change.lock().await;
-        let answer = if slot.is_detached() {
-            self.delete_detached(volume).await
-        } else {
-            let message = format!("{volume} is attached");
-            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
-        };
-        self.forget_idle(volume, &slot);
-        answer
+    async fn delete_volume(
+        &self,
+        volume: &VolumeRef,
+        discard_unsent: bool,
+    ) -> ApiResult<TrashInfo> {
+        self.delete_to_trash(volume, discard_unsent).await
+    }
+
+    async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        self.show_trash(tenant).await
+    }
+
+    async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
+        self.fit()?;
+        self.restore_volume(which, name).await
+    }
+
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        self.purge_now(spec).await
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {

@@ -95,6 +95,17 @@ pub struct CacheStats {
     pub node_misses: u64,
 }
 
+/// What the daemon does with the trash.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TrashStats {
+    /// Volumes in it, of all tenants, as of the last look.
+    pub volumes: u64,
+    /// Volumes purged by this daemon.
+    pub purged_volumes: u64,
+    /// Objects deleted for that.
+    pub purged_objects: u64,
+}
+
 /// One kind of call to the object store.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StoreCall {
@@ -164,6 +175,8 @@ pub struct Snapshot {
     pub cache: CacheStats,
     /// The object store.
     pub store: StoreStats,
+    /// The trash.
+    pub trash: TrashStats,
 }
 
 /// Where a metric's values come from.
@@ -179,6 +192,8 @@ enum Source {
     Cache(fn(&CacheStats) -> f64),
     /// One value.
     Store(fn(&StoreStats) -> f64),
+    /// One value.
+    Trash(fn(&TrashStats) -> f64),
     /// One value an operation and outcome, labelled so.
     StoreCalls,
     /// One value an operation, labelled so.
@@ -468,6 +483,21 @@ static TABLE: &[Definition] = &[
         "Calls to the store that wait for a place.",
         of!(Store.waiting),
     ),
+    counter(
+        "quarry_trash_purged_objects_total",
+        "Objects of purged volumes deleted by this daemon.",
+        of!(Trash.purged_objects),
+    ),
+    counter(
+        "quarry_trash_purged_volumes_total",
+        "Volumes purged by this daemon.",
+        of!(Trash.purged_volumes),
+    ),
+    gauge(
+        "quarry_trash_volumes",
+        "Deleted volumes in the store that can be restored, as of the last look.",
+        of!(Trash.volumes),
+    ),
 ];
 
 /// Exact below 2^53: for bytes, 8 PiB.
@@ -553,6 +583,7 @@ impl Definition {
                 })
                 .collect(),
             Source::Cache(value) => vec![self.metric(&[], value(&snapshot.cache))],
+            Source::Trash(value) => vec![self.metric(&[], value(&snapshot.trash))],
             Source::Store(value) => vec![self.metric(&[], value(&snapshot.store))],
             Source::StoreCalls => {
                 let calls = snapshot.store.calls.iter();
@@ -643,6 +674,10 @@ mod tests {
                 busy: vec![("get", Duration::from_millis(250))],
                 ..StoreStats::default()
             },
+            trash: TrashStats {
+                volumes: 2,
+                ..TrashStats::default()
+            },
         }
     }
 
@@ -658,6 +693,7 @@ mod tests {
             "quarry_reactor_requests_total{reactor=\"1\"} 9",
             "quarry_cache_size_bytes 1073741824",
             "quarry_store_busy_seconds_total{operation=\"get\"} 0.25",
+            "quarry_trash_volumes 2",
             "quarry_store_requests_total{operation=\"get\",outcome=\"ok\"} 7",
             concat!(
                 "quarry_build_info{version=\"",

@@ -493,9 +493,11 @@ pub async fn records(
 ) -> Result<Vec<TrashRecord>, TrashError> {
     let prefix = keys::trash_prefix(tenant);
     let keys = store.list(&prefix).await?;
-    let ids = keys
-        .iter()
-        .filter_map(|key| VolumeId::parse(key.strip_prefix(&prefix)?).ok());
+    let mut ids = Vec::new();
+    for key in keys {
+        let id = key.strip_prefix(&prefix).map(VolumeId::parse);
+        ids.extend(id.and_then(Result::ok));
+    }
     let read = futures::stream::iter(ids)
         .map(|id| record(store, tenant, id))
         .buffered(DELETES_AT_ONCE);
@@ -733,8 +735,8 @@ async fn empty(
             Some(key) if found == last => return Err(TrashError::Stays { key: key.clone() }),
             Some(_) => {}
         }
-        futures::stream::iter(&found)
-            .map(|key| store.delete(key))
+        futures::stream::iter(found.clone())
+            .map(|key| async move { store.delete(&key).await })
             .buffer_unordered(DELETES_AT_ONCE)
             .try_for_each(|()| async {
                 objects.fetch_add(1, Ordering::Relaxed);

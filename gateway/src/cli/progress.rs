@@ -14,13 +14,13 @@ const TURN: Duration = Duration::from_millis(100);
 /// How often the daemon is asked how far it is.
 const ASK: Duration = Duration::from_millis(500);
 
-fn spinner(doing: &str, volume: &VolumeRef) -> ProgressBar {
+fn spinner(doing: &str) -> ProgressBar {
     // Hidden by the library when standard error is no terminal.
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg}") {
         bar.set_style(style);
     }
-    bar.set_prefix(format!("{doing} {volume}"));
+    bar.set_prefix(doing.to_owned());
     bar.enable_steady_tick(TURN);
     bar
 }
@@ -31,7 +31,15 @@ pub(super) async fn shown<T>(
     volume: &VolumeRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
-    let bar = spinner(doing, volume);
+    turning(&format!("{doing} {volume}"), call).await
+}
+
+/// As [`shown`], for what is not about one volume.
+pub(super) async fn turning<T>(
+    doing: &str,
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    let bar = spinner(doing);
     let result = call.await;
     bar.finish_and_clear();
     result
@@ -43,7 +51,7 @@ pub(super) async fn verifying<T>(
     volume: &VolumeRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
-    let bar = spinner("verifying", volume);
+    let bar = spinner(&format!("verifying {volume}"));
     if bar.is_hidden() {
         return call.await;
     }
@@ -90,7 +98,7 @@ pub(super) async fn uploading<T>(
     volume: &VolumeRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
-    let bar = spinner(doing, volume);
+    let bar = spinner(&format!("{doing} {volume}"));
     if bar.is_hidden() {
         return call.await;
     }

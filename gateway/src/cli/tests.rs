@@ -68,6 +68,14 @@ fn every_line_of_the_manual_parses() {
         "volume sync acme/db",
         "volume detach acme/db",
         "volume delete acme/db",
+        "volume delete acme/db --discard-unsent",
+        "volume restore acme/db",
+        "volume restore f7a4f3a0-0000-4000-8000-000000000000 --as db-old",
+        "trash list --tenant acme",
+        "trash purge f7a4f3a0-0000-4000-8000-000000000000",
+        "trash purge --all --tenant acme",
+        "trash purge --older-than 3d",
+        "tenant delete acme --purge",
         "status --socket /s",
         "config check quarry.toml",
         "config example",
@@ -95,6 +103,9 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume resize acme/db",
         "volume resize acme/db large",
         "tenant create ACME",
+        "trash purge",
+        "trash purge --all --older-than 3d",
+        "volume restore db",
         "volume",
         "serve --listen nowhere --output json",
     ] {
@@ -180,7 +191,25 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
         "synced"
     );
     ok("volume detach acme/db").await;
-    ok("volume delete acme/db").await;
+    let deleted = ok("volume delete acme/db").await.out;
+    let words = "it is in the trash until 1970-01-01T00:00:02Z; `quarry volume restore acme/db`";
+    assert!(deleted.contains(words), "{deleted}");
+    let list = ok("trash list").await.out;
+    assert!(list.contains("1970-01-01T00:00:01Z"), "{list}");
+    let line = "volume restore acme/db --as db2";
+    assert_eq!(ok(line).await.out, "acme/db2 is there again\n");
+    assert_eq!(ok("trash list").await.out, "the trash is empty\n");
+    ok("volume delete acme/db2").await;
+    let kept = quarry(&socket, "trash purge --older-than 1d").await;
+    assert_eq!(kept.code, FAILED);
+    assert!(
+        kept.err
+            .contains("1 of 1 volumes are not purged: it has clones"),
+        "{}",
+        kept.err
+    );
+    let purged = ok("trash purge --all").await.out;
+    assert_eq!(purged, "acme/db2 is purged, 3 objects were deleted\n");
     ok("tenant delete acme").await;
     assert!(ok("status").await.out.contains("file:///store answers"));
     assert_eq!(ok("status --output json").await.json()["ready"], true);

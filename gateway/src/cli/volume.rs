@@ -6,9 +6,10 @@ use super::args::{AttachFlags, CreateFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, rescue, verify};
+use super::{Failure, rescue, trash, verify};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ResizeInfo, State, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ResizeInfo, RestoreSpec, State, VolumeInfo, VolumeRef,
+    VolumeSpec,
 };
 
 pub(super) async fn run(
@@ -46,9 +47,19 @@ pub(super) async fn run(
         }
         VolumeCommand::Verify { volume, deep } => verify::run(client, &volume, deep, console).await,
         VolumeCommand::Rescue(flags) => rescue::run(client, flags, console).await,
-        VolumeCommand::Delete { volume } => {
-            shown("deleting", &volume, client.delete_volume(&volume)).await?;
-            done(console, &volume, "deleted", "it is deleted")
+        VolumeCommand::Delete {
+            volume,
+            discard_unsent,
+        } => {
+            let call = client.delete_volume(&volume, discard_unsent);
+            let deleted = shown("deleting", &volume, call).await?;
+            console.show(&deleted, trash::deleted_text)
+        }
+        VolumeCommand::Restore { volume, name } => {
+            let restored = client.restore(&RestoreSpec::new(&volume, name)).await?;
+            console.show(&restored, |v| {
+                format!("{}/{} is there again", v.tenant, v.name)
+            })
         }
     }
 }

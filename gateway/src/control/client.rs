@@ -13,6 +13,7 @@ use super::dto::{
     TenantInfo, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
     VolumeList, VolumeSpec,
 };
+use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
 
 /// How long a daemon may take to answer what it should know by itself or ask the store once.
@@ -171,12 +172,12 @@ impl Client {
         self.get("/v1/tenants").await
     }
 
-    /// Removes an empty tenant.
+    /// Removes a tenant without volumes, and purges its trash if `purge`.
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn delete_tenant(&self, name: &TenantName) -> ApiResult<()> {
-        self.order(Method::DELETE, &format!("/v1/tenants/{name}"))
+    pub async fn delete_tenant(&self, name: &TenantName, purge: bool) -> ApiResult<()> {
+        self.order(Method::DELETE, &format!("/v1/tenants/{name}?purge={purge}"))
             .await
     }
 
@@ -290,13 +291,58 @@ impl Client {
         self.get(&format!("/v1/volumes/{volume}/verify")).await
     }
 
-    /// Removes a volume for ever.
+    /// Puts a volume into the trash.
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
-        self.order(Method::DELETE, &format!("/v1/volumes/{volume}"))
-            .await
+    pub async fn delete_volume(
+        &self,
+        volume: &VolumeRef,
+        discard_unsent: bool,
+    ) -> ApiResult<TrashInfo> {
+        let path = format!("/v1/volumes/{volume}?discard_unsent={discard_unsent}");
+        let response = self
+            .call(Method::DELETE, &path, None::<&()>, Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// What is in the trash, of one tenant or of all.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<TrashList> {
+        match tenant {
+            None => self.get("/v1/trash").await,
+            Some(tenant) => self.get(&format!("/v1/trash?tenant={tenant}")).await,
+        }
+    }
+
+    /// Brings a volume back from the trash.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn restore(&self, spec: &RestoreSpec) -> ApiResult<VolumeInfo> {
+        let response = self
+            .call(
+                Method::POST,
+                "/v1/trash/restore",
+                Some(spec),
+                Patience::Work,
+            )
+            .await?;
+        self.json(response).await
+    }
+
+    /// Deletes volumes of the trash for good.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        let response = self
+            .call(Method::POST, "/v1/trash/purge", Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
     }
 
     /// How the daemon does.

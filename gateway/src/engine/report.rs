@@ -7,6 +7,7 @@ use quarry_volume::VolumeStats;
 
 use super::slot::{Attached, Slot};
 use super::{Daemon, VolumeMachine, registry};
+use crate::backend::open::OpenError;
 use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, OwnerInfo, State, StatusInfo, StoreStatus, VolumeInfo,
     VolumeRef,
@@ -32,7 +33,9 @@ impl Daemon {
             Some(attached) => attached.backend.head().get(),
             None => registry::head(&self.control, volume).await?,
         };
+        let owner = head.owner.as_ref().filter(|_| head.deleted().is_none());
         let elsewhere = |o: &quarry_objfmt::Owner| o.cache != self.common.device.id();
+        let deleted = head.deleted().map(|_| OpenError::Deleted.to_string());
         let mut info = VolumeInfo {
             tenant: volume.tenant.to_string(),
             name: volume.name.to_string(),
@@ -44,17 +47,15 @@ impl Daemon {
             compression: head.compression,
             stored_bytes: head.stored_bytes,
             state: match slot.state() {
-                State::Detached if head.owner.as_ref().is_some_and(elsewhere) => {
-                    State::AttachedElsewhere
-                }
+                State::Detached if owner.is_some_and(elsewhere) => State::AttachedElsewhere,
                 state => state,
             },
-            owner: head.owner.as_ref().map(|o| OwnerInfo {
+            owner: owner.map(|o| OwnerInfo {
                 host: o.host.clone(),
                 cache: o.cache.to_string(),
                 since_ms: o.since_ms,
             }),
-            problem: self.wanted.problem(volume),
+            problem: self.wanted.problem(volume).or(deleted),
             ..VolumeInfo::default()
         };
         let Some(attached) = attached else {
@@ -232,6 +233,7 @@ impl Daemon {
                 node_hits: nodes.hits,
                 node_misses: nodes.misses,
             },
+            trash: self.trash.stats(),
             store: metrics::StoreStats {
                 read_bytes: store.bytes_read,
                 write_bytes: store.bytes_written,

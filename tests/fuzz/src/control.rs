@@ -8,11 +8,11 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, RescueReport, RescueSpec,
-    ResizeInfo, StatusInfo, TenantInfo, VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeRef,
-    VolumeSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, PurgeReport, PurgeSpec,
+    RescueReport, RescueSpec, ResizeInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeRef, VolumeSpec, routes,
 };
-use quarry_objfmt::TenantName;
+use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
 use tower::ServiceExt as _;
 
@@ -35,7 +35,7 @@ impl Engine for Strict {
         Ok(Vec::new())
     }
 
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
+    async fn delete_tenant(&self, tenant: &TenantName, _purge: bool) -> ApiResult<()> {
         Err(ApiError::no_tenant(tenant))
     }
 
@@ -95,8 +95,25 @@ impl Engine for Strict {
         Err(ApiError::no_volume(volume))
     }
 
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+    async fn delete_volume(&self, volume: &VolumeRef, _: bool) -> ApiResult<TrashInfo> {
         Err(ApiError::no_volume(volume))
+    }
+
+    async fn list_trash(&self, _tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        Ok(Vec::new())
+    }
+
+    async fn restore(&self, which: &TrashRef, _: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
+        match which {
+            TrashRef::Name(volume) => Err(ApiError::no_volume(volume)),
+            TrashRef::Id(_) => Ok(VolumeInfo::default()),
+        }
+    }
+
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        let said = [spec.id.is_some(), spec.all, spec.older_than_ms.is_some()];
+        assert_eq!(said.into_iter().filter(|said| *said).count(), 1);
+        Ok(PurgeReport::default())
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {
