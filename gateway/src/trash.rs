@@ -133,7 +133,10 @@ impl From<HeadError> for TrashError {
     fn from(error: HeadError) -> Self {
         match error {
             HeadError::Fenced { by } => Self::Raced { by },
-            HeadError::Damaged { .. } => Self::Headless,
+            // It was sound when it was looked at: somebody purged it, or is about to.
+            HeadError::Damaged { .. } => Self::Raced {
+                by: "somebody who purges it".to_owned(),
+            },
             HeadError::Store(error) => error.into(),
         }
     }
