@@ -295,6 +295,26 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.cache.ram)),
     },
     Key {
+        path: "cache.hot_set",
+        doc: "Whether a volume that is detached leaves word of what was read most, and one that is attached has that\n\
+              fetched into the cache in the background.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.cache.hot_set = b),
+        get: |c| Some(c.cache.hot_set.to_string()),
+    },
+    Key {
+        path: "cache.warm_rate",
+        doc: "How much is fetched a second into the cache on somebody's word (hot sets, `quarry volume warm`), all\n\
+              volumes together.",
+        expected: SIZE,
+        sample: "",
+        secret: false,
+        set: |c, v, _| size(v).map(|s| c.cache.warm_rate = s),
+        get: |c| Some(quoted(c.cache.warm_rate)),
+    },
+    Key {
         path: "reactor.threads",
         doc: "How many threads serve I/O; each serves many volumes. By default one a CPU, at most 4.",
         expected: COUNT,

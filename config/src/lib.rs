@@ -146,6 +146,10 @@ pub struct Cache {
     pub dirty_max: Bound,
     /// Memory for cached data and map nodes.
     pub ram: Size,
+    /// Whether what is hot goes with a volume to the next host.
+    pub hot_set: bool,
+    /// Bytes a second that warming fetches, all volumes together.
+    pub warm_rate: Size,
 }
 
 impl Default for Cache {
@@ -155,6 +159,8 @@ impl Default for Cache {
             size: None,
             dirty_max: Bound::Percent(70),
             ram: Size::new(256 << 20),
+            hot_set: true,
+            warm_rate: Size::new(200 << 20),
         }
     }
 }

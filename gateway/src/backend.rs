@@ -12,6 +12,7 @@ mod direct;
 mod head;
 pub mod open;
 mod sound;
+mod warm;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -34,6 +35,7 @@ use open::Claimed;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
 pub use head::{HeadCell, HeadError};
+pub use warm::Warmed;
 
 use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
@@ -126,6 +128,7 @@ pub struct VolumeBackend {
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
     drains: parking_lot::Mutex<Drains>,
+    warmings: warm::Warmings,
 }
 
 /// Who waits for which drain; `None`: the volume is gone.
@@ -154,6 +157,7 @@ impl VolumeBackend {
             reactor,
             condition: parking_lot::Mutex::default(),
             drains: parking_lot::Mutex::new(Some(std::collections::HashMap::new())),
+            warmings: warm::Warmings::default(),
         })
     }
 
@@ -210,9 +214,10 @@ impl VolumeBackend {
         rx.await.unwrap_or(false)
     }
 
-    /// The volume is gone from its reactor: whoever waits for a drain of it waits no longer.
+    /// The volume is gone from its reactor: whoever waits for something of it waits no longer.
     pub fn close(&self) {
         *self.drains.lock() = None;
+        self.warmings.close();
     }
 
     /// Feeds the volume an event.
@@ -284,6 +289,12 @@ impl VolumeBackend {
                     let _ = tx.send(complete);
                 }
             }
+            Action::Warmed {
+                io,
+                upto,
+                bytes,
+                end,
+            } => self.warmings.answer(io, Warmed { upto, bytes, end }),
             Action::Report(report) => self.report(report),
             other => panic!("{other:?} is the reactor's to carry out"),
         }

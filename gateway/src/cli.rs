@@ -20,6 +20,7 @@ mod tenant;
 mod trash;
 mod verify;
 mod volume;
+mod warm;
 
 use std::ffi::OsString;
 use std::future::Future;

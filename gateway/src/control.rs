@@ -18,6 +18,7 @@ mod permissions;
 mod serve;
 mod socket;
 mod trash;
+mod warm;
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -38,6 +39,7 @@ pub use permissions::{DeviceMode, DeviceOwner};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
 pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
+pub use warm::{EvictInfo, WarmReport, WarmSpec};
 
 /// What an [`Engine`] answers.
 pub type ApiResult<T> = Result<T, ApiError>;
@@ -73,6 +75,13 @@ pub trait Engine: Send + Sync + 'static {
     async fn verify(&self, volume: &VolumeRef, deep: bool) -> ApiResult<VerifyReport>;
     /// How far the check under way is; [`Kind::NotFound`] if there is none.
     async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress>;
+    /// Fetches what the cache lacks of an attached volume into it. Ends early when its caller goes away.
+    /// [`Kind::Conflict`] while it is being warmed already.
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport>;
+    /// How far the warming under way is; [`Kind::NotFound`] if there is none.
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport>;
+    /// Drops what this host's cache has of a volume and the store has too.
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo>;
     /// Makes a lost or damaged head anew from the volume's other objects, or says what it would be;
     /// [`Kind::Conflict`] if the head is sound or the volume attached here.
     async fn rescue(&self, volume: &VolumeRef, spec: RescueSpec) -> ApiResult<RescueReport>;

@@ -22,6 +22,7 @@ mod slot;
 mod trash;
 mod verify;
 mod wanted;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -41,9 +42,9 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Kind, PurgeReport, PurgeSpec,
-    RescueReport, RescueSpec, ResizeInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
-    VerifyProgress, VerifyReport, VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, Kind, PurgeReport,
+    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -150,6 +151,8 @@ pub struct Daemon {
     exports: Arc<Exports>,
     verifies: verify::Verifies,
     trash: trash::Trash,
+    pace: Arc<warm::Pace>,
+    warms: warm::Warms,
 }
 
 /// The volumes that can be had over NBD: those attached with it.
@@ -276,6 +279,8 @@ impl Daemon {
             exports: Arc::default(),
             verifies: verify::Verifies::default(),
             trash: trash::Trash::default(),
+            pace: Arc::new(warm::Pace::new(config.cache.warm_rate.bytes())),
+            warms: warm::Warms::default(),
             config,
         }))
     }
@@ -471,6 +476,18 @@ impl Engine for Daemon {
         discard_unsent: bool,
     ) -> ApiResult<TrashInfo> {
         self.delete_to_trash(volume, discard_unsent).await
+    }
+
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        self.warm_volume(volume, spec).await
+    }
+
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        self.warms.progress(volume)
+    }
+
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        self.evict_volume(volume).await
     }
 
     async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {

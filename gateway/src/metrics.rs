@@ -64,6 +64,8 @@ pub struct VolumeStats {
     pub fetched_bytes: u64,
     /// Ranged GETs for misses and readahead.
     pub fetches: u64,
+    /// Of the bytes fetched, those for warming.
+    pub warmed_bytes: u64,
     /// 1 while writes wait for the store, else 0.
     pub stalled: u64,
     /// 1 while something is wrong with it, else 0.
@@ -280,12 +282,12 @@ static TABLE: &[Definition] = &[
     ),
     counter(
         "quarry_volume_fetched_bytes_total",
-        "Bytes fetched from the store for misses and readahead.",
+        "Bytes fetched from the store for misses, readahead and warming.",
         of!(Volume.fetched_bytes),
     ),
     counter(
         "quarry_volume_fetches_total",
-        "Ranged reads of the store for misses and readahead.",
+        "Ranged reads of the store for misses, readahead and warming.",
         of!(Volume.fetches),
     ),
     counter(
@@ -327,6 +329,11 @@ static TABLE: &[Definition] = &[
         "quarry_volume_uploaded_chunks_total",
         "Chunks uploaded.",
         of!(Volume.uploaded_chunks),
+    ),
+    counter(
+        "quarry_volume_warmed_bytes_total",
+        "Bytes fetched from the store for warming.",
+        of!(Volume.warmed_bytes),
     ),
     counter(
         "quarry_volume_write_bytes_total",

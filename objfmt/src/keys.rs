@@ -191,6 +191,12 @@ pub fn map_key(tenant: &TenantName, volume: VolumeId, epoch: Epoch, seq: MapSeq)
     )
 }
 
+/// What of the volume was read most.
+#[must_use]
+pub fn hot_key(tenant: &TenantName, volume: VolumeId) -> String {
+    format!("t/{tenant}/v/{volume}/hot")
+}
+
 /// Where a volume's snapshots lie, to list them.
 #[must_use]
 pub fn snaps_prefix(tenant: &TenantName, volume: VolumeId) -> String {

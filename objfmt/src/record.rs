@@ -27,6 +27,12 @@ pub const CLONE_KIND: &str = "clone";
 /// The kind of a [`TrashRecord`].
 pub const TRASH_KIND: &str = "trash";
 
+/// The kind of a [`HotRecord`].
+pub const HOT_KIND: &str = "hot";
+
+/// Most ranges of a [`HotRecord`]: with the longest numbers it stays below 64 KiB.
+pub const HOT_RANGES_MAX: usize = 1800;
+
 /// A tenant.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct TenantRecord {
@@ -68,6 +74,16 @@ pub struct TrashRecord {
     /// The snapshot that it was cloned from, where a record of it is left when its head is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<CloneOf>,
+}
+
+/// What of a volume was read most where it was attached last: what the next host may fetch at once. A hint:
+/// nothing depends on it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HotRecord {
+    /// The epoch of that attachment.
+    pub epoch: u32,
+    /// First sector and sectors of each range, the most read first; at most [`HOT_RANGES_MAX`].
+    pub ranges: Vec<(u64, u64)>,
 }
 
 /// A snapshot of a volume of the same tenant.
@@ -147,6 +163,15 @@ mod tests {
         let record: TrashRecord = serde_json::from_str(json).unwrap();
         assert_eq!(record.parent, None);
         assert_eq!(serde_json::to_string(&record).unwrap(), json);
+    }
+
+    #[test]
+    fn hot_record_of_the_most_and_longest_ranges_fits() {
+        let ranges = vec![((1 << 51) - 1, 1 << 51); HOT_RANGES_MAX];
+        let epoch = u32::MAX;
+        let record = HotRecord { epoch, ranges };
+        let bytes = encode_record(HOT_KIND, &record).unwrap();
+        assert_eq!(decode_record(HOT_KIND, &bytes), Ok(record));
     }
 
     #[test]

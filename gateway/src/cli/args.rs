@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
 use quarry_objfmt::{Compression, Durability, TenantName, VolumeId, VolumeName};
 
+use super::warm::Span;
 use crate::control::{DeviceMode, DeviceOwner, TrashRef, Via, VolumeRef};
 
 /// Block devices whose data live in object storage.
@@ -205,6 +206,14 @@ Example:
         /// The volume, as tenant/name.
         volume: VolumeRef,
     },
+    /// Fetch what the cache lacks of an attached volume into it; Ctrl-C ends it.
+    #[command(after_help = "Example:\n  quarry volume warm acme/db --range 0-10GiB --limit 2GiB")]
+    Warm(WarmFlags),
+    /// Drop what this host's cache has of a volume and the object store has too.
+    Evict {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
     /// Upload all that was written, then take the volume off this host.
     Detach {
         /// The volume, as tenant/name.
@@ -271,7 +280,7 @@ pub enum TrashCommand {
 
 /// Flags of `quarry trash purge`.
 #[derive(Debug, Args)]
-#[group(id = "which", required = true, multiple = false, args = ["id", "all", "older_than"])]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["id", "all", "older_than"])))]
 pub struct PurgeFlags {
     /// The volume's id; `quarry trash list` shows it.
     #[arg(value_name = "UUID", value_parser = VolumeId::parse)]
@@ -285,6 +294,19 @@ pub struct PurgeFlags {
     /// Only this tenant's.
     #[arg(long)]
     pub tenant: Option<TenantName>,
+}
+
+/// Flags of `quarry volume warm`.
+#[derive(Debug, Args)]
+pub struct WarmFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// Only this part of it.
+    #[arg(long, value_name = "FIRST-END")]
+    pub range: Option<Span>,
+    /// Fetch no more than this; by default as much as the cache device has.
+    #[arg(long, value_name = "SIZE")]
+    pub limit: Option<Size>,
 }
 
 /// Flags of `quarry volume create`.

@@ -14,7 +14,7 @@ const TURN: Duration = Duration::from_millis(100);
 /// How often the daemon is asked how far it is.
 const ASK: Duration = Duration::from_millis(500);
 
-fn spinner(doing: &str) -> ProgressBar {
+pub(super) fn spinner(doing: &str) -> ProgressBar {
     // Hidden by the library when standard error is no terminal.
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg}") {
@@ -72,6 +72,18 @@ pub(super) async fn verifying<T>(
     let result = asking(ask, call).await;
     bar.finish_and_clear();
     result
+}
+
+/// Waits for `call`; if the bar can be seen, asks now and then how far it is.
+pub(super) async fn asking_for<T>(
+    bar: &ProgressBar,
+    ask: impl AsyncFn(),
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    if bar.is_hidden() {
+        return call.await;
+    }
+    asking(ask, call).await
 }
 
 /// Waits for `call`, and does `ask` now and then.

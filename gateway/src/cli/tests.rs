@@ -66,6 +66,9 @@ fn every_line_of_the_manual_parses() {
         "volume show acme/db",
         "volume resize acme/db 200GiB",
         "volume sync acme/db",
+        "volume warm acme/db",
+        "volume warm acme/db --range 0-10GiB --limit 20GiB",
+        "volume evict acme/db",
         "volume detach acme/db",
         "volume delete acme/db",
         "volume delete acme/db --discard-unsent",
@@ -104,6 +107,7 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume resize acme/db large",
         "tenant create ACME",
         "trash purge",
+        "volume warm acme/db --range 10GiB",
         "trash purge --all --older-than 3d",
         "volume restore db",
         "volume",
@@ -189,6 +193,17 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
     assert_eq!(
         ok("volume sync acme/db --output json").await.json()["done"],
         "synced"
+    );
+    let warmed = ok("volume warm acme/db --range 1GiB-3GiB --limit 1GiB")
+        .await
+        .out;
+    let words =
+        "acme/db: 1GiB were fetched into the cache; that is the limit, after 2GiB of 2GiB\n";
+    assert_eq!(warmed, words);
+    let evicted = ok("volume evict acme/db").await.out;
+    assert!(
+        evicted.starts_with("acme/db: 1MiB on the cache device and 4KiB in"),
+        "{evicted}"
     );
     ok("volume detach acme/db").await;
     let deleted = ok("volume delete acme/db").await.out;

@@ -6,7 +6,7 @@ use super::args::{AttachFlags, CreateFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, rescue, trash, verify};
+use super::{Failure, rescue, trash, verify, warm};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ResizeInfo, RestoreSpec, State, VolumeInfo, VolumeRef,
     VolumeSpec,
@@ -40,6 +40,10 @@ pub(super) async fn run(
                 "synced",
                 "all that was written before is in the object store",
             )
+        }
+        VolumeCommand::Warm(flags) => warm::warm(client, flags, console).await,
+        VolumeCommand::Evict { volume } => {
+            console.show(&client.evict(&volume).await?, warm::evict_text)
         }
         VolumeCommand::Detach { volume } => {
             uploading("detaching", client, &volume, client.detach(&volume)).await?;

@@ -20,7 +20,7 @@ use super::dto::{
 };
 use super::error::response;
 use super::trash::{self, TrashInfo};
-use super::{ApiError, ApiResult, Engine, Kind, VolumeRef};
+use super::{ApiError, ApiResult, Engine, Kind, VolumeRef, warm};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -30,7 +30,7 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 type Shared = State<Arc<dyn Engine>>;
 pub(super) type Body = Result<Bytes, BytesRejection>;
 type Tenant = Result<Path<String>, PathRejection>;
-type Volume = Result<Path<(String, String)>, PathRejection>;
+pub(super) type Volume = Result<Path<(String, String)>, PathRejection>;
 
 /// Everything: for the unix socket.
 pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
@@ -52,7 +52,13 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
             get(verify_progress).post(verify),
         )
         .route("/v1/status", get(status));
-    finish(routes.merge(trash::routes()).merge(health()), engine)
+    finish(
+        routes
+            .merge(trash::routes())
+            .merge(warm::routes())
+            .merge(health()),
+        engine,
+    )
 }
 
 /// Health and metrics: for TCP.
@@ -139,7 +145,7 @@ fn tenant_of(path: Tenant) -> ApiResult<TenantName> {
     Ok(TenantName::new(tenant)?)
 }
 
-fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
+pub(super) fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
     let Path((tenant, name)) = path.map_err(|_| not_utf8())?;
     Ok(VolumeRef::new(tenant, name)?)
 }
@@ -602,6 +608,7 @@ mod tests {
                 r#"{"all":true,"older_than_ms":1}"#,
                 400,
             ),
+            ("POST", "/v1/volumes/acme/db/warm", r#"{"from":1}"#, 400),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),
         ] {

@@ -14,6 +14,7 @@ use super::dto::{
     VolumeList, VolumeSpec,
 };
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
+use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{ApiError, ApiResult, Kind, Problem, VolumeRef};
 
 /// How long a daemon may take to answer what it should know by itself or ask the store once.
@@ -289,6 +290,38 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn verify_progress(&self, volume: &VolumeRef) -> ApiResult<VerifyProgress> {
         self.get(&format!("/v1/volumes/{volume}/verify")).await
+    }
+
+    /// Fetches a volume into the cache; ends when the answer is not waited for any more.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        let path = format!("/v1/volumes/{volume}/warm");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// How far the warming of a volume is.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        self.get(&format!("/v1/volumes/{volume}/warm")).await
+    }
+
+    /// Drops what the cache has of a volume and the store has too.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        let path = format!("/v1/volumes/{volume}/evict");
+        let response = self
+            .call(Method::POST, &path, None::<&()>, Patience::Answer)
+            .await?;
+        self.json(response).await
     }
 
     /// Puts a volume into the trash.

@@ -251,6 +251,31 @@ impl Engine for FakeEngine {
         Ok(info)
     }
 
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        let size = self.show_volume(volume).await?.size_bytes;
+        let looked_bytes = spec.end.unwrap_or(size) - spec.start;
+        Ok(WarmReport {
+            looked_bytes,
+            total_bytes: looked_bytes,
+            fetched_bytes: spec.limit_bytes.unwrap_or(looked_bytes),
+            limited: spec.limit_bytes.is_some(),
+            ..WarmReport::default()
+        })
+    }
+
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        self.show_volume(volume).await?;
+        Ok(EvictInfo {
+            volume: volume.to_string(),
+            cache_bytes: 1 << 20,
+            ram_bytes: 4096,
+        })
+    }
+
     async fn list_trash(&self, _: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
         Ok(self.trash.lock().values().map(trash_info).collect())
     }

@@ -195,6 +195,7 @@ impl Daemon {
                 map_bytes: attached.backend.stored().1,
                 fetched_bytes: s.fetched_bytes,
                 fetches: s.fetches,
+                warmed_bytes: s.warmed_bytes,
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };

@@ -12,6 +12,8 @@ mod volume;
 
 pub use event::{
     Action, CheckpointPlan, ChunkPlan, DataError, Event, ExtentSource, Fetch, FrameRef, IoError,
-    IoId, Op, PlannedExtent, Report, Request, RequestId,
+    IoId, Op, PlannedExtent, Report, Request, RequestId, WarmEnd,
 };
-pub use volume::{Opened, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats};
+pub use volume::{
+    Opened, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats, WARM_SECTORS_MAX,
+};

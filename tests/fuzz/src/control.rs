@@ -8,9 +8,10 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, Problem, PurgeReport, PurgeSpec,
-    RescueReport, RescueSpec, ResizeInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
-    VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeRef, VolumeSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, Problem, PurgeReport,
+    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    routes,
 };
 use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -96,6 +97,20 @@ impl Engine for Strict {
     }
 
     async fn delete_volume(&self, volume: &VolumeRef, _: bool) -> ApiResult<TrashInfo> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        let text = serde_json::to_vec(spec).expect("JSON");
+        assert_eq!(serde_json::from_slice::<WarmSpec>(&text).ok(), Some(*spec));
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
         Err(ApiError::no_volume(volume))
     }
 
