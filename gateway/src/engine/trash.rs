@@ -274,7 +274,7 @@ impl Daemon {
         if let Some(id) = spec.id.filter(|_| wanted.is_empty()) {
             return Err(trash_error(&id, TrashError::NotThere));
         }
-        let before = self.trash.purged_objects.load(Ordering::Relaxed);
+        let objects = AtomicU64::new(0);
         let mut report = PurgeReport::default();
         for mut info in wanted {
             let (Ok(tenant), Ok(id)) = (
@@ -284,7 +284,7 @@ impl Daemon {
                 continue;
             };
             let age_min_ms = spec.older_than_ms.unwrap_or(0);
-            match self.purge_one(&tenant, id, age_min_ms).await {
+            match self.purge_one(&tenant, id, age_min_ms, &objects).await {
                 Ok(Purged::Gone) | Err(TrashError::NotThere) => report.purged.push(info),
                 Ok(Purged::NotDue { .. } | Purged::Restored) => {}
                 Err(error @ TrashError::Store(_)) => return Err(trash_error(&id, error)),
@@ -294,7 +294,7 @@ impl Daemon {
                 }
             }
         }
-        report.objects = self.trash.purged_objects.load(Ordering::Relaxed) - before;
+        report.objects = objects.into_inner();
         Ok(report)
     }
 
@@ -303,10 +303,16 @@ impl Daemon {
         tenant: &TenantName,
         id: VolumeId,
         age_min_ms: u64,
+        objects: &AtomicU64,
     ) -> Result<Purged, TrashError> {
         let _turn = self.trash.turn.lock().await;
-        let (store, objects) = (&*self.common.background, &self.trash.purged_objects);
-        let purged = trash::purge(store, tenant, id, now_ms(), age_min_ms, objects).await?;
+        let store = &*self.common.background;
+        let before = objects.load(Ordering::Relaxed);
+        let purged = trash::purge(store, tenant, id, now_ms(), age_min_ms, objects).await;
+        let deleted = objects.load(Ordering::Relaxed) - before;
+        let total = &self.trash.purged_objects;
+        total.fetch_add(deleted, Ordering::Relaxed);
+        let purged = purged?;
         if purged == Purged::Gone {
             self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
             self.forget_kept(id);
@@ -349,7 +355,8 @@ impl Daemon {
             let wait_ms =
                 |since_ms: u64| since_ms.saturating_add(grace_ms).saturating_sub(now_ms());
             if wait_ms(since_ms) == 0 {
-                match self.purge_one(&tenant, id, grace_ms).await {
+                let objects = AtomicU64::new(0);
+                match self.purge_one(&tenant, id, grace_ms, &objects).await {
                     Ok(Purged::NotDue { since_ms: since }) => since_ms = since,
                     Ok(Purged::Gone | Purged::Restored) | Err(TrashError::NotThere) => {
                         left -= 1;

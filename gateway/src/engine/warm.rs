@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use quarry_objfmt::record::{HOT_KIND, HOT_RANGES_MAX, HotRecord, decode_record, encode_record};
-use quarry_objfmt::{Lba, LbaRange, Sectors, TenantName, keys};
+use quarry_objfmt::{Lba, LbaRange, Sectors, keys};
 use quarry_volume::{WARM_SECTORS_MAX, WarmEnd};
 use tokio::time::Instant;
 
@@ -305,9 +305,8 @@ impl Daemon {
 
     /// Writes it for the next host, if that takes no time.
     pub(super) async fn leave_hot_set(&self, backend: &VolumeBackend, hot: &HotRecord) {
-        let store = self.lane.with_deadline(HOT_TIME_MAX);
-        let tenant: &TenantName = backend.head().tenant();
-        let key = keys::hot_key(tenant, backend.volume());
+        let store = &self.control;
+        let key = keys::hot_key(backend.head().tenant(), backend.volume());
         let write = async {
             let Ok(bytes) = encode_record(HOT_KIND, hot) else {
                 return Ok(());

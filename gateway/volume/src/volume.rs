@@ -294,6 +294,7 @@ enum Io {
     WarmNodes,
     Fill {
         at: CacheLoc,
+        why: read::Why,
         run: (ChunkId, quarry_cache::CleanRun),
     },
 }
@@ -570,12 +571,15 @@ impl Volume {
             Io::CleanMark { segment } => cx.cache.unpin(segment),
             Io::Sync => self.synced(result, cx),
             Io::RecordPage { segment } => self.record_page_done(segment, result, cx),
-            Io::Fill { at, run } => {
+            Io::Fill { at, why, run } => {
                 let run = [run];
                 let len = run[0].1.len;
                 let trusted = result.is_ok() || Mutation::TrustFailedFill.is_on();
                 cx.cache
                     .finish_fill(at, len, if trusted { &run } else { &[] });
+                if why == read::Why::Warming {
+                    self.warm_fetched(1, false, cx);
+                }
             }
             other @ (Io::Fetch { .. } | Io::Nodes { .. } | Io::WarmNodes) => {
                 panic!("{other:?} completes by an event of its own")

@@ -375,9 +375,9 @@ impl Volume {
                 vec![None; frames.len()]
             }
         };
-        if why == Why::Warming {
-            self.warm_fetched(frames.len(), contents.contains(&None), cx);
-        }
+        let asked = frames.len();
+        let failed = contents.contains(&None);
+        let mut fills = 0;
         for (frame, content) in frames.into_iter().zip(contents) {
             let waiters = self
                 .reads
@@ -392,8 +392,11 @@ impl Volume {
             }
             // After the answers, and only a copy: losing it costs a miss.
             if let Some(raw) = content {
-                self.fill(chunk, frame.index, raw, cx);
+                fills += usize::from(self.fill(chunk, frame.index, raw, why, cx));
             }
+        }
+        if why == Why::Warming {
+            self.warm_fetched(asked - fills, failed, cx);
         }
     }
 
@@ -410,19 +413,21 @@ impl Volume {
         });
     }
 
-    fn fill(&mut self, chunk: ChunkId, index: u32, raw: Bytes, cx: &mut Cx<'_>) {
+    /// Answers whether the frame is being written to the cache device.
+    fn fill(&mut self, chunk: ChunkId, index: u32, raw: Bytes, why: Why, cx: &mut Cx<'_>) -> bool {
         let Ok(len) = u32::try_from(raw.len() / 512) else {
-            return;
+            return false;
         };
         let first = index * self.params.frame_sectors;
         if cx.cache.clean().holds(&chunk, first, len) {
-            return;
+            return false;
         }
         let Some(at) = cx.cache.reserve_fill(len) else {
-            return;
+            return false;
         };
         let io = self.io(Io::Fill {
             at,
+            why,
             run: (
                 chunk,
                 CleanRun {
@@ -437,6 +442,7 @@ impl Volume {
             offset: cx.cache.geometry().byte_of(at),
             data: raw,
         });
+        true
     }
 
     pub(super) fn nodes_loaded(

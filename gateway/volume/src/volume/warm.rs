@@ -24,6 +24,8 @@ const WARM_FRAMES_MAX: usize = 64;
 pub(super) struct Step {
     io: IoId,
     range: LbaRange,
+    /// Frames that are not there yet, or not on the cache device: a step is not done before, or fetching
+    /// would run ahead of the device, and what it brings be left out.
     frames_left: usize,
     /// Stored bytes asked for.
     bytes: u64,
@@ -118,6 +120,7 @@ impl Volume {
         }
     }
 
+    /// So many frames need nothing more: they are in the cache, or were left out.
     pub(super) fn warm_fetched(&mut self, frames: usize, failed: bool, cx: &mut Cx<'_>) {
         let step = self.reads.warming.as_mut().expect("a step is under way");
         step.frames_left -= frames;
