@@ -274,14 +274,23 @@ fn clones_differ_from_their_parents_by_their_own_writes_alone() -> Result<()> {
         clones.contains("acme/gen1") && clones.contains("acme/late"),
         "{shown}"
     );
-    // From the youngest on, everything can.
-    for volume in ["acme/late", "acme/gen3", "acme/gen2", "acme/gen1"] {
+    // From the youngest on, everything can, once it is out of the trash too.
+    for volume in ["acme/late", "acme/gen3", "acme/gen2"] {
         daemon.quarry(&["volume", "delete", volume])?;
+        daemon.quarry(&["trash", "purge", "--all"])?;
     }
+    daemon.quarry(&["volume", "delete", "acme/gen1"])?;
+    let kept = refused(&other, &["snapshot", "delete", "acme/db@golden"])?;
+    ensure!(
+        kept.kind == "conflict" && kept.mentions("acme/gen1 (in the trash)"),
+        "{kept:?}"
+    );
+    daemon.quarry(&["trash", "purge", "--all"])?;
     daemon.quarry(&["snapshot", "delete", "acme/db@golden"])?;
     same_bytes(VOLUME, &image_of(&daemon, VOLUME)?, &images[0].2)?;
     daemon.quarry(&["volume", "verify", VOLUME, "--deep"])?;
     daemon.quarry(&["volume", "delete", VOLUME])?;
+    daemon.quarry(&["trash", "purge", "--all"])?;
     ensure!(
         StoreDir::of(dir.path()).objects("v")?.is_empty(),
         "something is left"
@@ -429,6 +438,7 @@ fn snapshots_of_a_volume_whose_host_is_lost_are_there_on_the_next() -> Result<()
     nbd.write(0, &[7; 4096], true)?;
     same_bytes("more", &image_of(&second, "acme/db@more")?, &more)?;
     second.quarry(&["volume", "delete", "acme/copy"])?;
+    second.quarry(&["trash", "purge", "--all"])?;
     second.quarry(&["snapshot", "delete", "acme/db@kept"])?;
     second.quarry(&["volume", "verify", VOLUME, "--deep", "--snapshots"])?;
     second.stop()
