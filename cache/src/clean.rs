@@ -106,6 +106,12 @@ impl CleanIndex {
         }
     }
 
+    /// Forgets all of a volume's chunks.
+    pub fn forget_volume(&mut self, volume: VolumeId) {
+        self.chunks.retain(|chunk, _| chunk.volume != volume);
+        self.sectors.remove(&volume);
+    }
+
     /// Bytes of a volume's chunks that are on the device.
     #[must_use]
     pub fn bytes_of(&self, volume: VolumeId) -> u64 {

@@ -389,6 +389,26 @@ impl Cache {
         }
     }
 
+    /// Forgets all clean data of a volume's chunks, and frees what held nothing else and is not being
+    /// read. Dirty data stay. Answers how many bytes were forgotten. It takes a look at every segment.
+    pub fn evict(&mut self, volume: VolumeId) -> u64 {
+        let bytes = self.clean.bytes_of(volume);
+        self.clean.forget_volume(volume);
+        for (id, segment) in (0..).map(SegmentId::new).zip(&mut self.segments) {
+            let before = segment.chunks.len();
+            segment.chunks.retain(|chunk| chunk.volume != volume);
+            let is_empty = segment.chunks.is_empty() && before > 0;
+            if is_empty && segment.state == State::Clean && segment.pins == 0 {
+                segment.state = State::Free;
+                self.free.push_back(id);
+            }
+        }
+        let segments = &self.segments;
+        self.fifo
+            .retain(|id| segments[id.get() as usize].state == State::Clean);
+        bytes
+    }
+
     /// Room for `sectors` of fetched data; `None` if there is none just now, which costs nothing
     /// but a later miss. The place is held until [`Self::finish_fill`].
     pub fn reserve_fill(&mut self, sectors: u32) -> Option<CacheLoc> {
@@ -511,6 +531,55 @@ mod tests {
         assert!(cache.release(second.segment));
         cache.open_for_writes(VOLUME).unwrap();
         assert!(!cache.has_line());
+    }
+
+    #[test]
+    fn volume_evicted_leaves_what_is_dirty_being_read_or_of_others() {
+        let other = ChunkId {
+            volume: VolumeId::from_bytes([2; 16]),
+            ..chunk(9)
+        };
+        let geometry = Geometry {
+            segments: 8,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 2, Generation::new(1), &[]);
+        let mut filled = |chunks: &[ChunkId]| {
+            let at = cache.open_for_writes(VOLUME).unwrap().segment;
+            for (n, chunk) in (0..).zip(chunks) {
+                let (raw, len) = (0, 8);
+                let at = CacheLoc {
+                    segment: at,
+                    offset: n * 8,
+                };
+                cache.add_clean(*chunk, CleanRun { raw, len, at });
+            }
+            assert!(cache.release(at));
+            at
+        };
+        filled(&[chunk(1), chunk(2)]);
+        filled(&[chunk(3), other]);
+        let read = filled(&[chunk(4)]);
+        cache.pin(read);
+        let dirty = cache.open_for_writes(VOLUME).unwrap().segment;
+        assert_eq!((cache.counts().free, cache.counts().clean), (4, 3));
+        assert_eq!(cache.evict(VOLUME), 4 * 8 * 512);
+        assert_eq!((cache.counts().free, cache.counts().clean), (5, 2));
+        assert_eq!(cache.counts().dirty, 1);
+        assert!(cache.clean().holds(&other, 0, 8));
+        assert!(!cache.clean().holds(&chunk(1), 0, 1));
+        assert_eq!(cache.evict(VOLUME), 0);
+        // Everything can be had again, each segment once.
+        cache.unpin(read);
+        assert!(cache.release(dirty));
+        let mut taken = Vec::new();
+        while let Some(segment) = cache.take_free() {
+            cache.open(segment, State::Fill);
+            taken.push(segment);
+        }
+        taken.sort_unstable();
+        taken.dedup();
+        assert_eq!(taken.len(), 8);
     }
 
     #[test]

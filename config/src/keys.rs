@@ -42,7 +42,7 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 7] = [
+pub(crate) const SECTIONS: [(&str, &str); 8] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("store", "The object store that keeps everything durable."),
     (
@@ -53,6 +53,7 @@ pub(crate) const SECTIONS: [(&str, &str); 7] = [
     ("ublk", "The volumes' block devices, /dev/ublkbN."),
     ("reclaim", "What volumes do not need any more in the store."),
     ("writeback", "The way from the cache to the store."),
+    ("trash", "Deleted volumes, until their objects are deleted."),
 ];
 
 const SIZE: &str = "write a size such as \"64MiB\"";
@@ -295,6 +296,26 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.cache.ram)),
     },
     Key {
+        path: "cache.hot_set",
+        doc: "Whether a volume that is detached leaves word of what was read most, and one that is attached has that\n\
+              fetched into the cache in the background.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.cache.hot_set = b),
+        get: |c| Some(c.cache.hot_set.to_string()),
+    },
+    Key {
+        path: "cache.warm_rate",
+        doc: "How much is fetched a second into the cache on somebody's word (hot sets, `quarry volume warm`), all\n\
+              volumes together.",
+        expected: SIZE,
+        sample: "",
+        secret: false,
+        set: |c, v, _| size(v).map(|s| c.cache.warm_rate = s),
+        get: |c| Some(quoted(c.cache.warm_rate)),
+    },
+    Key {
         path: "reactor.threads",
         doc: "How many threads serve I/O; each serves many volumes. By default one a CPU, at most 4.",
         expected: COUNT,
@@ -365,6 +386,16 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| count(v).map(|n| c.writeback.uploads_max = n),
         get: |c| Some(c.writeback.uploads_max.to_string()),
+    },
+    Key {
+        path: "trash.grace",
+        doc: "How long a deleted volume can be restored. Then this daemon deletes its objects, whichever host deleted\n\
+              the volume, by this host's clock: the same on all hosts is best. \"0s\": at once.",
+        expected: "write a duration such as \"7d\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.trash.grace = d),
+        get: |c| Some(quoted(humantime::format_duration(c.trash.grace))),
     },
 ];
 

@@ -46,6 +46,8 @@ pub struct Config {
     pub writeback: Writeback,
     /// `[reclaim]`
     pub reclaim: Reclaim,
+    /// `[trash]`
+    pub trash: Trash,
 }
 
 /// `[daemon]`: where the daemon lives and how it is reached.
@@ -146,6 +148,10 @@ pub struct Cache {
     pub dirty_max: Bound,
     /// Memory for cached data and map nodes.
     pub ram: Size,
+    /// Whether what is hot goes with a volume to the next host.
+    pub hot_set: bool,
+    /// Bytes a second that warming fetches, all volumes together.
+    pub warm_rate: Size,
 }
 
 impl Default for Cache {
@@ -155,6 +161,8 @@ impl Default for Cache {
             size: None,
             dirty_max: Bound::Percent(70),
             ram: Size::new(256 << 20),
+            hot_set: true,
+            warm_rate: Size::new(200 << 20),
         }
     }
 }
@@ -217,6 +225,21 @@ impl Default for Reclaim {
         Self {
             horizon: Duration::from_secs(15 * 60),
             debt_min: Size::new(32 << 20),
+        }
+    }
+}
+
+/// `[trash]`: deleted volumes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trash {
+    /// How long a deleted volume can be restored before its objects are deleted.
+    pub grace: Duration,
+}
+
+impl Default for Trash {
+    fn default() -> Self {
+        Self {
+            grace: Duration::from_secs(7 * 24 * 60 * 60),
         }
     }
 }

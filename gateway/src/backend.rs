@@ -16,6 +16,7 @@ pub mod open;
 mod reclaim;
 mod scan;
 mod sound;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -39,6 +40,7 @@ pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 pub use head::{HeadCell, HeadError};
 pub use objects::{LogChunk, Objects, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
+pub use warm::Warmed;
 
 use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
@@ -158,6 +160,7 @@ pub struct VolumeBackend {
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
     drains: parking_lot::Mutex<Drains>,
+    warmings: warm::Warmings,
 }
 
 /// Who waits for which drain; `None`: the volume is gone.
@@ -192,6 +195,7 @@ impl VolumeBackend {
             reactor,
             condition: parking_lot::Mutex::default(),
             drains: parking_lot::Mutex::new(Some(std::collections::HashMap::new())),
+            warmings: warm::Warmings::default(),
         })
     }
 
@@ -248,9 +252,10 @@ impl VolumeBackend {
         rx.await.unwrap_or(false)
     }
 
-    /// The volume is gone from its reactor: whoever waits for a drain of it waits no longer.
+    /// The volume is gone from its reactor: whoever waits for something of it waits no longer.
     pub fn close(&self) {
         *self.drains.lock() = None;
+        self.warmings.close();
     }
 
     /// Feeds the volume an event.
@@ -317,6 +322,12 @@ impl VolumeBackend {
                     let _ = tx.send(complete);
                 }
             }
+            Action::Warmed {
+                io,
+                upto,
+                bytes,
+                end,
+            } => self.warmings.answer(io, Warmed { upto, bytes, end }),
             Action::Report(report) => self.report(report),
             other => panic!("{other:?} is the reactor's to carry out"),
         }

@@ -22,8 +22,10 @@ mod snapshot;
 mod status;
 mod table;
 mod tenant;
+mod trash;
 mod verify;
 mod volume;
+mod warm;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -126,6 +128,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Command::Tenant(command) => wait(tenant::run(&client()?, command, console)),
         Command::Volume(command) => wait(volume::run(&client()?, command, console)),
         Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
+        Command::Trash(command) => wait(trash::run(&client()?, command, console)),
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

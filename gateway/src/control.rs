@@ -17,6 +17,8 @@ mod name;
 mod permissions;
 mod serve;
 mod socket;
+mod trash;
+mod warm;
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -36,6 +38,8 @@ pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
+pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
+pub use warm::{EvictInfo, WarmReport, WarmSpec};
 
 /// What an [`Engine`] answers.
 pub type ApiResult<T> = Result<T, ApiError>;
@@ -47,8 +51,9 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo>;
     /// All tenants, by name.
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>>;
-    /// Removes a tenant; [`Kind::Conflict`] while it has volumes.
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()>;
+    /// Removes a tenant, and purges its trash if `purge`; [`Kind::Conflict`] while it has volumes, or
+    /// trash that is to stay.
+    async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()>;
     /// Makes a volume that reads as zeroes; [`Kind::Exists`] if there is one of that name.
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
@@ -88,9 +93,23 @@ pub trait Engine: Send + Sync + 'static {
     async fn clone_snapshot(&self, snapshot: &SnapRef, name: &VolumeName) -> ApiResult<VolumeInfo>;
     /// Makes a detached volume what its snapshot is; what was written since is lost, the snapshots stay.
     async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo>;
-    /// Removes a volume and its data for ever; [`Kind::Conflict`] while it is attached, or while its
-    /// snapshots have clones.
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()>;
+    /// Fetches what the cache lacks of an attached volume into it. Ends early when its caller goes away.
+    /// [`Kind::Conflict`] while it is being warmed already.
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport>;
+    /// How far the warming under way is; [`Kind::NotFound`] if there is none.
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport>;
+    /// Drops what this host's cache has of a volume and the store has too.
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo>;
+    /// Puts a volume into the trash; [`Kind::Conflict`] while it is attached or has clones, or while this
+    /// host's cache may hold writes that the store lacks, unless they are to be given up.
+    async fn delete_volume(&self, volume: &VolumeRef, discard_unsent: bool)
+    -> ApiResult<TrashInfo>;
+    /// What is in the trash, of one tenant if one is named.
+    async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>>;
+    /// Brings a volume back from the trash, under another name if one is given.
+    async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo>;
+    /// Deletes volumes of the trash and their data for ever; answers when that is done.
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport>;
     /// How the daemon does.
     async fn status(&self) -> ApiResult<StatusInfo>;
     /// Whether the daemon can serve; if not, why, in words that end a sentence begun "not ready:".

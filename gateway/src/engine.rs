@@ -20,8 +20,10 @@ mod rescue;
 mod resize;
 mod slot;
 mod snapshot;
+mod trash;
 mod verify;
 mod wanted;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -41,9 +43,10 @@ use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, ImageRef, Kind, RescueReport,
-    RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Kind, PurgeReport,
+    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
+    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef,
+    VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -149,6 +152,9 @@ pub struct Daemon {
     unfit: Mutex<Option<ApiError>>,
     exports: Arc<Exports>,
     verifies: verify::Verifies,
+    trash: trash::Trash,
+    pace: Arc<warm::Pace>,
+    warms: warm::Warms,
 }
 
 /// The volumes that can be had over NBD: those attached with it.
@@ -292,6 +298,9 @@ impl Daemon {
             unfit: Mutex::default(),
             exports: Arc::default(),
             verifies: verify::Verifies::default(),
+            trash: trash::Trash::default(),
+            pace: Arc::new(warm::Pace::new(config.cache.warm_rate.bytes())),
+            warms: warm::Warms::default(),
             config,
         }))
     }
@@ -327,20 +336,6 @@ impl Daemon {
         // Under the lock: the next one sees that this volume is there.
         let key = handle.new_key();
         Ok((handle, key))
-    }
-
-    /// Makes the volume ours, so that nobody else can write to it, and deletes it.
-    async fn delete_detached(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let owner = quarry_objfmt::Owner {
-            cache: self.common.device.id(),
-            host: self.host.clone(),
-            since_ms: now_ms(),
-        };
-        let id = registry::delete_volume(&self.control, volume, owner).await?;
-        if let Some(kept) = self.kept.lock().remove(&id) {
-            self.forget(id, &kept);
-        }
-        Ok(())
     }
 
     /// Gives up what the cache kept of a volume that is no more. What cannot be noted on the device
@@ -423,8 +418,8 @@ impl Engine for Daemon {
         registry::list_tenants(&self.control).await
     }
 
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
-        registry::delete_tenant(&self.control, tenant).await
+    async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()> {
+        self.delete_tenant_and_trash(tenant, purge).await
     }
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
@@ -524,18 +519,37 @@ impl Engine for Daemon {
         self.rescue_volume(volume, &spec).await
     }
 
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
-        let image = ImageRef::from(volume.clone());
-        let slot = self.slot(&image);
-        let _change = slot.change.lock().await;
-        let answer = if slot.is_detached() {
-            self.delete_detached(volume).await
-        } else {
-            let message = format!("{volume} is attached");
-            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
-        };
-        self.forget_idle(&image, &slot);
-        answer
+    async fn delete_volume(
+        &self,
+        volume: &VolumeRef,
+        discard_unsent: bool,
+    ) -> ApiResult<TrashInfo> {
+        self.delete_to_trash(volume, discard_unsent).await
+    }
+
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        self.warm_volume(volume, spec).await
+    }
+
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        self.warms.progress(volume)
+    }
+
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        self.evict_volume(volume).await
+    }
+
+    async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        self.show_trash(tenant).await
+    }
+
+    async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
+        self.fit()?;
+        self.restore_volume(which, name).await
+    }
+
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        self.purge_now(spec).await
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {

@@ -14,5 +14,6 @@ pub mod reactor;
 pub mod rescue;
 pub mod snapshot;
 pub mod store;
+pub mod trash;
 pub mod ublk;
 pub mod verify;

@@ -80,6 +80,8 @@ pub struct VolumeStats {
     pub fetched_bytes: u64,
     /// Ranged GETs for misses and readahead.
     pub fetches: u64,
+    /// Of the bytes fetched, those for warming.
+    pub warmed_bytes: u64,
     /// 1 while writes wait for the store, else 0.
     pub stalled: u64,
     /// 1 while something is wrong with it, else 0.
@@ -109,6 +111,17 @@ pub struct CacheStats {
     pub node_hits: u64,
     /// Lookups of map nodes that the store had to give.
     pub node_misses: u64,
+}
+
+/// What the daemon does with the trash.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TrashStats {
+    /// Volumes in it, of all tenants, as of the last look.
+    pub volumes: u64,
+    /// Volumes purged by this daemon.
+    pub purged_volumes: u64,
+    /// Objects deleted for that.
+    pub purged_objects: u64,
 }
 
 /// One kind of call to the object store.
@@ -180,6 +193,8 @@ pub struct Snapshot {
     pub cache: CacheStats,
     /// The object store.
     pub store: StoreStats,
+    /// The trash.
+    pub trash: TrashStats,
 }
 
 /// Where a metric's values come from.
@@ -195,6 +210,8 @@ enum Source {
     Cache(fn(&CacheStats) -> f64),
     /// One value.
     Store(fn(&StoreStats) -> f64),
+    /// One value.
+    Trash(fn(&TrashStats) -> f64),
     /// One value an operation and outcome, labelled so.
     StoreCalls,
     /// One value an operation, labelled so.
@@ -306,12 +323,12 @@ static TABLE: &[Definition] = &[
     ),
     counter(
         "quarry_volume_fetched_bytes_total",
-        "Bytes fetched from the store for misses and readahead.",
+        "Bytes fetched from the store for misses, readahead and warming.",
         of!(Volume.fetched_bytes),
     ),
     counter(
         "quarry_volume_fetches_total",
-        "Ranged reads of the store for misses and readahead.",
+        "Ranged reads of the store for misses, readahead and warming.",
         of!(Volume.fetches),
     ),
     counter(
@@ -368,6 +385,11 @@ static TABLE: &[Definition] = &[
         "quarry_volume_uploaded_chunks_total",
         "Chunks uploaded.",
         of!(Volume.uploaded_chunks),
+    ),
+    counter(
+        "quarry_volume_warmed_bytes_total",
+        "Bytes fetched from the store for warming.",
+        of!(Volume.warmed_bytes),
     ),
     counter(
         "quarry_volume_write_bytes_total",
@@ -524,6 +546,21 @@ static TABLE: &[Definition] = &[
         "Calls to the store that wait for a place.",
         of!(Store.waiting),
     ),
+    counter(
+        "quarry_trash_purged_objects_total",
+        "Objects of purged volumes deleted by this daemon.",
+        of!(Trash.purged_objects),
+    ),
+    counter(
+        "quarry_trash_purged_volumes_total",
+        "Volumes purged by this daemon.",
+        of!(Trash.purged_volumes),
+    ),
+    gauge(
+        "quarry_trash_volumes",
+        "Deleted volumes in the store that can be restored, as of the last look.",
+        of!(Trash.volumes),
+    ),
 ];
 
 /// Exact below 2^53: for bytes, 8 PiB.
@@ -609,6 +646,7 @@ impl Definition {
                 })
                 .collect(),
             Source::Cache(value) => vec![self.metric(&[], value(&snapshot.cache))],
+            Source::Trash(value) => vec![self.metric(&[], value(&snapshot.trash))],
             Source::Store(value) => vec![self.metric(&[], value(&snapshot.store))],
             Source::StoreCalls => {
                 let calls = snapshot.store.calls.iter();
@@ -699,6 +737,10 @@ mod tests {
                 busy: vec![("get", Duration::from_millis(250))],
                 ..StoreStats::default()
             },
+            trash: TrashStats {
+                volumes: 2,
+                ..TrashStats::default()
+            },
         }
     }
 
@@ -714,6 +756,7 @@ mod tests {
             "quarry_reactor_requests_total{reactor=\"1\"} 9",
             "quarry_cache_size_bytes 1073741824",
             "quarry_store_busy_seconds_total{operation=\"get\"} 0.25",
+            "quarry_trash_volumes 2",
             "quarry_store_requests_total{operation=\"get\",outcome=\"ok\"} 7",
             concat!(
                 "quarry_build_info{version=\"",

@@ -86,7 +86,7 @@ pub trait Machine: Any + Send {
 }
 
 /// Where a volume's actions go that need the store or the operator: `Fetch`, `LoadNodes`, `Upload`,
-/// `Checkpoint`, `Drained`, `Report`; and `FetchDirect`, to be answered by [`Message::Direct`].
+/// `Checkpoint`, `Drained`, `Warmed`, `Report`; and `FetchDirect`, to be answered by [`Message::Direct`].
 pub trait BackendSink: Send {
     /// Takes the action; must not block. The volume itself bounds how many are under way.
     fn submit(&self, action: Action);

@@ -6,7 +6,9 @@
 //! A state is a map and the chunks after it. Where a map's log begins is not written in the map, but any
 //! place will do that is not too late: chunks that are folded into a map already give, replayed in
 //! order, what is there. So the log is taken from behind the newest chunk that the map names, of which
-//! there may be chunks of zeroes alone that the map holds too; or from the first chunk, if no map is whole.
+//! there may be chunks of zeroes alone that the map holds too; or from the first chunk, if no map is whole. A map holds all
+//! of the log of epochs before its own, for a checkpoint folds all that its attach found (and a rollback leaves it behind):
+//! so the log begins no earlier than where the map's epoch began.
 //!
 //! The log is followed by its seals: a chunk behind a seal was never the volume's. Behind a seal the
 //! lowest epoch from the sealing one on goes on that has anything at that place: an attach that sealed and
@@ -45,6 +47,7 @@ use quarry_objfmt::{
 
 use self::log::{Followed, follow};
 use crate::backend::DAMAGE_RETRIES_MAX;
+use crate::backend::open::{Entry, log_place};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
 use crate::store::{Store, StoreError, Tag};
 use crate::verify;
@@ -391,11 +394,22 @@ impl Rescue {
                 )));
             }
         }
-        let followed =
-            match follow(&*self.store, &self.volume, self.id, &self.listed, newest).await? {
-                Ok(followed) => followed,
-                Err(problem) => return Ok(Err(problem)),
-            };
+        let begun = match map {
+            Some((epoch, _)) => self.begun(epoch).await?,
+            None => None,
+        };
+        let followed = follow(
+            &*self.store,
+            &self.volume,
+            self.id,
+            &self.listed,
+            newest,
+            begun,
+        );
+        let followed = match followed.await? {
+            Ok(followed) => followed,
+            Err(problem) => return Ok(Err(problem)),
+        };
         let size_min = size_min.max(followed.size_min);
         let mut parent = None;
         if let Some(volume) = foreign_volumes.first() {
@@ -414,6 +428,32 @@ impl Rescue {
             size_min,
             followed,
         })))
+    }
+
+    /// Where the log of an epoch began, if that can be told: at its first object, or, if it wrote nothing,
+    /// where its attach sealed the log before it.
+    async fn begun(&self, epoch: Epoch) -> Result<Option<ChunkId>, StoreError> {
+        let id = |epoch, seq| ChunkId {
+            volume: self.id,
+            epoch,
+            seq: ChunkSeq::new(seq),
+        };
+        let own = self.listed.chunks.get(&epoch);
+        if let Some(first) = own.and_then(BTreeSet::first) {
+            return Ok(Some(id(epoch, *first)));
+        }
+        for (before, seqs) in self.listed.chunks.range(..epoch).rev() {
+            let of_log = seqs.range(..ChunkSeq::COMPACTED.get()).next_back();
+            let Some(last) = of_log else { continue };
+            let at = id(*before, *last);
+            let place = log_place(&*self.store, &self.volume.tenant, at).await?;
+            if let Ok(Some(Entry::Seal(seal))) = place
+                && seal.by == epoch
+            {
+                return Ok(Some(id(epoch, *last)));
+            }
+        }
+        Ok(None)
     }
 
     /// What is wrong with a state.

@@ -20,23 +20,20 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, Usage};
-use quarry_objfmt::record::{CLONE_KIND, NAME_KIND, TOMBSTONE_KIND};
+use quarry_objfmt::record::{CLONE_KIND, NAME_KIND};
 use quarry_objfmt::{
-    ChunkSeq, CloneRecord, Epoch, MapSeq, NameRecord, SnapName, Snapshot, TenantName,
-    TombstoneRecord, VolumeId, VolumeName, WriteSeq, decode_record, encode_record, keys,
+    ChunkSeq, CloneRecord, Deleted, Epoch, MapSeq, NameRecord, SnapName, Snapshot, TenantName,
+    VolumeId, VolumeName, WriteSeq, decode_record, encode_record, keys,
 };
 
 pub use self::rollback::roll_back;
 use crate::backend::open::{OpenError, load_map};
 use crate::backend::{HeadCell, HeadError};
 use crate::store::{Store, StoreError};
+use crate::trash::{self, TrashError};
 
 /// Most times that a snapshot is tried anew because a checkpoint came between its two PUTs.
 const TRIES_MAX: u32 = 16;
-
-/// A clone that was begun so long ago and has no head is given up when its snapshot is deleted. (Whoever began it
-/// and wakes later finds that; the time only keeps creations under way from being disturbed.)
-const BEGUN_MAX_MS: u64 = 60 * 60 * 1000;
 
 /// Clones looked at side by side.
 const CLONES_AT_ONCE: usize = 16;
@@ -218,8 +215,8 @@ async fn put_copy(
 /// 1. The head: the snapshot is closing. *Crash, here and up to step 3: it stays so; no clone is made
 ///    of it, and deleting it again goes on.*
 /// 2. The records of its clones. If one is there, or being made, the head is changed back, and that is an
-///    error. One that was begun long ago and has no head gets a tombstone in the head's place, create-only, and
-///    then its record is deleted: whoever began it finds the tombstone, or was there first.
+///    error. One that was begun long ago and has no head gets an empty one, in the trash, create-only, and
+///    then its record is deleted: whoever began it finds that, or was there first.
 /// 3. The head, without the snapshot. From here on what only it needed may be deleted. *Crash: the copy
 ///    stays; deleting it again deletes that.*
 /// 4. The copy.
@@ -279,47 +276,6 @@ fn reopen(head: &mut Head, name: &SnapName) {
         }
     }
     renew(head);
-}
-
-/// Closes all snapshots of a volume that is to be deleted, unless one has clones: then all are as before, and
-/// the error names them. The volume's owner alone may.
-///
-/// # Errors
-/// [`SnapshotError`].
-pub async fn close_all(
-    store: &dyn Store,
-    cell: &HeadCell,
-    now_ms: u64,
-) -> Result<(), SnapshotError> {
-    let before = cell.get();
-    let names: Vec<SnapName> = before
-        .snapshots
-        .iter()
-        .filter_map(|s| SnapName::new(s.name.clone()).ok())
-        .collect();
-    if names.is_empty() {
-        return Ok(());
-    }
-    let close_each = |head: &mut Head| {
-        for name in &names {
-            // One that is closing already stays so.
-            let _ = close(head, name);
-        }
-    };
-    cell.update(store, close_each).await?;
-    for name in &names {
-        let settled = settle_clones(store, cell.tenant(), before.volume, name, now_ms).await?;
-        let Err(needed) = settled else { continue };
-        let was_open = |name: &SnapName| find(&before, name).is_some_and(|s| !s.closing);
-        let open_each = |head: &mut Head| {
-            for name in names.iter().filter(|name| was_open(name)) {
-                reopen(head, name);
-            }
-        };
-        cell.update(store, open_each).await?;
-        return Err(needed);
-    }
-    Ok(())
 }
 
 /// What became of a clone that has a record.
@@ -419,32 +375,34 @@ async fn fate(
     let key = keys::head_key(tenant, record.volume);
     loop {
         match store.get(&key).await {
-            Ok((bytes, _)) if is_tombstone(&bytes) => return Ok(Fate::Gone),
             Ok((bytes, _)) => {
                 // A head that cannot be read is one that can be mended.
-                let name = Head::decode(&bytes).map_or(record.name.clone(), |head| head.name);
-                return Ok(Fate::Live(
-                    known_as(store, tenant, record.volume, &name).await?,
-                ));
+                let head = Head::decode(&bytes).ok();
+                let name = head.as_ref().map_or(&record.name, |head| &head.name);
+                return Ok(match head.as_ref().and_then(Head::deleted) {
+                    Some(Deleted::Purging) => Fate::Gone,
+                    Some(_) if head.as_ref().is_some_and(trash::never_was) => Fate::Gone,
+                    Some(_) => Fate::Live(format!("{tenant}/{name} (in the trash)")),
+                    None => Fate::Live(known_as(store, tenant, record.volume, name).await?),
+                });
             }
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         let age = now_ms.map_or(0, |now| now.saturating_sub(record.created_ms));
-        if age < BEGUN_MAX_MS {
+        if age < trash::CLONING_TIME_MAX_MS {
             return Ok(Fate::Begun(format!("{tenant}/{}", record.name)));
         }
-        let tombstone = TombstoneRecord {
-            volume: record.volume,
-            given_up_ms: now_ms.unwrap_or_default(),
-        };
-        match store
-            .create(&key, encoded(TOMBSTONE_KIND, &tombstone)?)
-            .await
-        {
+        match trash::give_up(store, tenant, record, now_ms.unwrap_or_default()).await {
             // Whoever was quicker, or our own lost answer: what is there tells.
-            Ok(_) | Err(StoreError::Exists { .. }) => {}
-            Err(error) => return Err(error.into()),
+            Ok(()) | Err(TrashError::Store(StoreError::Exists { .. })) => {}
+            Err(TrashError::Store(error)) => return Err(error.into()),
+            Err(error) => {
+                return Err(SnapshotError::Damaged {
+                    object: key,
+                    reason: error.to_string(),
+                });
+            }
         }
     }
 }
@@ -469,10 +427,6 @@ async fn known_as(
         true => format!("{tenant}/{name}"),
         false => format!("{tenant}/{name} (nameless, id {clone})"),
     })
-}
-
-fn is_tombstone(bytes: &[u8]) -> bool {
-    decode_record::<TombstoneRecord>(TOMBSTONE_KIND, bytes).is_ok()
 }
 
 fn encoded(kind: &str, record: &impl serde::Serialize) -> Result<Bytes, SnapshotError> {
@@ -507,7 +461,7 @@ pub struct CloneSpec {
 ///    whoever deletes it gives the clone up.*
 /// 2. The parent's head is read: the snapshot must be there and not closing.
 /// 3. The map object: the snapshot's manifest in the clone's own name. Its tables stay the parent's. *Crash: garbage.*
-/// 4. The head, create-only: a tombstone may be there by now. *Crash: the clone is there, without a name.*
+/// 4. The head, create-only: that of one given up may be there by now. *Crash: the clone is there, without a name.*
 ///
 /// # Errors
 /// [`SnapshotError`]; what was made is taken back as far as the store lets it.
@@ -528,6 +482,9 @@ pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, Sna
     // Step 2.
     let read = HeadCell::read(store, &keys::head_key(tenant, *parent)).await;
     let found = read.map_err(SnapshotError::from).and_then(|(head, _)| {
+        if head.deleted().is_some() {
+            return Err(OpenError::Deleted.into());
+        }
         let snapshot = find(&head, &spec.snapshot).cloned();
         match snapshot {
             None => Err(SnapshotError::NotFound(spec.snapshot.clone())),
@@ -587,7 +544,7 @@ async fn make_head(
     match store.create(&key, bytes.clone()).await {
         Ok(_) => Ok(head),
         Err(StoreError::Exists { .. }) if store.get(&key).await?.0 == bytes => Ok(head),
-        // A tombstone.
+        // It was given up.
         Err(StoreError::Exists { .. }) => Err(SnapshotError::NotFound(spec.snapshot.clone())),
         Err(error) => Err(error.into()),
     }
@@ -654,9 +611,9 @@ pub async fn take_back(store: &dyn Store, spec: &CloneSpec) {
     let head = keys::head_key(tenant, *volume);
     let map = keys::map_key(tenant, *volume, Epoch::ZERO, CLONED_MAP);
     let undo = async {
-        // A tombstone stays.
+        // That of one given up stays.
         match store.get(&head).await {
-            Ok((bytes, _)) if is_tombstone(&bytes) => {}
+            Ok((bytes, _)) if Head::decode(&bytes).is_ok_and(|h| h.deleted().is_some()) => {}
             Ok(_) => store.delete(&head).await?,
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => return Err(error),
@@ -667,21 +624,4 @@ pub async fn take_back(store: &dyn Store, spec: &CloneSpec) {
     if let Err(error) = undo.await {
         tracing::warn!(clone = %volume, %error, "a clone that was begun is not taken back; deleting its snapshot will");
     }
-}
-
-/// Deletes the record of a clone whose head is gone.
-///
-/// # Errors
-/// The store's.
-pub async fn forget_clone(
-    store: &dyn Store,
-    tenant: &TenantName,
-    clone: VolumeId,
-    parent: &Parent,
-) -> Result<(), StoreError> {
-    let Ok(name) = SnapName::new(parent.snapshot.clone()) else {
-        return Ok(());
-    };
-    let key = keys::clone_key(tenant, parent.volume, &name, clone);
-    store.delete(&key).await
 }

@@ -103,11 +103,22 @@ pub trait Store: fmt::Debug + Send + Sync {
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
 
     /// All keys that start with `prefix`, which is empty or ends with `/`, in order. For the control
-    /// plane only: nothing that runs all the time may list.
+    /// plane only: nothing that runs all the time may list, but for the trash's hourly look.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] if there are more than [`LIST_KEYS_MAX`].
     async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
+
+    /// Up to `max` of these keys, whichever the store names first: for who deletes them and asks again,
+    /// however many there are.
+    ///
+    /// # Errors
+    /// Only those of the store itself.
+    async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
+        let mut keys = self.list(prefix).await?;
+        keys.truncate(max);
+        Ok(keys)
+    }
 
     /// Where the store is, for people; without secrets.
     fn describe(&self) -> String;
@@ -135,6 +146,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         (**self).list(prefix).await
+    }
+    async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
+        (**self).list_some(prefix, max).await
     }
     fn describe(&self) -> String {
         (**self).describe()

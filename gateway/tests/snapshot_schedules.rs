@@ -10,10 +10,10 @@ use std::task::{Context, Waker};
 
 use quarry_gateway::backend::open::{Claim, hold};
 use quarry_gateway::backend::{HeadCell, HeadError};
-use quarry_gateway::snapshot::{
-    CloneSpec, SnapshotError, clones, close_all, create, delete, make_clone,
-};
+use quarry_gateway::control::VolumeRef;
+use quarry_gateway::snapshot::{CloneSpec, SnapshotError, clones, create, delete, make_clone};
 use quarry_gateway::store::Store;
+use quarry_gateway::trash::put;
 use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
     CacheId, Epoch, Head, Lba, Location, MapEntry, MapSeq, RootRef, Sectors, SnapName, TenantName,
@@ -23,6 +23,8 @@ use stepped::{Stepped, Task, alone, in_every_order, run};
 
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
 const CLONE: VolumeId = VolumeId::from_bytes([2; 16]);
+/// The cache of who has the volume.
+const HOST: CacheId = CacheId::from_bytes([1; 16]);
 /// When the clone is begun.
 const BEGUN: u64 = 10;
 /// When one that is begun is given up.
@@ -85,7 +87,7 @@ fn attached() -> (Stepped, HeadCell) {
     let key = keys::head_key(&tenant(), VOLUME);
     alone(&store, store.create(&key, head.encode().into())).unwrap();
     let by = Claim {
-        cache: CacheId::from_bytes([1; 16]),
+        cache: HOST,
         host: "a".to_owned(),
         now_ms: 1,
         force: false,
@@ -114,7 +116,7 @@ struct Found {
 fn look(store: &Stepped) -> Found {
     let parent = head_of(store, VOLUME).expect("the parent stays");
     let snapshot = parent.snapshots.first();
-    let clone = head_of(store, CLONE);
+    let clone = head_of(store, CLONE).filter(|head| head.deleted().is_none());
     if let Some(clone) = &clone {
         let root = clone.root.unwrap();
         let key = keys::map_key(&tenant(), CLONE, root.epoch, root.seq);
@@ -196,20 +198,24 @@ fn clone_that_is_made_late_beside_a_deletion_is_given_up_or_has_its_snapshot() {
 fn clone_beside_the_deletion_of_its_whole_volume_keeps_it_or_is_not_there() {
     let refused = Cell::new(0);
     let orders = in_every_order(|choose| {
-        let (store, cell) = attached();
+        let (store, _) = attached();
+        let volume = VolumeRef {
+            tenant: tenant(),
+            name: VolumeName::new("db").unwrap(),
+        };
         let (made, closed) = (RefCell::new(None), RefCell::new(None));
         let spec = spec();
         let tasks: Vec<Task<'_>> = vec![
             Box::pin(async { *made.borrow_mut() = Some(make_clone(&store, &spec).await) }),
             Box::pin(async {
-                *closed.borrow_mut() = Some(close_all(&store, &cell, BEGUN).await);
+                *closed.borrow_mut() = Some(put(&store, &volume, VOLUME, HOST, BEGUN).await);
             }),
         ];
         run(&store, tasks, choose);
         let (made, closed) = (made.take().unwrap(), closed.take().unwrap());
         let found = look(&store);
         assert_eq!(found.clone, made.is_ok());
-        // Once all are closed, the volume's objects are deleted.
+        // Once it is in the trash, the volume's objects may be deleted.
         assert!(
             closed.is_err() || made.is_err(),
             "a clone of a deleted volume"

@@ -115,6 +115,40 @@ pub struct Owner {
     pub since_ms: u64,
 }
 
+/// What an owner's cache is called who is none: the volume is in the trash.
+const TRASH_CACHE: [u8; 16] = [0; 16];
+/// As [`TRASH_CACHE`]: its objects are being deleted.
+const PURGE_CACHE: [u8; 16] = [0xff; 16];
+
+/// What became of a volume that was deleted. The head says it in its owner's place, so that whoever
+/// attaches, deletes, brings back or purges it, does so against the others by a conditional PUT.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Deleted {
+    /// It is in the trash since then (milliseconds since 1970), and can be brought back.
+    InTrash {
+        /// Since when.
+        since_ms: u64,
+    },
+    /// Its objects are being deleted: it is lost.
+    Purging,
+}
+
+impl Deleted {
+    /// What says so in a head.
+    #[must_use]
+    pub fn owner(self) -> Owner {
+        let (cache, host, since_ms) = match self {
+            Self::InTrash { since_ms } => (TRASH_CACHE, "the trash", since_ms),
+            Self::Purging => (PURGE_CACHE, "the purge", 0),
+        };
+        Owner {
+            cache: CacheId::from_bytes(cache),
+            host: host.to_owned(),
+            since_ms,
+        }
+    }
+}
+
 /// The cache device whose content is the newest: it has held the volume without a break.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Lineage {
@@ -257,6 +291,19 @@ impl Head {
             parent: None,
             retain_ms: 0,
             snapshots: Vec::new(),
+        }
+    }
+
+    /// Whether the volume was deleted.
+    #[must_use]
+    pub fn deleted(&self) -> Option<Deleted> {
+        let owner = self.owner.as_ref()?;
+        match owner.cache.to_bytes() {
+            TRASH_CACHE => Some(Deleted::InTrash {
+                since_ms: owner.since_ms,
+            }),
+            PURGE_CACHE => Some(Deleted::Purging),
+            _ => None,
         }
     }
 
@@ -728,6 +775,17 @@ mod tests {
                 len: 8,
                 usage: None,
             }),
+        }
+    }
+
+    #[test]
+    fn head_of_a_deleted_volume_says_so() {
+        for deleted in [Deleted::InTrash { since_ms: 5 }, Deleted::Purging] {
+            let mut head = sample();
+            assert_eq!(head.deleted(), None);
+            head.owner = Some(deleted.owner());
+            let read = Head::decode(&head.encode()).unwrap();
+            assert_eq!(read.deleted(), Some(deleted));
         }
     }
 

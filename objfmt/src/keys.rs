@@ -191,6 +191,12 @@ pub fn map_key(tenant: &TenantName, volume: VolumeId, epoch: Epoch, seq: MapSeq)
     )
 }
 
+/// What of the volume was read most.
+#[must_use]
+pub fn hot_key(tenant: &TenantName, volume: VolumeId) -> String {
+    format!("t/{tenant}/v/{volume}/hot")
+}
+
 /// Where a volume's snapshots lie, to list them.
 #[must_use]
 pub fn snaps_prefix(tenant: &TenantName, volume: VolumeId) -> String {
@@ -201,6 +207,12 @@ pub fn snaps_prefix(tenant: &TenantName, volume: VolumeId) -> String {
 #[must_use]
 pub fn snap_key(tenant: &TenantName, volume: VolumeId, name: &SnapName) -> String {
     format!("t/{tenant}/v/{volume}/snap/{name}")
+}
+
+/// Where the clones of all of a volume's snapshots are recorded, to list them.
+#[must_use]
+pub fn all_clones_prefix(tenant: &TenantName, volume: VolumeId) -> String {
+    format!("t/{tenant}/v/{volume}/clone/")
 }
 
 /// Where the clones of a snapshot are recorded, to list them.

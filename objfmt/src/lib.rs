@@ -27,7 +27,7 @@ pub use chunk::{
 pub use codec::{Compression, DataKey, Encryption};
 pub use error::FormatError;
 pub use frame::decode_frame;
-pub use head::{Durability, Head, Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
+pub use head::{Deleted, Durability, Head, Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
 pub use journal::{JOURNAL_ENTRY_LEN, JournalHeader};
 pub use keys::{NameError, SnapName, TenantName, VolumeName};
 pub use page::{
@@ -36,8 +36,7 @@ pub use page::{
 };
 pub use prologue::HOST_LEN_MAX;
 pub use record::{
-    CloneRecord, NameRecord, TenantRecord, TombstoneRecord, TrashRecord, decode_record,
-    encode_record,
+    CloneOf, CloneRecord, NameRecord, TenantRecord, TrashRecord, decode_record, encode_record,
 };
 pub use seal::{LogObject, Seal, classify, encode_seal};
 pub use snap::Snapshot;

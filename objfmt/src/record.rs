@@ -26,8 +26,12 @@ pub const NAME_KIND: &str = "name";
 pub const CLONE_KIND: &str = "clone";
 /// The kind of a [`TrashRecord`].
 pub const TRASH_KIND: &str = "trash";
-/// The kind of a [`TombstoneRecord`].
-pub const TOMBSTONE_KIND: &str = "tombstone";
+
+/// The kind of a [`HotRecord`].
+pub const HOT_KIND: &str = "hot";
+
+/// Most ranges of a [`HotRecord`]: with the longest numbers it stays below 64 KiB.
+pub const HOT_RANGES_MAX: usize = 1800;
 
 /// A tenant.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -67,16 +71,28 @@ pub struct TrashRecord {
     pub name: String,
     /// When it was deleted, in milliseconds since 1970.
     pub deleted_ms: u64,
+    /// The snapshot that it was cloned from, where a record of it is left when its head is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<CloneOf>,
 }
 
-/// Stands where the head of a clone would have come that was begun and given up: so that whoever began
-/// it and wakes late cannot make it any more.
+/// What of a volume was read most where it was attached last: what the next host may fetch at once. A hint:
+/// nothing depends on it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct TombstoneRecord {
-    /// The clone that is never to be.
+pub struct HotRecord {
+    /// The epoch of that attachment.
+    pub epoch: u32,
+    /// First sector and sectors of each range, the most read first; at most [`HOT_RANGES_MAX`].
+    pub ranges: Vec<(u64, u64)>,
+}
+
+/// A snapshot of a volume of the same tenant.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CloneOf {
+    /// The volume.
     pub volume: VolumeId,
-    /// When it was given up, in milliseconds since 1970.
-    pub given_up_ms: u64,
+    /// The snapshot's name.
+    pub snapshot: String,
 }
 
 /// The bytes of a record of this kind.
@@ -138,6 +154,24 @@ mod tests {
     fn record_round_trips() {
         let bytes = encode_record(NAME_KIND, &sample()).unwrap();
         assert_eq!(decode_record(NAME_KIND, &bytes), Ok(sample()));
+    }
+
+    #[test]
+    fn trash_record_without_a_parent_is_read_and_written_without_one() {
+        let json =
+            r#"{"volume":"01010101-0101-0101-0101-010101010101","name":"db","deleted_ms":5}"#;
+        let record: TrashRecord = serde_json::from_str(json).unwrap();
+        assert_eq!(record.parent, None);
+        assert_eq!(serde_json::to_string(&record).unwrap(), json);
+    }
+
+    #[test]
+    fn hot_record_of_the_most_and_longest_ranges_fits() {
+        let ranges = vec![((1 << 51) - 1, 1 << 51); HOT_RANGES_MAX];
+        let epoch = u32::MAX;
+        let record = HotRecord { epoch, ranges };
+        let bytes = encode_record(HOT_KIND, &record).unwrap();
+        assert_eq!(decode_record(HOT_KIND, &bytes), Ok(record));
     }
 
     #[test]

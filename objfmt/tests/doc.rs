@@ -19,6 +19,10 @@ fn format_page_limits_are_those_of_the_code() {
         ("LOG_RANGES_MAX", head::LOG_RANGES_MAX as u64),
         ("SNAPSHOTS_MAX", head::SNAPSHOTS_MAX as u64),
         ("NAME_LEN_MAX", keys::NAME_LEN_MAX as u64),
+        (
+            "HOT_RANGES_MAX",
+            quarry_objfmt::record::HOT_RANGES_MAX as u64,
+        ),
         ("HOST_LEN_MAX", quarry_objfmt::HOST_LEN_MAX as u64),
         ("PAGE_SIZE", page::PAGE_SIZE as u64),
         ("RECORDS_PER_PAGE", page::RECORDS_PER_PAGE as u64),

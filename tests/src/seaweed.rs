@@ -1,5 +1,6 @@
 //! SeaweedFS: a real S3 server of its own for each test, on the loopback interface.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
@@ -24,6 +25,7 @@ const GRPC: u16 = 10_000;
 pub struct SeaweedFs {
     child: Child,
     address: SocketAddr,
+    filer: SocketAddr,
     log: PathBuf,
 }
 
@@ -48,7 +50,7 @@ impl SeaweedFs {
         fs::write(&identities, keys.to_string())?;
         let log = dir.join("seaweedfs.log");
         let output = File::create(&log)?;
-        let port = free_port();
+        let (port, filer) = (free_port(), free_port());
         let mut command = weed.command();
         command
             .args(["-logtostderr", "server", "-s3", "-filer"])
@@ -64,7 +66,7 @@ impl SeaweedFs {
         for (role, port) in [
             ("master", free_port()),
             ("volume", free_port()),
-            ("filer", free_port()),
+            ("filer", filer),
             ("s3", port),
         ] {
             command.arg(format!("-{role}.port={port}"));
@@ -82,6 +84,7 @@ impl SeaweedFs {
         let mut server = Self {
             child,
             address,
+            filer: SocketAddrV4::new(Ipv4Addr::LOCALHOST, filer).into(),
             log,
         };
         server.await_ready()?;
@@ -119,6 +122,52 @@ impl SeaweedFs {
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The objects of a bucket and their bytes, as the server's own file system has them.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn objects(&self, bucket: &str) -> Result<BTreeMap<String, u64>> {
+        let mut objects = BTreeMap::new();
+        let mut dirs = vec![String::new()];
+        while let Some(dir) = dirs.pop() {
+            let mut last = String::new();
+            loop {
+                let path = format!("/buckets/{bucket}/{dir}?limit=1000&lastFileName={last}");
+                let page = self.filer_json(&path)?;
+                let entries = page["Entries"].as_array().cloned().unwrap_or_default();
+                for entry in &entries {
+                    let full = entry["FullPath"].as_str().context("no path")?;
+                    let key = full
+                        .strip_prefix(&format!("/buckets/{bucket}/"))
+                        .context("of another bucket")?;
+                    // A folder has the mode bit of one.
+                    if entry["Mode"].as_u64().unwrap_or(0) & 1 << 31 == 0 {
+                        objects.insert(key.to_owned(), entry["FileSize"].as_u64().unwrap_or(0));
+                    } else {
+                        dirs.push(format!("{key}/"));
+                    }
+                }
+                if page["ShouldDisplayLoadMore"] != true {
+                    break;
+                }
+                last = page["LastFileName"].as_str().unwrap_or_default().to_owned();
+            }
+        }
+        Ok(objects)
+    }
+
+    fn filer_json(&self, path: &str) -> Result<serde_json::Value> {
+        let mut stream = TcpStream::connect(self.filer)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let request = format!("GET {path} HTTP/1.0\r\nAccept: application/json\r\n\r\n");
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        ensure!(head.contains(" 200 "), "{path}: {head}");
+        serde_json::from_str(body).with_context(|| format!("{path}: {body}"))
     }
 
     /// The variables with which a client reaches it at `address`: its own, or a proxy's.

@@ -46,7 +46,9 @@ fn volume_life_from_create_to_delete_answers_each_step() -> Result<()> {
     daemon.quarry(&["volume", "delete", "acme/db"])?;
     let left = daemon.json(&["volume", "list"])?;
     assert!(!left.to_string().contains("db"), "{left}");
-    daemon.quarry(&["tenant", "delete", "acme"])?;
+    let refused = site.quarry_json(&["tenant", "delete", "acme"])?.refusal()?;
+    assert!(refused.mentions("--purge"), "{refused:?}");
+    daemon.quarry(&["tenant", "delete", "acme", "--purge"])?;
     daemon.stop()
 }
 

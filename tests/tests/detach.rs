@@ -69,7 +69,9 @@ fn volume_deleted_gives_back_what_the_cache_kept_of_it() -> Result<()> {
     let new = Site::with_folder(dir.path(), "new")?;
     let [first, second] = fenced_and_detached(&old, &new)?;
     ensure!(first.json(&["status"])?["cache"]["dirty_bytes"].as_u64() > Some(0));
-    first.quarry(&["volume", "delete", VOLUME])?;
+    let refused = old.quarry_json(&["volume", "delete", VOLUME])?.refusal()?;
+    ensure!(refused.mentions("--discard-unsent"), "{refused:?}");
+    first.quarry(&["volume", "delete", VOLUME, "--discard-unsent"])?;
     let status = first.json(&["status"])?;
     ensure!(status["cache"]["dirty_bytes"] == 0, "{status}");
     first.stop()?;

@@ -274,14 +274,23 @@ fn clones_differ_from_their_parents_by_their_own_writes_alone() -> Result<()> {
         clones.contains("acme/gen1") && clones.contains("acme/late"),
         "{shown}"
     );
-    // From the youngest on, everything can.
-    for volume in ["acme/late", "acme/gen3", "acme/gen2", "acme/gen1"] {
+    // From the youngest on, everything can, once it is out of the trash too.
+    for volume in ["acme/late", "acme/gen3", "acme/gen2"] {
         daemon.quarry(&["volume", "delete", volume])?;
+        daemon.quarry(&["trash", "purge", "--all"])?;
     }
+    daemon.quarry(&["volume", "delete", "acme/gen1"])?;
+    let kept = refused(&other, &["snapshot", "delete", "acme/db@golden"])?;
+    ensure!(
+        kept.kind == "conflict" && kept.mentions("acme/gen1 (in the trash)"),
+        "{kept:?}"
+    );
+    daemon.quarry(&["trash", "purge", "--all"])?;
     daemon.quarry(&["snapshot", "delete", "acme/db@golden"])?;
     same_bytes(VOLUME, &image_of(&daemon, VOLUME)?, &images[0].2)?;
     daemon.quarry(&["volume", "verify", VOLUME, "--deep"])?;
     daemon.quarry(&["volume", "delete", VOLUME])?;
+    daemon.quarry(&["trash", "purge", "--all"])?;
     ensure!(
         StoreDir::of(dir.path()).objects("v")?.is_empty(),
         "something is left"
@@ -429,6 +438,7 @@ fn snapshots_of_a_volume_whose_host_is_lost_are_there_on_the_next() -> Result<()
     nbd.write(0, &[7; 4096], true)?;
     same_bytes("more", &image_of(&second, "acme/db@more")?, &more)?;
     second.quarry(&["volume", "delete", "acme/copy"])?;
+    second.quarry(&["trash", "purge", "--all"])?;
     second.quarry(&["snapshot", "delete", "acme/db@kept"])?;
     second.quarry(&["volume", "verify", VOLUME, "--deep", "--snapshots"])?;
     second.stop()
@@ -462,6 +472,44 @@ fn snapshot_of_a_volume_that_its_host_left_dirty_holds_what_was_unsent() -> Resu
     nbd.write(4096, &[3; 4096], true)?;
     drop(nbd);
     detach(&daemon, VOLUME)?;
+    daemon.quarry(&["volume", "verify", VOLUME, "--deep", "--snapshots"])?;
+    daemon.stop()
+}
+
+#[test]
+fn volume_rescued_after_a_rollback_is_what_was_written_since() -> Result<()> {
+    let (mut random, seed) = seeded("rescued rollback");
+    let stamps = Stamps::new(seed);
+    let dir = tempdir()?;
+    let store = StoreDir::of(dir.path());
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut image = vec![0; usize::try_from(SIZE)?];
+    let mut nbd = daemon.fresh_volume(VOLUME, SIZE, &[])?;
+    scribble(&mut nbd, &mut image, (&mut random, stamps), 1)?;
+    daemon.quarry(&["snapshot", "create", "acme/db@then"])?;
+    let mut then = image.clone();
+    for number in 2..6 {
+        scribble(&mut nbd, &mut image, (&mut random, stamps), number)?;
+        daemon.sync(VOLUME)?;
+    }
+    drop(nbd);
+    detach(&daemon, VOLUME)?;
+    daemon.quarry(&["volume", "rollback", "acme/db@then"])?;
+    let flags = "--size 16MiB --sector-size 512 --durability local --compression lz4 --apply";
+    let flags: Vec<&str> = flags.split(' ').collect();
+    // At once, when nothing was written since, and after writes.
+    for number in [10, 11] {
+        fs::remove_file(&store.objects("head")?[0])?;
+        let report = daemon.json(&[&["volume", "rescue", VOLUME], &flags[..]].concat())?;
+        ensure!(report["applied"] == true, "{report}");
+        let mut nbd = daemon.attach(VOLUME, &[])?;
+        same_bytes("rescued", &nbd.read_vec(0, SIZE)?, &then)?;
+        scribble(&mut nbd, &mut then, (&mut random, stamps), number)?;
+        drop(nbd);
+        detach(&daemon, VOLUME)?;
+    }
+    same_bytes("in the end", &image_of(&daemon, VOLUME)?, &then)?;
     daemon.quarry(&["volume", "verify", VOLUME, "--deep", "--snapshots"])?;
     daemon.stop()
 }

@@ -185,6 +185,14 @@ fn image_is_exported_from_a_device_in_use_and_not_imported_into_one() -> Result<
 }
 
 #[test]
+fn devices_of_a_volume_and_its_snapshots_are_told_apart_in_use_and_after_kills() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-snapshots.sh", &[])
+}
+
+#[test]
 fn host_after_power_cuts_has_every_synced_file_and_its_store_a_clean_ext4() -> Result<()> {
     let Some(host) = Host::new()? else {
         return Ok(());

@@ -55,6 +55,11 @@ pub enum OpenError {
         /// Since when, for people.
         since: String,
     },
+    /// It was deleted, though it still has its name.
+    #[error(
+        "the volume was deleted: `quarry volume restore` brings it back from the trash, unless it is being purged"
+    )]
+    Deleted,
     /// The cache has writes that the store's volume went on without.
     #[error(
         "the cache on this host holds up to {bytes} bytes written to this volume up to epoch {epoch} that may never have been \
@@ -281,6 +286,7 @@ async fn read_head(
 ) -> Result<(Head, Tag), OpenError> {
     let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
     match &head.owner {
+        Some(_) if head.deleted().is_some() => Err(OpenError::Deleted),
         Some(owner) if owner.cache != claim.cache && !claim.force => {
             Branch::OwnedRefused.taken();
             Err(OpenError::Owned {

@@ -2,13 +2,15 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
-use quarry_objfmt::{Compression, Durability, TenantName, VolumeId};
+use quarry_objfmt::{Compression, Durability, TenantName, VolumeId, VolumeName};
 
-use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, Via, VolumeRef};
+use super::warm::Span;
+use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, TrashRef, Via, VolumeRef};
 use crate::image::ImageFormat;
 use crate::image::copy::JOBS_MAX;
 
@@ -69,6 +71,9 @@ pub enum Command {
     /// Keep states of volumes: make, list and delete snapshots.
     #[command(subcommand, after_help = SNAPSHOT_EXAMPLES)]
     Snapshot(SnapshotCommand),
+    /// Look at and purge deleted volumes.
+    #[command(subcommand, after_help = TRASH_EXAMPLES)]
+    Trash(TrashCommand),
     /// Show how the daemon does; fails if it is not ready.
     #[command(after_help = "Example:\n  quarry status --output json")]
     Status,
@@ -150,6 +155,9 @@ pub enum TenantCommand {
     Delete {
         /// Its name.
         tenant: TenantName,
+        /// Purge its deleted volumes, which else keep it.
+        #[arg(long)]
+        purge: bool,
     },
 }
 
@@ -258,6 +266,14 @@ Example:
         /// The volume, as tenant/name.
         volume: VolumeRef,
     },
+    /// Fetch what the cache lacks of an attached volume into it; Ctrl-C ends it.
+    #[command(after_help = "Example:\n  quarry volume warm acme/db --range 0-10GiB --limit 2GiB")]
+    Warm(WarmFlags),
+    /// Drop what this host's cache has of a volume and the object store has too.
+    Evict {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
     /// Upload all that was written, then take the volume off this host.
     Detach {
         /// The volume, as tenant/name, or the snapshot.
@@ -307,11 +323,72 @@ Examples:
 
 Stop every host that had the volume attached first. What is in no other object must be given.")]
     Rescue(RescueFlags),
-    /// Delete a detached volume and its data, for ever.
+    /// Delete a detached volume: it goes into the trash, and its data stay for the grace period.
     Delete {
         /// The volume, as tenant/name.
         volume: VolumeRef,
+        /// Give up writes that are in this host's cache and never reached the object store.
+        #[arg(long)]
+        discard_unsent: bool,
     },
+    /// Bring a deleted volume back from the trash.
+    #[command(after_help = "Example:\n  quarry volume restore acme/db --as db-old")]
+    Restore {
+        /// The volume, as tenant/name, or its id.
+        volume: TrashRef,
+        /// What it is to be called; by default what it was.
+        #[arg(long = "as", value_name = "NAME")]
+        name: Option<VolumeName>,
+    },
+}
+
+const TRASH_EXAMPLES: &str = "\
+Examples:
+  quarry trash list
+  quarry trash purge --older-than 3d";
+
+/// What to do with deleted volumes.
+#[derive(Debug, Subcommand)]
+pub enum TrashCommand {
+    /// List deleted volumes that can be restored.
+    List {
+        /// Only this tenant's.
+        #[arg(long)]
+        tenant: Option<TenantName>,
+    },
+    /// Delete the data of deleted volumes now, for ever.
+    Purge(PurgeFlags),
+}
+
+/// Flags of `quarry trash purge`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["id", "all", "older_than"])))]
+pub struct PurgeFlags {
+    /// The volume's id; `quarry trash list` shows it.
+    #[arg(value_name = "UUID", value_parser = VolumeId::parse)]
+    pub id: Option<VolumeId>,
+    /// All that are in the trash.
+    #[arg(long)]
+    pub all: bool,
+    /// Those that were deleted so long ago or longer, such as 3d.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub older_than: Option<Duration>,
+    /// Only this tenant's.
+    #[arg(long)]
+    pub tenant: Option<TenantName>,
+}
+
+/// Flags of `quarry volume warm`.
+#[derive(Debug, Args)]
+pub struct WarmFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// Only this part of it.
+    #[arg(long, value_name = "FIRST-END")]
+    pub range: Option<Span>,
+    /// Fetch no more than this; by default as much as the cache device has.
+    #[arg(long, value_name = "SIZE")]
+    pub limit: Option<Size>,
 }
 
 /// Flags of `quarry volume create`.

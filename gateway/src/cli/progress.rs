@@ -21,13 +21,13 @@ const COPY_BAR: &str = "{prefix} [{wide_bar}] {percent}% {binary_bytes} of {bina
 /// A copy of who knows how much.
 const STREAM_BAR: &str = "{spinner} {prefix} {binary_bytes}, {binary_bytes_per_sec}";
 
-fn spinner(doing: &str, volume: &impl Display) -> ProgressBar {
+pub(super) fn spinner(doing: &str) -> ProgressBar {
     // Hidden by the library when standard error is no terminal.
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg}") {
         bar.set_style(style);
     }
-    bar.set_prefix(format!("{doing} {volume}"));
+    bar.set_prefix(doing.to_owned());
     bar.enable_steady_tick(TURN);
     bar
 }
@@ -58,7 +58,15 @@ pub(super) async fn shown<T>(
     volume: &impl Display,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
-    let bar = spinner(doing, volume);
+    turning(&format!("{doing} {volume}"), call).await
+}
+
+/// As [`shown`], for what is not about one volume.
+pub(super) async fn turning<T>(
+    doing: &str,
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    let bar = spinner(doing);
     let result = call.await;
     bar.finish_and_clear();
     result
@@ -70,7 +78,7 @@ pub(super) async fn verifying<T>(
     volume: &ImageRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
-    let bar = spinner("verifying", volume);
+    let bar = spinner(&format!("verifying {volume}"));
     if bar.is_hidden() {
         return call.await;
     }
@@ -91,6 +99,18 @@ pub(super) async fn verifying<T>(
     let result = asking(ask, call).await;
     bar.finish_and_clear();
     result
+}
+
+/// Waits for `call`; if the bar can be seen, asks now and then how far it is.
+pub(super) async fn asking_for<T>(
+    bar: &ProgressBar,
+    ask: impl AsyncFn(),
+    call: impl Future<Output = ApiResult<T>>,
+) -> ApiResult<T> {
+    if bar.is_hidden() {
+        return call.await;
+    }
+    asking(ask, call).await
 }
 
 /// Waits for `call`, and does `ask` now and then.
@@ -117,7 +137,7 @@ pub(super) async fn uploading<T>(
     volume: &ImageRef,
     call: impl Future<Output = ApiResult<T>>,
 ) -> ApiResult<T> {
-    let bar = spinner(doing, volume);
+    let bar = spinner(&format!("{doing} {volume}"));
     if bar.is_hidden() {
         return call.await;
     }

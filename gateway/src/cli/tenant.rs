@@ -34,8 +34,8 @@ pub(super) async fn run(
                 )
             })
         }
-        TenantCommand::Delete { tenant } => {
-            client.delete_tenant(&tenant).await?;
+        TenantCommand::Delete { tenant, purge } => {
+            client.delete_tenant(&tenant, purge).await?;
             console.show(&json!({ "tenant": tenant, "done": "deleted" }), |_| {
                 format!("tenant {tenant} is deleted")
             })

@@ -71,6 +71,9 @@ fn every_line_of_the_manual_parses() {
         "volume export acme/db disk.qcow2",
         "volume export acme/db - --format raw --force --jobs 64",
         "volume sync acme/db",
+        "volume warm acme/db",
+        "volume warm acme/db --range 0-10GiB --limit 20GiB",
+        "volume evict acme/db",
         "volume detach acme/db",
         "volume delete acme/db",
         "volume attach acme/db@nightly --via nbd",
@@ -85,6 +88,14 @@ fn every_line_of_the_manual_parses() {
         "snapshot list acme/db --output json",
         "snapshot show acme/db@nightly",
         "snapshot delete acme/db@nightly",
+        "volume delete acme/db --discard-unsent",
+        "volume restore acme/db",
+        "volume restore f7a4f3a0-0000-4000-8000-000000000000 --as db-old",
+        "trash list --tenant acme",
+        "trash purge f7a4f3a0-0000-4000-8000-000000000000",
+        "trash purge --all --tenant acme",
+        "trash purge --older-than 3d",
+        "tenant delete acme --purge",
         "status --socket /s",
         "config check quarry.toml",
         "config example",
@@ -123,6 +134,10 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume import disk.img acme/db --format iso",
         "volume export acme/db",
         "tenant create ACME",
+        "trash purge",
+        "volume warm acme/db --range 10GiB",
+        "trash purge --all --older-than 3d",
+        "volume restore db",
         "volume",
         "serve --listen nowhere --output json",
     ] {
@@ -207,8 +222,37 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
         ok("volume sync acme/db --output json").await.json()["done"],
         "synced"
     );
+    let warmed = ok("volume warm acme/db --range 1GiB-3GiB --limit 1GiB")
+        .await
+        .out;
+    let words =
+        "acme/db: 1GiB were fetched into the cache; that is the limit, after 2GiB of 2GiB\n";
+    assert_eq!(warmed, words);
+    let evicted = ok("volume evict acme/db").await.out;
+    assert!(
+        evicted.starts_with("acme/db: 1MiB on the cache device and 4KiB in"),
+        "{evicted}"
+    );
     ok("volume detach acme/db").await;
-    ok("volume delete acme/db").await;
+    let deleted = ok("volume delete acme/db").await.out;
+    let words = "it is in the trash until 1970-01-01T00:00:02Z; `quarry volume restore acme/db`";
+    assert!(deleted.contains(words), "{deleted}");
+    let list = ok("trash list").await.out;
+    assert!(list.contains("1970-01-01T00:00:01Z"), "{list}");
+    let line = "volume restore acme/db --as db2";
+    assert_eq!(ok(line).await.out, "acme/db2 is there again\n");
+    assert_eq!(ok("trash list").await.out, "the trash is empty\n");
+    ok("volume delete acme/db2").await;
+    let kept = quarry(&socket, "trash purge --older-than 1d").await;
+    assert_eq!(kept.code, FAILED);
+    assert!(
+        kept.err
+            .contains("1 of 1 volumes are not purged: it has clones"),
+        "{}",
+        kept.err
+    );
+    let purged = ok("trash purge --all").await.out;
+    assert_eq!(purged, "acme/db2 is purged, 3 objects were deleted\n");
     ok("tenant delete acme").await;
     assert!(ok("status").await.out.contains("file:///store answers"));
     assert_eq!(ok("status --output json").await.json()["ready"], true);

@@ -6,10 +6,10 @@ use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, export, import, rescue, verify};
+use super::{Failure, export, import, rescue, trash, verify, warm};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ResizeInfo, SnapRef, State, VerifySpec, VolumeInfo,
-    VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ResizeInfo, RestoreSpec, SnapRef, State, VerifySpec,
+    VolumeInfo, VolumeRef, VolumeSpec,
 };
 
 pub(super) async fn run(
@@ -51,6 +51,10 @@ pub(super) async fn run(
                 "all that was written before is in the object store",
             )
         }
+        VolumeCommand::Warm(flags) => warm::warm(client, flags, console).await,
+        VolumeCommand::Evict { volume } => {
+            console.show(&client.evict(&volume).await?, warm::evict_text)
+        }
         VolumeCommand::Detach { volume } => {
             uploading("detaching", client, &volume, client.detach(&volume)).await?;
             done(console, &volume, "detached", "it is detached")
@@ -66,9 +70,19 @@ pub(super) async fn run(
             verify::run(client, &volume, spec, console).await
         }
         VolumeCommand::Rescue(flags) => rescue::run(client, flags, console).await,
-        VolumeCommand::Delete { volume } => {
-            shown("deleting", &volume, client.delete_volume(&volume)).await?;
-            done(console, &volume, "deleted", "it is deleted")
+        VolumeCommand::Delete {
+            volume,
+            discard_unsent,
+        } => {
+            let call = client.delete_volume(&volume, discard_unsent);
+            let deleted = shown("deleting", &volume, call).await?;
+            console.show(&deleted, trash::deleted_text)
+        }
+        VolumeCommand::Restore { volume, name } => {
+            let restored = client.restore(&RestoreSpec::new(&volume, name)).await?;
+            console.show(&restored, |v| {
+                format!("{}/{} is there again", v.tenant, v.name)
+            })
         }
     }
 }

@@ -20,7 +20,8 @@ use super::dto::{
     VolumeList, VolumeSpec, check_size,
 };
 use super::error::response;
-use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef};
+use super::trash::{self, TrashInfo};
+use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, warm};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -28,9 +29,9 @@ const BODY_BYTES_MAX: usize = 16 << 10;
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 type Shared = State<Arc<dyn Engine>>;
-type Body = Result<Bytes, BytesRejection>;
+pub(super) type Body = Result<Bytes, BytesRejection>;
 type Tenant = Result<Path<String>, PathRejection>;
-type Volume = Result<Path<(String, String)>, PathRejection>;
+pub(super) type Volume = Result<Path<(String, String)>, PathRejection>;
 type Snapshot = Result<Path<(String, String, String)>, PathRejection>;
 
 /// Everything: for the unix socket.
@@ -70,7 +71,13 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
             post(rollback),
         )
         .route("/v1/status", get(status));
-    finish(routes.merge(health()), engine)
+    finish(
+        routes
+            .merge(trash::routes())
+            .merge(warm::routes())
+            .merge(health()),
+        engine,
+    )
 }
 
 /// Health and metrics: for TCP.
@@ -104,7 +111,7 @@ fn finish(routes: Router<Arc<dyn Engine>>, engine: Arc<dyn Engine>) -> Router {
 }
 
 /// Lets `call` run to its end even if the client hangs up: a change half made would be worse.
-async fn whole<T: Send + 'static>(
+pub(super) async fn whole<T: Send + 'static>(
     call: impl Future<Output = ApiResult<T>> + Send + 'static,
 ) -> ApiResult<T> {
     match tokio::spawn(call).await {
@@ -119,7 +126,7 @@ async fn whole<T: Send + 'static>(
 }
 
 /// A refusal that has a status of its own.
-struct Refused(StatusCode, ApiError);
+pub(super) struct Refused(StatusCode, ApiError);
 
 impl From<ApiError> for Refused {
     fn from(error: ApiError) -> Self {
@@ -134,7 +141,7 @@ impl IntoResponse for Refused {
 }
 
 /// The JSON body; an empty one is an object without fields.
-fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refused> {
+pub(super) fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refused> {
     let body = body.map_err(|rejection| {
         let remedy = format!("send at most {BODY_BYTES_MAX} bytes");
         Refused(
@@ -157,7 +164,7 @@ fn tenant_of(path: Tenant) -> ApiResult<TenantName> {
     Ok(TenantName::new(tenant)?)
 }
 
-fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
+pub(super) fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
     let Path((tenant, name)) = path.map_err(|_| not_utf8())?;
     Ok(VolumeRef::new(tenant, name)?)
 }
@@ -192,9 +199,21 @@ async fn list_tenants(State(engine): Shared) -> ApiResult<Json<TenantList>> {
     }))
 }
 
-async fn delete_tenant(State(engine): Shared, path: Tenant) -> ApiResult<StatusCode> {
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TenantDelete {
+    #[serde(default)]
+    purge: bool,
+}
+
+async fn delete_tenant(
+    State(engine): Shared,
+    path: Tenant,
+    query: Result<Query<TenantDelete>, QueryRejection>,
+) -> ApiResult<StatusCode> {
     let tenant = tenant_of(path)?;
-    whole(async move { engine.delete_tenant(&tenant).await }).await?;
+    let Query(how) = query.map_err(|_| wrong_query("use ?purge=true or none"))?;
+    whole(async move { engine.delete_tenant(&tenant, how.purge).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -205,23 +224,25 @@ async fn create_volume(State(engine): Shared, body: Body) -> Result<impl IntoRes
     Ok((StatusCode::CREATED, Json(made)))
 }
 
+fn wrong_query(remedy: &str) -> ApiError {
+    ApiError::invalid("the query is not what this path takes", remedy)
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Which {
+pub(super) struct Which {
     tenant: Option<String>,
 }
 
-async fn list_volumes(
-    State(engine): Shared,
-    query: Result<Query<Which>, QueryRejection>,
-) -> ApiResult<Json<VolumeList>> {
-    let Query(which) = query.map_err(|_| {
-        ApiError::invalid(
-            "the query is not what this path takes",
-            "use ?tenant=NAME or none",
-        )
-    })?;
-    let tenant = which.tenant.map(TenantName::new).transpose()?;
+pub(super) type WhichQuery = Result<Query<Which>, QueryRejection>;
+
+pub(super) fn which_tenant(query: WhichQuery) -> ApiResult<Option<TenantName>> {
+    let Query(which) = query.map_err(|_| wrong_query("use ?tenant=NAME or none"))?;
+    Ok(which.tenant.map(TenantName::new).transpose()?)
+}
+
+async fn list_volumes(State(engine): Shared, query: WhichQuery) -> ApiResult<Json<VolumeList>> {
+    let tenant = which_tenant(query)?;
     Ok(Json(VolumeList {
         volumes: engine.list_volumes(tenant.as_ref()).await?,
     }))
@@ -232,10 +253,22 @@ async fn show_volume(State(engine): Shared, path: Volume) -> ApiResult<Json<Volu
     Ok(Json(engine.show_volume(&image).await?))
 }
 
-async fn delete_volume(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VolumeDelete {
+    #[serde(default)]
+    discard_unsent: bool,
+}
+
+async fn delete_volume(
+    State(engine): Shared,
+    path: Volume,
+    query: Result<Query<VolumeDelete>, QueryRejection>,
+) -> ApiResult<Json<TrashInfo>> {
     let volume = volume_of(path)?;
-    whole(async move { engine.delete_volume(&volume).await }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let Query(how) = query.map_err(|_| wrong_query("use ?discard_unsent=true or none"))?;
+    let call = async move { engine.delete_volume(&volume, how.discard_unsent).await };
+    Ok(Json(whole(call).await?))
 }
 
 async fn attach(
@@ -391,6 +424,7 @@ mod tests {
     use quarry_objfmt::{Compression, Durability};
 
     use super::super::fake::{FakeDaemon, FakeEngine};
+    use super::super::trash::{PurgeSpec, RestoreSpec, TrashRef};
     use super::super::{Client, Problem, State as VolumeState, Via};
     use super::*;
 
@@ -493,14 +527,28 @@ mod tests {
         assert_eq!(shown.size_bytes, 2 << 30);
         assert!(shown.attached.unwrap().read_only);
 
-        let early = client.delete_volume(&volume("db")).await.unwrap_err();
+        let early = client.delete_volume(&volume("db"), false).await;
+        let early = early.unwrap_err();
         assert_eq!(early.kind, Kind::Conflict);
         client.sync(&volume("db")).await.unwrap();
         client.detach(&image("db")).await.unwrap();
-        client.delete_volume(&volume("db")).await.unwrap();
+        let delete = async || client.delete_volume(&volume("db"), false).await.unwrap();
+        let deleted = delete().await;
+        assert_eq!(client.list_trash(None).await.unwrap().trash, [deleted]);
         let gone = client.show_volume(&image("db")).await.unwrap_err();
         assert_eq!(gone, ApiError::no_volume(&volume("db")));
-        client.delete_tenant(&acme()).await.unwrap();
+        let as_other =
+            RestoreSpec::new(&TrashRef::Name(volume("db")), Some("db2".parse().unwrap()));
+        assert_eq!(client.restore(&as_other).await.unwrap().name, "db2");
+        let gone = client.restore(&as_other).await.unwrap_err();
+        assert_eq!(gone.kind, Kind::NotFound);
+        client.delete_volume(&volume("db2"), true).await.unwrap();
+        let refused = client.delete_tenant(&acme(), false).await.unwrap_err();
+        assert!(refused.remedy.contains("--purge"), "{refused}");
+        let refused = client.purge_trash(&PurgeSpec::default()).await.unwrap_err();
+        assert_eq!(refused.kind, Kind::Invalid);
+        client.delete_tenant(&acme(), true).await.unwrap();
+        assert_eq!(client.list_trash(None).await.unwrap().trash, []);
         assert_eq!(client.status().await.unwrap().host, "here");
         daemon.stop().await;
     }
@@ -667,6 +715,18 @@ mod tests {
                 r#"{"size_bytes":512}"#,
                 400,
             ),
+            ("DELETE", "/v1/volumes/acme/db?discard=true", "", 400),
+            ("DELETE", "/v1/tenants/acme?purge=yes", "", 400),
+            ("GET", "/v1/trash?tenant=..", "", 400),
+            ("POST", "/v1/trash/restore", "", 400),
+            ("POST", "/v1/trash/restore", r#"{"volume":"db"}"#, 400),
+            (
+                "POST",
+                "/v1/trash/purge",
+                r#"{"all":true,"older_than_ms":1}"#,
+                400,
+            ),
+            ("POST", "/v1/volumes/acme/db/warm", r#"{"from":1}"#, 400),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),
         ] {

@@ -13,6 +13,8 @@ use super::dto::{
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
     VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
+use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
+use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{ApiError, ApiResult, ImageRef, Kind, Problem, SnapRef, VolumeRef};
 
 /// How long a daemon may take to answer what it should know by itself or ask the store once.
@@ -171,12 +173,12 @@ impl Client {
         self.get("/v1/tenants").await
     }
 
-    /// Removes an empty tenant.
+    /// Removes a tenant without volumes, and purges its trash if `purge`.
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn delete_tenant(&self, name: &TenantName) -> ApiResult<()> {
-        self.order(Method::DELETE, &format!("/v1/tenants/{name}"))
+    pub async fn delete_tenant(&self, name: &TenantName, purge: bool) -> ApiResult<()> {
+        self.order(Method::DELETE, &format!("/v1/tenants/{name}?purge={purge}"))
             .await
     }
 
@@ -359,13 +361,90 @@ impl Client {
         self.json(response).await
     }
 
-    /// Removes a volume for ever.
+    /// Fetches a volume into the cache; ends when the answer is not waited for any more.
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
-        self.order(Method::DELETE, &format!("/v1/volumes/{volume}"))
-            .await
+    pub async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        let path = format!("/v1/volumes/{volume}/warm");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// How far the warming of a volume is.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        self.get(&format!("/v1/volumes/{volume}/warm")).await
+    }
+
+    /// Drops what the cache has of a volume and the store has too.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        let path = format!("/v1/volumes/{volume}/evict");
+        let response = self
+            .call(Method::POST, &path, None::<&()>, Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Puts a volume into the trash.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn delete_volume(
+        &self,
+        volume: &VolumeRef,
+        discard_unsent: bool,
+    ) -> ApiResult<TrashInfo> {
+        let path = format!("/v1/volumes/{volume}?discard_unsent={discard_unsent}");
+        let response = self
+            .call(Method::DELETE, &path, None::<&()>, Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// What is in the trash, of one tenant or of all.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<TrashList> {
+        match tenant {
+            None => self.get("/v1/trash").await,
+            Some(tenant) => self.get(&format!("/v1/trash?tenant={tenant}")).await,
+        }
+    }
+
+    /// Brings a volume back from the trash.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn restore(&self, spec: &RestoreSpec) -> ApiResult<VolumeInfo> {
+        let response = self
+            .call(
+                Method::POST,
+                "/v1/trash/restore",
+                Some(spec),
+                Patience::Work,
+            )
+            .await?;
+        self.json(response).await
+    }
+
+    /// Deletes volumes of the trash for good.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        let response = self
+            .call(Method::POST, "/v1/trash/purge", Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
     }
 
     /// How the daemon does.

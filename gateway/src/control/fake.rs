@@ -16,6 +16,7 @@ pub(crate) struct FakeEngine {
     tenants: Mutex<Vec<TenantName>>,
     volumes: Mutex<BTreeMap<VolumeRef, VolumeInfo>>,
     snapshots: Mutex<Vec<SnapshotInfo>>,
+    trash: Mutex<BTreeMap<VolumeRef, VolumeInfo>>,
     /// How long an attach takes.
     attach_time: Duration,
     /// Told when a check ends, whichever way.
@@ -69,7 +70,13 @@ impl Engine for FakeEngine {
             .collect())
     }
 
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
+    async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()> {
+        let mut trash = self.trash.lock();
+        if !trash.is_empty() && !purge {
+            let remedy = "purge it with --purge";
+            return Err(ApiError::new(Kind::Conflict, "there is trash", remedy));
+        }
+        trash.clear();
         let mut tenants = self.tenants.lock();
         let at = tenants
             .iter()
@@ -305,7 +312,7 @@ impl Engine for FakeEngine {
         self.show_volume(&snapshot.volume.clone().into()).await
     }
 
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+    async fn delete_volume(&self, volume: &VolumeRef, _: bool) -> ApiResult<TrashInfo> {
         if self
             .show_volume(&volume.clone().into())
             .await?
@@ -319,8 +326,78 @@ impl Engine for FakeEngine {
                 remedy,
             ));
         }
-        self.volumes.lock().remove(volume);
-        Ok(())
+        let removed = self.volumes.lock().remove(volume);
+        let removed = removed.ok_or_else(|| ApiError::no_volume(volume))?;
+        let info = trash_info(&removed);
+        self.trash.lock().insert(volume.clone(), removed);
+        Ok(info)
+    }
+
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        let size = self.show_volume(&volume.clone().into()).await?.size_bytes;
+        let looked_bytes = spec.end.unwrap_or(size) - spec.start;
+        Ok(WarmReport {
+            looked_bytes,
+            total_bytes: looked_bytes,
+            fetched_bytes: spec.limit_bytes.unwrap_or(looked_bytes),
+            limited: spec.limit_bytes.is_some(),
+            ..WarmReport::default()
+        })
+    }
+
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        self.show_volume(&volume.clone().into()).await?;
+        Ok(EvictInfo {
+            volume: volume.to_string(),
+            cache_bytes: 1 << 20,
+            ram_bytes: 4096,
+        })
+    }
+
+    async fn list_trash(&self, _: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        Ok(self.trash.lock().values().map(trash_info).collect())
+    }
+
+    async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
+        let TrashRef::Name(volume) = which else {
+            return Err(ApiError::invalid("no ids here", "give a name"));
+        };
+        let found = self.trash.lock().remove(volume);
+        let mut info = found.ok_or_else(|| ApiError::no_volume(volume))?;
+        let mut volume = volume.clone();
+        if let Some(name) = name {
+            volume.name = name.clone();
+            info.name = name.to_string();
+        }
+        self.volumes.lock().insert(volume, info.clone());
+        Ok(info)
+    }
+
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        let all: Vec<_> = self.trash.lock().values().map(trash_info).collect();
+        if !spec.all {
+            let problem = Some("it has clones".to_owned());
+            let kept = all.into_iter().map(|info| TrashInfo {
+                problem: problem.clone(),
+                ..info
+            });
+            let kept = kept.collect();
+            return Ok(PurgeReport {
+                kept,
+                ..PurgeReport::default()
+            });
+        }
+        self.trash.lock().clear();
+        let objects = 3 * all.len() as u64;
+        Ok(PurgeReport {
+            purged: all,
+            objects,
+            ..PurgeReport::default()
+        })
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {
@@ -345,6 +422,17 @@ impl Engine for FakeEngine {
 
     async fn metrics_text(&self) -> String {
         "quarry_build_info 1\n".to_owned()
+    }
+}
+
+fn trash_info(volume: &VolumeInfo) -> TrashInfo {
+    TrashInfo {
+        tenant: volume.tenant.clone(),
+        name: volume.name.clone(),
+        id: volume.id.clone(),
+        deleted_ms: 1000,
+        purge_ms: 2000,
+        ..TrashInfo::default()
     }
 }
 

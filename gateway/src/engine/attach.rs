@@ -37,6 +37,7 @@ impl From<OpenError> for ApiError {
     fn from(error: OpenError) -> Self {
         let kind = match &error {
             OpenError::Owned { .. }
+            | OpenError::Deleted
             | OpenError::Stale { .. }
             | OpenError::Unsent
             | OpenError::Raced { .. } => Kind::Conflict,
@@ -159,6 +160,7 @@ impl Daemon {
         match self.open(volume, options, via, access).await {
             Ok(attached) => {
                 let info = attached.info.clone();
+                self.warm_hot_set(&attached);
                 slot.set(Stage::Attached(Arc::new(attached)));
                 self.wanted.note(volume, None);
                 Ok(info)
@@ -592,7 +594,7 @@ impl Daemon {
     /// write given back. Answers whether all of its writes are in the store; those that are not stay
     /// in the cache and the journal, for whoever attaches it next.
     ///
-    /// The order: no more requests, drain, take apart, give back. *Crash before the giving back: it
+    /// The order: no more requests, drain, take apart, say what was hot, give back. *Crash before the giving back: it
     /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
     pub(super) async fn let_go(&self, attached: &Attached) -> ApiResult<bool> {
         let backend = &attached.backend;
@@ -615,6 +617,7 @@ impl Daemon {
         backend.tell(Event::Stop).await;
         backend.stop_reclaiming().await;
         let drained = attached.read_only || backend.drain(true).await;
+        let hot = self.hot_set(attached).await;
         let machine = reactor.remove_volume(key).await?;
         backend.close();
         let kept = machine.map(|m| self.close(m)).unwrap_or_default();
@@ -623,6 +626,9 @@ impl Daemon {
             return Ok(true);
         }
         if complete {
+            if let Some(hot) = &hot {
+                self.leave_hot_set(backend, hot).await;
+            }
             match give_back(&self.control, backend.head()).await {
                 Ok(()) | Err(HeadError::Fenced { .. }) => {}
                 Err(error) => {

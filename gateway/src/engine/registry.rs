@@ -1,25 +1,21 @@
 //! Tenants and the names of volumes, in the object store.
 //!
 //! A name is unique because its record is created create-only. A volume's head is written before
-//! its name: a crash in between leaves a head that no name leads to. Deleting goes the other way
-//! round: without its name a volume cannot be attached any more, whatever is left of it.
+//! its name: a crash in between leaves a head that no name leads to. Deleting is [`crate::trash`]'s.
 
 use bytes::Bytes;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{
     NAME_KIND, NameRecord, TENANT_KIND, TenantRecord, decode_record, encode_record,
 };
-use quarry_objfmt::{CacheId, Owner, Sectors, TenantName, VolumeId, VolumeName, keys};
+use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName, keys};
 
 use super::now_ms;
 use super::resize::{larger, taken_over};
+use crate::backend::open::OpenError;
 use crate::backend::{HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
-use crate::snapshot;
 use crate::store::{Store, StoreError};
-
-/// Objects deleted side by side.
-const DELETE_CONCURRENCY: usize = 16;
 
 /// A store's error as the API tells it.
 pub(super) fn store_error(error: &StoreError) -> ApiError {
@@ -44,7 +40,7 @@ fn internal(error: &impl std::fmt::Display) -> ApiError {
     ApiError::internal(error.to_string())
 }
 
-async fn check_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
+pub(super) async fn check_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
     match store.get(&keys::tenant_key(tenant)).await {
         Ok(_) => Ok(()),
         Err(StoreError::NotFound { .. }) => Err(ApiError::no_tenant(tenant)),
@@ -96,7 +92,8 @@ pub(super) async fn list_tenants(store: &dyn Store) -> ApiResult<Vec<TenantInfo>
     Ok(all)
 }
 
-pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
+/// An error if there is no such tenant, or if it has volumes.
+pub(super) async fn check_no_volumes(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
     check_tenant(store, tenant).await?;
     let names = store
         .list(&keys::names_prefix(tenant))
@@ -105,6 +102,19 @@ pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> Api
     if !names.is_empty() {
         let message = format!("tenant {tenant} has {} volumes", names.len());
         return Err(ApiError::new(Kind::Conflict, message, "delete them first"));
+    }
+    Ok(())
+}
+
+/// Removes a tenant that has neither volumes nor trash: nobody would purge that.
+pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
+    check_no_volumes(store, tenant).await?;
+    let trash = store.list(&keys::trash_prefix(tenant)).await;
+    let trash = trash.map_err(|e| store_error(&e))?;
+    if !trash.is_empty() {
+        let message = format!("tenant {tenant} has {} volumes in the trash", trash.len());
+        let remedy = "restore them, or delete it with --purge, which purges them";
+        return Err(ApiError::new(Kind::Conflict, message, remedy));
     }
     store
         .delete(&keys::tenant_key(tenant))
@@ -288,6 +298,9 @@ pub(super) async fn grow_volume(
     let id = find(store, volume).await?;
     let read = HeadCell::read(store, &keys::head_key(&volume.tenant, id)).await;
     let (head, tag) = read.map_err(|error| head_error(volume, &error))?;
+    if head.deleted().is_some() {
+        return Err(OpenError::Deleted.into());
+    }
     if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
         let message = format!("{volume} is attached by host {}", other.host);
         let remedy = "resize it there, or, if that host is lost, attach it here with --force first";
@@ -336,78 +349,4 @@ pub(super) async fn list_volumes(
     }
     volumes.sort();
     Ok(volumes)
-}
-
-/// Deletes a volume: first its head is made `owner`'s, in a term of its own, so that whoever attached
-/// it meanwhile is fenced, and no clone is made of its snapshots any more; then it loses its name, then its
-/// objects, the head last, and then, if it is a clone, its record at its parent. *Crash in between: it is
-/// `owner`'s and can be deleted again; or nothing leads to it any more, and its parent's snapshot is kept
-/// until what is left of it is deleted.* It stays if a snapshot has clones, and is given back.
-pub(super) async fn delete_volume(
-    store: &dyn Store,
-    volume: &VolumeRef,
-    owner: Owner,
-) -> ApiResult<VolumeId> {
-    use futures::{StreamExt, TryStreamExt};
-    let id = find(store, volume).await?;
-    let head_key = keys::head_key(&volume.tenant, id);
-    let mut parent = None;
-    match HeadCell::read(store, &head_key).await {
-        Ok((head, tag)) => {
-            parent = head.parent.clone();
-            let was_ours = head.owner.clone();
-            if let Some(other) = head.owner.as_ref().filter(|o| o.cache != owner.cache) {
-                let message = format!("{volume} is attached by host {}", other.host);
-                let remedy = "detach it there first";
-                return Err(ApiError::new(Kind::Conflict, message, remedy));
-            }
-            let cell = HeadCell::new(volume.tenant.clone(), head, tag);
-            let taken = cell.update(store, |head| {
-                head.epoch = head.epoch.next();
-                head.owner = Some(owner.clone());
-            });
-            match taken.await {
-                Ok(_) => {
-                    let closed = snapshot::close_all(store, &cell, now_ms()).await;
-                    if let Err(error) = closed {
-                        let back = cell.update(store, |head| head.owner = was_ours.clone());
-                        if let Err(error) = back.await {
-                            tracing::warn!(%volume, %error, "not deleted, and the store still names this host as the owner");
-                        }
-                        return Err(super::snapshot::told(volume, error));
-                    }
-                }
-                Err(HeadError::Fenced { by }) => {
-                    let message = format!("{volume} was attached just now by {by}");
-                    let remedy = "detach it there first";
-                    return Err(ApiError::new(Kind::Conflict, message, remedy));
-                }
-                Err(HeadError::Store(error)) => return Err(store_error(&error)),
-                Err(HeadError::Damaged { .. }) => {}
-            }
-        }
-        Err(HeadError::Store(error)) => return Err(store_error(&error)),
-        // Nobody can attach it, and that is a reason more to be rid of it.
-        Err(_) => {}
-    }
-    let name_key = keys::name_key(&volume.tenant, &volume.name);
-    store.delete(&name_key).await.map_err(|e| store_error(&e))?;
-    let objects = store
-        .list(&keys::volume_prefix(&volume.tenant, id))
-        .await
-        .map_err(|e| store_error(&e))?;
-    let objects = objects.into_iter().filter(|key| *key != head_key);
-    futures::stream::iter(objects)
-        .map(|key| async move { store.delete(&key).await })
-        .buffer_unordered(DELETE_CONCURRENCY)
-        .try_for_each(|()| async { Ok(()) })
-        .await
-        .map_err(|e| store_error(&e))?;
-    store.delete(&head_key).await.map_err(|e| store_error(&e))?;
-    if let Some(parent) = parent {
-        snapshot::forget_clone(store, &volume.tenant, id, &parent)
-            .await
-            .map_err(|e| store_error(&e))?;
-    }
-    Ok(id)
 }

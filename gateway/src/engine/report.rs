@@ -11,6 +11,7 @@ use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
 use super::{Daemon, VolumeMachine, registry};
 use crate::backend::HeadCell;
+use crate::backend::open::OpenError;
 use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, State, StatusInfo,
     StoreStatus, VolumeInfo, VolumeRef,
@@ -42,7 +43,9 @@ impl Daemon {
             let found = all.find(|s| s.name == name.as_str());
             head.size = found.ok_or_else(|| no_snapshot(image))?.size;
         }
+        let owner = head.owner.as_ref().filter(|_| head.deleted().is_none());
         let elsewhere = |o: &quarry_objfmt::Owner| o.cache != self.common.device.id();
+        let deleted = head.deleted().map(|_| OpenError::Deleted.to_string());
         let mut info = VolumeInfo {
             tenant: volume.tenant.to_string(),
             name: volume.name.to_string(),
@@ -59,17 +62,15 @@ impl Daemon {
             state: match slot.state() {
                 // A snapshot is nobody's.
                 State::Detached if image.snapshot.is_some() => State::Detached,
-                State::Detached if head.owner.as_ref().is_some_and(elsewhere) => {
-                    State::AttachedElsewhere
-                }
+                State::Detached if owner.is_some_and(elsewhere) => State::AttachedElsewhere,
                 state => state,
             },
-            owner: head.owner.as_ref().map(|o| OwnerInfo {
+            owner: owner.map(|o| OwnerInfo {
                 host: o.host.clone(),
                 cache: o.cache.to_string(),
                 since_ms: o.since_ms,
             }),
-            problem: self.wanted.problem(image),
+            problem: self.wanted.problem(image).or(deleted),
             ..VolumeInfo::default()
         };
         let Some(attached) = attached else {
@@ -223,6 +224,7 @@ impl Daemon {
                 deleted_objects: reclaimed.deleted_objects,
                 fetched_bytes: s.fetched_bytes,
                 fetches: s.fetches,
+                warmed_bytes: s.warmed_bytes,
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };
@@ -261,6 +263,7 @@ impl Daemon {
                 node_hits: nodes.hits,
                 node_misses: nodes.misses,
             },
+            trash: self.trash.stats(),
             store: metrics::StoreStats {
                 read_bytes: store.bytes_read,
                 write_bytes: store.bytes_written,

@@ -105,6 +105,11 @@ impl Daemon {
         let (head, _) = HeadCell::read(&self.control, &key)
             .await
             .map_err(|e| registry::head_error(volume, &e))?;
+        if head.deleted().is_some() {
+            let message = format!("volume {id} was deleted, its head is sound");
+            let remedy = format!("bring it back with `quarry volume restore {id}`");
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
         if head.name == volume.name.as_str() {
             return Ok(head);
         }

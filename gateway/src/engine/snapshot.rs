@@ -54,7 +54,7 @@ pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
         ),
         SnapshotError::HasClones { .. } => (
             Kind::Conflict,
-            "delete the clones first; `quarry volume rescue NAME --id ID --apply` gives a nameless one its name",
+            "delete and purge the clones first; `quarry volume rescue NAME --id ID --apply` gives a nameless one its name",
         ),
         SnapshotError::BeingCloned { .. } => (
             Kind::Conflict,
@@ -188,6 +188,9 @@ impl Daemon {
             return Err(ApiError::new(Kind::Conflict, message, "try again"));
         }
         let head = registry::head(&self.control, volume).await?;
+        if head.deleted().is_some() {
+            return Err(not_ours(volume, &OpenError::Deleted));
+        }
         let elsewhere = |o: &&quarry_objfmt::Owner| o.cache != self.common.device.id();
         if let Some(owner) = head.owner.as_ref().filter(elsewhere) {
             let owned = OpenError::Owned {

@@ -172,6 +172,7 @@ impl Core {
             | Action::Upload(_)
             | Action::Checkpoint(_)
             | Action::Drained { .. }
+            | Action::Warmed { .. }
             | Action::Report(_)) => self.volumes[volume as usize].backend.submit(action),
         }
     }

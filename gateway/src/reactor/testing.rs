@@ -69,6 +69,7 @@ impl Mirror {
 impl Machine for Mirror {
     fn apply(&mut self, event: Event, out: &mut Vec<Action>) {
         match event {
+            Event::Warm { .. } => unreachable!("nobody warms a mirror"),
             Event::Request(request) => {
                 let id = request.id;
                 if self.stopped {

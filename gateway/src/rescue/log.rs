@@ -36,13 +36,14 @@ pub(super) struct Followed {
 }
 
 /// Follows the log from behind `newest`, the newest chunk that the map names; from the first chunk, if
-/// it names none. The inner error says why there is none.
+/// it names none; but from no earlier than where the map's epoch has `begun`. The inner error says why there is none.
 pub(super) async fn follow(
     store: &dyn Store,
     volume: &VolumeRef,
     id: VolumeId,
     listed: &Listed,
     newest: Option<ChunkId>,
+    begun: Option<ChunkId>,
 ) -> Result<Result<Followed, String>, StoreError> {
     let mut follow = Follow {
         store,
@@ -50,7 +51,7 @@ pub(super) async fn follow(
         id,
         listed,
     };
-    follow.run(newest).await
+    follow.run(newest, begun).await
 }
 
 struct Follow<'a> {
@@ -64,10 +65,11 @@ impl Follow<'_> {
     async fn run(
         &mut self,
         newest: Option<ChunkId>,
+        begun: Option<ChunkId>,
     ) -> Result<Result<Followed, String>, StoreError> {
         // What the header of the newest chunk in the map says; its log goes on from there.
         let mut before: Option<ChunkHeader> = None;
-        let (epoch, first) = match newest {
+        let (mut epoch, mut first) = match newest {
             Some(chunk) => {
                 if let Ok(Some(Entry::Chunk(header))) = self.place(chunk.epoch, chunk.seq).await? {
                     before = Some(header);
@@ -76,12 +78,16 @@ impl Follow<'_> {
             }
             None => {
                 let first = ChunkSeq::new(1);
-                let Some(epoch) = self.lowest(Epoch::ZERO, first) else {
-                    return Ok(Err("the first chunk of the log is missing".to_owned()));
-                };
-                (epoch, first)
+                match self.lowest(Epoch::ZERO, first).or(begun.map(|b| b.epoch)) {
+                    Some(epoch) => (epoch, first),
+                    None => return Ok(Err("the first chunk of the log is missing".to_owned())),
+                }
             }
         };
+        let behind = begun.filter(|b| b.seq > first);
+        if let Some(begun) = behind {
+            (epoch, first) = (begun.epoch, begun.seq);
+        }
         let mut range = LogRange {
             epoch,
             first,
@@ -91,8 +97,12 @@ impl Follow<'_> {
         let mut end = first;
         let mut open = vec![epoch];
         let mut epoch_max = epoch;
-        let mut root_write = before.as_ref().map(|header| header.last_write);
-        let mut last_write = root_write.or((newest.is_none()).then_some(WriteSeq::ZERO));
+        // What lies between the newest chunk of the map and where its epoch began is in it, or was left
+        // behind: the first chunk tells how writes are numbered.
+        let known = before.as_ref().map(|header| header.last_write);
+        let mut root_write = known.filter(|_| behind.is_none());
+        let at_first = newest.is_none() && behind.is_none();
+        let mut last_write = root_write.or(at_first.then_some(WriteSeq::ZERO));
         let mut frame_sectors = before.as_ref().map(|header| header.frame_sectors);
         let mut size_min = 0;
         let mut bytes = 0;
@@ -140,7 +150,7 @@ impl Follow<'_> {
         };
         epoch_max = epoch_max.max(range.epoch);
         log.push(range);
-        let (Some(root_write), Some(frame_sectors)) = (root_write, frame_sectors) else {
+        let (Some(root_write), Some(frame_sectors)) = (root_write.or(known), frame_sectors) else {
             return Ok(Err(format!("no chunk tells how it goes on; {ends}")));
         };
         Ok(Ok(Followed {

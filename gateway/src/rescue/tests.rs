@@ -278,7 +278,7 @@ async fn writer_that_is_quicker_than_the_seal_has_the_rescue_refused() {
         .await
         .unwrap();
     let newest = Some(chunk_id(1, 3));
-    let followed = follow(&*store, &fixture.name, volume_id(), &listed, newest).await;
+    let followed = follow(&*store, &fixture.name, volume_id(), &listed, newest, None).await;
     let followed = followed.unwrap().unwrap();
     let rescue = Rescue {
         store,

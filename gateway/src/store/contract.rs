@@ -203,6 +203,14 @@ async fn lists(store: &dyn Store, base: &str) {
         store.list(&format!("{base}/many/")).await.unwrap().len(),
         1100
     );
+    for max in [0, 1, 1050, 5000] {
+        let some = store
+            .list_some(&format!("{base}/many/"), max)
+            .await
+            .unwrap();
+        assert_eq!(some.len(), max.min(1100));
+        assert!(some.iter().all(|key| keys.contains(key)), "{some:?}");
+    }
     assert_eq!(
         store.list(&format!("{base}/b/")).await.unwrap(),
         [format!("{base}/b/c/d")]

@@ -166,7 +166,20 @@ impl Store for FolderStore {
     async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         check_list_prefix(prefix)?;
         self.run(Operation::List, prefix, |folder, prefix| {
-            folder.list(prefix)
+            let mut keys = folder.list_some(prefix, LIST_KEYS_MAX + 1)?;
+            if keys.len() > LIST_KEYS_MAX {
+                return Err(StoreError::invalid(prefix, "too many keys to list").into());
+            }
+            keys.sort_unstable();
+            Ok(keys)
+        })
+        .await
+    }
+
+    async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
+        check_list_prefix(prefix)?;
+        self.run(Operation::List, prefix, move |folder, prefix| {
+            folder.list_some(prefix, max)
         })
         .await
     }
@@ -372,13 +385,13 @@ impl Folder {
         Ok(dir)
     }
 
-    fn list(&self, prefix: &str) -> Result<Vec<String>, Failure> {
+    fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, Failure> {
         let mut keys = Vec::new();
         if !prefix.is_empty() {
             self.path(prefix)?;
         }
         let mut dirs = vec![prefix.to_owned()];
-        while let Some(dir) = dirs.pop() {
+        'dirs: while let Some(dir) = dirs.pop() {
             let entries = match fs::read_dir(self.root.join(&dir)) {
                 Err(error) if is_nothing_there(&error) => continue,
                 entries => entries?,
@@ -393,17 +406,17 @@ impl Folder {
                 if check_key(&key).is_err() || key == OWN_DIR {
                     continue;
                 }
+                if keys.len() == max {
+                    break 'dirs;
+                }
                 if entry.file_type()?.is_dir() {
                     dirs.push(key + "/");
-                } else if keys.len() == LIST_KEYS_MAX {
-                    return Err(StoreError::invalid(prefix, "too many keys to list").into());
                 } else {
                     keys.push(key);
                 }
             }
         }
         self.check_root(Operation::List, prefix)?;
-        keys.sort_unstable();
         Ok(keys)
     }
 

@@ -421,6 +421,14 @@ impl Store for Lane {
         .await
     }
 
+    async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
+        let store = &self.shared.store;
+        self.run(Operation::List, prefix, LIST_TIME_MAX, || {
+            store.list_some(prefix, max)
+        })
+        .await
+    }
+
     fn describe(&self) -> String {
         self.shared.store.describe()
     }

@@ -265,6 +265,15 @@ impl Store for S3Store {
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let mut keys = self.list_some(prefix, LIST_KEYS_MAX + 1).await?;
+        if keys.len() > LIST_KEYS_MAX {
+            return Err(StoreError::invalid(prefix, "too many keys to list"));
+        }
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
         check_list_prefix(prefix)?;
         let asked = Asked {
             operation: Operation::List,
@@ -280,7 +289,9 @@ impl Store for S3Store {
         };
         let mut keys = Vec::new();
         let mut pages = self.inner.list(Some(&path));
-        while let Some(meta) = pages.try_next().await.map_err(failed)? {
+        while keys.len() < max
+            && let Some(meta) = pages.try_next().await.map_err(failed)?
+        {
             // What no key can name is not ours.
             let Some(key) = meta.location.as_ref().strip_prefix(&self.prefix) else {
                 continue;
@@ -288,12 +299,8 @@ impl Store for S3Store {
             if !key.starts_with(prefix) || check_key(key).is_err() {
                 continue;
             }
-            if keys.len() == LIST_KEYS_MAX {
-                return Err(StoreError::invalid(prefix, "too many keys to list"));
-            }
             keys.push(key.to_owned());
         }
-        keys.sort_unstable();
         Ok(keys)
     }
 

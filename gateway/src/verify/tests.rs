@@ -408,6 +408,47 @@ async fn volume_that_grew_since_its_head_was_read_is_no_finding() {
     assert_eq!(run.await.unwrap().unwrap().findings, []);
 }
 
+#[tokio::test]
+async fn snapshot_is_hit_where_newer_writes_hide_the_damage_from_its_volume() {
+    let mut fixture = Fixture::new().await;
+    fixture.head.snapshots.push(SnapshotRef {
+        name: "then".to_owned(),
+        created_ms: 1,
+        root_write: fixture.head.root_write,
+        size: fixture.head.size,
+        closing: false,
+        root: fixture.head.root,
+    });
+    fixture.put_head().await;
+    let report = fixture.verify(true).await;
+    assert_eq!((&report.findings[..], report.snapshots.len()), (&[][..], 1));
+    assert_eq!(
+        (&report.snapshots[0].findings[..], report.snapshots_left_out),
+        (&[][..], 0)
+    );
+    // The last byte of the first of its two frames; the log has zeroes over half of what is in that.
+    let second = 16 + 128 * 512;
+    fixture.flip(&fixture.chunk_key(1, 2), -second - 1);
+    let report = fixture.verify(true).await;
+    assert_eq!(unreadable(&report), [(320, 384)]);
+    assert_eq!(report.snapshots[0].volume, "acme/db@then");
+    assert_eq!(unreadable(&report.snapshots[0]), [(256, 384)]);
+    let of = async |image: &str, spec| {
+        let (store, image) = (Arc::clone(&fixture.store), image.parse().unwrap());
+        let run = run(store, &image, volume_id(), spec, Arc::default());
+        run.await.unwrap()
+    };
+    let deep = VerifySpec {
+        deep: true,
+        snapshots: false,
+    };
+    let alone = of("acme/db@then", deep).await.unwrap();
+    assert_eq!(unreadable(&alone), [(256, 384)]);
+    assert!(of("acme/db@none", deep).await.is_none());
+    let told = of("acme/db", deep).await.unwrap();
+    assert_eq!((told.snapshots.len(), told.snapshots_left_out), (0, 1));
+}
+
 /// A store in which a volume grows as soon as its head was read.
 #[derive(Debug)]
 struct Grows {

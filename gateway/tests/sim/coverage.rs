@@ -48,6 +48,7 @@ counted! {
         DrainAndFold: "Drain, with a checkpoint",
         Grown: "Grown",
         Stop: "Stop",
+        Warm: "Warm",
     }
 }
 
@@ -92,6 +93,7 @@ counted! {
         CompleteShuttingDown: "Complete: being detached",
         Drained: "Drained, complete",
         DrainedIncomplete: "Drained, not complete",
+        Warmed: "Warmed",
         ReportFenced: "Report: fenced",
         ReportCacheFailed: "Report: cache failed",
         ReportUnreadable: "Report: unreadable",
@@ -155,6 +157,7 @@ fn told(event: &Event) -> Option<Told> {
         } => Told::DrainAndFold,
         Event::Grown { .. } => Told::Grown,
         Event::Stop => Told::Stop,
+        Event::Warm { .. } => Told::Warm,
     })
 }
 
@@ -196,6 +199,7 @@ fn asked(action: &Action) -> Asked {
         Action::Drained {
             complete: false, ..
         } => Asked::DrainedIncomplete,
+        Action::Warmed { .. } => Asked::Warmed,
         Action::Report(Report::Fenced { .. }) => Asked::ReportFenced,
         Action::Report(Report::CacheFailed { .. }) => Asked::ReportCacheFailed,
         Action::Report(Report::Unreadable { .. }) => Asked::ReportUnreadable,
@@ -413,6 +417,8 @@ const fn unlikely(mode: Mode) -> &'static str {
 
 /// What runs do not reach, or by luck only, and why.
 const UNREACHED: &[(&str, &str)] = &[
+    ("Warm", "nobody warms here: `gateway/volume/tests/model.rs` does"),
+    ("Warmed", "as Warm"),
     ("UnsentFull", "takes a million writes"),
     (
         "JournalWithoutRoom",

@@ -237,6 +237,15 @@ pub enum Event {
         /// Also fold the whole log into the map.
         checkpoint: bool,
     },
+    /// Fetch what the cache lacks of `range` into it, for whoever reads it later, then say
+    /// [`Action::Warmed`]. One at a time; as far as [`WARM_SECTORS_MAX`](crate::WARM_SECTORS_MAX) sectors, or
+    /// so many frames that the cache lacks.
+    Warm {
+        /// Comes back in `Warmed`.
+        io: IoId,
+        /// The sectors.
+        range: LbaRange,
+    },
     /// The volume has this size now, which `head` holds already; requests from here on may reach up to
     /// its end, and what was never written reads as zeroes. One that is not larger changes nothing.
     Grown {
@@ -351,7 +360,7 @@ pub enum Action {
         io: IoId,
         /// What.
         fetch: Fetch,
-        /// Whether a request waits for it (false: readahead).
+        /// Whether a request waits for it (false: readahead, warming).
         foreground: bool,
     },
     /// Receive bytes of a chunk's object from the store into the request's buffer, by a way on which
@@ -377,7 +386,7 @@ pub enum Action {
         io: IoId,
         /// Which; at least one.
         nodes: Vec<NodeRef>,
-        /// Whether a request waits for them (false: readahead).
+        /// Whether a request waits for them (false: readahead, warming).
         foreground: bool,
     },
     /// Make a chunk of this plan and store it, create-only; answer `Uploaded` or `Fenced`. Several
@@ -409,8 +418,32 @@ pub enum Action {
         /// False if the volume was fenced or has failed, and what it held stays in the cache.
         complete: bool,
     },
+    /// The warming of this name is done.
+    Warmed {
+        /// Its name.
+        io: IoId,
+        /// How far it came.
+        upto: Lba,
+        /// Bytes asked of the store for it.
+        bytes: u64,
+        /// How it went.
+        end: WarmEnd,
+    },
     /// Something the operator must know; the reason is one sentence.
     Report(Report),
+}
+
+/// How a step of warming ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WarmEnd {
+    /// What it came by is in the cache, or was left out for want of room.
+    Done,
+    /// Something of it could not be had; that was reported.
+    Damaged,
+    /// Nothing was done: another one is under way.
+    Busy,
+    /// Nothing was done: the volume is being detached.
+    Stopping,
 }
 
 /// A change of state that the operator must know of.

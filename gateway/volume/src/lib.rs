@@ -12,8 +12,9 @@ mod volume;
 
 pub use event::{
     Action, CheckpointPlan, ChunkPlan, DataError, Event, ExtentSource, Fetch, FrameRef, IoError,
-    IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun,
+    IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun, WarmEnd,
 };
 pub use volume::{
     Opened, STATUS_RUNS_MAX, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats,
+    WARM_SECTORS_MAX,
 };

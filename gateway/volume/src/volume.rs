@@ -16,10 +16,14 @@
 
 mod direct;
 mod flush;
+mod heat;
 mod read;
 mod status;
+mod warm;
 mod write;
 mod writeback;
+
+pub use warm::WARM_SECTORS_MAX;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -30,7 +34,7 @@ use quarry_cache::{Branch, Cache, CacheLoc, Carried, ExtentMap, Mutation};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, Generation, LbaRange, Location, MapEntry, Sectors, SegmentId,
+    ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId,
     VolumeId, WriteSeq,
 };
 use slab::Slab;
@@ -173,6 +177,8 @@ pub struct VolumeStats {
     pub fetched_bytes: u64,
     /// Of these, by readahead.
     pub readahead_bytes: u64,
+    /// Of these, by warming.
+    pub warmed_bytes: u64,
     /// Runs that were received straight into a request's buffer.
     pub direct_reads: u64,
     /// Their bytes, which are among the missed.
@@ -278,7 +284,7 @@ enum Io {
     Fetch {
         chunk: ChunkId,
         frames: Vec<crate::event::FrameRef>,
-        readahead: bool,
+        why: read::Why,
     },
     Direct {
         slot: usize,
@@ -288,8 +294,10 @@ enum Io {
     Nodes {
         slot: Option<usize>,
     },
+    WarmNodes,
     Fill {
         at: CacheLoc,
+        why: read::Why,
         run: (ChunkId, quarry_cache::CleanRun),
     },
 }
@@ -397,6 +405,7 @@ impl Volume {
             Event::Tick { now_ms } => self.tick(now_ms, cx),
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
             Event::Remapped { root } => self.root = root,
+            Event::Warm { io, range } => self.warm(io, range, cx),
             Event::CheckpointFailed => self.checkpoint_failed(cx),
             Event::Grown { size } => self.params.size = self.params.size.max(size),
             Event::DirectReads(on) => self.reads.direct = on,
@@ -472,6 +481,13 @@ impl Volume {
     #[must_use]
     pub fn wants_ticks(&self) -> bool {
         !self.active.is_empty() || self.writes.holds_segments() || self.writeback.pending()
+    }
+
+    /// What was read most since the attach, hottest first, in at most `ranges_max` ranges.
+    #[must_use]
+    pub fn hottest(&self, ranges_max: usize) -> Vec<LbaRange> {
+        let end = Lba::new(self.params.size.get());
+        self.reads.heat.hottest(end, ranges_max)
     }
 
     /// Counters and gauges.
@@ -574,14 +590,17 @@ impl Volume {
             Io::CleanMark { segment } => cx.cache.unpin(segment),
             Io::Sync => self.synced(result, cx),
             Io::RecordPage { segment } => self.record_page_done(segment, result, cx),
-            Io::Fill { at, run } => {
+            Io::Fill { at, why, run } => {
                 let run = [run];
                 let len = run[0].1.len;
                 let trusted = result.is_ok() || Mutation::TrustFailedFill.is_on();
                 cx.cache
                     .finish_fill(at, len, if trusted { &run } else { &[] });
+                if why == read::Why::Warming {
+                    self.warm_fetched(1, false, cx);
+                }
             }
-            other @ (Io::Fetch { .. } | Io::Nodes { .. }) => {
+            other @ (Io::Fetch { .. } | Io::Nodes { .. } | Io::WarmNodes) => {
                 panic!("{other:?} completes by an event of its own")
             }
         }

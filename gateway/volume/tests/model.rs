@@ -27,7 +27,7 @@ use quarry_objfmt::{
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
     Action, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId, STATUS_RUNS_MAX,
-    Shared, StatusRun, Tuning, Volume, VolumeParams,
+    Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -162,6 +162,8 @@ struct World {
     last_read: Vec<u8>,
     /// Sectors of which the last status told.
     last_told: u64,
+    /// Warming steps asked for and not answered, and what the last one said.
+    warming: (u64, Option<(u64, WarmEnd)>),
     /// Whether misses may go around the daemon's memory; then nothing is compressed.
     direct: bool,
     /// Whether the cache device fails its reads.
@@ -226,6 +228,7 @@ impl World {
             journal: BTreeMap::new(),
             last_read: Vec::new(),
             last_told: 0,
+            warming: (0, None),
             direct: seed % 2 == 1,
             unreadable: false,
         };
@@ -286,6 +289,12 @@ impl World {
             op,
             range,
         }));
+    }
+
+    fn warm(&mut self, range: LbaRange) {
+        self.warming.0 += 1;
+        let io = IoId(self.warming.0);
+        self.feed(Event::Warm { io, range });
     }
 
     fn may_read_as(&mut self, request: u64, range: LbaRange, stamp: u64) {
@@ -515,6 +524,10 @@ impl World {
                 assert!(complete);
                 self.drains += 1;
             }
+            Action::Warmed { bytes, end, .. } => {
+                self.warming.0 -= 1;
+                self.warming.1 = Some((bytes, end));
+            }
             Action::Report(_) => {}
             Action::Journal { .. } | Action::Status { .. } => unreachable!("done before"),
         }
@@ -646,6 +659,7 @@ impl World {
         self.write_journal();
         self.asked.clear();
         self.due.clear();
+        self.warming.0 = 0;
         self.epoch += 1;
         // The end of the log: the first missing chunk.
         let mut next = self.store.root_chunk.next();
@@ -839,6 +853,11 @@ fn random_request(world: &mut World) {
     let size = world.size();
     let start = world.rng.random_range(0..size - 1);
     let len = world.rng.random_range(1..=200u64).min(size - start);
+    match world.rng.random_range(0..60) {
+        0..3 => world.warm(range(start, 4 * len)),
+        3 => drop(world.shared.cache.evict(VOLUME)),
+        _ => {}
+    }
     let op = match world.rng.random_range(0..20) {
         0..7 => Op::Read,
         7..15 => Op::Write {
@@ -877,6 +896,7 @@ fn run(
         between(&mut world, round);
     }
     world.settle();
+    assert_eq!(world.warming.0, 0, "each step is answered");
 }
 
 #[test]
@@ -936,6 +956,81 @@ fn crash_without_the_cache_keeps_every_write_flushed_to_the_store() {
             world.read_all();
         });
     }
+}
+
+/// A volume with data all over its first 1024 sectors, a part of them in the log, on an empty cache.
+fn stored_and_cold() -> World {
+    let mut world = World::new(2, Durability::Object);
+    for start in (0..1024).step_by(64) {
+        world.ask(Op::Write { fua: false }, range(start, 64));
+    }
+    let (io, checkpoint) = (IoId(1), true);
+    world.feed(Event::Drain { io, checkpoint });
+    world.settle();
+    world.ask(Op::Write { fua: true }, range(512, 100));
+    world.settle();
+    world.read_all();
+    world.reopen(End::CacheLost);
+    world
+}
+
+#[test]
+fn warmed_range_is_read_from_the_cache_alone_and_once_only() {
+    let mut world = stored_and_cold();
+    world.warm(range(200, 600));
+    assert!(
+        world.due.iter().all(|a| !matches!(
+            a,
+            Action::Fetch {
+                foreground: true,
+                ..
+            }
+        )),
+        "nobody waits for it"
+    );
+    // One at a time.
+    world.warm(range(0, 8));
+    world.settle();
+    let (bytes, end) = world.warming.1.unwrap();
+    assert!(end == WarmEnd::Done && bytes > 0, "{end:?} {bytes}");
+    assert_eq!(world.volume.stats().warmed_bytes, bytes);
+    for start in (200..800).step_by(50) {
+        world.ask(Op::Read, range(start, 50));
+    }
+    world.settle();
+    let stats = world.volume.stats();
+    assert_eq!((stats.miss_bytes, stats.hit_bytes), (0, 600 * 512));
+    // What is there is not fetched again, and what is not there is nothing.
+    world.warm(range(200, 600));
+    world.settle();
+    assert_eq!(world.warming.1, Some((0, WarmEnd::Done)));
+    world.warm(range(SIZE - 8, 1 << 40));
+    world.warm(range(1 << 40, 8));
+    world.settle();
+    assert_eq!(world.warming, (0, Some((0, WarmEnd::Done))));
+    // Dropped, it is had from the store again.
+    assert!(world.shared.cache.evict(VOLUME) > 0);
+    world.ask(Op::Read, range(300, 8));
+    world.settle();
+    assert_eq!(world.volume.stats().miss_bytes, 8 * 512);
+    let mut hot = world.volume.hottest(9);
+    assert_eq!(hot[0], range(256, 256), "what was read twice as often");
+    hot.sort_unstable_by_key(|range| range.start);
+    let ends = |hot: &[LbaRange]| (hot[0].start, hot[hot.len() - 1].end);
+    assert_eq!(ends(&hot), (Lba::new(128), Lba::new(896)));
+}
+
+#[test]
+fn warming_of_a_volume_that_stops_is_answered() {
+    let mut world = stored_and_cold();
+    world.warm(range(0, 1024));
+    world.feed(Event::Stop);
+    world.warm(range(0, 8));
+    world.settle();
+    assert_eq!(world.warming.0, 0);
+    world.warm(range(0, 8));
+    world.settle();
+    assert_eq!(world.warming, (0, Some((0, WarmEnd::Stopping))));
 }
 
 #[test]

@@ -8,9 +8,10 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, ImageRef, Problem, RescueReport,
-    RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, VerifyProgress,
-    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Problem,
+    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo,
+    StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via,
+    VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
 };
 use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -35,7 +36,7 @@ impl Engine for Strict {
         Ok(Vec::new())
     }
 
-    async fn delete_tenant(&self, tenant: &TenantName) -> ApiResult<()> {
+    async fn delete_tenant(&self, tenant: &TenantName, _purge: bool) -> ApiResult<()> {
         Err(ApiError::no_tenant(tenant))
     }
 
@@ -123,8 +124,39 @@ impl Engine for Strict {
         Err(ApiError::no_volume(volume))
     }
 
-    async fn delete_volume(&self, volume: &VolumeRef) -> ApiResult<()> {
+    async fn delete_volume(&self, volume: &VolumeRef, _: bool) -> ApiResult<TrashInfo> {
         Err(ApiError::no_volume(volume))
+    }
+
+    async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
+        let text = serde_json::to_vec(spec).expect("JSON");
+        assert_eq!(serde_json::from_slice::<WarmSpec>(&text).ok(), Some(*spec));
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn list_trash(&self, _tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        Ok(Vec::new())
+    }
+
+    async fn restore(&self, which: &TrashRef, _: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
+        match which {
+            TrashRef::Name(volume) => Err(ApiError::no_volume(volume)),
+            TrashRef::Id(_) => Ok(VolumeInfo::default()),
+        }
+    }
+
+    async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        let said = [spec.id.is_some(), spec.all, spec.older_than_ms.is_some()];
+        assert_eq!(said.into_iter().filter(|said| *said).count(), 1);
+        Ok(PurgeReport::default())
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {

@@ -257,6 +257,7 @@ impl Host {
 fn kind(error: &OpenError) -> &'static str {
     match error {
         OpenError::Owned { .. } => "owned",
+        OpenError::Deleted => "deleted",
         OpenError::Stale { .. } => "stale",
         OpenError::Unsent => "unsent",
         OpenError::NoSnapshot { .. } => "no snapshot",

@@ -99,6 +99,6 @@ impl Volume {
         };
         let mut wanted = Vec::new();
         self.await_frame(slot, &piece, at, &mut wanted);
-        self.fetch(&wanted, true, cx);
+        self.fetch(&wanted, super::read::Why::Requests, cx);
     }
 }

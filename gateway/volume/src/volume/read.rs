@@ -48,6 +48,15 @@ struct Stream {
     window: u64,
 }
 
+/// For whom a fetch is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Why {
+    /// Requests that wait for it.
+    Requests,
+    Readahead,
+    Warming,
+}
+
 /// The read side of a volume.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
@@ -58,9 +67,18 @@ pub(super) struct Reads {
     streams: Queue<Stream>,
     /// Whether misses may go around our memory.
     pub(super) direct: bool,
+    pub(super) warming: Option<super::warm::Step>,
+    pub(super) heat: super::heat::Heat,
     /// Kept between calls for their memory: what a read is resolved into, and a look-up's answer.
     pieces: Vec<Piece>,
     pub(super) found: Vec<MapEntry>,
+}
+
+impl Reads {
+    /// Gives back the memory of a long look-up: it is much longer than a request's.
+    pub(super) fn forget_found(&mut self) {
+        self.found = Vec::new();
+    }
 }
 
 /// A run of a request and where it comes from.
@@ -114,6 +132,7 @@ impl Volume {
                 let active = &mut self.active[slot];
                 active.left = 1;
                 active.held = Vec::new();
+                self.reads.heat.note(request.range);
                 let direct = self.goes_direct(request.range, &pieces);
                 self.issue(slot, &pieces, direct, cx);
                 self.readahead(request.range, cx);
@@ -134,7 +153,7 @@ impl Volume {
 
     /// Where each run of `range` comes from, newest layer first; of what the store has, the cache's copies
     /// count only with `copies`.
-    fn resolve(
+    pub(super) fn resolve(
         &mut self,
         range: LbaRange,
         copies: bool,
@@ -248,7 +267,17 @@ impl Volume {
                 }
             }
         }
-        self.fetch(&wanted, true, cx);
+        self.fetch(&wanted, Why::Requests, cx);
+    }
+
+    /// Adds a frame to `wanted`, for nobody yet, unless it is being fetched.
+    pub(super) fn want_frame(&mut self, at: DataLoc, wanted: &mut Vec<(ChunkId, FrameRef)>) {
+        let frame = self.frame_of(at);
+        let fetching = &mut self.reads.fetching;
+        fetching.entry((at.chunk, frame.index)).or_insert_with(|| {
+            wanted.push((at.chunk, frame));
+            Vec::new()
+        });
     }
 
     /// Lets a piece wait for its frame; one that nobody fetches yet is added to `wanted`.
@@ -291,12 +320,7 @@ impl Volume {
     }
 
     /// Asks for frames, in GETs of neighbours.
-    pub(super) fn fetch(
-        &mut self,
-        wanted: &[(ChunkId, FrameRef)],
-        foreground: bool,
-        cx: &mut Cx<'_>,
-    ) {
+    pub(super) fn fetch(&mut self, wanted: &[(ChunkId, FrameRef)], why: Why, cx: &mut Cx<'_>) {
         let neighbours = |a: &(ChunkId, FrameRef), b: &(ChunkId, FrameRef)| {
             a.0 == b.0 && a.1.stored_offset + a.1.stored_len == b.1.stored_offset
         };
@@ -309,19 +333,19 @@ impl Volume {
             let bytes: u64 = frames.iter().map(|f| u64::from(f.stored_len)).sum();
             self.stats.fetches += 1;
             self.stats.fetched_bytes += bytes;
-            if !foreground {
+            if why == Why::Readahead {
                 self.stats.readahead_bytes += bytes;
                 self.reads.readahead_frames += frames.len();
             }
             let io = self.io(Io::Fetch {
                 chunk,
                 frames: frames.clone(),
-                readahead: !foreground,
+                why,
             });
             cx.out.push(Action::Fetch {
                 io,
                 fetch: Fetch { chunk, frames },
-                foreground,
+                foreground: why == Why::Requests,
             });
         }
     }
@@ -362,21 +386,16 @@ impl Volume {
         result: Result<Vec<Bytes>, DataError>,
         cx: &mut Cx<'_>,
     ) {
-        let Io::Fetch {
-            chunk,
-            frames,
-            readahead,
-        } = self.ios.remove(super::io_key(io))
-        else {
+        let Io::Fetch { chunk, frames, why } = self.ios.remove(super::io_key(io)) else {
             panic!("a fetch answered for another I/O");
         };
-        if readahead {
+        if why == Why::Readahead {
             self.reads.readahead_frames -= frames.len();
         }
         let contents = match result {
             Ok(contents) => {
                 assert_eq!(contents.len(), frames.len(), "one content a frame");
-                contents.into_iter().map(Some).collect()
+                contents.into_iter().map(Some).collect::<Vec<_>>()
             }
             Err(DataError { object, reason }) => {
                 cx.out
@@ -384,6 +403,9 @@ impl Volume {
                 vec![None; frames.len()]
             }
         };
+        let asked = frames.len();
+        let failed = contents.contains(&None);
+        let mut fills = 0;
         for (frame, content) in frames.into_iter().zip(contents) {
             let waiters = self
                 .reads
@@ -398,8 +420,11 @@ impl Volume {
             }
             // After the answers, and only a copy: losing it costs a miss.
             if let Some(raw) = content {
-                self.fill(chunk, frame.index, raw, cx);
+                fills += usize::from(self.fill(chunk, frame.index, raw, why, cx));
             }
+        }
+        if why == Why::Warming {
+            self.warm_fetched(asked - fills, failed, cx);
         }
     }
 
@@ -416,21 +441,23 @@ impl Volume {
         });
     }
 
-    fn fill(&mut self, chunk: ChunkId, index: u32, raw: Bytes, cx: &mut Cx<'_>) {
+    /// Answers whether the frame is being written to the cache device.
+    fn fill(&mut self, chunk: ChunkId, index: u32, raw: Bytes, why: Why, cx: &mut Cx<'_>) -> bool {
         let Ok(len) = u32::try_from(raw.len() / 512) else {
-            return;
+            return false;
         };
         let first = index * self.params.frame_sectors;
         if cx.cache.clean().holds(&chunk, first, len) {
             Branch::FillNeedless.taken();
-            return;
+            return false;
         }
         let Some(at) = cx.cache.reserve_fill(len) else {
             Branch::FillRefused.taken();
-            return;
+            return false;
         };
         let io = self.io(Io::Fill {
             at,
+            why,
             run: (
                 chunk,
                 CleanRun {
@@ -445,6 +472,7 @@ impl Volume {
             offset: cx.cache.geometry().byte_of(at),
             data: raw,
         });
+        true
     }
 
     pub(super) fn nodes_loaded(
@@ -453,8 +481,16 @@ impl Volume {
         result: Result<Vec<(NodeRef, Arc<Node>)>, DataError>,
         cx: &mut Cx<'_>,
     ) {
-        let Io::Nodes { slot } = self.ios.remove(super::io_key(io)) else {
-            panic!("map nodes answered for another I/O");
+        let slot = match self.ios.remove(super::io_key(io)) {
+            Io::Nodes { slot } => slot,
+            Io::WarmNodes => {
+                let nodes = result.map_err(|DataError { object, reason }| {
+                    cx.out
+                        .push(Action::Report(Report::Damaged { object, reason }));
+                });
+                return self.warm_nodes_loaded(nodes.ok(), cx);
+            }
+            _ => panic!("map nodes answered for another I/O"),
         };
         match result {
             Ok(nodes) => match slot {
@@ -514,8 +550,7 @@ impl Volume {
             };
             let mut pieces = Vec::new();
             let resolved = self.resolve(ahead, true, cx, &mut pieces);
-            // A window's answer is not for keeping: it is much longer than a request's.
-            self.reads.found = Vec::new();
+            self.reads.forget_found();
             match resolved {
                 Ok(()) => {
                     let mut wanted = Vec::new();
@@ -523,16 +558,9 @@ impl Volume {
                         let Source::Store(at) = piece.source else {
                             continue;
                         };
-                        let frame = self.frame_of(at);
-                        self.reads
-                            .fetching
-                            .entry((at.chunk, frame.index))
-                            .or_insert_with(|| {
-                                wanted.push((at.chunk, frame));
-                                Vec::new()
-                            });
+                        self.want_frame(at, &mut wanted);
                     }
-                    self.fetch(&wanted, false, cx);
+                    self.fetch(&wanted, Why::Readahead, cx);
                     stream.ahead = until;
                     stream.window =
                         (stream.window * 2).min(self.params.tuning.readahead_sectors_max);

@@ -1,0 +1,401 @@
+//! The trash of all tenants: when what is in it is purged, and what that means for this host.
+//!
+//! Any daemon purges what is due, whoever deleted it; several at once do no harm ([`crate::trash`]).
+//! What is due is judged by this host's clock and settings.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use quarry_objfmt::record::TrashRecord;
+use quarry_objfmt::{Deleted, TenantName, VolumeId, VolumeName};
+use tokio::sync::{Mutex, Notify};
+
+use super::{Daemon, now_ms, registry};
+use crate::control::{
+    ApiError, ApiResult, ImageRef, Kind, PurgeReport, PurgeSpec, TrashInfo, TrashRef, VolumeInfo,
+    VolumeRef,
+};
+use crate::metrics;
+use crate::store::Store;
+use crate::trash::{self, Purged, TrashError, Trashed};
+
+/// Longest and shortest time between two looks into the trash. A look is a LIST a tenant, and a GET for
+/// each volume in it.
+const LOOK_MAX: Duration = Duration::from_secs(60 * 60);
+const LOOK_MIN: Duration = Duration::from_secs(1);
+
+/// Time to the next look after one that failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// What this daemon does with the trash.
+#[derive(Default)]
+pub(super) struct Trash {
+    /// Held by who purges: one volume at a time.
+    turn: Mutex<()>,
+    /// Something was put into it here.
+    told: Notify,
+    /// Volumes in it, as of the last look.
+    volumes: AtomicU64,
+    purged_volumes: AtomicU64,
+    purged_objects: AtomicU64,
+}
+
+impl Trash {
+    pub(super) fn stats(&self) -> metrics::TrashStats {
+        let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
+        metrics::TrashStats {
+            volumes: count(&self.volumes),
+            purged_volumes: count(&self.purged_volumes),
+            purged_objects: count(&self.purged_objects),
+        }
+    }
+}
+
+/// An error of the trash, as the API tells it.
+fn trash_error(volume: &impl std::fmt::Display, error: TrashError) -> ApiError {
+    let (kind, remedy) = match &error {
+        TrashError::Store(error) => return registry::store_error(error),
+        TrashError::Owned { .. } => (Kind::Conflict, "detach it there first"),
+        TrashError::Raced { .. } => (Kind::Conflict, "try again"),
+        TrashError::Clones { .. } => (
+            Kind::Conflict,
+            "delete and purge the clones first; their data are its data too",
+        ),
+        TrashError::Cloning { .. } => (Kind::Conflict, "try again in an hour"),
+        TrashError::NotThere => (Kind::NotFound, "`quarry trash list` shows what is"),
+        TrashError::Purging => (Kind::Conflict, "make a new volume"),
+        TrashError::Taken(_) => (Kind::Exists, "give it another name with --as"),
+        TrashError::Restored(_) => (Kind::Conflict, "use that name"),
+        TrashError::Nameless => (
+            Kind::Conflict,
+            "restore it with `quarry volume restore`, and delete it again if it is to go",
+        ),
+        TrashError::Headless => (
+            Kind::Damaged,
+            "make it anew with `quarry volume rescue --id`, which gives the volume its name too",
+        ),
+        TrashError::Newer(_) => (Kind::Unsupported, "use a build of that version"),
+        TrashError::Record { .. } => (Kind::Damaged, "restore the object from a copy"),
+        TrashError::Stays { .. } => (
+            Kind::Unsupported,
+            "check the bucket for object locks and retention",
+        ),
+    };
+    ApiError::new(kind, format!("{volume}: {error}"), remedy)
+}
+
+fn tell(tenant: &TenantName, found: &Trashed, grace_ms: u64) -> TrashInfo {
+    let (record, head) = (&found.record, found.head.as_ref());
+    let problem = match head.map(quarry_objfmt::Head::deleted) {
+        Some(Some(Deleted::InTrash { .. })) => None,
+        Some(Some(Deleted::Purging)) => Some("it is being purged"),
+        Some(None) => Some("it was being restored: restore it again to finish that"),
+        None => Some("its head is missing or damaged"),
+    };
+    TrashInfo {
+        size_bytes: head.map(|head| head.size.bytes()),
+        stored_bytes: head.map(|head| head.stored_bytes),
+        problem: problem.map(str::to_owned),
+        ..tell_record(tenant, record, found.since_ms(), grace_ms)
+    }
+}
+
+fn tell_record(
+    tenant: &TenantName,
+    record: &TrashRecord,
+    since_ms: u64,
+    grace_ms: u64,
+) -> TrashInfo {
+    TrashInfo {
+        tenant: tenant.to_string(),
+        name: record.name.clone(),
+        id: record.volume.to_string(),
+        deleted_ms: since_ms,
+        purge_ms: since_ms.saturating_add(grace_ms),
+        ..TrashInfo::default()
+    }
+}
+
+impl Daemon {
+    fn grace_ms(&self) -> u64 {
+        u64::try_from(self.config.trash.grace.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Puts a volume into the trash. What this host's cache has of it and the store lacks would be lost for
+    /// who restores it, so it is given up only if that is said.
+    pub(super) async fn delete_to_trash(
+        &self,
+        volume: &VolumeRef,
+        discard_unsent: bool,
+    ) -> ApiResult<TrashInfo> {
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
+        let _change = slot.change.lock().await;
+        let answer = if slot.is_detached() {
+            self.delete_detached(volume, discard_unsent).await
+        } else {
+            let message = format!("{volume} is attached");
+            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+        };
+        self.forget_idle(&image, &slot);
+        answer
+    }
+
+    async fn delete_detached(
+        &self,
+        volume: &VolumeRef,
+        discard_unsent: bool,
+    ) -> ApiResult<TrashInfo> {
+        let id = registry::find(&self.control, volume).await?;
+        if !discard_unsent && self.keeps(id) {
+            let message = format!(
+                "{volume}: the cache on this host may hold writes to it that were never sent"
+            );
+            let remedy = "attach and detach it here, which sends them, or give them up with --discard-unsent";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        let cache = self.common.device.id();
+        let put = trash::put(&self.control, volume, id, cache, now_ms()).await;
+        let record = put.map_err(|error| trash_error(volume, error))?;
+        self.forget_kept(id);
+        self.trash.told.notify_one();
+        tracing::info!(%volume, %id, "put into the trash");
+        let since_ms = record.deleted_ms;
+        Ok(tell_record(
+            &volume.tenant,
+            &record,
+            since_ms,
+            self.grace_ms(),
+        ))
+    }
+
+    /// Whether the cache has something of a volume that nobody serves.
+    fn keeps(&self, id: VolumeId) -> bool {
+        self.kept.lock().contains_key(&id) || self.unsettled.lock().contains_key(&id)
+    }
+
+    fn forget_kept(&self, id: VolumeId) {
+        let kept = self.kept.lock().remove(&id);
+        if let Some(kept) = kept {
+            self.forget(id, &kept);
+        }
+    }
+
+    async fn tenants(&self, only: Option<&TenantName>) -> ApiResult<Vec<TenantName>> {
+        if let Some(tenant) = only {
+            registry::check_tenant(&self.control, tenant).await?;
+            return Ok(vec![tenant.clone()]);
+        }
+        let all = registry::list_tenants(&self.control).await?;
+        let named = all.into_iter().map(|t| TenantName::new(t.name));
+        Ok(named.filter_map(Result::ok).collect())
+    }
+
+    pub(super) async fn show_trash(
+        &self,
+        tenant: Option<&TenantName>,
+    ) -> ApiResult<Vec<TrashInfo>> {
+        let grace_ms = self.grace_ms();
+        let mut all = Vec::new();
+        for tenant in self.tenants(tenant).await? {
+            let found = trash::list(&self.control, &tenant).await;
+            let found = found.map_err(|error| trash_error(&tenant, error))?;
+            let mut of: Vec<_> = found.iter().map(|t| tell(&tenant, t, grace_ms)).collect();
+            of.sort_by_key(|info| info.deleted_ms);
+            all.append(&mut of);
+        }
+        Ok(all)
+    }
+
+    pub(super) async fn restore_volume(
+        &self,
+        which: &TrashRef,
+        name: Option<&VolumeName>,
+    ) -> ApiResult<VolumeInfo> {
+        let (tenant, id) = match which {
+            TrashRef::Name(volume) => (volume.tenant.clone(), self.trashed(volume).await?),
+            TrashRef::Id(id) => (self.whose(*id).await?, *id),
+        };
+        let restored = trash::restore(&self.control, &tenant, id, name).await;
+        let volume = restored.map_err(|error| match which {
+            TrashRef::Name(volume) => trash_error(volume, error),
+            TrashRef::Id(id) => trash_error(id, error),
+        })?;
+        tracing::info!(%volume, %id, "restored from the trash");
+        self.show(&volume.into()).await
+    }
+
+    /// The deleted volume that was called `volume`.
+    async fn trashed(&self, volume: &VolumeRef) -> ApiResult<VolumeId> {
+        registry::check_tenant(&self.control, &volume.tenant).await?;
+        let records = trash::records(&self.control, &volume.tenant).await;
+        let mut records = records.map_err(|error| trash_error(volume, error))?;
+        records.retain(|record| record.name == volume.name.as_str());
+        match &*records {
+            [record] => Ok(record.volume),
+            // It may have been deleted by half, and be called so still.
+            [] => match registry::head(&self.control, volume).await {
+                Ok(head) if head.deleted().is_some() => Ok(head.volume),
+                Ok(_)
+                | Err(ApiError {
+                    kind: Kind::NotFound,
+                    ..
+                }) => Err(trash_error(volume, TrashError::NotThere)),
+                Err(error) => Err(error),
+            },
+            several => {
+                let ids: Vec<_> = several.iter().map(|r| r.volume.to_string()).collect();
+                let message = format!("several deleted volumes were called {volume}");
+                let remedy = format!("give one by its id: {}", ids.join(", "));
+                Err(ApiError::new(Kind::Conflict, message, remedy))
+            }
+        }
+    }
+
+    /// The tenant whose trash has this volume.
+    async fn whose(&self, id: VolumeId) -> ApiResult<TenantName> {
+        for tenant in self.tenants(None).await? {
+            let key = quarry_objfmt::keys::trash_key(&tenant, id);
+            match self.control.get(&key).await {
+                Ok(_) => return Ok(tenant),
+                Err(crate::store::StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(registry::store_error(&error)),
+            }
+        }
+        Err(trash_error(&id, TrashError::NotThere))
+    }
+
+    pub(super) async fn purge_now(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
+        let mut wanted = Vec::new();
+        for info in self.show_trash(spec.tenant.as_ref()).await? {
+            if spec.id.is_none_or(|id| info.id == id.to_string()) {
+                wanted.push(info);
+            }
+        }
+        if let Some(id) = spec.id.filter(|_| wanted.is_empty()) {
+            return Err(trash_error(&id, TrashError::NotThere));
+        }
+        let objects = AtomicU64::new(0);
+        let mut report = PurgeReport::default();
+        for mut info in wanted {
+            let (Ok(tenant), Ok(id)) = (
+                TenantName::new(info.tenant.as_str()),
+                VolumeId::parse(&info.id),
+            ) else {
+                continue;
+            };
+            let age_min_ms = spec.older_than_ms.unwrap_or(0);
+            match self.purge_one(&tenant, id, age_min_ms, &objects).await {
+                Ok(Purged::Gone) | Err(TrashError::NotThere) => report.purged.push(info),
+                Ok(Purged::NotDue { .. } | Purged::Restored) => {}
+                Err(error @ TrashError::Store(_)) => return Err(trash_error(&id, error)),
+                Err(error) => {
+                    info.problem = Some(trash_error(&id, error).to_string());
+                    report.kept.push(info);
+                }
+            }
+        }
+        report.objects = objects.into_inner();
+        Ok(report)
+    }
+
+    async fn purge_one(
+        &self,
+        tenant: &TenantName,
+        id: VolumeId,
+        age_min_ms: u64,
+        objects: &AtomicU64,
+    ) -> Result<Purged, TrashError> {
+        let _turn = self.trash.turn.lock().await;
+        let store = &*self.common.background;
+        let before = objects.load(Ordering::Relaxed);
+        let purged = trash::purge(store, tenant, id, now_ms(), age_min_ms, objects).await;
+        let deleted = objects.load(Ordering::Relaxed) - before;
+        let total = &self.trash.purged_objects;
+        total.fetch_add(deleted, Ordering::Relaxed);
+        let purged = purged?;
+        if purged == Purged::Gone {
+            self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
+            self.forget_kept(id);
+            tracing::info!(%tenant, volume = %id, "purged from the trash");
+        }
+        Ok(purged)
+    }
+
+    /// Purges what is due, for as long as the daemon runs.
+    pub async fn empty_trash(&self) {
+        loop {
+            let wait = match self.fit() {
+                Ok(()) => self.look_into_trash().await.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the trash cannot be looked into");
+                    LOOK_AGAIN
+                }),
+                Err(_) => LOOK_AGAIN,
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.trash.told.notified() => {}
+            }
+        }
+    }
+
+    /// Purges what is due now, and answers when to look again.
+    async fn look_into_trash(&self) -> ApiResult<Duration> {
+        let grace_ms = self.grace_ms();
+        let mut due = BTreeMap::new();
+        for tenant in self.tenants(None).await? {
+            let records = trash::records(&self.control, &tenant).await;
+            let records = records.map_err(|error| trash_error(&tenant, error))?;
+            let of = records.into_iter().map(|r| (r.volume, r.deleted_ms));
+            due.extend(of.map(|(id, since_ms)| ((tenant.clone(), id), since_ms)));
+        }
+        let mut left = due.len() as u64;
+        self.trash.volumes.store(left, Ordering::Relaxed);
+        let mut wait = LOOK_MAX;
+        for ((tenant, id), mut since_ms) in due {
+            let wait_ms =
+                |since_ms: u64| since_ms.saturating_add(grace_ms).saturating_sub(now_ms());
+            if wait_ms(since_ms) == 0 {
+                let objects = AtomicU64::new(0);
+                match self.purge_one(&tenant, id, grace_ms, &objects).await {
+                    Ok(Purged::NotDue { since_ms: since }) => since_ms = since,
+                    Ok(Purged::Gone | Purged::Restored) | Err(TrashError::NotThere) => {
+                        left -= 1;
+                        self.trash.volumes.store(left, Ordering::Relaxed);
+                        continue;
+                    }
+                    Err(error) => {
+                        // The others' time comes all the same.
+                        let error = trash_error(&id, error);
+                        tracing::warn!(%tenant, %error, "a volume of the trash is not purged");
+                        continue;
+                    }
+                }
+            }
+            wait = wait.min(Duration::from_millis(wait_ms(since_ms)));
+        }
+        Ok(wait.clamp(LOOK_MIN, LOOK_MAX))
+    }
+
+    pub(super) async fn delete_tenant_and_trash(
+        &self,
+        tenant: &TenantName,
+        purge: bool,
+    ) -> ApiResult<()> {
+        if purge {
+            registry::check_no_volumes(&self.control, tenant).await?;
+            let spec = PurgeSpec {
+                tenant: Some(tenant.clone()),
+                all: true,
+                ..PurgeSpec::default()
+            };
+            if let Some(kept) = self.purge_now(&spec).await?.kept.pop() {
+                let why = kept.problem.unwrap_or_default();
+                let message = format!("tenant {tenant}: {} is not purged: {why}", kept.name);
+                return Err(ApiError::new(Kind::Conflict, message, ""));
+            }
+        }
+        registry::delete_tenant(&self.control, tenant).await
+    }
+}

@@ -1,0 +1,778 @@
+//! Deleting volumes in two steps: into the trash, which costs a few requests whatever the volume's
+//! size, and out of it, back or for good.
+//!
+//! Owns: the order of the store calls of each step. Does not own: when a volume's time in the trash is
+//! over, or what hosts have of it ([`crate::engine`]).
+//!
+//! Into the trash ([`put`]):
+//! 1. `head`: a new epoch, [`Deleted::InTrash`] in the owner's place, and no snapshot takes clones any
+//!    more. From here on nobody attaches it, and who had it is fenced. *Crash: it has its name and is
+//!    not in the trash's list; deleting or restoring it again goes on.*
+//! 2. Its clones are looked for, which none can be added to any more; if there are any, 1 is undone.
+//! 3. The record `trash/<uuid>`. *Crash: as after 1, and it is in the list.*
+//! 4. Its name is deleted.
+//!
+//! Out of it again ([`restore`]): `head` without the mark and with the name that it gets; the name,
+//! create-only; then the record goes. *Crash in between: the record is there, the mark is not, so
+//! nobody purges it; restoring it again goes on.*
+//!
+//! For good ([`purge`]):
+//! 1. `head`: [`Deleted::Purging`]. From here on nobody restores it. A head that is lost or damaged is
+//!    replaced by one that says so. *Crash: whoever purges next goes on, and several at once do no
+//!    harm: each deletes what it finds.*
+//! 2. Every object below the volume's own prefix, the head last.
+//! 3. Its record at the snapshot that it was cloned from, which was needed as long as it had a head.
+//! 4. The record `trash/<uuid>`. *Crash before: an empty prefix, and 3 and 4 are done again.*
+//!
+//! **Invariants.**
+//! - Only keys below the prefix of a volume that its own head marks as deleted are deleted, or of one whose
+//!   head is lost and that the trash's record names.
+//! - The head alone says since when a volume is deleted: a record may be left over from before.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
+use quarry_objfmt::head::Head;
+use quarry_objfmt::record::{
+    CLONE_KIND, CloneOf, CloneRecord, NAME_KIND, NameRecord, TRASH_KIND, TrashRecord,
+    decode_record, encode_record,
+};
+use quarry_objfmt::{
+    CacheId, Deleted, Epoch, FormatError, Sectors, SnapName, TenantName, VolumeId, VolumeName, keys,
+};
+
+use crate::backend::{HeadCell, HeadError};
+use crate::control::VolumeRef;
+use crate::store::{Store, StoreError, Tag};
+
+/// Objects deleted side by side.
+const DELETES_AT_ONCE: usize = 16;
+
+/// Keys listed at once, the head among them: a page of S3.
+const KEYS_AT_ONCE: usize = 1000;
+
+/// How long making a clone may take from its record at the parent to its head. After that the record is
+/// of one that is given up. (Whoever began it and wakes later finds that; the time only keeps creations under way
+/// from being disturbed.)
+pub(crate) const CLONING_TIME_MAX_MS: u64 = 60 * 60 * 1000;
+
+/// Most times that a head is looked at again because somebody else changed it.
+const TURNS_MAX: u32 = 4;
+
+/// Most times that a damaged answer is asked for again.
+const DAMAGE_RETRIES_MAX: u32 = 2;
+
+/// Why a volume cannot be deleted, brought back or purged.
+#[derive(Debug, thiserror::Error)]
+pub enum TrashError {
+    /// Somebody has it.
+    #[error("it is attached by host {host}")]
+    Owned {
+        /// Where.
+        host: String,
+    },
+    /// It was changed at the same moment.
+    #[error("it was changed just now by {by}")]
+    Raced {
+        /// By whom.
+        by: String,
+    },
+    /// Other volumes need its objects.
+    #[error("it has clones: {}", .clones.join(", "))]
+    Clones {
+        /// Their names, or what is known of them.
+        clones: Vec<String>,
+    },
+    /// A clone has its record and no head yet.
+    #[error("a clone of it, {clone}, is being made")]
+    Cloning {
+        /// What it is to be called.
+        clone: String,
+    },
+    /// There is no such volume in the trash.
+    #[error("it is not in the trash")]
+    NotThere,
+    /// It is too late.
+    #[error("it is being purged: its objects are being deleted")]
+    Purging,
+    /// Its name is another volume's by now.
+    #[error("there is a volume {0} already")]
+    Taken(VolumeRef),
+    /// It was restored already.
+    #[error("it was restored as {0}")]
+    Restored(VolumeRef),
+    /// It was being restored, and has no name yet.
+    #[error("it was being restored, and has no name yet")]
+    Nameless,
+    /// What says whether it may be restored is lost.
+    #[error("its head is missing or damaged")]
+    Headless,
+    /// A later build made it.
+    #[error("its head cannot be read: {0}")]
+    Newer(FormatError),
+    /// A record is damaged.
+    #[error("{key}: {error}")]
+    Record {
+        /// The record.
+        key: String,
+        /// What is wrong with it.
+        error: FormatError,
+    },
+    /// The store says of an object that it is deleted, and that it is there.
+    #[error("{key} was deleted, and the store lists it still")]
+    Stays {
+        /// The first such object.
+        key: String,
+    },
+    /// The store does not answer, or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<HeadError> for TrashError {
+    fn from(error: HeadError) -> Self {
+        match error {
+            HeadError::Fenced { by } => Self::Raced { by },
+            // It was sound when it was looked at: somebody purged it, or is about to.
+            HeadError::Damaged { .. } => Self::Raced {
+                by: "somebody who purges it".to_owned(),
+            },
+            HeadError::Store(error) => error.into(),
+        }
+    }
+}
+
+/// A volume in the trash.
+#[derive(Clone, Debug)]
+pub struct Trashed {
+    /// What its record says.
+    pub record: TrashRecord,
+    /// Its head; none if it is lost or damaged.
+    pub head: Option<Head>,
+}
+
+impl Trashed {
+    /// Since when it is deleted, in milliseconds since 1970.
+    #[must_use]
+    pub fn since_ms(&self) -> u64 {
+        match self.head.as_ref().and_then(Head::deleted) {
+            Some(Deleted::InTrash { since_ms }) => since_ms,
+            _ => self.record.deleted_ms,
+        }
+    }
+}
+
+/// What came of purging a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purged {
+    /// Nothing of it is left.
+    Gone,
+    /// It has not been in the trash for long enough.
+    NotDue {
+        /// Since when it is there, in milliseconds since 1970.
+        since_ms: u64,
+    },
+    /// It was restored; its record in the trash was left over.
+    Restored,
+}
+
+/// A head as it was found.
+enum Found {
+    Sound(Box<Head>, Tag),
+    Missing,
+    Damaged(Tag),
+}
+
+async fn look(store: &dyn Store, tenant: &TenantName, id: VolumeId) -> Result<Found, TrashError> {
+    let key = keys::head_key(tenant, id);
+    let mut tries = 0;
+    loop {
+        let (bytes, tag) = match store.get(&key).await {
+            Ok(found) => found,
+            Err(StoreError::NotFound { .. }) => return Ok(Found::Missing),
+            Err(error) => return Err(error.into()),
+        };
+        match Head::decode(&bytes) {
+            Ok(head) if head.volume == id => return Ok(Found::Sound(Box::new(head), tag)),
+            Err(error @ FormatError::Version { .. }) => return Err(TrashError::Newer(error)),
+            _ if tries < DAMAGE_RETRIES_MAX => tries += 1,
+            _ => return Ok(Found::Damaged(tag)),
+        }
+    }
+}
+
+/// Deletes the volume of this name, for now. `cache` is this host's, which may have had it attached and
+/// does not serve it.
+///
+/// # Errors
+/// [`TrashError::Owned`], [`TrashError::Clones`] or [`TrashError::Cloning`] if that cannot be; else those of
+/// the store.
+pub async fn put(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    id: VolumeId,
+    cache: CacheId,
+    now_ms: u64,
+) -> Result<TrashRecord, TrashError> {
+    let record = |deleted_ms, head: Option<&Head>| TrashRecord {
+        volume: id,
+        name: volume.name.to_string(),
+        deleted_ms,
+        parent: head.and_then(|head| head.parent.as_ref()).map(|p| CloneOf {
+            volume: p.volume,
+            snapshot: p.snapshot.clone(),
+        }),
+    };
+    let mut turns = 0;
+    let record = loop {
+        match mark(store, volume, id, cache, now_ms).await {
+            Ok(Some(head)) => match head.deleted() {
+                Some(Deleted::InTrash { since_ms }) => {
+                    let record = record(since_ms, Some(&head));
+                    note(store, &volume.tenant, &record).await?;
+                    break record;
+                }
+                // Its record is there until all of it is gone.
+                _ => break record(now_ms, Some(&head)),
+            },
+            // Nobody can attach it, and that is a reason more to be rid of it.
+            Ok(None) => {
+                let record = record(now_ms, None);
+                note(store, &volume.tenant, &record).await?;
+                break record;
+            }
+            Err(TrashError::Raced { .. }) if turns < TURNS_MAX => turns += 1,
+            Err(error) => return Err(error),
+        }
+    };
+    // Not another volume's that was made meanwhile, after somebody else deleted this one.
+    if named(store, volume).await? != Some(id) {
+        return Ok(record);
+    }
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    store.delete(&key).await?;
+    // Who restored it since it was marked relied on the name.
+    match look(store, &volume.tenant, id).await? {
+        Found::Sound(head, _) if head.deleted().is_none() => {
+            give_name(store, volume, id, head.created_ms).await?;
+            let by = "somebody who restored it".to_owned();
+            Err(TrashError::Raced { by })
+        }
+        _ => Ok(record),
+    }
+}
+
+/// Gives a volume its name. *Before that, a volume that is not deleted can be found by its id alone.*
+async fn give_name(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    id: VolumeId,
+    created_ms: u64,
+) -> Result<(), TrashError> {
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    let record = NameRecord {
+        volume: id,
+        created_ms,
+    };
+    let bytes = encode_record(NAME_KIND, &record).map_err(|error| TrashError::Record {
+        key: key.clone(),
+        error,
+    })?;
+    match store.create(&key, bytes.into()).await {
+        Ok(_) => Ok(()),
+        // The lost answer of our own try, or another volume's: the record tells.
+        Err(StoreError::Exists { .. }) if named(store, volume).await? == Some(id) => Ok(()),
+        Err(StoreError::Exists { .. }) => Err(TrashError::Taken(volume.clone())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Steps 1 and 2: the head, marked as deleted; none if it cannot be read.
+async fn mark(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    id: VolumeId,
+    cache: CacheId,
+    now_ms: u64,
+) -> Result<Option<Head>, TrashError> {
+    let tenant = &volume.tenant;
+    let Found::Sound(head, tag) = look(store, tenant, id).await? else {
+        return Ok(None);
+    };
+    let cell = HeadCell::new(tenant.clone(), (*head).clone(), tag);
+    // As it is again if it cannot go.
+    let mut before = *head.clone();
+    let marked = match head.deleted() {
+        Some(Deleted::Purging) => return Ok(Some(*head)),
+        Some(Deleted::InTrash { .. }) => {
+            revive(&mut before);
+            *head
+        }
+        None => {
+            if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
+                let host = other.host.clone();
+                return Err(TrashError::Owned { host });
+            }
+            // Most refusals are had without changing anything.
+            no_clones(store, tenant, &head, now_ms).await?;
+            cell.update(store, |head| bury(head, now_ms)).await?
+        }
+    };
+    if let Err(refusal) = no_clones(store, tenant, &marked, now_ms).await {
+        let back = |head: &mut Head| {
+            head.epoch = head.epoch.next();
+            head.owner.clone_from(&before.owner);
+            head.snapshots.clone_from(&before.snapshots);
+        };
+        cell.update(store, back).await?;
+        return Err(refusal);
+    }
+    Ok(Some(marked))
+}
+
+/// Marks a head as that of a volume in the trash.
+fn bury(head: &mut Head, since_ms: u64) {
+    head.epoch = head.epoch.next();
+    head.owner = Some(Deleted::InTrash { since_ms }.owner());
+    for snapshot in &mut head.snapshots {
+        snapshot.closing = true;
+    }
+}
+
+/// Takes [`bury`] back. A snapshot that was half deleted before is whole: its entry goes last.
+fn revive(head: &mut Head) {
+    head.epoch = head.epoch.next();
+    head.owner = None;
+    for snapshot in &mut head.snapshots {
+        snapshot.closing = false;
+    }
+}
+
+/// Writes the trash's record. One that is there already may be from before a restore that was not
+/// finished: it is made anew. *Crash in between: the volume is not in the list and has its name.*
+async fn note(
+    store: &dyn Store,
+    tenant: &TenantName,
+    record: &TrashRecord,
+) -> Result<(), TrashError> {
+    let key = keys::trash_key(tenant, record.volume);
+    let bytes = encode_record(TRASH_KIND, record);
+    let bytes = Bytes::from(bytes.map_err(|error| TrashError::Record {
+        key: key.clone(),
+        error,
+    })?);
+    loop {
+        match store.create(&key, bytes.clone()).await {
+            Ok(_) => return Ok(()),
+            Err(StoreError::Exists { .. }) => match store.get(&key).await {
+                Ok((found, _)) if found == bytes => return Ok(()),
+                Ok(_) => store.delete(&key).await?,
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            },
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// An error if another volume needs objects of this one.
+async fn no_clones(
+    store: &dyn Store,
+    tenant: &TenantName,
+    head: &Head,
+    now_ms: u64,
+) -> Result<(), TrashError> {
+    if head.snapshots.is_empty() {
+        return Ok(());
+    }
+    clones_of(store, tenant, head.volume, now_ms).await
+}
+
+/// An error if a record below the volume's prefix leads to a clone that needs its objects, or that is
+/// being made. A record that was left long ago by one who made no clone is made harmless.
+async fn clones_of(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+    now_ms: u64,
+) -> Result<(), TrashError> {
+    let prefix = keys::all_clones_prefix(tenant, id);
+    let mut clones = Vec::new();
+    for key in store.list(&prefix).await? {
+        let ids = key.rsplit_once('/').map(|(_, id)| VolumeId::parse(id));
+        let Some(Ok(clone)) = ids else {
+            clones.push(key);
+            continue;
+        };
+        match look(store, tenant, clone).await? {
+            Found::Sound(head, _) => {
+                let ours = head.parent.as_ref().is_some_and(|p| p.volume == id);
+                if ours && head.deleted() != Some(Deleted::Purging) {
+                    let trash = head.deleted().map_or("", |_| " (in the trash)");
+                    clones.push(format!("{tenant}/{}{trash}", head.name));
+                }
+            }
+            Found::Damaged(_) => clones.push(format!("volume {clone}, whose head is damaged")),
+            Found::Missing => {
+                let record: CloneRecord = match store.get(&key).await {
+                    Ok((bytes, _)) => decode_record(CLONE_KIND, &bytes)
+                        .map_err(|error| TrashError::Record { key, error })?,
+                    Err(StoreError::NotFound { .. }) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                if now_ms.saturating_sub(record.created_ms) < CLONING_TIME_MAX_MS {
+                    let clone = format!("{tenant}/{}", record.name);
+                    return Err(TrashError::Cloning { clone });
+                }
+                give_up(store, tenant, &record, now_ms).await?;
+            }
+        }
+    }
+    if clones.is_empty() {
+        Ok(())
+    } else {
+        Err(TrashError::Clones { clones })
+    }
+}
+
+/// Gives up a clone that was begun and has no head: an empty volume in the trash gets its id, create-only, so
+/// that who wakes late finds that taken. *Crash before its record: it is not in the list, and stays.*
+///
+/// # Errors
+/// Those of the store; [`StoreError::Exists`] if there is a head.
+pub(crate) async fn give_up(
+    store: &dyn Store,
+    tenant: &TenantName,
+    clone: &CloneRecord,
+    now_ms: u64,
+) -> Result<(), TrashError> {
+    let since_ms = now_ms;
+    let empty = stand_in(
+        tenant,
+        clone.volume,
+        &clone.name,
+        Deleted::InTrash { since_ms },
+    );
+    let key = keys::head_key(tenant, clone.volume);
+    store.create(&key, empty.encode().into()).await?;
+    let left = TrashRecord {
+        volume: clone.volume,
+        name: clone.name.clone(),
+        deleted_ms: now_ms,
+        parent: None,
+    };
+    note(store, tenant, &left).await
+}
+
+/// Whether the head of a deleted volume is one that [`give_up`] put there: nothing was ever in it.
+pub(crate) fn never_was(head: &Head) -> bool {
+    head.epoch == Epoch::ZERO && head.deleted().is_some()
+}
+
+/// A head for a volume that has none and is to have none. It is told by its epoch, which is 0.
+fn stand_in(tenant: &TenantName, id: VolumeId, name: &str, deleted: Deleted) -> Head {
+    let name = VolumeName::new(name)
+        .unwrap_or_else(|_| VolumeName::new("unknown").expect("a name that is allowed"));
+    Head {
+        owner: Some(deleted.owner()),
+        ..Head::fresh(id, tenant, &name, Sectors::new(8), 0)
+    }
+}
+
+/// The volume that a name leads to, if there is one.
+async fn named(store: &dyn Store, volume: &VolumeRef) -> Result<Option<VolumeId>, TrashError> {
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    match store.get(&key).await {
+        Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
+            .map(|record| Some(record.volume))
+            .map_err(|error| TrashError::Record { key, error }),
+        Err(StoreError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A record of the trash, if it is there.
+async fn record(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+) -> Result<Option<TrashRecord>, TrashError> {
+    let key = keys::trash_key(tenant, id);
+    match store.get(&key).await {
+        Ok((bytes, _)) => match decode_record(TRASH_KIND, &bytes) {
+            Ok(record) => Ok(Some(record)),
+            Err(error) => Err(TrashError::Record { key, error }),
+        },
+        Err(StoreError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The records of a tenant's trash. One that is damaged is left out, and logged: what it names is not
+/// purged.
+///
+/// # Errors
+/// Those of the store.
+pub async fn records(
+    store: &dyn Store,
+    tenant: &TenantName,
+) -> Result<Vec<TrashRecord>, TrashError> {
+    let prefix = keys::trash_prefix(tenant);
+    let keys = store.list(&prefix).await?;
+    let mut ids = Vec::new();
+    for key in keys {
+        let id = key.strip_prefix(&prefix).map(VolumeId::parse);
+        ids.extend(id.and_then(Result::ok));
+    }
+    let read = futures::stream::iter(ids)
+        .map(|id| record(store, tenant, id))
+        .buffered(DELETES_AT_ONCE);
+    let mut records = Vec::new();
+    let mut read = std::pin::pin!(read);
+    while let Some(record) = read.next().await {
+        match record {
+            Ok(record) => records.extend(record),
+            Err(error @ TrashError::Record { .. }) => {
+                tracing::error!(%error, "a record of the trash is damaged");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(records)
+}
+
+/// A tenant's trash, the heads too.
+///
+/// # Errors
+/// Those of the store.
+pub async fn list(store: &dyn Store, tenant: &TenantName) -> Result<Vec<Trashed>, TrashError> {
+    let records = records(store, tenant).await?;
+    futures::stream::iter(records)
+        .map(|record| async move {
+            let head = match look(store, tenant, record.volume).await {
+                Ok(Found::Sound(head, _)) => Some(*head),
+                Ok(_) | Err(TrashError::Newer(_)) => None,
+                Err(error) => return Err(error),
+            };
+            Ok(Trashed { record, head })
+        })
+        .buffered(DELETES_AT_ONCE)
+        .try_collect()
+        .await
+}
+
+/// Gives a volume of the trash a name again: `name`, or the one that it had.
+///
+/// # Errors
+/// [`TrashError::NotThere`], [`TrashError::Purging`], [`TrashError::Taken`], [`TrashError::Headless`]; else
+/// those of the store.
+pub async fn restore(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+    name: Option<&VolumeName>,
+) -> Result<VolumeRef, TrashError> {
+    let (head, tag) = match look(store, tenant, id).await? {
+        Found::Sound(head, tag) => (head, tag),
+        Found::Missing | Found::Damaged(_) => return Err(TrashError::Headless),
+    };
+    let since_ms = match head.deleted() {
+        // Nothing was ever in it.
+        Some(Deleted::InTrash { .. }) if never_was(&head) => {
+            return Err(TrashError::NotThere);
+        }
+        Some(Deleted::InTrash { since_ms }) => Some(since_ms),
+        Some(Deleted::Purging) => return Err(TrashError::Purging),
+        None if record(store, tenant, id).await?.is_none() => return Err(TrashError::NotThere),
+        None => None,
+    };
+    let had = VolumeRef {
+        tenant: tenant.clone(),
+        name: VolumeName::new(head.name.as_str()).map_err(|_| TrashError::Headless)?,
+    };
+    let volume = VolumeRef {
+        tenant: tenant.clone(),
+        name: name.unwrap_or(&had.name).clone(),
+    };
+    // Restored before, but for the record.
+    if since_ms.is_none() && named(store, &had).await? == Some(id) {
+        store.delete(&keys::trash_key(tenant, id)).await?;
+        return if volume == had {
+            Ok(volume)
+        } else {
+            Err(TrashError::Restored(had))
+        };
+    }
+    if let Some(owner) = head.owner.as_ref().filter(|_| since_ms.is_none()) {
+        let host = owner.host.clone();
+        return Err(TrashError::Owned { host });
+    }
+    match named(store, &volume).await? {
+        Some(other) if other != id => return Err(TrashError::Taken(volume)),
+        _ => {}
+    }
+    let cell = HeadCell::new(tenant.clone(), *head, tag);
+    let revived = |head: &mut Head| {
+        revive(head);
+        head.name = volume.name.to_string();
+    };
+    cell.update(store, revived).await?;
+    let named = give_name(store, &volume, id, cell.get().created_ms).await;
+    if let (Err(TrashError::Taken(_)), Some(since_ms)) = (&named, since_ms) {
+        // Nobody else can have taken a volume without a name.
+        cell.update(store, |head| bury(head, since_ms)).await?;
+    }
+    named?;
+    store.delete(&keys::trash_key(tenant, id)).await?;
+    Ok(volume)
+}
+
+/// Deletes a volume of the trash for good, if it is there for `age_min_ms` or longer. Each object that is
+/// deleted counts up `objects`.
+///
+/// # Errors
+/// [`TrashError::NotThere`]; [`TrashError::Clones`] and [`TrashError::Nameless`] if it must not be; else
+/// those of the store. All but the first can be tried again.
+pub async fn purge(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+    now_ms: u64,
+    age_min_ms: u64,
+    objects: &AtomicU64,
+) -> Result<Purged, TrashError> {
+    let Some(record) = record(store, tenant, id).await? else {
+        return Err(TrashError::NotThere);
+    };
+    let mut turns = 0;
+    loop {
+        match condemn(store, tenant, &record, now_ms, age_min_ms).await {
+            Ok(None) => break,
+            Ok(Some(Purged::Restored)) => {
+                store.delete(&keys::trash_key(tenant, id)).await?;
+                return Ok(Purged::Restored);
+            }
+            Ok(Some(answer)) => return Ok(answer),
+            Err(TrashError::Raced { .. }) if turns < TURNS_MAX => turns += 1,
+            Err(error) => return Err(error),
+        }
+    }
+    empty(store, tenant, id, objects).await?;
+    if let Some(of) = &record.parent
+        && let Ok(snapshot) = SnapName::new(of.snapshot.as_str())
+    {
+        let key = keys::clone_key(tenant, of.volume, &snapshot, id);
+        store.delete(&key).await?;
+    }
+    store.delete(&keys::trash_key(tenant, id)).await?;
+    Ok(Purged::Gone)
+}
+
+/// Step 1 of purging; an answer if it must not go on.
+async fn condemn(
+    store: &dyn Store,
+    tenant: &TenantName,
+    record: &TrashRecord,
+    now_ms: u64,
+    age_min_ms: u64,
+) -> Result<Option<Purged>, TrashError> {
+    let id = record.volume;
+    let early = |since_ms: u64| {
+        let due = age_min_ms == 0 || now_ms.saturating_sub(since_ms) >= age_min_ms;
+        (!due).then_some(Purged::NotDue { since_ms })
+    };
+    let changed = || TrashError::Raced {
+        by: "another daemon".to_owned(),
+    };
+    match look(store, tenant, id).await? {
+        Found::Sound(head, tag) => match head.deleted() {
+            Some(Deleted::Purging) => {}
+            Some(Deleted::InTrash { since_ms }) => {
+                if let Some(early) = early(since_ms) {
+                    return Ok(Some(early));
+                }
+                clones_of(store, tenant, id, now_ms).await?;
+                let cell = HeadCell::new(tenant.clone(), *head, tag);
+                let condemned = |head: &mut Head| {
+                    head.epoch = head.epoch.next();
+                    head.owner = Some(Deleted::Purging.owner());
+                };
+                cell.update(store, condemned).await?;
+            }
+            None => {
+                let name = VolumeName::new(head.name).map_err(|_| TrashError::Nameless)?;
+                let tenant = tenant.clone();
+                return match named(store, &VolumeRef { tenant, name }).await? {
+                    Some(named) if named == id => Ok(Some(Purged::Restored)),
+                    _ => Err(TrashError::Nameless),
+                };
+            }
+        },
+        Found::Missing => {
+            let prefix = keys::volume_prefix(tenant, id);
+            if store.list_some(&prefix, 1).await?.is_empty() {
+                return Ok(None);
+            }
+            if let Some(early) = early(record.deleted_ms) {
+                return Ok(Some(early));
+            }
+            clones_of(store, tenant, id, now_ms).await?;
+            let head = stand_in(tenant, id, &record.name, Deleted::Purging);
+            let key = keys::head_key(tenant, id);
+            match store.create(&key, head.encode().into()).await {
+                Ok(_) => {}
+                Err(StoreError::Exists { .. }) => return Err(changed()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Found::Damaged(tag) => {
+            if let Some(early) = early(record.deleted_ms) {
+                return Ok(Some(early));
+            }
+            clones_of(store, tenant, id, now_ms).await?;
+            let head = stand_in(tenant, id, &record.name, Deleted::Purging);
+            let key = keys::head_key(tenant, id);
+            match store.replace(&key, head.encode().into(), &tag).await {
+                Ok(_) => {}
+                Err(StoreError::Changed { .. }) => return Err(changed()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Deletes everything below a volume's prefix, the head when nothing else is left.
+async fn empty(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+    objects: &AtomicU64,
+) -> Result<(), TrashError> {
+    let (prefix, head) = (keys::volume_prefix(tenant, id), keys::head_key(tenant, id));
+    let mut last = Vec::new();
+    loop {
+        let mut found = store.list_some(&prefix, KEYS_AT_ONCE).await?;
+        if found.iter().any(|key| *key != head) {
+            found.retain(|key| *key != head);
+        }
+        match found.first() {
+            None => return Ok(()),
+            Some(key) if found == last => return Err(TrashError::Stays { key: key.clone() }),
+            Some(_) => {}
+        }
+        futures::stream::iter(found.clone())
+            .map(|key| async move { store.delete(&key).await })
+            .buffer_unordered(DELETES_AT_ONCE)
+            .try_for_each(|()| async {
+                objects.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            })
+            .await?;
+        last = found;
+    }
+}
+
+#[cfg(test)]
+mod tests;
