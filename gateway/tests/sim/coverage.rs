@@ -417,7 +417,10 @@ const fn unlikely(mode: Mode) -> &'static str {
 
 /// What runs do not reach, or by luck only, and why.
 const UNREACHED: &[(&str, &str)] = &[
-    ("Warm", "nobody warms here: `gateway/volume/tests/model.rs` does"),
+    (
+        "Warm",
+        "nobody warms here: `gateway/volume/tests/model.rs` does",
+    ),
     ("Warmed", "as Warm"),
     ("UnsentFull", "takes a million writes"),
     (
