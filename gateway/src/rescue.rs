@@ -39,13 +39,13 @@ use bytes::Bytes;
 use quarry_objfmt::chunk::encode_seal;
 use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
-use quarry_objfmt::map::{Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC};
+use quarry_objfmt::map::{Basis, Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC, Usage};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, SnapName, Snapshot, VOLUME_SECTORS_MAX, VolumeId,
     WriteSeq, keys,
 };
 
-use self::log::{Followed, follow};
+use self::log::{Followed, From, follow};
 use crate::backend::DAMAGE_RETRIES_MAX;
 use crate::backend::open::{Entry, log_place};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
@@ -110,8 +110,10 @@ pub enum RescueError {
 /// The objects of the volume, by their keys.
 #[derive(Debug, Default)]
 struct Listed {
-    /// Chunks and seals.
+    /// Chunks of the log, and seals.
     chunks: BTreeMap<Epoch, BTreeSet<u64>>,
+    /// Chunks of compaction.
+    compacted: BTreeSet<(Epoch, u64)>,
     /// Map objects.
     maps: BTreeSet<(Epoch, MapSeq)>,
     /// Copies of snapshots.
@@ -140,6 +142,9 @@ impl Listed {
                 continue;
             }
             match kind {
+                Some("chunk") if ChunkSeq::new(seq).is_compacted() => {
+                    listed.compacted.insert((epoch, seq));
+                }
                 Some("chunk") => {
                     listed.chunks.entry(epoch).or_default().insert(seq);
                 }
@@ -152,8 +157,11 @@ impl Listed {
         Ok(listed)
     }
 
-    /// Whether a chunk is there and no later epoch began at or before its place.
+    /// Whether a chunk is there and, of the log, no later epoch began at or before its place.
     fn can_be(&self, chunk: ChunkId) -> bool {
+        if chunk.seq.is_compacted() {
+            return self.compacted.contains(&(chunk.epoch, chunk.seq.get()));
+        }
         let there = self.chunks.get(&chunk.epoch);
         let later = (
             std::ops::Bound::Excluded(chunk.epoch),
@@ -187,6 +195,22 @@ struct Candidate {
     followed: Followed,
     /// What it was cloned from, if its map needs that.
     parent: Option<Parent>,
+    /// What the map says of the volume, and where its log goes on.
+    basis: Option<Basis>,
+}
+
+impl Candidate {
+    /// What was given, and for what was not what the map says.
+    fn with_basis(&self, spec: &RescueSpec) -> RescueSpec {
+        let mut spec = spec.clone();
+        if let Some(basis) = &self.basis {
+            spec.size_bytes = spec.size_bytes.or(Some(self.size_min.bytes()));
+            spec.sector_size = spec.sector_size.or(Some(basis.sector_size));
+            spec.durability = spec.durability.or(Some(basis.durability));
+            spec.compression = spec.compression.or(Some(basis.compression));
+        }
+        spec
+    }
 }
 
 /// What stands in the head's place.
@@ -231,6 +255,7 @@ pub async fn run(
         Lost::Missing => "it is missing".to_owned(),
         Lost::Damaged(_, error) => error.to_string(),
     };
+    let spec = &found.with_basis(spec);
     report.needs = needs(spec);
     let snapshots = rescue.snapshots(&found, &mut report.passed_over).await?;
     report.snapshots = snapshots.iter().map(|s| s.name.clone()).collect();
@@ -360,16 +385,16 @@ impl Rescue {
     ) -> Result<Result<Option<Candidate>, String>, RescueError> {
         let mut newest: Option<ChunkId> = None;
         let mut size_min = Sectors::ZERO;
-        let mut root = None;
+        let (mut root, mut basis) = (None, None);
         let mut foreign_volumes = BTreeSet::new();
         if let Some((epoch, seq)) = map {
-            let (found, end) = match self.manifest(epoch, seq).await? {
+            let (found, end, known) = match self.manifest(epoch, seq).await? {
                 Ok(Some(found)) => found,
                 Ok(None) => return Ok(Ok(None)),
                 Err(problem) => return Ok(Err(problem)),
             };
-            root = Some(found);
-            size_min = end;
+            (root, basis) = (Some(found), known);
+            size_min = known.map_or(end, |basis| basis.size.max(end));
             let mut foreign = None;
             let head = self.template(root, Vec::new());
             let each = |chunk: ChunkId| {
@@ -394,18 +419,12 @@ impl Rescue {
                 )));
             }
         }
-        let begun = match map {
-            Some((epoch, _)) => self.begun(epoch).await?,
-            None => None,
+        let from = match (map, basis) {
+            (Some((epoch, _)), Some(basis)) => From::Basis(epoch, basis),
+            (Some((epoch, _)), None) => From::Newest(newest, self.begun(epoch).await?),
+            (None, _) => From::Newest(None, None),
         };
-        let followed = follow(
-            &*self.store,
-            &self.volume,
-            self.id,
-            &self.listed,
-            newest,
-            begun,
-        );
+        let followed = follow(&*self.store, &self.volume, self.id, &self.listed, from);
         let followed = match followed.await? {
             Ok(followed) => followed,
             Err(problem) => return Ok(Err(problem)),
@@ -422,6 +441,7 @@ impl Rescue {
         }
         Ok(Ok(Some(Candidate {
             parent,
+            basis,
             root,
             root_write: followed.root_write,
             frame_sectors: followed.frame_sectors,
@@ -597,7 +617,7 @@ impl Rescue {
         &self,
         epoch: Epoch,
         seq: MapSeq,
-    ) -> Result<Result<Option<(RootRef, Sectors)>, String>, StoreError> {
+    ) -> Result<Result<Option<(RootRef, Sectors, Option<Basis>)>, String>, StoreError> {
         let key = keys::map_key(&self.volume.tenant, self.id, epoch, seq);
         let object = match self.store.get(&key).await {
             Ok((object, _)) => object,
@@ -606,7 +626,7 @@ impl Rescue {
             }
             Err(error) => return Err(error),
         };
-        let Some(at) = last_node(&object) else {
+        let Some((before, at)) = last_nodes(&object) else {
             return Ok(Err("it is no row of nodes".to_owned()));
         };
         // Its kind: a table ends with an index node.
@@ -627,14 +647,20 @@ impl Rescue {
         };
         let ends = manifest.runs.iter().flatten().map(|table| table.end.get());
         let end = Sectors::new(ends.max().unwrap_or(0));
+        // Without it, or with a damaged one, what the log's chunks say has to do.
+        let usage = before.and_then(|from| {
+            let place = u32::try_from(from).ok()?;
+            let usage = Usage::decode(id, place, &object[from..at]).ok()?;
+            Some(((place, offset - place), usage.basis))
+        });
         let root = RootRef {
             epoch,
             seq,
             offset,
             len,
-            usage: None,
+            usage: usage.map(|(place, _)| place),
         };
-        Ok(Ok(Some((root, end))))
+        Ok(Ok(Some((root, end, usage.map(|(_, basis)| basis)))))
     }
 
     /// The head of a state, with what the flags say; the last range of its log open.
@@ -725,9 +751,10 @@ impl Rescue {
     }
 }
 
-/// Where the last node of a map object begins, if it is nodes end to end.
-fn last_node(object: &[u8]) -> Option<usize> {
-    let mut at = 0;
+/// Where the last node of a map object begins, and the one before it, if there is one: if it is nodes end to
+/// end.
+fn last_nodes(object: &[u8]) -> Option<(Option<usize>, usize)> {
+    let (mut before, mut at) = (None, 0);
     loop {
         let header = object.get(at..at + NODE_HEADER_LEN)?;
         if header[..4] != NODE_MAGIC {
@@ -736,8 +763,8 @@ fn last_node(object: &[u8]) -> Option<usize> {
         let stored = u32::from_le_bytes(header[16..20].try_into().ok()?);
         let end = at + NODE_HEADER_LEN + usize::try_from(stored).ok()?;
         match end.cmp(&object.len()) {
-            std::cmp::Ordering::Less => at = end,
-            std::cmp::Ordering::Equal => return Some(at),
+            std::cmp::Ordering::Less => (before, at) = (Some(at), end),
+            std::cmp::Ordering::Equal => return Some((before, at)),
             std::cmp::Ordering::Greater => return None,
         }
     }

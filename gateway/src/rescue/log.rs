@@ -2,6 +2,7 @@
 
 use quarry_objfmt::chunk::ChunkHeader;
 use quarry_objfmt::head::LogRange;
+use quarry_objfmt::map::Basis;
 use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Sectors, VolumeId, WriteSeq};
 
 use super::Listed;
@@ -35,15 +36,22 @@ pub(super) struct Followed {
     pub bytes: u64,
 }
 
-/// Follows the log from behind `newest`, the newest chunk that the map names; from the first chunk, if
-/// it names none; but from no earlier than where the map's epoch has `begun`. The inner error says why there is none.
+/// From where on a log is followed.
+pub(super) enum From {
+    /// From behind the newest chunk that the map names, from the first chunk if it names none; but from no
+    /// earlier than where the map's epoch has begun.
+    Newest(Option<ChunkId>, Option<ChunkId>),
+    /// From where a map of this epoch says: what it does not need of the chunks before may be deleted.
+    Basis(Epoch, Basis),
+}
+
+/// Follows the log behind a map. The inner error says why there is none.
 pub(super) async fn follow(
     store: &dyn Store,
     volume: &VolumeRef,
     id: VolumeId,
     listed: &Listed,
-    newest: Option<ChunkId>,
-    begun: Option<ChunkId>,
+    from: From,
 ) -> Result<Result<Followed, String>, StoreError> {
     let mut follow = Follow {
         store,
@@ -51,7 +59,7 @@ pub(super) async fn follow(
         id,
         listed,
     };
-    follow.run(newest, begun).await
+    follow.run(from).await
 }
 
 struct Follow<'a> {
@@ -62,14 +70,17 @@ struct Follow<'a> {
 }
 
 impl Follow<'_> {
-    async fn run(
-        &mut self,
-        newest: Option<ChunkId>,
-        begun: Option<ChunkId>,
-    ) -> Result<Result<Followed, String>, StoreError> {
+    async fn run(&mut self, from: From) -> Result<Result<Followed, String>, StoreError> {
+        let (newest, begun, basis) = match from {
+            From::Newest(newest, begun) => (newest, begun, None),
+            From::Basis(epoch, basis) => (None, None, Some((epoch, basis))),
+        };
         // What the header of the newest chunk in the map says; its log goes on from there.
         let mut before: Option<ChunkHeader> = None;
         let (mut epoch, mut first) = match newest {
+            None if let Some((epoch, basis)) = &basis => {
+                (*epoch, basis.log_end.max(ChunkSeq::new(1)))
+            }
             Some(chunk) => {
                 if let Ok(Some(Entry::Chunk(header))) = self.place(chunk.epoch, chunk.seq).await? {
                     before = Some(header);
@@ -100,10 +111,12 @@ impl Follow<'_> {
         // What lies between the newest chunk of the map and where its epoch began is in it, or was left
         // behind: the first chunk tells how writes are numbered.
         let known = before.as_ref().map(|header| header.last_write);
+        let known = known.or(basis.map(|(_, basis)| basis.root_write));
         let mut root_write = known.filter(|_| behind.is_none());
-        let at_first = newest.is_none() && behind.is_none();
+        let at_first = newest.is_none() && behind.is_none() && basis.is_none();
         let mut last_write = root_write.or(at_first.then_some(WriteSeq::ZERO));
         let mut frame_sectors = before.as_ref().map(|header| header.frame_sectors);
+        frame_sectors = frame_sectors.or(basis.map(|(_, basis)| basis.frame_sectors));
         let mut size_min = 0;
         let mut bytes = 0;
         let (ends, blocked) = loop {

@@ -278,7 +278,8 @@ async fn writer_that_is_quicker_than_the_seal_has_the_rescue_refused() {
         .await
         .unwrap();
     let newest = Some(chunk_id(1, 3));
-    let followed = follow(&*store, &fixture.name, volume_id(), &listed, newest, None).await;
+    let from = From::Newest(newest, None);
+    let followed = follow(&*store, &fixture.name, volume_id(), &listed, from).await;
     let followed = followed.unwrap().unwrap();
     let rescue = Rescue {
         store,
@@ -292,14 +293,14 @@ async fn writer_that_is_quicker_than_the_seal_has_the_rescue_refused() {
 }
 
 #[test]
-fn last_node_of_what_is_no_row_of_nodes_is_none() {
+fn last_nodes_of_what_is_no_row_of_nodes_is_none() {
     for object in [&b""[..], b"QMAP", &[0; 100], &[b'Q'; 24]] {
-        assert_eq!(last_node(object), None);
+        assert_eq!(last_nodes(object), None);
     }
     let mut node = [0; 30];
     node[..4].copy_from_slice(&NODE_MAGIC);
     node[16] = 6;
-    assert_eq!(last_node(&node), Some(0));
+    assert_eq!(last_nodes(&node), Some((None, 0)));
     node[16] = 7;
-    assert_eq!(last_node(&node), None);
+    assert_eq!(last_nodes(&node), None);
 }
