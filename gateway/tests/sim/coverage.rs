@@ -450,6 +450,7 @@ const SELDOM: &[&str] = &[
     "Fetched, damaged",
     "NodesLoaded, damaged",
     "CheckpointFailed",
+    "CutByWrites",
     "Report: damaged",
     "SegmentBusy",
     "FillRefused",
