@@ -21,6 +21,9 @@ p99() {
 cat >/mnt/quarry.toml <<TOML
 [reactor]
 threads = 1
+[cache]
+# What was hot would be fetched at once.
+hot_set = false
 TOML
 export QUARRY_CONFIG=/mnt/quarry.toml
 start_daemon

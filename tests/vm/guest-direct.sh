@@ -10,6 +10,10 @@ export AWS_REGION=us-east-1
 # shellcheck source=guest.sh
 source "$(dirname "$0")/guest.sh"
 
+# What was hot would be fetched at once, and nothing be left to miss.
+printf '[cache]\nhot_set = false\n' >/mnt/quarry.toml
+export QUARRY_CONFIG=/mnt/quarry.toml
+
 counter() { # METRIC
     busybox wget -q -O - http://127.0.0.1:9400/metrics | awk -v m="quarry_volume_$1_total{" 'index($0, m) == 1 { print $2 }'
 }
