@@ -161,7 +161,7 @@ impl Running {
 }
 
 fn cut_off_bytes() -> u64 {
-    test_number("QUARRY_TEST_IMAGE_MIB", 512) * MIB
+    test_number("QUARRY_TEST_IMAGE_MIB", 384) * MIB
 }
 
 #[test]
