@@ -69,6 +69,15 @@ struct Dead {
     since: Instant,
 }
 
+impl Dead {
+    /// Until when it is kept, whether or not a snapshot needs it.
+    fn kept_until(&self, now: Instant, horizon: Duration, retain_ms: u64, now_ms: u64) -> Instant {
+        let age_ms = now_ms.saturating_sub(self.object.died_ms);
+        let retained = Duration::from_millis(retain_ms.saturating_sub(age_ms));
+        (self.since + horizon).max(now + retained)
+    }
+}
+
 /// A volume's objects as of its newest map.
 #[derive(Clone, Debug)]
 pub struct Objects {
@@ -271,9 +280,9 @@ impl Objects {
         retain_ms: u64,
         now_ms: u64,
     ) -> Vec<DeadObject> {
+        let now = Instant::now();
         let due = self.dead.iter().filter(|dead| {
-            dead.since.elapsed() >= horizon
-                && now_ms.saturating_sub(dead.object.died_ms) >= retain_ms
+            dead.kept_until(now, horizon, retain_ms, now_ms) <= now
                 && !is_pinned(&dead.object, snapshots)
         });
         due.map(|dead| dead.object).collect()
@@ -287,18 +296,15 @@ impl Objects {
         retain_ms: u64,
         now_ms: u64,
     ) -> (Option<Instant>, bool) {
-        let (mut next, mut pinned) = (None, false);
-        for dead in &self.dead {
-            if is_pinned(&dead.object, snapshots) {
-                pinned = true;
-                continue;
-            }
-            let age = now_ms.saturating_sub(dead.object.died_ms);
-            let retained = Duration::from_millis(retain_ms.saturating_sub(age));
-            let due = (dead.since + horizon).max(Instant::now() + retained);
-            next = Some(next.map_or(due, |next: Instant| next.min(due)));
-        }
-        (next, pinned)
+        let now = Instant::now();
+        let (pinned, free): (Vec<&Dead>, Vec<&Dead>) = self
+            .dead
+            .iter()
+            .partition(|dead| is_pinned(&dead.object, snapshots));
+        let due = free
+            .iter()
+            .map(|dead| dead.kept_until(now, horizon, retain_ms, now_ms));
+        (due.min(), !pinned.is_empty())
     }
 
     /// They are deleted.
@@ -324,15 +330,18 @@ impl Objects {
     }
 }
 
+/// The maps that snapshots keep.
+fn maps(snapshots: &[SnapshotRef]) -> impl Iterator<Item = MapSeq> {
+    snapshots.iter().filter_map(|s| s.root.map(|root| root.seq))
+}
+
 fn is_pinned(object: &DeadObject, snapshots: &[SnapshotRef]) -> bool {
-    let mut maps = snapshots.iter().filter_map(|s| s.root.map(|root| root.seq));
-    maps.any(|map| object.is_needed_by(map))
+    maps(snapshots).any(|map| object.is_needed_by(map))
 }
 
 /// Whether a snapshot needs the chunk, dead or alive: taking it apart would give nothing back.
 pub(super) fn is_held(chunk: &ChunkUse, snapshots: &[SnapshotRef]) -> bool {
-    let mut maps = snapshots.iter().filter_map(|s| s.root.map(|root| root.seq));
-    maps.any(|map| chunk.born <= map)
+    maps(snapshots).any(|map| chunk.born <= map)
 }
 
 #[cfg(test)]
