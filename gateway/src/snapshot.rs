@@ -29,7 +29,7 @@ use quarry_objfmt::{
 pub use self::rollback::roll_back;
 use crate::backend::open::{OpenError, load_map};
 use crate::backend::{HeadCell, HeadError};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, create_own};
 use crate::trash::{self, TrashError};
 
 /// Most times that a snapshot is tried anew because a checkpoint came between its two PUTs.
@@ -474,11 +474,8 @@ pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, Sna
         created_ms: spec.now_ms,
     };
     // Step 1.
-    match store.create(&key, encoded(CLONE_KIND, &record)?).await {
-        // The id is ours alone, and so is what exists: a lost answer.
-        Ok(_) | Err(StoreError::Exists { .. }) => {}
-        Err(error) => return Err(error.into()),
-    }
+    // The id is ours alone.
+    create_own(store, &key, encoded(CLONE_KIND, &record)?).await?;
     // Step 2.
     let read = HeadCell::read(store, &keys::head_key(tenant, *parent)).await;
     let found = read.map_err(SnapshotError::from).and_then(|(head, _)| {
@@ -590,11 +587,8 @@ async fn put_root(
     let usage = usage.map(|usage| builder.finish_usage(usage));
     let usage = usage.transpose().map_err(damaged)?;
     let (offset, len) = builder.finish_manifest(manifest).map_err(damaged)?;
-    match store.create(&key, builder.into_bytes().into()).await {
-        // The number is ours alone: what exists is what we sent, its answer lost.
-        Ok(_) | Err(StoreError::Exists { .. }) => {}
-        Err(error) => return Err(error.into()),
-    }
+    // The number is ours alone.
+    create_own(store, &key, builder.into_bytes().into()).await?;
     Ok(RootRef {
         epoch: id.epoch,
         seq: id.seq,

@@ -124,6 +124,21 @@ pub trait Store: fmt::Debug + Send + Sync {
     fn describe(&self) -> String;
 }
 
+/// Creates an object at a key that nobody else uses: what exists there is what was sent, its answer lost.
+///
+/// # Errors
+/// Those of [`Store::create`], but for [`StoreError::Exists`].
+pub(crate) async fn create_own(
+    store: &dyn Store,
+    key: &str,
+    body: Bytes,
+) -> Result<(), StoreError> {
+    match store.create(key, body).await {
+        Ok(_) | Err(StoreError::Exists { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 #[async_trait]
 impl<S: Store + ?Sized> Store for Arc<S> {
     async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {

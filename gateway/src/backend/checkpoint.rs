@@ -22,7 +22,7 @@ use super::VolumeBackend;
 use super::head::HeadError;
 use super::objects::Objects;
 use super::scan::Scan;
-use crate::store::StoreError;
+use crate::store::{StoreError, create_own};
 
 /// A table is cut at about this many bytes: the memory of building one, and the grain of merges.
 const TABLE_BYTES_MAX: usize = 8 << 20;
@@ -227,13 +227,11 @@ impl<'a> Writer<'a> {
         let object = keys::map_key(self.backend.head.tenant(), id.volume, id.epoch, id.seq);
         let bytes = Bytes::from(builder.into_bytes());
         let len = bytes.len() as u64;
-        match self.backend.common.background.create(&object, bytes).await {
-            // Its number is ours alone in our epoch: what exists is what we sent, its answer lost.
-            Ok(_) | Err(StoreError::Exists { .. }) => {
-                self.backend.map_bytes.fetch_add(len, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(error) => Err(refused(&object, &error)),
-        }
+        // Its number is ours alone in our epoch.
+        create_own(&*self.backend.common.background, &object, bytes)
+            .await
+            .map_err(|error| refused(&object, &error))?;
+        self.backend.map_bytes.fetch_add(len, Ordering::Relaxed);
+        Ok(())
     }
 }

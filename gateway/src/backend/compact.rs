@@ -31,7 +31,7 @@ use super::objects::{ChunkName, LogChunk, Objects};
 use super::scan::Scan;
 use super::sound::{Unsound, insist};
 use super::{VolumeBackend, aside, get_range};
-use crate::store::StoreError;
+use crate::store::create_own;
 
 /// What one compaction moves at most, in sectors (64 MiB): its memory, twice, and the stretch of data that it
 /// puts in order.
@@ -283,16 +283,10 @@ async fn write(
     let encoded = aside(encode).await.expect("encoding does not panic");
     let object = keys::chunk_key(backend.head.tenant(), id);
     let stored_bytes = encoded.bytes.len() as u64;
-    match backend
-        .common
-        .background
-        .create(&object, encoded.bytes)
+    // Its number is ours alone in our epoch.
+    create_own(&*backend.common.background, &object, encoded.bytes)
         .await
-    {
-        // Its number is ours alone in our epoch: what exists is what we sent, its answer lost.
-        Ok(_) | Err(StoreError::Exists { .. }) => {}
-        Err(error) => return Err(refused(&object, &error)),
-    }
+        .map_err(|error| refused(&object, &error))?;
     backend
         .stored_bytes
         .fetch_add(stored_bytes, Ordering::Relaxed);
