@@ -310,21 +310,20 @@ pub async fn open_read_only(
     kept: Option<&Recovered>,
     claim: &Claim,
 ) -> Result<Claimed, OpenError> {
-    let mut tries = 0;
-    loop {
-        let (head, tag) = read_head(store, tenant, volume, claim).await?;
-        match open_head(store, tenant, head.clone(), tag.clone(), kept, claim).await {
-            // What a writer elsewhere has given up meanwhile may be gone; what it has now is not.
-            Err(OpenError::Damaged { .. }) if tries < REOPENS_MAX => {
-                let (now, _) = read_head(store, tenant, volume, claim).await?;
-                if now == head {
-                    return open_head(store, tenant, head, tag, kept, claim).await;
-                }
-                tries += 1;
-            }
+    let (mut head, mut tag) = read_head(store, tenant, volume, claim).await?;
+    for _ in 0..REOPENS_MAX {
+        let error = match open_head(store, tenant, head.clone(), tag, kept, claim).await {
+            Err(error @ OpenError::Damaged { .. }) => error,
             opened => return opened,
+        };
+        // What a writer elsewhere has given up meanwhile may be gone; what it has now is not.
+        let (now, now_tag) = read_head(store, tenant, volume, claim).await?;
+        if now == head {
+            return Err(error);
         }
+        (head, tag) = (now, now_tag);
     }
+    open_head(store, tenant, head, tag, kept, claim).await
 }
 
 async fn open_head(
