@@ -10,7 +10,7 @@ use super::Failure;
 use super::failure::chain;
 use crate::image::qemu::QemuError;
 use crate::image::record::RecordError;
-use crate::image::{Copy, CopyError, DiskError, Progress};
+use crate::image::{Copy, CopyError, Disk, DiskError, Feed, Progress};
 use crate::nbd::client::ClientError;
 
 /// How often the bar moves.
@@ -67,6 +67,14 @@ impl Interrupts {
             () = self.next() => None,
         }
     }
+}
+
+/// Starts a copy: see [`Copy::start`].
+pub(super) fn started(feed: Feed, pairs: Vec<(Option<Disk>, Disk)>) -> Result<Copy, Failure> {
+    Copy::start(feed, pairs).map_err(|error| {
+        let message = format!("no threads: {error}");
+        Failure::new("internal", message, "give fewer --jobs")
+    })
 }
 
 /// Waits for a copy's end while `beside` goes on, which ends in an error only.

@@ -19,14 +19,14 @@ use serde::Serialize;
 use super::Failure;
 use super::args::ExportFlags;
 use super::attachment::Attachment;
-use super::copying::{Broken, INTERRUPTED, Interrupts, failed, watch};
+use super::copying::{Broken, INTERRUPTED, Interrupts, failed, started, watch};
 use super::failure::chain;
 use super::output::Console;
 use super::progress::copying;
 use super::table::{bytes, span_ms};
 use crate::control::Client;
 use crate::image::qemu::{self, Served};
-use crate::image::{Copy, CopyError, Disk, Feed, ImageFormat, Progress};
+use crate::image::{CopyError, Disk, Feed, ImageFormat, Progress};
 
 /// What was exported.
 #[derive(Serialize)]
@@ -212,13 +212,7 @@ impl Export<'_> {
             pairs.push((Some(self.attachment.connect()?), target));
         }
         let bar = copying("exporting", &self.flags.volume, Some(size), 0);
-        let copy = Copy::start(feed, pairs).map_err(|error| {
-            Failure::new(
-                "internal",
-                format!("no threads: {error}"),
-                "give fewer --jobs",
-            )
-        })?;
+        let copy = started(feed, pairs)?;
         let ended = watch(copy, &bar, interrupts, async |_| {
             std::future::pending().await
         })

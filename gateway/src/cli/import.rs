@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::Failure;
 use super::args::{ImportFlags, ShapeFlags};
 use super::attachment::Attachment;
-use super::copying::{Broken, INTERRUPTED, Interrupts, failed, watch};
+use super::copying::{Broken, INTERRUPTED, Interrupts, failed, started, watch};
 use super::failure::chain;
 use super::output::Console;
 use super::progress::{copying, uploading};
@@ -430,13 +430,7 @@ impl Import<'_> {
             }
         };
         let bar = copying("importing", &self.flags.volume, total, start);
-        let copy = Copy::start(feed, pairs).map_err(|error| {
-            Failure::new(
-                "internal",
-                format!("no threads: {error}"),
-                "give fewer --jobs",
-            )
-        })?;
+        let copy = started(feed, pairs)?;
         let ended = watch(copy, &bar, interrupts, async |copy| match mark {
             Some((place, record)) => self.keep_record(copy, place, record).await,
             None => std::future::pending().await,
