@@ -45,7 +45,7 @@ use quarry_objfmt::{
     WriteSeq, keys,
 };
 
-use self::log::{Followed, From, follow};
+use self::log::{Followed, Start, follow};
 use crate::backend::DAMAGE_RETRIES_MAX;
 use crate::backend::open::{Entry, log_place};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
@@ -419,12 +419,12 @@ impl Rescue {
                 )));
             }
         }
-        let from = match (map, basis) {
-            (Some((epoch, _)), Some(basis)) => From::Basis(epoch, basis),
-            (Some((epoch, _)), None) => From::Newest(newest, self.begun(epoch).await?),
-            (None, _) => From::Newest(None, None),
+        let start = match (map, basis) {
+            (Some((epoch, _)), Some(basis)) => Start::Basis(epoch, basis),
+            (Some((epoch, _)), None) => Start::Newest(newest, self.begun(epoch).await?),
+            (None, _) => Start::Newest(None, None),
         };
-        let followed = follow(&*self.store, &self.volume, self.id, &self.listed, from);
+        let followed = follow(&*self.store, &self.volume, self.id, &self.listed, start);
         let followed = match followed.await? {
             Ok(followed) => followed,
             Err(problem) => return Ok(Err(problem)),

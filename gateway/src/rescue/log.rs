@@ -37,7 +37,7 @@ pub(super) struct Followed {
 }
 
 /// From where on a log is followed.
-pub(super) enum From {
+pub(super) enum Start {
     /// From behind the newest chunk that the map names, from the first chunk if it names none; but from no
     /// earlier than where the map's epoch has begun.
     Newest(Option<ChunkId>, Option<ChunkId>),
@@ -51,7 +51,7 @@ pub(super) async fn follow(
     volume: &VolumeRef,
     id: VolumeId,
     listed: &Listed,
-    from: From,
+    start: Start,
 ) -> Result<Result<Followed, String>, StoreError> {
     let mut follow = Follow {
         store,
@@ -59,7 +59,7 @@ pub(super) async fn follow(
         id,
         listed,
     };
-    follow.run(from).await
+    follow.run(start).await
 }
 
 struct Follow<'a> {
@@ -70,10 +70,10 @@ struct Follow<'a> {
 }
 
 impl Follow<'_> {
-    async fn run(&mut self, from: From) -> Result<Result<Followed, String>, StoreError> {
-        let (newest, begun, basis) = match from {
-            From::Newest(newest, begun) => (newest, begun, None),
-            From::Basis(epoch, basis) => (None, None, Some((epoch, basis))),
+    async fn run(&mut self, start: Start) -> Result<Result<Followed, String>, StoreError> {
+        let (newest, begun, basis) = match start {
+            Start::Newest(newest, begun) => (newest, begun, None),
+            Start::Basis(epoch, basis) => (None, None, Some((epoch, basis))),
         };
         // What the header of the newest chunk in the map says; its log goes on from there.
         let mut before: Option<ChunkHeader> = None;

@@ -278,8 +278,8 @@ async fn writer_that_is_quicker_than_the_seal_has_the_rescue_refused() {
         .await
         .unwrap();
     let newest = Some(chunk_id(1, 3));
-    let from = From::Newest(newest, None);
-    let followed = follow(&*store, &fixture.name, volume_id(), &listed, from).await;
+    let start = Start::Newest(newest, None);
+    let followed = follow(&*store, &fixture.name, volume_id(), &listed, start).await;
     let followed = followed.unwrap().unwrap();
     let rescue = Rescue {
         store,
