@@ -269,11 +269,13 @@ async fn write(
     let extents = extents(pieces);
     let raw = data.concat();
     let (frame_sectors, compression) = (backend.head.frame_sectors(), backend.head.compression());
+    let cut_ms = (backend.common.now_ms)();
     let encode = move || {
         let params = ChunkParams {
             id,
             first_write: WriteSeq::ZERO,
             last_write: WriteSeq::ZERO,
+            cut_ms,
             frame_sectors,
             compression,
             key: None,

@@ -37,10 +37,10 @@ pub(crate) const HEADER_GUESS: u64 = 64 << 10;
 
 /// How often a volume that is being written elsewhere is opened again for reading, if what its head named
 /// was gone.
-const REOPENS_MAX: u32 = 3;
+pub(super) const REOPENS_MAX: u32 = 3;
 
 /// Chunks of the log looked at side by side.
-const REPLAY_CONCURRENCY: usize = 16;
+pub(super) const REPLAY_CONCURRENCY: usize = 16;
 
 /// Why a volume cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +81,24 @@ pub enum OpenError {
     NoSnapshot {
         /// Its name.
         snapshot: SnapName,
+    },
+    /// A time that has not come.
+    #[error("{at} is in the future: by this host's clock it is {now}")]
+    Future {
+        /// The time.
+        at: String,
+        /// Now.
+        now: String,
+    },
+    /// The volume as it was at a time cannot be had any more.
+    #[error("what the volume was at {at} is not kept: {why}{oldest}")]
+    NotKept {
+        /// The time.
+        at: String,
+        /// Why, in a few words.
+        why: String,
+        /// What is, in a part of a sentence, or nothing.
+        oldest: String,
     },
     /// Two attached at once, or one attached and one resized; the other won.
     #[error(
@@ -435,7 +453,8 @@ async fn replay(
             stored_write = header.last_write;
             end = header.id.seq.next();
             let entries = header.map_entries();
-            chunks.push(LogChunk::new(header.id, &entries, header.object_len()));
+            let chunk = LogChunk::new(header.id, &entries, header.object_len());
+            chunks.push(chunk.cut_at(header.cut_ms));
             log.push(entries);
         }
     }
@@ -472,7 +491,7 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
 
 /// The headers of a log range, in order, up to its end; the end of an open range is sealed if we
 /// have a claim.
-async fn replay_range(
+pub(super) async fn replay_range(
     store: &dyn Store,
     tenant: &TenantName,
     range: &LogRange,
@@ -735,7 +754,15 @@ pub async fn give_back(store: &dyn Store, head: &HeadCell) -> Result<(), HeadErr
         .map(|_| ())
 }
 
-fn since(ms: u64) -> String {
-    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms);
-    humantime::format_rfc3339_seconds(at).to_string()
+/// A time, for people.
+pub(super) fn since(ms: u64) -> String {
+    // What is behind the year 9999 cannot be written so.
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms.min(TOLD_MS_MAX));
+    match ms % 1000 {
+        0 => humantime::format_rfc3339_seconds(at).to_string(),
+        _ => humantime::format_rfc3339_millis(at).to_string(),
+    }
 }
+
+/// The last second of the year 9999.
+const TOLD_MS_MAX: u64 = 253_402_300_799_000;

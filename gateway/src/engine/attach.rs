@@ -41,7 +41,8 @@ impl From<OpenError> for ApiError {
             | OpenError::Stale { .. }
             | OpenError::Unsent
             | OpenError::Raced { .. } => Kind::Conflict,
-            OpenError::NoSnapshot { .. } => Kind::NotFound,
+            OpenError::NoSnapshot { .. } | OpenError::NotKept { .. } => Kind::NotFound,
+            OpenError::Future { .. } => Kind::Invalid,
             OpenError::Damaged { .. } | OpenError::Cache(_) => Kind::Damaged,
             OpenError::Store(error) => return registry::store_error(error),
         };
