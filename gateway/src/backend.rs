@@ -42,7 +42,7 @@ use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
 pub use head::{HeadCell, HeadError};
-pub use objects::{LogChunk, Objects, Space};
+pub use objects::{LogChunk, Objects, RETAIN_MS_MAX, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
 

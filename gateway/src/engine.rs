@@ -18,6 +18,7 @@ mod registry;
 mod report;
 mod rescue;
 mod resize;
+mod retain;
 mod slot;
 mod snapshot;
 mod trash;
@@ -44,9 +45,9 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Kind, PurgeReport,
-    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
-    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec,
+    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, RetainInfo, SnapRef, SnapshotInfo, StatusInfo,
+    TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
+    VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -433,6 +434,10 @@ impl Engine for Daemon {
         for volume in registry::list_volumes(&self.control, tenant).await? {
             all.push(self.show_volume(&volume.into()).await?);
         }
+        for image in self.past_images(tenant) {
+            // It may just have been detached, or its volume be deleted.
+            all.extend(self.show_volume(&image).await.ok());
+        }
         Ok(all)
     }
 
@@ -453,6 +458,11 @@ impl Engine for Daemon {
     async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
         self.fit()?;
         self.resize_volume(volume, size_bytes).await
+    }
+
+    async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
+        self.fit()?;
+        self.retain_volume(volume, retain_ms).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -18,6 +18,9 @@ use quarry_objfmt::{
 use quarry_volume::map::MapRoot;
 use tokio::time::Instant;
 
+/// Longest time for which dead objects are retained: 100 years.
+pub const RETAIN_MS_MAX: u64 = 36_525 * 86_400_000;
+
 /// A chunk as it came into the log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LogChunk {
@@ -81,6 +84,7 @@ impl Dead {
     /// Until when it is kept, whether or not a snapshot needs it.
     fn kept_until(&self, now: Instant, horizon: Duration, retain_ms: u64, now_ms: u64) -> Instant {
         let age_ms = now_ms.saturating_sub(self.object.died_ms);
+        let retain_ms = retain_ms.min(RETAIN_MS_MAX);
         let retained = Duration::from_millis(retain_ms.saturating_sub(age_ms));
         (self.since + horizon).max(now + retained)
     }

@@ -30,6 +30,7 @@ use quarry_volume::map::MapRoot;
 use super::head::{HeadCell, HeadError, put};
 use super::objects::{LogChunk, Objects};
 use super::sound::{self, Unsound};
+use crate::moment::Moment;
 use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
@@ -86,19 +87,22 @@ pub enum OpenError {
     #[error("{at} is in the future: by this host's clock it is {now}")]
     Future {
         /// The time.
-        at: String,
+        at: Moment,
         /// Now.
-        now: String,
+        now: Moment,
     },
     /// The volume as it was at a time cannot be had any more.
-    #[error("what the volume was at {at} is not kept: {why}{oldest}")]
+    #[error(
+        "what the volume was at {at} is not kept: {why}{}",
+        .oldest.map(|oldest| format!("; the oldest state that is kept is of {oldest}")).unwrap_or_default()
+    )]
     NotKept {
         /// The time.
-        at: String,
+        at: Moment,
         /// Why, in a few words.
         why: String,
-        /// What is, in a part of a sentence, or nothing.
-        oldest: String,
+        /// From when on its states are kept, if that is known.
+        oldest: Option<Moment>,
     },
     /// Two attached at once, or one attached and one resized; the other won.
     #[error(
@@ -754,15 +758,7 @@ pub async fn give_back(store: &dyn Store, head: &HeadCell) -> Result<(), HeadErr
         .map(|_| ())
 }
 
-/// A time, for people.
-pub(super) fn since(ms: u64) -> String {
-    // What is behind the year 9999 cannot be written so.
-    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms.min(TOLD_MS_MAX));
-    match ms % 1000 {
-        0 => humantime::format_rfc3339_seconds(at).to_string(),
-        _ => humantime::format_rfc3339_millis(at).to_string(),
-    }
+fn since(ms: u64) -> String {
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms);
+    humantime::format_rfc3339_seconds(at).to_string()
 }
-
-/// The last second of the year 9999.
-const TOLD_MS_MAX: u64 = 253_402_300_799_000;

@@ -36,9 +36,10 @@ use super::map_end::MapEnd;
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::open::{
     Claimed, Entry, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, load_map, load_usage, log_entry,
-    replay_range, since,
+    replay_range,
 };
 use super::sound::Unsound;
+use crate::moment::Moment;
 use crate::store::{Store, StoreError, Tag};
 
 /// Chunks whose headers are read before it is seen whether they are too late.
@@ -63,8 +64,8 @@ pub async fn open_at(
 ) -> Result<Claimed, OpenError> {
     if at_ms > now_ms {
         return Err(OpenError::Future {
-            at: since(at_ms),
-            now: since(now_ms),
+            at: Moment::from_ms(at_ms),
+            now: Moment::from_ms(now_ms),
         });
     }
     let key = keys::head_key(tenant, volume);
@@ -528,12 +529,10 @@ impl Past<'_> {
     }
 
     fn refused(&self, why: &str, oldest_ms: Option<u64>) -> OpenError {
-        let oldest =
-            oldest_ms.map(|ms| format!("; the oldest state that is kept is of {}", since(ms)));
         OpenError::NotKept {
-            at: since(self.at_ms),
+            at: Moment::from_ms(self.at_ms),
             why: why.to_owned(),
-            oldest: oldest.unwrap_or_default(),
+            oldest: oldest_ms.map(Moment::from_ms),
         }
     }
 }

@@ -21,7 +21,7 @@ use super::dto::{
 };
 use super::error::response;
 use super::trash::{self, TrashInfo};
-use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, warm};
+use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, retain, warm};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -74,6 +74,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
     finish(
         routes
             .merge(trash::routes())
+            .merge(retain::routes())
             .merge(warm::routes())
             .merge(health()),
         engine,
@@ -440,6 +441,7 @@ mod tests {
             sector_size: 4096,
             durability: Durability::Object,
             compression: Compression::Zstd,
+            retain_ms: 0,
         }
     }
 

@@ -29,7 +29,7 @@ use crate::ublk::UblkError;
 
 /// Longest wait for a change of the head: longer than its own deadline, for a checkpoint's change that
 /// is under way has none, and comes first.
-const HEAD_WAIT_MAX: Duration = Duration::from_secs(30);
+pub(super) const HEAD_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// What an NBD client has to do with the new size.
 const NBD_NOTE: &str = "NBD clients are told when they connect again";
@@ -94,7 +94,7 @@ impl Daemon {
                 Ok(head) => head,
                 Err(HeadError::Fenced { by }) => {
                     backend.tell(Event::Fenced { by: by.clone() }).await;
-                    return Err(taken_over(volume, &by));
+                    return Err(registry::changed_elsewhere(volume, &by));
                 }
                 Err(error) => return Err(registry::head_error(volume, &error)),
             }
@@ -159,16 +159,6 @@ pub(super) fn larger(volume: &VolumeRef, head: &Head, size_bytes: u64) -> ApiRes
         return Err(ApiError::new(Kind::Conflict, message, remedy));
     }
     Ok(Sectors::from_bytes(size_bytes).expect("whole blocks are whole sectors"))
-}
-
-/// Another host took the volume while it was being resized.
-pub(super) fn taken_over(volume: &VolumeRef, by: &str) -> ApiError {
-    let message = format!("{volume} was attached or resized just now by {by}");
-    ApiError::new(
-        Kind::Conflict,
-        message,
-        "if it is attached there, resize it there; else try again",
-    )
 }
 
 fn resized(volume: &VolumeRef, size_bytes: u64, note: Option<String>) -> ResizeInfo {
