@@ -143,6 +143,15 @@ fn volume_is_opened_as_it_was_beside_its_writer_and_on_another_host() -> Result<
     assert_reads(&reader, &image, &moments[3])?;
     assert_reads(&reader, &second, &moments[7])?;
 
+    // As an image, beside its writer.
+    let file = dir.path().join("past.img");
+    let path = file.to_str().context("not UTF-8")?;
+    let at = moments[5].text();
+    daemon.quarry(&["volume", "export", VOLUME, path, "--at", &at])?;
+    ensure!(std::fs::read(&file)? == moments[5].bytes, "another image");
+    let listed = daemon.json(&["volume", "list"])?.to_string();
+    ensure!(!listed.contains(&at), "it is still attached: {listed}");
+
     let early = refused_at(&other, &before.to_string())?;
     ensure!(early.mentions("the volume was made later"), "{early:?}");
     let future = refused_at(&other, "2999-01-01T00:00:00Z")?;

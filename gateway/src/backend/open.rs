@@ -104,9 +104,9 @@ pub enum OpenError {
         /// From when on its states are kept, if that is known.
         oldest: Option<Moment>,
     },
-    /// Two attached at once, or one attached and one resized; the other won.
+    /// Two attached at once, or one attached and one changed it; the other won.
     #[error(
-        "the volume was attached or resized at the same moment by {by}: try again; if it is attached there, detach it first"
+        "the volume was attached or changed at the same moment by {by}: try again; if it is attached there, detach it first"
     )]
     Raced {
         /// Who.

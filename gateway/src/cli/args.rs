@@ -307,14 +307,15 @@ Examples:
 Cut off, the same command goes on where it stopped, but for standard input. The volume must be empty, or is
 made so with --overwrite. An image that names other files, such as a backing file, is refused.")]
     Import(ImportFlags),
-    /// Copy a volume into a disk image.
+    /// Copy a volume, or a snapshot, into a disk image.
     #[command(after_help = "\
 Examples:
   quarry volume export acme/db disk.qcow2
+  quarry volume export acme/db --at -2h disk.qcow2
   quarry volume export acme/db - | zstd > disk.img.zst
 
 The image has its name when it is whole. A volume that is written to meanwhile gives an image of no single
-moment: detach it, or stop its users, first.")]
+moment: detach it, stop its users, or export a snapshot or a time.")]
     Export(ExportFlags),
     /// Check a volume in the object store, attached or not: what is wrong, and where.
     #[command(after_help = "\
@@ -469,10 +470,13 @@ pub struct ImportFlags {
 /// Flags of `quarry volume export`.
 #[derive(Debug, Args)]
 pub struct ExportFlags {
-    /// The volume, as tenant/name.
-    pub volume: VolumeRef,
+    /// The volume, as tenant/name, or a snapshot.
+    pub volume: ImageRef,
     /// The image to make, or - to write the bytes of the disk to standard output.
     pub image: PathBuf,
+    /// As it was at this time (2026-11-25T03:00:00Z, or -2h), if that is kept.
+    #[arg(long, value_name = "TIME", value_parser = moment, allow_hyphen_values = true)]
+    pub at: Option<Moment>,
     /// What to make: raw, qcow2, vmdk, vhdx, vdi…; by default by the image's name, or raw.
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub format: Option<ImageFormat>,

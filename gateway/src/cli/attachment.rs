@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::Failure;
 use super::progress::{shown, uploading};
-use crate::control::{
-    AttachOptions, AttachedInfo, Client, ImageRef, State, Via, VolumeInfo, VolumeRef,
-};
+use crate::control::{AttachOptions, AttachedInfo, Client, ImageRef, State, Via, VolumeInfo};
 use crate::image::Disk;
 use crate::nbd;
 
@@ -49,12 +47,11 @@ impl<'a> Attachment<'a> {
     /// If it can be used by this command neither way.
     pub async fn take(
         client: &'a Client,
-        volume: &VolumeRef,
+        volume: &ImageRef,
         info: &VolumeInfo,
         read_only: bool,
     ) -> Result<Self, Failure> {
-        let image = ImageRef::from(volume.clone());
-        let info = settled(client, &image, info).await?;
+        let info = settled(client, volume, info).await?;
         let found = match (info.state, &info.attached) {
             (State::Detached, _) => None,
             (State::Attached, Some(attached)) => Some(attached),
@@ -82,7 +79,7 @@ impl<'a> Attachment<'a> {
                     read_only,
                     ..AttachOptions::default()
                 };
-                let made = shown("attaching", volume, client.attach(&image, &options)).await?;
+                let made = shown("attaching", volume, client.attach(volume, &options)).await?;
                 AttachedInfo {
                     via: made.via,
                     uri: made.uri,
@@ -93,7 +90,7 @@ impl<'a> Attachment<'a> {
         };
         Ok(Self {
             client,
-            volume: image,
+            volume: volume.clone(),
             place: place(&attached)?,
             uri: attached.uri,
             ours: found.is_none(),
@@ -174,7 +171,7 @@ fn conflict(message: String, remedy: &str) -> Failure {
 }
 
 /// Refuses an attachment that cannot be written through, or whose user is the kernel.
-fn writable(volume: &VolumeRef, attached: &AttachedInfo) -> Result<(), Failure> {
+fn writable(volume: &ImageRef, attached: &AttachedInfo) -> Result<(), Failure> {
     let remedy = format!("detach it first: `quarry volume detach {volume}`");
     if let Some(device) = &attached.device {
         let message = format!("{volume} is attached as {device}, and may be in use");

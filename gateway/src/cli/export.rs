@@ -24,7 +24,8 @@ use super::failure::chain;
 use super::output::Console;
 use super::progress::copying;
 use super::table::{bytes, span_ms};
-use crate::control::Client;
+use super::volume::image_at;
+use crate::control::{Client, Kind, VolumeInfo};
 use crate::image::qemu::{self, Served};
 use crate::image::{CopyError, Disk, Feed, ImageFormat, Progress};
 
@@ -42,10 +43,11 @@ struct ExportReport {
 
 pub(super) async fn run(
     client: &Client,
-    flags: ExportFlags,
+    mut flags: ExportFlags,
     console: &mut Console<'_>,
 ) -> Result<(), Failure> {
     let begun = Instant::now();
+    flags.volume = image_at(flags.volume, flags.at)?;
     let to_stdout = flags.image == Path::new("-");
     let by_name = || ImageFormat::by_name(&flags.image);
     let format = flags.format.unwrap_or_else(by_name);
@@ -56,7 +58,13 @@ pub(super) async fn run(
             "name a file",
         ));
     }
-    let info = client.show_volume(&flags.volume.clone().into()).await?;
+    let info = match client.show_volume(&flags.volume).await {
+        // What a volume was is shown only while it is attached.
+        Err(error) if flags.volume.at.is_some() && error.kind == Kind::Conflict => {
+            VolumeInfo::default()
+        }
+        shown => shown?,
+    };
     let target = match to_stdout {
         true => None,
         false => Some(Target::new(&flags.image, flags.force)?),
@@ -73,12 +81,16 @@ pub(super) async fn run(
         flags: &flags,
         attachment: &attachment,
     };
-    let done = match &target {
-        None => export.stream(&mut interrupts).await,
-        Some(target) => export.file(target, format, &mut interrupts).await,
+    let done = async {
+        let size_bytes = attachment.connect()?.size();
+        let written = match &target {
+            None => export.stream(&mut interrupts).await?,
+            Some(target) => export.file(target, format, &mut interrupts).await?,
+        };
+        Ok((size_bytes, written))
     };
-    let written = match done {
-        Ok(written) => written,
+    let (size_bytes, written) = match done.await {
+        Ok(done) => done,
         Err(failure) => {
             attachment.leave().await;
             return Err(failure);
@@ -95,7 +107,7 @@ pub(super) async fn run(
         volume: flags.volume.to_string(),
         image: flags.image.display().to_string(),
         format: format.as_str(),
-        size_bytes: info.size_bytes,
+        size_bytes,
         written_bytes: written,
         elapsed_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
     };

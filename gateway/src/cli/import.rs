@@ -224,7 +224,8 @@ impl Import<'_> {
             _ => None,
         };
         let volume = &self.flags.volume;
-        let mut attachment = Attachment::take(self.client, volume, self.info, false).await?;
+        let mut attachment =
+            Attachment::take(self.client, &volume.clone().into(), self.info, false).await?;
         let ready = self.make_ready(&mut image, &attachment, place.as_ref(), begun);
         let record = match ready {
             Ok(record) => record,

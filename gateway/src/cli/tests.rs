@@ -76,6 +76,8 @@ fn every_line_of_the_manual_parses() {
         "volume import - acme/db --size 100GiB",
         "volume export acme/db disk.qcow2",
         "volume export acme/db - --format raw --force --jobs 64",
+        "volume export acme/db@nightly disk.img",
+        "volume export acme/db disk.img --at -2h",
         "volume sync acme/db",
         "volume warm acme/db",
         "volume warm acme/db --range 0-10GiB --limit 20GiB",

@@ -11,6 +11,7 @@ use crate::control::{
     AttachInfo, AttachOptions, Client, ImageRef, ResizeInfo, RestoreSpec, RetainInfo, SnapRef,
     State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
+use crate::moment::Moment;
 
 pub(super) async fn run(
     client: &Client,
@@ -177,15 +178,7 @@ async fn attach(
         mode,
         direct_reads,
     } = flags;
-    let volume = match at {
-        Some(_) if volume.is_past() => {
-            let message = format!("{volume} is of one moment already");
-            let remedy = "name the volume alone, or leave --at out";
-            return Err(Failure::new("usage", message, remedy));
-        }
-        Some(at) => ImageRef::past(volume.volume, at),
-        None => volume,
-    };
+    let volume = image_at(volume, at)?;
     let options = AttachOptions {
         via,
         force,
@@ -201,6 +194,19 @@ async fn attach(
         eprintln!("quarry: {volume} is attached, with {warning}");
     }
     console.show(&attached, attach_text)
+}
+
+/// What `--at` makes of what was named.
+pub(super) fn image_at(image: ImageRef, at: Option<Moment>) -> Result<ImageRef, Failure> {
+    match at {
+        Some(_) if image.is_past() => {
+            let message = format!("{image} is of one moment already");
+            let remedy = "name the volume alone, or leave --at out";
+            Err(Failure::new("usage", message, remedy))
+        }
+        Some(at) => Ok(ImageRef::past(image.volume, at)),
+        None => Ok(image),
+    }
 }
 
 /// Where it is, and nothing else: for `$(…)`.
@@ -387,6 +393,18 @@ fn show_text(v: &VolumeInfo) -> String {
 mod tests {
     use super::*;
     use crate::control::OwnerInfo;
+
+    #[test]
+    fn image_at_a_time_is_of_a_volume_and_not_of_what_is_past_already() {
+        let at = Some(Moment::from_ms(1000));
+        let image = |text: &str| text.parse::<ImageRef>().unwrap();
+        let past = image_at(image("acme/db"), at).unwrap();
+        assert_eq!(past.to_string(), "acme/db@1970-01-01T00:00:01Z");
+        assert_eq!(image_at(past.clone(), None).unwrap(), past);
+        for named in [past, image("acme/db@nightly")] {
+            assert_eq!(image_at(named, at).unwrap_err().kind, "usage");
+        }
+    }
 
     #[test]
     fn list_of_a_volume_elsewhere_names_the_host() {

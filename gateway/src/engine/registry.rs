@@ -301,6 +301,7 @@ async fn free_head(
     store: &dyn Store,
     volume: &VolumeRef,
     cache: CacheId,
+    doing: &str,
 ) -> ApiResult<(Head, HeadCell)> {
     let id = find(store, volume).await?;
     let read = HeadCell::read(store, &keys::head_key(&volume.tenant, id)).await;
@@ -310,7 +311,8 @@ async fn free_head(
     }
     if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
         let message = format!("{volume} is attached by host {}", other.host);
-        let remedy = "do that there, or, if that host is lost, attach it here with --force first";
+        let remedy =
+            format!("{doing} there, or, if that host is lost, attach it here with --force first");
         return Err(ApiError::new(Kind::Conflict, message, remedy));
     }
     let cell = HeadCell::new(volume.tenant.clone(), head.clone(), tag);
@@ -324,7 +326,7 @@ pub(super) async fn grow_volume(
     size_bytes: u64,
     cache: CacheId,
 ) -> ApiResult<()> {
-    let (head, cell) = free_head(store, volume, cache).await?;
+    let (head, cell) = free_head(store, volume, cache, "resize it").await?;
     let size = larger(volume, &head, size_bytes)?;
     if head.size == size {
         return Ok(());
@@ -344,7 +346,7 @@ pub(super) async fn retain_volume(
     retain_ms: u64,
     cache: CacheId,
 ) -> ApiResult<()> {
-    let (head, cell) = free_head(store, volume, cache).await?;
+    let (head, cell) = free_head(store, volume, cache, "set that").await?;
     if head.retain_ms == retain_ms {
         return Ok(());
     }
