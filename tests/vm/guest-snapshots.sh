@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# In the guest: the ublk device of a volume with ext4 on it, and beside it those of two of its snapshots, none of which is taken
-# for another, neither while they are used nor when their daemon is killed and comes back.
+# In the guest: the ublk device of a volume with ext4 on it, and beside it those of two of its snapshots and of a time, none of which
+# is taken for another, neither while they are used nor when their daemon is killed and comes back.
 # usage: guest-snapshots.sh DIRECTORY
 dir=$1
 state=/mnt/state cache=/mnt/cache cache_size=256MiB
@@ -30,7 +30,7 @@ write_some() { # FIRST
 
 start_daemon
 quarry tenant create acme
-quarry volume create "$volume" --size 64MiB
+quarry volume create "$volume" --size 64MiB --retain 1h
 quarry volume attach "$volume" --via ublk
 disk=$(await_device)
 mkfs.ext4 -q "$disk" || fail "mkfs.ext4"
@@ -41,8 +41,11 @@ record=/mnt/record
 write_some 0
 snapshot frozen
 cp "$record" /mnt/record-frozen
+sleep 1.1
+moment=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 write_some 1000
 snapshot later
+snapshots+=("$moment")
 
 declare -A nodes sums
 for name in "${snapshots[@]}"; do
@@ -77,6 +80,10 @@ umount /mnt/then
 quarry volume detach "$volume@frozen"
 [[ ! -e ${nodes[frozen]} && ! -e /dev/quarry/$volume@frozen ]] || fail "a device that was detached is there"
 [[ $(await_device) == "$disk" && $(sum "${nodes[later]}") == "${sums[later]}" ]] || fail "another went with it"
+mount -o ro,noload "${nodes[$moment]}" /mnt/then || fail "what was there at $moment cannot be mounted"
+check_files /mnt/then /mnt/record-frozen
+umount /mnt/then
+quarry volume detach "$volume@$moment"
 quarry volume detach "$volume@later"
 quarry snapshot delete "$volume@later"
 

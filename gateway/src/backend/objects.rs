@@ -67,7 +67,7 @@ pub struct Space {
     pub live: u64,
     /// Data in chunks that the map needs a part of, before compression, which it does not need.
     pub debt: u64,
-    /// Dead objects that no snapshot needs: they go when the horizon has passed.
+    /// Dead objects that no snapshot needs: they go when the horizon and the retention have passed.
     pub dead: u64,
     /// Dead objects that a snapshot needs.
     pub pinned: u64,

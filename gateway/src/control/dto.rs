@@ -529,7 +529,7 @@ pub struct VolumeInfo {
     pub live_bytes: u64,
     /// Data there that it does not need, before compression, in chunks that it needs a part of.
     pub debt_bytes: u64,
-    /// Objects that nobody needs, and that are deleted when the horizon has passed.
+    /// Objects that nobody needs, and that are deleted when the horizon and the retention have passed.
     pub dead_bytes: u64,
     /// Objects that only snapshots need.
     pub pinned_bytes: u64,
