@@ -8,6 +8,7 @@
 //! waiting cannot mend: a damaged object, or a newer writer.
 
 mod checkpoint;
+mod chores;
 mod compact;
 mod direct;
 mod head;
@@ -37,6 +38,7 @@ use open::{Claimed, Entry};
 use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
+pub use chores::{Chore, ChoreError, ChoreProgress};
 pub use head::{HeadCell, HeadError};
 pub use objects::{LogChunk, Objects, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
@@ -49,7 +51,8 @@ use crate::store::{Store, StoreError};
 /// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
 pub const UPLOADS_MAX: usize = 16;
 
-/// Most compactions at once, over all volumes: each takes up to 160 MiB.
+/// Most compactions at once, over all volumes: each takes up to twice
+/// [`ReclaimSettings::window_bytes`] and four chunks.
 pub const COMPACTIONS_MAX: usize = 1;
 
 /// The way of direct reads, or why the store or the kernel has none; found out when first asked, for few

@@ -10,6 +10,7 @@
 //! - the TCP listener answers health and metrics and knows no other route.
 
 mod api;
+mod chores;
 pub mod client;
 pub mod dto;
 mod error;
@@ -27,6 +28,7 @@ use async_trait::async_trait;
 use quarry_objfmt::{TenantName, VolumeName};
 
 pub use api::control_routes as routes;
+pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
@@ -96,6 +98,14 @@ pub trait Engine: Send + Sync + 'static {
     /// Fetches what the cache lacks of an attached volume into it. Ends early when its caller goes away.
     /// [`Kind::Conflict`] while it is being warmed already.
     async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport>;
+    /// Puts the data of an attached volume in the order of addresses; ends where it is when it is not waited
+    /// for any more.
+    async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport>;
+    /// Makes an attached clone need nothing of its parent; [`Kind::Conflict`] if it is no clone, or has
+    /// snapshots.
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport>;
+    /// How far the compacting or flattening under way is; [`Kind::NotFound`] if there is none.
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport>;
     /// How far the warming under way is; [`Kind::NotFound`] if there is none.
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport>;
     /// Drops what this host's cache has of a volume and the store has too.

@@ -11,6 +11,7 @@
 
 mod access;
 mod attach;
+mod chores;
 mod direct;
 mod handover;
 pub mod kept;
@@ -41,12 +42,12 @@ use quarry_volume::{Shared, Tuning, Volume};
 use self::access::Access;
 use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
-use crate::backend::{self, Common, frame_cache};
+use crate::backend::{self, Chore, Common, frame_cache};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Kind, PurgeReport,
-    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
-    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
+    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef,
+    SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
+    VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -171,6 +172,12 @@ impl ExportDirectory for Exports {
     }
 }
 
+/// Compaction reads ahead in this part of the memory that is configured.
+const WINDOWS_SHARE: u64 = 4;
+
+/// And in no more than this.
+const WINDOWS_BYTES_MAX: u64 = 128 << 20;
+
 /// Sectors of data in a chunk.
 fn chunk_sectors(config: &quarry_config::Config) -> u32 {
     let chunk = config.writeback.chunk_size.bytes() / u64::from(quarry_objfmt::SECTOR_SIZE);
@@ -272,6 +279,8 @@ impl Daemon {
                 horizon: config.reclaim.horizon,
                 debt_min: config.reclaim.debt_min.bytes(),
                 chunk_sectors: chunk_sectors(&config),
+                window_bytes: (config.cache.ram.bytes() / WINDOWS_SHARE).min(WINDOWS_BYTES_MAX),
+                percent: config.reclaim.percent.into(),
             },
             now_ms,
             runtime: tokio::runtime::Handle::current(),
@@ -529,6 +538,19 @@ impl Engine for Daemon {
 
     async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
         self.warm_volume(volume, spec).await
+    }
+
+    async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport> {
+        let held = spec.held;
+        self.do_chore(volume, Chore::Compact { held }).await
+    }
+
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.do_chore(volume, Chore::Flatten).await
+    }
+
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.chore_progress(volume)
     }
 
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use quarry_objfmt::map::{Basis, ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, Location, MapEntry, MapSeq, SECTOR_SIZE, SnapshotRef, VolumeId,
+    ChunkId, ChunkSeq, Epoch, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE, Sectors, SnapshotRef,
+    VolumeId,
 };
 use quarry_volume::map::MapRoot;
 use tokio::time::Instant;
@@ -46,8 +47,33 @@ impl LogChunk {
 /// The name of a chunk among its volume's.
 pub(super) type ChunkName = (Epoch, ChunkSeq);
 
-/// Sectors of each chunk that a map needs.
-pub(super) type Needed = HashMap<ChunkName, u32>;
+/// What a map needs of each chunk.
+pub(super) type Needed = HashMap<ChunkName, Need>;
+
+/// What a map needs of a chunk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Need {
+    pub(super) sectors: u32,
+    /// Where the first of them is in the volume.
+    pub(super) start: Lba,
+    /// Behind the last.
+    pub(super) end: Lba,
+}
+
+impl Need {
+    /// What entries of one chunk, which come in the order of addresses, need of it.
+    pub(super) fn add(needed: &mut Needed, name: ChunkName, entry: &MapEntry) {
+        let end = entry.start.add(Sectors::new(entry.len.into()));
+        let none = Self {
+            sectors: 0,
+            start: entry.start,
+            end,
+        };
+        let need = needed.entry(name).or_insert(none);
+        need.sectors += entry.len;
+        need.end = end;
+    }
+}
 
 /// What a volume takes in the store, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -138,12 +164,12 @@ impl Objects {
         let mut needed = Needed::new();
         for entry in entries {
             if let Some(name) = Self::chunk_of(self.volume, entry) {
-                *needed.entry(name).or_default() += entry.len;
+                Need::add(&mut needed, name, entry);
             }
         }
         for chunk in chunks {
-            let needed = needed.get(&(chunk.id.epoch, chunk.id.seq)).copied();
-            self.add(chunk, needed.unwrap_or(0), map, now_ms);
+            let needed = needed.get(&(chunk.id.epoch, chunk.id.seq));
+            self.add(chunk, needed.map_or(0, |n| n.sectors), map, now_ms);
         }
     }
 
@@ -234,12 +260,12 @@ impl Objects {
                 .iter()
                 .filter(|(name, _)| !self.chunks.contains_key(name));
             let found: Vec<ChunkUse> = unlisted
-                .map(|(&(epoch, seq), &sectors)| ChunkUse {
+                .map(|(&(epoch, seq), need)| ChunkUse {
                     epoch,
                     seq,
                     born: MapSeq::ZERO,
-                    data_sectors: sectors,
-                    needed_sectors: sectors,
+                    data_sectors: need.sectors,
+                    needed_sectors: need.sectors,
                     stored_bytes: 0,
                 })
                 .collect();
@@ -254,8 +280,7 @@ impl Objects {
             }
             chunk.needed_sectors = needed
                 .get(name)
-                .copied()
-                .unwrap_or(0)
+                .map_or(0, |need| need.sectors)
                 .min(chunk.data_sectors);
             if chunk.needed_sectors == 0 {
                 ended.push(*name);
@@ -263,6 +288,16 @@ impl Objects {
         }
         for name in ended {
             self.end_chunk(name, map, now_ms);
+        }
+    }
+
+    /// So many sectors of each chunk have moved elsewhere.
+    pub(super) fn take(&mut self, taken: &HashMap<ChunkName, u32>) {
+        for (name, sectors) in taken {
+            if let Some(chunk) = self.chunks.get_mut(name) {
+                // What was overwritten since the count is counted as needed still.
+                chunk.needed_sectors = chunk.needed_sectors.saturating_sub(*sectors);
+            }
         }
     }
 
@@ -348,7 +383,7 @@ pub(super) fn is_held(chunk: &ChunkUse, snapshots: &[SnapshotRef]) -> bool {
 mod tests {
     use quarry_objfmt::map::Manifest;
     use quarry_objfmt::map::TableRef;
-    use quarry_objfmt::{DataLoc, Lba, RootRef, Sectors, WriteSeq};
+    use quarry_objfmt::{DataLoc, RootRef, WriteSeq};
 
     use super::*;
 
@@ -363,6 +398,14 @@ mod tests {
             },
             data_sectors: 100,
             stored_bytes: 1000,
+        }
+    }
+
+    fn need(sectors: u32) -> Need {
+        Need {
+            sectors,
+            start: Lba::new(0),
+            end: Lba::new(sectors.into()),
         }
     }
 
@@ -409,7 +452,7 @@ mod tests {
         let entries = [entry(0, 60, &a), entry(100, 100, &b)];
         objects.fold(&[a, b], &entries, MapSeq::new(3), 0);
         assert!(due(&objects, &[]).is_empty());
-        let needed = Needed::from([((b.id.epoch, b.id.seq), 50)]);
+        let needed = Needed::from([((b.id.epoch, b.id.seq), need(50))]);
         objects.count(&needed, MapSeq::new(7), 0);
         for held in [3, 4, 6] {
             assert!(due(&objects, &[held]).is_empty(), "{held}");
@@ -449,7 +492,7 @@ mod tests {
         objects.fold(&[young], &[entry(0, 70, &young)], MapSeq::new(5), 0);
         assert_eq!(objects.usage(Basis::default()), None);
         let name = |chunk: &LogChunk| (chunk.id.epoch, chunk.id.seq);
-        let needed = Needed::from([(name(&old), 30), (name(&young), 70)]);
+        let needed = Needed::from([(name(&old), need(30)), (name(&young), need(70))]);
         objects.count(&needed, MapSeq::new(5), 0);
         let usage = objects.usage(Basis::default()).unwrap();
         let listed: Vec<_> = usage

@@ -274,6 +274,22 @@ Example:
         /// The volume, as tenant/name.
         volume: VolumeRef,
     },
+    /// Put the data of an attached volume in order in the object store, so that reading it through is fast again
+    /// after scattered writes; Ctrl-C ends it. The daemon itself only moves what is mostly overwritten.
+    #[command(after_help = "Example:\n  quarry volume compact acme/db")]
+    Compact {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// Move also what its snapshots need, which then takes its space twice.
+        #[arg(long)]
+        held: bool,
+    },
+    /// Copy what an attached clone needs of its parent, so that the parent's snapshot can be deleted.
+    #[command(after_help = "Example:\n  quarry volume flatten acme/test1")]
+    Flatten {
+        /// The clone, as tenant/name.
+        volume: VolumeRef,
+    },
     /// Upload all that was written, then take the volume off this host.
     Detach {
         /// The volume, as tenant/name, or the snapshot.

@@ -6,7 +6,7 @@ use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, export, import, rescue, trash, verify, warm};
+use super::{Failure, chores, export, import, rescue, trash, verify, warm};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ResizeInfo, RestoreSpec, SnapRef, State, VerifySpec,
     VolumeInfo, VolumeRef, VolumeSpec,
@@ -55,6 +55,10 @@ pub(super) async fn run(
         VolumeCommand::Evict { volume } => {
             console.show(&client.evict(&volume).await?, warm::evict_text)
         }
+        VolumeCommand::Compact { volume, held } => {
+            chores::compact(client, &volume, held, console).await
+        }
+        VolumeCommand::Flatten { volume } => chores::flatten(client, &volume, console).await,
         VolumeCommand::Detach { volume } => {
             uploading("detaching", client, &volume, client.detach(&volume)).await?;
             done(console, &volume, "detached", "it is detached")

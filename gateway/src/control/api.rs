@@ -21,7 +21,7 @@ use super::dto::{
 };
 use super::error::response;
 use super::trash::{self, TrashInfo};
-use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, warm};
+use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, warm};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -75,6 +75,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
         routes
             .merge(trash::routes())
             .merge(warm::routes())
+            .merge(chores::routes())
             .merge(health()),
         engine,
     )
@@ -727,6 +728,7 @@ mod tests {
                 400,
             ),
             ("POST", "/v1/volumes/acme/db/warm", r#"{"from":1}"#, 400),
+            ("POST", "/v1/volumes/acme/db/compact", r#"{"all":1}"#, 400),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),
         ] {

@@ -349,6 +349,23 @@ impl Engine for FakeEngine {
         Err(ApiError::no_volume(volume))
     }
 
+    async fn compact(&self, volume: &VolumeRef, _: &CompactSpec) -> ApiResult<MoveReport> {
+        let moved_bytes = self.show_volume(&volume.clone().into()).await?.size_bytes;
+        Ok(MoveReport {
+            moved_bytes,
+            total_bytes: moved_bytes,
+            passes: 1,
+        })
+    }
+
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.compact(volume, &CompactSpec::default()).await
+    }
+
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
     async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
         self.show_volume(&volume.clone().into()).await?;
         Ok(EvictInfo {

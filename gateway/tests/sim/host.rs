@@ -176,6 +176,8 @@ impl Host {
                 horizon: HORIZON,
                 debt_min: 0,
                 chunk_sectors: plan.chunk_sectors_max,
+                window_bytes: 256 << 10,
+                percent: 50,
             },
             now_ms: || 0,
             runtime: tokio::runtime::Handle::current(),
