@@ -18,6 +18,7 @@ mod registry;
 mod report;
 mod rescue;
 mod resize;
+mod shrink;
 mod slot;
 mod snapshot;
 mod trash;
@@ -44,9 +45,9 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Common, frame_cache};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Kind, PurgeReport,
-    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
-    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec,
+    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapRef, SnapshotInfo, StatusInfo,
+    TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
+    VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -450,9 +451,9 @@ impl Engine for Daemon {
         self.detach_volume(image).await
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         self.fit()?;
-        self.resize_volume(volume, size_bytes).await
+        self.resize_volume(volume, spec).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -144,8 +144,11 @@ pub(crate) fn check_size(size_bytes: u64, sector_size: u32) -> ApiResult<()> {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResizeSpec {
-    /// Its new size; a multiple of its sector size, and not less than it has.
+    /// Its new size; a multiple of its sector size.
     pub size_bytes: u64,
+    /// Take a size that is smaller: what lies behind it is lost.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Answer: a volume's new size.
