@@ -201,6 +201,8 @@ pub struct SnapshotInfo {
     pub created_ms: u64,
     /// How large its volume was.
     pub size_bytes: u64,
+    /// Bytes in the store that are kept for its sake alone, and go when it is deleted; none if that is not known.
+    pub unique_bytes: Option<u64>,
     /// The number of the newest write in it.
     pub newest_write: u64,
     /// Its deletion was begun and not finished: nothing can be made of it any more.
