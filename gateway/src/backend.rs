@@ -27,7 +27,7 @@ use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Branch};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, VolumeId, keys};
+use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, SnapshotRef, VolumeId, keys};
 use quarry_volume::map::{MapRoot, Node, NodeRef};
 use quarry_volume::{Action, ChunkPlan, DataError, Event, ExtentSource, Fetch, IoId, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -40,6 +40,7 @@ pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
 pub use chores::{Chore, ChoreError, ChoreProgress};
 pub use head::{HeadCell, HeadError};
+pub(crate) use objects::unique_bytes;
 pub use objects::{LogChunk, Objects, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
@@ -228,6 +229,12 @@ impl VolumeBackend {
             self.stored_bytes.load(Ordering::Relaxed),
             self.map_bytes.load(Ordering::Relaxed),
         )
+    }
+
+    /// What each of the snapshots keeps from being deleted that nothing else does, in bytes; `None` if that is not
+    /// known, or the map is being changed.
+    pub fn unique_bytes(&self, snapshots: &[SnapshotRef]) -> Option<Vec<u64>> {
+        self.objects.try_lock().ok()?.unique_bytes(snapshots)
     }
 
     /// The reactor that serves the volume, and its name there.

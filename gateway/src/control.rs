@@ -32,8 +32,9 @@ pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
-    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, SnapshotInfo, State, StatusInfo,
-    StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeSpec,
+    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapshotInfo, State,
+    StatusInfo, StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo,
+    VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
@@ -66,10 +67,10 @@ pub trait Engine: Send + Sync + 'static {
     async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo>;
     /// Takes a volume off this host, everything uploaded first.
     async fn detach(&self, image: &ImageRef) -> ApiResult<()>;
-    /// Gives a volume a larger size, for good, and shows it to whoever uses the volume here;
-    /// [`Kind::Conflict`] if it is larger already or somebody else's. A size that the volume's own
-    /// sector size forbids is the engine's to refuse.
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo>;
+    /// Gives a volume another size, for good, and shows a larger one to whoever uses the volume here;
+    /// [`Kind::Conflict`] if it is somebody else's, or if the size is smaller and the volume attached or
+    /// `force` not set. A size that the volume's own sector size forbids is the engine's to refuse.
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// Checks a volume or a snapshot in the store, attached or not; what is wrong is in the answer. Ends

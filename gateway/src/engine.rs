@@ -19,6 +19,7 @@ mod registry;
 mod report;
 mod rescue;
 mod resize;
+mod shrink;
 mod slot;
 mod snapshot;
 mod trash;
@@ -45,7 +46,7 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, frame_cache};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef,
+    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapRef,
     SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
@@ -459,9 +460,9 @@ impl Engine for Daemon {
         self.detach_volume(image).await
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         self.fit()?;
-        self.resize_volume(volume, size_bytes).await
+        self.resize_volume(volume, spec).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -347,6 +347,12 @@ impl Objects {
         self.dead.retain(|dead| !deleted.contains(&dead.object));
     }
 
+    /// As [`unique_bytes`]; `None` as long as not all that is dead is known.
+    pub(super) fn unique_bytes(&self, snapshots: &[SnapshotRef]) -> Option<Vec<u64>> {
+        let dead = self.dead.iter().map(|dead| &dead.object);
+        self.counted.then(|| unique_bytes(dead, snapshots))
+    }
+
     pub(super) fn space(&self, snapshots: &[SnapshotRef]) -> Space {
         let mut space = Space::default();
         for chunk in self.chunks.values() {
@@ -363,6 +369,28 @@ impl Objects {
         }
         space
     }
+}
+
+/// Bytes of the dead objects that are there for the sake of one snapshot alone, for each of them: what goes when it
+/// is deleted. One of the same map as another has none.
+pub(crate) fn unique_bytes<'a>(
+    dead: impl Iterator<Item = &'a DeadObject>,
+    snapshots: &[SnapshotRef],
+) -> Vec<u64> {
+    let mut by_map: Vec<(MapSeq, usize)> = (snapshots.iter().enumerate())
+        .filter_map(|(index, s)| Some((s.root?.seq, index)))
+        .collect();
+    by_map.sort_unstable();
+    let mut bytes = vec![0; snapshots.len()];
+    for object in dead {
+        let first = by_map.partition_point(|(map, _)| *map < object.born);
+        let needing = by_map[first..].iter();
+        let mut needing = needing.take_while(|(map, _)| object.is_needed_by(*map));
+        if let (Some((_, only)), None) = (needing.next(), needing.next()) {
+            bytes[*only] += object.stored_bytes;
+        }
+    }
+    bytes
 }
 
 /// The maps that snapshots keep.
@@ -472,6 +500,43 @@ mod tests {
         let (a, b) = (chunk(1), chunk(2));
         objects.fold(&[a, b], &[entry(0, 100, &b)], MapSeq::new(3), 0);
         assert_eq!(due(&objects, &[1, 2, 3, 4]), [1]);
+    }
+
+    #[test]
+    fn unique_bytes_are_of_what_one_snapshot_needs_and_no_other() {
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let live = |n| [entry(n * 100, 100, &chunk(n))];
+        for n in 1..=3 {
+            objects.fold(&[chunk(n)], &live(n), MapSeq::new(n * 2), 0);
+        }
+        // Chunk 1 lives from map 2 to 7, chunk 2 from 4 to 9; chunk 3 lives on.
+        let needed = |numbers: &[u64]| -> Needed {
+            let names = numbers.iter().map(|n| (Epoch::new(1), ChunkSeq::new(*n)));
+            names.map(|name| (name, 100)).collect()
+        };
+        objects.count(&needed(&[2, 3]), MapSeq::new(7), 0);
+        objects.count(&needed(&[3]), MapSeq::new(9), 0);
+        for (snapshots, bytes) in [
+            (vec![], vec![]),
+            (vec![1, 9], vec![0, 0]),
+            (vec![3], vec![1000]),
+            (vec![5], vec![2000]),
+            (vec![3, 5], vec![0, 1000]),
+            (vec![8, 2], vec![1000, 1000]),
+            (vec![3, 3, 8], vec![0, 0, 1000]),
+        ] {
+            let all: Vec<_> = snapshots.iter().map(|map| snapshot(*map)).collect();
+            assert_eq!(objects.unique_bytes(&all), Some(bytes), "{snapshots:?}");
+        }
+        let empty = SnapshotRef {
+            root: None,
+            ..snapshot(0)
+        };
+        assert_eq!(
+            objects.unique_bytes(&[empty, snapshot(8)]),
+            Some(vec![0, 1000])
+        );
+        assert_eq!(Objects::uncounted(VOLUME).unique_bytes(&[]), None);
     }
 
     #[test]

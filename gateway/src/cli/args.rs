@@ -251,15 +251,22 @@ Example:
         /// The snapshot, as tenant/volume@snapshot.
         snapshot: SnapRef,
     },
-    /// Make a volume larger, attached here or nowhere, while it is in use.
+    /// Make a volume larger, attached here or nowhere, while it is in use; or a detached one smaller.
+    ///
+    /// What lies behind the end of a smaller size is lost, so shrink the file system first. Snapshots keep
+    /// their own size and data.
     #[command(after_help = "\
-Example:
-  quarry volume resize acme/db 200GiB && resize2fs /dev/quarry/acme/db")]
+Examples:
+  quarry volume resize acme/db 200GiB && resize2fs /dev/quarry/acme/db
+  quarry volume detach acme/db && quarry volume resize acme/db 50GiB --force")]
     Resize {
         /// The volume, as tenant/name.
         volume: VolumeRef,
         /// Its new size, up to 1EiB.
         size: Size,
+        /// Take a size that is smaller: what lies behind it is lost.
+        #[arg(long)]
+        force: bool,
     },
     /// Wait until all that was written so far is in the object store.
     Sync {

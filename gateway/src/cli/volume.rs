@@ -8,8 +8,8 @@ use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
 use super::{Failure, chores, export, import, rescue, trash, verify, warm};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ResizeInfo, RestoreSpec, SnapRef, State, VerifySpec,
-    VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ResizeInfo, ResizeSpec, RestoreSpec, SnapRef, State,
+    VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 
 pub(super) async fn run(
@@ -27,8 +27,13 @@ pub(super) async fn run(
         VolumeCommand::Show { volume } => {
             console.show(&client.show_volume(&volume).await?, show_text)
         }
-        VolumeCommand::Resize { volume, size } => {
-            let call = client.resize(&volume, size.bytes());
+        VolumeCommand::Resize {
+            volume,
+            size,
+            force,
+        } => {
+            let size_bytes = size.bytes();
+            let call = client.resize(&volume, ResizeSpec { size_bytes, force });
             let resized = shown("resizing", &volume, call).await?;
             console.show(&resized, resize_text)
         }

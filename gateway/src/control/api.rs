@@ -300,7 +300,7 @@ async fn resize(
     let spec: ResizeSpec = json(body)?;
     // Its own sector size may ask for more, which the engine knows.
     check_size(spec.size_bytes, SECTOR_SIZE)?;
-    let call = async move { engine.resize(&volume, spec.size_bytes).await };
+    let call = async move { engine.resize(&volume, spec).await };
     Ok(Json(whole(call).await?))
 }
 
@@ -518,7 +518,11 @@ mod tests {
             attached.uri.as_deref(),
             Some("nbd+unix:///acme/db?socket=/run/nbd.sock")
         );
-        let resized = client.resize(&volume("db"), 2 << 30).await.unwrap();
+        let spec = ResizeSpec {
+            size_bytes: 2 << 30,
+            force: false,
+        };
+        let resized = client.resize(&volume("db"), spec).await.unwrap();
         assert_eq!(
             (resized.volume.as_str(), resized.size_bytes),
             ("acme/db", 2 << 30)
@@ -684,7 +688,7 @@ mod tests {
             (
                 "POST",
                 "/v1/volumes/acme/db/resize",
-                r#"{"size_bytes":512,"force":true}"#,
+                r#"{"size_bytes":512,"forced":true}"#,
                 400,
             ),
             (

@@ -242,9 +242,8 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    pub async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         let path = format!("/v1/volumes/{volume}/resize");
-        let spec = ResizeSpec { size_bytes };
         let response = self
             .call(Method::POST, &path, Some(&spec), Patience::Work)
             .await?;

@@ -152,8 +152,8 @@ impl Engine for FakeEngine {
         })
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
-        let mut note = None;
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
+        let (size_bytes, mut note) = (spec.size_bytes, None);
         self.change(volume, |volume| {
             volume.size_bytes = size_bytes;
             if volume.attached.is_some() {

@@ -9,9 +9,9 @@ use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Problem,
-    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo,
-    StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via,
-    VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
+    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapRef,
+    SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
+    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
 };
 use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -72,7 +72,8 @@ impl Engine for Strict {
         Err(ApiError::no_volume(&image.volume))
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
+        let size_bytes = spec.size_bytes;
         assert!((1..=VOLUME_BYTES_MAX).contains(&size_bytes));
         assert!(size_bytes.is_multiple_of(u64::from(quarry_objfmt::SECTOR_SIZE)));
         Err(ApiError::no_volume(volume))
