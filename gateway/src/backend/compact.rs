@@ -52,6 +52,9 @@ const STAGE_PIECES_MAX: usize = 128 << 10;
 /// New chunks being encoded or stored side by side; each takes twice its size.
 const CHUNKS_AT_ONCE: usize = 2;
 
+/// A stop is looked for so often.
+const REST_MAX: Duration = Duration::from_millis(100);
+
 /// What is taken apart.
 pub(super) enum Victims {
     /// Chunks of the volume itself.
@@ -139,7 +142,7 @@ async fn stage(
     let parts = parts(&pieces, backend.common.reclaim.chunk_sectors);
     let work = (parts, Reader::new(backend, &pieces), Instant::now());
     let contents = stream::unfold(work, async |(mut parts, mut reader, begun)| {
-        rest(begun.elapsed(), percent).await;
+        rest(backend, begun.elapsed(), percent).await;
         if backend.reclaim.is_stopping() || order.is_unwanted() {
             return None;
         }
@@ -155,7 +158,9 @@ async fn stage(
             Ok((part, new))
         }
         Err((chunk, error)) => {
-            backend.reclaim.cannot_read(chunk);
+            if chunk.volume == backend.volume {
+                backend.reclaim.cannot_read((chunk.epoch, chunk.seq));
+            }
             Err(Stopped::Damaged(error))
         }
     });
@@ -206,11 +211,13 @@ async fn stage(
     Ok(next)
 }
 
-/// So that no more than `percent` of the time is spent at work that took so long.
-async fn rest(worked: Duration, percent: u32) {
+/// So that no more than `percent` of the time is spent at work that took so long; cut short when reclaiming
+/// is to stop.
+async fn rest(backend: &VolumeBackend, worked: Duration, percent: u32) {
     let percent = percent.clamp(1, 100);
-    if percent < 100 {
-        tokio::time::sleep(worked * (100 - percent) / percent).await;
+    let until = Instant::now() + worked * (100 - percent) / percent;
+    while Instant::now() < until && !backend.reclaim.is_stopping() {
+        tokio::time::sleep_until(until.min(Instant::now() + REST_MAX)).await;
     }
 }
 

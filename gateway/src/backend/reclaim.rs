@@ -146,8 +146,8 @@ impl Reclaim {
         self.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn cannot_read(&self, chunk: ChunkId) {
-        self.unsound.lock().insert((chunk.epoch, chunk.seq));
+    pub(super) fn cannot_read(&self, chunk: ChunkName) {
+        self.unsound.lock().insert(chunk);
     }
 
     pub(super) fn is_stopping(&self) -> bool {

@@ -15,7 +15,7 @@ pub(super) async fn compact(
     let spec = CompactSpec { held };
     let work = client.compact(volume, &spec);
     let report = watched(client, volume, "compacting", work).await?;
-    console.show(&report, |report| compact_text(volume, report))
+    console.show(&report, |report| compact_text(volume, held, report))
 }
 
 pub(super) async fn flatten(
@@ -56,9 +56,12 @@ async fn watched(
     report
 }
 
-fn compact_text(volume: &VolumeRef, report: &MoveReport) -> String {
+fn compact_text(volume: &VolumeRef, held: bool, report: &MoveReport) -> String {
     match (report.passes, report.moved_bytes) {
-        (0, _) => format!("{volume}: its data lie in order, there was nothing to do"),
+        (0, _) if held => format!("{volume}: its data lie in order, there was nothing to do"),
+        (0, _) => format!(
+            "{volume}: what no snapshot needs lies in order, there was nothing to do; --held moves the rest too"
+        ),
         (1, moved) => format!("{volume}: {} were put in order", bytes(moved)),
         (passes, moved) => {
             let moved = bytes(moved);
