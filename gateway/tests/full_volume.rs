@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
 use quarry_gateway::backend::open::{Claim, Claimed, claim};
-use quarry_gateway::backend::{Common, ReclaimSettings, VolumeBackend, frame_cache};
+use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
 use quarry_gateway::reactor::{BackendSink as _, Message, ReactorHandle};
 use quarry_gateway::store::{FolderStore, Store, StoreError, Tag};
 use quarry_objfmt::chunk::ChunkHeader;
@@ -382,7 +382,7 @@ impl Driven {
             background: store.clone(),
             device: Arc::new(Zeroes),
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
-            frames: frame_cache(0),
+            fetches: Fetches::new(0),
             uploads: Arc::new(Semaphore::new(1)),
             compactions: Arc::new(Semaphore::new(1)),
             reclaim: ReclaimSettings {
