@@ -14,8 +14,10 @@ mod direct;
 mod fetch;
 mod flights;
 mod head;
+mod map_end;
 mod objects;
 pub mod open;
+pub mod past;
 mod reclaim;
 mod scan;
 mod sound;
@@ -28,6 +30,7 @@ use std::sync::{Arc, LazyLock};
 use quarry_cache::{AlignedBuf, BlockDevice, Branch};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::codec::Compression;
+use quarry_objfmt::head::Head;
 use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, SnapshotRef, VolumeId, keys};
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
@@ -35,6 +38,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
 
+pub(crate) use map_end::MapEnd;
 use open::{Claimed, Entry};
 use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
@@ -44,7 +48,7 @@ use fetch::get_range;
 pub use fetch::{Fetched, Fetches};
 pub use head::{HeadCell, HeadError};
 pub(crate) use objects::unique_bytes;
-pub use objects::{LogChunk, Objects, Space};
+pub use objects::{LogChunk, Objects, RETAIN_MS_MAX, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
 
@@ -137,6 +141,8 @@ pub struct VolumeBackend {
     stored_bytes: AtomicU64,
     /// Bytes of map objects stored since the attach.
     map_bytes: AtomicU64,
+    /// The time of the newest chunk that was cut, or of the map.
+    cut_ms: AtomicU64,
     /// Chunks that are stored and not folded into the map.
     log: parking_lot::Mutex<BTreeMap<ChunkSeq, LogChunk>>,
     /// The volume's objects, and the right to change the map.
@@ -168,10 +174,12 @@ impl VolumeBackend {
         reactor: ReactorHandle,
     ) -> Arc<Self> {
         let log = claimed.chunks.iter().map(|chunk| (chunk.id.seq, *chunk));
+        let times = claimed.chunks.iter().map(|chunk| chunk.cut_ms);
         Arc::new(Self {
             common,
             name,
             volume: claimed.info.volume,
+            cut_ms: AtomicU64::new(times.fold(claimed.objects.log_ms(), u64::max)),
             log: parking_lot::Mutex::new(log.collect()),
             reclaim: Reclaim::new(claimed.objects.space(&claimed.info.snapshots)),
             objects: tokio::sync::Mutex::new(claimed.objects),
@@ -209,6 +217,20 @@ impl VolumeBackend {
     /// The head as last written or read by us.
     pub fn head(&self) -> &HeadCell {
         &self.head
+    }
+
+    /// Has dead objects retained for so long from now on; those that are too old for that go at once.
+    ///
+    /// # Errors
+    /// As [`HeadCell::update`].
+    pub async fn set_retention(
+        &self,
+        store: &dyn Store,
+        retain_ms: u64,
+    ) -> Result<Head, HeadError> {
+        let changed = self.head.update(store, |head| head.retain(retain_ms)).await;
+        self.reclaim.look_again();
+        changed
     }
 
     /// Bytes of chunks stored over the volume's life, and bytes of map objects since the attach.
@@ -262,7 +284,15 @@ impl VolumeBackend {
         let _ = self.reactor.send_event(self.key, event).await;
     }
 
-    async fn carry_out(self: Arc<Self>, action: Action) {
+    /// The time of a chunk that is cut now: the clock's, but never before the chunk before it, so that
+    /// times of the log do not go back when clocks do. Called in the order of the log.
+    fn cut(&self) -> u64 {
+        let now_ms = (self.common.now_ms)().max(1);
+        self.cut_ms.fetch_max(now_ms, Ordering::Relaxed).max(now_ms)
+    }
+
+    /// An upload's chunk was cut at `cut_ms`.
+    async fn carry_out(self: Arc<Self>, action: Action, cut_ms: u64) {
         match action {
             Action::Fetch {
                 io,
@@ -287,9 +317,9 @@ impl VolumeBackend {
                 let result = self.load_nodes(&nodes, foreground).await;
                 self.tell(Event::NodesLoaded { io, result }).await;
             }
-            Action::Upload(plan) => match self.upload(&plan).await {
+            Action::Upload(plan) => match self.upload(&plan, cut_ms).await {
                 Ok((entries, stored_bytes)) => {
-                    self.log_chunk(plan.id, &entries, stored_bytes);
+                    self.log_chunk(plan.id, &entries, stored_bytes, cut_ms);
                     self.tell(Event::Uploaded {
                         seq: plan.id.seq,
                         entries,
@@ -378,8 +408,8 @@ impl VolumeBackend {
     }
 
     /// A chunk of ours is stored; its entries say how much is in it.
-    fn log_chunk(&self, id: ChunkId, entries: &[MapEntry], stored_bytes: u64) {
-        let chunk = LogChunk::new(id, entries, stored_bytes);
+    fn log_chunk(&self, id: ChunkId, entries: &[MapEntry], stored_bytes: u64, cut_ms: u64) {
+        let chunk = LogChunk::new(id, entries, stored_bytes).cut_at(cut_ms);
         self.log.lock().insert(id.seq, chunk);
     }
 
@@ -411,13 +441,13 @@ impl VolumeBackend {
     /// The order: the data are on the cache device and stay there until the chunk is committed.
     /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
     /// the chunk; its `last_write` then says what the cache need not send again.*
-    async fn upload(&self, plan: &ChunkPlan) -> Result<(Vec<MapEntry>, u64), String> {
+    async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(Vec<MapEntry>, u64), String> {
         let _memory = self.common.uploads.acquire().await.expect("never closed");
         let object = keys::chunk_key(self.head.tenant(), plan.id);
         let encoded = loop {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
             let (frame_sectors, compression) = (self.head.frame_sectors(), self.head.compression());
-            let encode = move || make_chunk(&*device, &plan, frame_sectors, compression);
+            let encode = move || make_chunk(&*device, &plan, cut_ms, frame_sectors, compression);
             match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
@@ -510,7 +540,12 @@ impl BackendSink for Arc<VolumeBackend> {
     fn submit(&self, action: Action) {
         let this = Self::clone(self);
         let runtime = this.common.runtime.clone();
-        runtime.spawn(this.carry_out(action));
+        // Here, where they come in the order of the log.
+        let cut_ms = match &action {
+            Action::Upload(_) => self.cut(),
+            _ => 0,
+        };
+        runtime.spawn(this.carry_out(action, cut_ms));
     }
 }
 
@@ -518,6 +553,7 @@ impl BackendSink for Arc<VolumeBackend> {
 fn make_chunk(
     device: &dyn BlockDevice,
     plan: &ChunkPlan,
+    cut_ms: u64,
     frame_sectors: u32,
     compression: Compression,
 ) -> std::io::Result<quarry_objfmt::chunk::EncodedChunk> {
@@ -557,6 +593,7 @@ fn make_chunk(
         id: plan.id,
         first_write: plan.first_write,
         last_write: plan.last_write,
+        cut_ms,
         frame_sectors,
         compression,
         key: None,

@@ -16,6 +16,7 @@ pub mod dto;
 mod error;
 mod name;
 mod permissions;
+mod retain;
 mod serve;
 mod socket;
 mod trash;
@@ -39,6 +40,7 @@ pub use dto::{
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use permissions::{DeviceMode, DeviceOwner};
+pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
 pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
@@ -61,9 +63,10 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>>;
-    /// One volume, or a snapshot as it is attached here.
+    /// One volume, or a snapshot, or the volume as it was at a time, as that is attached here.
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo>;
-    /// Makes a volume usable on this host, or a snapshot readable; answers when it is.
+    /// Makes a volume usable on this host, or a snapshot, or what it was at a time, readable; answers when it
+    /// is.
     async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo>;
     /// Takes a volume off this host, everything uploaded first.
     async fn detach(&self, image: &ImageRef) -> ApiResult<()>;
@@ -71,6 +74,8 @@ pub trait Engine: Send + Sync + 'static {
     /// [`Kind::Conflict`] if it is somebody else's, or if the size is smaller and the volume attached or
     /// `force` not set. A size that the volume's own sector size forbids is the engine's to refuse.
     async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo>;
+    /// Sets how long what a volume needs no more is kept; [`Kind::Conflict`] if it is somebody else's.
+    async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// Checks a volume or a snapshot in the store, attached or not; what is wrong is in the answer. Ends

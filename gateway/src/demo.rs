@@ -81,6 +81,7 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
         sector_size: 4096,
         durability: quarry_objfmt::Durability::Local,
         compression: quarry_objfmt::Compression::Lz4,
+        retain_ms: 0,
     };
     first.daemon.create_volume(spec).await?;
     let (disk, place) = first.attach(&volume).await?;

@@ -19,6 +19,7 @@ mod registry;
 mod report;
 mod rescue;
 mod resize;
+mod retain;
 mod shrink;
 mod slot;
 mod snapshot;
@@ -46,9 +47,9 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapRef,
-    SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
-    VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -443,6 +444,10 @@ impl Engine for Daemon {
         for volume in registry::list_volumes(&self.control, tenant).await? {
             all.push(self.show_volume(&volume.into()).await?);
         }
+        for image in self.past_images(tenant) {
+            // It may just have been detached, or its volume be deleted.
+            all.extend(self.show_volume(&image).await.ok());
+        }
         Ok(all)
     }
 
@@ -463,6 +468,11 @@ impl Engine for Daemon {
     async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         self.fit()?;
         self.resize_volume(volume, spec).await
+    }
+
+    async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
+        self.fit()?;
+        self.retain_volume(volume, retain_ms).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod engine;
 pub mod image;
 pub mod metrics;
+pub mod moment;
 pub mod nbd;
 pub mod provision;
 pub mod reactor;

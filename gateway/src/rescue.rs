@@ -39,15 +39,15 @@ use bytes::Bytes;
 use quarry_objfmt::chunk::encode_seal;
 use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
-use quarry_objfmt::map::{Basis, Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC, Usage};
+use quarry_objfmt::map::{Basis, MapObjectId};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, SnapName, Snapshot, VOLUME_SECTORS_MAX, VolumeId,
     WriteSeq, keys,
 };
 
 use self::log::{Followed, Start, follow};
-use crate::backend::DAMAGE_RETRIES_MAX;
 use crate::backend::open::{Entry, log_place};
+use crate::backend::{DAMAGE_RETRIES_MAX, MapEnd, told};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
 use crate::store::{Store, StoreError, Tag};
 use crate::verify;
@@ -619,49 +619,24 @@ impl Rescue {
         epoch: Epoch,
         seq: MapSeq,
     ) -> Result<Result<Option<(RootRef, Sectors, Option<Basis>)>, String>, StoreError> {
-        let key = keys::map_key(&self.volume.tenant, self.id, epoch, seq);
-        let object = match self.store.get(&key).await {
-            Ok((object, _)) => object,
-            Err(error @ (StoreError::NotFound { .. } | StoreError::Invalid { .. })) => {
-                return Ok(Err(error.to_string()));
-            }
-            Err(error) => return Err(error),
-        };
-        let Some((before, at)) = last_nodes(&object) else {
-            return Ok(Err("it is no row of nodes".to_owned()));
-        };
-        // Its kind: a table ends with an index node.
-        if object[at + 6] != quarry_objfmt::map::NodeKind::Manifest as u8 {
-            return Ok(Ok(None));
-        }
-        let (Ok(offset), Ok(len)) = (u32::try_from(at), u32::try_from(object.len() - at)) else {
-            return Ok(Err("it is too long".to_owned()));
-        };
         let id = MapObjectId {
             volume: self.id,
             epoch,
             seq,
         };
-        let manifest = match Manifest::decode(id, offset, &object[at..]) {
-            Ok(manifest) => manifest,
-            Err(error) => return Ok(Err(error.to_string())),
+        let read = MapEnd::read(&*self.store, &self.volume.tenant, id).await;
+        let end = match told(read) {
+            Ok(Ok(Some(end))) => end,
+            Ok(Ok(None)) => return Ok(Ok(None)),
+            Ok(Err(problem)) => return Ok(Err(problem)),
+            Err(error @ StoreError::NotFound { .. }) => return Ok(Err(error.to_string())),
+            Err(error) => return Err(error),
         };
-        let ends = manifest.runs.iter().flatten().map(|table| table.end.get());
-        let end = Sectors::new(ends.max().unwrap_or(0));
-        // Without it, or with a damaged one, what the log's chunks say has to do.
-        let usage = before.and_then(|from| {
-            let place = u32::try_from(from).ok()?;
-            let usage = Usage::decode(id, place, &object[from..at]).ok()?;
-            Some(((place, offset - place), usage.basis))
-        });
-        let root = RootRef {
-            epoch,
-            seq,
-            offset,
-            len,
-            usage: usage.map(|(place, _)| place),
-        };
-        Ok(Ok(Some((root, end, usage.map(|(_, basis)| basis)))))
+        let ends = end.manifest.runs.iter().flatten().map(|t| t.end.get());
+        let mapped = Sectors::new(ends.max().unwrap_or(0));
+        // Without it, what the log's chunks say has to do.
+        let basis = end.usage.as_ref().map(|usage| usage.basis);
+        Ok(Ok(Some((end.root, mapped, basis))))
     }
 
     /// The head of a state, with what the flags say; the last range of its log open.
@@ -685,6 +660,7 @@ impl Rescue {
         head.root_write = found.root_write;
         head.parent.clone_from(&found.parent);
         head.stored_bytes = found.followed.bytes;
+        head.retain_ms = found.basis.map_or(0, |basis| basis.retain_ms);
         head.next_map = self
             .listed
             .maps
@@ -748,25 +724,6 @@ impl Rescue {
                 .map(|p| format!("{}@{}", p.volume, p.snapshot)),
             size_min_bytes: found.size_min.bytes(),
             ..RescueReport::default()
-        }
-    }
-}
-
-/// Where the last node of a map object begins, and the one before it, if there is one: if it is nodes end to
-/// end.
-fn last_nodes(object: &[u8]) -> Option<(Option<usize>, usize)> {
-    let (mut before, mut at) = (None, 0);
-    loop {
-        let header = object.get(at..at + NODE_HEADER_LEN)?;
-        if header[..4] != NODE_MAGIC {
-            return None;
-        }
-        let stored = u32::from_le_bytes(header[16..20].try_into().ok()?);
-        let end = at + NODE_HEADER_LEN + usize::try_from(stored).ok()?;
-        match end.cmp(&object.len()) {
-            std::cmp::Ordering::Less => (before, at) = (Some(at), end),
-            std::cmp::Ordering::Equal => return Some((before, at)),
-            std::cmp::Ordering::Greater => return None,
         }
     }
 }

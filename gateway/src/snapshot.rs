@@ -532,7 +532,10 @@ async fn make_head(
         ..fresh
     };
     if snapshot.root.is_some() {
-        let basis = Basis::of(&head);
+        let basis = Basis {
+            log_ms: spec.now_ms,
+            ..Basis::of(&head)
+        };
         head.root = Some(copy_map(store, spec, snapshot.root, basis).await?);
     }
     // Step 4.

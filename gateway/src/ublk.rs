@@ -26,9 +26,11 @@ use std::path::PathBuf;
 use libublk::sys;
 use quarry_objfmt::{CacheId, Sectors, SnapName, TenantName, VolumeId, VolumeName};
 
+use crate::moment::Moment;
+
 pub use control::{Control, Found, Host, State};
 pub use node::Permissions;
-pub use stamp::{Stamp, snapshot_device};
+pub use stamp::{Stamp, past_device, snapshot_device};
 
 /// Requests that a queue of a device has under way at most.
 pub const QUEUE_DEPTH: u16 = 128;
@@ -162,7 +164,7 @@ impl fmt::Display for Mode {
 pub struct DeviceSpec {
     /// The cache device of the daemon that serves it.
     pub cache: CacheId,
-    /// The volume; for a snapshot [`snapshot_device`].
+    /// The volume; for a snapshot [`snapshot_device`], at a time [`past_device`].
     pub volume: VolumeId,
     /// Its tenant.
     pub tenant: TenantName,
@@ -170,6 +172,8 @@ pub struct DeviceSpec {
     pub name: VolumeName,
     /// The snapshot, if it is one's.
     pub snapshot: Option<SnapName>,
+    /// The time, if it is of a volume as it was then.
+    pub at: Option<Moment>,
     /// Its size; a multiple of `sector_size`.
     pub size: Sectors,
     /// Bytes of a logical block: 512 or 4096.
@@ -184,11 +188,12 @@ pub struct DeviceSpec {
     pub permissions: Permissions,
 }
 
-/// The name of a device beside its tenant's: `<volume>`, or `<volume>@<snapshot>`.
-fn short_name(name: &VolumeName, snapshot: Option<&SnapName>) -> String {
-    match snapshot {
-        Some(snapshot) => format!("{name}@{snapshot}"),
-        None => name.to_string(),
+/// The name of a device beside its tenant's: `<volume>`, `<volume>@<snapshot>` or `<volume>@<time>`.
+fn short_name(name: &VolumeName, snapshot: Option<&SnapName>, at: Option<Moment>) -> String {
+    match (snapshot, at) {
+        (_, Some(at)) => format!("{name}@{at}"),
+        (Some(snapshot), None) => format!("{name}@{snapshot}"),
+        (None, None) => name.to_string(),
     }
 }
 
@@ -202,6 +207,7 @@ impl DeviceSpec {
             tenant: TenantName::new("acme").unwrap(),
             name: VolumeName::new("db").unwrap(),
             snapshot: None,
+            at: None,
             size: Sectors::new(2048),
             sector_size: 4096,
             read_only: false,

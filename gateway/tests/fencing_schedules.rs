@@ -69,6 +69,7 @@ async fn write(store: &Stepped, owner: &Claimed, count: u64, told: &RefCell<Vec<
             },
             first_write: write,
             last_write: write,
+            cut_ms: 1,
             frame_sectors: 8,
             compression: Compression::None,
             key: None,

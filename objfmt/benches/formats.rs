@@ -165,6 +165,7 @@ const fn params(compression: Compression, key: Option<&DataKey>) -> ChunkParams<
         id: CHUNK,
         first_write: WriteSeq::new(1),
         last_write: WriteSeq::new(CHUNK_BLOCKS),
+        cut_ms: 1_700_000_000_000,
         frame_sectors: 128,
         compression,
         key,

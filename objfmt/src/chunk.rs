@@ -35,8 +35,8 @@ pub const CHUNK_HEADER_LEN_MAX: usize = 8 << 20;
 /// Magic of a chunk.
 pub const CHUNK_MAGIC: [u8; 4] = *b"QYCK";
 
-/// Id, first and last write, frame length, unit and number of extents at their longest.
-const FIXED_LEN_MAX: usize = PROLOGUE_LEN + 28 + 1 + 1 + 10 + 10 + 5;
+/// Id, first and last write, frame length, unit, time and number of extents at their longest.
+const FIXED_LEN_MAX: usize = PROLOGUE_LEN + 28 + 1 + 1 + 10 + 10 + 10 + 5;
 /// An extent at its longest: start difference (52 bits) and length with kind (34 bits).
 const EXTENT_LEN_MAX: usize = 8 + 5;
 /// A frame's length at its longest (21 bits).
@@ -59,9 +59,14 @@ const _: () = assert!(
 const WHAT: &str = "chunk header";
 const FORMAT: Format = Format {
     magic: CHUNK_MAGIC,
-    version: 1,
+    version: 2,
     what: WHAT,
     len_max: CHUNK_HEADER_LEN_MAX,
+};
+/// Of a chunk that does not say when it was cut.
+const FORMAT_TIMELESS: Format = Format {
+    version: 1,
+    ..FORMAT
 };
 
 /// What an extent gives its sectors.
@@ -107,6 +112,9 @@ pub struct ChunkHeader {
     pub first_write: WriteSeq,
     /// The newest write in it.
     pub last_write: WriteSeq,
+    /// When it was cut, in milliseconds since 1970, and never before the chunk before it in the log; 0 if
+    /// it does not say, as in version 1.
+    pub cut_ms: u64,
     /// Sectors of raw space in each frame but the last, which may hold fewer.
     pub frame_sectors: u32,
     /// Disjoint; data in the order of the raw space.
@@ -124,6 +132,8 @@ pub struct ChunkParams<'a> {
     pub first_write: WriteSeq,
     /// The newest write in it.
     pub last_write: WriteSeq,
+    /// When it was cut, in milliseconds since 1970; 0 leaves it out.
+    pub cut_ms: u64,
     /// Sectors in a frame: a power of two up to [`crate::frame::FRAME_SECTORS_MAX`].
     pub frame_sectors: u32,
     /// Tried for each frame.
@@ -194,6 +204,7 @@ pub fn encode_chunk(params: &ChunkParams<'_>, extents: &[ChunkExtent], raw: &[u8
         id: params.id,
         first_write: params.first_write,
         last_write: params.last_write,
+        cut_ms: params.cut_ms,
         frame_sectors: params.frame_sectors,
         extents: extents.to_vec(),
         frames,
@@ -300,7 +311,11 @@ impl ChunkHeader {
     /// If the header was put together by hand and breaks the rules of the module.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = FORMAT.begin();
+        let format = match self.cut_ms {
+            0 => &FORMAT_TIMELESS,
+            _ => &FORMAT,
+        };
+        let mut out = format.begin();
         out.extend_from_slice(&self.id.volume.to_bytes());
         put_u32(&mut out, self.id.epoch.get());
         put_u64(&mut out, self.id.seq.get());
@@ -309,6 +324,9 @@ impl ChunkHeader {
         put_u8(&mut out, shift);
         put_varint(&mut out, self.first_write.get());
         put_varint(&mut out, self.last_write.get() - self.first_write.get());
+        if self.cut_ms > 0 {
+            put_varint(&mut out, self.cut_ms);
+        }
         put_varint(&mut out, self.extents.len() as u64);
         let mut expected = 0;
         for extent in &self.extents {
@@ -321,12 +339,12 @@ impl ChunkHeader {
         for frame in &self.frames {
             put_varint(&mut out, frame.stored_len.into());
         }
-        FORMAT.seal(&mut out);
+        format.seal(&mut out);
         out
     }
 
     fn decode(bytes: &[u8], expect: ChunkId) -> Result<Self> {
-        let (_, mut reader) = FORMAT.open_leading(bytes)?;
+        let (version, mut reader) = FORMAT.open_leading(bytes)?;
         let header_len = FORMAT.encoded_len(bytes)?;
         let id = read_id(&mut reader, expect)?;
         let frame_shift = reader.u8()?;
@@ -344,6 +362,13 @@ impl ChunkHeader {
             WHAT,
             "a write's number does not fit 64 bits",
         ))?;
+        let cut_ms = match version {
+            1 => 0,
+            _ => reader.varint()?,
+        };
+        if version > 1 && cut_ms == 0 {
+            return Err(FormatError::invalid(WHAT, "it says no time"));
+        }
         let extents = read_extents(&mut reader, shift)?;
         let raw_sectors = check_extents(&extents)?;
         let frames = read_frames(&mut reader, header_len, raw_sectors, frame_sectors)?;
@@ -353,6 +378,7 @@ impl ChunkHeader {
             id,
             first_write,
             last_write,
+            cut_ms,
             frame_sectors,
             extents,
             frames,
@@ -577,6 +603,7 @@ mod tests {
             id: id(),
             first_write: WriteSeq::new(100),
             last_write: WriteSeq::new(163),
+            cut_ms: 1_700_000_000_000,
             frame_sectors,
             compression: Compression::Lz4,
             key: None,
@@ -648,10 +675,11 @@ mod tests {
             extents in any_extents(),
             frame_shift in 0u32..8,
             encrypted: bool,
+            cut_ms in prop_oneof![Just(0), any::<u64>()],
         ) {
             let key = encrypted.then(|| DataKey::new([1; 32]));
             let raw = content(&extents);
-            let params = ChunkParams { key: key.as_ref(), ..params(1 << frame_shift) };
+            let params = ChunkParams { key: key.as_ref(), cut_ms, ..params(1 << frame_shift) };
             let chunk = encode_chunk(&params, &extents, &raw);
             let len = ChunkHeader::encoded_len(&chunk.bytes[..CHUNK_PREFIX_LEN]).unwrap();
             let header = decode_header(&chunk.bytes[..len], id()).unwrap();
@@ -753,6 +781,27 @@ mod tests {
         let frames = chunk.header.frames.len() * 3;
         let each = (len - FIXED_LEN_MAX - frames) as f64 / 1024.0;
         assert!(each <= 10.0, "{each} bytes");
+    }
+
+    #[test]
+    fn header_without_its_time_is_of_version_1_and_one_that_says_none_is_refused() {
+        let timeless = ChunkParams {
+            cut_ms: 0,
+            ..params(128)
+        };
+        let old = encode_chunk(&timeless, &[zero(0, 8)], &[]).bytes;
+        assert_eq!(old[4], 1);
+        assert_eq!(decode_header(&old, id()).unwrap().cut_ms, 0);
+        let new = encode_chunk(&params(128), &[zero(0, 8)], &[]).bytes;
+        assert_eq!((new[4], new.len()), (2, old.len() + 6));
+        // The time lies behind the two numbers of writes.
+        let mut none = old[..48].to_vec();
+        none.push(0);
+        none.extend_from_slice(&old[48..]);
+        none[4] = 2;
+        FORMAT.seal(&mut none);
+        let refused = decode_header(&none, id()).unwrap_err().to_string();
+        assert!(refused.contains("no time"), "{refused}");
     }
 
     #[test]

@@ -294,6 +294,15 @@ impl Head {
         }
     }
 
+    /// Changes how long dead objects are retained. A map number is passed over, for the bytes of a head
+    /// never come back.
+    pub fn retain(&mut self, retain_ms: u64) {
+        if self.retain_ms != retain_ms {
+            self.retain_ms = retain_ms;
+            self.next_map = self.next_map.next();
+        }
+    }
+
     /// Whether the volume was deleted.
     #[must_use]
     pub fn deleted(&self) -> Option<Deleted> {

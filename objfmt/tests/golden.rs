@@ -281,11 +281,14 @@ fn journal_entry() -> (SegmentId, Record) {
 
 const JOURNAL_GENERATION: Generation = Generation::new(11);
 
+const CUT_MS: u64 = 1_700_000_000_456;
+
 fn chunk(compression: Compression, key: Option<&DataKey>) -> Vec<u8> {
     let params = ChunkParams {
         id: chunk_id(),
         first_write: WriteSeq::new(1000),
         last_write: WriteSeq::new(1003),
+        cut_ms: CUT_MS,
         frame_sectors: 16,
         compression,
         key,
@@ -321,11 +324,11 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
                 .encode_entry(segment, JOURNAL_GENERATION, &record)
                 .to_vec()
         }),
-        ("chunk-none-v1.bin", chunk(Compression::None, None)),
-        ("chunk-lz4-v1.bin", chunk(Compression::Lz4, None)),
-        ("chunk-zstd-v1.bin", chunk(Compression::Zstd, None)),
+        ("chunk-none-v2.bin", chunk(Compression::None, None)),
+        ("chunk-lz4-v2.bin", chunk(Compression::Lz4, None)),
+        ("chunk-zstd-v2.bin", chunk(Compression::Zstd, None)),
         (
-            "chunk-lz4-aes-v1.bin",
+            "chunk-lz4-aes-v2.bin",
             chunk(Compression::Lz4, Some(&key())),
         ),
     ]
@@ -398,18 +401,22 @@ fn golden_files_of_the_journal_read_as_ever() {
 fn golden_chunks_read_as_ever() {
     let key = key();
     let cases = [
-        ("chunk-none-v1.bin", None),
-        ("chunk-lz4-v1.bin", None),
-        ("chunk-zstd-v1.bin", None),
-        ("chunk-lz4-aes-v1.bin", Some(&key)),
+        ("chunk-none", None),
+        ("chunk-lz4", None),
+        ("chunk-zstd", None),
+        ("chunk-lz4-aes", Some(&key)),
     ];
-    for (name, key) in cases {
+    let versions = [(1, 0), (2, CUT_MS)];
+    let cases = cases.iter().flat_map(|case| versions.map(|v| (*case, v)));
+    for ((name, key), (version, cut_ms)) in cases {
+        let name = &format!("{name}-v{version}.bin");
         let bytes = golden(name);
         let len = ChunkHeader::encoded_len(&bytes[..CHUNK_PREFIX_LEN]).unwrap();
         let header = decode_header(&bytes[..len], chunk_id()).unwrap();
         assert_eq!(header.extents, extents(), "{name}");
         assert_eq!(header.first_write, WriteSeq::new(1000));
         assert_eq!(header.last_write, WriteSeq::new(1003));
+        assert_eq!(header.cut_ms, cut_ms, "{name}");
         assert_eq!(header.frame_sectors, 16);
         assert_eq!(header.object_len(), bytes.len() as u64);
         let mut read = Vec::new();

@@ -288,6 +288,7 @@ async fn write(
     };
     let extents = extents(pieces);
     let (frame_sectors, compression) = (backend.head.frame_sectors(), backend.head.compression());
+    let cut_ms = (backend.common.now_ms)();
     let encode = move || {
         let raw = data.concat();
         drop(data);
@@ -295,6 +296,7 @@ async fn write(
             id,
             first_write: WriteSeq::ZERO,
             last_write: WriteSeq::ZERO,
+            cut_ms,
             frame_sectors,
             compression,
             key: None,

@@ -19,6 +19,9 @@ use quarry_objfmt::{
 use quarry_volume::map::MapRoot;
 use tokio::time::Instant;
 
+/// Longest time for which dead objects are retained: 100 years.
+pub const RETAIN_MS_MAX: u64 = 36_525 * 86_400_000;
+
 /// A chunk as it came into the log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LogChunk {
@@ -28,10 +31,12 @@ pub struct LogChunk {
     pub data_sectors: u32,
     /// Bytes of the object.
     pub stored_bytes: u32,
+    /// When it was cut, in milliseconds since 1970; 0 if that is not known.
+    pub cut_ms: u64,
 }
 
 impl LogChunk {
-    /// The chunk of these entries.
+    /// The chunk of these entries; when it was cut is not known.
     pub(super) fn new(id: ChunkId, entries: &[MapEntry], stored_bytes: u64) -> Self {
         let data = entries
             .iter()
@@ -40,7 +45,13 @@ impl LogChunk {
             id,
             data_sectors: data.map(|entry| entry.len).sum(),
             stored_bytes: u32::try_from(stored_bytes).unwrap_or(u32::MAX),
+            cut_ms: 0,
         }
+    }
+
+    /// The same, cut at this time.
+    pub(super) const fn cut_at(self, cut_ms: u64) -> Self {
+        Self { cut_ms, ..self }
     }
 }
 
@@ -99,6 +110,7 @@ impl Dead {
     /// Until when it is kept, whether or not a snapshot needs it.
     fn kept_until(&self, now: Instant, horizon: Duration, retain_ms: u64, now_ms: u64) -> Instant {
         let age_ms = now_ms.saturating_sub(self.object.died_ms);
+        let retain_ms = retain_ms.min(RETAIN_MS_MAX);
         let retained = Duration::from_millis(retain_ms.saturating_sub(age_ms));
         (self.since + horizon).max(now + retained)
     }
@@ -111,6 +123,8 @@ pub struct Objects {
     /// Whether `chunks` are all that the map needs. They are not where version 1 of a head has left a map
     /// without usage, until it is counted.
     counted: bool,
+    /// The time of the map, as its basis has it.
+    log_ms: u64,
     chunks: BTreeMap<ChunkName, ChunkUse>,
     dead: Vec<Dead>,
 }
@@ -123,6 +137,7 @@ impl Objects {
         Self {
             volume,
             counted: true,
+            log_ms: usage.basis.log_ms,
             chunks: usage
                 .chunks
                 .iter()
@@ -144,10 +159,17 @@ impl Objects {
         self.counted
     }
 
-    /// What is to be written beside the manifest; `None` if it would not be all.
+    /// The time of the map, in milliseconds since 1970; 0 if it is not known.
+    pub(super) const fn log_ms(&self) -> u64 {
+        self.log_ms
+    }
+
+    /// What is to be written beside the manifest; `None` if it would not be all. The time of `basis` is
+    /// filled in.
     pub(super) fn usage(&self, basis: Basis) -> Option<Usage> {
+        let log_ms = self.log_ms;
         self.counted.then(|| Usage {
-            basis,
+            basis: Basis { log_ms, ..basis },
             chunks: self.chunks.values().copied().collect(),
             dead: self.dead.iter().map(|dead| dead.object).collect(),
         })
@@ -170,6 +192,7 @@ impl Objects {
         for chunk in chunks {
             let needed = needed.get(&(chunk.id.epoch, chunk.id.seq));
             self.add(chunk, needed.map_or(0, |n| n.sectors), map, now_ms);
+            self.log_ms = self.log_ms.max(chunk.cut_ms);
         }
     }
 
@@ -426,6 +449,7 @@ mod tests {
             },
             data_sectors: 100,
             stored_bytes: 1000,
+            cut_ms: 0,
         }
     }
 

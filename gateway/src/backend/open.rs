@@ -30,6 +30,7 @@ use quarry_volume::map::MapRoot;
 use super::head::{HeadCell, HeadError, put};
 use super::objects::{LogChunk, Objects};
 use super::sound::{self, Unsound};
+use crate::moment::Moment;
 use crate::store::{Store, StoreError, Tag};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
@@ -37,10 +38,10 @@ pub(crate) const HEADER_GUESS: u64 = 64 << 10;
 
 /// How often a volume that is being written elsewhere is opened again for reading, if what its head named
 /// was gone.
-const REOPENS_MAX: u32 = 3;
+pub(super) const REOPENS_MAX: u32 = 3;
 
 /// Chunks of the log looked at side by side.
-const REPLAY_CONCURRENCY: usize = 16;
+pub(super) const REPLAY_CONCURRENCY: usize = 16;
 
 /// Why a volume cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +82,27 @@ pub enum OpenError {
     NoSnapshot {
         /// Its name.
         snapshot: SnapName,
+    },
+    /// A time that has not come.
+    #[error("{at} is in the future: by this host's clock it is {now}")]
+    Future {
+        /// The time.
+        at: Moment,
+        /// Now.
+        now: Moment,
+    },
+    /// The volume as it was at a time cannot be had any more.
+    #[error(
+        "what the volume was at {at} is not kept: {why}{}",
+        .oldest.map(|oldest| format!("; the oldest state that is kept is of {oldest}")).unwrap_or_default()
+    )]
+    NotKept {
+        /// The time.
+        at: Moment,
+        /// Why, in a few words.
+        why: String,
+        /// From when on its states are kept, if that is known.
+        oldest: Option<Moment>,
     },
     /// Two attached at once, or one attached and one resized; the other won.
     #[error(
@@ -435,7 +457,8 @@ async fn replay(
             stored_write = header.last_write;
             end = header.id.seq.next();
             let entries = header.map_entries();
-            chunks.push(LogChunk::new(header.id, &entries, header.object_len()));
+            let chunk = LogChunk::new(header.id, &entries, header.object_len());
+            chunks.push(chunk.cut_at(header.cut_ms));
             log.push(entries);
         }
     }
@@ -472,7 +495,7 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
 
 /// The headers of a log range, in order, up to its end; the end of an open range is sealed if we
 /// have a claim.
-async fn replay_range(
+pub(super) async fn replay_range(
     store: &dyn Store,
     tenant: &TenantName,
     range: &LogRange,

@@ -142,6 +142,11 @@ impl Reclaim {
         self.wake.notify_one();
     }
 
+    /// What is dead may be deleted earlier.
+    pub(super) fn look_again(&self) {
+        self.wake.notify_one();
+    }
+
     pub(super) fn moved(&self, bytes: u64) {
         self.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -11,8 +11,10 @@ use quarry_objfmt::{Compression, Durability, TenantName, VolumeId, VolumeName};
 
 use super::warm::Span;
 use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, TrashRef, Via, VolumeRef};
+use crate::engine::now_ms;
 use crate::image::ImageFormat;
 use crate::image::copy::JOBS_MAX;
+use crate::moment::{Moment, NoMoment};
 
 /// Block devices whose data live in object storage.
 #[derive(Debug, Parser)]
@@ -200,6 +202,7 @@ Examples:
   quarry volume create acme/db --size 100GiB
   quarry volume attach acme/db --via nbd
   quarry volume resize acme/db 200GiB
+  quarry volume retain acme/db 24h
   quarry volume sync acme/db
   quarry volume import disk.qcow2 acme/db
   quarry volume export acme/db disk.qcow2
@@ -221,8 +224,10 @@ Examples:
   quarry volume attach acme/db --owner qemu:kvm --mode 0660
   quarry volume attach acme/db --force
   quarry volume attach acme/db@nightly
+  quarry volume attach acme/db --at -2h
 
-A snapshot is attached for reading only, on any number of hosts, beside its volume.")]
+A snapshot, or the volume as it was at a time, is attached for reading only, on any number of hosts, beside the
+volume. The latter is called acme/db@2026-11-25T03:00:00Z from then on.")]
     Attach(AttachFlags),
     /// List volumes.
     List {
@@ -267,6 +272,19 @@ Examples:
         /// Take a size that is smaller: what lies behind it is lost.
         #[arg(long)]
         force: bool,
+    },
+    /// Set how long what a volume was stays to be opened with `attach --at`, attached here or nowhere.
+    #[command(after_help = "\
+Example:
+  quarry volume retain acme/db 24h
+
+What is older goes soon after, and does not come back when more is kept again. 0s keeps nothing.")]
+    Retain {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// How long, such as 24h.
+        #[arg(value_name = "TIME", value_parser = span_ms)]
+        retain: u64,
     },
     /// Wait until all that was written so far is in the object store.
     Sync {
@@ -422,6 +440,9 @@ pub struct CreateFlags {
     /// Its size, up to 1EiB.
     #[arg(long)]
     pub size: Size,
+    /// How long what it was stays to be opened with `attach --at`, such as 24h.
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = span_ms)]
+    pub retain: u64,
     /// All else.
     #[command(flatten)]
     pub shape: ShapeFlags,
@@ -540,6 +561,12 @@ pub struct RescueFlags {
 pub struct AttachFlags {
     /// The volume, as tenant/name, or a snapshot.
     pub volume: ImageRef,
+    /// For reading, as it was at this time (2026-11-25T03:00:00Z, or -2h), if that is kept; see `volume retain`.
+    ///
+    /// All in it was acknowledged by then; of what was, the last seconds may be missing, which were on their
+    /// way to the object store. When it is kept no longer, reads of it fail.
+    #[arg(long, value_name = "TIME", value_parser = moment, allow_hyphen_values = true)]
+    pub at: Option<Moment>,
     /// A block device (ublk) or a network block device; by default a block device if the kernel can.
     #[arg(long, value_enum, value_name = "HOW")]
     pub via: Option<Via>,
@@ -569,6 +596,16 @@ pub struct AttachFlags {
     /// work out, go through the daemon.
     #[arg(long)]
     pub direct_reads: bool,
+}
+
+/// A span of time, in milliseconds.
+fn span_ms(text: &str) -> Result<u64, String> {
+    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    u64::try_from(span.as_millis()).map_err(|_| "that is too long".to_owned())
+}
+
+fn moment(text: &str) -> Result<Moment, NoMoment> {
+    Moment::parse(text, now_ms())
 }
 
 /// What to do with configuration files.

@@ -174,6 +174,7 @@ async fn find_or_make(
                 sector_size,
                 durability,
                 compression,
+                retain_ms: 0,
             };
             return Ok(client.create_volume(&spec).await?);
         }

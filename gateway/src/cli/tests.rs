@@ -65,6 +65,12 @@ fn every_line_of_the_manual_parses() {
         "volume list --tenant acme",
         "volume show acme/db",
         "volume resize acme/db 200GiB",
+        "volume create acme/db --size 1GiB --retain 24h",
+        "volume retain acme/db 24h",
+        "volume attach acme/db --read-only --at 2026-11-25T03:00:00Z",
+        "volume attach acme/db --at -2h",
+        "volume attach acme/db --at 1764039600000",
+        "volume detach acme/db@2026-11-25T03:00:00Z",
         "volume import disk.qcow2 acme/db",
         "volume import disk.img acme/db --format raw --size 200GiB --compression zstd --overwrite --attach --jobs 4",
         "volume import - acme/db --size 100GiB",
@@ -125,6 +131,9 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume attach acme/db --mode rw",
         "volume resize acme/db",
         "volume resize acme/db large",
+        "volume retain acme/db",
+        "volume retain acme/db 24",
+        "volume attach acme/db --at yesterday",
         "volume resize acme/db@nightly 1GiB",
         "volume delete acme/db@nightly",
         "volume clone acme/db acme/test1",
@@ -219,6 +228,17 @@ async fn volume_from_the_command_line_lives_its_whole_life() {
             .await
             .json()["size_bytes"],
         200_u64 << 30
+    );
+
+    assert_eq!(
+        ok("volume retain acme/db 36h").await.out,
+        "acme/db: what it was is kept for 1day 12h\n"
+    );
+    let shown = ok("volume show acme/db").await.out;
+    assert!(shown.contains("retained      1day 12h\n"), "{shown}");
+    assert_eq!(
+        ok("volume retain acme/db 0s").await.out,
+        "acme/db: nothing is kept of what it was\n"
     );
 
     assert_eq!(

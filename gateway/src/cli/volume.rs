@@ -8,8 +8,8 @@ use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
 use super::{Failure, chores, export, import, rescue, trash, verify, warm};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ResizeInfo, ResizeSpec, RestoreSpec, SnapRef, State,
-    VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ImageRef, ResizeInfo, ResizeSpec, RestoreSpec, RetainInfo,
+    SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 
 pub(super) async fn run(
@@ -36,6 +36,11 @@ pub(super) async fn run(
             let call = client.resize(&volume, ResizeSpec { size_bytes, force });
             let resized = shown("resizing", &volume, call).await?;
             console.show(&resized, resize_text)
+        }
+        VolumeCommand::Retain { volume, retain } => {
+            let call = client.retain(&volume, retain);
+            let retained = shown("retaining", &volume, call).await?;
+            console.show(&retained, retain_text)
         }
         VolumeCommand::Clone { snapshot, volume } => {
             clone(client, &snapshot, &volume, console).await
@@ -116,6 +121,7 @@ async fn create(
     let CreateFlags {
         volume,
         size,
+        retain,
         shape:
             ShapeFlags {
                 sector_size,
@@ -131,6 +137,7 @@ async fn create(
         sector_size,
         durability,
         compression,
+        retain_ms: retain,
     };
     let made = client.create_volume(&spec).await?;
     console.show(&made, |made| {
@@ -169,6 +176,7 @@ async fn attach(
 ) -> Result<(), Failure> {
     let AttachFlags {
         volume,
+        at,
         via,
         force,
         discard_unsent,
@@ -178,6 +186,15 @@ async fn attach(
         mode,
         direct_reads,
     } = flags;
+    let volume = match at {
+        Some(_) if volume.is_past() => {
+            let message = format!("{volume} is of one moment already");
+            let remedy = "name the volume alone, or leave --at out";
+            return Err(Failure::new("usage", message, remedy));
+        }
+        Some(at) => ImageRef::past(volume.volume, at),
+        None => volume,
+    };
     let options = AttachOptions {
         via,
         force,
@@ -219,6 +236,19 @@ fn resize_text(resized: &ResizeInfo) -> String {
         bytes(*size_bytes),
         note.unwrap_or_default()
     )
+}
+
+fn retain_text(retained: &RetainInfo) -> String {
+    let RetainInfo { volume, retain_ms } = retained;
+    match retain_ms {
+        0 => format!("{volume}: nothing is kept of what it was"),
+        ms => format!("{volume}: what it was is kept for {}", span_text(*ms)),
+    }
+}
+
+/// Exactly, and as it is said.
+fn span_text(ms: u64) -> String {
+    humantime::format_duration(std::time::Duration::from_millis(ms)).to_string()
 }
 
 fn list_text(volumes: &[VolumeInfo]) -> String {
@@ -327,6 +357,10 @@ fn show_text(v: &VolumeInfo) -> String {
         (
             "snapshots",
             (v.snapshots > 0 && v.snapshot.is_none()).then(|| v.snapshots.to_string()),
+        ),
+        (
+            "retained",
+            (v.retain_ms > 0).then(|| span_text(v.retain_ms)),
         ),
         ("state", Some(state_text(v))),
         ("problem", v.problem.clone()),

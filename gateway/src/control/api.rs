@@ -21,7 +21,9 @@ use super::dto::{
 };
 use super::error::response;
 use super::trash::{self, TrashInfo};
-use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, warm};
+use super::{
+    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, warm,
+};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -74,6 +76,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
     finish(
         routes
             .merge(trash::routes())
+            .merge(retain::routes())
             .merge(warm::routes())
             .merge(chores::routes())
             .merge(health()),
@@ -441,6 +444,7 @@ mod tests {
             sector_size: 4096,
             durability: Durability::Object,
             compression: Compression::Zstd,
+            retain_ms: 0,
         }
     }
 

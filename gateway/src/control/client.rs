@@ -14,6 +14,7 @@ use super::dto::{
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
     VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
+use super::retain::{RetainInfo, RetainSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{ApiError, ApiResult, ImageRef, Kind, Problem, SnapRef, VolumeRef};
@@ -244,6 +245,19 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         let path = format!("/v1/volumes/{volume}/resize");
+        let response = self
+            .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Sets how long what a volume needs no more is kept.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
+        let path = format!("/v1/volumes/{volume}/retain");
+        let spec = RetainSpec { retain_ms };
         let response = self
             .call(Method::POST, &path, Some(&spec), Patience::Work)
             .await?;

@@ -13,6 +13,7 @@ use quarry_objfmt::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::retain::check_retain;
 use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, ImageRef, VolumeRef};
 use crate::ublk::QUEUES_MAX;
 
@@ -95,6 +96,9 @@ pub struct VolumeSpec {
     /// How its data are compressed.
     #[serde(default)]
     pub compression: Compression,
+    /// How long what it needs no more is kept.
+    #[serde(default)]
+    pub retain_ms: u64,
 }
 
 const fn default_sector_size() -> u32 {
@@ -117,6 +121,7 @@ impl VolumeSpec {
             let message = format!("a sector size of {} is not supported", self.sector_size);
             return Err(ApiError::invalid(message, "use 512 or 4096"));
         }
+        check_retain(self.retain_ms)?;
         check_size(self.size_bytes, self.sector_size)
     }
 }
@@ -490,7 +495,7 @@ pub struct VolumeInfo {
     pub tenant: String,
     /// Its name.
     pub name: String,
-    /// The snapshot, if it is one.
+    /// The snapshot, or the time, if it is of one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
     /// Its id, for ever.
@@ -509,6 +514,8 @@ pub struct VolumeInfo {
     pub parent: Option<ParentInfo>,
     /// How many snapshots it has.
     pub snapshots: u64,
+    /// How long what it needs no more is kept.
+    pub retain_ms: u64,
     /// What it is doing.
     pub state: State,
     /// How it is attached here.
@@ -809,6 +816,7 @@ mod tests {
                 sector_size,
                 durability: Durability::Local,
                 compression: Compression::Lz4,
+                retain_ms: 0,
             };
             assert!(spec.check().is_err(), "{size_bytes} {sector_size}");
         }

@@ -98,6 +98,7 @@ impl Engine for FakeEngine {
             sector_size: spec.sector_size,
             durability: spec.durability,
             compression: spec.compression,
+            retain_ms: spec.retain_ms,
             ..VolumeInfo::default()
         };
         self.volumes.lock().insert(spec.volume(), info.clone());
@@ -164,6 +165,14 @@ impl Engine for FakeEngine {
             volume: volume.to_string(),
             size_bytes,
             note,
+        })
+    }
+
+    async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
+        self.change(volume, |volume| volume.retain_ms = retain_ms)?;
+        Ok(RetainInfo {
+            volume: volume.to_string(),
+            retain_ms,
         })
     }
 

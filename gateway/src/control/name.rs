@@ -7,6 +7,7 @@ use quarry_objfmt::keys::NAME_LEN_MAX;
 use quarry_objfmt::{NameError, SnapName, TenantName, VolumeName};
 
 use super::{ApiError, ApiResult};
+use crate::moment::Moment;
 
 /// A volume as people name it: `tenant/name`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -82,14 +83,16 @@ impl FromStr for SnapRef {
     }
 }
 
-/// What can be attached: a volume, or, for reading, one of its snapshots. Ordered and compared by both
-/// names, so that a snapshot is never taken for its volume.
+/// What can be attached: a volume, or, for reading, one of its snapshots or the volume as it was at a time.
+/// Ordered and compared by all of it, so that none is taken for another.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ImageRef {
     /// The volume.
     pub volume: VolumeRef,
     /// Its snapshot; `None`: the volume itself.
     pub snapshot: Option<SnapName>,
+    /// The time, if it is the volume as it was then; then there is no snapshot.
+    pub at: Option<Moment>,
 }
 
 impl ImageRef {
@@ -98,19 +101,48 @@ impl ImageRef {
     /// # Errors
     /// If one of the names cannot be one.
     pub fn new(tenant: impl Into<String>, short_name: &str) -> Result<Self, NameError> {
-        let (name, snapshot) = match short_name.split_once('@') {
-            Some((name, snapshot)) => (name, Some(SnapName::new(snapshot)?)),
+        let (name, behind) = match short_name.split_once('@') {
+            Some((name, behind)) => (name, Some(behind)),
             None => (short_name, None),
         };
-        let volume = VolumeRef::new(tenant, name)?;
-        Ok(Self { volume, snapshot })
+        // A time has a `T` and colons, which no name has.
+        let at = behind.and_then(|text| text.parse().ok());
+        let snapshot = behind.filter(|_| at.is_none()).map(SnapName::new);
+        Ok(Self {
+            volume: VolumeRef::new(tenant, name)?,
+            snapshot: snapshot.transpose()?,
+            at,
+        })
     }
 
-    /// The name without the tenant's, as devices, exports and metrics have it: `name` or `name@snapshot`.
+    /// A volume as it was at a time.
+    #[must_use]
+    pub fn past(volume: VolumeRef, at: Moment) -> Self {
+        Self {
+            at: Some(at),
+            ..volume.into()
+        }
+    }
+
+    /// Whether it is of the past: it takes no writes, and is nobody's.
+    #[must_use]
+    pub const fn is_past(&self) -> bool {
+        self.snapshot.is_some() || self.at.is_some()
+    }
+
+    /// What stands behind the volume's name: the snapshot's, or the time.
+    #[must_use]
+    pub fn behind(&self) -> Option<String> {
+        let at = self.at.map(|at| at.to_string());
+        at.or_else(|| self.snapshot.as_ref().map(ToString::to_string))
+    }
+
+    /// The name without the tenant's, as devices, exports and metrics have it: `name`, `name@snapshot` or
+    /// `name@time`.
     #[must_use]
     pub fn short_name(&self) -> String {
-        match &self.snapshot {
-            Some(snapshot) => format!("{}@{snapshot}", self.volume.name),
+        match self.behind() {
+            Some(behind) => format!("{}@{behind}", self.volume.name),
             None => self.volume.name.to_string(),
         }
     }
@@ -118,8 +150,11 @@ impl ImageRef {
 
 impl From<VolumeRef> for ImageRef {
     fn from(volume: VolumeRef) -> Self {
-        let snapshot = None;
-        Self { volume, snapshot }
+        Self {
+            volume,
+            snapshot: None,
+            at: None,
+        }
     }
 }
 
@@ -128,6 +163,7 @@ impl From<SnapRef> for ImageRef {
         Self {
             volume: snapshot.volume,
             snapshot: Some(snapshot.name),
+            at: None,
         }
     }
 }
@@ -182,6 +218,11 @@ mod tests {
             assert_eq!(image.to_string(), text);
             assert_eq!(image.snapshot.is_some(), text.contains('@'));
         }
+        let text = "acme/db@2026-11-25T03:00:00.040Z";
+        let image: ImageRef = text.parse().unwrap();
+        assert_eq!(image.to_string(), text);
+        assert!(image.at.is_some() && image.snapshot.is_none() && image.is_past());
+        assert!(text.parse::<SnapRef>().is_err());
         let snapshot: SnapRef = "acme/db@nightly".parse().unwrap();
         assert_eq!(ImageRef::from(snapshot).short_name(), "db@nightly");
         for text in [

@@ -17,14 +17,18 @@ use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
 use crate::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
 };
+use crate::backend::past::open_at;
 use crate::backend::{HeadError, VolumeBackend};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, ImageRef, Kind, Via, VolumeRef,
 };
+use crate::moment::Moment;
 use crate::nbd::Export;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
-use crate::ublk::{Device, DeviceSpec, Found, Permissions, Stamp, UblkError, snapshot_device};
+use crate::ublk::{
+    Device, DeviceSpec, Found, Permissions, Stamp, UblkError, past_device, snapshot_device,
+};
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
 /// stopped, which comes first; one whose device could not be recovered never does.
@@ -41,11 +45,16 @@ impl From<OpenError> for ApiError {
             | OpenError::Stale { .. }
             | OpenError::Unsent
             | OpenError::Raced { .. } => Kind::Conflict,
-            OpenError::NoSnapshot { .. } => Kind::NotFound,
+            OpenError::NoSnapshot { .. } | OpenError::NotKept { .. } => Kind::NotFound,
+            OpenError::Future { .. } => Kind::Invalid,
             OpenError::Damaged { .. } | OpenError::Cache(_) => Kind::Damaged,
             OpenError::Store(error) => return registry::store_error(error),
         };
-        Self::new(kind, error.to_string(), "")
+        let remedy = match &error {
+            OpenError::NotKept { .. } => "`quarry volume retain` keeps more from now on",
+            _ => "",
+        };
+        Self::new(kind, error.to_string(), remedy)
     }
 }
 
@@ -101,9 +110,9 @@ impl Daemon {
         options: &AttachOptions,
         access: Access,
     ) -> ApiResult<AttachInfo> {
-        // A snapshot takes no writes, whoever asks.
+        // What is past takes no writes, whoever asks.
         let options = &AttachOptions {
-            read_only: options.read_only || volume.snapshot.is_some(),
+            read_only: options.read_only || volume.is_past(),
             ..options.clone()
         };
         let slot = self.slot(volume);
@@ -271,6 +280,9 @@ impl Daemon {
         if let Some(name) = &volume.snapshot {
             return self.serve_snapshot(volume, id, name, options).await;
         }
+        if let Some(at) = volume.at {
+            return self.serve_past(volume, id, at, options).await;
+        }
         let unsettled = self.unsettled.lock().remove(&id);
         if let Some(segments) = unsettled {
             self.settle_cache(id, segments)
@@ -300,6 +312,22 @@ impl Daemon {
             error => error.into(),
         })?;
         let device = snapshot_device(id, name, created_ms);
+        let taken = (Taken::default(), None);
+        self.put_on_a_reactor(image, device, opened, taken, options)
+            .await
+    }
+
+    /// Finds out what the volume was. What the cache kept of it was never in the store, and is no part of it.
+    async fn serve_past(
+        &self,
+        image: &ImageRef,
+        id: VolumeId,
+        at: Moment,
+        options: &AttachOptions,
+    ) -> ApiResult<Opening> {
+        let tenant = &image.volume.tenant;
+        let opened = open_at(&self.control, tenant, id, at.ms(), now_ms()).await?;
+        let device = past_device(id, at);
         let taken = (Taken::default(), None);
         self.put_on_a_reactor(image, device, opened, taken, options)
             .await
@@ -379,6 +407,7 @@ impl Daemon {
             tenant: volume.volume.tenant.clone(),
             name: volume.volume.name.clone(),
             snapshot: volume.snapshot.clone(),
+            at: volume.at,
             size: head.size,
             sector_size: head.sector_size,
             read_only,
@@ -512,6 +541,7 @@ impl Daemon {
                     name: stamp.name.clone(),
                 },
                 snapshot: stamp.snapshot.clone(),
+                at: stamp.at,
             };
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;

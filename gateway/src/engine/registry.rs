@@ -11,7 +11,7 @@ use quarry_objfmt::record::{
 use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName, keys};
 
 use super::now_ms;
-use super::resize::{larger, taken_over};
+use super::resize::larger;
 use crate::backend::open::OpenError;
 use crate::backend::{HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
@@ -133,6 +133,7 @@ pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiRe
         sector_size: spec.sector_size,
         compression: spec.compression,
         durability: spec.durability,
+        retain_ms: spec.retain_ms,
         ..Head::fresh(volume, &spec.tenant, &spec.name, size, created_ms)
     };
     let head_key = keys::head_key(&spec.tenant, volume);
@@ -287,14 +288,20 @@ pub(super) fn head_error(volume: &VolumeRef, error: &HeadError) -> ApiError {
     }
 }
 
-/// Grows a volume that nobody has, or `cache` had and does not serve. Whoever attaches it at the same
-/// moment wins, or finds the larger volume: both change the head where they have seen it.
-pub(super) async fn grow_volume(
+/// Somebody else took or changed the volume at the same moment.
+pub(super) fn changed_elsewhere(volume: &VolumeRef, by: &str) -> ApiError {
+    let message = format!("{volume} was attached or changed just now by {by}");
+    let remedy = "if it is attached there, do that there; else try again";
+    ApiError::new(Kind::Conflict, message, remedy)
+}
+
+/// The head of a volume that nobody has, or `cache` had and does not serve, to be changed. Whoever attaches it
+/// at the same moment wins, or finds it changed: both change the head where they have seen it.
+async fn free_head(
     store: &dyn Store,
     volume: &VolumeRef,
-    size_bytes: u64,
     cache: CacheId,
-) -> ApiResult<()> {
+) -> ApiResult<(Head, HeadCell)> {
     let id = find(store, volume).await?;
     let read = HeadCell::read(store, &keys::head_key(&volume.tenant, id)).await;
     let (head, tag) = read.map_err(|error| head_error(volume, &error))?;
@@ -303,18 +310,47 @@ pub(super) async fn grow_volume(
     }
     if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
         let message = format!("{volume} is attached by host {}", other.host);
-        let remedy = "resize it there, or, if that host is lost, attach it here with --force first";
+        let remedy = "do that there, or, if that host is lost, attach it here with --force first";
         return Err(ApiError::new(Kind::Conflict, message, remedy));
     }
+    let cell = HeadCell::new(volume.tenant.clone(), head.clone(), tag);
+    Ok((head, cell))
+}
+
+/// Grows a volume that nobody has, or `cache` had and does not serve.
+pub(super) async fn grow_volume(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    size_bytes: u64,
+    cache: CacheId,
+) -> ApiResult<()> {
+    let (head, cell) = free_head(store, volume, cache).await?;
     let size = larger(volume, &head, size_bytes)?;
     if head.size == size {
         return Ok(());
     }
-    let cell = HeadCell::new(volume.tenant.clone(), head, tag);
     let grown = cell.update(store, |head| head.size = head.size.max(size));
     match grown.await {
         Ok(head) => larger(volume, &head, size_bytes).map(|_| ()),
-        Err(HeadError::Fenced { by }) => Err(taken_over(volume, &by)),
+        Err(HeadError::Fenced { by }) => Err(changed_elsewhere(volume, &by)),
+        Err(error) => Err(head_error(volume, &error)),
+    }
+}
+
+/// Sets how long dead objects of such a volume are retained.
+pub(super) async fn retain_volume(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    retain_ms: u64,
+    cache: CacheId,
+) -> ApiResult<()> {
+    let (head, cell) = free_head(store, volume, cache).await?;
+    if head.retain_ms == retain_ms {
+        return Ok(());
+    }
+    match cell.update(store, |head| head.retain(retain_ms)).await {
+        Ok(_) => Ok(()),
+        Err(HeadError::Fenced { by }) => Err(changed_elsewhere(volume, &by)),
         Err(error) => Err(head_error(volume, &error)),
     }
 }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use quarry_objfmt::head::Head;
-use quarry_objfmt::keys;
+use quarry_objfmt::{TenantName, keys};
 use quarry_volume::VolumeStats;
 
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
-use super::{Daemon, VolumeMachine, registry};
+use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
@@ -34,6 +34,9 @@ impl Daemon {
         let slot = self.slots.lock().get(image).cloned().unwrap_or_default();
         let attached = slot.stage().attached().cloned();
         let volume = &image.volume;
+        if image.at.is_some() && attached.is_none() && !self.wanted.contains(image) {
+            return Err(not_attached(image));
+        }
         let mut head = match &attached {
             Some(attached) => attached.backend.head().get(),
             None => registry::head(&self.control, volume).await?,
@@ -49,7 +52,7 @@ impl Daemon {
         let mut info = VolumeInfo {
             tenant: volume.tenant.to_string(),
             name: volume.name.to_string(),
-            snapshot: image.snapshot.as_ref().map(ToString::to_string),
+            snapshot: image.behind(),
             id: head.volume.to_string(),
             created_ms: head.created_ms,
             size_bytes: head.size.bytes(),
@@ -59,9 +62,10 @@ impl Daemon {
             stored_bytes: head.stored_bytes,
             parent: self.parent(volume, &head).await,
             snapshots: head.snapshots.len() as u64,
+            retain_ms: head.retain_ms,
             state: match slot.state() {
-                // A snapshot is nobody's.
-                State::Detached if image.snapshot.is_some() => State::Detached,
+                // What is past is nobody's.
+                State::Detached if image.is_past() => State::Detached,
                 State::Detached if owner.is_some_and(elsewhere) => State::AttachedElsewhere,
                 state => state,
             },
@@ -122,6 +126,15 @@ impl Daemon {
     fn cached_bytes(&self, attached: &Attached) -> u64 {
         let volume = attached.backend.volume();
         self.shared.lock().cache.clean().bytes_of(volume)
+    }
+
+    /// What is attached, or is to be, of volumes as they were at a time.
+    pub(super) fn past_images(&self, tenant: Option<&TenantName>) -> Vec<ImageRef> {
+        let of_tenant = |image: &ImageRef| tenant.is_none_or(|t| *t == image.volume.tenant);
+        let wanted = self.wanted.all().into_iter().map(|(image, _)| image);
+        wanted
+            .filter(|image| image.at.is_some() && of_tenant(image))
+            .collect()
     }
 
     fn attached(&self) -> Vec<(ImageRef, Arc<Attached>)> {

@@ -111,7 +111,7 @@ impl Daemon {
                 Ok(head) => head,
                 Err(HeadError::Fenced { by }) => {
                     backend.tell(Event::Fenced { by: by.clone() }).await;
-                    return Err(taken_over(volume, &by));
+                    return Err(registry::changed_elsewhere(volume, &by));
                 }
                 Err(error) => return Err(registry::head_error(volume, &error)),
             }
@@ -170,16 +170,6 @@ pub(super) fn larger(volume: &VolumeRef, head: &Head, size_bytes: u64) -> ApiRes
         return Err(refuse_attached(volume, head.size, size_bytes));
     }
     Ok(Sectors::from_bytes(size_bytes).expect("whole blocks are whole sectors"))
-}
-
-/// Another host took the volume while it was being resized.
-pub(super) fn taken_over(volume: &VolumeRef, by: &str) -> ApiError {
-    let message = format!("{volume} was attached or resized just now by {by}");
-    ApiError::new(
-        Kind::Conflict,
-        message,
-        "if it is attached there, resize it there; else try again",
-    )
 }
 
 pub(super) fn resized(volume: &VolumeRef, size_bytes: u64, note: Option<String>) -> ResizeInfo {

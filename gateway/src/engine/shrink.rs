@@ -20,7 +20,7 @@ use quarry_objfmt::{Lba, LbaRange, Owner, Sectors};
 use quarry_volume::{IoError, Op};
 use tokio::sync::oneshot;
 
-use super::resize::{HEAD_WAIT_MAX, resized, taken_over};
+use super::resize::{HEAD_WAIT_MAX, resized};
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, registry};
 use crate::backend::HeadError;
@@ -152,7 +152,7 @@ impl Daemon {
             .update(&self.control, |head| head.size = size);
         match tokio::time::timeout(HEAD_WAIT_MAX, smaller).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(HeadError::Fenced { by })) => Err(taken_over(volume, &by)),
+            Ok(Err(HeadError::Fenced { by })) => Err(registry::changed_elsewhere(volume, &by)),
             Ok(Err(error)) => Err(registry::head_error(volume, &error)),
             Err(_) => {
                 let message = format!("{volume}: the store does not take its head");

@@ -231,7 +231,7 @@ impl Daemon {
     }
 
     /// Whether the volume's head is this attachment's to change.
-    fn may_change(&self, volume: &VolumeRef, attached: &Attached) -> ApiResult<()> {
+    pub(super) fn may_change(&self, volume: &VolumeRef, attached: &Attached) -> ApiResult<()> {
         if attached.read_only {
             let message = format!("{volume} is attached here for reading only");
             let remedy = "detach it first, or do that on the host that writes to it";

@@ -74,6 +74,11 @@ impl Daemon {
         image: &ImageRef,
         spec: VerifySpec,
     ) -> ApiResult<VerifyReport> {
+        if image.at.is_some() {
+            let message = "a volume as it was at a time cannot be verified";
+            let remedy = "attach it and read it: what is read is verified";
+            return Err(ApiError::invalid(message, remedy));
+        }
         let id = registry::find(&self.control, &image.volume).await?;
         let running = self.verifies.begin(image)?;
         // A store that is away is waited for; what the volumes' users read comes first.

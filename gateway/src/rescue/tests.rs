@@ -1,5 +1,6 @@
 use quarry_objfmt::CacheId;
 use quarry_objfmt::head::Lineage;
+use quarry_objfmt::map::Manifest;
 
 use quarry_objfmt::{Compression, Durability};
 
@@ -290,17 +291,4 @@ async fn writer_that_is_quicker_than_the_seal_has_the_rescue_refused() {
     fixture.put_chunk(chunk_id(2, 7), &[piece(7)]).await;
     let refused = rescue.seal(&followed, Epoch::new(258), "x").await;
     assert!(matches!(refused, Err(RescueError::Raced { .. })));
-}
-
-#[test]
-fn last_nodes_of_what_is_no_row_of_nodes_is_none() {
-    for object in [&b""[..], b"QMAP", &[0; 100], &[b'Q'; 24]] {
-        assert_eq!(last_nodes(object), None);
-    }
-    let mut node = [0; 30];
-    node[..4].copy_from_slice(&NODE_MAGIC);
-    node[16] = 6;
-    assert_eq!(last_nodes(&node), Some((None, 0)));
-    node[16] = 7;
-    assert_eq!(last_nodes(&node), None);
 }

@@ -67,11 +67,14 @@ async fn go_back(
     let at = info.next_map;
     let usage = usage(store, tenant, taken, snapshot, map.manifest(), at, now_ms).await?;
     let size = info.size.max(snapshot.size);
+    let times = taken.log.chunks.iter().map(|chunk| chunk.cut_ms);
+    let log_ms = times.fold(now_ms, u64::max);
     let usage = usage.map(|usage| Usage {
         basis: Basis {
             log_end: taken.log.end,
             root_write: snapshot.root_write,
             size,
+            log_ms: log_ms.max(usage.basis.log_ms),
             ..Basis::of(info)
         },
         ..usage

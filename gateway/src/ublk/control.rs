@@ -304,7 +304,7 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
     // Until it is disowned, dropping `ctrl` deletes the device again.
     let id = ctrl.dev_info().dev_id;
     let told = Udev::default().tell(id, spec);
-    let name = short_name(&spec.name, spec.snapshot.as_ref());
+    let name = short_name(&spec.name, spec.snapshot.as_ref(), spec.at);
     let started = told.and_then(|()| {
         let mode = serve(&ctrl, spec, host)?;
         let node = wait_for_node(&ctrl)?;
@@ -406,7 +406,7 @@ fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<D
         };
         tracing::error!(%error, "the device is served as it is");
     }
-    let name = short_name(&spec.name, spec.snapshot.as_ref());
+    let name = short_name(&spec.name, spec.snapshot.as_ref(), spec.at);
     let link = link::make(link_root, &spec.tenant, &name, &node);
     tracing::info!(device = %node.display(), volume = %spec.volume, %mode, "device recovered");
     let size = match grow(&ctrl, spec.size) {
@@ -578,7 +578,7 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
     if !force && is_in_use(&node) {
         return Err(UblkError::InUse { node });
     }
-    let name = short_name(&stamp.name, stamp.snapshot.as_ref());
+    let name = short_name(&stamp.name, stamp.snapshot.as_ref(), stamp.at);
     link::remove(link_root, &stamp.tenant, &name, &node);
     ctrl.kill_dev()
         .and_then(done)

@@ -10,6 +10,7 @@ use quarry_objfmt::{CacheId, SnapName, TenantName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::DeviceSpec;
+use crate::moment::Moment;
 
 /// Version of the stamp's JSON.
 const VERSION: u32 = 1;
@@ -29,6 +30,9 @@ pub struct Stamp {
     /// The snapshot, if it is one's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapName>,
+    /// The time, if it is of a volume as it was then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Moment>,
     /// Whether the device takes no writes.
     pub read_only: bool,
 }
@@ -44,6 +48,7 @@ impl Stamp {
             tenant: spec.tenant.clone(),
             name: spec.name.clone(),
             snapshot: spec.snapshot.clone(),
+            at: spec.at,
             read_only: spec.read_only,
         }
     }
@@ -63,9 +68,19 @@ impl Stamp {
 /// By what a snapshot's device is known again, in the place of a volume's id: neither its volume's
 /// device nor another snapshot's is taken for it, nor one's that had the name before.
 pub fn snapshot_device(volume: VolumeId, name: &SnapName, created_ms: u64) -> VolumeId {
+    marked(volume, name.as_str(), created_ms)
+}
+
+/// The same of the device of a volume as it was at a time.
+pub fn past_device(volume: VolumeId, at: Moment) -> VolumeId {
+    // No snapshot is called so.
+    marked(volume, &at.to_string(), at.ms())
+}
+
+fn marked(volume: VolumeId, name: &str, created_ms: u64) -> VolumeId {
     // FNV-1a: the same in every build, for devices outlive their daemons.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in name.as_str().bytes().chain(created_ms.to_le_bytes()) {
+    for byte in name.bytes().chain(created_ms.to_le_bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
     let mut bytes = volume.to_bytes();
@@ -100,13 +115,14 @@ mod tests {
         let device = snapshot_device(volume, &name("nightly"), 5);
         let words = [
             volume,
+            past_device(volume, Moment::from_ms(5)),
             device,
             snapshot_device(volume, &name("nightlz"), 5),
             snapshot_device(volume, &name("nightly"), 6),
             snapshot_device(VolumeId::from_bytes([8; 16]), &name("nightly"), 5),
         ];
         let words: std::collections::BTreeSet<u64> = words.map(word).into();
-        assert_eq!(words.len(), 5);
+        assert_eq!(words.len(), 6);
         // For ever: a daemon takes over what an older one made.
         assert_eq!(word(device), 0x2572e611d560a068);
     }

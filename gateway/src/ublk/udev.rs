@@ -13,8 +13,8 @@
 //! - The folder and its parent are root's, and nobody else can write there: who writes a file there
 //!   chooses who may read a device.
 //! - Tenants', volumes' and snapshots' names have only letters, digits, `.`, `_` and `-`, a letter or digit
-//!   first, and a snapshot's follows its volume's behind an `@`, which udev leaves as it is: so they can break
-//!   neither a line of the file nor a path.
+//!   first, and a snapshot's, or a time, which has colons too, follows its volume's behind an `@`. udev leaves
+//!   both as they are: so they can break neither a line of the file nor a path.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -238,7 +238,7 @@ fn text(spec: &DeviceSpec) -> String {
     let mut text = format!(
         "QUARRY_TENANT={}\nQUARRY_VOLUME={}\n{}\n",
         spec.tenant,
-        short_name(&spec.name, spec.snapshot.as_ref()),
+        short_name(&spec.name, spec.snapshot.as_ref(), spec.at),
         id_line(spec.volume)
     );
     let permissions = &spec.permissions;

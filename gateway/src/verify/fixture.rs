@@ -91,6 +91,7 @@ pub(crate) fn make_chunk_of(
         id,
         first_write: WriteSeq::new(write),
         last_write: WriteSeq::new(write),
+        cut_ms: 0,
         frame_sectors: FRAME,
         compression: Compression::None,
         key: None,

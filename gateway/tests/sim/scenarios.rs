@@ -97,6 +97,7 @@ async fn length_of_a_header_that_is_damaged_on_the_way_is_asked_for_again() {
         id,
         first_write: WriteSeq::new(1),
         last_write: WriteSeq::new(1),
+        cut_ms: 1,
         frame_sectors: head.frame_sectors,
         compression: Compression::None,
         key: None,

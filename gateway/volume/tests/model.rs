@@ -483,6 +483,7 @@ impl World {
                         id: plan.id,
                         first_write: plan.first_write,
                         last_write: plan.last_write,
+                        cut_ms: 1,
                         frame_sectors: FRAME_SECTORS,
                         compression: if self.direct {
                             Compression::None

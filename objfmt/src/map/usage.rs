@@ -18,7 +18,7 @@ use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
 const WHAT: &str = "map usage";
 
 /// The version this build writes, and the newest it reads.
-const USAGE_VERSION: u8 = 1;
+const USAGE_VERSION: u8 = 2;
 
 /// Fewest bytes of a chunk: six varints.
 const CHUNK_LEN_MIN: usize = 6;
@@ -97,10 +97,18 @@ pub struct Basis {
     pub compression: Compression,
     /// When a flush is durable.
     pub durability: Durability,
+    /// The time of the newest chunk of the log that is in it, of the volume if it was cloned, or of going
+    /// back to a snapshot; in milliseconds since 1970, 0 if that is not known. So a map is of the volume as
+    /// it was at that time, whenever it was made, and times never go back from map to map.
+    pub log_ms: u64,
+    /// How long dead objects are retained.
+    pub retain_ms: u64,
+    /// Whether the volume had no map before it.
+    pub is_first: bool,
 }
 
 impl Basis {
-    /// Of the map that this head names.
+    /// Of the map that is to take the place of the one that this head names, but for its time.
     #[must_use]
     pub fn of(head: &Head) -> Self {
         Self {
@@ -111,6 +119,9 @@ impl Basis {
             frame_sectors: head.frame_sectors,
             compression: head.compression,
             durability: head.durability,
+            log_ms: 0,
+            retain_ms: head.retain_ms,
+            is_first: head.root.is_none(),
         }
     }
 
@@ -122,10 +133,13 @@ impl Basis {
         put_varint(out, self.frame_sectors.into());
         put_u8(out, self.compression.code());
         put_u8(out, self.durability.code());
+        put_varint(out, self.log_ms);
+        put_varint(out, self.retain_ms);
+        put_u8(out, self.is_first.into());
     }
 
-    fn decode(reader: &mut Reader<'_>) -> Result<Self> {
-        Ok(Self {
+    fn decode(reader: &mut Reader<'_>, version: u8) -> Result<Self> {
+        let basis = Self {
             log_end: ChunkSeq::new(reader.varint()?),
             root_write: WriteSeq::new(reader.varint()?),
             size: Sectors::new(reader.varint()?),
@@ -133,6 +147,26 @@ impl Basis {
             frame_sectors: reader.varint_u32()?,
             compression: Compression::from_code(reader.u8()?, WHAT)?,
             durability: Durability::from_code(reader.u8()?, WHAT)?,
+            ..Self::default()
+        };
+        if version == 1 {
+            return Ok(basis);
+        }
+        Ok(Self {
+            log_ms: reader.varint()?,
+            retain_ms: reader.varint()?,
+            is_first: match reader.u8()? {
+                0 => false,
+                1 => true,
+                code => {
+                    return Err(FormatError::Unknown {
+                        what: WHAT,
+                        field: "mark of the first map",
+                        found: code.into(),
+                    });
+                }
+            },
+            ..basis
         })
     }
 }
@@ -217,14 +251,14 @@ impl Usage {
     pub(super) fn decode_payload(payload: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(payload, WHAT);
         let version = reader.u8()?;
-        if version != USAGE_VERSION {
+        if version == 0 || version > USAGE_VERSION {
             return Err(FormatError::Version {
                 what: WHAT,
                 found: version.into(),
                 supported: USAGE_VERSION.into(),
             });
         }
-        let basis = Basis::decode(&mut reader)?;
+        let basis = Basis::decode(&mut reader, version)?;
         let count = reader.count(CHUNK_LEN_MIN)?;
         let mut chunks: Vec<ChunkUse> = Vec::with_capacity(count);
         for _ in 0..count {
@@ -371,7 +405,34 @@ mod tests {
             frame_sectors: 128,
             compression: Compression::Zstd,
             durability: Durability::Object,
+            log_ms: 1_700_000_000_000,
+            retain_ms: 86_400_000,
+            is_first: true,
         }
+    }
+
+    #[test]
+    fn usage_of_version_1_is_read_and_says_no_time() {
+        let usage = Usage {
+            basis: basis(),
+            ..Usage::default()
+        };
+        let mut payload = Vec::new();
+        usage.encode(&mut payload).unwrap();
+        // Six bytes of time, four of retention, a mark; behind them two empty lists.
+        let end = payload.len() - 2;
+        let mut old = payload[..end - 6 - 4 - 1].to_vec();
+        old.extend_from_slice(&payload[end..]);
+        old[0] = 1;
+        let expected = Basis {
+            log_ms: 0,
+            retain_ms: 0,
+            is_first: false,
+            ..basis()
+        };
+        assert_eq!(Usage::decode_payload(&old).unwrap().basis, expected);
+        payload[0] = 3;
+        assert!(Usage::decode_payload(&payload).is_err());
     }
 
     prop_compose! {

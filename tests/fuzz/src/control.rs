@@ -6,10 +6,11 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
+use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Problem,
-    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapRef,
+    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
     SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
 };
@@ -44,6 +45,7 @@ impl Engine for Strict {
         assert!(SECTOR_SIZES.contains(&spec.sector_size));
         assert!((1..=VOLUME_BYTES_MAX).contains(&spec.size_bytes));
         assert!(spec.size_bytes.is_multiple_of(spec.sector_size.into()));
+        assert!(spec.retain_ms <= RETAIN_MS_MAX);
         let text = serde_json::to_vec(&spec).expect("JSON");
         assert_eq!(serde_json::from_slice::<VolumeSpec>(&text).ok(), Some(spec));
         Ok(VolumeInfo::default())
@@ -76,6 +78,11 @@ impl Engine for Strict {
         let size_bytes = spec.size_bytes;
         assert!((1..=VOLUME_BYTES_MAX).contains(&size_bytes));
         assert!(size_bytes.is_multiple_of(u64::from(quarry_objfmt::SECTOR_SIZE)));
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
+        assert!(retain_ms <= RETAIN_MS_MAX);
         Err(ApiError::no_volume(volume))
     }
 

@@ -187,6 +187,7 @@ pub(crate) fn frame(input: &[u8]) {
         id: chunk,
         first_write: WriteSeq::new(1),
         last_write: WriteSeq::new(u64::MAX),
+        cut_ms: u64::MAX,
         frame_sectors: FRAME_SECTORS,
         compression: compression[usize::from(how & 3) % 3],
         key,

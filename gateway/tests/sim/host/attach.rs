@@ -261,6 +261,8 @@ fn kind(error: &OpenError) -> &'static str {
         OpenError::Stale { .. } => "stale",
         OpenError::Unsent => "unsent",
         OpenError::NoSnapshot { .. } => "no snapshot",
+        OpenError::Future { .. } => "future",
+        OpenError::NotKept { .. } => "not kept",
         OpenError::Raced { .. } => "raced",
         OpenError::Damaged { .. } => "damaged",
         OpenError::Cache(_) => "cache",

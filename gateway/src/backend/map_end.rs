@@ -1,0 +1,119 @@
+//! The end of a map object that no head names: its manifest, and the usage before it.
+//!
+//! A head says where they lie in its map's object. Of another object that is found from the front, for it is
+//! nodes end to end; so all of it is read.
+
+use quarry_objfmt::map::{
+    Basis, Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC, NodeKind, Usage,
+};
+use quarry_objfmt::{RootRef, TenantName, keys};
+
+use super::sound::{Unsound, insist};
+use crate::store::{Store, StoreError};
+
+/// The end of a map object.
+#[derive(Clone, Debug)]
+pub(crate) struct MapEnd {
+    /// As a head would name it.
+    pub root: RootRef,
+    pub manifest: Manifest,
+    /// `None` if it has none, or a damaged one.
+    pub usage: Option<Usage>,
+}
+
+impl MapEnd {
+    /// What the map is of; all 0 if that is not known.
+    pub fn basis(&self) -> Basis {
+        let basis = self.usage.as_ref().map(|usage| usage.basis);
+        basis.unwrap_or_default()
+    }
+
+    /// Reads it; `None` if the object ends with a table.
+    ///
+    /// # Errors
+    /// [`Unsound`]; that the object is gone is the store's.
+    pub async fn read(
+        store: &dyn Store,
+        tenant: &TenantName,
+        id: MapObjectId,
+    ) -> Result<Option<Self>, Unsound> {
+        let key = keys::map_key(tenant, id.volume, id.epoch, id.seq);
+        insist(|| async {
+            let object = match store.get(&key).await {
+                Ok((object, _)) => object,
+                Err(error @ StoreError::Invalid { .. }) => {
+                    return Err(Unsound::Damaged(error.to_string()));
+                }
+                Err(error) => return Err(Unsound::Store(error)),
+            };
+            Self::of(id, &object).map_err(Unsound::Damaged)
+        })
+        .await
+    }
+
+    fn of(id: MapObjectId, object: &[u8]) -> Result<Option<Self>, String> {
+        let (before, at) = last_nodes(object).ok_or("it is no row of nodes")?;
+        // Its kind: a table ends with an index node.
+        if object[at + 6] != NodeKind::Manifest as u8 {
+            return Ok(None);
+        }
+        let (Ok(offset), Ok(len)) = (u32::try_from(at), u32::try_from(object.len() - at)) else {
+            return Err("it is too long".to_owned());
+        };
+        let manifest = Manifest::decode(id, offset, &object[at..]).map_err(|e| e.to_string())?;
+        let usage = before.and_then(|from| {
+            let place = u32::try_from(from).ok()?;
+            let usage = Usage::decode(id, place, &object[from..at]).ok()?;
+            Some(((place, offset - place), usage))
+        });
+        let (place, usage) = usage.unzip();
+        Ok(Some(Self {
+            root: RootRef {
+                epoch: id.epoch,
+                seq: id.seq,
+                offset,
+                len,
+                usage: place,
+            },
+            manifest,
+            usage,
+        }))
+    }
+}
+
+/// Where the last node of a map object begins, and the one before it, if there is one: if it is nodes end to
+/// end.
+fn last_nodes(object: &[u8]) -> Option<(Option<usize>, usize)> {
+    let (mut before, mut at) = (None, 0);
+    loop {
+        let header = object.get(at..at + NODE_HEADER_LEN)?;
+        if header[..4] != NODE_MAGIC {
+            return None;
+        }
+        let stored = u32::from_le_bytes(header[16..20].try_into().ok()?);
+        let end = at + NODE_HEADER_LEN + usize::try_from(stored).ok()?;
+        match end.cmp(&object.len()) {
+            std::cmp::Ordering::Less => (before, at) = (Some(at), end),
+            std::cmp::Ordering::Equal => return Some((before, at)),
+            std::cmp::Ordering::Greater => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_nodes_of_what_is_no_row_of_nodes_is_none() {
+        for object in [&b""[..], b"QMAP", &[0; 100], &[b'Q'; 24]] {
+            assert_eq!(last_nodes(object), None);
+        }
+        let mut node = [0; 30];
+        node[..4].copy_from_slice(&NODE_MAGIC);
+        node[16] = 6;
+        assert_eq!(last_nodes(&node), Some((None, 0)));
+        node[16] = 7;
+        assert_eq!(last_nodes(&node), None);
+    }
+}

@@ -1,0 +1,613 @@
+//! A writer that makes chunks, checkpoints and compactions of one small volume by the real code, under a clock
+//! that the test sets; and what the volume was after each chunk.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quarry_cache::CacheDevice;
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
+use quarry_objfmt::{
+    CacheId, Compression, Lba, Location, MapEntry, SnapName, VolumeName, decode_frame,
+};
+use quarry_volume::CheckpointPlan;
+use tokio::sync::Semaphore;
+
+use super::super::checkpoint;
+use super::super::open::{Claim, claim};
+use super::super::scan::Scan;
+use super::super::{Common, ReclaimSettings, VolumeBackend, frame_cache};
+use super::*;
+use crate::reactor::ReactorHandle;
+use crate::snapshot;
+use crate::store::FolderStore;
+
+const BLOCKS: usize = 64;
+const BLOCK_SECTORS: u32 = 8;
+const HOUR_MS: u64 = 3_600_000;
+const MINUTE_MS: u64 = 60_000;
+const START_MS: u64 = 1_700_000_000_000;
+
+thread_local! {
+    static NOW_MS: Cell<u64> = const { Cell::new(START_MS) };
+}
+
+/// For each block the write that it is of, 0 if none.
+type Image = Vec<u64>;
+
+struct Bench {
+    _dir: tempfile::TempDir,
+    store: Arc<dyn Store>,
+    common: Common,
+    tenant: TenantName,
+    volume: VolumeId,
+    seed: u64,
+    image: Image,
+    /// The times of all chunks, and what the volume was from each on.
+    past: Vec<(u64, Image)>,
+}
+
+/// A volume as it is attached.
+struct Writer {
+    backend: Arc<VolumeBackend>,
+    next_chunk: u64,
+    last_write: u64,
+    /// What the map lacks.
+    unfolded: BTreeMap<Lba, MapEntry>,
+}
+
+impl Bench {
+    async fn new(retain_ms: u64) -> Self {
+        NOW_MS.set(START_MS);
+        let dir = tempfile::tempdir().unwrap();
+        let objects = dir.path().join("objects");
+        std::fs::create_dir(&objects).unwrap();
+        let store: Arc<dyn Store> = Arc::new(FolderStore::open(&objects, false).unwrap());
+        let cache = CacheId::from_bytes([8; 16]);
+        let device =
+            CacheDevice::open(&dir.path().join("cache"), Some(64 << 20), cache, "a", 1).unwrap();
+        let common = Common {
+            store: Arc::clone(&store),
+            background: Arc::clone(&store),
+            direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
+            device: Arc::new(device),
+            frames: frame_cache(1 << 20),
+            uploads: Arc::new(Semaphore::new(1)),
+            compactions: Arc::new(Semaphore::new(1)),
+            reclaim: ReclaimSettings {
+                horizon: Duration::from_secs(1),
+                debt_min: 0,
+                chunk_sectors: 64,
+            },
+            now_ms: || NOW_MS.get(),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let (tenant, name) = (
+            TenantName::new("acme").unwrap(),
+            VolumeName::new("db").unwrap(),
+        );
+        let volume = VolumeId::from_bytes([7; 16]);
+        let size = Sectors::new(BLOCKS as u64 * u64::from(BLOCK_SECTORS));
+        let head = Head {
+            retain_ms,
+            ..Head::fresh(volume, &tenant, &name, size, START_MS)
+        };
+        let key = keys::head_key(&tenant, volume);
+        store.create(&key, head.encode().into()).await.unwrap();
+        Self {
+            _dir: dir,
+            store,
+            common,
+            tenant,
+            volume,
+            seed: 1,
+            image: vec![0; BLOCKS],
+            past: Vec::new(),
+        }
+    }
+
+    fn random(&mut self, below: u64) -> u64 {
+        self.seed = self
+            .seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.seed >> 33) % below
+    }
+
+    /// Both clocks go on, and whatever was waiting for that is done.
+    async fn pass(&self, ms: u64) {
+        NOW_MS.set(NOW_MS.get() + ms);
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+    }
+
+    fn by(&self) -> Claim {
+        Claim {
+            cache: CacheId::from_bytes([8; 16]),
+            host: "a".to_owned(),
+            now_ms: NOW_MS.get(),
+            force: false,
+            discard_unsent: true,
+        }
+    }
+
+    fn serve(&self, claimed: Claimed) -> Arc<VolumeBackend> {
+        let (reactor, mut inbox) = ReactorHandle::detached().unwrap();
+        tokio::spawn(async move { while inbox.recv().await.is_some() {} });
+        let key = reactor.new_key();
+        VolumeBackend::new(
+            self.common.clone(),
+            "acme/db".to_owned(),
+            claimed,
+            key,
+            reactor,
+        )
+    }
+
+    async fn attach(&self) -> Writer {
+        let by = self.by();
+        let claimed = claim(&*self.store, &self.tenant, self.volume, None, &by).await;
+        let claimed = claimed.unwrap();
+        let (next_chunk, last_write) = (claimed.next_chunk.get(), claimed.stored_write.get());
+        let unfolded = claimed
+            .log
+            .iter()
+            .flatten()
+            .map(|e| (e.start, *e))
+            .collect();
+        let backend = self.serve(claimed);
+        backend.start_reclaiming();
+        Writer {
+            backend,
+            next_chunk,
+            last_write,
+            unfolded,
+        }
+    }
+
+    /// The keys of all chunks and seals.
+    async fn chunks(&self) -> Vec<String> {
+        let prefix = format!("{}chunk/", keys::volume_prefix(&self.tenant, self.volume));
+        self.store.list(&prefix).await.unwrap()
+    }
+
+    /// The host dies.
+    async fn crash(&self, writer: Writer) {
+        writer.backend.stop_reclaiming().await;
+    }
+
+    /// A chunk of some blocks, some of them zeroes, stored and told.
+    async fn chunk(&mut self, writer: &mut Writer) -> u64 {
+        let cut_ms = writer.backend.cut();
+        self.chunk_cut_at(writer, cut_ms).await;
+        cut_ms
+    }
+
+    async fn chunk_cut_at(&mut self, writer: &mut Writer, cut_ms: u64) {
+        let first = writer.last_write + 1;
+        let mut contents = BTreeMap::new();
+        for _ in 0..=self.random(12) {
+            let block = self.random(BLOCKS as u64);
+            writer.last_write += 1;
+            let zero = self.random(8) == 0;
+            contents.insert(block, if zero { 0 } else { writer.last_write });
+        }
+        let (mut extents, mut raw) = (Vec::new(), Vec::new());
+        for (block, content) in &contents {
+            let body = match content {
+                0 => ExtentBody::Zero,
+                _ => ExtentBody::Data {
+                    raw: u32::try_from(raw.len() / 512).unwrap(),
+                },
+            };
+            if *content > 0 {
+                let block = content.to_le_bytes().repeat(BLOCK_SECTORS as usize * 64);
+                raw.extend_from_slice(&block);
+            }
+            extents.push(ChunkExtent {
+                start: Lba::new(block * u64::from(BLOCK_SECTORS)),
+                len: BLOCK_SECTORS,
+                body,
+            });
+            self.image[usize::try_from(*block).unwrap()] = *content;
+        }
+        let id = ChunkId {
+            volume: self.volume,
+            epoch: writer.backend.head().epoch(),
+            seq: ChunkSeq::new(writer.next_chunk),
+        };
+        writer.next_chunk += 1;
+        let params = ChunkParams {
+            id,
+            first_write: WriteSeq::new(first),
+            last_write: WriteSeq::new(writer.last_write),
+            cut_ms,
+            frame_sectors: writer.backend.head().frame_sectors(),
+            compression: Compression::None,
+            key: None,
+        };
+        let made = encode_chunk(&params, &extents, &raw);
+        let entries = made.header.map_entries();
+        let (key, len) = (keys::chunk_key(&self.tenant, id), made.bytes.len());
+        self.store.create(&key, made.bytes).await.unwrap();
+        writer.backend.log_chunk(id, &entries, len as u64, cut_ms);
+        writer
+            .unfolded
+            .extend(entries.iter().map(|e| (e.start, *e)));
+        self.past.push((cut_ms, self.image.clone()));
+    }
+
+    async fn checkpoint(&self, writer: &mut Writer) {
+        let plan = CheckpointPlan {
+            upto: ChunkSeq::new(writer.next_chunk - 1),
+            last_write: WriteSeq::new(writer.last_write),
+            entries: Arc::new(std::mem::take(&mut writer.unfolded).into_values().collect()),
+        };
+        checkpoint::run(&writer.backend, &plan).await.unwrap();
+        // What reclaims space takes its turn.
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    /// Chunks, checkpoints, hosts that die, and clocks that jump.
+    async fn live(&mut self, writer: &mut Writer, chunks: u64) {
+        for n in 0..chunks {
+            let ms = 1 + self.random(MINUTE_MS);
+            self.pass(ms).await;
+            match self.random(10) {
+                0 => NOW_MS.set(NOW_MS.get() - 10 * MINUTE_MS),
+                1 => NOW_MS.set(NOW_MS.get() + 10 * MINUTE_MS),
+                _ => {}
+            }
+            self.chunk(writer).await;
+            if n % 5 == 4 {
+                self.checkpoint(writer).await;
+            }
+            if self.random(13) == 0 {
+                let next = self.attach().await;
+                let dead = std::mem::replace(writer, next);
+                self.crash(dead).await;
+            }
+        }
+    }
+
+    async fn open(&self, at_ms: u64) -> Result<Claimed, OpenError> {
+        let now_ms = NOW_MS.get().max(at_ms);
+        open_at(&*self.store, &self.tenant, self.volume, at_ms, now_ms).await
+    }
+
+    /// What was there at a time, read block by block.
+    async fn read(&self, at_ms: u64) -> Result<Image, OpenError> {
+        let claimed = self.open(at_ms).await?;
+        let (root, log) = (Arc::clone(&claimed.root), claimed.log.clone());
+        let backend = self.serve(claimed);
+        let mut image = vec![0; BLOCKS];
+        let mut scan = Scan::new(&backend, Vec::new(), root.runs(), true);
+        let mut entries = Vec::new();
+        while let Some(entry) = scan.next().await.unwrap() {
+            entries.push(entry);
+        }
+        for entry in entries.into_iter().chain(log.into_iter().flatten()) {
+            let content = self.content(&entry).await;
+            let blocks = u64::from(BLOCK_SECTORS);
+            let first = usize::try_from(entry.start.get() / blocks).unwrap();
+            let count = (entry.len / BLOCK_SECTORS) as usize;
+            image[first..first + count].copy_from_slice(&content);
+        }
+        Ok(image)
+    }
+
+    /// Of each of its blocks; the whole block must be of the same write.
+    async fn content(&self, entry: &MapEntry) -> Vec<u64> {
+        let count = (entry.len / BLOCK_SECTORS) as usize;
+        let Location::Data(data) = entry.location else {
+            return vec![0; count];
+        };
+        let key = keys::chunk_key(&self.tenant, data.chunk);
+        let from = u64::from(data.stored_offset);
+        let range = from..from + u64::from(data.stored_len);
+        let stored = self.store.get_range(&key, range).await.unwrap();
+        let frame = decode_frame(&stored, data.chunk, data.raw / 128, 128, None).unwrap();
+        let from = (data.raw % 128) as usize * 512;
+        let bytes = &frame[from..from + entry.len as usize * 512];
+        let blocks = bytes.chunks_exact(BLOCK_SECTORS as usize * 512);
+        let content = |block: &[u8]| {
+            let words: Vec<u64> = block
+                .chunks_exact(8)
+                .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+                .collect();
+            assert!(words.iter().all(|word| *word == words[0]));
+            words[0]
+        };
+        blocks.map(content).collect()
+    }
+
+    /// By the model: up to the first chunk that is later.
+    fn expected(&self, at_ms: u64) -> Image {
+        let before = self.past.iter().take_while(|(ms, _)| *ms <= at_ms);
+        before
+            .last()
+            .map_or_else(|| vec![0; BLOCKS], |(_, image)| image.clone())
+    }
+
+    async fn assert_is_as_it_was(&self, at_ms: u64) {
+        let found = self.read(at_ms).await;
+        assert_eq!(found.unwrap(), self.expected(at_ms), "at {at_ms}");
+    }
+
+    async fn refused(&self, at_ms: u64) -> String {
+        self.open(at_ms).await.unwrap_err().to_string()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn volume_at_any_time_that_is_kept_is_what_its_log_was() {
+    let mut bench = Bench::new(24 * HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    bench.live(&mut writer, 120).await;
+    let is_compacted = |id: &str| u64::from_str_radix(id, 16).unwrap() >= 1 << 63;
+    let names = bench.chunks().await;
+    let names: Vec<&str> = names.iter().map(|key| &key[key.len() - 16..]).collect();
+    assert!(names.iter().any(|name| is_compacted(name)));
+    // Nothing was deleted: chunks, and a seal for each host that died.
+    let of_log = names.iter().filter(|name| !is_compacted(name));
+    let seals = usize::try_from(writer.backend.head().epoch().get() - 1).unwrap();
+    assert_eq!(of_log.count(), 120 + seals);
+    let end_ms = bench.past[bench.past.len() - 1].0;
+    assert!(bench.past.is_sorted_by_key(|(ms, _)| *ms));
+    bench.assert_is_as_it_was(START_MS).await;
+    bench.assert_is_as_it_was(end_ms).await;
+    for n in 0..bench.past.len() {
+        let at_ms = bench.past[n].0;
+        bench.assert_is_as_it_was(at_ms).await;
+        bench.assert_is_as_it_was(at_ms - 1).await;
+    }
+    let refused = bench.refused(START_MS - 1).await;
+    assert!(refused.contains("the volume was made later"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn volume_is_kept_for_its_retention_and_not_for_longer() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    bench.live(&mut writer, 60).await;
+    let (old, before) = (bench.past.clone(), bench.chunks().await);
+    // Longer than the clock jumps.
+    bench.pass(2 * HOUR_MS).await;
+    let after_ms = NOW_MS.get();
+    bench.live(&mut writer, 20).await;
+    bench.pass(1).await;
+    let there = bench.chunks().await;
+    assert!(before.iter().any(|key| !there.contains(key)));
+    for (at_ms, _) in bench.past.iter().filter(|(ms, _)| *ms > after_ms) {
+        bench.assert_is_as_it_was(*at_ms).await;
+    }
+    // What was the newest state for two hours is one of the last hour, too.
+    let newest_ms = old[old.len() - 1].0;
+    bench.assert_is_as_it_was(newest_ms.max(after_ms)).await;
+    let refused = bench.refused(old[5].0).await;
+    let named = refused.split("the oldest state that is kept is of ").nth(1);
+    let named = humantime::parse_rfc3339(named.expect(&refused)).unwrap();
+    let named = named.duration_since(std::time::UNIX_EPOCH).unwrap();
+    let named = u64::try_from(named.as_millis()).unwrap();
+    assert!(named > old[5].0 && named <= newest_ms, "{refused}");
+    bench.assert_is_as_it_was(named).await;
+    // Each time is either refused or what it was.
+    let mut kept = 0;
+    for (at_ms, _) in old {
+        if let Ok(image) = bench.read(at_ms).await {
+            assert_eq!(image, bench.expected(at_ms));
+            kept += 1;
+        }
+    }
+    assert!(kept < 60);
+}
+
+#[tokio::test(start_paused = true)]
+async fn retention_that_is_lowered_frees_what_is_too_old_then() {
+    let mut bench = Bench::new(24 * HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    bench.live(&mut writer, 40).await;
+    bench.pass(2 * HOUR_MS).await;
+    assert_eq!(writer.backend.reclaimed().deleted_objects, 0);
+    let at_ms = bench.past[7].0;
+    bench.assert_is_as_it_was(at_ms).await;
+    let retained = writer.backend.set_retention(&*bench.store, HOUR_MS).await;
+    assert_eq!(retained.unwrap().retain_ms, HOUR_MS);
+    bench.pass(1).await;
+    assert!(writer.backend.reclaimed().deleted_objects > 0);
+    assert!(bench.refused(at_ms).await.contains("is not kept"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn volume_that_retains_nothing_is_refused_when_its_map_of_then_is_gone() {
+    let mut bench = Bench::new(0).await;
+    let mut writer = bench.attach().await;
+    for _ in 0..3 {
+        bench.pass(MINUTE_MS).await;
+        for _ in 0..6 {
+            bench.chunk(&mut writer).await;
+        }
+        bench.checkpoint(&mut writer).await;
+    }
+    bench.pass(MINUTE_MS).await;
+    let refused = bench.refused(bench.past[0].0).await;
+    assert!(refused.contains("is not kept: "), "{refused}");
+    let now_ms = NOW_MS.get();
+    bench.assert_is_as_it_was(now_ms).await;
+    let future = open_at(
+        &*bench.store,
+        &bench.tenant,
+        bench.volume,
+        now_ms + 1,
+        now_ms,
+    )
+    .await;
+    assert!(matches!(future, Err(OpenError::Future { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn writer_whose_clock_is_behind_goes_on_at_the_time_of_the_one_before() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    bench.pass(HOUR_MS).await;
+    let ahead = bench.chunk(&mut writer).await;
+    let state = bench.image.clone();
+    for folded in [false, true] {
+        if folded {
+            bench.checkpoint(&mut writer).await;
+        }
+        bench.crash(writer).await;
+        NOW_MS.set(START_MS + MINUTE_MS);
+        writer = bench.attach().await;
+        assert_eq!(bench.chunk(&mut writer).await, ahead);
+    }
+    // Nothing that says to be later is in it, nor what came after.
+    assert_eq!(bench.read(ahead - 1).await.unwrap(), vec![0; BLOCKS]);
+    assert_ne!(bench.read(ahead).await.unwrap(), state);
+    bench.assert_is_as_it_was(ahead).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn attach_that_died_behind_its_seal_leaves_no_gap_in_the_past() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    bench.pass(MINUTE_MS).await;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    bench.pass(MINUTE_MS).await;
+    bench.chunk(&mut writer).await;
+    // Of this attach nothing is left but its epoch and its seal.
+    let id = ChunkId {
+        volume: bench.volume,
+        epoch: writer.backend.head().epoch(),
+        seq: ChunkSeq::new(writer.next_chunk),
+    };
+    let by = id.epoch.next();
+    let seal = quarry_objfmt::chunk::encode_seal(id, by, "b");
+    let key = keys::chunk_key(&bench.tenant, id);
+    bench.store.create(&key, seal.into()).await.unwrap();
+    let raise = |head: &mut Head| head.epoch = by;
+    writer
+        .backend
+        .head()
+        .update(&*bench.store, raise)
+        .await
+        .unwrap();
+    bench.crash(writer).await;
+    writer = bench.attach().await;
+    assert_eq!(writer.backend.head().epoch(), by.next());
+    for _ in 0..3 {
+        bench.pass(MINUTE_MS).await;
+        bench.chunk(&mut writer).await;
+    }
+    bench.checkpoint(&mut writer).await;
+    for n in 0..bench.past.len() {
+        bench.assert_is_as_it_was(bench.past[n].0).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn volume_that_went_back_to_a_snapshot_is_what_it_was_before_and_after() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    for n in 0..8 {
+        bench.pass(MINUTE_MS).await;
+        bench.chunk(&mut writer).await;
+        if n == 3 || n == 6 {
+            bench.checkpoint(&mut writer).await;
+        }
+        if n == 3 {
+            let name = SnapName::new("s").unwrap();
+            let (head, at) = (writer.backend.head(), WriteSeq::new(writer.last_write));
+            let made = snapshot::create(&*bench.store, head, &name, at, NOW_MS.get()).await;
+            made.unwrap();
+        }
+    }
+    bench.crash(writer).await;
+    bench.pass(MINUTE_MS).await;
+    let back_ms = NOW_MS.get();
+    let (tenant, volume) = (bench.tenant.clone(), bench.volume);
+    let name = SnapName::new("s").unwrap();
+    let back = snapshot::roll_back(&*bench.store, &tenant, volume, &name, &bench.by()).await;
+    let map = back.unwrap().root.unwrap();
+    let then = bench.past[3].1.clone();
+    bench.past.push((back_ms, then.clone()));
+    bench.image = then;
+    // The clock is behind: times go on all the same.
+    NOW_MS.set(NOW_MS.get() - 5 * MINUTE_MS);
+    writer = bench.attach().await;
+    for _ in 0..3 {
+        assert!(bench.chunk(&mut writer).await >= back_ms);
+        bench.pass(3 * MINUTE_MS).await;
+    }
+    bench.checkpoint(&mut writer).await;
+    let times: Vec<u64> = bench.past.iter().map(|(ms, _)| *ms).collect();
+    for at_ms in &times {
+        bench.assert_is_as_it_was(*at_ms).await;
+        bench.assert_is_as_it_was(*at_ms - 1).await;
+    }
+    // Without the map that went back, the log does not say so: the two histories are not mixed up.
+    let key = keys::map_key(&tenant, volume, map.epoch, map.seq);
+    bench.store.delete(&key).await.unwrap();
+    let refused = bench.refused(back_ms).await;
+    assert!(refused.contains("gone back to a snapshot"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn chunks_without_a_time_are_told_from_later_ones_only() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    for folded in [true, false] {
+        bench.pass(MINUTE_MS).await;
+        bench.chunk_cut_at(&mut writer, 0).await;
+        let refused = bench.refused(NOW_MS.get()).await;
+        assert!(refused.contains("says no time"), "{refused}");
+        if folded {
+            bench.checkpoint(&mut writer).await;
+        }
+    }
+    let refused = bench.refused(NOW_MS.get()).await;
+    assert!(refused.contains("says no time"), "{refused}");
+    bench.pass(MINUTE_MS).await;
+    let first_ms = bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    bench.pass(MINUTE_MS).await;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    bench.assert_is_as_it_was(first_ms).await;
+    let refused = bench.refused(first_ms - 1).await;
+    assert!(refused.contains("says no time"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn damaged_map_in_between_costs_a_longer_log_and_nothing_else() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    for n in 0..12 {
+        bench.pass(MINUTE_MS).await;
+        bench.chunk(&mut writer).await;
+        if n % 3 == 2 {
+            bench.checkpoint(&mut writer).await;
+        }
+    }
+    let prefix = format!("{}map/", keys::volume_prefix(&bench.tenant, bench.volume));
+    let mut maps = bench.store.list(&prefix).await.unwrap();
+    maps.sort();
+    let (bytes, _) = bench.store.get(&maps[1]).await.unwrap();
+    // The usage: nothing in the manifest or the tables.
+    let mut damaged = bytes.to_vec();
+    let nodes: Vec<usize> = (0..damaged.len())
+        .filter(|at| damaged[*at..].starts_with(b"QMAP") && damaged.get(at + 6) == Some(&4))
+        .collect();
+    damaged[nodes[0] + 30] ^= 1;
+    bench.store.delete(&maps[1]).await.unwrap();
+    bench
+        .store
+        .create(&maps[1], Bytes::from(damaged))
+        .await
+        .unwrap();
+    for n in 0..bench.past.len() {
+        bench.assert_is_as_it_was(bench.past[n].0).await;
+    }
+}

@@ -1,0 +1,57 @@
+//! How long a volume's past is kept, over the wire and at its route.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::response::Json;
+use axum::routing::post;
+use serde::{Deserialize, Serialize};
+
+use super::api::{Body, Refused, Volume, json, volume_of, whole};
+use super::{ApiError, ApiResult, Engine};
+use crate::backend::RETAIN_MS_MAX;
+
+/// Request: keep what a volume needs no more for so long.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetainSpec {
+    /// Milliseconds; 0: no longer than the store's readers need it.
+    pub retain_ms: u64,
+}
+
+/// Answer: how long it is kept now.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RetainInfo {
+    /// `tenant/name`.
+    pub volume: String,
+    /// Milliseconds.
+    pub retain_ms: u64,
+}
+
+/// Refuses what nobody will live to see.
+pub(super) fn check_retain(retain_ms: u64) -> ApiResult<()> {
+    if retain_ms <= RETAIN_MS_MAX {
+        return Ok(());
+    }
+    let message = format!("what a volume was cannot be kept for {retain_ms} ms");
+    let remedy = format!("choose at most {} days", RETAIN_MS_MAX / 86_400_000);
+    Err(ApiError::invalid(message, remedy))
+}
+
+pub(super) fn routes() -> Router<Arc<dyn Engine>> {
+    Router::new().route("/v1/volumes/{tenant}/{volume}/retain", post(retain))
+}
+
+async fn retain(
+    State(engine): State<Arc<dyn Engine>>,
+    path: Volume,
+    body: Body,
+) -> Result<Json<RetainInfo>, Refused> {
+    let volume = volume_of(path)?;
+    let RetainSpec { retain_ms } = json(body)?;
+    check_retain(retain_ms)?;
+    let call = async move { engine.retain(&volume, retain_ms).await };
+    Ok(Json(whole(call).await?))
+}

@@ -1,0 +1,61 @@
+//! How long a volume's past is kept: a word in its head, changed by whoever may change that.
+//!
+//! One conditional PUT, as the attachment that has the right to write if the volume is attached here, else only
+//! while nobody has that right. *Crash before: nothing has happened. After: it is so.*
+
+use super::resize::HEAD_WAIT_MAX;
+use super::slot::{Attached, Stage};
+use super::{Daemon, registry};
+use crate::backend::HeadError;
+use crate::control::{ApiError, ApiResult, ImageRef, Kind, RetainInfo, VolumeRef};
+use quarry_volume::Event;
+
+impl Daemon {
+    pub(super) async fn retain_volume(
+        &self,
+        volume: &VolumeRef,
+        retain_ms: u64,
+    ) -> ApiResult<RetainInfo> {
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
+        let _change = slot.change.lock().await;
+        let answer = match slot.stage() {
+            Stage::Attached(attached) => self.retain_attached(volume, &attached, retain_ms).await,
+            // Nothing else lasts while no call changes the volume.
+            _ => {
+                let cache = self.common.device.id();
+                registry::retain_volume(&self.control, volume, retain_ms, cache).await
+            }
+        };
+        self.forget_idle(&image, &slot);
+        answer.map(|()| RetainInfo {
+            volume: volume.to_string(),
+            retain_ms,
+        })
+    }
+
+    async fn retain_attached(
+        &self,
+        volume: &VolumeRef,
+        attached: &Attached,
+        retain_ms: u64,
+    ) -> ApiResult<()> {
+        self.may_change(volume, attached)?;
+        let backend = &attached.backend;
+        let changed = backend.set_retention(&self.control, retain_ms);
+        let changed = tokio::time::timeout(HEAD_WAIT_MAX, changed).await;
+        let changed = changed.map_err(|_| {
+            let message = format!("{volume}: the store does not take its head");
+            let remedy = "try again when the store answers";
+            ApiError::new(Kind::Unavailable, message, remedy)
+        })?;
+        match changed {
+            Ok(_) => Ok(()),
+            Err(HeadError::Fenced { by }) => {
+                backend.tell(Event::Fenced { by: by.clone() }).await;
+                Err(registry::changed_elsewhere(volume, &by))
+            }
+            Err(error) => Err(registry::head_error(volume, &error)),
+        }
+    }
+}
