@@ -536,7 +536,7 @@ mod tests {
         // Chunk 1 lives from map 2 to 7, chunk 2 from 4 to 9; chunk 3 lives on.
         let needed = |numbers: &[u64]| -> Needed {
             let names = numbers.iter().map(|n| (Epoch::new(1), ChunkSeq::new(*n)));
-            names.map(|name| (name, 100)).collect()
+            names.map(|name| (name, need(100))).collect()
         };
         objects.count(&needed(&[2, 3]), MapSeq::new(7), 0);
         objects.count(&needed(&[3]), MapSeq::new(9), 0);

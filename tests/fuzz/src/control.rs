@@ -9,10 +9,10 @@ use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Problem,
-    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
-    SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
-    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
+    MoveReport, Problem, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
 };
 use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -143,6 +143,23 @@ impl Engine for Strict {
     }
 
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport> {
+        let text = serde_json::to_vec(spec).expect("JSON");
+        assert_eq!(
+            serde_json::from_slice::<CompactSpec>(&text).ok(),
+            Some(*spec)
+        );
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
         Err(ApiError::no_volume(volume))
     }
 
