@@ -360,6 +360,22 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.reclaim.debt_min)),
     },
     Key {
+        path: "reclaim.share",
+        doc: "The share of the time that moving them takes at most, and so of the store's bandwidth, unless\n\
+              much more than usual is to gain.",
+        expected: "write a share such as \"50%\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| match text(v)?.parse() {
+            Ok(Bound::Percent(percent)) if percent > 0 => {
+                c.reclaim.percent = percent;
+                Ok(())
+            }
+            _ => Err("it is not a share of 1% to 100%".to_owned()),
+        },
+        get: |c| Some(quoted(Bound::Percent(c.reclaim.percent))),
+    },
+    Key {
         path: "writeback.delay",
         doc: "How long an acknowledged write waits at most before its upload starts. Shorter loses less with\n\
               the host, longer makes bigger chunks of scattered writes.",

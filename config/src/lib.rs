@@ -218,6 +218,8 @@ pub struct Reclaim {
     pub horizon: Duration,
     /// So much at least must be to gain for compaction to begin.
     pub debt_min: Size,
+    /// The share of the time that compaction takes, in hundredths.
+    pub percent: u8,
 }
 
 impl Default for Reclaim {
@@ -225,6 +227,7 @@ impl Default for Reclaim {
         Self {
             horizon: Duration::from_secs(15 * 60),
             debt_min: Size::new(32 << 20),
+            percent: 50,
         }
     }
 }

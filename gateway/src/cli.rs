@@ -7,6 +7,7 @@
 
 mod args;
 mod attachment;
+mod chores;
 mod config;
 mod copying;
 mod demo;

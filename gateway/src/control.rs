@@ -10,6 +10,7 @@
 //! - the TCP listener answers health and metrics and knows no other route.
 
 mod api;
+mod chores;
 pub mod client;
 pub mod dto;
 mod error;
@@ -28,11 +29,13 @@ use async_trait::async_trait;
 use quarry_objfmt::{TenantName, VolumeName};
 
 pub use api::control_routes as routes;
+pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
-    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, SnapshotInfo, State, StatusInfo,
-    StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeSpec,
+    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapshotInfo, State,
+    StatusInfo, StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo,
+    VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
@@ -67,10 +70,10 @@ pub trait Engine: Send + Sync + 'static {
     async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo>;
     /// Takes a volume off this host, everything uploaded first.
     async fn detach(&self, image: &ImageRef) -> ApiResult<()>;
-    /// Gives a volume a larger size, for good, and shows it to whoever uses the volume here;
-    /// [`Kind::Conflict`] if it is larger already or somebody else's. A size that the volume's own
-    /// sector size forbids is the engine's to refuse.
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo>;
+    /// Gives a volume another size, for good, and shows a larger one to whoever uses the volume here;
+    /// [`Kind::Conflict`] if it is somebody else's, or if the size is smaller and the volume attached or
+    /// `force` not set. A size that the volume's own sector size forbids is the engine's to refuse.
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo>;
     /// Sets how long what a volume needs no more is kept; [`Kind::Conflict`] if it is somebody else's.
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
@@ -101,6 +104,14 @@ pub trait Engine: Send + Sync + 'static {
     /// Fetches what the cache lacks of an attached volume into it. Ends early when its caller goes away.
     /// [`Kind::Conflict`] while it is being warmed already.
     async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport>;
+    /// Puts the data of an attached volume in the order of addresses; ends where it is when it is not waited
+    /// for any more.
+    async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport>;
+    /// Makes an attached clone need nothing of its parent; [`Kind::Conflict`] if it is no clone, or has
+    /// snapshots.
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport>;
+    /// How far the compacting or flattening under way is; [`Kind::NotFound`] if there is none.
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport>;
     /// How far the warming under way is; [`Kind::NotFound`] if there is none.
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport>;
     /// Drops what this host's cache has of a volume and the store has too.

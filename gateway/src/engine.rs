@@ -11,6 +11,7 @@
 
 mod access;
 mod attach;
+mod chores;
 mod direct;
 mod handover;
 pub mod kept;
@@ -19,6 +20,7 @@ mod report;
 mod rescue;
 mod resize;
 mod retain;
+mod shrink;
 mod slot;
 mod snapshot;
 mod trash;
@@ -42,12 +44,12 @@ use quarry_volume::{Shared, Tuning, Volume};
 use self::access::Access;
 use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
-use crate::backend::{self, Common, frame_cache};
+use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Kind, PurgeReport,
-    PurgeSpec, RescueReport, RescueSpec, ResizeInfo, RetainInfo, SnapRef, SnapshotInfo, StatusInfo,
-    TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
-    VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
+    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -172,6 +174,12 @@ impl ExportDirectory for Exports {
     }
 }
 
+/// Compaction reads ahead in this part of the memory that is configured.
+const WINDOWS_SHARE: u64 = 4;
+
+/// And in no more than this.
+const WINDOWS_BYTES_MAX: u64 = 128 << 20;
+
 /// Sectors of data in a chunk.
 fn chunk_sectors(config: &quarry_config::Config) -> u32 {
     let chunk = config.writeback.chunk_size.bytes() / u64::from(quarry_objfmt::SECTOR_SIZE);
@@ -266,13 +274,15 @@ impl Daemon {
             background: Arc::new(lane.background()),
             direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
-            frames: frame_cache(ram - ram / NODE_SHARE),
+            fetches: Fetches::new(ram - ram / NODE_SHARE),
             uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
             compactions: Arc::new(tokio::sync::Semaphore::new(backend::COMPACTIONS_MAX)),
             reclaim: backend::ReclaimSettings {
                 horizon: config.reclaim.horizon,
                 debt_min: config.reclaim.debt_min.bytes(),
                 chunk_sectors: chunk_sectors(&config),
+                window_bytes: (config.cache.ram.bytes() / WINDOWS_SHARE).min(WINDOWS_BYTES_MAX),
+                percent: config.reclaim.percent.into(),
             },
             now_ms,
             runtime: tokio::runtime::Handle::current(),
@@ -455,9 +465,9 @@ impl Engine for Daemon {
         self.detach_volume(image).await
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         self.fit()?;
-        self.resize_volume(volume, size_bytes).await
+        self.resize_volume(volume, spec).await
     }
 
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
@@ -539,6 +549,19 @@ impl Engine for Daemon {
 
     async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
         self.warm_volume(volume, spec).await
+    }
+
+    async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport> {
+        let held = spec.held;
+        self.do_chore(volume, Chore::Compact { held }).await
+    }
+
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.do_chore(volume, Chore::Flatten).await
+    }
+
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.chore_progress(volume)
     }
 
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {

@@ -394,7 +394,8 @@ impl Rescue {
                 Err(problem) => return Ok(Err(problem)),
             };
             (root, basis) = (Some(found), known);
-            size_min = known.map_or(end, |basis| basis.size.max(end));
+            // What lies behind the end of one that was shrunk reads as zeroes, and is no reason for a size.
+            size_min = known.map_or(end, |basis| basis.size);
             let mut foreign = None;
             let head = self.template(root, Vec::new());
             let each = |chunk: ChunkId| {

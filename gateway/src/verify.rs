@@ -41,7 +41,7 @@ use quarry_objfmt::{ChunkId, Location, SnapName, TenantName, VolumeId, keys};
 use self::chunk::{Fault, Ref, check_chunk};
 use self::counted::Counted;
 use self::findings::Findings;
-use self::log::Log;
+use self::log::{Log, end_of};
 use self::walk::{Walk, lost_by};
 use crate::backend::{HeadCell, HeadError, Unsound};
 use crate::control::{ImageRef, VerifyProgress, VerifyReport, VerifySpec, VolumeRef};
@@ -383,6 +383,8 @@ impl Check {
             return Ok(());
         };
         let mut from: Option<ChunkId> = None;
+        // Once is enough: where one is there are many.
+        let (size, mut behind_told) = (log.size.get(), false);
         loop {
             let first_pass = from.is_none();
             let mut walk = Walk::new(self, &root, log.entries.clone(), first_pass);
@@ -391,11 +393,22 @@ impl Check {
                 let Location::Data(data) = entry.location else {
                     continue;
                 };
+                let (start, end) = (entry.start.get(), end_of(&entry).get());
                 if let Some(finding) = lost_by(&data) {
-                    if first_pass {
-                        findings.hit(finding, entry.start.get(), entry.len.into());
+                    // What is lost of a node behind the end of a volume that was shrunk is nobody's.
+                    let inside = end.min(size).saturating_sub(start);
+                    if first_pass && inside > 0 {
+                        findings.hit(finding, start, inside);
                     }
-                } else if from.is_none_or(|from| data.chunk >= from) {
+                    continue;
+                }
+                if end > size && first_pass && !std::mem::replace(&mut behind_told, true) {
+                    let problem = format!(
+                        "data lie behind the volume's end, at sector {start} and on, and would come back if it grew"
+                    );
+                    findings.add(&keys::chunk_key(&self.tenant, data.chunk), problem);
+                }
+                if from.is_none_or(|from| data.chunk >= from) {
                     batch.push(data.chunk, Ref::new(&entry, &data), self.refs_max);
                 }
             }

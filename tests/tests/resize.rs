@@ -159,7 +159,7 @@ fn resize_that_cannot_be_is_refused_with_words() -> Result<()> {
         Ok(())
     };
     let all_wrong = || -> Result<()> {
-        wrong(&["64MiB", "shrink to 32MiB", "larger"], "32MiB")?;
+        wrong(&["64MiB", "32MiB", "shrink", "larger"], "32MiB")?;
         wrong(&["67109376 bytes", "multiple"], "67109376B")?;
         wrong(&["1EiB"], "2EiB")?;
         wrong(&["0 bytes"], "0B")?;

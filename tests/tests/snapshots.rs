@@ -561,3 +561,100 @@ fn rescued_volume_has_its_snapshots_and_a_rescued_clone_its_parent() -> Result<(
     }
     daemon.stop()
 }
+
+/// The stored bytes that each snapshot of the volume keeps alone.
+fn unique(daemon: &Daemon, name: &str) -> Result<u64> {
+    let image = format!("{VOLUME}@{name}");
+    let shown = daemon.json(&["snapshot", "show", &image])?;
+    let listed = daemon.json(&["snapshot", "list", VOLUME])?;
+    let mut all = listed["snapshots"].as_array().context("a list")?.iter();
+    let of_list = all.find(|s| s["name"] == name).context("it is listed")?;
+    ensure!(of_list["unique_bytes"] == shown["unique_bytes"], "{listed}");
+    shown["unique_bytes"].as_u64().context("it is known")
+}
+
+#[test]
+fn unique_bytes_of_a_snapshot_are_what_the_store_gets_back_when_it_is_deleted() -> Result<()> {
+    let (_, seed) = seeded("unique bytes");
+    let stamps = Stamps::new(seed);
+    let dir = tempdir()?;
+    let store = StoreDir::of(dir.path());
+    let settings = "[writeback]\nchunk_size = \"1MiB\"\n[reclaim]\nhorizon = \"1s\"\n";
+    let site = Site::with_folder(dir.path(), "a")?.settings(settings);
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, SIZE, &["--compression", "none"])?;
+    let write_all = |nbd: &mut Nbd, number| -> Result<()> {
+        for part in 0..SIZE / MIB {
+            let data = stamps.fill(part * MIB / 512, MIB / 512, number);
+            nbd.write(part * MIB, &data, false)?;
+        }
+        Ok(())
+    };
+    let becomes = |name: &str, enough: fn(u64) -> bool| -> Result<u64> {
+        let begun = Instant::now();
+        loop {
+            let bytes = unique(&daemon, name)?;
+            if enough(bytes) {
+                return Ok(bytes);
+            }
+            ensure!(begun.elapsed() < Duration::from_secs(60), "{name}: {bytes}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let snapshot = |name: &str| daemon.quarry(&["snapshot", "create", &format!("{VOLUME}@{name}")]);
+    write_all(&mut nbd, 1)?;
+    snapshot("one")?;
+    ensure!(unique(&daemon, "one")? == 0, "the volume needs all of it");
+    write_all(&mut nbd, 2)?;
+    // Two of one map: neither keeps anything alone.
+    snapshot("two")?;
+    snapshot("twin")?;
+    becomes("one", |bytes| bytes >= SIZE)?;
+    write_all(&mut nbd, 3)?;
+    snapshot("three")?;
+    let pinned =
+        |daemon: &Daemon| Ok::<_, anyhow::Error>(daemon.show(VOLUME)?["pinned_bytes"].as_u64());
+    let begun = Instant::now();
+    while pinned(&daemon)? < Some(2 * SIZE) {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(60),
+            "{:?}",
+            pinned(&daemon)?
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+    ensure!(unique(&daemon, "two")? == 0 && unique(&daemon, "twin")? == 0);
+    daemon.quarry(&["snapshot", "delete", "acme/db@twin"])?;
+    let of_two = becomes("two", |bytes| bytes >= SIZE)?;
+    ensure!(of_two < SIZE + MIB, "{of_two}");
+
+    // As another host sees it, and with nobody attached: by the newest map in the store.
+    nbd.write(0, &[1; 4096], true)?;
+    snapshot("last")?;
+    let (one, two) = (unique(&daemon, "one")?, unique(&daemon, "two")?);
+    let there = Site::with_folder(dir.path(), "b")?;
+    let other = there.start()?;
+    ensure!((unique(&other, "one")?, unique(&other, "two")?) == (one, two));
+    drop(nbd);
+    detach(&daemon, VOLUME)?;
+    ensure!((unique(&daemon, "one")?, unique(&daemon, "two")?) == (one, two));
+
+    // And so much is gone when it is deleted.
+    let mut nbd = daemon.attach(VOLUME, &[])?;
+    let before = store.volume_bytes()?;
+    daemon.quarry(&["snapshot", "delete", "acme/db@two"])?;
+    // A checkpoint has the next look at what is dead made soon.
+    nbd.write(0, &[2; 4096], true)?;
+    snapshot("soon")?;
+    let begun = Instant::now();
+    while store.volume_bytes()? + two > before + MIB / 4 {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(120),
+            "{before} less {two}"
+        );
+        thread::sleep(Duration::from_millis(200));
+    }
+    daemon.quarry(&["volume", "verify", VOLUME, "--deep", "--snapshots"])?;
+    other.stop()?;
+    daemon.stop()
+}

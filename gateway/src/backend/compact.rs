@@ -1,44 +1,78 @@
-//! Compaction: what a map still needs of chunks that are mostly dead goes into chunks of its own, in the
-//! order of addresses.
+//! Compaction: what a map still needs of some chunks goes into chunks of its own, in the order of addresses.
 //!
-//! The order, and what a crash between the steps leaves:
-//! 1. A scan of the map finds what it needs of the victims; that is read, put in order, and stored as chunks
+//! One sweep over the addresses, in stages. Of each stage the order, and what a crash between the steps
+//! leaves:
+//! 1. A scan of the map finds what it needs of the victims; that is read, in order, and stored as chunks
 //!    numbered outside the log. *Crash: chunks that nothing names.*
 //! 2. A run with the new places is laid upon the runs of *that* map, below all that was folded since, and
 //!    the head is moved to the result. So a write that came meanwhile is never hidden by the older data
 //!    that were moved. *Crash before the head is moved: as after step 1.*
-//! 3. The victims are dead with that map: readers who still go by an older one find them until the horizon
-//!    has passed.
+//!
+//! With the map of the last stage the victims are dead: readers who still go by an older one find them until
+//! the horizon has passed. *Crash, or a stop, between two stages: what was moved is, and the victims are
+//! needed for the rest.*
 //!
 //! Checkpoints go on meanwhile; they leave the scanned runs as they are (`compacted_runs`).
 
-use std::collections::{BTreeMap, BTreeSet};
+mod reader;
+
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, stream};
 use quarry_cache::Mutation;
-use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, SECTOR_SIZE, Sectors, WriteSeq, keys,
+    ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, SECTOR_SIZE, Sectors, VolumeId, WriteSeq,
+    keys,
 };
+use quarry_volume::Event;
 use quarry_volume::map::MapRoot;
-use quarry_volume::{DataError, Event};
+use tokio::time::Instant;
 
 use super::checkpoint::{Stopped, Writer, publish, refused};
+use super::chores::Order;
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::scan::Scan;
-use super::sound::{Unsound, insist};
-use super::{VolumeBackend, aside, get_range};
+use super::{VolumeBackend, aside};
 use crate::store::create_own;
+use reader::Reader;
+pub(super) use reader::WINDOW_BYTES_MIN;
 
-/// What one compaction moves at most, in sectors (64 MiB): its memory, twice, and the stretch of data that it
-/// puts in order.
-pub(super) const STAGE_SECTORS_MAX: u32 = 128 << 10;
+/// What one stage moves at most, in sectors (256 MiB): what a crash makes one do again, and for how long
+/// the runs of a map are not merged.
+const STAGE_SECTORS_MAX: u64 = 512 << 10;
 
-/// Victims read side by side; each takes its object and its needed data.
-const READS_AT_ONCE: usize = 4;
+/// What one stage moves at most, in pieces: 7 MiB of memory.
+const STAGE_PIECES_MAX: usize = 128 << 10;
+
+/// New chunks being encoded or stored side by side; each takes twice its size.
+const CHUNKS_AT_ONCE: usize = 2;
+
+/// A stop is looked for so often.
+const REST_MAX: Duration = Duration::from_millis(100);
+
+/// What is taken apart.
+pub(super) enum Victims {
+    /// Chunks of the volume itself.
+    Own(BTreeSet<ChunkName>),
+    /// All that is another volume's: its parents'.
+    Foreign,
+}
+
+impl Victims {
+    fn has(&self, volume: VolumeId, chunk: ChunkId) -> bool {
+        match self {
+            Self::Own(chunks) => {
+                chunk.volume == volume && chunks.contains(&(chunk.epoch, chunk.seq))
+            }
+            Self::Foreign => chunk.volume != volume,
+        }
+    }
+}
 
 /// A run of sectors that the map needs of a victim.
 #[derive(Clone, Copy)]
@@ -48,8 +82,24 @@ struct Piece {
     at: DataLoc,
 }
 
+impl Piece {
+    fn end(&self) -> Lba {
+        self.start.add(Sectors::new(self.len.into()))
+    }
+}
+
 /// The runs of the scanned map are free again when this is dropped.
 struct Pinned<'a>(&'a VolumeBackend);
+
+impl<'a> Pinned<'a> {
+    async fn newest(backend: &'a VolumeBackend) -> (Self, Arc<MapRoot>) {
+        let _right = backend.objects.lock().await;
+        let base = backend.root.lock().clone();
+        let runs = base.runs().len();
+        backend.compacted_runs.store(runs, Ordering::Relaxed);
+        (Self(backend), base)
+    }
+}
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
@@ -57,47 +107,78 @@ impl Drop for Pinned<'_> {
     }
 }
 
-/// Takes `victims` apart.
+/// Takes `victims` apart, at `percent` of the time. Answers false if it was stopped, or not wanted any more,
+/// before it was done.
 ///
 /// # Errors
-/// [`Stopped`]; the map is then as it was.
-pub(super) async fn run(backend: &VolumeBackend, victims: &[ChunkName]) -> Result<(), Stopped> {
-    let _memory = backend
-        .common
-        .compactions
-        .acquire()
-        .await
-        .expect("never closed");
-    let base = {
-        let _right = backend.objects.lock().await;
-        let base = backend.root.lock().clone();
-        let runs = base.runs().len();
-        backend.compacted_runs.store(runs, Ordering::Relaxed);
-        base
-    };
-    let _pinned = Pinned(backend);
-    let pieces = gather(backend, &base, victims).await?;
-    let data = match read(backend, &pieces).await {
-        Ok(data) => data,
-        Err((chunk, error)) => {
-            backend.reclaim.cannot_read((chunk.epoch, chunk.seq));
-            return Err(Stopped::Damaged(error));
+/// [`Stopped`]; the map is then as the last stage left it.
+pub(super) async fn run(
+    backend: &VolumeBackend,
+    victims: &Victims,
+    percent: u32,
+    order: &Order,
+) -> Result<bool, Stopped> {
+    let mut from = Some(Lba::ZERO);
+    while let Some(at) = from {
+        let _memory = backend.common.compactions.acquire().await;
+        from = stage(backend, victims, at, percent, order).await?;
+        if backend.reclaim.is_stopping() || order.is_unwanted() {
+            return Ok(from.is_none());
         }
-    };
-    let mut moved = Vec::new();
-    let mut rest = &pieces[..];
-    let mut first = 0;
-    while !rest.is_empty() {
-        let (part, more) = rest.split_at(chunk_of(rest, backend.common.reclaim.chunk_sectors));
-        moved.push(write(backend, part, &data[first..first + part.len()]).await?);
-        first += part.len();
-        rest = more;
     }
+    Ok(true)
+}
 
+/// Moves what comes first from `from` on. Answers where to go on, if there may be more.
+async fn stage(
+    backend: &VolumeBackend,
+    victims: &Victims,
+    from: Lba,
+    percent: u32,
+    order: &Order,
+) -> Result<Option<Lba>, Stopped> {
+    let (_pinned, base) = Pinned::newest(backend).await;
+    let (pieces, mut next) = gather(backend, &base, victims, from).await?;
+    let parts = parts(&pieces, backend.common.reclaim.chunk_sectors);
+    let work = (parts, Reader::new(backend, &pieces), Instant::now());
+    let contents = stream::unfold(work, async |(mut parts, mut reader, begun)| {
+        rest(backend, begun.elapsed(), percent).await;
+        if backend.reclaim.is_stopping() || order.is_unwanted() {
+            return None;
+        }
+        let (part, begun) = (parts.next()?, Instant::now());
+        let contents = reader.contents(part).await;
+        Some(((part, contents), (parts, reader, begun)))
+    });
+    let moved = contents.map(async |(part, contents)| match contents {
+        Ok(contents) => {
+            let new = write(backend, part, contents).await?;
+            let sectors: u64 = part.iter().map(|piece| u64::from(piece.len)).sum();
+            order.progress.moved(sectors * u64::from(SECTOR_SIZE));
+            Ok((part, new))
+        }
+        Err((chunk, error)) => {
+            if chunk.volume == backend.volume {
+                backend.reclaim.cannot_read((chunk.epoch, chunk.seq));
+            }
+            Err(Stopped::Damaged(error))
+        }
+    });
+    // Boxed, for the compiler finds it Send only so.
+    let moved = moved.buffered(CHUNKS_AT_ONCE).boxed();
+    let moved: Vec<_> = moved.try_collect().await?;
+
+    let count: usize = moved.iter().map(|(part, _)| part.len()).sum();
+    if let Some(left) = pieces.get(count) {
+        next = Some(left.start);
+    }
+    if count == 0 && next.is_some() {
+        return Ok(next);
+    }
     let mut objects = backend.objects.lock().await;
     let now = backend.root.lock().clone();
     let mut writer = Writer::new(backend);
-    for entry in moved.iter().flat_map(|(_, entries)| entries) {
+    for entry in moved.iter().flat_map(|(_, (_, entries))| entries) {
         writer.push(*entry).await?;
     }
     let tables = writer.end_tables();
@@ -106,159 +187,98 @@ pub(super) async fn run(backend: &VolumeBackend, victims: &[ChunkName]) -> Resul
         false => base.runs().len(),
     };
     let root = now.with_run_above(above, tables);
+    let mut taken: HashMap<ChunkName, u32> = HashMap::new();
+    for Piece { len, at, .. } in &pieces[..count] {
+        if at.chunk.volume == backend.volume {
+            *taken.entry((at.chunk.epoch, at.chunk.seq)).or_default() += len;
+        }
+    }
     let list = |objects: &mut Objects, map, now_ms| {
-        for (chunk, _) in &moved {
+        for (_, (chunk, _)) in &moved {
             objects.add(chunk, chunk.data_sectors, map, now_ms);
         }
-        for victim in victims {
-            objects.end_chunk(*victim, map, now_ms);
+        objects.take(&taken);
+        if let (None, Victims::Own(victims)) = (next, victims) {
+            for victim in victims {
+                objects.end_chunk(*victim, map, now_ms);
+            }
         }
     };
     let root = publish(backend, writer, &mut objects, root, list, |_| {}).await?;
     backend.note_space(&objects);
     // With the right to change the map: the volume hears of its maps in their order.
     backend.tell(Event::Remapped { root }).await;
-    Ok(())
+    Ok(next)
 }
 
-/// All that `base` needs of the victims, in the order of addresses.
+/// So that no more than `percent` of the time is spent at work that took so long; cut short when reclaiming
+/// is to stop.
+async fn rest(backend: &VolumeBackend, worked: Duration, percent: u32) {
+    let percent = percent.clamp(1, 100);
+    let until = Instant::now() + worked * (100 - percent) / percent;
+    while Instant::now() < until && !backend.reclaim.is_stopping() {
+        tokio::time::sleep_until(until.min(Instant::now() + REST_MAX)).await;
+    }
+}
+
+/// What `base` needs of the victims from `from` on, in the order of addresses, as much as a stage moves;
+/// and where the rest begins.
 async fn gather(
     backend: &VolumeBackend,
     base: &Arc<MapRoot>,
-    victims: &[ChunkName],
-) -> Result<Vec<Piece>, Stopped> {
-    let victims: BTreeSet<ChunkName> = victims.iter().copied().collect();
-    let mut pieces = Vec::new();
-    let mut scan = Scan::new(backend, Vec::new(), base.runs(), true);
+    victims: &Victims,
+    from: Lba,
+) -> Result<(Vec<Piece>, Option<Lba>), Stopped> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    let mut sectors = 0;
+    let mut scan = Scan::new(backend, Vec::new(), base.runs(), true).from(from);
     while let Some(entry) = scan.next().await? {
-        let name = Objects::chunk_of(backend.volume, &entry);
-        if let Location::Data(at) = entry.location
-            && name.is_some_and(|name| victims.contains(&name))
-        {
-            pieces.push(Piece {
-                start: entry.start,
-                len: entry.len,
-                at,
-            });
-        }
-    }
-    Ok(pieces)
-}
-
-/// The contents of the pieces, in their order.
-async fn read(
-    backend: &VolumeBackend,
-    pieces: &[Piece],
-) -> Result<Vec<Bytes>, (ChunkId, DataError)> {
-    let mut chunks: BTreeMap<ChunkId, Vec<(usize, Piece)>> = BTreeMap::new();
-    for (number, piece) in pieces.iter().enumerate() {
-        chunks
-            .entry(piece.at.chunk)
-            .or_default()
-            .push((number, *piece));
-    }
-    let mut data = vec![Bytes::new(); pieces.len()];
-    let mut reads = futures::stream::iter(chunks)
-        .map(|(chunk, pieces)| async move {
-            let contents = read_chunk(backend, chunk, pieces).await;
-            contents.map_err(|error| (chunk, error))
-        })
-        .buffer_unordered(READS_AT_ONCE);
-    while let Some(contents) = reads.try_next().await? {
-        for (number, bytes) in contents {
-            data[number] = bytes;
-        }
-    }
-    Ok(data)
-}
-
-/// The contents of some pieces of one chunk, each with its number.
-async fn read_chunk(
-    backend: &VolumeBackend,
-    chunk: ChunkId,
-    mut pieces: Vec<(usize, Piece)>,
-) -> Result<Vec<(usize, Bytes)>, DataError> {
-    let object = keys::chunk_key(backend.head.tenant(), chunk);
-    pieces.sort_unstable_by_key(|(_, piece)| piece.at.raw);
-    let ends = |piece: &Piece| {
-        let from = u64::from(piece.at.stored_offset);
-        (from, from + u64::from(piece.at.stored_len))
-    };
-    let (first, _) = ends(&pieces[0].1);
-    let (_, last) = ends(&pieces[pieces.len() - 1].1);
-    let pieces = Arc::new(pieces);
-    let frame_sectors = backend.head.frame_sectors();
-    let attempt = || async {
-        let stored = get_range(&*backend.common.background, &object, &(first..last)).await?;
-        let pieces = Arc::clone(&pieces);
-        let decode = move || cut_out(&stored, first, chunk, &pieces, frame_sectors);
-        let contents = aside(decode).await;
-        let contents = contents.map_err(|error| error.to_string()).flatten();
-        contents.map_err(Unsound::Damaged)
-    };
-    insist(attempt).await.map_err(|unsound| DataError {
-        object: object.clone(),
-        reason: unsound.to_string(),
-    })
-}
-
-/// Decodes the frames of the pieces, which are in the order of the raw space, from the chunk's bytes from
-/// `first` on, and keeps only the pieces.
-fn cut_out(
-    stored: &Bytes,
-    first: u64,
-    chunk: ChunkId,
-    pieces: &[(usize, Piece)],
-    frame_sectors: u32,
-) -> Result<Vec<(usize, Bytes)>, String> {
-    let bytes = |sectors: u32| sectors as usize * SECTOR_SIZE as usize;
-    let total: usize = pieces.iter().map(|(_, piece)| bytes(piece.len)).sum();
-    let mut kept = Vec::with_capacity(total);
-    let mut frame: Option<(u32, Bytes)> = None;
-    for (_, piece) in pieces {
-        let index = piece.at.raw / frame_sectors;
-        let raw = match &frame {
-            Some((held, raw)) if *held == index => raw,
-            _ => {
-                let from = usize::try_from(u64::from(piece.at.stored_offset) - first);
-                let from = from.map_err(|_| "a frame lies too far")?;
-                let whole = stored.get(from..from + piece.at.stored_len as usize);
-                let whole = whole.ok_or("the answer is too short")?;
-                let raw = decode_frame(whole, chunk, index, frame_sectors, None);
-                &frame.insert((index, raw.map_err(|e| e.to_string())?)).1
-            }
+        let Location::Data(at) = entry.location else {
+            continue;
         };
-        let from = bytes(piece.at.raw % frame_sectors);
-        let part = raw.get(from..from + bytes(piece.len));
-        kept.extend_from_slice(part.ok_or("a frame is shorter than the map says")?);
+        if !victims.has(backend.volume, at.chunk) {
+            continue;
+        }
+        sectors += u64::from(entry.len);
+        pieces.push(Piece {
+            start: entry.start,
+            len: entry.len,
+            at,
+        });
+        if pieces.len() >= STAGE_PIECES_MAX || sectors >= STAGE_SECTORS_MAX {
+            let end = pieces.last().map(Piece::end);
+            return Ok((pieces, end));
+        }
+        if backend.reclaim.is_stopping() {
+            return Ok((Vec::new(), Some(from)));
+        }
     }
-    let kept = Bytes::from(kept);
-    let mut at = 0;
-    let cut = |(number, piece): &(usize, Piece)| {
-        let part = kept.slice(at..at + bytes(piece.len));
-        at += part.len();
-        (*number, part)
-    };
-    Ok(pieces.iter().map(cut).collect())
+    Ok((pieces, None))
 }
 
-/// How many of the pieces the next chunk takes, of so many sectors.
-fn chunk_of(pieces: &[Piece], sectors: u32) -> usize {
-    let mut room = sectors;
-    let fit = pieces.iter().take_while(|piece| {
-        let rest = room.checked_sub(piece.len);
-        room = rest.unwrap_or(0);
-        rest.is_some()
-    });
-    // A piece is no longer than a frame; where a chunk is to be shorter, it is as long as that.
-    fit.count().max(1)
+/// The pieces of one new chunk of so many sectors after the other.
+fn parts(pieces: &[Piece], sectors: u32) -> impl Iterator<Item = &[Piece]> {
+    let mut left = pieces;
+    std::iter::from_fn(move || {
+        let mut room = sectors;
+        let fit = left.iter().take_while(|piece| {
+            let rest = room.checked_sub(piece.len);
+            room = rest.unwrap_or(0);
+            rest.is_some()
+        });
+        // A piece is no longer than a frame; where a chunk is to be shorter, it is as long as that.
+        let count = fit.count().max(1).min(left.len());
+        let (part, rest) = left.split_at(count);
+        left = rest;
+        (!part.is_empty()).then_some(part)
+    })
 }
 
 /// Stores the pieces as a chunk. Answers it and its entries.
 async fn write(
     backend: &VolumeBackend,
     pieces: &[Piece],
-    data: &[Bytes],
+    data: Vec<Bytes>,
 ) -> Result<(LogChunk, Vec<MapEntry>), Stopped> {
     let number = backend.next_compacted.fetch_add(1, Ordering::Relaxed);
     let id = ChunkId {
@@ -267,10 +287,11 @@ async fn write(
         seq: ChunkSeq::new(number),
     };
     let extents = extents(pieces);
-    let raw = data.concat();
     let (frame_sectors, compression) = (backend.head.frame_sectors(), backend.head.compression());
     let cut_ms = (backend.common.now_ms)();
     let encode = move || {
+        let raw = data.concat();
+        drop(data);
         let params = ChunkParams {
             id,
             first_write: WriteSeq::ZERO,

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use quarry_objfmt::map::{Basis, ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, Location, MapEntry, MapSeq, SECTOR_SIZE, SnapshotRef, VolumeId,
+    ChunkId, ChunkSeq, Epoch, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE, Sectors, SnapshotRef,
+    VolumeId,
 };
 use quarry_volume::map::MapRoot;
 use tokio::time::Instant;
@@ -57,8 +58,33 @@ impl LogChunk {
 /// The name of a chunk among its volume's.
 pub(super) type ChunkName = (Epoch, ChunkSeq);
 
-/// Sectors of each chunk that a map needs.
-pub(super) type Needed = HashMap<ChunkName, u32>;
+/// What a map needs of each chunk.
+pub(super) type Needed = HashMap<ChunkName, Need>;
+
+/// What a map needs of a chunk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Need {
+    pub(super) sectors: u32,
+    /// Where the first of them is in the volume.
+    pub(super) start: Lba,
+    /// Behind the last.
+    pub(super) end: Lba,
+}
+
+impl Need {
+    /// What entries of one chunk, which come in the order of addresses, need of it.
+    pub(super) fn add(needed: &mut Needed, name: ChunkName, entry: &MapEntry) {
+        let end = entry.start.add(Sectors::new(entry.len.into()));
+        let none = Self {
+            sectors: 0,
+            start: entry.start,
+            end,
+        };
+        let need = needed.entry(name).or_insert(none);
+        need.sectors += entry.len;
+        need.end = end;
+    }
+}
 
 /// What a volume takes in the store, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -160,12 +186,12 @@ impl Objects {
         let mut needed = Needed::new();
         for entry in entries {
             if let Some(name) = Self::chunk_of(self.volume, entry) {
-                *needed.entry(name).or_default() += entry.len;
+                Need::add(&mut needed, name, entry);
             }
         }
         for chunk in chunks {
-            let needed = needed.get(&(chunk.id.epoch, chunk.id.seq)).copied();
-            self.add(chunk, needed.unwrap_or(0), map, now_ms);
+            let needed = needed.get(&(chunk.id.epoch, chunk.id.seq));
+            self.add(chunk, needed.map_or(0, |n| n.sectors), map, now_ms);
             self.log_ms = self.log_ms.max(chunk.cut_ms);
         }
     }
@@ -257,12 +283,12 @@ impl Objects {
                 .iter()
                 .filter(|(name, _)| !self.chunks.contains_key(name));
             let found: Vec<ChunkUse> = unlisted
-                .map(|(&(epoch, seq), &sectors)| ChunkUse {
+                .map(|(&(epoch, seq), need)| ChunkUse {
                     epoch,
                     seq,
                     born: MapSeq::ZERO,
-                    data_sectors: sectors,
-                    needed_sectors: sectors,
+                    data_sectors: need.sectors,
+                    needed_sectors: need.sectors,
                     stored_bytes: 0,
                 })
                 .collect();
@@ -277,8 +303,7 @@ impl Objects {
             }
             chunk.needed_sectors = needed
                 .get(name)
-                .copied()
-                .unwrap_or(0)
+                .map_or(0, |need| need.sectors)
                 .min(chunk.data_sectors);
             if chunk.needed_sectors == 0 {
                 ended.push(*name);
@@ -286,6 +311,16 @@ impl Objects {
         }
         for name in ended {
             self.end_chunk(name, map, now_ms);
+        }
+    }
+
+    /// So many sectors of each chunk have moved elsewhere.
+    pub(super) fn take(&mut self, taken: &HashMap<ChunkName, u32>) {
+        for (name, sectors) in taken {
+            if let Some(chunk) = self.chunks.get_mut(name) {
+                // What was overwritten since the count is counted as needed still.
+                chunk.needed_sectors = chunk.needed_sectors.saturating_sub(*sectors);
+            }
         }
     }
 
@@ -335,6 +370,12 @@ impl Objects {
         self.dead.retain(|dead| !deleted.contains(&dead.object));
     }
 
+    /// As [`unique_bytes`]; `None` as long as not all that is dead is known.
+    pub(super) fn unique_bytes(&self, snapshots: &[SnapshotRef]) -> Option<Vec<u64>> {
+        let dead = self.dead.iter().map(|dead| &dead.object);
+        self.counted.then(|| unique_bytes(dead, snapshots))
+    }
+
     pub(super) fn space(&self, snapshots: &[SnapshotRef]) -> Space {
         let mut space = Space::default();
         for chunk in self.chunks.values() {
@@ -351,6 +392,28 @@ impl Objects {
         }
         space
     }
+}
+
+/// Bytes of the dead objects that are there for the sake of one snapshot alone, for each of them: what goes when it
+/// is deleted. One of the same map as another has none.
+pub(crate) fn unique_bytes<'a>(
+    dead: impl Iterator<Item = &'a DeadObject>,
+    snapshots: &[SnapshotRef],
+) -> Vec<u64> {
+    let mut by_map: Vec<(MapSeq, usize)> = (snapshots.iter().enumerate())
+        .filter_map(|(index, s)| Some((s.root?.seq, index)))
+        .collect();
+    by_map.sort_unstable();
+    let mut bytes = vec![0; snapshots.len()];
+    for object in dead {
+        let first = by_map.partition_point(|(map, _)| *map < object.born);
+        let needing = by_map[first..].iter();
+        let mut needing = needing.take_while(|(map, _)| object.is_needed_by(*map));
+        if let (Some((_, only)), None) = (needing.next(), needing.next()) {
+            bytes[*only] += object.stored_bytes;
+        }
+    }
+    bytes
 }
 
 /// The maps that snapshots keep.
@@ -371,7 +434,7 @@ pub(super) fn is_held(chunk: &ChunkUse, snapshots: &[SnapshotRef]) -> bool {
 mod tests {
     use quarry_objfmt::map::Manifest;
     use quarry_objfmt::map::TableRef;
-    use quarry_objfmt::{DataLoc, Lba, RootRef, Sectors, WriteSeq};
+    use quarry_objfmt::{DataLoc, RootRef, WriteSeq};
 
     use super::*;
 
@@ -387,6 +450,14 @@ mod tests {
             data_sectors: 100,
             stored_bytes: 1000,
             cut_ms: 0,
+        }
+    }
+
+    fn need(sectors: u32) -> Need {
+        Need {
+            sectors,
+            start: Lba::new(0),
+            end: Lba::new(sectors.into()),
         }
     }
 
@@ -433,7 +504,7 @@ mod tests {
         let entries = [entry(0, 60, &a), entry(100, 100, &b)];
         objects.fold(&[a, b], &entries, MapSeq::new(3), 0);
         assert!(due(&objects, &[]).is_empty());
-        let needed = Needed::from([((b.id.epoch, b.id.seq), 50)]);
+        let needed = Needed::from([((b.id.epoch, b.id.seq), need(50))]);
         objects.count(&needed, MapSeq::new(7), 0);
         for held in [3, 4, 6] {
             assert!(due(&objects, &[held]).is_empty(), "{held}");
@@ -456,6 +527,43 @@ mod tests {
     }
 
     #[test]
+    fn unique_bytes_are_of_what_one_snapshot_needs_and_no_other() {
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let live = |n| [entry(n * 100, 100, &chunk(n))];
+        for n in 1..=3 {
+            objects.fold(&[chunk(n)], &live(n), MapSeq::new(n * 2), 0);
+        }
+        // Chunk 1 lives from map 2 to 7, chunk 2 from 4 to 9; chunk 3 lives on.
+        let needed = |numbers: &[u64]| -> Needed {
+            let names = numbers.iter().map(|n| (Epoch::new(1), ChunkSeq::new(*n)));
+            names.map(|name| (name, need(100))).collect()
+        };
+        objects.count(&needed(&[2, 3]), MapSeq::new(7), 0);
+        objects.count(&needed(&[3]), MapSeq::new(9), 0);
+        for (snapshots, bytes) in [
+            (vec![], vec![]),
+            (vec![1, 9], vec![0, 0]),
+            (vec![3], vec![1000]),
+            (vec![5], vec![2000]),
+            (vec![3, 5], vec![0, 1000]),
+            (vec![8, 2], vec![1000, 1000]),
+            (vec![3, 3, 8], vec![0, 0, 1000]),
+        ] {
+            let all: Vec<_> = snapshots.iter().map(|map| snapshot(*map)).collect();
+            assert_eq!(objects.unique_bytes(&all), Some(bytes), "{snapshots:?}");
+        }
+        let empty = SnapshotRef {
+            root: None,
+            ..snapshot(0)
+        };
+        assert_eq!(
+            objects.unique_bytes(&[empty, snapshot(8)]),
+            Some(vec![0, 1000])
+        );
+        assert_eq!(Objects::uncounted(VOLUME).unique_bytes(&[]), None);
+    }
+
+    #[test]
     fn chunk_younger_than_the_map_that_was_counted_lives() {
         let mut objects = Objects::new(VOLUME, Usage::default());
         let a = chunk(1);
@@ -473,7 +581,7 @@ mod tests {
         objects.fold(&[young], &[entry(0, 70, &young)], MapSeq::new(5), 0);
         assert_eq!(objects.usage(Basis::default()), None);
         let name = |chunk: &LogChunk| (chunk.id.epoch, chunk.id.seq);
-        let needed = Needed::from([(name(&old), 30), (name(&young), 70)]);
+        let needed = Needed::from([(name(&old), need(30)), (name(&young), need(70))]);
         objects.count(&needed, MapSeq::new(5), 0);
         let usage = objects.usage(Basis::default()).unwrap();
         let listed: Vec<_> = usage

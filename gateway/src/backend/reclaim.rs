@@ -30,8 +30,9 @@ use tokio::time::Instant;
 
 use super::VolumeBackend;
 use super::checkpoint::Stopped;
-use super::compact::{self, STAGE_SECTORS_MAX};
-use super::objects::{ChunkName, Needed, Objects, Space, is_held};
+use super::chores::{Chores, Order};
+use super::compact::{self, Victims, WINDOW_BYTES_MIN};
+use super::objects::{ChunkName, Need, Needed, Objects, Space, is_held};
 use super::scan::Scan;
 
 /// The map is read for counting and gathering at most so many bytes for each byte that was uploaded since:
@@ -47,6 +48,16 @@ const DEBT_START_PERCENT: u64 = 31;
 
 /// And ends when it is down to this.
 const DEBT_STOP_PERCENT: u64 = 30;
+
+/// From this on compaction takes all the time there is.
+const DEBT_URGENT_PERCENT: u64 = 40;
+
+/// A compaction takes as many victims apart as give it so much to move, if it must: it reads the whole map
+/// once.
+const MOVED_BYTES_MIN: u64 = 64 << 20;
+
+/// And so many times as much as the map that it reads.
+const MOVED_BYTES_FOR_EACH_READ: u64 = 3;
 
 /// A chunk of which more than this is needed is not taken apart.
 const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
@@ -68,6 +79,10 @@ pub struct ReclaimSettings {
     pub debt_min: u64,
     /// Sectors of data in a chunk that compaction makes.
     pub chunk_sectors: u32,
+    /// Memory for what compaction reads ahead, in bytes.
+    pub window_bytes: u64,
+    /// Hundredths of the time that compaction takes, unless it is urgent.
+    pub percent: u32,
 }
 
 /// The state of a volume's reclaiming.
@@ -80,6 +95,7 @@ pub(super) struct Reclaim {
     /// Bytes of the map that may be read.
     credit: AtomicU64,
     patience: AtomicU64,
+    pub(super) chores: Chores,
     /// Chunks that could not be read; compaction leaves them.
     unsound: parking_lot::Mutex<BTreeSet<ChunkName>>,
     moved_bytes: AtomicU64,
@@ -107,11 +123,17 @@ impl Reclaim {
             space: parking_lot::Mutex::new(space),
             credit: AtomicU64::new(0),
             patience: AtomicU64::new(1),
+            chores: Chores::default(),
             unsound: parking_lot::Mutex::new(BTreeSet::new()),
             moved_bytes: AtomicU64::new(0),
             deleted_bytes: AtomicU64::new(0),
             deleted_objects: AtomicU64::new(0),
         }
+    }
+
+    /// There is something to do.
+    pub(super) fn wake(&self) {
+        self.wake.notify_one();
     }
 
     /// Chunks of so many bytes went from the log into the map.
@@ -133,7 +155,7 @@ impl Reclaim {
         self.unsound.lock().insert(chunk);
     }
 
-    fn is_stopping(&self) -> bool {
+    pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }
 }
@@ -142,10 +164,10 @@ impl VolumeBackend {
     /// Begins to reclaim: for a volume attached for writing.
     pub fn start_reclaiming(self: &Arc<Self>) {
         let this = Arc::clone(self);
-        let task = self
-            .common
-            .runtime
-            .spawn(async move { this.reclaim().await });
+        let task = self.common.runtime.spawn(async move {
+            this.reclaim().await;
+            this.reclaim.chores.close();
+        });
         *self.reclaim.task.lock() = Some(task);
     }
 
@@ -179,8 +201,11 @@ impl VolumeBackend {
         *self.reclaim.space.lock() = objects.space(&self.head.get().snapshots);
     }
 
-    async fn reclaim(self: Arc<Self>) {
+    async fn reclaim(&self) {
         while !self.reclaim.is_stopping() {
+            if let Some(asked) = self.reclaim.chores.take() {
+                self.carry_out_chore(asked).await;
+            }
             match self.tidy().await {
                 Ok(()) => {}
                 Err(Stopped::Fenced { by }) => {
@@ -241,25 +266,38 @@ impl VolumeBackend {
         };
         self.reclaim.patience.store(patience, Ordering::Relaxed);
 
+        let order = Order::default();
         let mut least = DEBT_START_PERCENT;
         while !self.reclaim.is_stopping() {
-            let victims = self.victims(map, least).await;
+            let victims = self.victims(map, least, root.stored_bytes()).await;
             if victims.is_empty() {
                 break;
             }
-            compact::run(self, &victims).await?;
+            let percent = self.percent();
+            if !compact::run(self, &Victims::Own(victims), percent, &order).await? {
+                break;
+            }
             least = DEBT_STOP_PERCENT;
         }
         Ok(())
     }
 
-    /// How much of each own chunk a map needs; `None` if there is no time left to find out.
-    async fn count(&self, root: &Arc<MapRoot>) -> Result<Option<Needed>, Stopped> {
+    /// The share of the time to spend on compaction, in hundredths.
+    pub(super) fn percent(&self) -> u32 {
+        let space = self.space();
+        match space.debt > space.live / 100 * DEBT_URGENT_PERCENT {
+            true => 100,
+            false => self.common.reclaim.percent,
+        }
+    }
+
+    /// What a map needs of each own chunk; `None` if there is no time left to find out.
+    pub(super) async fn count(&self, root: &Arc<MapRoot>) -> Result<Option<Needed>, Stopped> {
         let mut needed = Needed::new();
         let mut scan = Scan::new(self, Vec::new(), root.runs(), true);
         while let Some(entry) = scan.next().await? {
             if let Some(name) = Objects::chunk_of(self.volume, &entry) {
-                *needed.entry(name).or_default() += entry.len;
+                Need::add(&mut needed, name, &entry);
             }
             if self.reclaim.is_stopping() {
                 return Ok(None);
@@ -268,14 +306,23 @@ impl VolumeBackend {
         Ok(Some(needed))
     }
 
+    /// Chunks that are read side by side at most.
+    pub(super) fn fan_in(&self) -> usize {
+        let windows = self.common.reclaim.window_bytes / WINDOW_BYTES_MIN;
+        usize::try_from(windows).unwrap_or(usize::MAX).max(2)
+    }
+
+    pub(super) fn is_sound(&self, chunk: &ChunkName) -> bool {
+        !self.reclaim.unsound.lock().contains(chunk)
+    }
+
     /// Chunks to take apart, those of which the least is needed first, if more than `percent` of what is
     /// needed is to gain in all. Only those that the map numbered `map` could have: others were not counted.
-    async fn victims(&self, map: MapSeq, percent: u64) -> Vec<ChunkName> {
+    async fn victims(&self, map: MapSeq, percent: u64, map_bytes: u64) -> BTreeSet<ChunkName> {
         let snapshots = self.head.get().snapshots;
         let objects = self.objects.lock().await;
-        let unsound = self.reclaim.unsound.lock();
         let free = |name: &ChunkName, chunk: &ChunkUse| {
-            !is_held(chunk, &snapshots) && chunk.born <= map && !unsound.contains(name)
+            !is_held(chunk, &snapshots) && chunk.born <= map && self.is_sound(name)
         };
         let bytes = |sectors: u32| u64::from(sectors) * u64::from(SECTOR_SIZE);
         let (mut live, mut debt, mut candidates) = (0, 0, Vec::new());
@@ -291,26 +338,24 @@ impl VolumeBackend {
         }
         let enough = live * percent / 100;
         if debt <= enough || debt < self.common.reclaim.debt_min {
-            return Vec::new();
+            return BTreeSet::new();
         }
         let share = |chunk: &ChunkUse| {
             u64::from(chunk.needed_sectors) * 1_000_000 / u64::from(chunk.data_sectors.max(1))
         };
         candidates.sort_by_key(|(name, chunk)| (share(chunk), *name));
-        let mut room = STAGE_SECTORS_MAX;
+        candidates.truncate(self.fan_in());
+        let mut room = MOVED_BYTES_MIN.max(map_bytes * MOVED_BYTES_FOR_EACH_READ);
         let mut left = debt - live * DEBT_STOP_PERCENT / 100;
-        let mut victims = Vec::new();
+        let mut victims = BTreeSet::new();
         for (name, chunk) in candidates {
-            let Some(rest) = room.checked_sub(chunk.needed_sectors) else {
+            victims.insert(name);
+            let rest = room.checked_sub(bytes(chunk.needed_sectors));
+            let more = left.checked_sub(bytes(chunk.data_sectors - chunk.needed_sectors));
+            let (Some(rest), Some(more)) = (rest, more) else {
                 break;
             };
-            room = rest;
-            victims.push(name);
-            let gain = bytes(chunk.data_sectors - chunk.needed_sectors);
-            match left.checked_sub(gain) {
-                Some(more) => left = more,
-                None => break,
-            }
+            (room, left) = (rest, more);
         }
         victims
     }

@@ -52,6 +52,12 @@ impl<'a> Scan<'a> {
         }
     }
 
+    /// Only from this place on: what lies before it is cut off, and not read.
+    pub(super) fn from(mut self, from: Lba) -> Self {
+        self.merger = self.merger.from(from);
+        self
+    }
+
     /// The next entry.
     ///
     /// # Errors

@@ -256,15 +256,22 @@ Example:
         /// The snapshot, as tenant/volume@snapshot.
         snapshot: SnapRef,
     },
-    /// Make a volume larger, attached here or nowhere, while it is in use.
+    /// Make a volume larger, attached here or nowhere, while it is in use; or a detached one smaller.
+    ///
+    /// What lies behind the end of a smaller size is lost, so shrink the file system first. Snapshots keep
+    /// their own size and data.
     #[command(after_help = "\
-Example:
-  quarry volume resize acme/db 200GiB && resize2fs /dev/quarry/acme/db")]
+Examples:
+  quarry volume resize acme/db 200GiB && resize2fs /dev/quarry/acme/db
+  quarry volume detach acme/db && quarry volume resize acme/db 50GiB --force")]
     Resize {
         /// The volume, as tenant/name.
         volume: VolumeRef,
         /// Its new size, up to 1EiB.
         size: Size,
+        /// Take a size that is smaller: what lies behind it is lost.
+        #[arg(long)]
+        force: bool,
     },
     /// Set how long what a volume was stays to be opened with `attach --at`, attached here or nowhere.
     #[command(after_help = "\
@@ -290,6 +297,22 @@ What is older goes soon after, and does not come back when more is kept again. 0
     /// Drop what this host's cache has of a volume and the object store has too.
     Evict {
         /// The volume, as tenant/name.
+        volume: VolumeRef,
+    },
+    /// Put the data of an attached volume in order in the object store, so that reading it through is fast again
+    /// after scattered writes; Ctrl-C ends it. The daemon itself only moves what is mostly overwritten.
+    #[command(after_help = "Example:\n  quarry volume compact acme/db")]
+    Compact {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// Move also what its snapshots need, which then takes its space twice.
+        #[arg(long)]
+        held: bool,
+    },
+    /// Copy what an attached clone needs of its parent, so that the parent's snapshot can be deleted.
+    #[command(after_help = "Example:\n  quarry volume flatten acme/test1")]
+    Flatten {
+        /// The clone, as tenant/name.
         volume: VolumeRef,
     },
     /// Upload all that was written, then take the volume off this host.

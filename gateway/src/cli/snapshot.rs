@@ -65,14 +65,27 @@ fn list_text(snapshots: &[SnapshotInfo]) -> String {
             format!("{}@{}", s.volume, s.name),
             time_ms(s.created_ms).unwrap_or_default(),
             bytes(s.size_bytes),
+            s.unique_bytes.map_or_else(|| "-".to_owned(), bytes),
             s.newest_write.to_string(),
             state(s).to_owned(),
             place(s).unwrap_or_default(),
         ]
     };
     let rows: Vec<_> = snapshots.iter().map(row).collect();
-    let header = ["SNAPSHOT", "CREATED", "SIZE", "NEWEST WRITE", "STATE", "AT"];
+    let header = [
+        "SNAPSHOT",
+        "CREATED",
+        "SIZE",
+        "UNIQUE",
+        "NEWEST WRITE",
+        "STATE",
+        "AT",
+    ];
     table(&header, &rows)
+}
+
+fn unique(of: u64) -> String {
+    format!("{}, which go when it is deleted", bytes(of))
 }
 
 fn show_text(s: &SnapshotInfo) -> String {
@@ -84,6 +97,7 @@ fn show_text(s: &SnapshotInfo) -> String {
         ("snapshot", Some(format!("{}@{}", s.volume, s.name))),
         ("created", time_ms(s.created_ms)),
         ("size", Some(bytes(s.size_bytes))),
+        ("unique", s.unique_bytes.map(unique)),
         ("newest write", Some(s.newest_write.to_string())),
         ("state", Some(state(s).to_owned())),
         ("clones", clones),

@@ -6,10 +6,10 @@ use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, export, import, rescue, trash, verify, warm};
+use super::{Failure, chores, export, import, rescue, trash, verify, warm};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ImageRef, ResizeInfo, RestoreSpec, RetainInfo, SnapRef,
-    State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ImageRef, ResizeInfo, ResizeSpec, RestoreSpec, RetainInfo,
+    SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::moment::Moment;
 
@@ -28,8 +28,13 @@ pub(super) async fn run(
         VolumeCommand::Show { volume } => {
             console.show(&client.show_volume(&volume).await?, show_text)
         }
-        VolumeCommand::Resize { volume, size } => {
-            let call = client.resize(&volume, size.bytes());
+        VolumeCommand::Resize {
+            volume,
+            size,
+            force,
+        } => {
+            let size_bytes = size.bytes();
+            let call = client.resize(&volume, ResizeSpec { size_bytes, force });
             let resized = shown("resizing", &volume, call).await?;
             console.show(&resized, resize_text)
         }
@@ -61,6 +66,10 @@ pub(super) async fn run(
         VolumeCommand::Evict { volume } => {
             console.show(&client.evict(&volume).await?, warm::evict_text)
         }
+        VolumeCommand::Compact { volume, held } => {
+            chores::compact(client, &volume, held, console).await
+        }
+        VolumeCommand::Flatten { volume } => chores::flatten(client, &volume, console).await,
         VolumeCommand::Detach { volume } => {
             uploading("detaching", client, &volume, client.detach(&volume)).await?;
             done(console, &volume, "detached", "it is detached")

@@ -21,7 +21,9 @@ use super::dto::{
 };
 use super::error::response;
 use super::trash::{self, TrashInfo};
-use super::{ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, retain, warm};
+use super::{
+    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, warm,
+};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 const BODY_BYTES_MAX: usize = 16 << 10;
@@ -76,6 +78,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
             .merge(trash::routes())
             .merge(retain::routes())
             .merge(warm::routes())
+            .merge(chores::routes())
             .merge(health()),
         engine,
     )
@@ -300,7 +303,7 @@ async fn resize(
     let spec: ResizeSpec = json(body)?;
     // Its own sector size may ask for more, which the engine knows.
     check_size(spec.size_bytes, SECTOR_SIZE)?;
-    let call = async move { engine.resize(&volume, spec.size_bytes).await };
+    let call = async move { engine.resize(&volume, spec).await };
     Ok(Json(whole(call).await?))
 }
 
@@ -519,7 +522,11 @@ mod tests {
             attached.uri.as_deref(),
             Some("nbd+unix:///acme/db?socket=/run/nbd.sock")
         );
-        let resized = client.resize(&volume("db"), 2 << 30).await.unwrap();
+        let spec = ResizeSpec {
+            size_bytes: 2 << 30,
+            force: false,
+        };
+        let resized = client.resize(&volume("db"), spec).await.unwrap();
         assert_eq!(
             (resized.volume.as_str(), resized.size_bytes),
             ("acme/db", 2 << 30)
@@ -685,7 +692,7 @@ mod tests {
             (
                 "POST",
                 "/v1/volumes/acme/db/resize",
-                r#"{"size_bytes":512,"force":true}"#,
+                r#"{"size_bytes":512,"forced":true}"#,
                 400,
             ),
             (
@@ -729,6 +736,7 @@ mod tests {
                 400,
             ),
             ("POST", "/v1/volumes/acme/db/warm", r#"{"from":1}"#, 400),
+            ("POST", "/v1/volumes/acme/db/compact", r#"{"all":1}"#, 400),
             ("GET", "/v1/nothing", "", 404),
             ("PATCH", "/v1/tenants", "", 405),
         ] {

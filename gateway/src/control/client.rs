@@ -8,6 +8,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::chores::{CompactSpec, MoveReport};
 use super::dto::{
     AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
@@ -242,9 +243,8 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    pub async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         let path = format!("/v1/volumes/{volume}/resize");
-        let spec = ResizeSpec { size_bytes };
         let response = self
             .call(Method::POST, &path, Some(&spec), Patience::Work)
             .await?;
@@ -393,6 +393,38 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
         self.get(&format!("/v1/volumes/{volume}/warm")).await
+    }
+
+    /// Puts a volume's data in order; ends when the answer is not waited for any more.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport> {
+        let path = format!("/v1/volumes/{volume}/compact");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Makes a clone need nothing of its parent; ends when the answer is not waited for any more.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        let path = format!("/v1/volumes/{volume}/flatten");
+        let response = self
+            .call(Method::POST, &path, None::<&()>, Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// How far the compacting or flattening of a volume is.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.get(&format!("/v1/volumes/{volume}/compact")).await
     }
 
     /// Drops what the cache has of a volume and the store has too.

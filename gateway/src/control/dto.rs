@@ -149,8 +149,11 @@ pub(crate) fn check_size(size_bytes: u64, sector_size: u32) -> ApiResult<()> {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResizeSpec {
-    /// Its new size; a multiple of its sector size, and not less than it has.
+    /// Its new size; a multiple of its sector size.
     pub size_bytes: u64,
+    /// Take a size that is smaller: what lies behind it is lost.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Answer: a volume's new size.
@@ -203,6 +206,8 @@ pub struct SnapshotInfo {
     pub created_ms: u64,
     /// How large its volume was.
     pub size_bytes: u64,
+    /// Bytes in the store that are kept for its sake alone, and go when it is deleted; none if that is not known.
+    pub unique_bytes: Option<u64>,
     /// The number of the newest write in it.
     pub newest_write: u64,
     /// Its deletion was begun and not finished: nothing can be made of it any more.

@@ -153,8 +153,8 @@ impl Engine for FakeEngine {
         })
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
-        let mut note = None;
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
+        let (size_bytes, mut note) = (spec.size_bytes, None);
         self.change(volume, |volume| {
             volume.size_bytes = size_bytes;
             if volume.attached.is_some() {
@@ -355,6 +355,23 @@ impl Engine for FakeEngine {
     }
 
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn compact(&self, volume: &VolumeRef, _: &CompactSpec) -> ApiResult<MoveReport> {
+        let moved_bytes = self.show_volume(&volume.clone().into()).await?.size_bytes;
+        Ok(MoveReport {
+            moved_bytes,
+            total_bytes: moved_bytes,
+            passes: 1,
+        })
+    }
+
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        self.compact(volume, &CompactSpec::default()).await
+    }
+
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
         Err(ApiError::no_volume(volume))
     }
 

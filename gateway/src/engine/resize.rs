@@ -1,4 +1,5 @@
-//! Growing a volume, attached or not, under I/O: the steps and their order.
+//! Growing a volume, attached or not, under I/O: the steps and their order. Making one smaller is
+//! [`super::shrink`]'s.
 //!
 //! 1. `head`, by a conditional PUT: as the attachment that has the right to write if the volume is
 //!    attached here, else only while nobody has that right. *Crash before: nothing has happened.
@@ -20,11 +21,12 @@ use quarry_objfmt::Sectors;
 use quarry_objfmt::head::Head;
 use quarry_volume::Event;
 
-use super::slot::{Attached, Stage};
+use super::shrink::refuse_attached;
+use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, registry};
 use crate::backend::HeadError;
 use crate::control::dto::check_size;
-use crate::control::{ApiError, ApiResult, ImageRef, Kind, ResizeInfo, VolumeRef};
+use crate::control::{ApiError, ApiResult, ImageRef, Kind, ResizeInfo, ResizeSpec, VolumeRef};
 use crate::ublk::UblkError;
 
 /// Longest wait for a change of the head: longer than its own deadline, for a checkpoint's change that
@@ -38,23 +40,38 @@ impl Daemon {
     pub(super) async fn resize_volume(
         &self,
         volume: &VolumeRef,
-        size_bytes: u64,
+        spec: ResizeSpec,
     ) -> ApiResult<ResizeInfo> {
+        let ResizeSpec { size_bytes, force } = spec;
         let image = ImageRef::from(volume.clone());
         let slot = self.slot(&image);
         let _change = slot.change.lock().await;
         let answer = match slot.stage() {
             Stage::Attached(attached) => self.grow_attached(volume, &attached, size_bytes).await,
             // Nothing else lasts while no call changes the volume.
-            _ => {
-                let cache = self.common.device.id();
-                registry::grow_volume(&self.control, volume, size_bytes, cache)
-                    .await
-                    .map(|()| resized(volume, size_bytes, None))
-            }
+            _ => self.resize_detached(&slot, volume, size_bytes, force).await,
         };
         self.forget_idle(&image, &slot);
         answer
+    }
+
+    async fn resize_detached(
+        &self,
+        slot: &Slot,
+        volume: &VolumeRef,
+        size_bytes: u64,
+        force: bool,
+    ) -> ApiResult<ResizeInfo> {
+        let head = registry::head(&self.control, volume).await?;
+        // Or it was shrunk, and left to be detached by a crash.
+        let unfinished = force && size_bytes == head.size.bytes() && head.owner.is_some();
+        if size_bytes < head.size.bytes() || unfinished {
+            let shrunk = self.shrink_detached(slot, volume, &head, size_bytes, force);
+            return shrunk.await;
+        }
+        let cache = self.common.device.id();
+        registry::grow_volume(&self.control, volume, size_bytes, cache).await?;
+        Ok(resized(volume, size_bytes, None))
     }
 
     async fn grow_attached(
@@ -150,18 +167,12 @@ impl Daemon {
 pub(super) fn larger(volume: &VolumeRef, head: &Head, size_bytes: u64) -> ApiResult<Sectors> {
     check_size(size_bytes, head.sector_size)?;
     if size_bytes < head.size.bytes() {
-        let message = format!(
-            "{volume} has {} and cannot shrink to {}: what lies behind that would be lost",
-            Size::new(head.size.bytes()),
-            Size::new(size_bytes)
-        );
-        let remedy = "choose a larger size, or copy it to a new volume";
-        return Err(ApiError::new(Kind::Conflict, message, remedy));
+        return Err(refuse_attached(volume, head.size, size_bytes));
     }
     Ok(Sectors::from_bytes(size_bytes).expect("whole blocks are whole sectors"))
 }
 
-fn resized(volume: &VolumeRef, size_bytes: u64, note: Option<String>) -> ResizeInfo {
+pub(super) fn resized(volume: &VolumeRef, size_bytes: u64, note: Option<String>) -> ResizeInfo {
     ResizeInfo {
         volume: volume.to_string(),
         size_bytes,

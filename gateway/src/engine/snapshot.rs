@@ -8,14 +8,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quarry_objfmt::{SnapName, VolumeId, VolumeName};
+use quarry_objfmt::{Head, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 
 use super::report::attached_info;
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, VolumeMachine, now_ms, registry};
-use crate::backend::HeadError;
-use crate::backend::open::{Claim, OpenError, give_back, hold};
+use crate::backend::open::{Claim, OpenError, give_back, hold, load_usage};
+use crate::backend::{HeadError, unique_bytes};
 use crate::control::{
     ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
 };
@@ -272,13 +272,38 @@ impl Daemon {
         let mut all = Vec::new();
         for volume in volumes {
             let head = registry::head(&self.control, &volume).await?;
-            for snapshot in &head.snapshots {
+            let unique = self.unique_bytes(&volume, &head).await?;
+            for (number, snapshot) in head.snapshots.iter().enumerate() {
                 let mut info = info_of(&volume, snapshot);
+                info.unique_bytes = unique.as_ref().map(|bytes| bytes[number]);
                 info.attached = self.attached_snapshot(&volume, &snapshot.name);
                 all.push(info);
             }
         }
         Ok(all)
+    }
+
+    /// What each snapshot of a head keeps that nothing else needs: as the attachment here knows, else as the newest map
+    /// in the store says. `None` if it does not.
+    async fn unique_bytes(&self, volume: &VolumeRef, head: &Head) -> ApiResult<Option<Vec<u64>>> {
+        if head.snapshots.is_empty() {
+            return Ok(Some(Vec::new()));
+        }
+        let slot = self.slots.lock().get(&volume.clone().into()).cloned();
+        let attached = slot.and_then(|slot| slot.stage().attached().cloned());
+        let here = attached.filter(|a| !a.read_only && a.backend.volume() == head.volume);
+        if let Some(bytes) = here.and_then(|a| a.backend.unique_bytes(&head.snapshots)) {
+            return Ok(Some(bytes));
+        }
+        match load_usage(&self.control, &volume.tenant, head.volume, head.root).await {
+            Ok(usage) => Ok(usage.map(|usage| unique_bytes(usage.dead.iter(), &head.snapshots))),
+            // Its owner may have made a newer one meanwhile.
+            Err(OpenError::Damaged { object, reason }) => {
+                tracing::warn!(%volume, object, reason, "what its snapshots keep is not known");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn attached_snapshot(
@@ -295,12 +320,17 @@ impl Daemon {
         let SnapRef { volume, name } = snapshot;
         let head = registry::head(&self.control, volume).await?;
         let mut all = head.snapshots.iter();
-        let found = all.find(|s| s.name == name.as_str());
-        let found = found.ok_or_else(|| no_snapshot(&snapshot.clone().into()))?;
+        let number = all.position(|s| s.name == name.as_str());
+        let number = number.ok_or_else(|| no_snapshot(&snapshot.clone().into()))?;
+        let (found, unique) = (
+            &head.snapshots[number],
+            self.unique_bytes(volume, &head).await?,
+        );
         let clones = snapshot::clones(&self.control, &volume.tenant, head.volume, name);
         let clones = clones.await.map_err(|error| told(volume, error))?;
         Ok(SnapshotInfo {
             clones: Some(clones),
+            unique_bytes: unique.map(|bytes| bytes[number]),
             attached: self.attached_snapshot(volume, &found.name),
             ..info_of(volume, found)
         })

@@ -11,8 +11,8 @@ use crate::backend::open::{Claim, OpenError, TakenOver, give_back, load_map, loa
 use crate::backend::{HeadCell, LogChunk};
 use crate::store::Store;
 
-/// Makes a volume that nobody has what its snapshot is. Its size stays, for it never shrinks: what lies
-/// behind the snapshot's end reads as zeroes. Snapshots stay, younger ones too.
+/// Makes a volume that nobody has what its snapshot is, and as large as that, if it is smaller. One that is larger
+/// keeps its size: what lies behind the snapshot's end reads as zeroes. Snapshots stay, younger ones too.
 ///
 /// The order, and what a crash between the steps leaves:
 /// 1. The volume is claimed as by an attach, its log sealed. *Crash: it is ours, and as it was.*
@@ -66,12 +66,14 @@ async fn go_back(
     let map = load_map(store, tenant, volume, snapshot.root).await?;
     let at = info.next_map;
     let usage = usage(store, tenant, taken, snapshot, map.manifest(), at, now_ms).await?;
+    let size = info.size.max(snapshot.size);
     let times = taken.log.chunks.iter().map(|chunk| chunk.cut_ms);
     let log_ms = times.fold(now_ms, u64::max);
     let usage = usage.map(|usage| Usage {
         basis: Basis {
             log_end: taken.log.end,
             root_write: snapshot.root_write,
+            size,
             log_ms: log_ms.max(usage.basis.log_ms),
             ..Basis::of(info)
         },
@@ -90,6 +92,7 @@ async fn go_back(
     let back = taken.head.update(store, |head| {
         head.root = Some(root);
         head.root_write = root_write;
+        head.size = size;
         head.next_map = at.next();
         head.log = vec![LogRange {
             epoch: head.epoch,

@@ -25,6 +25,8 @@ pub(super) struct Log {
     pub end: ChunkSeq,
     /// The newest write in it.
     pub last_write: WriteSeq,
+    /// The volume's size: larger than the head's, if it has grown since.
+    pub size: Sectors,
 }
 
 /// Reads and checks the log of the head.
@@ -47,6 +49,7 @@ pub(super) async fn walk(check: &Check, findings: &mut Findings) -> Result<Log, 
         entries: fold(walk.chunks),
         end,
         last_write: walk.last_write,
+        size: walk.size,
     })
 }
 
@@ -140,22 +143,19 @@ impl LogWalk<'_> {
         self.last_write = header.last_write;
         let mut entries = header.map_entries();
         entries.sort_unstable_by_key(|entry| entry.start);
-        let end = entries.last().map_or(Lba::ZERO, end_of);
-        if end.get() > self.size.get() && !self.has_grown_to(end).await? {
-            let size = self.size.bytes();
-            findings.add(key, format!("it reaches past the volume's {size} bytes"));
+        if entries.last().map_or(Lba::ZERO, end_of).get() > self.size.get() {
+            self.look_whether_it_has_grown().await?;
         }
         self.chunks.push(entries);
         Ok(())
     }
 
-    /// Whether the volume has grown since its head was read, and is as large as that now.
-    async fn has_grown_to(&mut self, end: Lba) -> Result<bool, StoreError> {
+    async fn look_whether_it_has_grown(&mut self) -> Result<(), StoreError> {
         let key = keys::head_key(&self.check.tenant, self.check.head.volume);
         if let Ok(now) = read_head(&self.check.store, &key).await? {
             self.size = self.size.max(now.size);
         }
-        Ok(end.get() <= self.size.get())
+        Ok(())
     }
 }
 

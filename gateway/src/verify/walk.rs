@@ -86,19 +86,16 @@ pub(super) async fn load_root(
     }
 }
 
-/// Whether a manifest names only what can be of this volume's history, and of its size.
+/// Whether a manifest names only what can be of this volume's history.
 fn sound(check: &Check, root: MapObjectId, manifest: &Manifest) -> Result<(), String> {
     for table in manifest.runs.iter().flatten() {
-        let TableRef { object, end, .. } = table;
+        let object = table.object;
         let older = (object.epoch, object.seq) <= (root.epoch, root.seq);
         if !check.ancestors.have(object.volume) && (object.volume != root.volume || !older) {
             return Err(format!(
                 "it names map {} of volume {}, which is not of its history",
                 object.seq, object.volume
             ));
-        }
-        if end.get() > check.head.size.get() {
-            return Err("it reaches past the volume's end".to_owned());
         }
     }
     Ok(())
@@ -267,7 +264,7 @@ impl Run {
     }
 }
 
-/// Entries of a leaf, those that name what cannot be of the volume's history or lie past its end made lost.
+/// Entries of a leaf, those that name what cannot be of the volume's history made lost.
 fn foreign_lost(
     check: &Check,
     mut entries: Vec<MapEntry>,

@@ -9,10 +9,10 @@ use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Problem,
-    PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, RetainInfo, SnapRef,
-    SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
-    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
+    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
+    MoveReport, Problem, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
 };
 use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -74,7 +74,8 @@ impl Engine for Strict {
         Err(ApiError::no_volume(&image.volume))
     }
 
-    async fn resize(&self, volume: &VolumeRef, size_bytes: u64) -> ApiResult<ResizeInfo> {
+    async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
+        let size_bytes = spec.size_bytes;
         assert!((1..=VOLUME_BYTES_MAX).contains(&size_bytes));
         assert!(size_bytes.is_multiple_of(u64::from(quarry_objfmt::SECTOR_SIZE)));
         Err(ApiError::no_volume(volume))
@@ -142,6 +143,23 @@ impl Engine for Strict {
     }
 
     async fn warm_progress(&self, volume: &VolumeRef) -> ApiResult<WarmReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport> {
+        let text = serde_json::to_vec(spec).expect("JSON");
+        assert_eq!(
+            serde_json::from_slice::<CompactSpec>(&text).ok(),
+            Some(*spec)
+        );
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn move_progress(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
         Err(ApiError::no_volume(volume))
     }
 

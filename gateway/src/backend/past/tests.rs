@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 use super::super::checkpoint;
 use super::super::open::{Claim, claim};
 use super::super::scan::Scan;
-use super::super::{Common, ReclaimSettings, VolumeBackend, frame_cache};
+use super::super::{Common, Fetches, ReclaimSettings, VolumeBackend};
 use super::*;
 use crate::reactor::ReactorHandle;
 use crate::snapshot;
@@ -73,13 +73,15 @@ impl Bench {
             background: Arc::clone(&store),
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
             device: Arc::new(device),
-            frames: frame_cache(1 << 20),
+            fetches: Fetches::new(1 << 20),
             uploads: Arc::new(Semaphore::new(1)),
             compactions: Arc::new(Semaphore::new(1)),
             reclaim: ReclaimSettings {
                 horizon: Duration::from_secs(1),
                 debt_min: 0,
                 chunk_sectors: 64,
+                window_bytes: 1 << 20,
+                percent: 100,
             },
             now_ms: || NOW_MS.get(),
             runtime: tokio::runtime::Handle::current(),

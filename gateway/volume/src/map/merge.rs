@@ -74,6 +74,13 @@ impl Merger {
         self
     }
 
+    /// Leaves out all before this place, as if it were decided already.
+    #[must_use]
+    pub const fn from(mut self, from: Lba) -> Self {
+        self.covered = from;
+        self
+    }
+
     /// How far the merge has got: entries that end at or before this need not be fed any more.
     #[must_use]
     pub const fn covered(&self) -> Lba {

@@ -1,0 +1,618 @@
+//! A volume full of extents of 4 KiB, in random places of the store, that is overwritten at random: what its map
+//! costs, and how soon it is open again. All is real but the contents of chunks, which are zeroes that the store
+//! makes up. `QUARRY_TEST_EXTENTS` sets how many extents it has, a power of two (2^17, so 512 MiB; 2^28 is 1 TiB), and
+//! `QUARRY_TEST_WRITES` how many are written then (half as many).
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
+use quarry_gateway::backend::open::{Claim, Claimed, claim};
+use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
+use quarry_gateway::reactor::{BackendSink as _, Message, ReactorHandle};
+use quarry_gateway::store::{FolderStore, Store, StoreError, Tag};
+use quarry_objfmt::chunk::ChunkHeader;
+use quarry_objfmt::codec::Compression;
+use quarry_objfmt::map::{
+    Basis, ChunkUse, Manifest, MapObjectBuilder, MapObjectId, TableRef, Usage,
+};
+use quarry_objfmt::{
+    CHUNK_PREFIX_LEN, CacheId, ChunkId, ChunkSeq, DataLoc, Epoch, Head, Lba, LbaRange, Location,
+    MapEntry, MapSeq, RootRef, Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
+};
+use quarry_volume::{
+    Action, CheckpointPlan, ChunkPlan, Event, ExtentSource, PlannedExtent, Tuning,
+};
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::sync::{Semaphore, mpsc};
+
+const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
+const PAGE: u64 = 4096;
+/// Extents of a chunk, of 8 sectors each.
+const CHUNK_EXTENTS: u64 = 2048;
+const FRAME_SECTORS: u32 = 128;
+const FRAME_HEADER_LEN: usize = 16;
+/// A frame as it is stored: nothing is compressed.
+const FRAME_BYTES: usize = FRAME_SECTORS as usize * 512 + FRAME_HEADER_LEN;
+/// Where the first frame of the chunks begins that were there before.
+const OLD_HEADER: u32 = 16 << 10;
+/// Chunks that were there before have a third of their data from before that.
+const OLD_SECTORS: u32 = 2048 * 8 * 130 / 100;
+/// As checkpoints cut them.
+const TABLE_BYTES: usize = 8 << 20;
+/// How far the store is that the volume is opened from.
+const DISTANCE: Duration = Duration::from_millis(30);
+
+fn chunk(seq: u64) -> ChunkId {
+    ChunkId {
+        volume: VOLUME,
+        epoch: Epoch::new(1),
+        seq: ChunkSeq::new(seq),
+    }
+}
+
+/// Which of the old chunks the n-th extent is in: each has one of every so many neighbours, in an order that
+/// looks random.
+fn old_place(n: u64, chunks: u64) -> (u64, u32) {
+    let slot = n / chunks;
+    let mask = chunks - 1;
+    let mut at = (n ^ slot.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) & mask;
+    for round in [0xb55a_4f09_u64, 0x2c1b_3c6d, 0x297a_2d39] {
+        at = (at ^ at >> 5).wrapping_mul(round | 1) & mask;
+    }
+    (at, u32::try_from(slot).unwrap())
+}
+
+fn old_extent(n: u64, chunks: u64) -> MapEntry {
+    let (at, slot) = old_place(n, chunks);
+    let frame = slot / (FRAME_SECTORS / 8);
+    MapEntry {
+        start: Lba::new(n * 8),
+        len: 8,
+        location: Location::Data(DataLoc {
+            chunk: chunk(at),
+            raw: slot * 8,
+            stored_offset: OLD_HEADER + frame * u32::try_from(FRAME_BYTES).unwrap(),
+            stored_len: u32::try_from(FRAME_BYTES).unwrap(),
+        }),
+    }
+}
+
+/// Frame `index` of a chunk, all zeroes, as FORMAT.md says.
+fn frame(chunk: ChunkId, index: u32) -> Vec<u8> {
+    let mut out = vec![0; FRAME_BYTES];
+    out[..4].copy_from_slice(b"QF\x01\0");
+    out[4..8].copy_from_slice(&FRAME_SECTORS.to_le_bytes());
+    out[8..12].copy_from_slice(&u32::to_le_bytes(FRAME_SECTORS * 512));
+    let mut identity = chunk.volume.to_bytes().to_vec();
+    identity.extend(chunk.epoch.get().to_le_bytes());
+    identity.extend(chunk.seq.get().to_le_bytes());
+    identity.extend(index.to_le_bytes());
+    let crc = crc32c::crc32c(&identity);
+    let crc = crc32c::crc32c_append(crc, &out[..12]);
+    let crc = crc32c::crc32c_append(crc, &out[FRAME_HEADER_LEN..]);
+    out[12..16].copy_from_slice(&crc.to_le_bytes());
+    out
+}
+
+/// A folder that holds all but the frames of chunks.
+#[derive(Debug)]
+struct Simulated {
+    folder: FolderStore,
+    tenant: TenantName,
+    /// Length of the header of each chunk stored since.
+    headers: parking_lot::Mutex<BTreeMap<(u32, u64), u64>>,
+    chunk_bytes: AtomicU64,
+    moved_bytes: AtomicU64,
+    map_bytes: AtomicU64,
+    map_read_bytes: AtomicU64,
+    chunk_read_bytes: AtomicU64,
+}
+
+impl Simulated {
+    fn chunk_of(key: &str) -> Option<ChunkId> {
+        let (_, place) = key.split_once("/chunk/")?;
+        let (epoch, seq) = place.split_once('/')?;
+        Some(ChunkId {
+            volume: VOLUME,
+            epoch: Epoch::new(u32::from_str_radix(epoch, 16).ok()?),
+            seq: ChunkSeq::new(u64::from_str_radix(seq, 16).ok()?),
+        })
+    }
+}
+
+#[async_trait]
+impl Store for Simulated {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        self.folder.get(key).await
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let len = range.end - range.start;
+        let Some(chunk) = Self::chunk_of(key) else {
+            self.map_read_bytes.fetch_add(len, Ordering::Relaxed);
+            return self.folder.get_range(key, range).await;
+        };
+        self.chunk_read_bytes.fetch_add(len, Ordering::Relaxed);
+        let name = (chunk.epoch.get(), chunk.seq.get());
+        let header = self.headers.lock().get(&name).copied();
+        let header = header.unwrap_or(OLD_HEADER.into());
+        let first = (range.start - header) / FRAME_BYTES as u64;
+        let len = usize::try_from(len).unwrap();
+        let skip = usize::try_from(range.start - header).unwrap() % FRAME_BYTES;
+        let needed = (skip + len).div_ceil(FRAME_BYTES);
+        let mut bytes = Vec::with_capacity(needed * FRAME_BYTES);
+        for index in first..first + needed as u64 {
+            bytes.extend(frame(chunk, u32::try_from(index).unwrap()));
+        }
+        Ok(Bytes::from(bytes).slice(skip..skip + len))
+    }
+
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        self.folder.get_prefix(key, len).await
+    }
+
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        let len = body.len() as u64;
+        let Some(chunk) = Self::chunk_of(key) else {
+            if key.contains("/map/") {
+                self.map_bytes.fetch_add(len, Ordering::Relaxed);
+            }
+            return self.folder.create(key, body).await;
+        };
+        let sum = match chunk.seq < ChunkSeq::COMPACTED {
+            true => &self.chunk_bytes,
+            false => &self.moved_bytes,
+        };
+        sum.fetch_add(len, Ordering::Relaxed);
+        let header = match ChunkHeader::encoded_len(&body[..CHUNK_PREFIX_LEN]) {
+            Ok(header) => header,
+            // A seal.
+            Err(_) => return self.folder.create(key, body).await,
+        };
+        let name = (chunk.epoch.get(), chunk.seq.get());
+        self.headers.lock().insert(name, header as u64);
+        self.folder.create(key, body.slice(..header)).await
+    }
+
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        self.folder.replace(key, body, seen).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.folder.delete(key).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.folder.list(prefix).await
+    }
+
+    fn describe(&self) -> String {
+        format!("{}, of {}", self.folder.describe(), self.tenant)
+    }
+}
+
+/// The same, some way off.
+#[derive(Debug)]
+struct Distant(Arc<Simulated>, AtomicU64);
+
+impl Distant {
+    async fn travel(&self) {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(DISTANCE).await;
+    }
+}
+
+#[async_trait]
+impl Store for Distant {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        self.travel().await;
+        self.0.get(key).await
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.travel().await;
+        self.0.get_range(key, range).await
+    }
+
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        self.travel().await;
+        self.0.get_prefix(key, len).await
+    }
+
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        self.travel().await;
+        self.0.create(key, body).await
+    }
+
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        self.travel().await;
+        self.0.replace(key, body, seen).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.travel().await;
+        self.0.delete(key).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.travel().await;
+        self.0.list(prefix).await
+    }
+
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+}
+
+/// A cache device of zeroes.
+struct Zeroes;
+
+impl BlockDevice for Zeroes {
+    fn id(&self) -> CacheId {
+        CacheId::from_bytes([1; 16])
+    }
+
+    fn geometry(&self) -> Geometry {
+        unreachable!("nobody asks")
+    }
+
+    fn read_at(&self, buf: &mut AlignedBuf, _: u64) -> std::io::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, _: &AlignedBuf, _: u64) -> std::io::Result<()> {
+        unreachable!("nothing is written")
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        unreachable!("nothing is synced")
+    }
+}
+
+/// Writes the map of the full volume and its head.
+async fn fill(store: &dyn Store, tenant: &TenantName, extents: u64) {
+    let chunks = extents / CHUNK_EXTENTS;
+    let epoch = Epoch::new(1);
+    let size = Sectors::new(extents * 8);
+    let name = VolumeName::new("db").unwrap();
+    let mut head = Head {
+        epoch,
+        compression: Compression::None,
+        frame_sectors: FRAME_SECTORS,
+        ..Head::fresh(VOLUME, tenant, &name, size, 1)
+    };
+    let (mut tables, mut seq) = (Vec::<TableRef>::new(), MapSeq::ZERO);
+    let new = |seq| {
+        MapObjectBuilder::new(MapObjectId {
+            volume: VOLUME,
+            epoch,
+            seq,
+        })
+    };
+    let put = async |builder: MapObjectBuilder| {
+        let key = keys::map_key(tenant, VOLUME, epoch, builder.id().seq);
+        let body = builder.into_bytes().into();
+        store.create(&key, body).await.unwrap();
+    };
+    let mut builder = new(seq);
+    for n in 0..extents {
+        builder.push(old_extent(n, chunks)).unwrap();
+        if builder.table_bytes() >= TABLE_BYTES {
+            tables.extend(builder.finish_table().unwrap());
+            seq = seq.next();
+            put(std::mem::replace(&mut builder, new(seq))).await;
+        }
+    }
+    tables.extend(builder.finish_table().unwrap());
+    let used = |n| ChunkUse {
+        epoch,
+        seq: ChunkSeq::new(n),
+        born: MapSeq::ZERO,
+        data_sectors: OLD_SECTORS,
+        needed_sectors: u32::try_from(CHUNK_EXTENTS * 8).unwrap(),
+        stored_bytes: OLD_SECTORS * 512,
+    };
+    head.root_write = WriteSeq::new(extents);
+    let usage = Usage {
+        basis: Basis {
+            log_end: ChunkSeq::new(chunks),
+            ..Basis::of(&head)
+        },
+        chunks: (0..chunks).map(used).collect(),
+        dead: Vec::new(),
+    };
+    let usage = builder.finish_usage(&usage).unwrap();
+    let runs = vec![tables];
+    let (offset, len) = builder.finish_manifest(&Manifest { runs }).unwrap();
+    put(builder).await;
+    head.root = Some(RootRef {
+        epoch,
+        seq,
+        offset,
+        len,
+        usage: Some(usage),
+    });
+    head.next_map = seq.next();
+    head.log = vec![quarry_objfmt::LogRange {
+        epoch,
+        first: ChunkSeq::new(chunks),
+        end: Some(ChunkSeq::new(chunks)),
+    }];
+    let key = keys::head_key(tenant, VOLUME);
+    store.create(&key, head.encode().into()).await.unwrap();
+}
+
+fn claimant(force: bool) -> Claim {
+    Claim {
+        cache: CacheId::from_bytes([1; 16]),
+        host: "a".to_owned(),
+        now_ms: 1,
+        force,
+        discard_unsent: false,
+    }
+}
+
+/// A backend whose volume is this test.
+struct Driven {
+    backend: Arc<VolumeBackend>,
+    inbox: mpsc::Receiver<Message>,
+    next_chunk: ChunkSeq,
+    next_write: WriteSeq,
+    pages: u64,
+    rng: SmallRng,
+    epoch: Epoch,
+    /// What was stored since the last checkpoint, by page.
+    tail: BTreeMap<u64, MapEntry>,
+}
+
+impl Driven {
+    fn new(store: &Arc<Simulated>, claimed: Claimed, pages: u64) -> Self {
+        let (reactor, inbox) = ReactorHandle::detached().unwrap();
+        let common = Common {
+            store: store.clone(),
+            background: store.clone(),
+            device: Arc::new(Zeroes),
+            direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
+            fetches: Fetches::new(0),
+            uploads: Arc::new(Semaphore::new(1)),
+            compactions: Arc::new(Semaphore::new(1)),
+            reclaim: ReclaimSettings {
+                horizon: Duration::ZERO,
+                debt_min: 0,
+                chunk_sectors: u32::try_from(CHUNK_EXTENTS * 8).unwrap(),
+                window_bytes: 128 << 20,
+                percent: 100,
+            },
+            now_ms: || 1,
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let (next_chunk, epoch) = (claimed.next_chunk, claimed.info.epoch);
+        let next_write = claimed.stored_write.next();
+        let key = reactor.new_key();
+        let backend = VolumeBackend::new(common, "acme/db".to_owned(), claimed, key, reactor);
+        Self {
+            backend,
+            inbox,
+            next_chunk,
+            next_write,
+            pages,
+            rng: SmallRng::seed_from_u64(1),
+            epoch,
+            tail: BTreeMap::new(),
+        }
+    }
+
+    async fn event(&mut self) -> Event {
+        loop {
+            match self.inbox.recv().await {
+                Some(Message::VolumeEvent { event, .. }) => return event,
+                Some(_) => {}
+                None => panic!("the backend is gone"),
+            }
+        }
+    }
+
+    /// A chunk of random pages.
+    async fn upload(&mut self) {
+        let mut pages = std::collections::BTreeSet::new();
+        while (pages.len() as u64) < CHUNK_EXTENTS.min(self.pages / 2) {
+            pages.insert(self.rng.random_range(0..self.pages));
+        }
+        let extents = pages.iter().map(|page| PlannedExtent {
+            range: LbaRange::new(Lba::new(page * 8), Sectors::new(8)).unwrap(),
+            source: ExtentSource::Cache { offset: 0 },
+        });
+        let first_write = self.next_write;
+        let last_write = WriteSeq::new(first_write.get() + pages.len() as u64 - 1);
+        let id = ChunkId {
+            volume: VOLUME,
+            epoch: self.epoch,
+            seq: self.next_chunk,
+        };
+        self.backend.submit(Action::Upload(ChunkPlan {
+            id,
+            first_write,
+            last_write,
+            extents: extents.collect(),
+        }));
+        (self.next_chunk, self.next_write) = (id.seq.next(), last_write.next());
+        loop {
+            if let Event::Uploaded { entries, .. } = self.event().await {
+                for entry in entries {
+                    for part in 0..entry.len / 8 {
+                        let Location::Data(mut at) = entry.location else {
+                            unreachable!("all is data")
+                        };
+                        at.raw += part * 8;
+                        let start = Lba::new(entry.start.get() + u64::from(part) * 8);
+                        let (len, location) = (8, Location::Data(at));
+                        let page = start.get() / 8;
+                        self.tail.insert(
+                            page,
+                            MapEntry {
+                                start,
+                                len,
+                                location,
+                            },
+                        );
+                    }
+                }
+                return;
+            }
+        }
+    }
+
+    async fn checkpoint(&mut self) {
+        let entries = std::mem::take(&mut self.tail).into_values().collect();
+        self.backend.submit(Action::Checkpoint(CheckpointPlan {
+            upto: ChunkSeq::new(self.next_chunk.get() - 1),
+            last_write: WriteSeq::new(self.next_write.get() - 1),
+            entries: Arc::new(entries),
+        }));
+        while !matches!(self.event().await, Event::Checkpointed { .. }) {}
+    }
+
+    /// Waits until reclaiming has done nothing for some time.
+    async fn settle(&mut self, store: &Simulated) {
+        let quiet = Duration::from_secs(2);
+        let mut before = (0, 0, 0, 0);
+        loop {
+            while tokio::time::timeout(quiet, self.event()).await.is_ok() {}
+            let moved = self.backend.reclaimed().moved_bytes;
+            let read = store.map_read_bytes.load(Ordering::Relaxed);
+            let moving = store.chunk_read_bytes.load(Ordering::Relaxed);
+            let now = (moved, self.backend.space().debt, read, moving);
+            if now == before {
+                return;
+            }
+            before = now;
+        }
+    }
+}
+
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a share needs three digits")]
+fn share(part: u64, of: u64) -> f64 {
+    part as f64 / of as f64
+}
+
+#[test]
+fn random_writes_over_a_full_volume_cost_a_small_map_and_it_opens_soon() {
+    let extents = number("QUARRY_TEST_EXTENTS", 1 << 17);
+    let writes = number("QUARRY_TEST_WRITES", extents / 2);
+    let dir = tempfile::tempdir().unwrap();
+    let store = overwritten(dir.path(), extents, writes);
+
+    // The host is lost, and another takes the volume over from afar.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let distant = Distant(store, AtomicU64::new(0));
+        let begun = tokio::time::Instant::now();
+        let tenant = distant.0.tenant.clone();
+        let by = claimant(true);
+        let claimed = claim(&distant, &tenant, VOLUME, None, &by).await.unwrap();
+        let (took, requests) = (begun.elapsed(), distant.1.into_inner());
+        println!(
+            "opened again in {took:?} of the store's time, {requests} requests of {DISTANCE:?}; {} chunks of log",
+            claimed.log.len()
+        );
+        assert!(took < Duration::from_secs(10), "{took:?}");
+    });
+}
+
+fn overwritten(dir: &Path, extents: u64, writes: u64) -> Arc<Simulated> {
+    let tenant = TenantName::new("acme").unwrap();
+    let store = Arc::new(Simulated {
+        folder: FolderStore::open(dir, false).unwrap(),
+        tenant: tenant.clone(),
+        headers: parking_lot::Mutex::default(),
+        chunk_bytes: AtomicU64::new(0),
+        moved_bytes: AtomicU64::new(0),
+        map_bytes: AtomicU64::new(0),
+        map_read_bytes: AtomicU64::new(0),
+        chunk_read_bytes: AtomicU64::new(0),
+    });
+    let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_time()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let begun = Instant::now();
+        fill(&*store, &tenant, extents).await;
+        let full_map = count(&store.map_bytes);
+        let before = resident_bytes();
+        println!(
+            "{extents} extents, a map of {:.1} MiB ({:.1} bytes each), made in {:.1?}",
+            share(full_map, 1 << 20),
+            share(full_map, extents),
+            begun.elapsed()
+        );
+        let claimed = claim(&*store, &tenant, VOLUME, None, &claimant(false)).await;
+        let mut driven = Driven::new(&store, claimed.unwrap(), extents);
+        driven.backend.start_reclaiming();
+        let (begun, checkpoint_chunks) = (Instant::now(), Tuning::default().checkpoint_chunks);
+        let (mut written, mut chunks) = (0, 0);
+        while written < writes {
+            driven.upload().await;
+            written += CHUNK_EXTENTS;
+            chunks += 1;
+            if chunks % checkpoint_chunks == 0 || driven.tail.len() >= 256 << 10 {
+                driven.checkpoint().await;
+            }
+        }
+        driven.checkpoint().await;
+        driven.settle(&store).await;
+        let problem = driven.backend.condition().problem;
+        assert_eq!(problem, None);
+        let (data, moved) = (count(&store.chunk_bytes), count(&store.moved_bytes));
+        let map = count(&store.map_bytes) - full_map;
+        let space = driven.backend.space();
+        println!(
+            "{:.1} MiB written at random in {:.1?}, {:.2} as much moved; debt {:.3} of live",
+            share(data, 1 << 20),
+            begun.elapsed(),
+            share(moved, data),
+            share(space.debt, space.live),
+        );
+        println!(
+            "map bytes uploaded: {:.4} of the data's; read: {:.4}; memory: {:.1} MiB more at most",
+            share(map, data),
+            share(count(&store.map_read_bytes), data),
+            share(resident_bytes() - before, 1 << 20),
+        );
+        assert!(data >= written * PAGE);
+        assert!(share(map, data) <= 0.1, "{map} bytes of map for {data}");
+        assert!(moved > 0, "nothing was compacted");
+        driven.backend.stop_reclaiming().await;
+        // A log as long as it gets.
+        for _ in 1..checkpoint_chunks {
+            driven.upload().await;
+        }
+    });
+    store
+}
