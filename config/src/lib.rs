@@ -218,6 +218,8 @@ pub struct Reclaim {
     pub horizon: Duration,
     /// So much at least must be to gain for compaction to begin.
     pub debt_min: Size,
+    /// How often objects are looked for that nothing names.
+    pub orphan_interval: Duration,
 }
 
 impl Default for Reclaim {
@@ -225,6 +227,7 @@ impl Default for Reclaim {
         Self {
             horizon: Duration::from_secs(15 * 60),
             debt_min: Size::new(32 << 20),
+            orphan_interval: Duration::from_secs(24 * 60 * 60),
         }
     }
 }

@@ -274,6 +274,7 @@ impl Daemon {
                 debt_min: config.reclaim.debt_min.bytes(),
                 chunk_sectors: chunk_sectors(&config),
             },
+            orphan_interval: config.reclaim.orphan_interval,
             now_ms,
             runtime: tokio::runtime::Handle::current(),
         };

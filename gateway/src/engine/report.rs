@@ -222,6 +222,7 @@ impl Daemon {
                 compacted_bytes: reclaimed.moved_bytes,
                 deleted_bytes: reclaimed.deleted_bytes,
                 deleted_objects: reclaimed.deleted_objects,
+                orphans_deleted: attached.backend.orphans_deleted(),
                 fetched_bytes: s.fetched_bytes,
                 fetches: s.fetches,
                 warmed_bytes: s.warmed_bytes,
