@@ -376,6 +376,20 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(Bound::Percent(c.reclaim.percent))),
     },
     Key {
+        path: "reclaim.orphan_interval",
+        doc: "How often the objects of an attached volume are listed for such that nothing names: what a crash or a\n\
+              lost host left. A request for a thousand objects.",
+        expected: "write a duration such as \"1d\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.reclaim.orphan_interval = d),
+        get: |c| {
+            Some(quoted(humantime::format_duration(
+                c.reclaim.orphan_interval,
+            )))
+        },
+    },
+    Key {
         path: "writeback.delay",
         doc: "How long an acknowledged write waits at most before its upload starts. Shorter loses less with\n\
               the host, longer makes bigger chunks of scattered writes.",

@@ -220,6 +220,8 @@ pub struct Reclaim {
     pub debt_min: Size,
     /// The share of the time that compaction takes, in hundredths.
     pub percent: u8,
+    /// How often objects are looked for that nothing names.
+    pub orphan_interval: Duration,
 }
 
 impl Default for Reclaim {
@@ -228,6 +230,7 @@ impl Default for Reclaim {
             horizon: Duration::from_secs(15 * 60),
             debt_min: Size::new(32 << 20),
             percent: 50,
+            orphan_interval: Duration::from_secs(24 * 60 * 60),
         }
     }
 }

@@ -16,6 +16,8 @@ const THREADS: RangeInclusive<u32> = 1..=64;
 const DELAY_MAX: Duration = Duration::from_secs(3600);
 
 /// Objects kept longer are a snapshot's business.
+const ORPHAN_INTERVALS: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(365 * 24 * 3600);
 const HORIZON_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 const CHUNK_BYTES: RangeInclusive<u64> = 64 << 10..=8 << 20;
 /// Chunks hold whole pages of the cache.
@@ -68,6 +70,11 @@ pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
         let horizon = humantime::format_duration(config.reclaim.horizon);
         let (why, remedy) = ("it is more than 30 days", "write \"15m\" or leave it out");
         return Err(refuse("reclaim.horizon", horizon, why, remedy));
+    }
+    if !ORPHAN_INTERVALS.contains(&config.reclaim.orphan_interval) {
+        let interval = humantime::format_duration(config.reclaim.orphan_interval);
+        let (why, remedy) = ("it must be 1s to 365 days", "write \"1d\" or leave it out");
+        return Err(refuse("reclaim.orphan_interval", interval, why, remedy));
     }
     let chunk = writeback.chunk_size;
     if !CHUNK_BYTES.contains(&chunk.bytes()) || !chunk.bytes().is_multiple_of(CHUNK_BYTES_STEP) {

@@ -17,6 +17,7 @@ mod head;
 mod map_end;
 mod objects;
 pub mod open;
+mod orphans;
 pub mod past;
 mod reclaim;
 mod scan;
@@ -87,6 +88,8 @@ pub struct Common {
     pub compactions: Arc<Semaphore>,
     /// When what the store does not need any more is deleted.
     pub reclaim: ReclaimSettings,
+    /// How often each volume's orphans are looked for.
+    pub orphan_interval: std::time::Duration,
     /// The wall's clock, in milliseconds since 1970.
     pub now_ms: fn() -> u64,
     /// Where the work runs.
@@ -152,6 +155,7 @@ pub struct VolumeBackend {
     /// The number of the next chunk of compaction.
     next_compacted: AtomicU64,
     reclaim: Reclaim,
+    orphans: orphans::Orphans,
     key: VolumeKey,
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
@@ -183,6 +187,7 @@ impl VolumeBackend {
             log: parking_lot::Mutex::new(log.collect()),
             reclaim: Reclaim::new(claimed.objects.space(&claimed.info.snapshots)),
             objects: tokio::sync::Mutex::new(claimed.objects),
+            orphans: orphans::Orphans::default(),
             compacted_runs: AtomicUsize::new(0),
             next_compacted: AtomicU64::new(ChunkSeq::COMPACTED.get()),
             root: parking_lot::Mutex::new(claimed.root),

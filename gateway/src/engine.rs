@@ -284,6 +284,7 @@ impl Daemon {
                 window_bytes: (config.cache.ram.bytes() / WINDOWS_SHARE).min(WINDOWS_BYTES_MAX),
                 percent: config.reclaim.percent.into(),
             },
+            orphan_interval: config.reclaim.orphan_interval,
             now_ms,
             runtime: tokio::runtime::Handle::current(),
         };

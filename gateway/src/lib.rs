@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod cli;
+mod clones;
 pub mod control;
 pub mod daemon;
 pub mod demo;

@@ -70,6 +70,8 @@ pub struct VolumeStats {
     pub deleted_bytes: u64,
     /// Objects deleted for nobody needed them.
     pub deleted_objects: u64,
+    /// Objects deleted for nothing ever named them.
+    pub orphans_deleted: u64,
     /// Data needed in the store, before compression, as of the last count.
     pub live_bytes: u64,
     /// Bytes of objects that only snapshots need.
@@ -299,6 +301,11 @@ static TABLE: &[Definition] = &[
         "quarry_volume_deleted_objects_total",
         "Objects deleted for nobody needed them.",
         of!(Volume.deleted_objects),
+    ),
+    counter(
+        "quarry_volume_orphans_deleted_total",
+        "Objects deleted that nothing named: what a crash or a fenced writer had left.",
+        of!(Volume.orphans_deleted),
     ),
     counter(
         "quarry_volume_direct_bytes_total",

@@ -39,7 +39,7 @@ use bytes::Bytes;
 use quarry_objfmt::chunk::encode_seal;
 use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
-use quarry_objfmt::map::{Basis, MapObjectId};
+use quarry_objfmt::map::{Basis, Manifest, MapObjectId};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, SnapName, Snapshot, VOLUME_SECTORS_MAX, VolumeId,
     WriteSeq, keys,
@@ -388,14 +388,18 @@ impl Rescue {
         let (mut root, mut basis) = (None, None);
         let mut foreign_volumes = BTreeSet::new();
         if let Some((epoch, seq)) = map {
-            let (found, end, known) = match self.manifest(epoch, seq).await? {
+            let (found, manifest, known) = match self.manifest(epoch, seq).await? {
                 Ok(Some(found)) => found,
                 Ok(None) => return Ok(Ok(None)),
                 Err(problem) => return Ok(Err(problem)),
             };
             (root, basis) = (Some(found), known);
             // What lies behind the end of one that was shrunk reads as zeroes, and is no reason for a size.
-            size_min = known.map_or(end, |basis| basis.size);
+            let tables = || manifest.runs.iter().flatten();
+            let end = tables().map(|table| table.end.get()).max().unwrap_or(0);
+            size_min = known.map_or(Sectors::new(end), |basis| basis.size);
+            let of_tables = tables().map(|table| table.object.volume);
+            foreign_volumes.extend(of_tables.filter(|volume| *volume != self.id));
             let mut foreign = None;
             let head = self.template(root, Vec::new());
             let each = |chunk: ChunkId| {
@@ -436,7 +440,7 @@ impl Rescue {
             parent = self.parent(&foreign_volumes).await?;
             if parent.is_none() {
                 return Ok(Err(format!(
-                    "it names chunks of volume {volume}, and no record says that it was cloned from that"
+                    "it names objects of volume {volume}, and no record says that it was cloned from that"
                 )));
             }
         }
@@ -613,12 +617,12 @@ impl Rescue {
         }
     }
 
-    /// The manifest of a map object, if it has one, and the end of what it maps.
+    /// The manifest of a map object, if it has one, and where it is.
     async fn manifest(
         &self,
         epoch: Epoch,
         seq: MapSeq,
-    ) -> Result<Result<Option<(RootRef, Sectors, Option<Basis>)>, String>, StoreError> {
+    ) -> Result<Result<Option<(RootRef, Manifest, Option<Basis>)>, String>, StoreError> {
         let id = MapObjectId {
             volume: self.id,
             epoch,
@@ -632,11 +636,9 @@ impl Rescue {
             Err(error @ StoreError::NotFound { .. }) => return Ok(Err(error.to_string())),
             Err(error) => return Err(error),
         };
-        let ends = end.manifest.runs.iter().flatten().map(|t| t.end.get());
-        let mapped = Sectors::new(ends.max().unwrap_or(0));
         // Without it, what the log's chunks say has to do.
         let basis = end.usage.as_ref().map(|usage| usage.basis);
-        Ok(Ok(Some((end.root, mapped, basis))))
+        Ok(Ok(Some((end.root, end.manifest, basis))))
     }
 
     /// The head of a state, with what the flags say; the last range of its log open.

@@ -17,26 +17,23 @@
 mod rollback;
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
 use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, Usage};
-use quarry_objfmt::record::{CLONE_KIND, NAME_KIND};
+use quarry_objfmt::record::CLONE_KIND;
 use quarry_objfmt::{
-    ChunkSeq, CloneRecord, Deleted, Epoch, MapSeq, NameRecord, SnapName, Snapshot, TenantName,
-    VolumeId, VolumeName, WriteSeq, decode_record, encode_record, keys,
+    ChunkSeq, CloneRecord, Epoch, MapSeq, SnapName, Snapshot, TenantName, VolumeId, VolumeName,
+    WriteSeq, encode_record, keys,
 };
 
 pub use self::rollback::roll_back;
 use crate::backend::open::{OpenError, load_map};
 use crate::backend::{HeadCell, HeadError};
+use crate::clones::{Fate, fates};
 use crate::store::{Store, StoreError, create_own};
-use crate::trash::{self, TrashError};
+use crate::trash::TrashError;
 
 /// Most times that a snapshot is tried anew because a checkpoint came between its two PUTs.
 const TRIES_MAX: u32 = 16;
-
-/// Clones looked at side by side.
-const CLONES_AT_ONCE: usize = 16;
 
 /// Why something cannot be done with a snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +92,22 @@ pub enum SnapshotError {
     /// The store does not answer, or refuses.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl From<TrashError> for SnapshotError {
+    fn from(error: TrashError) -> Self {
+        match error {
+            TrashError::Store(error) => error.into(),
+            TrashError::Record { key, error } => Self::Damaged {
+                object: key,
+                reason: error.to_string(),
+            },
+            error => Self::Damaged {
+                object: "a clone".to_owned(),
+                reason: error.to_string(),
+            },
+        }
+    }
 }
 
 /// Why a change of the head is not made.
@@ -278,16 +291,6 @@ fn reopen(head: &mut Head, name: &SnapName) {
     renew(head);
 }
 
-/// What became of a clone that has a record.
-enum Fate {
-    /// It is there.
-    Live(String),
-    /// It has no head, and began not long ago.
-    Begun(String),
-    /// It is not there, and never will be.
-    Gone,
-}
-
 /// Step 2 of [`delete`]: the inner error says which clones there are.
 async fn settle_clones(
     store: &dyn Store,
@@ -297,7 +300,8 @@ async fn settle_clones(
     now_ms: u64,
 ) -> Result<Result<(), SnapshotError>, SnapshotError> {
     let (mut live, mut begun) = (Vec::new(), Vec::new());
-    for (key, fate) in fates(store, tenant, volume, name, Some(now_ms)).await? {
+    let prefix = keys::clones_prefix(tenant, volume, name);
+    for (key, fate) in fates(store, tenant, &prefix, Some(now_ms)).await? {
         match fate {
             Fate::Live(name) => live.push(name),
             Fate::Begun(name) => begun.push(name),
@@ -332,101 +336,9 @@ pub async fn clones(
         Fate::Live(name) => Some(name),
         Fate::Begun(_) | Fate::Gone => None,
     };
-    let fates = fates(store, tenant, volume, name, None).await?;
-    Ok(fates.into_iter().filter_map(live).collect())
-}
-
-/// The keys of the records of a snapshot's clones, and what became of each.
-async fn fates(
-    store: &dyn Store,
-    tenant: &TenantName,
-    volume: VolumeId,
-    name: &SnapName,
-    now_ms: Option<u64>,
-) -> Result<Vec<(String, Fate)>, SnapshotError> {
     let prefix = keys::clones_prefix(tenant, volume, name);
-    let listed = store.list(&prefix).await?;
-    let look = |key: String| async move {
-        let record = match store.get(&key).await {
-            Ok((bytes, _)) => decode_record(CLONE_KIND, &bytes),
-            // Deleted since, with its clone.
-            Err(StoreError::NotFound { .. }) => return Ok((key, Fate::Gone)),
-            Err(error) => return Err(error.into()),
-        };
-        match record {
-            Ok(record) => Ok((key, fate(store, tenant, &record, now_ms).await?)),
-            Err(error) => Err(SnapshotError::Damaged {
-                object: key,
-                reason: error.to_string(),
-            }),
-        }
-    };
-    let looks = futures::stream::iter(listed).map(look);
-    looks.buffered(CLONES_AT_ONCE).try_collect().await
-}
-
-/// With a time, a clone that was begun long before it is given up.
-async fn fate(
-    store: &dyn Store,
-    tenant: &TenantName,
-    record: &CloneRecord,
-    now_ms: Option<u64>,
-) -> Result<Fate, SnapshotError> {
-    let key = keys::head_key(tenant, record.volume);
-    loop {
-        match store.get(&key).await {
-            Ok((bytes, _)) => {
-                // A head that cannot be read is one that can be mended.
-                let head = Head::decode(&bytes).ok();
-                let name = head.as_ref().map_or(&record.name, |head| &head.name);
-                return Ok(match head.as_ref().and_then(Head::deleted) {
-                    Some(Deleted::Purging) => Fate::Gone,
-                    Some(_) if head.as_ref().is_some_and(trash::never_was) => Fate::Gone,
-                    Some(_) => Fate::Live(format!("{tenant}/{name} (in the trash)")),
-                    None => Fate::Live(known_as(store, tenant, record.volume, name).await?),
-                });
-            }
-            Err(StoreError::NotFound { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let age = now_ms.map_or(0, |now| now.saturating_sub(record.created_ms));
-        if age < trash::CLONING_TIME_MAX_MS {
-            return Ok(Fate::Begun(format!("{tenant}/{}", record.name)));
-        }
-        match trash::give_up(store, tenant, record, now_ms.unwrap_or_default()).await {
-            // Whoever was quicker, or our own lost answer: what is there tells.
-            Ok(()) | Err(TrashError::Store(StoreError::Exists { .. })) => {}
-            Err(TrashError::Store(error)) => return Err(error.into()),
-            Err(error) => {
-                return Err(SnapshotError::Damaged {
-                    object: key,
-                    reason: error.to_string(),
-                });
-            }
-        }
-    }
-}
-
-/// What people know a clone by: its name, or, if that does not lead to it, its id too.
-async fn known_as(
-    store: &dyn Store,
-    tenant: &TenantName,
-    clone: VolumeId,
-    name: &str,
-) -> Result<String, SnapshotError> {
-    let leads = match VolumeName::new(name) {
-        Ok(name) => match store.get(&keys::name_key(tenant, &name)).await {
-            Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
-                .is_ok_and(|record| record.volume == clone),
-            Err(StoreError::NotFound { .. }) => false,
-            Err(error) => return Err(error.into()),
-        },
-        Err(_) => false,
-    };
-    Ok(match leads {
-        true => format!("{tenant}/{name}"),
-        false => format!("{tenant}/{name} (nameless, id {clone})"),
-    })
+    let fates = fates(store, tenant, &prefix, None).await?;
+    Ok(fates.into_iter().filter_map(live).collect())
 }
 
 fn encoded(kind: &str, record: &impl serde::Serialize) -> Result<Bytes, SnapshotError> {

@@ -103,7 +103,8 @@ pub trait Store: fmt::Debug + Send + Sync {
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
 
     /// All keys that start with `prefix`, which is empty or ends with `/`, in order. For the control
-    /// plane only: nothing that runs all the time may list, but for the trash's hourly look.
+    /// plane only: nothing that runs all the time may list, but for the trash's hourly look, and the daily one for
+    /// what nothing names.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] if there are more than [`LIST_KEYS_MAX`].
@@ -116,6 +117,22 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Only those of the store itself.
     async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
         let mut keys = self.list(prefix).await?;
+        keys.truncate(max);
+        Ok(keys)
+    }
+
+    /// Up to `max` of these keys that come after `after`, in order: for who goes through them page by page.
+    ///
+    /// # Errors
+    /// Those of the store itself; those of [`Store::list`] where it is no better.
+    async fn list_after(
+        &self,
+        prefix: &str,
+        after: &str,
+        max: usize,
+    ) -> Result<Vec<String>, StoreError> {
+        let mut keys = self.list(prefix).await?;
+        keys.retain(|key| key.as_str() > after);
         keys.truncate(max);
         Ok(keys)
     }
@@ -164,6 +181,14 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
         (**self).list_some(prefix, max).await
+    }
+    async fn list_after(
+        &self,
+        prefix: &str,
+        after: &str,
+        max: usize,
+    ) -> Result<Vec<String>, StoreError> {
+        (**self).list_after(prefix, after, max).await
     }
     fn describe(&self) -> String {
         (**self).describe()

@@ -35,14 +35,15 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{
-    CLONE_KIND, CloneOf, CloneRecord, NAME_KIND, NameRecord, TRASH_KIND, TrashRecord,
-    decode_record, encode_record,
+    CloneOf, CloneRecord, NAME_KIND, NameRecord, TRASH_KIND, TrashRecord, decode_record,
+    encode_record,
 };
 use quarry_objfmt::{
     CacheId, Deleted, Epoch, FormatError, Sectors, SnapName, TenantName, VolumeId, VolumeName, keys,
 };
 
 use crate::backend::{HeadCell, HeadError};
+use crate::clones::{Fate, fates};
 use crate::control::VolumeRef;
 use crate::store::{Store, StoreError, Tag};
 
@@ -178,13 +179,17 @@ pub enum Purged {
 }
 
 /// A head as it was found.
-enum Found {
+pub(crate) enum Found {
     Sound(Box<Head>, Tag),
     Missing,
     Damaged(Tag),
 }
 
-async fn look(store: &dyn Store, tenant: &TenantName, id: VolumeId) -> Result<Found, TrashError> {
+pub(crate) async fn look(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+) -> Result<Found, TrashError> {
     let key = keys::head_key(tenant, id);
     let mut tries = 0;
     loop {
@@ -389,8 +394,8 @@ async fn no_clones(
     clones_of(store, tenant, head.volume, now_ms).await
 }
 
-/// An error if a record below the volume's prefix leads to a clone that needs its objects, or that is
-/// being made. A record that was left long ago by one who made no clone is made harmless.
+/// An error if a record below the volume's prefix leads to a clone, or to one that is being made. One that was left
+/// long ago by one who made no clone is made harmless.
 async fn clones_of(
     store: &dyn Store,
     tenant: &TenantName,
@@ -398,41 +403,18 @@ async fn clones_of(
     now_ms: u64,
 ) -> Result<(), TrashError> {
     let prefix = keys::all_clones_prefix(tenant, id);
-    let mut clones = Vec::new();
-    for key in store.list(&prefix).await? {
-        let ids = key.rsplit_once('/').map(|(_, id)| VolumeId::parse(id));
-        let Some(Ok(clone)) = ids else {
-            clones.push(key);
-            continue;
-        };
-        match look(store, tenant, clone).await? {
-            Found::Sound(head, _) => {
-                let ours = head.parent.as_ref().is_some_and(|p| p.volume == id);
-                if ours && head.deleted() != Some(Deleted::Purging) {
-                    let trash = head.deleted().map_or("", |_| " (in the trash)");
-                    clones.push(format!("{tenant}/{}{trash}", head.name));
-                }
-            }
-            Found::Damaged(_) => clones.push(format!("volume {clone}, whose head is damaged")),
-            Found::Missing => {
-                let record: CloneRecord = match store.get(&key).await {
-                    Ok((bytes, _)) => decode_record(CLONE_KIND, &bytes)
-                        .map_err(|error| TrashError::Record { key, error })?,
-                    Err(StoreError::NotFound { .. }) => continue,
-                    Err(error) => return Err(error.into()),
-                };
-                if now_ms.saturating_sub(record.created_ms) < CLONING_TIME_MAX_MS {
-                    let clone = format!("{tenant}/{}", record.name);
-                    return Err(TrashError::Cloning { clone });
-                }
-                give_up(store, tenant, &record, now_ms).await?;
-            }
+    let (mut clones, mut begun) = (Vec::new(), None);
+    for (_, fate) in fates(store, tenant, &prefix, Some(now_ms)).await? {
+        match fate {
+            Fate::Live(name) => clones.push(name),
+            Fate::Begun(name) => begun = Some(name),
+            Fate::Gone => {}
         }
     }
-    if clones.is_empty() {
-        Ok(())
-    } else {
-        Err(TrashError::Clones { clones })
+    match begun {
+        _ if !clones.is_empty() => Err(TrashError::Clones { clones }),
+        Some(clone) => Err(TrashError::Cloning { clone }),
+        None => Ok(()),
     }
 }
 

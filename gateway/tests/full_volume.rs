@@ -392,6 +392,7 @@ impl Driven {
                 window_bytes: 128 << 20,
                 percent: 100,
             },
+            orphan_interval: Duration::from_secs(86_400),
             now_ms: || 1,
             runtime: tokio::runtime::Handle::current(),
         };

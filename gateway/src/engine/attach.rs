@@ -441,6 +441,7 @@ impl Daemon {
         reactor.send(add).await?;
         if !read_only {
             backend.start_reclaiming();
+            backend.start_sweeping_orphans();
         }
         Ok(Opening { backend, spec })
     }
@@ -646,6 +647,7 @@ impl Daemon {
         }
         backend.tell(Event::Stop).await;
         backend.stop_reclaiming().await;
+        backend.stop_sweeping_orphans().await;
         let drained = attached.read_only || backend.drain(true).await;
         let hot = self.hot_set(attached).await;
         let machine = reactor.remove_volume(key).await?;

@@ -236,6 +236,7 @@ impl Daemon {
                 compacted_bytes: reclaimed.moved_bytes,
                 deleted_bytes: reclaimed.deleted_bytes,
                 deleted_objects: reclaimed.deleted_objects,
+                orphans_deleted: attached.backend.orphans_deleted(),
                 fetched_bytes: fetched.bytes + s.direct_bytes,
                 fetches: fetched.gets + s.direct_reads,
                 shared_bytes: fetched.shared_bytes,

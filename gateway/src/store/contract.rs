@@ -211,6 +211,18 @@ async fn lists(store: &dyn Store, base: &str) {
         assert_eq!(some.len(), max.min(1100));
         assert!(some.iter().all(|key| keys.contains(key)), "{some:?}");
     }
+    let many = format!("{base}/many/");
+    let all = store.list(&many).await.unwrap();
+    for (after, max, expected) in [
+        (many.as_str(), 5000, &all[..]),
+        (&many, 1050, &all[..1050]),
+        (&all[99], 1000, &all[100..]),
+        (&all[1050], 10, &all[1051..1061]),
+        (&all[1099], 10, &[]),
+    ] {
+        let some = store.list_after(&many, after, max).await.unwrap();
+        assert_eq!(some, expected, "{max} after {after}");
+    }
     assert_eq!(
         store.list(&format!("{base}/b/")).await.unwrap(),
         [format!("{base}/b/c/d")]

@@ -429,6 +429,19 @@ impl Store for Lane {
         .await
     }
 
+    async fn list_after(
+        &self,
+        prefix: &str,
+        after: &str,
+        max: usize,
+    ) -> Result<Vec<String>, StoreError> {
+        let store = &self.shared.store;
+        self.run(Operation::List, prefix, LIST_TIME_MAX, || {
+            store.list_after(prefix, after, max)
+        })
+        .await
+    }
+
     fn describe(&self) -> String {
         self.shared.store.describe()
     }

@@ -274,21 +274,55 @@ impl Store for S3Store {
     }
 
     async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
+        self.page(prefix, None, max).await
+    }
+
+    async fn list_after(
+        &self,
+        prefix: &str,
+        after: &str,
+        max: usize,
+    ) -> Result<Vec<String>, StoreError> {
+        self.page(prefix, Some(after), max).await
+    }
+
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+}
+
+impl S3Store {
+    /// Keys below a prefix, all or those after one of them.
+    async fn page(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        max: usize,
+    ) -> Result<Vec<String>, StoreError> {
         check_list_prefix(prefix)?;
         let asked = Asked {
             operation: Operation::List,
             key: prefix,
         };
         let whole = format!("{}{prefix}", self.prefix);
-        let path = Path::parse(whole.trim_end_matches('/'))
-            .map_err(|error| StoreError::invalid(prefix, error.to_string()))?;
+        let path = |key: &str| {
+            let path = Path::parse(key.trim_end_matches('/'));
+            path.map_err(|error| StoreError::invalid(prefix, error.to_string()))
+        };
+        let below = path(&whole)?;
         let failed = |error| {
             asked
                 .explain(&error)
                 .unwrap_or_else(|| asked.unavailable("the server refuses a range that was not set"))
         };
         let mut keys = Vec::new();
-        let mut pages = self.inner.list(Some(&path));
+        let mut pages = match after {
+            None => self.inner.list(Some(&below)),
+            Some(after) => {
+                let after = path(&format!("{}{after}", self.prefix))?;
+                self.inner.list_with_offset(Some(&below), &after)
+            }
+        };
         while keys.len() < max
             && let Some(meta) = pages.try_next().await.map_err(failed)?
         {
@@ -304,12 +338,6 @@ impl Store for S3Store {
         Ok(keys)
     }
 
-    fn describe(&self) -> String {
-        self.description.clone()
-    }
-}
-
-impl S3Store {
     /// What came of a range, and the object's size: nothing, and 0, if the object ends before it begins.
     async fn read(&self, key: &str, range: Range<u64>) -> Result<(Bytes, u64), StoreError> {
         let path = self.path(key)?;

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicUsize;
 
 use async_trait::async_trait;
 use quarry_objfmt::head::{Owner, Parent, SnapshotRef};
+use quarry_objfmt::record::CLONE_KIND;
 use quarry_objfmt::{MapSeq, WriteSeq};
 
 use super::*;
@@ -515,6 +516,23 @@ async fn volume_with_clones_is_refused_and_left_as_it_was() {
     delete(&store).await.unwrap();
     assert_eq!(purge_old(&store, NOW, 0).await.unwrap(), Purged::Gone);
     assert!(all(&store).await.is_empty());
+}
+
+#[tokio::test]
+async fn clone_that_does_not_know_its_parent_or_cannot_be_read_protects_it_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), false).unwrap();
+    make(&store, &volume("db"), id(1), snapshots).await;
+    record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
+    make(&store, &volume("copy"), id(5), |_| ()).await;
+    let refused = delete(&store).await.unwrap_err().to_string();
+    assert_eq!(refused, "it has clones: acme/copy");
+    let key = keys::head_key(&volume("db").tenant, id(5));
+    store.delete(&key).await.unwrap();
+    let damaged = Bytes::from_static(b"QYHDx");
+    store.create(&key, damaged).await.unwrap();
+    let refused = delete(&store).await.unwrap_err().to_string();
+    assert!(refused.contains("cannot be read"), "{refused}");
 }
 
 #[tokio::test]

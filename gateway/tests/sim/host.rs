@@ -39,6 +39,8 @@ const DIRTY_MAX: u32 = 9;
 
 /// How long what the map does not need is kept.
 pub const HORIZON: Duration = Duration::from_secs(120);
+/// How often orphans are looked for.
+const ORPHAN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Small enough that a short run meets every limit.
 const TUNING: Tuning = Tuning {
@@ -179,6 +181,7 @@ impl Host {
                 window_bytes: 256 << 10,
                 percent: 50,
             },
+            orphan_interval: ORPHAN_INTERVAL,
             now_ms: || 0,
             runtime: tokio::runtime::Handle::current(),
         };

@@ -83,6 +83,7 @@ impl Bench {
                 window_bytes: 1 << 20,
                 percent: 100,
             },
+            orphan_interval: Duration::from_secs(86_400),
             now_ms: || NOW_MS.get(),
             runtime: tokio::runtime::Handle::current(),
         };

@@ -174,6 +174,7 @@ impl Host {
         let backend = VolumeBackend::new(common, self.name.clone(), claimed, key, reactor);
         if !read_only {
             backend.start_reclaiming();
+            backend.start_sweeping_orphans();
         }
         Beginning {
             epoch: epoch.get(),
@@ -206,6 +207,7 @@ impl Host {
                 let backend = Arc::clone(&session.backend);
                 *waiting = Some(tokio::spawn(async move {
                     backend.stop_reclaiming().await;
+                    backend.stop_sweeping_orphans().await;
                     backend.drain(true).await
                 }));
                 return daemon.drive(n, &self.device, &mut world, |session, cx| session.stop(cx));

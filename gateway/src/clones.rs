@@ -1,0 +1,124 @@
+//! What became of the clones of a volume's snapshots, by their records at the volume.
+//!
+//! One rule for all who ask, whether a snapshot may go or its volume: a record protects what it lies at unless it is
+//! certain that there is no clone and never will be. So one whose head cannot be read counts, and one that was rescued
+//! and does not know its parent any more.
+
+use futures::{StreamExt as _, TryStreamExt as _};
+use quarry_objfmt::record::{CLONE_KIND, NAME_KIND};
+use quarry_objfmt::{
+    CloneRecord, Deleted, FormatError, Head, NameRecord, TenantName, VolumeId, VolumeName,
+    decode_record, keys,
+};
+
+use crate::store::{Store, StoreError};
+use crate::trash::{CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was};
+
+/// Clones looked at side by side.
+const CLONES_AT_ONCE: usize = 16;
+
+/// What became of a clone that has a record.
+pub(crate) enum Fate {
+    /// It is there.
+    Live(String),
+    /// It has no head, and began not long ago.
+    Begun(String),
+    /// It is not there, and never will be.
+    Gone,
+}
+
+/// The keys of the records below `prefix`, one snapshot's or all of a volume's, and what became of each. With a time, a
+/// clone that was begun long before it is given up.
+///
+/// # Errors
+/// [`TrashError::Record`] if a record is damaged that alone could tell; else those of the store.
+pub(crate) async fn fates(
+    store: &dyn Store,
+    tenant: &TenantName,
+    prefix: &str,
+    now_ms: Option<u64>,
+) -> Result<Vec<(String, Fate)>, TrashError> {
+    let listed = store.list(prefix).await?;
+    let looks = futures::stream::iter(listed).map(|key| async move {
+        let fate = fate(store, tenant, &key, now_ms).await?;
+        Ok((key, fate))
+    });
+    looks.buffered(CLONES_AT_ONCE).try_collect().await
+}
+
+async fn fate(
+    store: &dyn Store,
+    tenant: &TenantName,
+    key: &str,
+    now_ms: Option<u64>,
+) -> Result<Fate, TrashError> {
+    let id = key.rsplit_once('/').map(|(_, id)| VolumeId::parse(id));
+    let Some(Ok(clone)) = id else {
+        return Ok(Fate::Live(key.to_owned()));
+    };
+    loop {
+        match look(store, tenant, clone).await {
+            Ok(Found::Sound(head, _)) => {
+                return Ok(match head.deleted() {
+                    Some(Deleted::Purging) => Fate::Gone,
+                    Some(_) if never_was(&head) => Fate::Gone,
+                    Some(_) => Fate::Live(format!("{tenant}/{} (in the trash)", head.name)),
+                    None => Fate::Live(known_as(store, tenant, &head).await?),
+                });
+            }
+            // It can be mended, or read by another build.
+            Ok(Found::Damaged(_)) | Err(TrashError::Newer(_)) => {
+                return Ok(Fate::Live(format!(
+                    "volume {clone}, whose head cannot be read"
+                )));
+            }
+            Ok(Found::Missing) => {}
+            Err(error) => return Err(error),
+        }
+        let record: CloneRecord = match store.get(key).await {
+            Ok((bytes, _)) => decode_record(CLONE_KIND, &bytes),
+            // Deleted since, with its clone.
+            Err(StoreError::NotFound { .. }) => return Ok(Fate::Gone),
+            Err(error) => return Err(error.into()),
+        }
+        .and_then(|record: CloneRecord| match record.volume == clone {
+            true => Ok(record),
+            false => Err(FormatError::invalid("clone", "it is of another volume")),
+        })
+        .map_err(|error| TrashError::Record {
+            key: key.to_owned(),
+            error,
+        })?;
+        let age = now_ms.map_or(0, |now| now.saturating_sub(record.created_ms));
+        if age < CLONING_TIME_MAX_MS {
+            return Ok(Fate::Begun(format!("{tenant}/{}", record.name)));
+        }
+        match give_up(store, tenant, &record, now_ms.unwrap_or_default()).await {
+            // Whoever was quicker, or our own lost answer: what is there tells.
+            Ok(()) | Err(TrashError::Store(StoreError::Exists { .. })) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What people know a clone by: its name, or, if that does not lead to it, its id too.
+async fn known_as(
+    store: &dyn Store,
+    tenant: &TenantName,
+    clone: &Head,
+) -> Result<String, StoreError> {
+    let (name, id) = (&clone.name, clone.volume);
+    let leads = match VolumeName::new(name.as_str()) {
+        Ok(name) => match store.get(&keys::name_key(tenant, &name)).await {
+            Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
+                .is_ok_and(|record| record.volume == id),
+            Err(StoreError::NotFound { .. }) => false,
+            Err(error) => return Err(error),
+        },
+        Err(_) => false,
+    };
+    Ok(match leads {
+        true => format!("{tenant}/{name}"),
+        false => format!("{tenant}/{name} (nameless, id {id})"),
+    })
+}
