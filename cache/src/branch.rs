@@ -35,7 +35,7 @@ branches! {
     ReadAgain,
     /// A frame that is on its way already is waited for.
     FrameAwaited,
-    /// A fetched frame is in the cache already.
+    /// A fetched frame is in the cache already, or being written to it.
     FillNeedless,
     /// There is no room for a fetched frame.
     FillRefused,

@@ -6,11 +6,12 @@
 //! in flight, records not yet in the store, record pages in flight. `pins` counts reads and header
 //! writes in flight. Only a segment with neither is ever reclaimed.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::hash::BuildHasherDefault;
 
 use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
 
-use crate::{Branch, CleanIndex, CleanRun, Mutation};
+use crate::{Branch, CleanIndex, CleanRun, Mutation, NameHasher};
 
 /// Bytes of a page: segment headers and record pages.
 pub const PAGE_SIZE: u64 = 4096;
@@ -168,6 +169,8 @@ pub struct Cache {
     fill: Option<Fill>,
     /// Sectors of fills under way.
     fill_sectors: u32,
+    /// What they fill, by chunk and first raw sector: volumes that fetched the same at once fill it once.
+    filling: HashSet<(ChunkId, u32), BuildHasherDefault<NameHasher>>,
     /// Volumes that were refused a segment for writes, first come first served.
     line: VecDeque<VolumeId>,
     clean: CleanIndex,
@@ -215,6 +218,7 @@ impl Cache {
             dirty_max: dirty_max.clamp(1, geometry.segments.saturating_sub(1).max(1)),
             fill: None,
             fill_sectors: 0,
+            filling: HashSet::default(),
             line: VecDeque::new(),
             clean: CleanIndex::default(),
             reclaimed: 0,
@@ -409,9 +413,16 @@ impl Cache {
         bytes
     }
 
-    /// Room for `sectors` of fetched data; `None` if there is none just now, which costs nothing
-    /// but a later miss. The place is held until [`Self::finish_fill`].
-    pub fn reserve_fill(&mut self, sectors: u32) -> Option<CacheLoc> {
+    /// Whether a fill of a chunk from `raw` on is under way.
+    #[must_use]
+    pub fn is_filling(&self, chunk: ChunkId, raw: u32) -> bool {
+        self.filling.contains(&(chunk, raw))
+    }
+
+    /// Room for `sectors` of fetched data of a chunk from `raw` on; `None` if there is none just now, which
+    /// costs nothing but a later miss. The place is held until [`Self::finish_fill`]. What is being filled
+    /// already ([`Self::is_filling`]) is not to be asked for.
+    pub fn reserve_fill(&mut self, chunk: ChunkId, raw: u32, sectors: u32) -> Option<CacheLoc> {
         let room = self.geometry.segment_sectors() - u32::try_from(PAGE_SIZE / 512).expect("eight");
         if sectors > room || self.fill_sectors + sectors > FILL_SECTORS_MAX {
             return None;
@@ -435,18 +446,20 @@ impl Cache {
         };
         fill.next += sectors;
         self.fill_sectors += sectors;
+        let is_new = self.filling.insert((chunk, raw));
+        assert!(is_new, "a run is filled by one at a time");
         self.hold(at.segment);
         Some(at)
     }
 
-    /// A fill of `sectors` is on the device (or failed, with no runs): its runs can be found from
-    /// now on.
-    pub fn finish_fill(&mut self, at: CacheLoc, sectors: u32, runs: &[(ChunkId, CleanRun)]) {
-        self.fill_sectors -= sectors;
-        for (chunk, run) in runs {
-            self.add_clean(*chunk, *run);
+    /// A fill is on the device, and can be found from now on; or it failed.
+    pub fn finish_fill(&mut self, chunk: ChunkId, run: CleanRun, is_written: bool) {
+        self.fill_sectors -= run.len;
+        self.filling.remove(&(chunk, run.raw));
+        if is_written {
+            self.add_clean(chunk, run);
         }
-        let _ = self.release(at.segment);
+        let _ = self.release(run.at.segment);
     }
 
     fn take_free(&mut self) -> Option<SegmentId> {
@@ -503,6 +516,11 @@ mod tests {
             epoch: Epoch::new(1),
             seq: ChunkSeq::new(n),
         }
+    }
+
+    /// The first `len` sectors of a chunk, at `at`.
+    fn run(at: CacheLoc, len: u32) -> CleanRun {
+        CleanRun { raw: 0, len, at }
     }
 
     #[test]
@@ -590,11 +608,25 @@ mod tests {
             ..GEOMETRY
         };
         let mut cache = Cache::new(ID, geometry, 2, Generation::new(1), &[]);
-        let at = cache.reserve_fill(128).unwrap();
-        let more = (0..1000).map_while(|_| cache.reserve_fill(128));
+        let at = cache.reserve_fill(chunk(1), 0, 128).unwrap();
+        let more = (1..1000).map_while(|n| cache.reserve_fill(chunk(1), n * 128, 128));
         assert_eq!(more.count(), 511);
-        cache.finish_fill(at, 128, &[]);
-        assert!(cache.reserve_fill(128).is_some());
+        cache.finish_fill(chunk(1), run(at, 128), false);
+        assert!(cache.reserve_fill(chunk(1), 0, 128).is_some());
+    }
+
+    #[test]
+    fn run_being_filled_is_told_until_its_fill_ends_well_or_not() {
+        let mut cache = cache();
+        for is_written in [false, true] {
+            assert!(!cache.is_filling(chunk(1), 0));
+            let at = cache.reserve_fill(chunk(1), 0, 8).unwrap();
+            assert!(cache.is_filling(chunk(1), 0));
+            assert!(!cache.is_filling(chunk(1), 8) && !cache.is_filling(chunk(2), 0));
+            cache.finish_fill(chunk(1), run(at, 8), is_written);
+            assert_eq!(cache.clean().holds(&chunk(1), 0, 8), is_written);
+        }
+        assert!(!cache.is_filling(chunk(1), 0));
     }
 
     #[test]
@@ -619,10 +651,10 @@ mod tests {
         ];
         for _ in 0..50 {
             let at = cache
-                .reserve_fill(112)
+                .reserve_fill(chunk(1), 0, 112)
                 .expect("two segments are left for fills");
             assert!(!dirty.contains(&at.segment));
-            cache.finish_fill(at, 112, &[]);
+            cache.finish_fill(chunk(1), run(at, 112), false);
         }
         assert_eq!(cache.counts().dirty, 2);
     }
@@ -630,29 +662,18 @@ mod tests {
     #[test]
     fn pinned_segment_is_not_reclaimed_and_its_data_stay_findable() {
         let mut cache = Cache::new(ID, GEOMETRY, 1, Generation::new(1), &[]);
-        let at = cache.reserve_fill(120).unwrap();
-        cache.finish_fill(
-            at,
-            120,
-            &[(
-                chunk(1),
-                CleanRun {
-                    raw: 0,
-                    len: 120,
-                    at,
-                },
-            )],
-        );
+        let at = cache.reserve_fill(chunk(1), 0, 120).unwrap();
+        cache.finish_fill(chunk(1), run(at, 120), true);
         cache.pin(at.segment);
         for _ in 0..50 {
-            let other = cache.reserve_fill(120).unwrap();
-            cache.finish_fill(other, 120, &[]);
+            let other = cache.reserve_fill(chunk(2), 0, 120).unwrap();
+            cache.finish_fill(chunk(2), run(other, 120), false);
         }
         assert!(cache.clean().holds(&chunk(1), 0, 120));
         cache.unpin(at.segment);
         for _ in 0..50 {
-            let other = cache.reserve_fill(120).unwrap();
-            cache.finish_fill(other, 120, &[]);
+            let other = cache.reserve_fill(chunk(2), 0, 120).unwrap();
+            cache.finish_fill(chunk(2), run(other, 120), false);
         }
         assert!(!cache.clean().holds(&chunk(1), 0, 120));
         assert_eq!(cache.clean().chunks(), 0);

@@ -1,7 +1,7 @@
 //! The store's side of an attached volume: carries out what the state machine asks of the store.
 //!
 //! Owns: the head and its tag (the right to write), encoding and decoding off the reactors'
-//! threads, and the RAM tier of fetched frames. Does not own: what is in a chunk or when it is cut
+//! threads, and what is fetched ([`fetch`]). Does not own: what is in a chunk or when it is cut
 //! (`quarry-volume`), retries (the store lane).
 //!
 //! A store that is away is waited for, by the lane, for ever; what is reported here is only what
@@ -10,6 +10,8 @@
 mod checkpoint;
 mod compact;
 mod direct;
+mod fetch;
+mod flights;
 mod head;
 mod objects;
 pub mod open;
@@ -22,13 +24,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Branch};
-use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, VolumeId, keys};
-use quarry_volume::map::{MapRoot, Node, NodeRef};
-use quarry_volume::{Action, ChunkPlan, DataError, Event, ExtentSource, Fetch, IoId, Report};
+use quarry_volume::map::MapRoot;
+use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinError;
@@ -37,6 +38,8 @@ use open::{Claimed, Entry};
 use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
 
+use fetch::get_range;
+pub use fetch::{Fetched, Fetches};
 pub use head::{HeadCell, HeadError};
 pub use objects::{LogChunk, Objects, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
@@ -57,23 +60,6 @@ pub const COMPACTIONS_MAX: usize = 1;
 pub type DirectWay =
     LazyLock<Result<DirectLane, String>, Box<dyn FnOnce() -> Result<DirectLane, String> + Send>>;
 
-/// Fetched frames in memory, shared by all volumes: a frame is the same for each clone.
-pub type FrameCache = moka::sync::Cache<(ChunkId, u32), Bytes>;
-
-/// A frame cache of `bytes` of content.
-#[must_use]
-pub fn frame_cache(bytes: u64) -> FrameCache {
-    moka::sync::Cache::builder()
-        .max_capacity(bytes)
-        .weigher(|_, frame: &Bytes| {
-            u32::try_from(frame.len() + FRAME_ENTRY_BYTES).unwrap_or(u32::MAX)
-        })
-        .build()
-}
-
-/// What a frame costs in the RAM tier beside its content.
-const FRAME_ENTRY_BYTES: usize = 128;
-
 /// What all volumes' backends share.
 #[derive(Clone)]
 pub struct Common {
@@ -85,8 +71,8 @@ pub struct Common {
     pub direct: Arc<DirectWay>,
     /// The cache device, for reading what is uploaded.
     pub device: Arc<dyn BlockDevice>,
-    /// The RAM tier.
-    pub frames: FrameCache,
+    /// The RAM tier, and what is being fetched.
+    pub fetches: Arc<Fetches>,
     /// Bounds the memory of uploads.
     pub uploads: Arc<Semaphore>,
     /// Bounds the memory of compactions.
@@ -161,6 +147,7 @@ pub struct VolumeBackend {
     condition: parking_lot::Mutex<Condition>,
     drains: parking_lot::Mutex<Drains>,
     warmings: warm::Warmings,
+    fetched: fetch::FetchCounts,
 }
 
 /// Who waits for which drain; `None`: the volume is gone.
@@ -196,6 +183,7 @@ impl VolumeBackend {
             condition: parking_lot::Mutex::default(),
             drains: parking_lot::Mutex::new(Some(std::collections::HashMap::new())),
             warmings: warm::Warmings::default(),
+            fetched: fetch::FetchCounts::default(),
         })
     }
 
@@ -271,8 +259,8 @@ impl VolumeBackend {
                 fetch,
                 foreground,
             } => {
-                let result = self.fetch(&fetch, foreground).await;
-                self.tell(Event::Fetched { io, result }).await;
+                let frames = self.fetch(&fetch, foreground).await;
+                self.tell(Event::Fetched { io, frames }).await;
             }
             Action::FetchDirect {
                 io,
@@ -408,90 +396,6 @@ impl VolumeBackend {
         self.reclaim.folded(bytes);
     }
 
-    /// The raw contents of the frames, from memory or by one GET.
-    async fn fetch(&self, fetch: &Fetch, foreground: bool) -> Result<Vec<Bytes>, DataError> {
-        let held: Option<Vec<Bytes>> = fetch
-            .frames
-            .iter()
-            .map(|f| self.common.frames.get(&(fetch.chunk, f.index)))
-            .collect();
-        if let Some(held) = held {
-            return Ok(held);
-        }
-        let object = keys::chunk_key(self.head.tenant(), fetch.chunk);
-        let (first, last) = (fetch.frames[0], fetch.frames[fetch.frames.len() - 1]);
-        let range = u64::from(first.stored_offset)
-            ..u64::from(last.stored_offset) + u64::from(last.stored_len);
-        let store = self.common.reads(foreground);
-        let attempt = || async {
-            let stored = get_range(&**store, &object, &range).await?;
-            let frames = self.decode(fetch, &stored).await;
-            frames.map_err(Unsound::Damaged)
-        };
-        let frames = match insist(attempt).await {
-            Ok(frames) => frames,
-            Err(unsound) => return Err(damaged(object, &unsound)),
-        };
-        for (frame, raw) in fetch.frames.iter().zip(&frames) {
-            let name = (fetch.chunk, frame.index);
-            self.common.frames.insert(name, raw.clone());
-        }
-        Ok(frames)
-    }
-
-    async fn decode(&self, fetch: &Fetch, stored: &Bytes) -> Result<Vec<Bytes>, String> {
-        let (fetch, stored) = (fetch.clone(), stored.clone());
-        let frame_sectors = self.head.frame_sectors();
-        let decode = move || {
-            let base = fetch.frames[0].stored_offset;
-            let part = |offset: u32, len: u32| {
-                let from = (offset - base) as usize;
-                stored
-                    .get(from..from + len as usize)
-                    .ok_or("the answer is too short")
-            };
-            fetch
-                .frames
-                .iter()
-                .map(|frame| {
-                    let bytes = part(frame.stored_offset, frame.stored_len)?;
-                    decode_frame(bytes, fetch.chunk, frame.index, frame_sectors, None)
-                        .map_err(|e| e.to_string())
-                })
-                .collect()
-        };
-        // Milliseconds at most for 1 MiB; yet long enough to hold up other tasks' wake-ups.
-        aside(decode).await.map_err(|e| e.to_string())?
-    }
-
-    async fn load_nodes(
-        &self,
-        nodes: &[NodeRef],
-        foreground: bool,
-    ) -> Result<Vec<(NodeRef, Arc<Node>)>, DataError> {
-        let loads = nodes.iter().map(|node| self.load_node(*node, foreground));
-        futures::future::try_join_all(loads).await
-    }
-
-    async fn load_node(
-        &self,
-        node: NodeRef,
-        foreground: bool,
-    ) -> Result<(NodeRef, Arc<Node>), DataError> {
-        let store = self.common.reads(foreground);
-        let id = node.object;
-        let object = keys::map_key(self.head.tenant(), id.volume, id.epoch, id.seq);
-        let range = u64::from(node.offset)..u64::from(node.offset) + u64::from(node.len);
-        let attempt = || async {
-            let bytes = get_range(&**store, &object, &range).await?;
-            Node::decode(&node, &bytes).map_err(|error| Unsound::Damaged(error.to_string()))
-        };
-        match insist(attempt).await {
-            Ok(decoded) => Ok((node, Arc::new(decoded))),
-            Err(unsound) => Err(damaged(object, &unsound)),
-        }
-    }
-
     /// Makes the chunk and stores it. `Err` names the newer writer.
     ///
     /// The order: the data are on the cache device and stay there until the chunk is committed.
@@ -566,23 +470,6 @@ impl VolumeBackend {
 enum Existing {
     Ours,
     NewerWriter(String),
-}
-
-/// A part of an object that must be there: that it is not is damage, too.
-async fn get_range(
-    store: &dyn Store,
-    object: &str,
-    range: &std::ops::Range<u64>,
-) -> Result<Bytes, Unsound> {
-    let got = store.get_range(object, range.clone()).await;
-    got.map_err(|error| Unsound::Damaged(error.to_string()))
-}
-
-fn damaged(object: String, unsound: &Unsound) -> DataError {
-    DataError {
-        object,
-        reason: unsound.to_string(),
-    }
 }
 
 /// Does what takes long on the runtime's blocking pool. A runtime of one thread does it at once: it is a

@@ -41,7 +41,7 @@ use quarry_volume::{Shared, Tuning, Volume};
 use self::access::Access;
 use self::slot::{Slot, Stage};
 pub use self::wanted::{How, Wanted};
-use crate::backend::{self, Common, frame_cache};
+use crate::backend::{self, Common, Fetches};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, Engine, EvictInfo, ImageRef, Kind, PurgeReport,
     PurgeSpec, RescueReport, RescueSpec, ResizeInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
@@ -265,7 +265,7 @@ impl Daemon {
             background: Arc::new(lane.background()),
             direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
-            frames: frame_cache(ram - ram / NODE_SHARE),
+            fetches: Fetches::new(ram - ram / NODE_SHARE),
             uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
             compactions: Arc::new(tokio::sync::Semaphore::new(backend::COMPACTIONS_MAX)),
             reclaim: backend::ReclaimSettings {

@@ -76,11 +76,15 @@ pub struct VolumeStats {
     pub pinned_bytes: u64,
     /// Bytes of the volume's chunks in the store.
     pub stored_bytes: u64,
-    /// Bytes fetched for misses and readahead.
+    /// Bytes fetched for misses, readahead and warming.
     pub fetched_bytes: u64,
-    /// Ranged GETs for misses and readahead.
+    /// Ranged GETs for that.
     pub fetches: u64,
-    /// Of the bytes fetched, those for warming.
+    /// Bytes that memory had, or that were on their way for another volume.
+    pub shared_bytes: u64,
+    /// Bytes that readahead asked for.
+    pub readahead_bytes: u64,
+    /// Bytes that warming asked for.
     pub warmed_bytes: u64,
     /// 1 while writes wait for the store, else 0.
     pub stalled: u64,
@@ -367,9 +371,19 @@ static TABLE: &[Definition] = &[
         of!(Volume.read_bytes),
     ),
     counter(
+        "quarry_volume_readahead_bytes_total",
+        "Bytes that readahead asked for: fetched or shared.",
+        of!(Volume.readahead_bytes),
+    ),
+    counter(
         "quarry_volume_reads_total",
         "Reads completed.",
         of!(Volume.reads),
+    ),
+    counter(
+        "quarry_volume_shared_bytes_total",
+        "Bytes that were not fetched, for memory had them, or they were on their way for another volume.",
+        of!(Volume.shared_bytes),
     ),
     gauge(
         "quarry_volume_stored_bytes",
@@ -388,7 +402,7 @@ static TABLE: &[Definition] = &[
     ),
     counter(
         "quarry_volume_warmed_bytes_total",
-        "Bytes fetched from the store for warming.",
+        "Bytes that warming asked for: fetched or shared.",
         of!(Volume.warmed_bytes),
     ),
     counter(

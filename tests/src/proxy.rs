@@ -1,4 +1,4 @@
-//! A TCP proxy between the daemon and its store that can fail on command, and that counts bytes.
+//! A TCP proxy between the daemon and its store that can fail on command, and that counts bytes and reads of chunks.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -15,6 +15,8 @@ struct State {
     delay_ms: AtomicU64,
     upstream_bytes: AtomicU64,
     downstream_bytes: AtomicU64,
+    chunk_gets: AtomicU64,
+    chunk_bytes: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
 }
 
@@ -75,6 +77,13 @@ impl FaultProxy {
     pub fn downstream_bytes(&self) -> u64 {
         self.state.downstream_bytes.load(Ordering::SeqCst)
     }
+
+    /// Reads of chunks that went to the store so far, and the bytes that they asked for.
+    #[must_use]
+    pub fn chunk_reads(&self) -> (u64, u64) {
+        let read = |count: &AtomicU64| count.load(Ordering::SeqCst);
+        (read(&self.state.chunk_gets), read(&self.state.chunk_bytes))
+    }
 }
 
 impl Drop for FaultProxy {
@@ -133,20 +142,40 @@ fn join(client: TcpStream, upstream: SocketAddr, state: &Arc<State>) -> io::Resu
     let up = (client.try_clone()?, server.try_clone()?, Arc::clone(state));
     let down = (server, client, Arc::clone(state));
     thread::spawn(move || {
-        pump(up.0, up.1, &up.2.upstream_bytes, || {
+        pump(up.0, up.1, &up.2.upstream_bytes, |piece| {
+            if let Some(len) = chunk_read(piece) {
+                up.2.chunk_gets.fetch_add(1, Ordering::SeqCst);
+                up.2.chunk_bytes.fetch_add(len, Ordering::SeqCst);
+            }
             let delay = up.2.delay_ms.load(Ordering::SeqCst);
             thread::sleep(Duration::from_millis(delay));
         });
     });
-    thread::spawn(move || pump(down.0, down.1, &down.2.downstream_bytes, || {}));
+    thread::spawn(move || pump(down.0, down.1, &down.2.downstream_bytes, |_| {}));
     Ok(())
 }
 
-/// Copies until either end closes, then closes both.
-fn pump(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, before: impl Fn()) {
+/// The bytes that a request asks for, if it is a ranged read of a chunk. The daemon sends the head of a request
+/// in one piece, and none before the last one was answered.
+fn chunk_read(piece: &[u8]) -> Option<u64> {
+    let (line, head) = std::str::from_utf8(piece).ok()?.split_once("\r\n")?;
+    if !line.starts_with("GET ") || !line.contains("/chunk/") {
+        return None;
+    }
+    let range = head.lines().find_map(|field| {
+        let (name, value) = field.split_once(": bytes=")?;
+        name.eq_ignore_ascii_case("range").then_some(value)
+    })?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    Some(last + 1 - first)
+}
+
+/// Copies until either end closes, then closes both; each piece is shown to `before` first.
+fn pump(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, before: impl Fn(&[u8])) {
     let mut buffer = vec![0; 256 << 10];
     while let Ok(len @ 1..) = from.read(&mut buffer) {
-        before();
+        before(&buffer[..len]);
         count.fetch_add(len as u64, Ordering::SeqCst);
         if to.write_all(&buffer[..len]).is_err() {
             break;
@@ -184,6 +213,19 @@ mod tests {
         let mut byte = [0];
         stream.read_exact(&mut byte)?;
         Ok(byte[0])
+    }
+
+    #[test]
+    fn chunk_read_is_told_by_its_line_and_range() {
+        let request =
+            |line: &str| format!("{line} HTTP/1.1\r\nHost: a\r\nRange: bytes=512-1023\r\n\r\n");
+        let read = request("GET /b/t/acme/v/1/chunk/2/3");
+        assert_eq!(chunk_read(read.as_bytes()), Some(512));
+        for line in ["PUT /b/t/acme/v/1/chunk/2/3", "GET /b/t/acme/v/1/map/2/3"] {
+            assert_eq!(chunk_read(request(line).as_bytes()), None);
+        }
+        assert_eq!(chunk_read(b"GET /chunk/1 HTTP/1.1\r\n\r\n"), None);
+        assert_eq!(chunk_read(&[0xff; 40]), None);
     }
 
     #[test]

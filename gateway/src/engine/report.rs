@@ -191,6 +191,7 @@ impl Daemon {
         for (volume, attached) in self.attached() {
             let (s, copied_bytes) = self.stats(&attached).await;
             let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
+            let fetched = attached.backend.fetched();
             let of = metrics::VolumeStats {
                 size_bytes: attached.backend.head().get().size.bytes(),
                 reads: s.reads,
@@ -222,8 +223,10 @@ impl Daemon {
                 compacted_bytes: reclaimed.moved_bytes,
                 deleted_bytes: reclaimed.deleted_bytes,
                 deleted_objects: reclaimed.deleted_objects,
-                fetched_bytes: s.fetched_bytes,
-                fetches: s.fetches,
+                fetched_bytes: fetched.bytes + s.direct_bytes,
+                fetches: fetched.gets + s.direct_reads,
+                shared_bytes: fetched.shared_bytes,
+                readahead_bytes: s.readahead_bytes,
                 warmed_bytes: s.warmed_bytes,
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),

@@ -235,13 +235,7 @@ impl Daemon {
             None => registry::find(&self.control, volume).await?,
         };
         let cache_bytes = self.shared.lock().cache.evict(id);
-        let mut ram_bytes = 0;
-        for (name, frame) in &self.common.frames {
-            if name.0.volume == id {
-                self.common.frames.invalidate(&*name);
-                ram_bytes += frame.len() as u64;
-            }
-        }
+        let ram_bytes = self.common.fetches.evict(id);
         Ok(EvictInfo {
             volume: volume.to_string(),
             cache_bytes,

@@ -601,7 +601,7 @@ mod tests {
         ));
         let event = Event::Fetched {
             io: IoId(5),
-            result: Ok(Vec::new()),
+            frames: Vec::new(),
         };
         reactor
             .handle()

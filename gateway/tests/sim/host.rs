@@ -14,7 +14,7 @@ use std::time::Duration;
 pub use errands::Errand;
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
 use quarry_gateway::backend::open::{Claimed, OpenError};
-use quarry_gateway::backend::{COMPACTIONS_MAX, Common, ReclaimSettings, UPLOADS_MAX, frame_cache};
+use quarry_gateway::backend::{COMPACTIONS_MAX, Common, Fetches, ReclaimSettings, UPLOADS_MAX};
 use quarry_gateway::store::{Lane, LaneSettings, S3Store};
 use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
 use quarry_volume::map::NodeCache;
@@ -169,7 +169,7 @@ impl Host {
             background: Arc::new(lane.background()),
             device: Arc::clone(&self.device) as Arc<_>,
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not simulated".to_owned())))),
-            frames: frame_cache(FRAMES_BYTES),
+            fetches: Fetches::new(FRAMES_BYTES),
             uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
             compactions: Arc::new(Semaphore::new(COMPACTIONS_MAX)),
             reclaim: ReclaimSettings {

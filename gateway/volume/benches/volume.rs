@@ -312,9 +312,11 @@ fn shared(dirty: &[(SegmentId, Generation)]) -> Shared {
 fn keep_chunks(cache: &mut Cache, blocks: u64) {
     let len = (CHUNK_BLOCKS * BLOCK) as u32;
     for seq in 0..blocks / CHUNK_BLOCKS {
-        let at = cache.reserve_fill(len).expect("there is room");
+        let at = cache
+            .reserve_fill(chunk(seq), 0, len)
+            .expect("there is room");
         let run = CleanRun { raw: 0, len, at };
-        cache.finish_fill(at, len, &[(chunk(seq), run)]);
+        cache.finish_fill(chunk(seq), run, true);
     }
 }
 

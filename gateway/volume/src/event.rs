@@ -177,13 +177,12 @@ pub enum Event {
         /// How it went; `Err` holds the errno.
         result: Result<(), i32>,
     },
-    /// A fetch is done. `Ok` holds the raw content of each frame asked for, in order; `Err` says
-    /// the object is damaged or gone (a store that is merely away is waited for, not reported).
+    /// A fetch is done (a store that is merely away is waited for, not reported).
     Fetched {
         /// The I/O.
         io: IoId,
-        /// One raw frame for each in the fetch.
-        result: Result<Vec<Bytes>, DataError>,
+        /// For each frame in the fetch its raw content, or that it is damaged or gone.
+        frames: Vec<Result<Bytes, DataError>>,
     },
     /// Map nodes were loaded.
     NodesLoaded {
@@ -258,7 +257,7 @@ pub enum Event {
 }
 
 /// Damage in the object store: which object, and what is wrong with it.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{object}: {reason}")]
 pub struct DataError {
     /// The object's key.

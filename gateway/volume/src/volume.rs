@@ -171,13 +171,9 @@ pub struct VolumeStats {
     pub miss_bytes: u64,
     /// Bytes read as zeroes, from nowhere.
     pub zero_bytes: u64,
-    /// Fetches of frames sent to the store.
-    pub fetches: u64,
-    /// Stored bytes asked for by them.
-    pub fetched_bytes: u64,
-    /// Of these, by readahead.
+    /// Stored bytes asked for by readahead.
     pub readahead_bytes: u64,
-    /// Of these, by warming.
+    /// Stored bytes asked for by warming.
     pub warmed_bytes: u64,
     /// Runs that were received straight into a request's buffer.
     pub direct_reads: u64,
@@ -296,9 +292,9 @@ enum Io {
     },
     WarmNodes,
     Fill {
-        at: CacheLoc,
+        chunk: ChunkId,
+        run: quarry_cache::CleanRun,
         why: read::Why,
-        run: (ChunkId, quarry_cache::CleanRun),
     },
 }
 
@@ -393,7 +389,7 @@ impl Volume {
         match event {
             Event::Request(request) => self.request(request, cx),
             Event::IoDone { io, result } => self.io_done(io, result, cx),
-            Event::Fetched { io, result } => self.fetched(io, result, cx),
+            Event::Fetched { io, frames } => self.fetched(io, frames, cx),
             Event::NodesLoaded { io, result } => self.nodes_loaded(io, result, cx),
             Event::Uploaded {
                 seq,
@@ -590,12 +586,9 @@ impl Volume {
             Io::CleanMark { segment } => cx.cache.unpin(segment),
             Io::Sync => self.synced(result, cx),
             Io::RecordPage { segment } => self.record_page_done(segment, result, cx),
-            Io::Fill { at, why, run } => {
-                let run = [run];
-                let len = run[0].1.len;
+            Io::Fill { chunk, run, why } => {
                 let trusted = result.is_ok() || Mutation::TrustFailedFill.is_on();
-                cx.cache
-                    .finish_fill(at, len, if trusted { &run } else { &[] });
+                cx.cache.finish_fill(chunk, run, trusted);
                 if why == read::Why::Warming {
                     self.warm_fetched(1, false, cx);
                 }

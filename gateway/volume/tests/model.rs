@@ -26,8 +26,8 @@ use quarry_objfmt::{
 };
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
-    Action, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId, STATUS_RUNS_MAX,
-    Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
+    Action, DataError, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId,
+    STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -168,6 +168,9 @@ struct World {
     direct: bool,
     /// Whether the cache device fails its reads.
     unreadable: bool,
+    /// A frame that is damaged in the store, and the requests that failed for it.
+    damaged: Option<(ChunkId, u32)>,
+    hurt: Vec<u64>,
 }
 
 fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
@@ -231,6 +234,8 @@ impl World {
             warming: (0, None),
             direct: seed % 2 == 1,
             unreadable: false,
+            damaged: None,
+            hurt: Vec::new(),
         };
         world.feed(Event::DirectReads(world.direct));
         world
@@ -403,12 +408,18 @@ impl World {
             Action::Fetch { io, fetch, .. } => {
                 let bytes = &self.store.chunks[&fetch.chunk.seq.get()].1;
                 let frames = fetch.frames.iter().map(|f| {
+                    if self.damaged == Some((fetch.chunk, f.index)) {
+                        return Err(DataError {
+                            object: fetch.chunk.seq.to_string(),
+                            reason: "checksum".to_owned(),
+                        });
+                    }
                     let stored =
                         &bytes[f.stored_offset as usize..(f.stored_offset + f.stored_len) as usize];
-                    decode_frame(stored, fetch.chunk, f.index, FRAME_SECTORS, None).unwrap()
+                    Ok(decode_frame(stored, fetch.chunk, f.index, FRAME_SECTORS, None).unwrap())
                 });
-                let result = Ok(frames.collect());
-                self.feed(Event::Fetched { io, result });
+                let frames = frames.collect();
+                self.feed(Event::Fetched { io, frames });
             }
             Action::FetchDirect {
                 io,
@@ -585,6 +596,9 @@ impl World {
             write.acknowledged = Some(self.clock);
         }
         let asked = self.asked.remove(&id).expect("completed once");
+        if self.damaged.is_some() && result == Err(IoError::Io) {
+            return self.hurt.push(id);
+        }
         result.unwrap();
         if asked.op == Op::Read {
             for (n, sector) in asked.data.chunks(512).enumerate() {
@@ -1064,6 +1078,37 @@ fn direct_reads_that_work_or_fail_read_back_what_was_written() {
         counted.0 > 100 && counted.1 > 50,
         "direct reads that worked and that failed: {counted:?}"
     );
+}
+
+#[test]
+fn damaged_frame_fails_who_reads_it_and_nobody_who_waits_for_its_neighbours() {
+    let mut world = stored_and_cold();
+    // The map first, so that all wait for one fetch.
+    world.ask(Op::Read, range(0, 8));
+    world.settle();
+    let long = world.next_request;
+    world.ask(Op::Read, range(256, 64));
+    let fetch = world.due.iter().find_map(|action| match action {
+        Action::Fetch { fetch, .. } => Some(fetch.clone()),
+        _ => None,
+    });
+    let fetch = fetch.unwrap();
+    let [_, second] = fetch.frames[..] else {
+        panic!("two frames are fetched at once")
+    };
+    world.damaged = Some((fetch.chunk, second.index));
+    for start in [256, 288, 312] {
+        world.ask(Op::Read, range(start, 8));
+    }
+    world.settle();
+    world.hurt.sort_unstable();
+    assert_eq!(world.hurt, [long, long + 2, long + 3]);
+    // The others' are on the cache device now; the damaged one is asked for anew, and was mended.
+    world.damaged = None;
+    let missed = world.volume.stats().miss_bytes;
+    world.ask(Op::Read, range(256, 64));
+    world.settle();
+    assert_eq!(world.volume.stats().miss_bytes - missed, 32 * 512);
 }
 
 #[test]

@@ -48,8 +48,6 @@ impl Volume {
             return false;
         }
         let len = piece.len * SECTOR_SIZE;
-        self.stats.fetches += 1;
-        self.stats.fetched_bytes += u64::from(len);
         let io = self.io(Io::Direct {
             slot,
             piece: *piece,

@@ -331,8 +331,6 @@ impl Volume {
             let chunk = run[0].0;
             let frames: Vec<FrameRef> = run.iter().map(|(_, frame)| *frame).collect();
             let bytes: u64 = frames.iter().map(|f| u64::from(f.stored_len)).sum();
-            self.stats.fetches += 1;
-            self.stats.fetched_bytes += bytes;
             if why == Why::Readahead {
                 self.stats.readahead_bytes += bytes;
                 self.reads.readahead_frames += frames.len();
@@ -383,7 +381,7 @@ impl Volume {
     pub(super) fn fetched(
         &mut self,
         io: IoId,
-        result: Result<Vec<Bytes>, DataError>,
+        contents: Vec<Result<Bytes, DataError>>,
         cx: &mut Cx<'_>,
     ) {
         let Io::Fetch { chunk, frames, why } = self.ios.remove(super::io_key(io)) else {
@@ -392,21 +390,17 @@ impl Volume {
         if why == Why::Readahead {
             self.reads.readahead_frames -= frames.len();
         }
-        let contents = match result {
-            Ok(contents) => {
-                assert_eq!(contents.len(), frames.len(), "one content a frame");
-                contents.into_iter().map(Some).collect::<Vec<_>>()
-            }
-            Err(DataError { object, reason }) => {
-                cx.out
-                    .push(Action::Report(Report::Damaged { object, reason }));
-                vec![None; frames.len()]
-            }
-        };
+        assert_eq!(contents.len(), frames.len(), "one content a frame");
+        // Of one object: the first says it all.
+        let damage = contents.iter().find_map(|content| content.as_ref().err());
+        let failed = damage.cloned().map(|DataError { object, reason }| {
+            cx.out
+                .push(Action::Report(Report::Damaged { object, reason }));
+        });
         let asked = frames.len();
-        let failed = contents.contains(&None);
         let mut fills = 0;
         for (frame, content) in frames.into_iter().zip(contents) {
+            let content = content.ok();
             let waiters = self
                 .reads
                 .fetching
@@ -424,7 +418,7 @@ impl Volume {
             }
         }
         if why == Why::Warming {
-            self.warm_fetched(asked - fills, failed, cx);
+            self.warm_fetched(asked - fills, failed.is_some(), cx);
         }
     }
 
@@ -447,26 +441,20 @@ impl Volume {
             return false;
         };
         let first = index * self.params.frame_sectors;
-        if cx.cache.clean().holds(&chunk, first, len) {
+        if cx.cache.clean().holds(&chunk, first, len) || cx.cache.is_filling(chunk, first) {
             Branch::FillNeedless.taken();
             return false;
         }
-        let Some(at) = cx.cache.reserve_fill(len) else {
+        let Some(at) = cx.cache.reserve_fill(chunk, first, len) else {
             Branch::FillRefused.taken();
             return false;
         };
-        let io = self.io(Io::Fill {
+        let run = CleanRun {
+            raw: first,
+            len,
             at,
-            why,
-            run: (
-                chunk,
-                CleanRun {
-                    raw: first,
-                    len,
-                    at,
-                },
-            ),
-        });
+        };
+        let io = self.io(Io::Fill { chunk, run, why });
         cx.out.push(Action::FillWrite {
             io,
             offset: cx.cache.geometry().byte_of(at),
