@@ -35,8 +35,6 @@ branches! {
     ReadAgain,
     /// A frame that is on its way already is waited for.
     FrameAwaited,
-    /// A frame that is on its way for another volume is waited for.
-    FetchJoined,
     /// A fetched frame is in the cache already, or being written to it.
     FillNeedless,
     /// There is no room for a fetched frame.

@@ -17,7 +17,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::future::{join, join_all};
-use quarry_cache::Branch;
 use quarry_objfmt::chunk::decode_frame;
 use quarry_objfmt::{ChunkId, VolumeId, keys};
 use quarry_volume::map::{Node, NodeRef};
@@ -135,7 +134,6 @@ impl VolumeBackend {
                     contents[place] = Some(Ok(raw));
                 }
                 Sought::Theirs(waiting) => {
-                    Branch::FetchJoined.taken();
                     shared_bytes += u64::from(frame.stored_len);
                     theirs.push(async move { (place, waiting.await.ok()) });
                 }
