@@ -85,12 +85,13 @@ fn old_extent(n: u64, chunks: u64) -> MapEntry {
     }
 }
 
-/// Frame `index` of a chunk, all zeroes, as FORMAT.md says.
-fn frame(chunk: ChunkId, index: u32) -> Vec<u8> {
-    let mut out = vec![0; FRAME_BYTES];
+/// Frame `index` of a chunk, of so many bytes, all zeroes, as FORMAT.md says.
+fn frame(chunk: ChunkId, index: u32, bytes: usize) -> Vec<u8> {
+    let mut out = vec![0; bytes];
+    let content = u32::try_from(bytes - FRAME_HEADER_LEN).unwrap();
     out[..4].copy_from_slice(b"QF\x01\0");
-    out[4..8].copy_from_slice(&FRAME_SECTORS.to_le_bytes());
-    out[8..12].copy_from_slice(&u32::to_le_bytes(FRAME_SECTORS * 512));
+    out[4..8].copy_from_slice(&(content / 512).to_le_bytes());
+    out[8..12].copy_from_slice(&content.to_le_bytes());
     let mut identity = chunk.volume.to_bytes().to_vec();
     identity.extend(chunk.epoch.get().to_le_bytes());
     identity.extend(chunk.seq.get().to_le_bytes());
@@ -107,8 +108,8 @@ fn frame(chunk: ChunkId, index: u32) -> Vec<u8> {
 struct Simulated {
     folder: FolderStore,
     tenant: TenantName,
-    /// Length of the header of each chunk stored since.
-    headers: parking_lot::Mutex<BTreeMap<(u32, u64), u64>>,
+    /// Length of each chunk stored since, and of its header.
+    stored: parking_lot::Mutex<BTreeMap<(u32, u64), (u64, u64)>>,
     chunk_bytes: AtomicU64,
     moved_bytes: AtomicU64,
     map_bytes: AtomicU64,
@@ -142,15 +143,17 @@ impl Store for Simulated {
         };
         self.chunk_read_bytes.fetch_add(len, Ordering::Relaxed);
         let name = (chunk.epoch.get(), chunk.seq.get());
-        let header = self.headers.lock().get(&name).copied();
-        let header = header.unwrap_or(OLD_HEADER.into());
+        let stored = self.stored.lock().get(&name).copied();
+        let (end, header) = stored.unwrap_or((u64::MAX, OLD_HEADER.into()));
         let first = (range.start - header) / FRAME_BYTES as u64;
         let len = usize::try_from(len).unwrap();
         let skip = usize::try_from(range.start - header).unwrap() % FRAME_BYTES;
         let needed = (skip + len).div_ceil(FRAME_BYTES);
         let mut bytes = Vec::with_capacity(needed * FRAME_BYTES);
         for index in first..first + needed as u64 {
-            bytes.extend(frame(chunk, u32::try_from(index).unwrap()));
+            let left = end - header - index * FRAME_BYTES as u64;
+            let len = usize::try_from(left).unwrap().min(FRAME_BYTES);
+            bytes.extend(frame(chunk, u32::try_from(index).unwrap(), len));
         }
         Ok(Bytes::from(bytes).slice(skip..skip + len))
     }
@@ -178,7 +181,7 @@ impl Store for Simulated {
             Err(_) => return self.folder.create(key, body).await,
         };
         let name = (chunk.epoch.get(), chunk.seq.get());
-        self.headers.lock().insert(name, header as u64);
+        self.stored.lock().insert(name, (len, header as u64));
         self.folder.create(key, body.slice(..header)).await
     }
 
@@ -549,7 +552,7 @@ fn overwritten(dir: &Path, extents: u64, writes: u64) -> Arc<Simulated> {
     let store = Arc::new(Simulated {
         folder: FolderStore::open(dir, false).unwrap(),
         tenant: tenant.clone(),
-        headers: parking_lot::Mutex::default(),
+        stored: parking_lot::Mutex::default(),
         chunk_bytes: AtomicU64::new(0),
         moved_bytes: AtomicU64::new(0),
         map_bytes: AtomicU64::new(0),
