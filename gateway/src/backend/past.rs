@@ -157,6 +157,15 @@ enum Stop {
     Missing,
 }
 
+/// How large a volume was that had these sizes before and after, and these chunks in between: as large as it
+/// may have been, for what it lacked then reads as zeroes.
+fn size(around: &[Sectors], headers: &[ChunkHeader]) -> Sectors {
+    let extents = headers.iter().flat_map(|header| &header.extents);
+    let ends = extents.map(|extent| extent.start.get() + u64::from(extent.len));
+    let sizes = around.iter().map(|size| size.get());
+    Sectors::new(sizes.chain(ends).max().unwrap_or(0))
+}
+
 struct Past<'a> {
     store: &'a dyn Store,
     tenant: &'a TenantName,
@@ -190,6 +199,9 @@ impl Past<'_> {
             },
             None => return not_kept("its map is gone").await,
         };
+        if self.was_cut_off(&base.basis) {
+            return not_kept("it was a clone, which has been cut off from its parent since").await;
+        }
         let headers = match self.follow(&base, &above).await? {
             Ok(headers) => headers,
             Err(why) => return not_kept(&why).await,
@@ -208,8 +220,7 @@ impl Past<'_> {
             root: Arc::new(MapRoot::new(manifest.unwrap_or_default())),
             root_ref: base.end.map(|end| end.root),
             root_write: base.basis.root_write,
-            // It may have grown between the maps; what lies behind its end then reads as zeroes.
-            size: above.size,
+            size: size(&[base.basis.size, above.size], &headers),
             headers,
         })
     }
@@ -240,7 +251,7 @@ impl Past<'_> {
             root: load_map(self.store, self.tenant, head.volume, head.root).await?,
             root_ref: head.root,
             root_write: head.root_write,
-            size: head.size,
+            size: size(&[basis.size, head.size], &headers),
             headers,
         })
     }
@@ -272,6 +283,11 @@ impl Past<'_> {
             ms if ms > self.at_ms => Some("the volume was made later"),
             _ => None,
         }
+    }
+
+    /// Whether the map may need objects of a volume that does not keep them for this one any more.
+    const fn was_cut_off(&self, basis: &Basis) -> bool {
+        basis.is_clones && self.head.parent.is_none()
     }
 
     /// The volume's map objects up to the head's, in the order in which they were made.
@@ -517,8 +533,9 @@ impl Past<'_> {
                 continue;
             };
             let ms = end.basis().log_ms;
-            let is_whole =
-                ms > self.at_ms && self.gone(&end, maps, newest, &mut seen).await?.is_none();
+            let is_whole = ms > self.at_ms
+                && !self.was_cut_off(&end.basis())
+                && self.gone(&end, maps, newest, &mut seen).await?.is_none();
             if is_whole {
                 (oldest, high) = (Some(ms), middle);
             } else {

@@ -105,7 +105,14 @@ pub struct Basis {
     pub retain_ms: u64,
     /// Whether the volume had no map before it.
     pub is_first: bool,
+    /// Whether the volume was a clone: then the map may need objects of others, as long as it is one.
+    pub is_clones: bool,
 }
+
+/// Mark of a map that the volume had none before.
+const MARK_FIRST: u8 = 1;
+/// Mark of a clone's map.
+const MARK_CLONES: u8 = 2;
 
 impl Basis {
     /// Of the map that is to take the place of the one that this head names, but for its time.
@@ -122,6 +129,7 @@ impl Basis {
             log_ms: 0,
             retain_ms: head.retain_ms,
             is_first: head.root.is_none(),
+            is_clones: head.parent.is_some(),
         }
     }
 
@@ -135,7 +143,11 @@ impl Basis {
         put_u8(out, self.durability.code());
         put_varint(out, self.log_ms);
         put_varint(out, self.retain_ms);
-        put_u8(out, self.is_first.into());
+        let mark = |mark: u8, is: bool| if is { mark } else { 0 };
+        put_u8(
+            out,
+            mark(MARK_FIRST, self.is_first) | mark(MARK_CLONES, self.is_clones),
+        );
     }
 
     fn decode(reader: &mut Reader<'_>, version: u8) -> Result<Self> {
@@ -152,20 +164,19 @@ impl Basis {
         if version == 1 {
             return Ok(basis);
         }
+        let (log_ms, retain_ms, marks) = (reader.varint()?, reader.varint()?, reader.u8()?);
+        if marks & !(MARK_FIRST | MARK_CLONES) != 0 {
+            return Err(FormatError::Unknown {
+                what: WHAT,
+                field: "mark of the map",
+                found: marks.into(),
+            });
+        }
         Ok(Self {
-            log_ms: reader.varint()?,
-            retain_ms: reader.varint()?,
-            is_first: match reader.u8()? {
-                0 => false,
-                1 => true,
-                code => {
-                    return Err(FormatError::Unknown {
-                        what: WHAT,
-                        field: "mark of the first map",
-                        found: code.into(),
-                    });
-                }
-            },
+            log_ms,
+            retain_ms,
+            is_first: marks & MARK_FIRST != 0,
+            is_clones: marks & MARK_CLONES != 0,
             ..basis
         })
     }
@@ -408,6 +419,7 @@ mod tests {
             log_ms: 1_700_000_000_000,
             retain_ms: 86_400_000,
             is_first: true,
+            is_clones: true,
         }
     }
 
@@ -428,6 +440,7 @@ mod tests {
             log_ms: 0,
             retain_ms: 0,
             is_first: false,
+            is_clones: false,
             ..basis()
         };
         assert_eq!(Usage::decode_payload(&old).unwrap().basis, expected);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use quarry_cache::CacheDevice;
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
+use quarry_objfmt::head::Parent;
 use quarry_objfmt::{
     CacheId, Compression, Lba, Location, MapEntry, SnapName, VolumeName, decode_frame,
 };
@@ -611,6 +612,59 @@ async fn damaged_map_in_between_costs_a_longer_log_and_nothing_else() {
         .await
         .unwrap();
     for n in 0..bench.past.len() {
+        bench.assert_is_as_it_was(bench.past[n].0).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn volume_that_was_smaller_or_larger_is_as_large_as_it_was_or_larger() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    let full = writer.backend.head().get().size;
+    let half = Sectors::new(full.get() / 2);
+    for size in [full, half, full] {
+        let resize = |head: &mut Head| head.size = size;
+        let head = writer.backend.head();
+        head.update(&*bench.store, resize).await.unwrap();
+        bench.pass(MINUTE_MS).await;
+        bench.chunk(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+    }
+    for n in 0..bench.past.len() {
+        let at_ms = bench.past[n].0;
+        assert_eq!(bench.open(at_ms).await.unwrap().info.size, full);
+        bench.assert_is_as_it_was(at_ms).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn clone_cut_off_from_its_parent_is_refused_as_it_was_before() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    for is_clone in [true, true, false, false] {
+        let parent = is_clone.then(|| Parent {
+            volume: VolumeId::from_bytes([5; 16]),
+            snapshot: "s".to_owned(),
+        });
+        let change = |head: &mut Head| head.parent.clone_from(&parent);
+        let head = writer.backend.head();
+        head.update(&*bench.store, change).await.unwrap();
+        if is_clone {
+            bench.pass(MINUTE_MS).await;
+            bench.chunk(&mut writer).await;
+        }
+        bench.checkpoint(&mut writer).await;
+        bench.pass(MINUTE_MS).await;
+        bench.chunk(&mut writer).await;
+        if is_clone {
+            bench.assert_is_as_it_was(bench.past[0].0).await;
+        }
+    }
+    bench.checkpoint(&mut writer).await;
+    let refused = bench.refused(bench.past[0].0).await;
+    assert!(refused.contains("cut off from its parent"), "{refused}");
+    let last = bench.past.len() - 1;
+    for n in last - 1..=last {
         bench.assert_is_as_it_was(bench.past[n].0).await;
     }
 }
