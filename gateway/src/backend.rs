@@ -35,7 +35,7 @@ use tokio::task::JoinError;
 
 use open::{Claimed, Entry};
 use reclaim::Reclaim;
-pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
+pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, record, told};
 
 pub use head::{HeadCell, HeadError};
 pub use objects::{LogChunk, Objects, Space};
