@@ -35,7 +35,7 @@ bench-instructions *arguments:
 demo *arguments:
     cargo run --release -- demo {{arguments}}
 
-# The simulation: fixed seeds, fresh ones and broken invariants; or `--seed N`, `--hours H`, `--histories N`, `--mutations`
+# The simulation: fixed seeds, fresh ones and broken invariants; or `--seed N`, `--hours H`, `--histories N`, `--record`, `--mutations`
 sim *arguments:
     tests/sim {{arguments}}
 

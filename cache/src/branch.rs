@@ -147,6 +147,50 @@ branches! {
     HeadFenced,
     /// An answer that was damaged is asked for again.
     AskedAgain,
+    /// A snapshot's copy takes the place of one that no head names, or of its own.
+    SnapshotCopyThere,
+    /// A snapshot is tried anew, for a checkpoint came before it.
+    SnapshotMoved,
+    /// A snapshot is there already, by a change of ours that was given up.
+    SnapshotThere,
+    /// A snapshot whose deletion was begun before is deleted.
+    SnapshotClosing,
+    /// A snapshot is not deleted, for it has clones.
+    SnapshotReopened,
+    /// Only the copy of a snapshot is left to be deleted.
+    SnapshotCopyLeft,
+    /// A clone is refused, for its snapshot is gone or going.
+    CloneRefused,
+    /// The head of a clone is there, by a try of ours whose answer was lost.
+    CloneThere,
+    /// A clone finds that it was given up.
+    CloneFoundGivenUp,
+    /// A clone that was begun and has no head is given up.
+    CloneGivenUp,
+    /// A clone that was begun is taken back.
+    CloneTakenBack,
+    /// A volume is rolled back, and all that it has is known.
+    RolledBackCounted,
+    /// A volume is rolled back, and what it has is to be counted.
+    RolledBackUncounted,
+    /// A deletion is taken back, for clones were found.
+    DeletionUndone,
+    /// A deletion that was begun before goes on.
+    DeletionGoesOn,
+    /// A record of the trash is made anew.
+    TrashRecordRenewed,
+    /// A volume was restored while it was being deleted.
+    RestoredMeanwhile,
+    /// A restoring that was begun before goes on.
+    RestoringGoesOn,
+    /// It is too early to purge a volume.
+    PurgeNotDue,
+    /// A purge that was begun before goes on.
+    PurgeGoesOn,
+    /// A volume that was restored has a record in the trash.
+    PurgeFindsRestored,
+    /// A volume to be purged has no head.
+    PurgeHeadless,
 }
 
 impl Branch {

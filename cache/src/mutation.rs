@@ -42,11 +42,25 @@ pub enum Mutation {
     CompactOverNewer,
     /// Objects are deleted while readers may have a map that needs them.
     DeleteBeforeTheHorizon,
+    /// Dead objects are deleted that a snapshot needs.
+    SweepSnapshots,
+    /// A clone is made without the record of it at its parent.
+    CloneWithoutRecord,
+    /// A snapshot is deleted without a look for its clones.
+    DeleteClonedSnapshot,
+    /// A volume is deleted without a look for clones of its snapshots.
+    DeleteClonedVolume,
+    /// A volume is purged before its time in the trash is over.
+    PurgeEarly,
+    /// A rollback leaves the log behind the map that it takes away.
+    RollbackKeepsLog,
+    /// What caches kept of a volume goes on behind a rollback.
+    RollbackKeepsLineage,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 25] = [
         Self::NoSyncBeforeRecords,
         Self::FlushBeforeRecords,
         Self::FuaAsPlainWrite,
@@ -65,6 +79,13 @@ impl Mutation {
         Self::TrustShortRead,
         Self::CompactOverNewer,
         Self::DeleteBeforeTheHorizon,
+        Self::SweepSnapshots,
+        Self::CloneWithoutRecord,
+        Self::DeleteClonedSnapshot,
+        Self::DeleteClonedVolume,
+        Self::PurgeEarly,
+        Self::RollbackKeepsLog,
+        Self::RollbackKeepsLineage,
     ];
 
     /// Whether the invariant is broken on this thread.

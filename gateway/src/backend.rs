@@ -42,7 +42,7 @@ use tokio::task::JoinError;
 pub(crate) use map_end::MapEnd;
 use open::{Claimed, Entry};
 use reclaim::Reclaim;
-pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, told};
+pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, record, told};
 
 pub use chores::{Chore, ChoreError, ChoreProgress};
 use fetch::get_range;

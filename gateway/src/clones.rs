@@ -7,10 +7,11 @@
 use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_objfmt::record::{CLONE_KIND, NAME_KIND};
 use quarry_objfmt::{
-    CloneRecord, Deleted, FormatError, Head, NameRecord, TenantName, VolumeId, VolumeName,
-    decode_record, keys,
+    CloneRecord, Deleted, FormatError, Head, NameRecord, SnapName, TenantName, VolumeId,
+    VolumeName, keys,
 };
 
+use crate::backend;
 use crate::store::{Store, StoreError};
 use crate::trash::{CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was};
 
@@ -62,6 +63,7 @@ async fn fate(
                 return Ok(match head.deleted() {
                     Some(Deleted::Purging) => Fate::Gone,
                     Some(_) if never_was(&head) => Fate::Gone,
+                    _ if !needs_parent(tenant, &head, key) => Fate::Gone,
                     Some(_) => Fate::Live(format!("{tenant}/{} (in the trash)", head.name)),
                     None => Fate::Live(known_as(store, tenant, &head).await?),
                 });
@@ -75,8 +77,8 @@ async fn fate(
             Ok(Found::Missing) => {}
             Err(error) => return Err(error),
         }
-        let record: CloneRecord = match store.get(key).await {
-            Ok((bytes, _)) => decode_record(CLONE_KIND, &bytes),
+        let record = match backend::record(store, CLONE_KIND, key).await {
+            Ok(record) => record,
             // Deleted since, with its clone.
             Err(StoreError::NotFound { .. }) => return Ok(Fate::Gone),
             Err(error) => return Err(error.into()),
@@ -101,6 +103,17 @@ async fn fate(
     }
 }
 
+/// Whether a clone may need the parent at which the record `key` lies. One that was flattened names no parent, and
+/// its record is left where a crash came between the two. Of snapshots it is not known what they need.
+fn needs_parent(tenant: &TenantName, clone: &Head, key: &str) -> bool {
+    let lies_at = clone.parent.as_ref().and_then(|parent| {
+        let snapshot = SnapName::new(&parent.snapshot).ok()?;
+        let at = keys::clone_key(tenant, parent.volume, &snapshot, clone.volume);
+        Some(at)
+    });
+    lies_at.is_some_and(|at| at == key) || !clone.snapshots.is_empty()
+}
+
 /// What people know a clone by: its name, or, if that does not lead to it, its id too.
 async fn known_as(
     store: &dyn Store,
@@ -109,12 +122,14 @@ async fn known_as(
 ) -> Result<String, StoreError> {
     let (name, id) = (&clone.name, clone.volume);
     let leads = match VolumeName::new(name.as_str()) {
-        Ok(name) => match store.get(&keys::name_key(tenant, &name)).await {
-            Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
-                .is_ok_and(|record| record.volume == id),
-            Err(StoreError::NotFound { .. }) => false,
-            Err(error) => return Err(error),
-        },
+        Ok(name) => {
+            let key = keys::name_key(tenant, &name);
+            match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
+                Ok(record) => record.is_ok_and(|record| record.volume == id),
+                Err(StoreError::NotFound { .. }) => false,
+                Err(error) => return Err(error),
+            }
+        }
         Err(_) => false,
     };
     Ok(match leads {

@@ -17,6 +17,7 @@
 mod rollback;
 
 use bytes::Bytes;
+use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, Usage};
 use quarry_objfmt::record::CLONE_KIND;
@@ -167,7 +168,10 @@ pub async fn create(
         // Step 2.
         let add = |head: &mut Head| match find(head, name) {
             // A turn before this one, whose answer was lost.
-            Some(there) if *there == snapshot => Err(Not::Needed),
+            Some(there) if *there == snapshot => {
+                Branch::SnapshotThere.taken();
+                Err(Not::Needed)
+            }
             Some(_) => Err(Not::Exists),
             None if head.root != snapshot.root => Err(Not::Moved),
             None => {
@@ -178,7 +182,7 @@ pub async fn create(
         };
         match cell.try_update(store, add).await? {
             Ok(_) | Err(Not::Needed) => return Ok(snapshot),
-            Err(Not::Moved) => {}
+            Err(Not::Moved) => Branch::SnapshotMoved.taken(),
             Err(_) => return Err(SnapshotError::Exists(name.clone())),
         }
     }
@@ -210,6 +214,7 @@ async fn put_copy(
         Err(StoreError::Exists { .. }) => {}
         Err(error) => return Err(error.into()),
     }
+    Branch::SnapshotCopyThere.taken();
     let (there, tag) = store.get(&key).await?;
     if there == bytes {
         return Ok(());
@@ -249,7 +254,10 @@ pub async fn delete(
         Ok(_) | Err(Not::Needed) => {}
         Err(_) => {
             return match store.get(&copy).await {
-                Ok(_) => Ok(store.delete(&copy).await?),
+                Ok(_) => {
+                    Branch::SnapshotCopyLeft.taken();
+                    Ok(store.delete(&copy).await?)
+                }
                 Err(StoreError::NotFound { .. }) => Err(SnapshotError::NotFound(name.clone())),
                 Err(error) => Err(error.into()),
             };
@@ -257,6 +265,7 @@ pub async fn delete(
     }
     // Step 2.
     if let Err(needed) = settle_clones(store, cell.tenant(), volume, name, now_ms).await? {
+        Branch::SnapshotReopened.taken();
         cell.update(store, |head| reopen(head, name)).await?;
         return Err(needed);
     }
@@ -275,6 +284,7 @@ fn close(head: &mut Head, name: &SnapName) -> Result<(), Not> {
     let mut all = head.snapshots.iter_mut();
     let found = all.find(|s| s.name == name.as_str()).ok_or(Not::Missing)?;
     if found.closing {
+        Branch::SnapshotClosing.taken();
         return Err(Not::Needed);
     }
     found.closing = true;
@@ -299,6 +309,9 @@ async fn settle_clones(
     name: &SnapName,
     now_ms: u64,
 ) -> Result<Result<(), SnapshotError>, SnapshotError> {
+    if Mutation::DeleteClonedSnapshot.is_on() {
+        return Ok(Ok(()));
+    }
     let (mut live, mut begun) = (Vec::new(), Vec::new());
     let prefix = keys::clones_prefix(tenant, volume, name);
     for (key, fate) in fates(store, tenant, &prefix, Some(now_ms)).await? {
@@ -376,7 +389,9 @@ pub struct CloneSpec {
 /// 4. The head, create-only: that of one given up may be there by now. *Crash: the clone is there, without a name.*
 ///
 /// # Errors
-/// [`SnapshotError`]; what was made is taken back as far as the store lets it.
+/// [`SnapshotError`]. Up to step 3, and if it was given up, what was made is taken back as far as the store lets
+/// it. A head that the store gave no answer to may arrive at any time: the record stays for its sake, as after a
+/// crash.
 pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, SnapshotError> {
     let CloneSpec { tenant, parent, .. } = spec;
     let key = clone_key(spec);
@@ -387,36 +402,57 @@ pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, Sna
     };
     // Step 1.
     // The id is ours alone.
-    create_own(store, &key, encoded(CLONE_KIND, &record)?).await?;
+    if !Mutation::CloneWithoutRecord.is_on() {
+        create_own(store, &key, encoded(CLONE_KIND, &record)?).await?;
+    }
     // Step 2.
     let read = HeadCell::read(store, &keys::head_key(tenant, *parent)).await;
     let found = read.map_err(SnapshotError::from).and_then(|(head, _)| {
         if head.deleted().is_some() {
             return Err(OpenError::Deleted.into());
         }
-        let snapshot = find(&head, &spec.snapshot).cloned();
-        match snapshot {
-            None => Err(SnapshotError::NotFound(spec.snapshot.clone())),
-            Some(s) if s.closing => Err(SnapshotError::Closing(spec.snapshot.clone())),
-            Some(snapshot) => Ok((head, snapshot)),
-        }
+        let refused = match find(&head, &spec.snapshot).cloned() {
+            None => SnapshotError::NotFound(spec.snapshot.clone()),
+            Some(s) if s.closing => SnapshotError::Closing(spec.snapshot.clone()),
+            Some(snapshot) => return Ok((head, snapshot)),
+        };
+        Branch::CloneRefused.taken();
+        Err(refused)
     });
     let made = match found {
-        Ok((head, snapshot)) => make_head(store, spec, &head, &snapshot).await,
+        Ok((head, snapshot)) => new_head(store, spec, &head, &snapshot).await,
         Err(error) => Err(error),
     };
-    if made.is_err() {
-        take_back(store, spec).await;
+    let head = match made {
+        Ok(head) => head,
+        Err(error) => {
+            take_back(store, spec).await;
+            return Err(error);
+        }
+    };
+    // Step 4.
+    let key = keys::head_key(tenant, spec.volume);
+    match store.create(&key, head.encode().into()).await {
+        Ok(_) => Ok(head),
+        Err(StoreError::Exists { .. }) if HeadCell::read(store, &key).await?.0 == head => {
+            Branch::CloneThere.taken();
+            Ok(head)
+        }
+        Err(StoreError::Exists { .. }) => {
+            Branch::CloneFoundGivenUp.taken();
+            take_back(store, spec).await;
+            Err(SnapshotError::NotFound(spec.snapshot.clone()))
+        }
+        Err(error) => Err(error.into()),
     }
-    made
 }
 
 fn clone_key(spec: &CloneSpec) -> String {
     keys::clone_key(&spec.tenant, spec.parent, &spec.snapshot, spec.volume)
 }
 
-/// Steps 3 and 4.
-async fn make_head(
+/// Step 3, and the head for step 4.
+async fn new_head(
     store: &dyn Store,
     spec: &CloneSpec,
     parent: &Head,
@@ -450,16 +486,7 @@ async fn make_head(
         };
         head.root = Some(copy_map(store, spec, snapshot.root, basis).await?);
     }
-    // Step 4.
-    let key = keys::head_key(&spec.tenant, spec.volume);
-    let bytes = Bytes::from(head.encode());
-    match store.create(&key, bytes.clone()).await {
-        Ok(_) => Ok(head),
-        Err(StoreError::Exists { .. }) if store.get(&key).await?.0 == bytes => Ok(head),
-        // It was given up.
-        Err(StoreError::Exists { .. }) => Err(SnapshotError::NotFound(spec.snapshot.clone())),
-        Err(error) => Err(error.into()),
-    }
+    Ok(head)
 }
 
 /// The number of a clone's first map, in epoch 0.
@@ -513,20 +540,13 @@ async fn put_root(
     })
 }
 
-/// Takes back a clone that has no head, or one that nobody knows of yet: the record goes last, for it is
-/// what leads to the rest. *Crash: as one of its creation.*
-pub async fn take_back(store: &dyn Store, spec: &CloneSpec) {
+/// Takes back a clone whose head was never sent, or was given up: the record goes last, for it is what leads
+/// to the rest. *Crash: as one of its creation.*
+async fn take_back(store: &dyn Store, spec: &CloneSpec) {
+    Branch::CloneTakenBack.taken();
     let CloneSpec { tenant, volume, .. } = spec;
-    let head = keys::head_key(tenant, *volume);
     let map = keys::map_key(tenant, *volume, Epoch::ZERO, CLONED_MAP);
     let undo = async {
-        // That of one given up stays.
-        match store.get(&head).await {
-            Ok((bytes, _)) if Head::decode(&bytes).is_ok_and(|h| h.deleted().is_some()) => {}
-            Ok(_) => store.delete(&head).await?,
-            Err(StoreError::NotFound { .. }) => {}
-            Err(error) => return Err(error),
-        }
         store.delete(&map).await?;
         store.delete(&clone_key(spec)).await
     };

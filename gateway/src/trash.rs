@@ -33,16 +33,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
+use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{
-    CloneOf, CloneRecord, NAME_KIND, NameRecord, TRASH_KIND, TrashRecord, decode_record,
-    encode_record,
+    CloneOf, CloneRecord, NAME_KIND, NameRecord, TRASH_KIND, TrashRecord, encode_record,
 };
 use quarry_objfmt::{
     CacheId, Deleted, Epoch, FormatError, Sectors, SnapName, TenantName, VolumeId, VolumeName, keys,
 };
 
-use crate::backend::{HeadCell, HeadError};
+use crate::backend::{self, DAMAGE_RETRIES_MAX, HeadCell, HeadError};
 use crate::clones::{Fate, fates};
 use crate::control::VolumeRef;
 use crate::store::{Store, StoreError, Tag};
@@ -60,9 +60,6 @@ pub(crate) const CLONING_TIME_MAX_MS: u64 = 60 * 60 * 1000;
 
 /// Most times that a head is looked at again because somebody else changed it.
 const TURNS_MAX: u32 = 4;
-
-/// Most times that a damaged answer is asked for again.
-const DAMAGE_RETRIES_MAX: u32 = 2;
 
 /// Why a volume cannot be deleted, brought back or purged.
 #[derive(Debug, thiserror::Error)]
@@ -260,6 +257,7 @@ pub async fn put(
     // Who restored it since it was marked relied on the name.
     match look(store, &volume.tenant, id).await? {
         Found::Sound(head, _) if head.deleted().is_none() => {
+            Branch::RestoredMeanwhile.taken();
             give_name(store, volume, id, head.created_ms).await?;
             let by = "somebody who restored it".to_owned();
             Err(TrashError::Raced { by })
@@ -311,6 +309,7 @@ async fn mark(
     let marked = match head.deleted() {
         Some(Deleted::Purging) => return Ok(Some(*head)),
         Some(Deleted::InTrash { .. }) => {
+            Branch::DeletionGoesOn.taken();
             revive(&mut before);
             *head
         }
@@ -330,6 +329,7 @@ async fn mark(
             head.owner.clone_from(&before.owner);
             head.snapshots.clone_from(&before.snapshots);
         };
+        Branch::DeletionUndone.taken();
         cell.update(store, back).await?;
         return Err(refusal);
     }
@@ -372,7 +372,10 @@ async fn note(
             Ok(_) => return Ok(()),
             Err(StoreError::Exists { .. }) => match store.get(&key).await {
                 Ok((found, _)) if found == bytes => return Ok(()),
-                Ok(_) => store.delete(&key).await?,
+                Ok(_) => {
+                    Branch::TrashRecordRenewed.taken();
+                    store.delete(&key).await?;
+                }
                 Err(StoreError::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
             },
@@ -402,6 +405,9 @@ async fn clones_of(
     id: VolumeId,
     now_ms: u64,
 ) -> Result<(), TrashError> {
+    if Mutation::DeleteClonedVolume.is_on() {
+        return Ok(());
+    }
     let prefix = keys::all_clones_prefix(tenant, id);
     let (mut clones, mut begun) = (Vec::new(), None);
     for (_, fate) in fates(store, tenant, &prefix, Some(now_ms)).await? {
@@ -438,6 +444,7 @@ pub(crate) async fn give_up(
     );
     let key = keys::head_key(tenant, clone.volume);
     store.create(&key, empty.encode().into()).await?;
+    Branch::CloneGivenUp.taken();
     let left = TrashRecord {
         volume: clone.volume,
         name: clone.name.clone(),
@@ -465,8 +472,8 @@ fn stand_in(tenant: &TenantName, id: VolumeId, name: &str, deleted: Deleted) -> 
 /// The volume that a name leads to, if there is one.
 async fn named(store: &dyn Store, volume: &VolumeRef) -> Result<Option<VolumeId>, TrashError> {
     let key = keys::name_key(&volume.tenant, &volume.name);
-    match store.get(&key).await {
-        Ok((bytes, _)) => decode_record::<NameRecord>(NAME_KIND, &bytes)
+    match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
+        Ok(record) => record
             .map(|record| Some(record.volume))
             .map_err(|error| TrashError::Record { key, error }),
         Err(StoreError::NotFound { .. }) => Ok(None),
@@ -481,11 +488,10 @@ async fn record(
     id: VolumeId,
 ) -> Result<Option<TrashRecord>, TrashError> {
     let key = keys::trash_key(tenant, id);
-    match store.get(&key).await {
-        Ok((bytes, _)) => match decode_record(TRASH_KIND, &bytes) {
-            Ok(record) => Ok(Some(record)),
-            Err(error) => Err(TrashError::Record { key, error }),
-        },
+    match backend::record(store, TRASH_KIND, &key).await {
+        Ok(record) => record
+            .map(Some)
+            .map_err(|error| TrashError::Record { key, error }),
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -579,6 +585,7 @@ pub async fn restore(
     };
     // Restored before, but for the record.
     if since_ms.is_none() && named(store, &had).await? == Some(id) {
+        Branch::RestoringGoesOn.taken();
         store.delete(&keys::trash_key(tenant, id)).await?;
         return if volume == had {
             Ok(volume)
@@ -632,6 +639,7 @@ pub async fn purge(
         match condemn(store, tenant, &record, now_ms, age_min_ms).await {
             Ok(None) => break,
             Ok(Some(Purged::Restored)) => {
+                Branch::PurgeFindsRestored.taken();
                 store.delete(&keys::trash_key(tenant, id)).await?;
                 return Ok(Purged::Restored);
             }
@@ -662,14 +670,18 @@ async fn condemn(
     let id = record.volume;
     let early = |since_ms: u64| {
         let due = age_min_ms == 0 || now_ms.saturating_sub(since_ms) >= age_min_ms;
-        (!due).then_some(Purged::NotDue { since_ms })
+        if due || Mutation::PurgeEarly.is_on() {
+            return None;
+        }
+        Branch::PurgeNotDue.taken();
+        Some(Purged::NotDue { since_ms })
     };
     let changed = || TrashError::Raced {
         by: "another daemon".to_owned(),
     };
     match look(store, tenant, id).await? {
         Found::Sound(head, tag) => match head.deleted() {
-            Some(Deleted::Purging) => {}
+            Some(Deleted::Purging) => Branch::PurgeGoesOn.taken(),
             Some(Deleted::InTrash { since_ms }) => {
                 if let Some(early) = early(since_ms) {
                     return Ok(Some(early));
@@ -692,6 +704,7 @@ async fn condemn(
             }
         },
         Found::Missing => {
+            Branch::PurgeHeadless.taken();
             let prefix = keys::volume_prefix(tenant, id);
             if store.list_some(&prefix, 1).await?.is_empty() {
                 return Ok(None);

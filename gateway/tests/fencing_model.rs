@@ -13,6 +13,11 @@
 //! - a host that takes its volume up again finds its cache's writes to follow upon the store's.
 //!
 //! That the model can find what it looks for is shown by leaving parts of the protocol out.
+//!
+//! What is deleted for good, and when, has a model of its own: [`collecting`].
+
+#[path = "fencing_model/collecting.rs"]
+mod collecting;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};

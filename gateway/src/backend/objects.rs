@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
+use quarry_cache::Mutation;
 use quarry_objfmt::map::{Basis, ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE, Sectors, SnapshotRef,
@@ -422,7 +423,7 @@ fn maps(snapshots: &[SnapshotRef]) -> impl Iterator<Item = MapSeq> {
 }
 
 fn is_pinned(object: &DeadObject, snapshots: &[SnapshotRef]) -> bool {
-    maps(snapshots).any(|map| object.is_needed_by(map))
+    !Mutation::SweepSnapshots.is_on() && maps(snapshots).any(|map| object.is_needed_by(map))
 }
 
 /// Whether a snapshot needs the chunk, dead or alive: taking it apart would give nothing back.

@@ -4,8 +4,10 @@
 use std::fmt::Display;
 
 use quarry_cache::Branch;
+use quarry_objfmt::{FormatError, decode_record};
+use serde::de::DeserializeOwned;
 
-use crate::store::StoreError;
+use crate::store::{Store, StoreError};
 
 /// Most times that a damaged answer is asked for again before the object is called damaged.
 pub(crate) const DAMAGE_RETRIES_MAX: u32 = 2;
@@ -34,6 +36,28 @@ where
         decode(answer).map_err(|error| Unsound::Damaged(error.to_string()))
     })
     .await
+}
+
+/// A record of `kind`; the inner error is of one that stays damaged.
+///
+/// # Errors
+/// The store's, [`StoreError::NotFound`] too.
+pub(crate) async fn record<T: DeserializeOwned>(
+    store: &dyn Store,
+    kind: &str,
+    key: &str,
+) -> Result<Result<T, FormatError>, StoreError> {
+    let mut tries = 0;
+    loop {
+        let (bytes, _) = store.get(key).await?;
+        match decode_record(kind, &bytes) {
+            Err(_) if tries < DAMAGE_RETRIES_MAX => {
+                Branch::AskedAgain.taken();
+                tries += 1;
+            }
+            end => return Ok(end),
+        }
+    }
 }
 
 /// Tries again what finds damage.

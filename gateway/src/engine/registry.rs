@@ -13,7 +13,7 @@ use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName, keys};
 use super::now_ms;
 use super::resize::larger;
 use crate::backend::open::OpenError;
-use crate::backend::{HeadCell, HeadError};
+use crate::backend::{self, HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
 use crate::store::{Store, StoreError};
 
@@ -80,9 +80,10 @@ pub(super) async fn list_tenants(store: &dyn Store) -> ApiResult<Vec<TenantInfo>
         .await
         .map_err(|e| store_error(&e))?
     {
-        let (bytes, _) = store.get(&key).await.map_err(|e| store_error(&e))?;
-        let record: TenantRecord =
-            decode_record(TENANT_KIND, &bytes).map_err(|e| damaged(&key, &e))?;
+        let record = backend::record(store, TENANT_KIND, &key).await;
+        let record: TenantRecord = record
+            .map_err(|e| store_error(&e))?
+            .map_err(|e| damaged(&key, &e))?;
         all.push(TenantInfo {
             name: record.name,
             created_ms: record.created_ms,
@@ -190,12 +191,8 @@ pub(super) async fn name_fresh(
 /// The volume of this name.
 pub(super) async fn find(store: &dyn Store, volume: &VolumeRef) -> ApiResult<VolumeId> {
     let key = keys::name_key(&volume.tenant, &volume.name);
-    match store.get(&key).await {
-        Ok((bytes, _)) => {
-            let record: NameRecord =
-                decode_record(NAME_KIND, &bytes).map_err(|e| damaged(&key, &e))?;
-            Ok(record.volume)
-        }
+    match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
+        Ok(record) => Ok(record.map_err(|e| damaged(&key, &e))?.volume),
         Err(StoreError::NotFound { .. }) => Err(ApiError::no_volume(volume)),
         Err(error) => Err(store_error(&error)),
     }

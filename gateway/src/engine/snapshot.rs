@@ -20,6 +20,7 @@ use crate::control::{
     ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
 };
 use crate::snapshot::{self, CloneSpec, SnapshotError};
+use crate::trash;
 
 /// Longest wait for the store once all is uploaded: longer than one call's own deadline, for a checkpoint's
 /// change of the head that is under way has none, and comes first.
@@ -403,9 +404,14 @@ impl Daemon {
         made.map_err(|error| told(parent, error))?;
         let named = registry::name_fresh(&self.control, &clone, spec.volume, spec.now_ms).await;
         if let Err(error) = named {
-            // Somebody was quicker. After other errors it may have its name, and stays.
+            // Somebody was quicker. Its head is not deleted at once: one that was sent twice may arrive yet. After
+            // other errors it may have its name, and stays.
             if error.kind == Kind::Exists {
-                snapshot::take_back(&self.control, &spec).await;
+                let cache = self.common.device.id();
+                let put = trash::put(&self.control, &clone, spec.volume, cache, now_ms()).await;
+                if let Err(error) = put {
+                    tracing::warn!(%clone, id = %spec.volume, %error, "a clone without a name stays");
+                }
             }
             return Err(error);
         }

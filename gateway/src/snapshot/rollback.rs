@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::{Head, LogRange, SnapshotRef};
 use quarry_objfmt::map::{Basis, DeadObject, Manifest, MapObjectId, ObjectKind, TableRef, Usage};
 use quarry_objfmt::{Epoch, MapSeq, SnapName, TenantName, VolumeId, keys};
@@ -94,12 +95,16 @@ async fn go_back(
         head.root_write = root_write;
         head.size = size;
         head.next_map = at.next();
-        head.log = vec![LogRange {
-            epoch: head.epoch,
-            first: end,
-            end: None,
-        }];
-        head.lineage = None;
+        if !Mutation::RollbackKeepsLog.is_on() {
+            head.log = vec![LogRange {
+                epoch: head.epoch,
+                first: end,
+                end: None,
+            }];
+        }
+        if !Mutation::RollbackKeepsLineage.is_on() {
+            head.lineage = None;
+        }
         head.owner = None;
     });
     Ok(back.await?)
@@ -137,8 +142,10 @@ async fn usage(
     };
     let to = load_usage(store, tenant, volume, snapshot.root).await?;
     let (Some((now, map)), Some(to)) = (now, to) else {
+        Branch::RolledBackUncounted.taken();
         return Ok(None);
     };
+    Branch::RolledBackCounted.taken();
     let own = |table: &&TableRef| table.object.volume == volume;
     let maps: BTreeSet<(Epoch, MapSeq)> = (manifest.runs.iter().flatten().filter(own))
         .map(|table| (table.object.epoch, table.object.seq))

@@ -524,7 +524,7 @@ async fn clone_that_does_not_know_its_parent_or_cannot_be_read_protects_it_all_t
     let store = FolderStore::open(dir.path(), false).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
-    make(&store, &volume("copy"), id(5), |_| ()).await;
+    make(&store, &volume("copy"), id(5), snapshots).await;
     let refused = delete(&store).await.unwrap_err().to_string();
     assert_eq!(refused, "it has clones: acme/copy");
     let key = keys::head_key(&volume("db").tenant, id(5));
@@ -533,6 +533,16 @@ async fn clone_that_does_not_know_its_parent_or_cannot_be_read_protects_it_all_t
     store.create(&key, damaged).await.unwrap();
     let refused = delete(&store).await.unwrap_err().to_string();
     assert!(refused.contains("cannot be read"), "{refused}");
+}
+
+#[tokio::test]
+async fn record_of_a_clone_that_was_flattened_protects_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), false).unwrap();
+    make(&store, &volume("db"), id(1), snapshots).await;
+    record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
+    make(&store, &volume("copy"), id(5), |_| ()).await;
+    delete(&store).await.unwrap();
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 //! same parts, without its front ends.
 
 mod attach;
+mod calls;
 mod errands;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+pub use calls::{Ask, Call, Not, name_of};
 pub use errands::Errand;
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
 use quarry_gateway::backend::open::{Claimed, OpenError};
@@ -96,15 +98,20 @@ pub struct Daemon {
     /// Detaches under way: the drain, once all requests are done.
     pub leaving: BTreeMap<usize, Option<JoinHandle<bool>>>,
     pub errands: Vec<Errand>,
+    pub calls: Vec<Call>,
 }
 
 /// An attach under way.
 pub struct Opening {
     task: JoinHandle<Result<Claimed, OpenError>>,
     read_only: bool,
+    /// What is opened, if not the volume.
+    snapshot: Option<String>,
     /// The newest write that was durable when it began, and the size.
     durable: u64,
     grown: u64,
+    /// How often it was rolled back before.
+    rolled_back: u32,
 }
 
 /// What an attach came to.
@@ -205,6 +212,7 @@ impl Host {
             opening: BTreeMap::new(),
             leaving: BTreeMap::new(),
             errands: Vec::new(),
+            calls: Vec::new(),
         });
     }
 
@@ -222,6 +230,9 @@ impl Host {
         }
         for errand in daemon.errands {
             errand.abort();
+        }
+        for call in daemon.calls {
+            call.task.abort();
         }
         let journal_is_void = daemon.failure.get().is_err();
         if journal_is_void {
@@ -328,6 +339,11 @@ impl Daemon {
     /// Whether its cache holds what a volume left behind.
     pub fn keeps(&self, truth: &Truth) -> bool {
         self.kept.contains_key(&truth.id) || self.unsettled.contains_key(&truth.id)
+    }
+
+    /// Whether segments cannot be read of volumes that went.
+    pub fn is_unsettled(&self) -> bool {
+        !self.unsettled.is_empty()
     }
 
     /// Its cache, for people.

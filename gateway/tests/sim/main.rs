@@ -12,6 +12,7 @@ mod coverage;
 mod device;
 mod faults;
 mod host;
+mod life;
 #[cfg(debug_assertions)]
 mod mutations;
 mod oracle;
@@ -86,7 +87,7 @@ macro_rules! fixed_seeds {
     };
 }
 
-// 960 runs, half of them storms.
+// 960 runs, a quarter of them of families, half of the rest storms.
 fixed_seeds! {
     seeds_below_60_hold_and_repeat: 0..60,
     seeds_below_120_hold_and_repeat: 60..120,

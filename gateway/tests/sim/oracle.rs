@@ -2,16 +2,35 @@
 //!
 //! Every sector says whose it is: volume, place, and the number of the write that made it. A
 //! volume's history is kept for each epoch in which it was served; a history starts as a prefix of
-//! the one before it, and everything that is read is held against the newest state of its own.
+//! the one before it (after a rollback, of the snapshot's), and everything that is read is held against the
+//! newest state of its own. A clone reads as its snapshot under its own writes.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use quarry_objfmt::head::Durability;
+use quarry_objfmt::head::{Durability, RootRef};
 use quarry_objfmt::{Lba, LbaRange, Sectors, TenantName, VolumeId};
 
-/// The number of a write of one volume; 0 reads as zeroes.
+use super::life::Life;
+
+/// A write of any volume: the volume's index, then the number among its writes, which begins with 1; 0
+/// reads as zeroes.
 pub type Stamp = u64;
+
+/// Bits of a stamp that are the number.
+const NUMBER_BITS: u32 = 40;
+
+/// A stamp, for people.
+pub fn stamp_name(stamp: Stamp) -> String {
+    match stamp {
+        0 => "zeroes".to_owned(),
+        _ => format!(
+            "write {} of volume {}",
+            stamp & ((1 << NUMBER_BITS) - 1),
+            stamp >> NUMBER_BITS
+        ),
+    }
+}
 
 pub const SECTOR: usize = 512;
 
@@ -20,10 +39,9 @@ pub fn range(start: u64, len: u64) -> LbaRange {
 }
 
 /// Fills a sector with its name.
-pub fn fill(sector: &mut [u8], volume: u32, stamp: Stamp, lba: u64) {
+pub fn fill(sector: &mut [u8], stamp: Stamp, lba: u64) {
     sector[..8].copy_from_slice(&stamp.to_le_bytes());
-    sector[8..12].copy_from_slice(&u32::try_from(lba).unwrap().to_le_bytes());
-    sector[12..16].copy_from_slice(&volume.to_le_bytes());
+    sector[8..16].copy_from_slice(&lba.to_le_bytes());
     let mut len = 16;
     while len < sector.len() {
         sector.copy_within(..len, len);
@@ -31,27 +49,20 @@ pub fn fill(sector: &mut [u8], volume: u32, stamp: Stamp, lba: u64) {
     }
 }
 
-/// The write that a sector of `volume` at `lba` comes from. `Err` says what it is instead.
-pub fn stamp_of(sector: &[u8], volume: u32, lba: u64) -> Result<Stamp, String> {
+/// The write that a sector at `lba` comes from. `Err` says what it is instead.
+pub fn stamp_of(sector: &[u8], lba: u64) -> Result<Stamp, String> {
     let first = &sector[..16];
     if sector[16..] != sector[..sector.len() - 16] {
-        return Err(format!("sector {lba} of volume {volume} is torn"));
+        return Err(format!("sector {lba} is torn"));
     }
     if first == [0; 16] {
         return Ok(0);
     }
     let stamp = Stamp::from_le_bytes(first[..8].try_into().unwrap());
-    let found_lba = u32::from_le_bytes(first[8..12].try_into().unwrap());
-    let found_volume = u32::from_le_bytes(first[12..].try_into().unwrap());
-    if found_volume != volume {
-        return Err(format!(
-            "sector {lba} of volume {volume} has bytes of volume {found_volume}"
-        ));
-    }
-    if u64::from(found_lba) != lba {
-        return Err(format!(
-            "sector {lba} of volume {volume} has bytes of sector {found_lba}"
-        ));
+    let found = u64::from_le_bytes(first[8..].try_into().unwrap());
+    if found != lba {
+        let whose = stamp_name(stamp);
+        return Err(format!("sector {lba} has bytes of sector {found}, {whose}"));
     }
     Ok(stamp)
 }
@@ -65,6 +76,8 @@ pub struct History {
     stored: u64,
     /// The newest write that was reported to be in the store.
     durable: u64,
+    /// It begins as a snapshot, not as a prefix of the one before; with this map.
+    rolled_back: Option<RootRef>,
 }
 
 /// A volume, as it should be.
@@ -79,8 +92,28 @@ pub struct Truth {
     pub size_max: u64,
     /// The size that somebody was told it has.
     pub grown: u64,
-    next_stamp: Stamp,
+    /// What it reads as before its first write: nothing, or the snapshot of which it is a clone.
+    base: Vec<Stamp>,
+    next_write: u64,
     histories: BTreeMap<u32, History>,
+    /// What else became of it.
+    pub life: Life,
+}
+
+/// A volume at one point of its life.
+#[derive(Clone, Debug)]
+pub struct Point {
+    /// All writes up to then.
+    writes: Vec<(LbaRange, Stamp)>,
+    /// What each sector reads as, up to the size that it had.
+    pub image: Vec<Stamp>,
+}
+
+impl Point {
+    /// The number of the newest write.
+    pub fn newest(&self) -> u64 {
+        self.writes.len() as u64
+    }
 }
 
 impl Truth {
@@ -95,19 +128,42 @@ impl Truth {
             size,
             size_max: size + size / 4,
             grown: size,
-            next_stamp: 1,
+            base: Vec::new(),
+            next_write: 1,
             histories: BTreeMap::from([(0, History::default())]),
+            life: Life::default(),
+        }
+    }
+
+    /// A clone of what `parent` was at that point.
+    pub fn of_clone(index: u32, parent: &Self, at: &Point) -> Self {
+        let (tenant, durability) = (parent.tenant.clone(), parent.durability);
+        let size = at.image.len() as u64;
+        Self {
+            base: at.image.clone(),
+            ..Self::new(index, tenant, durability, size)
         }
     }
 
     pub fn next_stamp(&mut self) -> Stamp {
-        self.next_stamp += 1;
-        self.next_stamp - 1
+        self.next_write += 1;
+        u64::from(self.index) << NUMBER_BITS | (self.next_write - 1)
     }
 
     /// The newest epoch up to `epoch` in which the volume was served.
     pub fn served(&self, epoch: u32) -> u32 {
         *self.histories.range(..=epoch).next_back().unwrap().0
+    }
+
+    /// The epoch whose history a reader has that found this map in `epoch`: a rollback has one epoch, and
+    /// changes the map in it.
+    pub fn read(&self, epoch: u32, root: Option<RootRef>) -> u32 {
+        let served = self.served(epoch);
+        let rolled_back = self.histories[&served].rolled_back;
+        match served == epoch && rolled_back.is_some() && rolled_back != root {
+            true => self.served(epoch - 1),
+            false => served,
+        }
     }
 
     /// The number of the newest write in `epoch`.
@@ -140,12 +196,40 @@ impl Truth {
             writes: last.writes[..usize::try_from(upto).unwrap()].to_vec(),
             stored,
             durable: stored,
+            rolled_back: None,
         };
         assert!(
             self.histories.insert(epoch, history).is_none(),
             "two serve volume {} in epoch {epoch}",
             self.index
         );
+    }
+
+    /// In `epoch` the volume was made what it was at that point.
+    pub fn roll_back(&mut self, epoch: u32, root: RootRef, to: &Point) {
+        let history = History {
+            writes: to.writes.clone(),
+            stored: to.newest(),
+            durable: to.newest(),
+            rolled_back: Some(root),
+        };
+        let before = self.histories.insert(epoch, history);
+        assert!(
+            before.is_none(),
+            "volume {} is served while it is rolled back",
+            self.index
+        );
+    }
+
+    /// The volume after write `upto` of `epoch`, of so many sectors.
+    pub fn point(&self, epoch: u32, upto: u64, size: u64) -> Point {
+        let mut image = self.image(epoch, upto);
+        image.truncate(usize::try_from(size).unwrap());
+        let writes = &self.histories[&epoch].writes;
+        Point {
+            writes: writes[..usize::try_from(upto).unwrap()].to_vec(),
+            image,
+        }
     }
 
     /// A write got its number.
@@ -158,8 +242,9 @@ impl Truth {
     /// Somebody was told that the store has everything up to `seq`.
     pub fn reported(&mut self, epoch: u32, seq: u64, how: &str) {
         if let Some((later, next)) = self.histories.range(epoch + 1..).next() {
+            // What of it was in the store when it was rolled back, nobody says.
             assert!(
-                seq <= next.stored,
+                next.rolled_back.is_some() || seq <= next.stored,
                 "volume {}: {how} in epoch {epoch} reports write {seq}, but epoch {later} began with {}",
                 self.index,
                 next.stored
@@ -172,7 +257,8 @@ impl Truth {
 
     /// What each sector reads as after write `upto` of `epoch`.
     pub fn image(&self, epoch: u32, upto: u64) -> Vec<Stamp> {
-        let mut image = vec![0; usize::try_from(self.size_max).unwrap()];
+        let mut image = self.base.clone();
+        image.resize(usize::try_from(self.size_max).unwrap(), 0);
         let writes = &self.histories[&epoch].writes;
         assert!(
             upto <= writes.len() as u64,

@@ -16,6 +16,18 @@ counted! {
     }
 }
 
+counted! {
+    /// What came about in the life of volumes.
+    Deed {
+        Snapshot: "a snapshot was made",
+        Unmade: "a snapshot was deleted",
+        Cloned: "a clone was made",
+        RolledBack: "a volume was rolled back",
+        Gone: "a volume was purged",
+        SnapshotRead: "the whole image of a snapshot was read",
+    }
+}
+
 /// Also the sum of several runs.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Outcome {
@@ -34,6 +46,7 @@ pub struct Outcome {
     pub store_requests: u64,
     pub simulated_ms: u64,
     pub faults: Counts<Fault>,
+    pub deeds: Counts<Deed>,
     pub coverage: Coverage,
 }
 
@@ -50,14 +63,20 @@ impl Outcome {
         self.store_requests += other.store_requests;
         self.simulated_ms += other.simulated_ms;
         self.faults.add(&other.faults);
+        self.deeds.add(&other.deeds);
         self.coverage.add(&other.coverage);
     }
 
     /// All of it.
     pub fn table(&self) -> String {
         format!(
-            "{self}\nhistories, by what began them\n{}  {:<56}{:>12}\nfaults\n{}{}",
-            self.histories, "(not counted: cut short)", self.cut_short, self.faults, self.coverage
+            "{self}\nhistories, by what began them\n{}  {:<56}{:>12}\nlife of volumes\n{}faults\n{}{}",
+            self.histories,
+            "(not counted: cut short)",
+            self.cut_short,
+            self.deeds,
+            self.faults,
+            self.coverage
         )
     }
 }

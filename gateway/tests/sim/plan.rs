@@ -55,7 +55,27 @@ pub struct Plan {
     pub checkpoint_entries: usize,
     /// How long an I/O of the cache device takes at most.
     pub io_ms_max: u64,
+    /// What becomes of volumes beside their writes; none: nothing.
+    pub family: Option<Family>,
 }
+
+/// Chances, in one step, that something is asked for of a volume: see [`crate::host::Ask`].
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    pub snapshot: f64,
+    pub unmake: f64,
+    pub clone: f64,
+    pub roll_back: f64,
+    pub delete: f64,
+    pub restore: f64,
+    pub purge: f64,
+    pub read_snapshot: f64,
+    pub warm: f64,
+    pub evict: f64,
+}
+
+/// One seed in so many is one of a family.
+const FAMILY_EVERY: u64 = 4;
 
 impl Plan {
     /// A plan without trouble.
@@ -91,7 +111,13 @@ impl Plan {
             chunk_sectors_max: 256,
             checkpoint_entries: 120,
             io_ms_max: 3,
+            family: None,
         }
+    }
+
+    /// Whether the seed is one of a family of volumes.
+    pub const fn is_family(seed: u64) -> bool {
+        seed % FAMILY_EVERY == FAMILY_EVERY - 1
     }
 
     /// The plan of a seed.
@@ -153,7 +179,11 @@ impl Plan {
             chunk_sectors_max: 256,
             checkpoint_entries: 120,
             io_ms_max: if rng.random_bool(0.2) { 400 } else { 3 },
+            family: None,
         };
+        if Self::is_family(seed) {
+            return plan.family(rng);
+        }
         match rng.random_range(0..20) {
             0..7 => plan,
             7..10 => plan.relapse(),
@@ -184,6 +214,47 @@ impl Plan {
             writeback_delay_ms: 3_000,
             chunk_sectors_max: 4_096,
             checkpoint_entries: 24,
+            ..self
+        }
+    }
+
+    /// Volumes of two tenants, of which snapshots and clones are made, which are rolled back and deleted.
+    fn family(self, rng: &mut SmallRng) -> Self {
+        let family = Family {
+            snapshot: rng.random_range(0.01..0.1),
+            unmake: some(rng, 0.8, 0.06),
+            clone: some(rng, 0.9, 0.06),
+            roll_back: some(rng, 0.6, 0.1),
+            delete: some(rng, 0.8, 0.1),
+            restore: some(rng, 0.6, 0.1),
+            purge: some(rng, 0.8, 0.1),
+            read_snapshot: some(rng, 0.7, 0.03),
+            warm: some(rng, 0.5, 0.05),
+            evict: some(rng, 0.5, 0.05),
+        };
+        Self {
+            steps: rng.random_range(600..1_800),
+            hosts: rng.random_range(1..=3),
+            volumes: rng.random_range(1..=2),
+            volume_sectors: 256,
+            crash: some(rng, 0.6, 0.03),
+            start: 0.5,
+            attach: 0.5,
+            lose_cache: some(rng, 0.3, 0.002),
+            fight: some(rng, 0.5, 0.01),
+            detach: rng.random_range(0.02..0.2),
+            outage: some(rng, 0.3, 0.002),
+            outage_max: Duration::from_secs(3),
+            nap_max: Duration::from_secs(if rng.random_bool(0.7) { 300 } else { 1 }),
+            chunk_sectors_max: 64,
+            checkpoint_entries: 24,
+            io_ms_max: 1,
+            weather: if rng.random_bool(0.5) {
+                self.weather.milder()
+            } else {
+                self.weather
+            },
+            family: Some(family),
             ..self
         }
     }

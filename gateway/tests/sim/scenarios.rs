@@ -1,13 +1,21 @@
 //! The stories of bugs that the simulation found, each with the trouble that it takes and no other.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_gateway::backend::open::{Claim, open_read_only};
-use quarry_gateway::store::{S3Store, Store, StoreError};
+use quarry_gateway::snapshot::{CloneSpec, make_clone};
+use quarry_gateway::store::{Lane, LaneSettings, S3Store, Store, StoreError};
+use quarry_gateway::trash::{Purged, purge};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::head::{Durability, LogRange};
-use quarry_objfmt::{CacheId, ChunkId, ChunkSeq, Epoch, Lba, TenantName, WriteSeq, keys};
+use quarry_objfmt::head::{Durability, LogRange, SnapshotRef};
+use quarry_objfmt::record::{TRASH_KIND, TrashRecord};
+use quarry_objfmt::{
+    CacheId, ChunkId, ChunkSeq, Epoch, Lba, SnapName, TenantName, VolumeId, VolumeName, WriteSeq,
+    encode_record, keys,
+};
 
 use super::faults::Faults;
 use super::oracle::Truth;
@@ -130,5 +138,88 @@ async fn length_of_a_header_that_is_damaged_on_the_way_is_asked_for_again() {
         let opened = open_read_only(&store, &truth.tenant, truth.id, None, &claim).await;
         let opened = opened.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         assert_eq!(opened.stored_write, WriteSeq::new(1));
+    }
+}
+
+/// A clone's head arrived when its making had been given up and its record was deleted: its snapshot could go
+/// from under it.
+#[tokio::test(start_paused = true)]
+async fn clone_whose_head_arrives_late_has_its_record() {
+    let mut late = 0;
+    for seed in 0..300 {
+        let bucket = SimBucket::new(seed, Duration::from_millis(20), Faults::default());
+        let tenant = TenantName::new("acme").unwrap();
+        let truth = Truth::new(0, tenant.clone(), Durability::Local, 64);
+        let mut parent = head(&truth);
+        parent.snapshots.push(SnapshotRef {
+            name: "snap".to_owned(),
+            created_ms: 0,
+            root_write: WriteSeq::ZERO,
+            size: parent.size,
+            closing: false,
+            root: None,
+        });
+        let place = keys::head_key(&tenant, truth.id);
+        bucket.place(&place, parent.encode()).await;
+        bucket.set_weather(Weather {
+            lost_after: 0.4,
+            ..Weather::default()
+        });
+        let store = S3Store::over(bucket.clone(), "", String::new());
+        let settings = LaneSettings {
+            seed: Some(seed),
+            ..LaneSettings::default()
+        };
+        let lane = Lane::new(Arc::new(store), &settings);
+        let spec = CloneSpec {
+            tenant: tenant.clone(),
+            parent: truth.id,
+            snapshot: SnapName::new("snap").unwrap(),
+            volume: VolumeId::from_bytes([9; 16]),
+            name: VolumeName::new("copy").unwrap(),
+            now_ms: 0,
+        };
+        let patience = lane.with_deadline(Duration::from_secs(20));
+        let made = make_clone(&patience, &spec).await;
+        // All that is on its way arrives.
+        tokio::time::sleep(Duration::from_secs(90)).await;
+        let place = keys::head_key(&tenant, spec.volume);
+        if bucket.peek(&place).is_some() {
+            late += u32::from(made.is_err());
+            let record = keys::clone_key(&tenant, spec.parent, &spec.snapshot, spec.volume);
+            assert!(bucket.peek(&record).is_some(), "seed {seed}: {made:?}");
+        }
+    }
+    assert!(late > 0, "no head arrived late");
+}
+
+/// A bit flipped in the answer had a sound record called damaged: a volume could not be purged.
+#[tokio::test(start_paused = true)]
+async fn record_that_is_damaged_on_the_way_is_asked_for_again() {
+    for seed in 0..50 {
+        let bucket = SimBucket::new(seed, Duration::from_millis(20), Faults::default());
+        let tenant = TenantName::new("acme").unwrap();
+        let truth = Truth::new(0, tenant.clone(), Durability::Local, 64);
+        let record = TrashRecord {
+            volume: truth.id,
+            name: "v0".to_owned(),
+            deleted_ms: 0,
+            parent: None,
+        };
+        let place = keys::trash_key(&tenant, truth.id);
+        let bytes = encode_record(TRASH_KIND, &record).unwrap();
+        bucket.place(&place, bytes).await;
+        bucket.set_weather(Weather {
+            wrong: 1.0,
+            bad_bodies_max: BAD_BODIES_BORNE,
+            ..Weather::default()
+        });
+        let store = S3Store::over(bucket.clone(), "", String::new());
+        let purged = purge(&store, &tenant, truth.id, 0, 0, &AtomicU64::new(0)).await;
+        assert!(
+            matches!(purged, Ok(Purged::Gone)),
+            "seed {seed}: {purged:?}"
+        );
+        assert!(bucket.peek(&place).is_none());
     }
 }

@@ -23,8 +23,8 @@ use tokio::sync::mpsc;
 use super::coverage::Told;
 use super::device::{GEOMETRY, SimDevice};
 use super::host::HORIZON;
-use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_of};
-use super::outcome::{Crash, Outcome};
+use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_name, stamp_of};
+use super::outcome::{Crash, Deed, Outcome};
 use super::store::SimBucket;
 
 /// Sectors of one read of a sweep over the whole volume.
@@ -125,6 +125,8 @@ pub struct Session {
     pub stopping: bool,
     /// When it began: what it reads by may be gone a horizon later, if somebody else has the volume by then.
     opened_ms: u64,
+    /// The snapshot that it reads, if it is not the volume.
+    snapshot: Option<String>,
     /// It was told to stop.
     pub stopped: bool,
     /// The crash from which it came back, until its whole image was checked.
@@ -165,6 +167,7 @@ pub struct Beginning {
     pub journal: Option<Journal>,
     /// Whether its frames are stored as they are, and may be received directly.
     pub direct: bool,
+    pub snapshot: Option<String>,
     pub history: Option<Crash>,
 }
 
@@ -188,6 +191,7 @@ impl Session {
             damaged: false,
             stopping: false,
             opened_ms: cx.now_ms,
+            snapshot: beginning.snapshot,
             stopped: false,
             history: beginning.history,
             swept: 0,
@@ -240,9 +244,12 @@ impl Session {
         match event {
             Event::Fenced { by } => {
                 let key = keys::head_key(&cx.truth.tenant, cx.truth.id);
-                let head = Head::decode(&cx.bucket.peek(&key).unwrap()).unwrap();
+                // Purged: it was in the trash before.
+                let head = cx.bucket.peek(&key);
+                let head = head.map(|bytes| Head::decode(&bytes).unwrap());
                 assert!(
-                    head.epoch.get() > self.epoch,
+                    head.map_or(cx.truth.life.is_condemned(), |head| head.epoch.get()
+                        > self.epoch),
                     "volume {} is fenced in epoch {} by {by}, and nobody has taken it over",
                     cx.truth.index,
                     self.epoch
@@ -253,10 +260,23 @@ impl Session {
         }
     }
 
+    /// Whether objects that it needs may be gone.
+    fn may_lack(&self, cx: &Cx<'_>) -> bool {
+        let succeeded = self.read_only || cx.truth.served(u32::MAX) > self.epoch;
+        // It was opened some time before it began.
+        let kept_ms = HORIZON.as_millis() / 2;
+        let outlived = succeeded && u128::from(cx.now_ms - self.opened_ms) >= kept_ms;
+        let life = &cx.truth.life;
+        match &self.snapshot {
+            None => outlived || life.is_condemned(),
+            Some(name) => life.is_ending(name),
+        }
+    }
+
     fn sees_damage(&mut self, what: &str, cx: &Cx<'_>) {
         let condition = self.backend.condition();
         assert!(
-            cx.damage,
+            cx.damage || self.may_lack(cx),
             "volume {}: {what}, and no object is damaged ({condition:?})",
             cx.truth.index
         );
@@ -322,9 +342,9 @@ impl Session {
                 let data = cx
                     .device
                     .peek(GEOMETRY.byte_of(at), record.len as usize * SECTOR);
-                let stamp = stamp_of(&data[..SECTOR], cx.truth.index, start).unwrap();
+                let stamp = stamp_of(&data[..SECTOR], start).unwrap();
                 for (lba, sector) in (start..).zip(data.chunks(SECTOR)) {
-                    let found = stamp_of(sector, cx.truth.index, lba).unwrap();
+                    let found = stamp_of(sector, lba).unwrap();
                     assert_eq!(found, stamp, "one piece, one write");
                 }
                 stamp
@@ -365,15 +385,12 @@ impl Session {
             return;
         }
         if let Err(error) = result {
-            let succeeded = self.read_only || cx.truth.served(u32::MAX) > self.epoch;
-            // It was opened some time before it began.
-            let kept_ms = HORIZON.as_millis() / 2;
-            let outlived = succeeded && u128::from(cx.now_ms - self.opened_ms) >= kept_ms;
+            let lacks = self.may_lack(cx);
             let may = match error {
                 IoError::Io => {
                     let reads = matches!(asked.op, Op::Read | Op::Status);
                     let missing = self.damaged && reads;
-                    missing || self.hurt || outlived || cx.failure.get().is_err()
+                    missing || self.hurt || lacks || cx.failure.get().is_err()
                 }
                 IoError::ReadOnly => {
                     self.read_only || matches!(self.volume.state(), VolumeState::Fenced { .. })
@@ -394,12 +411,15 @@ impl Session {
                 let first = asked.range.start.get();
                 for (n, sector) in asked.data.chunks(SECTOR).enumerate() {
                     let lba = first + n as u64;
-                    let stamp = stamp_of(sector, index, lba).unwrap();
+                    let stamp = stamp_of(sector, lba)
+                        .unwrap_or_else(|error| panic!("volume {index}: {error}"));
                     let allowed = &asked.allowed[n];
                     assert!(
                         allowed.contains(&stamp),
-                        "volume {index} in epoch {}: sector {lba} reads as write {stamp}, may be {allowed:?}",
-                        self.epoch
+                        "volume {index} in epoch {}: sector {lba} reads as {}, may be {:?}",
+                        self.epoch,
+                        stamp_name(stamp),
+                        allowed.iter().copied().map(stamp_name).collect::<Vec<_>>()
                     );
                 }
                 if asked.of_sweep {
@@ -457,10 +477,14 @@ impl Session {
     /// So much more of the image was read and is right; all of it ends a history.
     fn has_swept(&mut self, sectors: u64, cx: &mut Cx<'_>) {
         self.swept += sectors;
-        if self.swept == self.sweep_sectors
-            && let Some(crash) = self.history.take()
-        {
+        if self.swept != self.sweep_sectors {
+            return;
+        }
+        if let Some(crash) = self.history.take() {
             cx.outcome.histories.note(crash);
+        }
+        if self.snapshot.is_some() {
+            cx.outcome.deeds.note(Deed::SnapshotRead);
         }
     }
 
@@ -585,7 +609,7 @@ impl Session {
                 asked.stamp = cx.truth.next_stamp();
                 asked.data = vec![0; bytes];
                 for (lba, sector) in lbas.zip(asked.data.chunks_mut(SECTOR)) {
-                    fill(sector, cx.truth.index, asked.stamp, lba);
+                    fill(sector, asked.stamp, lba);
                 }
             }
             Op::Flush | Op::Discard | Op::WriteZeroes { .. } | Op::Status => {}

@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::future::{Future, pending};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::stream::{BoxStream, once};
-use futures::{FutureExt as _, StreamExt as _};
+use futures::stream::{BoxStream, iter, once};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -81,7 +82,24 @@ enum Fate {
 pub struct SimBucket {
     memory: Arc<InMemory>,
     pub happened: Faults,
-    sky: Mutex<Sky>,
+    sky: Arc<Mutex<Sky>>,
+    heads: Arc<Heads>,
+}
+
+/// Each head that was stored, or deleted, in that order: a volume's life as everybody sees it.
+#[derive(Default)]
+struct Heads {
+    watched: AtomicBool,
+    seen: Mutex<Vec<(String, Option<Bytes>)>>,
+}
+
+impl Heads {
+    fn note(&self, key: &Path, body: Option<Bytes>) {
+        let key = key.as_ref();
+        if self.watched.load(Ordering::Relaxed) && key.ends_with("/head") {
+            self.seen.lock().push((key.to_owned(), body));
+        }
+    }
 }
 
 struct Sky {
@@ -109,8 +127,19 @@ impl SimBucket {
         Arc::new(Self {
             memory: Arc::new(InMemory::new()),
             happened,
-            sky: Mutex::new(sky),
+            sky: Arc::new(Mutex::new(sky)),
+            heads: Arc::default(),
         })
+    }
+
+    /// From now on heads are kept for [`Self::take_heads`].
+    pub fn watch_heads(&self) {
+        self.heads.watched.store(true, Ordering::Relaxed);
+    }
+
+    /// The keys of heads, and what was stored there since this was called last; none: they were deleted.
+    pub fn take_heads(&self) -> Vec<(String, Option<Bytes>)> {
+        std::mem::take(&mut *self.heads.seen.lock())
     }
 
     pub fn set_weather(&self, weather: Weather) {
@@ -132,49 +161,57 @@ impl SimBucket {
     }
 
     /// Carries out `effect` on the far side, as fate wills.
-    async fn send<T: Send + 'static>(
+    fn send<T: Send + 'static>(
         &self,
         effect: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> Result<T> {
-        let (fate, there, back) = self.sky.lock().draw();
-        let (tx, rx) = oneshot::channel();
-        let happened = self.happened.clone();
-        tokio::spawn(async move {
-            sleep(there).await;
-            let answer = match fate {
-                Fate::Refused => Err(broken("before")),
-                Fate::LostBefore => {
-                    happened.note(Fault::LostBefore);
-                    return;
-                }
-                Fate::ErrorBefore => {
-                    happened.note(Fault::ErrorBefore);
-                    Err(broken("before"))
-                }
-                Fate::ErrorAfter => {
-                    happened.note(Fault::ErrorAfter);
-                    effect.await.and_then(|_| Err(broken("after")))
-                }
-                Fate::LostAfter(late) => {
-                    sleep(late).await;
-                    let _ = effect.await;
-                    happened.note(if late.is_zero() {
-                        Fault::LostAfter
-                    } else {
-                        Fault::LateEffect
-                    });
-                    return;
-                }
-                Fate::Plain => effect.await,
-            };
-            sleep(back).await;
-            // Whoever asked may have given up.
-            let _ = tx.send(answer);
-        });
-        match rx.await {
-            Ok(answer) => answer,
-            Err(_) => pending().await,
-        }
+    ) -> impl Future<Output = Result<T>> + Send + 'static {
+        let (sky, happened) = (Arc::clone(&self.sky), self.happened.clone());
+        send(sky, happened, effect)
+    }
+}
+
+async fn send<T: Send + 'static>(
+    sky: Arc<Mutex<Sky>>,
+    happened: Faults,
+    effect: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let (fate, there, back) = sky.lock().draw();
+    let (tx, rx) = oneshot::channel();
+    tokio::spawn(async move {
+        sleep(there).await;
+        let answer = match fate {
+            Fate::Refused => Err(broken("before")),
+            Fate::LostBefore => {
+                happened.note(Fault::LostBefore);
+                return;
+            }
+            Fate::ErrorBefore => {
+                happened.note(Fault::ErrorBefore);
+                Err(broken("before"))
+            }
+            Fate::ErrorAfter => {
+                happened.note(Fault::ErrorAfter);
+                effect.await.and_then(|_| Err(broken("after")))
+            }
+            Fate::LostAfter(late) => {
+                sleep(late).await;
+                let _ = effect.await;
+                happened.note(if late.is_zero() {
+                    Fault::LostAfter
+                } else {
+                    Fault::LateEffect
+                });
+                return;
+            }
+            Fate::Plain => effect.await,
+        };
+        sleep(back).await;
+        // Whoever asked may have given up.
+        let _ = tx.send(answer);
+    });
+    match rx.await {
+        Ok(answer) => answer,
+        Err(_) => pending().await,
     }
 }
 
@@ -261,9 +298,15 @@ impl ObjectStore for SimBucket {
         payload: PutPayload,
         opts: PutOptions,
     ) -> Result<PutResult> {
-        let (memory, location) = (Arc::clone(&self.memory), location.clone());
-        self.send(async move { memory.put_opts(&location, payload, opts).await })
-            .await
+        let (memory, heads) = (Arc::clone(&self.memory), Arc::clone(&self.heads));
+        let location = location.clone();
+        let put = async move {
+            let body = Bytes::from(payload.clone());
+            let done = memory.put_opts(&location, payload, opts).await?;
+            heads.note(&location, Some(body));
+            Ok(done)
+        };
+        self.send(put).await
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
@@ -288,11 +331,37 @@ impl ObjectStore for SimBucket {
         &self,
         locations: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
-        self.memory.delete_stream(locations)
+        let (memory, heads) = (Arc::clone(&self.memory), Arc::clone(&self.heads));
+        let (sky, happened) = (Arc::clone(&self.sky), self.happened.clone());
+        let delete = move |location: Result<Path>| {
+            let (memory, heads) = (Arc::clone(&memory), Arc::clone(&heads));
+            let (sky, happened) = (Arc::clone(&sky), happened.clone());
+            async move {
+                let location = location?;
+                let effect = async move {
+                    match memory.delete(&location).await {
+                        Ok(()) => heads.note(&location, None),
+                        // S3 does not say so.
+                        Err(Error::NotFound { .. }) => {}
+                        Err(error) => return Err(error),
+                    }
+                    Ok(location)
+                };
+                send(sky, happened, effect).await
+            }
+        };
+        locations.then(delete).boxed()
     }
 
+    /// As it was when the request arrived, in one page.
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.memory.list(prefix)
+        let listed = self.memory.list(prefix);
+        let listed = self.send(async move { listed.try_collect::<Vec<_>>().await });
+        let found = |found: Result<Vec<_>>| match found {
+            Ok(found) => iter(found.into_iter().map(Ok).collect::<Vec<_>>()),
+            Err(error) => iter(vec![Err(error)]),
+        };
+        once(listed).map(found).flatten().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
@@ -320,6 +389,14 @@ impl SimBucket {
             got.bytes().await.ok()
         };
         read.now_or_never().expect("memory does not wait")
+    }
+
+    /// The keys of all objects.
+    pub fn keys(&self) -> Vec<String> {
+        let list = self.memory.list(None).try_collect::<Vec<_>>();
+        let found = list.now_or_never().expect("memory does not wait");
+        let keys = found.unwrap().into_iter();
+        keys.map(|meta| meta.location.to_string()).collect()
     }
 
     /// Puts an object without any fault, as a world's beginning.

@@ -2,7 +2,9 @@
 //! anything can be done. Everything random comes from the seed.
 
 mod attach;
+mod family_end;
 mod finish;
+mod life;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +13,15 @@ use quarry_cache::Branch;
 use quarry_gateway::backend::open::Claim;
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Durability, Head};
-use quarry_objfmt::{Sectors, TenantName, VolumeName, keys};
+use quarry_objfmt::record::NAME_KIND;
+use quarry_objfmt::{NameRecord, Sectors, TenantName, encode_record, keys};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
 
 use super::device::DeviceFaults;
 use super::faults::Faults;
-use super::host::{End, Host, Outer};
+use super::host::{End, Host, Outer, name_of};
 use super::oracle::{Digest, Truth};
 use super::outcome::{Crash, Outcome};
 use super::panics::{note_panics, take_panic};
@@ -110,7 +113,7 @@ impl World {
     async fn new(plan: Plan) -> Self {
         let mut rng = SmallRng::seed_from_u64(plan.seed);
         let bucket = SimBucket::new(rng.random(), plan.way_max, Faults::default());
-        let truths = (0..plan.volumes)
+        let mut truths = (0..plan.volumes)
             .map(|n| {
                 let tenant = TenantName::new(["acme", "other"][n % 2]).unwrap();
                 let durability = if rng.random_bool(0.3) {
@@ -126,9 +129,17 @@ impl World {
                 )
             })
             .collect::<Vec<_>>();
-        for truth in &truths {
+        for truth in &mut truths {
             let key = keys::head_key(&truth.tenant, truth.id);
-            bucket.place(&key, head(truth).encode()).await;
+            let head = head(truth);
+            bucket.place(&key, head.encode()).await;
+            truth.life.head = Some(head);
+            if plan.family.is_some() {
+                place_name(&bucket, truth).await;
+            }
+        }
+        if plan.family.is_some() {
+            bucket.watch_heads();
         }
         let dir = tempfile::tempdir().unwrap();
         let mut world = Self {
@@ -172,7 +183,9 @@ impl World {
     }
 
     async fn step(&mut self) {
+        self.hear_heads();
         self.trouble();
+        self.live();
         self.attach_some();
         self.go_on().await;
         self.ask_some();
@@ -247,6 +260,7 @@ impl World {
                 .digest
                 .add(("crash", h, end == End::Killed, self.core.now_ms()));
         }
+        self.forget_calls(h);
         self.hosts[h].crash(end, &self.truths, &mut self.core.rng);
         if self.chance(self.plan.flip) {
             self.hosts[h].flip_a_record();
@@ -358,6 +372,7 @@ impl World {
 
     /// I/O, messages and ticks.
     fn work(&mut self, ios: u32) {
+        self.hear_heads();
         for (h, n) in self.sessions() {
             for _ in 0..ios {
                 if !self.has(h, n) || !self.at(h, n, Session::step_io) {
@@ -410,9 +425,22 @@ fn no_panic() {
     }
 }
 
+/// Gives a volume its name.
+async fn place_name(bucket: &SimBucket, truth: &Truth) {
+    let name = name_of(truth);
+    let record = NameRecord {
+        volume: truth.id,
+        created_ms: 0,
+    };
+    let record = encode_record(NAME_KIND, &record).unwrap();
+    bucket
+        .place(&keys::name_key(&name.tenant, &name.name), record)
+        .await;
+}
+
 /// The head of a volume that nobody has attached yet.
 pub fn head(truth: &Truth) -> Head {
-    let name = VolumeName::new(format!("v{}", truth.index)).expect("a name");
+    let name = name_of(truth).name;
     Head {
         frame_sectors: FRAME_SECTORS,
         compression: match truth.index % 3 {

@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use quarry_cache::Journal;
 use quarry_gateway::backend::VolumeBackend;
-use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, give_back, open_read_only};
+use quarry_gateway::backend::open::{
+    Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
+};
 use quarry_gateway::engine::kept::{Taken, settle, take_up};
 use quarry_gateway::reactor::ReactorHandle;
-use quarry_objfmt::VolumeId;
 use quarry_objfmt::codec::Compression;
+use quarry_objfmt::{SnapName, VolumeId};
 use quarry_volume::{Opened, Volume, VolumeParams};
 
 use super::{Attach, Host, Opening, Outer, Promise, TUNING};
@@ -21,6 +23,27 @@ use crate::session::{Beginning, Died, Session};
 pub(super) const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
 
 impl Host {
+    /// Begins to read a snapshot of a volume.
+    pub fn attach_snapshot(&mut self, n: usize, truth: &Truth, name: &str) {
+        let daemon = self.daemon.as_mut().unwrap();
+        let store = daemon.lane.with_deadline(CONTROL_DEADLINE);
+        let (tenant, id) = (truth.tenant.clone(), truth.id);
+        let snap = SnapName::new(name).unwrap();
+        let task = tokio::spawn(async move {
+            let opened = open_snapshot(&store, &tenant, id, &snap).await;
+            opened.map(|(opened, _)| opened)
+        });
+        let opening = Opening {
+            task,
+            read_only: true,
+            snapshot: Some(name.to_owned()),
+            durable: 0,
+            rolled_back: 0,
+            grown: 0,
+        };
+        daemon.opening.insert(n, opening);
+    }
+
     /// Begins to attach a volume.
     pub fn attach(&mut self, n: usize, truth: &Truth, how: &Claim, read_only: bool) {
         let daemon = self.daemon.as_mut().unwrap();
@@ -47,7 +70,9 @@ impl Host {
         let opening = Opening {
             task,
             read_only,
+            snapshot: None,
             durable: truth.durable_by(u32::MAX),
+            rolled_back: truth.life.rolled_back,
             grown: truth.grown,
         };
         daemon.opening.insert(n, opening);
@@ -62,7 +87,14 @@ impl Host {
         let opening = daemon.opening.remove(&n).unwrap();
         let claimed = match opening.task.await.expect("a claim does not panic") {
             Ok(claimed) => claimed,
-            Err(error) => return Attach::Refused(kind(&error), error.to_string()),
+            Err(error) => {
+                let ends = |name: &String| world.truth.life.is_ending(name);
+                let kind = match opening.snapshot.as_ref().is_some_and(ends) {
+                    true => "no snapshot",
+                    false => kind(&error),
+                };
+                return Attach::Refused(kind, error.to_string());
+            }
         };
         let truth = &mut *world.truth;
         let (id, epoch) = (truth.id, claimed.info.epoch.get());
@@ -93,12 +125,12 @@ impl Host {
         let upto = taken.unsent.last().map_or(stored, |(_, r)| r.seq.get());
         let served = if opening.read_only {
             assert!(
-                stored >= opening.durable,
+                stored >= opening.durable || truth.life.rolled_back > opening.rolled_back,
                 "volume {}: a reader sees writes up to {stored}, of which {} were durable before",
                 truth.index,
                 opening.durable
             );
-            truth.served(epoch)
+            truth.read(epoch, claimed.info.root)
         } else {
             truth.begin(epoch, stored, upto);
             if let Some(promise) = self.promises.remove(&id) {
@@ -112,12 +144,20 @@ impl Host {
             "volume {} has {size} sectors",
             truth.index
         );
-        let now = truth.image(served, upto);
+        let now = match &opening.snapshot {
+            None => truth.image(served, upto),
+            Some(name) => {
+                let at = &truth.life.snaps[name].at;
+                assert_eq!((at.newest(), at.image.len() as u64), (upto, size));
+                at.image.clone()
+            }
+        };
         let direct = world.direct.is_some() && claimed.info.compression == Compression::None;
         world.digest.add((n, epoch, stored, upto));
         let mut beginning = self.begin(id, claimed, taken, upto, journal);
         beginning.direct = direct;
         beginning.history = crash;
+        beginning.snapshot = opening.snapshot;
         let daemon = self.daemon.as_mut().unwrap();
         daemon.kept.remove(&id);
         let (session, died) = daemon.with(&self.device, &mut world, |cx| {
@@ -186,6 +226,7 @@ impl Host {
             inbox,
             journal,
             direct: false,
+            snapshot: None,
             history: None,
         }
     }

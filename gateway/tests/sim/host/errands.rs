@@ -1,18 +1,20 @@
-//! What an operator asks of an attached volume: to send all that it holds, and to grow.
+//! What an operator asks of an attached volume: to send all that it holds, to grow, and to fetch what its
+//! cache lacks.
 
 use std::time::Duration;
 
-use quarry_gateway::backend::HeadError;
-use quarry_objfmt::Sectors;
+use quarry_gateway::backend::{HeadError, Warmed};
 use quarry_objfmt::head::Head;
-use quarry_volume::Event;
+use quarry_objfmt::{LbaRange, Sectors};
+use quarry_volume::{Event, WarmEnd};
 use rand::RngExt;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::attach::CONTROL_DEADLINE;
 use super::{Host, Outer};
-use crate::session::Died;
+use crate::oracle::range;
+use crate::session::{Died, Session};
 
 /// How long a change of the head is waited for, as in the engine.
 const HEAD_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -30,6 +32,7 @@ pub struct Errand {
 enum What {
     Drain { acked: u64, task: JoinHandle<bool> },
     Grow(JoinHandle<Option<Result<Head, HeadError>>>),
+    Warm(LbaRange, JoinHandle<Option<Warmed>>),
 }
 
 impl Errand {
@@ -37,6 +40,7 @@ impl Errand {
         match &self.what {
             What::Drain { task, .. } => task.abort(),
             What::Grow(task) => task.abort(),
+            What::Warm(_, task) => task.abort(),
         }
     }
 
@@ -44,6 +48,7 @@ impl Errand {
         match &self.what {
             What::Drain { task, .. } => task.is_finished(),
             What::Grow(task) => task.is_finished(),
+            What::Warm(_, task) => task.is_finished(),
         }
     }
 }
@@ -83,6 +88,20 @@ impl Host {
         daemon.errands.push(Errand { n, epoch, what });
     }
 
+    /// Asks volume `n`, which is served here, to fetch a part of it into the cache.
+    pub fn warm(&mut self, n: usize, outer: &mut Outer<'_>) {
+        let daemon = self.daemon.as_mut().unwrap();
+        let session = &daemon.sessions[&n];
+        let size = session.volume.size().get();
+        let start = outer.rng.random_range(0..size);
+        // Perhaps behind the end.
+        let range = range(start, outer.rng.random_range(1..=size));
+        let backend = session.backend.clone();
+        let task = tokio::spawn(async move { backend.warm(range).await });
+        let (epoch, what) = (session.epoch, What::Warm(range, task));
+        daemon.errands.push(Errand { n, epoch, what });
+    }
+
     /// Ends what is done of volume `n`.
     pub async fn end_errands(&mut self, n: usize, mut outer: Outer<'_>) -> Result<(), Died> {
         let daemon = self.daemon.as_mut().unwrap();
@@ -107,6 +126,21 @@ impl Host {
                     Some(Err(HeadError::Fenced { by })) => Event::Fenced { by },
                     Some(Err(_)) | None => continue,
                 },
+                What::Warm(asked, task) => {
+                    let Some(warmed) = task.await.expect("a step does not panic") else {
+                        continue;
+                    };
+                    outer.digest.add((warmed.upto.get(), warmed.bytes));
+                    assert!(asked.start <= warmed.upto && warmed.upto <= asked.end);
+                    let damaged = warmed.end == WarmEnd::Damaged;
+                    let lacks = |s: &Session| s.damaged || s.hurt;
+                    let session = daemon.sessions.get(&n).filter(|s| s.epoch == epoch);
+                    assert!(
+                        !damaged || session.is_none_or(lacks),
+                        "volume {n}: warming finds damage that nobody told of"
+                    );
+                    continue;
+                }
             };
             if daemon.sessions.get(&n).is_some_and(|s| s.epoch == epoch) {
                 daemon.drive(n, &self.device, &mut outer, |session, cx| {

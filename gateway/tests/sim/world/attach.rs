@@ -23,11 +23,11 @@ impl World {
             return;
         }
         let n = self.core.rng.random_range(0..self.truths.len());
+        if !self.truths[n].life.is_known() {
+            return;
+        }
         let id = self.truths[n].id;
-        let busy = |host: &Host| {
-            let daemon = host.daemon.as_ref();
-            daemon.is_some_and(|d| d.sessions.contains_key(&n) || d.opening.contains_key(&n))
-        };
+        let busy = |host: &Host| host.daemon.as_ref().is_some_and(|d| !d.is_away(n));
         let served = self.hosts.iter().any(&busy);
         let here = busy(&self.hosts[h]);
         // Most come back to the cache that has their newest writes.
@@ -46,20 +46,31 @@ impl World {
             self.hosts[h].detach(n);
         }
         if self.chance(self.plan.read_elsewhere) && self.readers.len() < 2 {
-            let index = 100 + self.readers.len();
-            let mut host = self.new_host(index);
-            self.lives += 1;
-            host.start(&self.core.bucket, self.lives, &self.plan);
-            let claim = Claim {
-                cache: host.cache,
-                host: host.name.clone(),
-                now_ms: self.core.now_ms(),
-                force: true,
-                discard_unsent: false,
-            };
-            host.attach(n, &self.truths[n], &claim, true);
-            self.readers.push((host, n));
+            self.read(n, None);
         }
+    }
+
+    /// Reads a volume, or a snapshot of it, from elsewhere.
+    pub(super) fn read(&mut self, n: usize, snapshot: Option<String>) {
+        let index = 100 + self.readers.len();
+        let mut host = self.new_host(index);
+        self.lives += 1;
+        host.start(&self.core.bucket, self.lives, &self.plan);
+        let truth = &self.truths[n];
+        match snapshot {
+            Some(name) => host.attach_snapshot(n, truth, &name),
+            None => {
+                let claim = Claim {
+                    cache: host.cache,
+                    host: host.name.clone(),
+                    now_ms: self.core.now_ms(),
+                    force: true,
+                    discard_unsent: false,
+                };
+                host.attach(n, truth, &claim, true);
+            }
+        }
+        self.readers.push((host, n));
     }
 
     fn wants_to_leave(&mut self, h: usize, n: usize) -> bool {
@@ -70,11 +81,13 @@ impl World {
         let fenced = session.is_fenced();
         !session.stopping
             && !daemon.has_errand(n)
+            && !daemon.is_called(n)
             && (fenced && self.core.rng.random_bool(0.1) || self.chance(self.plan.detach))
     }
 
     /// Goes on with attaches, detaches and readers that are under way.
     pub(super) async fn go_on(&mut self) {
+        self.hear_heads();
         for h in 0..self.hosts.len() {
             for n in 0..self.truths.len() {
                 let Some(daemon) = &self.hosts[h].daemon else {
@@ -84,7 +97,7 @@ impl World {
                     let crash = self.recovered_from(h, n);
                     let outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
                     let came_to = self.hosts[h].go_on(n, crash, outer).await;
-                    self.check_refusal(&came_to);
+                    self.check_refusal(n, &came_to);
                     match came_to {
                         Attach::Serves => self.lost[n] = None,
                         Attach::Died => {
@@ -109,6 +122,7 @@ impl World {
             }
         }
         self.read_elsewhere().await;
+        self.end_calls().await;
     }
 
     /// What a volume is recovered from, if host `h` serves it from now on: who has not the cache with its
@@ -134,13 +148,18 @@ impl World {
     }
 
     /// An attach fails for a reason that there is, or not at all.
-    fn check_refusal(&self, came_to: &Attach) {
+    fn check_refusal(&self, n: usize, came_to: &Attach) {
         let Attach::Refused(kind, why) = came_to else {
             return;
         };
         let device = self.plan.device;
+        let life = &self.truths[n].life;
         let may = match *kind {
-            "damaged" => self.plan.weather.bad_bodies_max > BAD_BODIES_BORNE,
+            "damaged" => {
+                let rough = self.plan.weather.bad_bodies_max > BAD_BODIES_BORNE;
+                rough || life.is_condemned()
+            }
+            "deleted" => life.was_deleted,
             "cache" => device.write + device.read + device.sync > 0.0,
             _ => true,
         };
@@ -153,7 +172,7 @@ impl World {
             let mut outer = self.core.outer(&mut self.truths[n], &mut never);
             if host.daemon.as_ref().unwrap().opening.contains_key(&n) {
                 let came_to = host.go_on(n, None, outer).await;
-                self.check_refusal(&came_to);
+                self.check_refusal(n, &came_to);
                 if matches!(came_to, Attach::UnderWay | Attach::Serves) {
                     self.readers.push((host, n));
                 }

@@ -38,11 +38,18 @@ impl World {
         }
         self.until("what was under way ends", |world| {
             world.take_up_kept();
-            world.readers.is_empty() && world.leave_all()
+            world.readers.is_empty() && world.leave_all() && world.is_uncalled()
         })
         .await;
+        if self.plan.family.is_some() {
+            self.finish_lives().await;
+            self.read_lives().await;
+        }
         for h in 0..self.hosts.len() {
-            self.visit(h).await;
+            self.visit(h, Duration::ZERO).await;
+        }
+        if self.plan.family.is_some() {
+            self.bury_all().await;
         }
         // An upload of a volume that is gone may be about to try again.
         self.until("the memory of uploads is given back", |world| {
@@ -70,7 +77,8 @@ impl World {
             for n in 0..self.truths.len() {
                 let daemon = self.hosts[h].daemon.as_ref().unwrap();
                 let busy = daemon.sessions.contains_key(&n) || daemon.opening.contains_key(&n);
-                if !busy && daemon.keeps(&self.truths[n]) {
+                let lives = self.truths[n].life.is_there();
+                if lives && !busy && daemon.keeps(&self.truths[n]) {
                     let claim = self.claim(h, true, true);
                     self.hosts[h].attach(n, &self.truths[n], &claim, false);
                 }
@@ -78,15 +86,16 @@ impl World {
         }
     }
 
-    /// Attaches everything on one host, reads all of it, writes a little, and detaches it.
-    async fn visit(&mut self, h: usize) {
-        let volumes = 0..self.truths.len();
-        for n in volumes.clone() {
+    /// Attaches everything on one host, reads all of it, writes a little, and detaches it after so long.
+    pub(super) async fn visit(&mut self, h: usize, stay: Duration) {
+        let volumes = (0..self.truths.len()).filter(|n| self.truths[*n].life.is_there());
+        let volumes: Vec<usize> = volumes.collect();
+        for &n in &volumes {
             let claim = self.claim(h, true, true);
             self.hosts[h].attach(n, &self.truths[n], &claim, false);
         }
         self.until("all is attached and read", |world| {
-            let mut volumes = 0..world.truths.len();
+            let mut volumes = volumes.iter().copied();
             let daemon = world.hosts[h].daemon.as_ref().unwrap();
             let refused = volumes
                 .clone()
@@ -100,9 +109,10 @@ impl World {
             volumes.all(|n| daemon.sessions.get(&n).is_some_and(Session::is_swept))
         })
         .await;
-        for n in volumes {
+        for &n in &volumes {
             self.at(h, n, |session, cx| session.flush(cx).map(|()| true));
         }
+        self.wait(stay).await;
         self.until("all is sent and detached", World::leave_all)
             .await;
     }
@@ -123,7 +133,7 @@ impl World {
     }
 
     /// Goes on until `done`, which must come.
-    async fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+    pub(super) async fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let begun = Instant::now();
         for _ in 0..END_STEPS_MAX {
             if done(self) {
