@@ -19,6 +19,7 @@ mod flush;
 mod heat;
 mod read;
 mod status;
+mod stride;
 mod warm;
 mod write;
 mod writeback;

@@ -1446,3 +1446,74 @@ fn status_of_a_long_fragmented_range_is_told_in_bounded_answers_from_every_layer
         "many runs are more than one answer"
     );
 }
+
+/// A volume with data all over, on an empty cache.
+fn all_stored_and_cold() -> World {
+    let mut world = World::new(2, Durability::Object);
+    for start in (0..SIZE).step_by(64) {
+        world.ask(Op::Write { fua: false }, range(start, 64));
+    }
+    let (io, checkpoint) = (IoId(1), true);
+    world.feed(Event::Drain { io, checkpoint });
+    world.settle();
+    world.reopen(End::CacheLost);
+    world
+}
+
+#[test]
+fn reader_in_equal_steps_misses_four_times_however_many_read_in_turn() {
+    let (len, step) = (16, 96);
+    let there = |n: u64| 8 + n * step;
+    let back = |n: u64| SIZE - 24 - n * step;
+    let readers: [&[&dyn Fn(u64) -> u64]; 3] = [&[&there], &[&back], &[&there, &back]];
+    for (case, readers) in readers.into_iter().enumerate() {
+        let mut world = all_stored_and_cold();
+        let reads = 20;
+        for n in 0..reads {
+            for reader in readers {
+                world.ask(Op::Read, range(reader(n), len));
+                world.settle();
+            }
+        }
+        let stats = world.volume.stats();
+        let count = readers.len() as u64;
+        assert_eq!(stats.miss_bytes, count * 4 * len * 512, "case {case}");
+        assert_eq!(
+            stats.hit_bytes,
+            count * (reads - 4) * len * 512,
+            "case {case}"
+        );
+        // The frames between are left out, and nothing is read far past where they stopped: a frame takes 16 KiB.
+        let frames = stats.fetched_bytes / (u64::from(FRAME_SECTORS) * 512);
+        assert!(
+            frames <= count * (reads + 8) * 2 && stats.readahead_bytes > 0,
+            "case {case}: {frames}"
+        );
+    }
+}
+
+#[test]
+fn reader_who_jumps_or_stops_stepping_is_not_read_ahead_of() {
+    let mut world = all_stored_and_cold();
+    for _ in 0..1000 {
+        let at = world.rng.random_range(0..SIZE / 32) * 32 + 8;
+        world.ask(Op::Read, range(at, 8));
+        world.settle();
+    }
+    let stats = world.volume.stats();
+    assert_eq!(stats.readahead_bytes, 0);
+    assert!(stats.fetched_bytes > 0);
+
+    let mut world = all_stored_and_cold();
+    for n in 0..4 {
+        world.ask(Op::Read, range(n * 96, 16));
+        world.settle();
+    }
+    let ahead = world.volume.stats().readahead_bytes;
+    assert!(ahead > 0);
+    for at in [3000, 2000, 2500, 3500, 1900, 2704] {
+        world.ask(Op::Read, range(at, 16));
+        world.settle();
+    }
+    assert_eq!(world.volume.stats().readahead_bytes, ahead);
+}

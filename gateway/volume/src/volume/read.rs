@@ -21,7 +21,7 @@ use crate::map::{Node, NodeCache, NodeRef};
 const FETCH_FRAMES_MAX: usize = 16;
 
 /// Most frames that readahead has in flight, so that it cannot crowd out what someone waits for.
-const READAHEAD_FRAMES_MAX: usize = 512;
+pub(super) const READAHEAD_FRAMES_MAX: usize = 512;
 
 /// Sequential readers told apart.
 const STREAMS_MAX: usize = 8;
@@ -61,9 +61,10 @@ pub(super) enum Why {
 #[derive(Debug, Default)]
 pub(super) struct Reads {
     fetching: BTreeMap<(ChunkId, u32), Vec<Waiter>>,
-    readahead_frames: usize,
+    pub(super) readahead_frames: usize,
     /// Map nodes are being loaded for readahead: one load at a time is enough.
-    readahead_nodes: bool,
+    pub(super) readahead_nodes: bool,
+    pub(super) strides: super::stride::Strides,
     streams: Queue<Stream>,
     /// Whether misses may go around our memory.
     pub(super) direct: bool,
@@ -135,7 +136,9 @@ impl Volume {
                 self.reads.heat.note(request.range);
                 let direct = self.goes_direct(request.range, &pieces);
                 self.issue(slot, &pieces, direct, cx);
-                self.readahead(request.range, cx);
+                let missed = |piece: &Piece| matches!(piece.source, Source::Store(_));
+                let missed = pieces.iter().any(missed);
+                self.readahead(request.range, missed, cx);
                 self.piece_done(slot, Ok(()), cx);
             }
             Err(missing) => {
@@ -506,11 +509,14 @@ impl Volume {
         }
     }
 
-    /// Fetches what a sequential reader will want next. Nobody waits for it, so it is the first to
+    /// Fetches what a sequential reader will want next, or one who goes on in equal steps. Nobody waits for it, so it is the first to
     /// be left out.
-    fn readahead(&mut self, range: LbaRange, cx: &mut Cx<'_>) {
+    fn readahead(&mut self, range: LbaRange, missed: bool, cx: &mut Cx<'_>) {
         let (start, end) = (range.start.get(), range.end.get());
         let Some(place) = self.reads.streams.iter().position(|s| s.next == start) else {
+            if self.stride_ahead(range, missed, cx) {
+                return;
+            }
             if self.reads.streams.len() == STREAMS_MAX {
                 self.reads.streams.pop_front();
             }
