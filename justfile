@@ -48,6 +48,10 @@ long:
 fuzz seconds="60" *targets:
     tests/fuzz/run --seconds {{seconds}} --keep {{targets}}
 
+# The unit tests of what has unsafe code or reads bytes of others, under AddressSanitizer
+sanitize *arguments:
+    tests/sanitize/run {{arguments}}
+
 # All that must hold before a change goes in
 ci:
     ./.ci/run
