@@ -479,6 +479,7 @@ const SELDOM: &[&str] = &[
     "FillRefused",
     "JournalFull",
     "SealBeaten",
+    "ArrivedFenced",
     // Of families, which are few among few runs.
     "Warm",
     "Warmed",
