@@ -31,7 +31,7 @@ use std::sync::{Arc, LazyLock};
 use quarry_cache::{AlignedBuf, BlockDevice, Branch};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::head::Head;
+use quarry_objfmt::head::{Head, RootRef};
 use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, SnapshotRef, VolumeId, keys};
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
@@ -138,6 +138,8 @@ pub struct VolumeBackend {
     head: HeadCell,
     /// The map as of the last checkpoint.
     root: parking_lot::Mutex<Arc<MapRoot>>,
+    /// Where that is. The head may name a later one: one whose PUT was given up for want of an answer.
+    root_ref: parking_lot::Mutex<Option<RootRef>>,
     /// The number of the next map object.
     next_map: AtomicU64,
     /// Bytes of all chunks ever stored; what compaction gave back is taken off.
@@ -191,6 +193,7 @@ impl VolumeBackend {
             compacted_runs: AtomicUsize::new(0),
             next_compacted: AtomicU64::new(ChunkSeq::COMPACTED.get()),
             root: parking_lot::Mutex::new(claimed.root),
+            root_ref: parking_lot::Mutex::new(claimed.info.root),
             next_map: AtomicU64::new(claimed.info.next_map.get()),
             stored_bytes: AtomicU64::new(claimed.info.stored_bytes),
             map_bytes: AtomicU64::new(0),

@@ -7,8 +7,8 @@
 use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_objfmt::record::{CLONE_KIND, NAME_KIND};
 use quarry_objfmt::{
-    CloneRecord, Deleted, FormatError, Head, NameRecord, SnapName, TenantName, VolumeId,
-    VolumeName, keys,
+    CloneRecord, Deleted, Epoch, FormatError, Head, MapSeq, NameRecord, SnapName, TenantName,
+    VolumeId, VolumeName, keys,
 };
 
 use crate::backend;
@@ -95,11 +95,43 @@ async fn fate(
         if age < CLONING_TIME_MAX_MS {
             return Ok(Fate::Begun(format!("{tenant}/{}", record.name)));
         }
+        if was_there(store, tenant, &record).await? {
+            return Ok(Fate::Live(format!("volume {clone}, whose head is lost")));
+        }
         match give_up(store, tenant, &record, now_ms.unwrap_or_default()).await {
             // Whoever was quicker, or our own lost answer: what is there tells.
             Ok(()) | Err(TrashError::Store(StoreError::Exists { .. })) => {}
             Err(error) => return Err(error),
         }
+    }
+}
+
+/// Whether a clone without a head had one once: its making leaves no more than its first map before that, and its name
+/// comes after.
+async fn was_there(
+    store: &dyn Store,
+    tenant: &TenantName,
+    record: &CloneRecord,
+) -> Result<bool, StoreError> {
+    let id = record.volume;
+    let prefix = keys::volume_prefix(tenant, id);
+    let first = keys::map_key(tenant, id, Epoch::ZERO, MapSeq::ZERO);
+    if store
+        .list_some(&prefix, 2)
+        .await?
+        .iter()
+        .any(|key| *key != first)
+    {
+        return Ok(true);
+    }
+    let Ok(name) = VolumeName::new(&record.name) else {
+        return Ok(false);
+    };
+    let key = keys::name_key(tenant, &name);
+    match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
+        Ok(name) => Ok(name.is_ok_and(|name| name.volume == id)),
+        Err(StoreError::NotFound { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -235,7 +235,7 @@ pub async fn run(
     let head_key = keys::head_key(&volume.tenant, id);
     let lost = lost(&*store, &head_key, id).await?;
     let listed = Listed::read(&*store, volume, id).await?;
-    if listed.chunks.is_empty() {
+    if listed.chunks.is_empty() && listed.maps.is_empty() {
         return Err(RescueError::Nothing);
     }
     let rescue = Rescue {

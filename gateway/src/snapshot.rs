@@ -164,7 +164,7 @@ pub async fn create(
             root: head.root,
         };
         // Step 1.
-        put_copy(store, cell.tenant(), &head, &snapshot, name).await?;
+        put_copy(store, cell, &head, &snapshot, name).await?;
         // Step 2.
         let add = |head: &mut Head| match find(head, name) {
             // A turn before this one, whose answer was lost.
@@ -190,15 +190,16 @@ pub async fn create(
     Err(SnapshotError::Busy { object })
 }
 
-/// Writes the copy of a snapshot, over one that no head names.
+/// Writes the copy of a snapshot, over one that no head names: not if the volume was taken over, for it may be of a
+/// snapshot of the new owner's.
 async fn put_copy(
     store: &dyn Store,
-    tenant: &TenantName,
+    cell: &HeadCell,
     head: &Head,
     snapshot: &SnapshotRef,
     name: &SnapName,
 ) -> Result<(), SnapshotError> {
-    let key = keys::snap_key(tenant, head.volume, name);
+    let key = keys::snap_key(cell.tenant(), head.volume, name);
     let copy = Snapshot {
         volume: head.volume,
         name: snapshot.name.clone(),
@@ -218,6 +219,15 @@ async fn put_copy(
     let (there, tag) = store.get(&key).await?;
     if there == bytes {
         return Ok(());
+    }
+    // After the copy was read: one that is written later has another tag.
+    let head_key = keys::head_key(cell.tenant(), head.volume);
+    let (now, _) = HeadCell::read(store, &head_key).await?;
+    if now.epoch != cell.epoch() {
+        let by = now
+            .owner
+            .map_or_else(|| "another host".to_owned(), |owner| owner.host);
+        return Err(HeadError::Fenced { by }.into());
     }
     match store.replace(&key, bytes.clone(), &tag).await {
         Ok(_) => Ok(()),

@@ -244,11 +244,11 @@ fn flattening_cut_off_anywhere_ends_when_asked_once_more() -> Result<()> {
 fn more_chunks_than_are_read_side_by_side_are_put_in_order_in_passes() -> Result<()> {
     let (mut random, seed) = seeded("passes");
     let (dir, stamps) = (tempdir()?, Stamps::new(seed));
-    // 64 rows side by side, and eight times as many chunks.
+    // 64 rows side by side, and sixteen times as many chunks; and more stages than a map may have runs.
     let site = Site::with_folder(dir.path(), "a")?
         .settings("[writeback]\nchunk_size = \"64KiB\"\n[cache]\nram = \"16MiB\"\n");
     let daemon = site.start()?;
-    let size = 32 * MIB;
+    let size = 64 * MIB;
     let mut pages: Vec<u64> = (0..size / PAGE).collect();
     pages.shuffle(&mut random);
     let mut nbd = daemon.fresh_volume("acme/random", size, &[])?;

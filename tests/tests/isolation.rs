@@ -9,13 +9,14 @@ use anyhow::{Result, ensure};
 use quarry_tests::{FaultProxy, MIB, Nbd, SeaweedFs, Site, seeded};
 use rand::RngExt as _;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
 use tempfile::tempdir;
 
 const STUCK: &str = "acme/stuck";
 const LIVELY: &str = "acme/lively";
 const WARM: u64 = 16 * MIB;
 /// Reads that wait for the store at once.
-const STUCK_READS: u64 = 24;
+const STUCK_READS: usize = 24;
 /// Reads of the lively volume in a round.
 const READS: usize = 1000;
 
@@ -62,7 +63,10 @@ fn reads_that_hit_are_not_held_up_by_another_volumes_reads_that_wait_for_the_sto
     daemon.sync(LIVELY)?;
     drop(daemon.attach(STUCK, &[])?);
     let mut ratios = Vec::new();
-    for round in 0..3_u64 {
+    // Frames that nobody has read, in an order in which nothing is read ahead.
+    let mut frames: Vec<u64> = (0..32 * MIB / (256 << 10)).collect();
+    frames.shuffle(&mut random);
+    for round in 0..3 {
         let (alone, _) = latencies(&mut lively, &mut random)?;
         proxy.delay(Duration::from_secs(5));
         let under_way = Arc::new(AtomicUsize::new(0));
@@ -70,8 +74,7 @@ fn reads_that_hit_are_not_held_up_by_another_volumes_reads_that_wait_for_the_sto
             .map(|reader| {
                 let mut nbd = daemon.connect(STUCK)?;
                 let under_way = Arc::clone(&under_way);
-                // A frame that nobody has read.
-                let at = (round * STUCK_READS + reader) * (256 << 10);
+                let at = frames[round * STUCK_READS + reader] * (256 << 10);
                 Ok(thread::spawn(move || {
                     under_way.fetch_add(1, Ordering::SeqCst);
                     let read = nbd.read_vec(at, 4096);

@@ -179,3 +179,63 @@ fn volume_that_is_sound_or_attached_is_not_rescued() -> Result<()> {
     ensure!(fs::read(&heads[0])? == before);
     daemon.stop()
 }
+
+/// Clones whose first epoch has no log: one that was never attached, and one whose host is lost before its first
+/// checkpoint.
+#[test]
+fn clone_without_its_head_comes_back_with_what_was_synced() -> Result<()> {
+    let (_, seed) = seeded("rescued clone");
+    let stamps = Stamps::new(seed);
+    let dir = tempdir()?;
+    let store = StoreDir::of(dir.path());
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut image = stamps.fill(0, 2048, 1);
+    image.resize(usize::try_from(SIZE)?, 0);
+    let mut nbd = daemon.fresh_volume("acme/parent", SIZE, &[])?;
+    nbd.write(0, &image[..1 << 20], false)?;
+    daemon.quarry(&["snapshot", "create", "acme/parent@golden"])?;
+    drop(nbd);
+    for (name, written) in [("acme/idle", false), (VOLUME, true)] {
+        daemon.quarry(&["volume", "clone", "acme/parent@golden", name])?;
+        if !written {
+            continue;
+        }
+        let mut nbd = daemon.attach(name, &[])?;
+        for part in 0..3 {
+            let data = stamps.fill(1024 + part * 256, 512, 2 + part);
+            let at = (1024 + part * 256) * 512;
+            nbd.write(at, &data, false)?;
+            let at = usize::try_from(at)?;
+            image[at..at + data.len()].copy_from_slice(&data);
+            daemon.sync(name)?;
+        }
+    }
+    let golden = stamps.fill(0, 2048, 1);
+    let heads = ["acme/idle", VOLUME].map(|name| -> Result<_> {
+        let id = daemon.show(name)?["id"].clone();
+        Ok(id.as_str().context("no id")?.to_owned())
+    });
+    daemon.kill()?;
+    site.lose_host()?;
+    let daemon = site.start()?;
+    for id in heads {
+        let id = id?;
+        let head = store.objects("head")?;
+        let head = head.iter().find(|head| store.key(head).contains(&id));
+        fs::remove_file(head.context("no head")?)?;
+    }
+    for (name, expected) in [("acme/idle", &golden[..]), (VOLUME, &image[..])] {
+        let report = daemon.json(&["volume", "rescue", name, "--apply"])?;
+        ensure!(
+            report["applied"] == true && report["left_behind"] == 0,
+            "{report}"
+        );
+        let mut nbd = daemon.attach(name, &[])?;
+        let found = nbd.read_vec(0, SIZE)?;
+        same_bytes(name, &found[..expected.len()], expected)?;
+        drop(nbd);
+        daemon.quarry(&["volume", "verify", name, "--deep"])?;
+    }
+    daemon.stop()
+}

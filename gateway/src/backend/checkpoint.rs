@@ -86,10 +86,39 @@ pub(super) async fn run(backend: &VolumeBackend, plan: &CheckpointPlan) -> Resul
     Ok(())
 }
 
+/// Merges the `count` newest runs into one, and moves the head to the result; `change` is made to the head with
+/// it. The caller has the right to change the map. Answers false if it was ended by `go_on` before.
+pub(super) async fn merge(
+    backend: &VolumeBackend,
+    objects: &mut Objects,
+    count: usize,
+    change: impl Fn(&mut Head) + Send,
+    go_on: &(dyn Fn() -> bool + Sync),
+) -> Result<bool, Stopped> {
+    let old = backend.root.lock().clone();
+    let mut writer = Writer::new(backend);
+    let (runs, oldest) = (&old.runs()[..count], count == old.runs().len());
+    let mut scan = Scan::new(backend, Vec::new(), runs, oldest);
+    while let Some(entry) = scan.next().await? {
+        if !go_on() {
+            return Ok(false);
+        }
+        writer.push(entry).await?;
+    }
+    let root = old.with_new_run(count, writer.end_tables());
+    let root = publish(backend, writer, objects, root, |_, _, _| {}, change).await?;
+    backend.note_space(objects);
+    // With the right to change the map: the volume hears of its maps in their order.
+    backend.tell(Event::Remapped { root }).await;
+    Ok(true)
+}
+
 /// Writes the manifest of `root` and its usage behind the tables, and moves the head to them. `list` makes
 /// of the objects what they are with the new map, whose number it is given, `change` of the head.
 ///
-/// The manifest goes into the newest table's object: one PUT for all of a small change.
+/// The manifest goes into the newest table's object: one PUT for all of a small change. A head that names another map
+/// than the one that `root` was made from is left as it is: a change before this one was stored after all, though
+/// nobody knew, and has in it what this one has not.
 pub(super) async fn publish(
     backend: &VolumeBackend,
     mut writer: Writer<'_>,
@@ -104,7 +133,8 @@ pub(super) async fn publish(
     let now_ms = (backend.common.now_ms)();
     let mut next = objects.clone();
     list(&mut next, id.seq, now_ms);
-    let manifest = backend.head.get().root.map(|root| MapObjectId {
+    let from = *backend.root_ref.lock();
+    let manifest = from.map(|root| MapObjectId {
         volume: backend.volume,
         epoch: root.epoch,
         seq: root.seq,
@@ -119,29 +149,39 @@ pub(super) async fn publish(
     });
     let (offset, len) = builder
         .finish_manifest(root.manifest())
-        .expect("the policy keeps runs few");
+        .map_err(|error| damaged("the new map", error.to_string()))?;
     let late = writer.builder.take_if(|_| Mutation::HeadBeforeMap.is_on());
     writer.put_object().await?;
 
     let next_map = MapSeq::new(backend.next_map.load(Ordering::Relaxed));
     let stored_bytes = backend.stored_bytes.load(Ordering::Relaxed);
+    let named = Some(RootRef {
+        epoch: id.epoch,
+        seq: id.seq,
+        offset,
+        len,
+        usage,
+    });
     let changed = backend
         .head
-        .update(&*backend.common.background, move |head| {
-            head.root = Some(RootRef {
-                epoch: id.epoch,
-                seq: id.seq,
-                offset,
-                len,
-                usage,
-            });
+        .try_update(&*backend.common.background, move |head| {
+            // A turn before this one, or the first.
+            if head.root != from && head.root != named {
+                return Err(());
+            }
+            head.root = named;
             // A snapshot may have passed over numbers.
             head.next_map = head.next_map.max(next_map);
             head.stored_bytes = stored_bytes;
             change(head);
+            Ok(())
         });
     match changed.await {
-        Ok(_) => {}
+        Ok(Ok(_)) => {}
+        Ok(Err(())) => {
+            let reason = "it names a map that was stored without an answer: detach the volume and attach it anew";
+            return Err(damaged("head", reason.to_owned()));
+        }
         Err(HeadError::Fenced { by }) => return Err(Stopped::Fenced { by }),
         Err(HeadError::Damaged { object, reason }) => {
             return Err(Stopped::Damaged(DataError { object, reason }));
@@ -154,15 +194,18 @@ pub(super) async fn publish(
     }
     let root = Arc::new(root);
     *backend.root.lock() = Arc::clone(&root);
+    *backend.root_ref.lock() = named;
     *objects = next;
     Ok(root)
 }
 
 pub(super) fn refused(object: &str, error: &StoreError) -> Stopped {
-    Stopped::Damaged(DataError {
-        object: object.to_owned(),
-        reason: error.to_string(),
-    })
+    damaged(object, error.to_string())
+}
+
+fn damaged(object: &str, reason: String) -> Stopped {
+    let object = object.to_owned();
+    Stopped::Damaged(DataError { object, reason })
 }
 
 /// Builds the map objects, one in memory at a time.

@@ -12,15 +12,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use quarry_objfmt::head::Head;
 use quarry_objfmt::{ChunkSeq, Lba, MapSeq, SECTOR_SIZE, SnapName, keys};
-use quarry_volume::Event;
 use tokio::sync::oneshot;
 
 use super::VolumeBackend;
-use super::checkpoint::{Stopped, Writer, publish, refused};
+use super::checkpoint::{Stopped, merge, refused};
 use super::compact::{self, Victims};
 use super::objects::{ChunkName, Needed, is_held};
-use super::scan::Scan;
 
 /// Most passes: one merges as many rows of chunks as are read side by side into one.
 const PASSES_MAX: u32 = 8;
@@ -219,9 +218,11 @@ impl VolumeBackend {
     /// Does what was asked, in the task of reclaiming.
     pub(super) async fn carry_out_chore(&self, asked: Asked) {
         let order = &asked.order;
-        let done = match asked.chore {
-            Chore::Compact { held } => self.put_in_order(held, order).await,
-            Chore::Flatten => self.flatten(order).await,
+        // What an earlier epoch left in the log goes into the map first: see `compact::run`.
+        let done = match (self.drain(true).await, asked.chore) {
+            (false, _) => Err(ChoreError::Ended),
+            (true, Chore::Compact { held }) => self.put_in_order(held, order).await,
+            (true, Chore::Flatten) => self.flatten(order).await,
         };
         self.reclaim.chores.done();
         // Nobody listens if the asker went away.
@@ -233,7 +234,7 @@ impl VolumeBackend {
         for _ in 0..PASSES_MAX {
             let (map, root) = {
                 let _right = self.objects.lock().await;
-                let map = self.head.get().root.map(|root| root.seq);
+                let map = self.root_ref.lock().map(|root| root.seq);
                 (map, self.root.lock().clone())
             };
             let Some(map) = map else {
@@ -313,7 +314,19 @@ impl VolumeBackend {
         if !compact::run(self, &Victims::Foreign, self.percent(), order).await? {
             return Err(ChoreError::Ended);
         }
-        self.own_tables().await?;
+        // The whole map as one run of own tables. No parent is named from then on, unless a snapshot was made meanwhile.
+        let cut = |head: &mut Head| {
+            if head.snapshots.is_empty() {
+                head.parent = None;
+            }
+        };
+        let wanted = || !self.reclaim.is_stopping() && !order.is_unwanted();
+        let mut objects = self.objects.lock().await;
+        let runs = self.root.lock().runs().len();
+        if !merge(self, &mut objects, runs, cut, &wanted).await? {
+            return Err(ChoreError::Ended);
+        }
+        drop(objects);
         let now = self.head.get();
         if now.parent.is_some() {
             let names = now.snapshots.into_iter().map(|s| s.name);
@@ -324,36 +337,6 @@ impl VolumeBackend {
             let deleted = self.common.background.delete(&key).await;
             deleted.map_err(|error| refused(&key, &error))?;
         }
-        Ok(())
-    }
-
-    /// Writes the whole map anew, as one run of own tables, and moves the head to it. No parent is named from
-    /// then on, unless a snapshot was made meanwhile.
-    async fn own_tables(&self) -> Result<(), Stopped> {
-        let mut objects = self.objects.lock().await;
-        let old = self.root.lock().clone();
-        let mut writer = Writer::new(self);
-        let mut scan = Scan::new(self, Vec::new(), old.runs(), true);
-        while let Some(entry) = scan.next().await? {
-            writer.push(entry).await?;
-        }
-        let tables = writer.end_tables();
-        let root = old.with_new_run(old.runs().len(), tables);
-        let root = publish(
-            self,
-            writer,
-            &mut objects,
-            root,
-            |_, _, _| {},
-            |head| {
-                if head.snapshots.is_empty() {
-                    head.parent = None;
-                }
-            },
-        )
-        .await?;
-        self.note_space(&objects);
-        self.tell(Event::Remapped { root }).await;
         Ok(())
     }
 }

@@ -30,10 +30,11 @@ use quarry_objfmt::{
     keys,
 };
 use quarry_volume::Event;
-use quarry_volume::map::MapRoot;
+use quarry_volume::map::{MapRoot, RUNS_TARGET_MAX, plan_merge};
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
-use super::checkpoint::{Stopped, Writer, publish, refused};
+use super::checkpoint::{Stopped, Writer, merge, publish, refused};
 use super::chores::Order;
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::scan::Scan;
@@ -42,9 +43,9 @@ use crate::store::create_own;
 use reader::Reader;
 pub(super) use reader::WINDOW_BYTES_MIN;
 
-/// What one stage moves at most, in sectors (256 MiB): what a crash makes one do again, and for how long
-/// the runs of a map are not merged.
-const STAGE_SECTORS_MAX: u64 = 512 << 10;
+/// What one stage moves at most, in new chunks (256 MiB of large ones): what a crash makes one do again, and for how
+/// long the runs of a map are not merged.
+const STAGE_CHUNKS_MAX: u64 = 32;
 
 /// What one stage moves at most, in pieces: 7 MiB of memory.
 const STAGE_PIECES_MAX: usize = 128 << 10;
@@ -92,12 +93,19 @@ impl Piece {
 struct Pinned<'a>(&'a VolumeBackend);
 
 impl<'a> Pinned<'a> {
-    async fn newest(backend: &'a VolumeBackend) -> (Self, Arc<MapRoot>) {
-        let _right = backend.objects.lock().await;
+    /// The runs of the newest map, which are few: each stage brings one, and there may be no checkpoint in between that
+    /// merges some.
+    async fn newest(backend: &'a VolumeBackend) -> Result<(Self, Arc<MapRoot>), Stopped> {
+        let mut objects = backend.objects.lock().await;
+        let now = backend.root.lock().clone();
+        if now.runs().len() >= RUNS_TARGET_MAX {
+            let (count, go_on) = (plan_merge(&now, 0), || !backend.reclaim.is_stopping());
+            merge(backend, &mut objects, count.max(2), |_| {}, &go_on).await?;
+        }
         let base = backend.root.lock().clone();
         let runs = base.runs().len();
         backend.compacted_runs.store(runs, Ordering::Relaxed);
-        (Self(backend), base)
+        Ok((Self(backend), base))
     }
 }
 
@@ -108,7 +116,7 @@ impl Drop for Pinned<'_> {
 }
 
 /// Takes `victims` apart, at `percent` of the time. Answers false if it was stopped, or not wanted any more,
-/// before it was done.
+/// before it was done, or if there is a log of an earlier epoch.
 ///
 /// # Errors
 /// [`Stopped`]; the map is then as the last stage left it.
@@ -118,15 +126,36 @@ pub(super) async fn run(
     percent: u32,
     order: &Order,
 ) -> Result<bool, Stopped> {
+    // A map says where its log goes on, and whoever has lost the head takes that for a place in the map's own epoch.
+    let log = backend.head.get().log;
+    if log
+        .first()
+        .is_some_and(|range| range.epoch != backend.head.epoch())
+    {
+        return Ok(false);
+    }
     let mut from = Some(Lba::ZERO);
     while let Some(at) = from {
-        let _memory = backend.common.compactions.acquire().await;
+        let Some(_memory) = memory(backend).await else {
+            return Ok(false);
+        };
         from = stage(backend, victims, at, percent, order).await?;
         if backend.reclaim.is_stopping() || order.is_unwanted() {
             return Ok(from.is_none());
         }
     }
     Ok(true)
+}
+
+/// The right to the memory of a compaction; `None` if reclaiming is to stop.
+async fn memory(backend: &VolumeBackend) -> Option<SemaphorePermit<'_>> {
+    while !backend.reclaim.is_stopping() {
+        let free = backend.common.compactions.acquire();
+        if let Ok(permit) = tokio::time::timeout(REST_MAX, free).await {
+            return permit.ok();
+        }
+    }
+    None
 }
 
 /// Moves what comes first from `from` on. Answers where to go on, if there may be more.
@@ -137,7 +166,7 @@ async fn stage(
     percent: u32,
     order: &Order,
 ) -> Result<Option<Lba>, Stopped> {
-    let (_pinned, base) = Pinned::newest(backend).await;
+    let (_pinned, base) = Pinned::newest(backend).await?;
     let (pieces, mut next) = gather(backend, &base, victims, from).await?;
     let parts = parts(&pieces, backend.common.reclaim.chunk_sectors);
     let work = (parts, Reader::new(backend, &pieces), Instant::now());
@@ -231,8 +260,12 @@ async fn gather(
 ) -> Result<(Vec<Piece>, Option<Lba>), Stopped> {
     let mut pieces: Vec<Piece> = Vec::new();
     let mut sectors = 0;
+    let sectors_max = STAGE_CHUNKS_MAX * u64::from(backend.common.reclaim.chunk_sectors);
     let mut scan = Scan::new(backend, Vec::new(), base.runs(), true).from(from);
     while let Some(entry) = scan.next().await? {
+        if backend.reclaim.is_stopping() {
+            return Ok((Vec::new(), Some(from)));
+        }
         let Location::Data(at) = entry.location else {
             continue;
         };
@@ -245,12 +278,9 @@ async fn gather(
             len: entry.len,
             at,
         });
-        if pieces.len() >= STAGE_PIECES_MAX || sectors >= STAGE_SECTORS_MAX {
+        if pieces.len() >= STAGE_PIECES_MAX || sectors >= sectors_max {
             let end = pieces.last().map(Piece::end);
             return Ok((pieces, end));
-        }
-        if backend.reclaim.is_stopping() {
-            return Ok((Vec::new(), Some(from)));
         }
     }
     Ok((pieces, None))

@@ -9,25 +9,31 @@
 //!
 //! A fetch is no volume's own: it goes on to its end when the volume that began it is detached or fenced, and when it
 //! fails the others fail with it, for it has been tried as often as they would. Who waits for somebody waits behind the
-//! background if a fetch of the background's was first, as it does for its own readahead.
+//! background if a fetch of the background's was first, as it does for its own readahead; but for [`JOIN_TIME_MAX`] at most.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::{join, join_all};
+use futures::future::{Either, join, join_all, select};
 use quarry_objfmt::chunk::decode_frame;
 use quarry_objfmt::{ChunkId, VolumeId, keys};
 use quarry_volume::map::{Node, NodeRef};
 use quarry_volume::{DataError, Fetch, FrameRef};
 
-use super::flights::{Flight, Flights, Sought};
+use super::flights::{Flight, Flights, Sought, Waiting};
 use super::{Unsound, VolumeBackend, aside, insist};
 use crate::store::Store;
 
 /// What a frame costs in the RAM tier beside its content.
 const FRAME_ENTRY_BYTES: usize = 128;
+
+/// How long a read that somebody waits for waits for another's fetch, before it asks for itself too: longer than a sound
+/// store takes.
+const JOIN_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// A frame's name.
 type FrameName = (ChunkId, u32);
@@ -135,7 +141,14 @@ impl VolumeBackend {
                 }
                 Sought::Theirs(waiting) => {
                     shared_bytes += u64::from(frame.stored_len);
-                    theirs.push(async move { (place, waiting.await.ok()) });
+                    let chunk = fetch.chunk;
+                    theirs.push(async move {
+                        let own = async || {
+                            let got = self.get_frames(chunk, &[*frame], true).await;
+                            got.map(|mut contents| contents.remove(0))
+                        };
+                        (place, joined(waiting, foreground, own).await)
+                    });
                 }
                 Sought::Ours(flight) => ours.push((place, *frame, flight)),
             }
@@ -259,7 +272,8 @@ impl VolumeBackend {
             match self.common.fetches.nodes.seek(node, || None) {
                 Sought::Held(node) => break Ok(node),
                 Sought::Theirs(waiting) => {
-                    if let Ok(landed) = waiting.await {
+                    let own = async || self.get_node(node, true).await;
+                    if let Some(landed) = joined(waiting, foreground, own).await {
                         break landed;
                     }
                 }
@@ -286,6 +300,26 @@ impl VolumeBackend {
         decoded
             .map(Arc::new)
             .map_err(|unsound| damaged(object, &unsound))
+    }
+}
+
+/// What another's fetch brings; `None` if it was given up. Somebody who waits for it does not do so for long, for it may
+/// be behind all of the background: then whichever is first, that or a fetch of one's own.
+async fn joined<V: Clone, F: Future<Output = Result<V, DataError>>>(
+    waiting: Waiting<V>,
+    foreground: bool,
+    own: impl FnOnce() -> F,
+) -> Option<Result<V, DataError>> {
+    if !foreground {
+        return waiting.await.ok();
+    }
+    if let Ok(landed) = tokio::time::timeout(JOIN_TIME_MAX, waiting.clone()).await {
+        return landed.ok();
+    }
+    match select(waiting, pin!(own())).await {
+        Either::Left((Ok(landed), _)) => Some(landed),
+        Either::Left((Err(_), own)) => Some(own.await),
+        Either::Right((own, _)) => Some(own),
     }
 }
 

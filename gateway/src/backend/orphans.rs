@@ -223,6 +223,9 @@ impl VolumeBackend {
             ..Named::default()
         };
         named.add_usage(&usage);
+        if head.root != *self.root_ref.lock() {
+            return Err(NotNow::Uncounted("the map that the head names".to_owned()));
+        }
         let root = self.root.lock().clone();
         named.add_map(self.volume, head.root, root.manifest());
         Ok((head, named))

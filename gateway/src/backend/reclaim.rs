@@ -235,7 +235,7 @@ impl VolumeBackend {
     async fn tidy(&self) -> Result<(), Stopped> {
         let (root, map, counted) = {
             let objects = self.objects.lock().await;
-            let map = self.head.get().root.map(|root| root.seq);
+            let map = self.root_ref.lock().map(|root| root.seq);
             (self.root.lock().clone(), map, objects.is_counted())
         };
         let Some(map) = map else {
@@ -392,8 +392,9 @@ impl VolumeBackend {
                 .deleted_bytes
                 .fetch_add(object.stored_bytes, Ordering::Relaxed);
             if object.kind == ObjectKind::Chunk {
-                self.stored_bytes
-                    .fetch_sub(object.stored_bytes, Ordering::Relaxed);
+                let less = |bytes: u64| Some(bytes.saturating_sub(object.stored_bytes));
+                let (set, get) = (Ordering::Relaxed, Ordering::Relaxed);
+                let _ = self.stored_bytes.fetch_update(set, get, less);
             }
         }
         objects.forget(&deleted);

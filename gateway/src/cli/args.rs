@@ -605,7 +605,11 @@ pub struct AttachFlags {
 /// A span of time, in milliseconds.
 fn span_ms(text: &str) -> Result<u64, String> {
     let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
-    u64::try_from(span.as_millis()).map_err(|_| "that is too long".to_owned())
+    match u64::try_from(span.as_millis()) {
+        // Which would mean nothing at all.
+        Ok(0) if !span.is_zero() => Err("that is less than a millisecond".to_owned()),
+        ms => ms.map_err(|_| "that is too long".to_owned()),
+    }
 }
 
 fn moment(text: &str) -> Result<Moment, NoMoment> {

@@ -97,8 +97,13 @@ pub struct VolumeSpec {
     #[serde(default)]
     pub compression: Compression,
     /// How long what it needs no more is kept.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub retain_ms: u64,
+}
+
+/// What is left out of a request: a daemon that does not know it yet takes the request all the same.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 const fn default_sector_size() -> u32 {
@@ -152,7 +157,7 @@ pub struct ResizeSpec {
     /// Its new size; a multiple of its sector size.
     pub size_bytes: u64,
     /// Take a size that is smaller: what lies behind it is lost.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub force: bool,
 }
 
@@ -175,6 +180,7 @@ pub struct VerifySpec {
     /// Read every byte that the volume needs, not only what names it.
     pub deep: bool,
     /// Check each of its snapshots too.
+    #[serde(skip_serializing_if = "is_default")]
     pub snapshots: bool,
 }
 

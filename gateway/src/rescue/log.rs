@@ -79,7 +79,9 @@ impl Follow<'_> {
         let mut before: Option<ChunkHeader> = None;
         let (mut epoch, mut first) = match newest {
             None if let Some((epoch, basis)) = &basis => {
-                (*epoch, basis.log_end.max(ChunkSeq::new(1)))
+                let first = basis.log_end.max(ChunkSeq::new(1));
+                // A clone's first map is of an epoch that has no log: nobody had to seal one.
+                (self.lowest(*epoch, first).unwrap_or(*epoch), first)
             }
             Some(chunk) => {
                 if let Ok(Some(Entry::Chunk(header))) = self.place(chunk.epoch, chunk.seq).await? {

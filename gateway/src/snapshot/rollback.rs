@@ -68,11 +68,13 @@ async fn go_back(
     let at = info.next_map;
     let usage = usage(store, tenant, taken, snapshot, map.manifest(), at, now_ms).await?;
     let size = info.size.max(snapshot.size);
+    // A place of the log stays empty: who follows the log of what was left behind is not led into what comes now.
+    let first = taken.log.end.next();
     let times = taken.log.chunks.iter().map(|chunk| chunk.cut_ms);
     let log_ms = times.fold(now_ms, u64::max);
     let usage = usage.map(|usage| Usage {
         basis: Basis {
-            log_end: taken.log.end,
+            log_end: first,
             root_write: snapshot.root_write,
             size,
             log_ms: log_ms.max(usage.basis.log_ms),
@@ -89,7 +91,6 @@ async fn go_back(
     let root = put_root(store, tenant, id, map.manifest(), usage.as_ref()).await?;
     // Step 3.
     let root_write = snapshot.root_write;
-    let end = taken.log.end;
     let back = taken.head.update(store, |head| {
         head.root = Some(root);
         head.root_write = root_write;
@@ -98,7 +99,7 @@ async fn go_back(
         if !Mutation::RollbackKeepsLog.is_on() {
             head.log = vec![LogRange {
                 epoch: head.epoch,
-                first: end,
+                first,
                 end: None,
             }];
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 use async_trait::async_trait;
 use quarry_objfmt::head::{Owner, Parent, SnapshotRef};
 use quarry_objfmt::record::CLONE_KIND;
-use quarry_objfmt::{MapSeq, WriteSeq};
+use quarry_objfmt::{ChunkId, ChunkSeq, MapSeq, WriteSeq};
 
 use super::*;
 use crate::store::{FolderStore, Operation};
@@ -533,6 +533,41 @@ async fn clone_that_does_not_know_its_parent_or_cannot_be_read_protects_it_all_t
     store.create(&key, damaged).await.unwrap();
     let refused = delete(&store).await.unwrap_err().to_string();
     assert!(refused.contains("cannot be read"), "{refused}");
+}
+
+#[tokio::test]
+async fn clone_that_lost_its_head_is_not_given_up() {
+    let clone = VolumeRef {
+        name: VolumeName::new("copy").unwrap(),
+        ..volume("db")
+    };
+    let chunk = keys::chunk_key(
+        &clone.tenant,
+        ChunkId {
+            volume: id(5),
+            epoch: Epoch::new(1),
+            seq: ChunkSeq::new(1),
+        },
+    );
+    let name = keys::name_key(&clone.tenant, &clone.name);
+    for left in [chunk, name] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), false).unwrap();
+        make(&store, &volume("db"), id(1), snapshots).await;
+        record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
+        let body = encode_record(
+            NAME_KIND,
+            &NameRecord {
+                volume: id(5),
+                created_ms: NOW,
+            },
+        );
+        store.create(&left, body.unwrap().into()).await.unwrap();
+        let refused = delete(&store).await.unwrap_err().to_string();
+        assert!(refused.contains("whose head is lost"), "{refused}");
+        let head = keys::head_key(&clone.tenant, id(5));
+        assert!(store.get(&head).await.is_err(), "it can be rescued still");
+    }
 }
 
 #[tokio::test]

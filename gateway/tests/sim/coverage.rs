@@ -480,6 +480,7 @@ const SELDOM: &[&str] = &[
     "JournalFull",
     "SealBeaten",
     "ArrivedFenced",
+    "HeaderFailed",
     // Of families, which are few among few runs.
     "Warm",
     "Warmed",

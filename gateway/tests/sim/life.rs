@@ -50,6 +50,9 @@ pub struct Life {
     pub unmaking: BTreeSet<String>,
     /// Rollbacks that were asked for: by which host, when, to which snapshot, and whether that came about.
     pub rollbacks: Vec<Rollback>,
+    /// Of a clone: somebody wanted it to be flattened, and it is.
+    pub flattening: bool,
+    pub flattened: bool,
     /// How often it was rolled back.
     pub rolled_back: u32,
     /// It was in the trash once.
@@ -91,9 +94,16 @@ impl Life {
         matches!(self.stage, Stage::Purging | Stage::Gone | Stage::Never)
     }
 
-    /// Whether it needs objects of its parent.
+    /// Whether it is there, or in the trash.
     pub const fn is_needy(&self) -> bool {
         matches!(self.stage, Stage::There | Stage::InTrash { .. })
+    }
+
+    /// Whether it needs objects of volume `n`, or of a snapshot of that.
+    pub fn needs(&self, n: usize, snapshot: Option<&str>) -> bool {
+        let of = self.parent.as_ref();
+        let ours = of.is_some_and(|of| of.0 == n && snapshot.is_none_or(|name| name == of.1));
+        ours && self.is_needy() && !self.flattened
     }
 
     /// Whether a snapshot's objects may be gone, or are about to be.
@@ -133,7 +143,9 @@ impl Life {
         };
         self.was_deleted |= head.deleted().is_some();
         let epoch = self.head.as_ref().map_or(0, |head| head.epoch.get());
-        match head.epoch.get() < epoch {
+        // What stands in for a head that cannot be read has none.
+        let stands_in = head.epoch == Epoch::ZERO && self.stage == Stage::Purging;
+        match head.epoch.get() < epoch && !stands_in {
             true => Err(format!(
                 "its epoch goes back from {epoch} to {}",
                 head.epoch

@@ -24,6 +24,8 @@ counted! {
         Cloned: "a clone was made",
         RolledBack: "a volume was rolled back",
         Gone: "a volume was purged",
+        Compacted: "a volume was put in order",
+        Flattened: "a clone was flattened",
         SnapshotRead: "the whole image of a snapshot was read",
     }
 }

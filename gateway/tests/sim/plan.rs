@@ -72,6 +72,8 @@ pub struct Family {
     pub read_snapshot: f64,
     pub warm: f64,
     pub evict: f64,
+    pub compact: f64,
+    pub flatten: f64,
 }
 
 /// One seed in so many is one of a family.
@@ -231,6 +233,8 @@ impl Plan {
             read_snapshot: some(rng, 0.7, 0.03),
             warm: some(rng, 0.5, 0.05),
             evict: some(rng, 0.5, 0.05),
+            compact: some(rng, 0.5, 0.05),
+            flatten: some(rng, 0.6, 0.1),
         };
         Self {
             steps: rng.random_range(600..1_800),

@@ -162,6 +162,8 @@ struct World {
     last_read: Vec<u8>,
     /// Sectors of which the last status told.
     last_told: u64,
+    /// Frames that were asked of the store.
+    frames_fetched: u64,
     /// Warming steps asked for and not answered, and what the last one said.
     warming: (u64, Option<(u64, WarmEnd)>),
     /// Whether misses may go around the daemon's memory; then nothing is compressed.
@@ -231,6 +233,7 @@ impl World {
             journal: BTreeMap::new(),
             last_read: Vec::new(),
             last_told: 0,
+            frames_fetched: 0,
             warming: (0, None),
             direct: seed % 2 == 1,
             unreadable: false,
@@ -406,6 +409,7 @@ impl World {
                 self.done(io);
             }
             Action::Fetch { io, fetch, .. } => {
+                self.frames_fetched += fetch.frames.len() as u64;
                 let bytes = &self.store.chunks[&fetch.chunk.seq.get()].1;
                 let frames = fetch.frames.iter().map(|f| {
                     if self.damaged == Some((fetch.chunk, f.index)) {
@@ -1484,9 +1488,9 @@ fn reader_in_equal_steps_misses_four_times_however_many_read_in_turn() {
             "case {case}"
         );
         // The frames between are left out, and nothing is read far past where they stopped: a frame takes 16 KiB.
-        let frames = stats.readahead_bytes / (u64::from(FRAME_SECTORS) * 512);
+        let frames = world.frames_fetched;
         assert!(
-            (1..=count * (reads + 8) * 2).contains(&frames),
+            frames <= count * (reads + 8) * 2 && stats.readahead_bytes > 0,
             "case {case}: {frames}"
         );
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use quarry_cache::Recovered;
 use quarry_gateway::backend::open::{Claim, give_back, hold};
-use quarry_gateway::backend::{HeadError, VolumeBackend};
+use quarry_gateway::backend::{Chore, ChoreError, HeadError, VolumeBackend};
 use quarry_gateway::control::VolumeRef;
 use quarry_gateway::snapshot::{self, CloneSpec, SnapshotError};
 use quarry_gateway::trash::{self, Purged, TrashError};
@@ -41,6 +41,11 @@ pub enum Ask {
     Delete,
     Restore,
     Purge,
+    /// By whoever serves the volume.
+    Compact {
+        held: bool,
+    },
+    Flatten,
 }
 
 /// Why it was not done.
@@ -50,6 +55,7 @@ pub enum Not {
     Trash(TrashError),
     /// It is to be purged another time, or was restored.
     Purged,
+    Chore(ChoreError),
     /// The volume could not send what it has.
     Unsent,
     InTime,
@@ -174,6 +180,8 @@ impl Host {
                     .await
                     .map(drop)?),
                 Ask::Restore => Ok(trash::restore(&store, &tenant, id, None).await.map(drop)?),
+                Ask::Compact { held } => do_chore(backend, Chore::Compact { held }).await,
+                Ask::Flatten => do_chore(backend, Chore::Flatten).await,
                 Ask::Purge => {
                     let objects = AtomicU64::new(0);
                     let now_ms = by.now_ms;
@@ -209,6 +217,11 @@ impl Host {
         daemon.shared.cache.evict(volume);
         daemon.common.fetches.evict(volume);
     }
+}
+
+async fn do_chore(backend: Option<Arc<VolumeBackend>>, chore: Chore) -> Result<(), Not> {
+    let backend = backend.expect("asked of who serves it");
+    backend.do_chore(chore).await.map(drop).map_err(Not::Chore)
 }
 
 /// Tells an attachment that it is fenced, if that was found.

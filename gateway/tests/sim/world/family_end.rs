@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use quarry_objfmt::keys;
+use quarry_objfmt::{Epoch, MapSeq, keys};
 use tokio::time::sleep;
 
 use super::World;
@@ -167,11 +167,27 @@ impl World {
             let gone = matches!(stage, Stage::Gone | Stage::Never | Stage::ToBe);
             assert!(gone, "volume {n} is {stage:?}");
         }
-        // A writer that was fenced may have left orphans when its volume was gone already.
+        // A record that was stored late, when its volume was gone: a daemon that looks into the trash finds it.
+        self.wait(SETTLED).await;
+        for n in 0..self.truths.len() {
+            let key = keys::trash_key(&self.truths[n].tenant, self.truths[n].id);
+            if self.core.bucket.keys().into_iter().any(|left| left == key) {
+                self.ask(n, Ask::Purge).await;
+            }
+        }
+        // A writer that was fenced may have left orphans when its volume was gone already, and whoever made a clone that was
+        // given up its first map.
+        let late = self
+            .truths
+            .iter()
+            .filter(|truth| truth.life.parent.is_some());
+        let late =
+            late.map(|truth| keys::map_key(&truth.tenant, truth.id, Epoch::ZERO, MapSeq::ZERO));
         let orphans: Vec<String> = gone_before
             .iter()
             .map(|n| keys::volume_prefix(&self.truths[*n].tenant, self.truths[*n].id))
             .flat_map(|prefix| [format!("{prefix}chunk/"), format!("{prefix}map/")])
+            .chain(late)
             .collect();
         let left = self.core.bucket.keys().into_iter();
         let left: Vec<String> = left

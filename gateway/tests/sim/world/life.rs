@@ -1,8 +1,8 @@
 //! Families of volumes: snapshots, clones, rollbacks and the trash, asked for by anybody at any time, and
 //! held against what the heads in the store say, each at the moment when it is stored.
 
-use quarry_gateway::backend::HeadError;
 use quarry_gateway::backend::open::{Claim, OpenError};
+use quarry_gateway::backend::{ChoreError, HeadError};
 use quarry_gateway::snapshot::SnapshotError;
 use quarry_gateway::trash::TrashError;
 use quarry_objfmt::head::Head;
@@ -51,6 +51,8 @@ impl World {
             (family.read_snapshot, Self::read_snapshot),
             (family.warm, Self::warm),
             (family.evict, Self::evict),
+            (family.compact, Self::compact),
+            (family.flatten, Self::flatten),
         ];
         for (chance, ask) in chances {
             if self.chance(chance) {
@@ -112,7 +114,10 @@ impl World {
         let again = again.filter(|_| self.core.rng.random_bool(0.2));
         let name = again.unwrap_or_else(|| format!("s{:03}", life.making.len()));
         let acked = session.acked.max(session.volume.last_acknowledged().get());
-        life.making.entry(name.clone()).or_insert(acked);
+        // Of one that is asked for again, either call may make it; and what was acknowledged may be lost since, or the
+        // volume rolled back.
+        let at_least = life.making.entry(name.clone()).or_insert(acked);
+        *at_least = acked.min(*at_least);
         self.call(h, n, Ask::Snapshot(name), 0);
     }
 
@@ -212,6 +217,20 @@ impl World {
         self.hosts[h].evict(self.truths[n].id);
     }
 
+    fn compact(&mut self, h: usize, n: usize) {
+        if self.serves(h, n) {
+            let held = self.core.rng.random_bool(0.5);
+            self.call(h, n, Ask::Compact { held }, 0);
+        }
+    }
+
+    fn flatten(&mut self, h: usize, n: usize) {
+        if self.truths[n].life.parent.is_some() && self.serves(h, n) {
+            self.truths[n].life.flattening = true;
+            self.call(h, n, Ask::Flatten, 0);
+        }
+    }
+
     /// Holds the heads that were stored since this was called last against what may be.
     pub(super) fn hear_heads(&mut self) {
         for (key, body) in self.core.bucket.take_heads() {
@@ -241,6 +260,7 @@ impl World {
             Some(before) => {
                 self.snapshots_are(n, before, &head)?;
                 self.is_rolled_back(n, before, &head)?;
+                self.is_flattened(n, before, &head)?;
             }
         }
         if self.truths[n].life.stage == Stage::Purging {
@@ -278,12 +298,8 @@ impl World {
 
     /// An error if a volume needs objects of this one, or of this one's snapshot.
     fn has_no_clones(&self, n: usize, snapshot: Option<&str>) -> Result<(), String> {
-        let needs = |life: &Life| {
-            let of = life.parent.as_ref();
-            let ours = of.is_some_and(|of| of.0 == n && snapshot.is_none_or(|name| name == of.1));
-            ours && life.is_needy()
-        };
-        match self.truths.iter().position(|truth| needs(&truth.life)) {
+        let needs = |truth: &Truth| truth.life.needs(n, snapshot);
+        match self.truths.iter().position(needs) {
             Some(clone) => Err(format!(
                 "{snapshot:?} is deleted, of which {clone} is a clone"
             )),
@@ -365,6 +381,23 @@ impl World {
         Ok(())
     }
 
+    /// A clone that was flattened names no parent, and no snapshot of it can need that.
+    fn is_flattened(&mut self, n: usize, before: &Head, head: &Head) -> Result<(), String> {
+        if head.parent == before.parent || head.deleted() != before.deleted() {
+            return Ok(());
+        }
+        let life = &mut self.truths[n].life;
+        if head.parent.is_some() || !life.flattening || !head.snapshots.is_empty() {
+            return Err(format!(
+                "its parent was {:?} and is {:?}",
+                before.parent, head.parent
+            ));
+        }
+        life.flattened = true;
+        self.core.outcome.deeds.note(Deed::Flattened);
+        Ok(())
+    }
+
     /// Ends calls, and holds what they say against what is there.
     pub(super) async fn end_calls(&mut self) {
         for h in 0..self.hosts.len() {
@@ -413,6 +446,11 @@ impl World {
             Ask::Clone { clone, .. } => self.truths[*clone].life.stage != Stage::ToBe,
             Ask::RollBack(name) => life.rollbacks.iter().any(|r| r.done && r.snapshot == *name),
             Ask::Delete | Ask::Restore => true,
+            Ask::Compact { .. } => {
+                self.core.outcome.deeds.note(Deed::Compacted);
+                true
+            }
+            Ask::Flatten => life.flattened,
             Ask::Purge => matches!(life.stage, Stage::Gone | Stage::Never),
         };
         assert!(
@@ -427,7 +465,7 @@ impl World {
         let name = match ask {
             Ask::Snapshot(name) | Ask::Unmake(name) | Ask::RollBack(name) => Some(name),
             Ask::Clone { snapshot, .. } => Some(snapshot),
-            Ask::Delete | Ask::Restore | Ask::Purge => None,
+            Ask::Delete | Ask::Restore | Ask::Purge | Ask::Compact { .. } | Ask::Flatten => None,
         };
         let ending = life.is_condemned() || name.is_some_and(|name| life.is_ending(name));
         let rough = self.plan.weather.bad_bodies_max > BAD_BODIES_BORNE;
@@ -447,6 +485,9 @@ impl World {
                 let of = |truth: &Truth| truth.life.parent.as_ref().is_some_and(|of| of.0 == n);
                 self.truths.iter().any(of)
             }
+            Not::Chore(ChoreError::NoParent) => life.parent.is_none() || life.flattened,
+            Not::Chore(ChoreError::Snapshots(_)) => !life.snaps.is_empty(),
+            Not::Chore(ChoreError::Damaged { .. }) => rough,
             Not::Trash(TrashError::Headless) => rough || life.is_condemned(),
             _ => true,
         };
