@@ -377,6 +377,8 @@ impl Past<'_> {
                 Some(epoch) => epoch,
                 None => match self.epoch_at(sealed_by, at).await? {
                     Some(found) => *epoch.insert(found),
+                    // The volume went back: that was all.
+                    None if above.is_back && at.next() == above.log_end => break,
                     None => return Ok(Err(format!("chunk {at} of its log is gone"))),
                 },
             };

@@ -75,6 +75,7 @@ async fn go_back(
     let usage = usage.map(|usage| Usage {
         basis: Basis {
             log_end: first,
+            is_back: true,
             root_write: snapshot.root_write,
             size,
             log_ms: log_ms.max(usage.basis.log_ms),

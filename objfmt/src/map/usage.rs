@@ -107,12 +107,17 @@ pub struct Basis {
     pub is_first: bool,
     /// Whether the volume was a clone: then the map may need objects of others, as long as it is one.
     pub is_clones: bool,
+    /// Whether the volume went back to a snapshot with it: then the log that was left behind ends one place before its
+    /// own begins.
+    pub is_back: bool,
 }
 
 /// Mark of a map that the volume had none before.
 const MARK_FIRST: u8 = 1;
 /// Mark of a clone's map.
 const MARK_CLONES: u8 = 2;
+/// It went back to a snapshot.
+const MARK_BACK: u8 = 4;
 
 impl Basis {
     /// Of the map that is to take the place of the one that this head names, but for its time.
@@ -130,6 +135,7 @@ impl Basis {
             retain_ms: head.retain_ms,
             is_first: head.root.is_none(),
             is_clones: head.parent.is_some(),
+            is_back: false,
         }
     }
 
@@ -146,7 +152,9 @@ impl Basis {
         let mark = |mark: u8, is: bool| if is { mark } else { 0 };
         put_u8(
             out,
-            mark(MARK_FIRST, self.is_first) | mark(MARK_CLONES, self.is_clones),
+            mark(MARK_FIRST, self.is_first)
+                | mark(MARK_CLONES, self.is_clones)
+                | mark(MARK_BACK, self.is_back),
         );
     }
 
@@ -165,7 +173,7 @@ impl Basis {
             return Ok(basis);
         }
         let (log_ms, retain_ms, marks) = (reader.varint()?, reader.varint()?, reader.u8()?);
-        if marks & !(MARK_FIRST | MARK_CLONES) != 0 {
+        if marks & !(MARK_FIRST | MARK_CLONES | MARK_BACK) != 0 {
             return Err(FormatError::Unknown {
                 what: WHAT,
                 field: "mark of the map",
@@ -177,6 +185,7 @@ impl Basis {
             retain_ms,
             is_first: marks & MARK_FIRST != 0,
             is_clones: marks & MARK_CLONES != 0,
+            is_back: marks & MARK_BACK != 0,
             ..basis
         })
     }
@@ -420,6 +429,7 @@ mod tests {
             retain_ms: 86_400_000,
             is_first: true,
             is_clones: true,
+            is_back: true,
         }
     }
 
@@ -441,6 +451,7 @@ mod tests {
             retain_ms: 0,
             is_first: false,
             is_clones: false,
+            is_back: false,
             ..basis()
         };
         assert_eq!(Usage::decode_payload(&old).unwrap().basis, expected);

@@ -555,7 +555,7 @@ async fn volume_that_went_back_to_a_snapshot_is_what_it_was_before_and_after() {
     let key = keys::map_key(&tenant, volume, map.epoch, map.seq);
     bench.store.delete(&key).await.unwrap();
     let refused = bench.refused(back_ms).await;
-    assert!(refused.contains("gone back to a snapshot"), "{refused}");
+    assert!(refused.contains("of its log is gone"), "{refused}");
 }
 
 #[tokio::test(start_paused = true)]
