@@ -36,6 +36,19 @@ const ATTACH_AGAIN_AT_ONCE: usize = 8;
 /// Between two tries to attach a volume again, at first and at most.
 const ATTACH_AGAIN_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
+/// Heaps of the C library at most. By default each of many threads has one of its own, and keeps in it what it has
+/// freed: buffers of megabytes, in whichever thread a chunk was made or read.
+const HEAPS_MAX: libc::c_int = 2;
+
+/// Bounds the memory that lies freed and unused. To be called before there are threads.
+pub fn bound_heaps() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a number that is read when a thread gets its heap.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS_MAX);
+    }
+}
+
 /// Serves until SIGTERM or SIGINT. With `replace`, a daemon that serves at the same control socket is
 /// stopped first, as late as can be.
 ///

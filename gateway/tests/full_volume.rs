@@ -521,6 +521,8 @@ fn share(part: u64, of: u64) -> f64 {
 
 #[test]
 fn random_writes_over_a_full_volume_cost_a_small_map_and_it_opens_soon() {
+    // As the daemon does.
+    quarry_gateway::daemon::bound_heaps();
     let extents = number("QUARRY_TEST_EXTENTS", 1 << 17);
     let writes = number("QUARRY_TEST_WRITES", extents / 2);
     let dir = tempfile::tempdir().unwrap();

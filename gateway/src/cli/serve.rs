@@ -16,6 +16,7 @@ pub(super) fn run(flags: ServeFlags, socket: Option<PathBuf>) -> Result<(), Fail
     for note in config.notes() {
         tracing::warn!("{note}");
     }
+    crate::daemon::bound_heaps();
     on_runtime(crate::daemon::run(config, replace))
 }
 
