@@ -655,8 +655,31 @@ pub async fn purge(
         let key = keys::clone_key(tenant, of.volume, &snapshot, id);
         store.delete(&key).await?;
     }
+    drop_name(store, tenant, &record).await?;
     store.delete(&keys::trash_key(tenant, id)).await?;
     Ok(Purged::Gone)
+}
+
+/// Deletes the name of a volume that is gone, if it still leads to it: a name that was stored late, when it had been
+/// deleted already, would be in the way of the next volume of that name for ever.
+async fn drop_name(
+    store: &dyn Store,
+    tenant: &TenantName,
+    record: &TrashRecord,
+) -> Result<(), TrashError> {
+    let Ok(name) = VolumeName::new(&record.name) else {
+        return Ok(());
+    };
+    let tenant = tenant.clone();
+    let volume = VolumeRef { tenant, name };
+    match named(store, &volume).await {
+        Ok(Some(id)) if id == record.volume => {
+            let key = keys::name_key(&volume.tenant, &volume.name);
+            Ok(store.delete(&key).await?)
+        }
+        Ok(_) | Err(TrashError::Record { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Step 1 of purging; an answer if it must not go on.
