@@ -5,15 +5,14 @@
 //! and does not know its parent any more.
 
 use futures::{StreamExt as _, TryStreamExt as _};
-use quarry_objfmt::record::{CLONE_KIND, NAME_KIND};
+use quarry_objfmt::record::CLONE_KIND;
 use quarry_objfmt::{
-    CloneRecord, Deleted, Epoch, FormatError, Head, MapSeq, NameRecord, SnapName, TenantName,
-    VolumeId, VolumeName, keys,
+    CloneRecord, Deleted, Epoch, FormatError, Head, MapSeq, SnapName, TenantName, VolumeId, keys,
 };
 
 use crate::backend;
 use crate::store::{Store, StoreError};
-use crate::trash::{CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was};
+use crate::trash::{CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was, own_name};
 
 /// Clones looked at side by side.
 const CLONES_AT_ONCE: usize = 16;
@@ -112,7 +111,7 @@ async fn was_there(
     store: &dyn Store,
     tenant: &TenantName,
     record: &CloneRecord,
-) -> Result<bool, StoreError> {
+) -> Result<bool, TrashError> {
     let id = record.volume;
     let prefix = keys::volume_prefix(tenant, id);
     let first = keys::map_key(tenant, id, Epoch::ZERO, MapSeq::ZERO);
@@ -124,15 +123,8 @@ async fn was_there(
     {
         return Ok(true);
     }
-    let Ok(name) = VolumeName::new(&record.name) else {
-        return Ok(false);
-    };
-    let key = keys::name_key(tenant, &name);
-    match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
-        Ok(name) => Ok(name.is_ok_and(|name| name.volume == id)),
-        Err(StoreError::NotFound { .. }) => Ok(false),
-        Err(error) => Err(error),
-    }
+    let named = own_name(store, tenant, &record.name, id).await?;
+    Ok(named.is_some())
 }
 
 /// Whether a clone may need the parent at which the record `key` lies. One that was flattened names no parent, and
@@ -151,21 +143,10 @@ async fn known_as(
     store: &dyn Store,
     tenant: &TenantName,
     clone: &Head,
-) -> Result<String, StoreError> {
+) -> Result<String, TrashError> {
     let (name, id) = (&clone.name, clone.volume);
-    let leads = match VolumeName::new(name.as_str()) {
-        Ok(name) => {
-            let key = keys::name_key(tenant, &name);
-            match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
-                Ok(record) => record.is_ok_and(|record| record.volume == id),
-                Err(StoreError::NotFound { .. }) => false,
-                Err(error) => return Err(error),
-            }
-        }
-        Err(_) => false,
-    };
-    Ok(match leads {
-        true => format!("{tenant}/{name}"),
-        false => format!("{tenant}/{name} (nameless, id {id})"),
+    Ok(match own_name(store, tenant, name, id).await? {
+        Some(name) => format!("{tenant}/{name}"),
+        None => format!("{tenant}/{name} (nameless, id {id})"),
     })
 }

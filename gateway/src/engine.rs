@@ -42,7 +42,7 @@ use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
 use self::access::Access;
-use self::slot::{Slot, Stage};
+use self::slot::{Attached, Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
@@ -321,6 +321,15 @@ impl Daemon {
         Arc::clone(self.slots.lock().entry(volume.clone()).or_default())
     }
 
+    /// An image as it is attached here.
+    fn attached_here(&self, image: &ImageRef) -> ApiResult<Arc<Attached>> {
+        let slot = self.slots.lock().get(image).cloned().unwrap_or_default();
+        match slot.stage() {
+            Stage::Attached(attached) => Ok(attached),
+            _ => Err(not_attached(image)),
+        }
+    }
+
     /// Forgets a slot in which nothing happens any more; the caller holds `slot`.
     fn forget_idle(&self, volume: &ImageRef, slot: &Arc<Slot>) {
         let mut slots = self.slots.lock();
@@ -478,10 +487,7 @@ impl Engine for Daemon {
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {
         let image = ImageRef::from(volume.clone());
-        let slot = self.slots.lock().get(&image).cloned().unwrap_or_default();
-        let Stage::Attached(attached) = slot.stage() else {
-            return Err(not_attached(&image));
-        };
+        let attached = self.attached_here(&image)?;
         let backend = &attached.backend;
         if attached.read_only {
             return Ok(());

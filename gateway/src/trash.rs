@@ -481,6 +481,25 @@ async fn named(store: &dyn Store, volume: &VolumeRef) -> Result<Option<VolumeId>
     }
 }
 
+/// The name, if it leads to this volume; one that cannot be read leads nowhere.
+pub(crate) async fn own_name(
+    store: &dyn Store,
+    tenant: &TenantName,
+    name: &str,
+    id: VolumeId,
+) -> Result<Option<VolumeName>, TrashError> {
+    let Ok(name) = VolumeName::new(name) else {
+        return Ok(None);
+    };
+    let tenant = tenant.clone();
+    let volume = VolumeRef { tenant, name };
+    match named(store, &volume).await {
+        Ok(found) => Ok((found == Some(id)).then_some(volume.name)),
+        Err(TrashError::Record { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// A record of the trash, if it is there.
 async fn record(
     store: &dyn Store,
@@ -667,18 +686,9 @@ async fn drop_name(
     tenant: &TenantName,
     record: &TrashRecord,
 ) -> Result<(), TrashError> {
-    let Ok(name) = VolumeName::new(&record.name) else {
-        return Ok(());
-    };
-    let tenant = tenant.clone();
-    let volume = VolumeRef { tenant, name };
-    match named(store, &volume).await {
-        Ok(Some(id)) if id == record.volume => {
-            let key = keys::name_key(&volume.tenant, &volume.name);
-            Ok(store.delete(&key).await?)
-        }
-        Ok(_) | Err(TrashError::Record { .. }) => Ok(()),
-        Err(error) => Err(error),
+    match own_name(store, tenant, &record.name, record.volume).await? {
+        Some(name) => Ok(store.delete(&keys::name_key(tenant, &name)).await?),
+        None => Ok(()),
     }
 }
 

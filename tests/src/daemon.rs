@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{Nbd, Site, http_get};
+use crate::{Nbd, Site, http_get, metric_sum};
 
 /// How long a daemon may take until it is ready.
 const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -254,6 +254,21 @@ impl Daemon {
         let answer = http_get(&self.site.socket(), "/metrics")?;
         ensure!(answer.status == 200, "/metrics answers {}", answer.status);
         Ok(answer.body)
+    }
+
+    /// What the samples of a metric that counts come to, whose labels contain `label` (`""`: all).
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn count(&self, name: &str, label: &str) -> Result<u64> {
+        let found = metric_sum(&self.metrics()?, name, label);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "what is counted is whole and not negative"
+        )]
+        let count = found.map(|value| value as u64);
+        count.with_context(|| format!("no {name} metric"))
     }
 }
 

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use quarry_tests::{
-    FaultProxy, MIB, SeaweedFs, Site, Stamps, StoreDir, http_get, metric_sum, seeded, test_number,
+    Daemon, FaultProxy, MIB, SeaweedFs, Site, Stamps, StoreDir, http_get, metric_sum, seeded,
+    test_number,
 };
 use rand::seq::SliceRandom as _;
 use tempfile::tempdir;
@@ -34,7 +35,7 @@ fn upload_share(order: &[u64], volume_size: u64, seed: u64) -> Result<(f64, f64)
     let mut nbd = daemon.fresh_volume(VOLUME, volume_size, &["--compression", "none"])?;
     let store = StoreDir::of(dir.path());
     let weight_before = store.volume_bytes()?;
-    let count_before = uploaded(&daemon.metrics()?)?;
+    let count_before = uploaded(&daemon)?;
     let stamps = Stamps::new(seed);
     let mut under_way = Vec::new();
     for page in order {
@@ -52,22 +53,14 @@ fn upload_share(order: &[u64], volume_size: u64, seed: u64) -> Result<(f64, f64)
     nbd.flush()?;
     daemon.sync(VOLUME)?;
     let weight = store.volume_bytes()? - weight_before;
-    let count = uploaded(&daemon.metrics()?)? - count_before;
+    let count = uploaded(&daemon)? - count_before;
     daemon.stop()?;
     Ok((share(count, WRITTEN), share(weight, WRITTEN)))
 }
 
 /// Bytes that the daemon says it sent to the store.
-fn uploaded(metrics: &str) -> Result<u64> {
-    let bytes = metric_sum(metrics, "quarry_store_write_bytes_total", "")
-        .context("no quarry_store_write_bytes_total metric")?;
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a counter of bytes is a whole number"
-    )]
-    let bytes = bytes as u64;
-    Ok(bytes)
+fn uploaded(daemon: &Daemon) -> Result<u64> {
+    daemon.count("quarry_store_write_bytes_total", "")
 }
 
 fn judge(what: &str, (count, weight): (f64, f64), limit: f64) -> Result<()> {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{
-    Daemon, FaultProxy, GIB, KIB, MIB, Nbd, SeaweedFs, Site, Stamps, metric_sum, same_bytes,
-    seeded, test_number,
+    Daemon, FaultProxy, GIB, KIB, MIB, Nbd, SeaweedFs, Site, Stamps, same_bytes, seeded,
+    test_number,
 };
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
@@ -113,15 +113,7 @@ impl Image {
 }
 
 fn metric(daemon: &Daemon, name: &str) -> Result<u64> {
-    let found = metric_sum(&daemon.metrics()?, name, "");
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a count of bytes"
-    )]
-    found
-        .map(|value| value as u64)
-        .with_context(|| name.to_owned())
+    daemon.count(name, "")
 }
 
 /// Makes and attaches clones `NAME-0` and so on.

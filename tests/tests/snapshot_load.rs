@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{Daemon, MIB, Ran, Site, Tool, metric_sum, skip, test_number, tool};
+use quarry_tests::{Daemon, MIB, Ran, Site, Tool, skip, test_number, tool};
 use tempfile::tempdir;
 
 const VOLUME: &str = "acme/db";
@@ -42,15 +42,7 @@ impl Load {
 }
 
 fn metric(daemon: &Daemon, name: &str) -> Result<u64> {
-    let found = metric_sum(&daemon.metrics()?, name, "volume=\"db\"");
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a count of bytes"
-    )]
-    found
-        .map(|value| value as u64)
-        .with_context(|| name.to_owned())
+    daemon.count(name, "volume=\"db\"")
 }
 
 /// Waits until `holds`.

@@ -3,8 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{Daemon, MIB, Nbd, Site, Stamps, StoreDir, metric_sum, seeded, test_number};
+use anyhow::{Result, ensure};
+use quarry_tests::{Daemon, MIB, Nbd, Site, Stamps, StoreDir, seeded, test_number};
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 use tempfile::tempdir;
@@ -85,15 +85,7 @@ fn random_blocks(rng: &mut StdRng, among: u64, count: u64) -> Vec<u64> {
 }
 
 fn metric(daemon: &Daemon, name: &str) -> Result<u64> {
-    let found = metric_sum(&daemon.metrics()?, name, "churn");
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a count of bytes"
-    )]
-    found
-        .map(|value| value as u64)
-        .with_context(|| name.to_owned())
+    daemon.count(name, "churn")
 }
 
 /// Waits until nothing is left to delete, and answers the bytes of the volume's objects.

@@ -240,27 +240,22 @@ impl VolumeBackend {
             let Some(map) = map else {
                 return Ok(());
             };
-            let Some(needed) = self.count(&root).await? else {
+            let Some(needed) = self.recount(map, &root).await? else {
                 return Err(ChoreError::Ended);
             };
-            {
-                let mut objects = self.objects.lock().await;
-                objects.count(&needed, map, (self.common.now_ms)());
-                self.note_space(&objects);
-            }
             // What is written meanwhile is for the next time.
             let upto = *first.get_or_insert(map);
             let groups = self.groups(&needed, upto, map, held).await;
-            let Some((last, before)) = groups.split_last() else {
+            if groups.is_empty() {
                 return Ok(());
-            };
+            }
             let bytes = |group: &BTreeSet<ChunkName>| -> u64 {
                 let sectors = group.iter().map(|name| u64::from(needed[name].sectors));
                 sectors.sum::<u64>() * u64::from(SECTOR_SIZE)
             };
             order.progress.begin(groups.iter().map(bytes).sum());
-            for group in before.iter().chain([last]) {
-                let victims = Victims::Own(group.clone());
+            for group in groups {
+                let victims = Victims::Own(group);
                 if !compact::run(self, &victims, self.percent(), order).await? {
                     return Err(ChoreError::Ended);
                 }

@@ -348,7 +348,7 @@ pub(super) async fn get_range(
     got.map_err(|error| Unsound::Damaged(error.to_string()))
 }
 
-fn damaged(object: String, unsound: &Unsound) -> DataError {
+pub(super) fn damaged(object: String, unsound: &Unsound) -> DataError {
     DataError {
         object,
         reason: unsound.to_string(),

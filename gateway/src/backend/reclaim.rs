@@ -249,17 +249,11 @@ impl VolumeBackend {
             return Ok(());
         }
         self.reclaim.credit.store(0, Ordering::Relaxed);
-        let Some(needed) = self.count(&root).await? else {
+        if self.recount(map, &root).await?.is_none() {
             return Ok(());
-        };
-        let debt = {
-            let mut objects = self.objects.lock().await;
-            objects.count(&needed, map, (self.common.now_ms)());
-            self.note_space(&objects);
-            let space = self.space();
-            space.debt * 100 >= space.live * DEBT_START_PERCENT / 4
-        };
-        let patience = if debt {
+        }
+        let space = self.space();
+        let patience = if space.debt * 100 >= space.live * DEBT_START_PERCENT / 4 {
             1
         } else {
             (patience * 2).min(PATIENCE_MAX)
@@ -291,8 +285,23 @@ impl VolumeBackend {
         }
     }
 
+    /// Counts what the map numbered `map` needs, and brings the lists up to that; `None` if there is no time left.
+    pub(super) async fn recount(
+        &self,
+        map: MapSeq,
+        root: &Arc<MapRoot>,
+    ) -> Result<Option<Needed>, Stopped> {
+        let Some(needed) = self.count(root).await? else {
+            return Ok(None);
+        };
+        let mut objects = self.objects.lock().await;
+        objects.count(&needed, map, (self.common.now_ms)());
+        self.note_space(&objects);
+        Ok(Some(needed))
+    }
+
     /// What a map needs of each own chunk; `None` if there is no time left to find out.
-    pub(super) async fn count(&self, root: &Arc<MapRoot>) -> Result<Option<Needed>, Stopped> {
+    async fn count(&self, root: &Arc<MapRoot>) -> Result<Option<Needed>, Stopped> {
         let mut needed = Needed::new();
         let mut scan = Scan::new(self, Vec::new(), root.runs(), true);
         while let Some(entry) = scan.next().await? {

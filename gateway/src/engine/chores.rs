@@ -1,7 +1,6 @@
 //! `quarry volume compact` and `quarry volume flatten`, at the volume that is attached here.
 
-use super::slot::Stage;
-use super::{Daemon, not_attached};
+use super::Daemon;
 use crate::backend::{Chore, ChoreError, ChoreProgress};
 use crate::control::{ApiError, ApiResult, ImageRef, Kind, MoveReport, VolumeRef};
 
@@ -38,10 +37,7 @@ impl Daemon {
     /// Ends after the stage under way when its caller goes away.
     pub(super) async fn do_chore(&self, volume: &VolumeRef, chore: Chore) -> ApiResult<MoveReport> {
         let image = ImageRef::from(volume.clone());
-        let slot = self.slots.lock().get(&image).cloned().unwrap_or_default();
-        let Stage::Attached(attached) = slot.stage() else {
-            return Err(not_attached(&image));
-        };
+        let attached = self.attached_here(&image)?;
         if attached.read_only {
             let message = format!("{volume} is attached for reading only");
             let remedy = "attach it for writing: only who may write may move its data";

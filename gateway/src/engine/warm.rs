@@ -18,7 +18,7 @@ use quarry_objfmt::{Lba, LbaRange, Sectors, keys};
 use quarry_volume::{WARM_SECTORS_MAX, WarmEnd};
 use tokio::time::Instant;
 
-use super::slot::{Attached, Stage};
+use super::slot::Attached;
 use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::VolumeBackend;
 use crate::control::{
@@ -193,10 +193,7 @@ impl Daemon {
         spec: &WarmSpec,
     ) -> ApiResult<WarmReport> {
         let image = ImageRef::from(volume.clone());
-        let slot = self.slots.lock().get(&image).cloned().unwrap_or_default();
-        let Stage::Attached(attached) = slot.stage() else {
-            return Err(not_attached(&image));
-        };
+        let attached = self.attached_here(&image)?;
         let running = self.warms.begin(volume)?;
         let size = attached.backend.head().get().size;
         let end = spec

@@ -13,6 +13,7 @@ use quarry_objfmt::chunk::decode_frame;
 use quarry_objfmt::{ChunkId, SECTOR_SIZE, keys};
 use quarry_volume::DataError;
 
+use super::super::fetch::damaged;
 use super::super::sound::{Unsound, insist};
 use super::super::{VolumeBackend, aside, get_range};
 use super::Piece;
@@ -190,13 +191,8 @@ impl Job<'_> {
             let cut = self.cut_out(&window, &pieces[..inside]).await;
             Ok((cut.map_err(Unsound::Damaged)?, window))
         };
-        insist(attempt).await.map_err(|unsound| {
-            let error = DataError {
-                object: object.clone(),
-                reason: unsound.to_string(),
-            };
-            (self.chunk, error)
-        })
+        let read = insist(attempt).await;
+        read.map_err(|unsound| (self.chunk, damaged(object, &unsound)))
     }
 
     async fn cut_out(
