@@ -36,7 +36,8 @@ pub use page::{
 };
 pub use prologue::HOST_LEN_MAX;
 pub use record::{
-    CloneOf, CloneRecord, NameRecord, TenantRecord, TrashRecord, decode_record, encode_record,
+    CloneOf, CloneRecord, NameRecord, Rates, Suspended, TenantRecord, TenantSettings, TenantStore,
+    TrashRecord, decode_record, encode_record,
 };
 pub use seal::{LogObject, Seal, classify, encode_seal};
 pub use snap::Snapshot;

@@ -1,7 +1,9 @@
 //! Small records of the control plane: JSON in an envelope that is versioned and checksummed.
 //!
 //! Fields that a reader does not know are ignored: records are created and deleted, never
-//! rewritten, so nothing can be lost by that.
+//! rewritten, so nothing can be lost by that. A tenant's is rewritten, and keeps them.
+
+mod tenant;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -9,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{FormatError, Result};
 use crate::prologue::{Format, put_str, read_str};
 use crate::types::VolumeId;
+
+pub use tenant::{Rates, Suspended, TenantRecord, TenantSettings, TenantStore, WEIGHT_DEFAULT};
 
 const WHAT: &str = "record";
 const FORMAT: Format = Format {
@@ -32,15 +36,6 @@ pub const HOT_KIND: &str = "hot";
 
 /// Most ranges of a [`HotRecord`]: with the longest numbers it stays below 64 KiB.
 pub const HOT_RANGES_MAX: usize = 1800;
-
-/// A tenant.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct TenantRecord {
-    /// Its name.
-    pub name: String,
-    /// When it was created, in milliseconds since 1970.
-    pub created_ms: u64,
-}
 
 /// The volume that a name stands for.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

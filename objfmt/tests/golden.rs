@@ -175,6 +175,7 @@ fn tenant_record() -> TenantRecord {
     TenantRecord {
         name: "acme".to_owned(),
         created_ms: 1_700_000_000_000,
+        ..TenantRecord::default()
     }
 }
 

@@ -52,6 +52,7 @@ pub(super) async fn create_tenant(store: &dyn Store, tenant: &TenantName) -> Api
     let record = TenantRecord {
         name: tenant.to_string(),
         created_ms: now_ms(),
+        ..TenantRecord::default()
     };
     let bytes = encode_record(TENANT_KIND, &record).map_err(|e| internal(&e))?;
     match store
