@@ -12,7 +12,9 @@ use quarry_objfmt::{
 
 use crate::backend;
 use crate::store::{Store, StoreError};
-use crate::trash::{CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was, own_name};
+use crate::trash::{
+    CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was, note_given_up, own_name,
+};
 
 /// Clones looked at side by side.
 const CLONES_AT_ONCE: usize = 16;
@@ -61,7 +63,13 @@ async fn fate(
             Ok(Found::Sound(head, _)) => {
                 return Ok(match head.deleted() {
                     Some(Deleted::Purging) => Fate::Gone,
-                    Some(_) if never_was(&head) => Fate::Gone,
+                    Some(Deleted::InTrash { since_ms }) if never_was(&head) => {
+                        // Before the record here goes, which alone leads to it otherwise.
+                        if now_ms.is_some() {
+                            note_given_up(store, tenant, &head, since_ms).await?;
+                        }
+                        Fate::Gone
+                    }
                     _ if !needs_parent(tenant, &head, key) => Fate::Gone,
                     Some(_) => Fate::Live(format!("{tenant}/{} (in the trash)", head.name)),
                     None => Fate::Live(known_as(store, tenant, &head).await?),

@@ -425,7 +425,8 @@ async fn clones_of(
 }
 
 /// Gives up a clone that was begun and has no head: an empty volume in the trash gets its id, create-only, so
-/// that who wakes late finds that taken. *Crash before its record: it is not in the list, and stays.*
+/// that who wakes late finds that taken. *Crash before its record, or an answer lost: whoever meets the empty volume
+/// next writes that* ([`note_given_up`]).
 ///
 /// # Errors
 /// Those of the store; [`StoreError::Exists`] if there is a head.
@@ -445,10 +446,23 @@ pub(crate) async fn give_up(
     let key = keys::head_key(tenant, clone.volume);
     store.create(&key, empty.encode().into()).await?;
     Branch::CloneGivenUp.taken();
+    note_given_up(store, tenant, &empty, since_ms).await
+}
+
+/// Puts an empty volume that stands for a clone given up into the trash's list, where it may be.
+///
+/// # Errors
+/// Those of the store.
+pub(crate) async fn note_given_up(
+    store: &dyn Store,
+    tenant: &TenantName,
+    empty: &Head,
+    since_ms: u64,
+) -> Result<(), TrashError> {
     let left = TrashRecord {
-        volume: clone.volume,
-        name: clone.name.clone(),
-        deleted_ms: now_ms,
+        volume: empty.volume,
+        name: empty.name.clone(),
+        deleted_ms: since_ms,
         parent: None,
     };
     note(store, tenant, &left).await

@@ -633,6 +633,23 @@ async fn clone_that_was_never_finished_is_no_obstacle_and_cannot_come_late() {
     assert!(all(&store).await.is_empty());
 }
 
+/// It stayed for ever where the answer to its making was lost: nothing led to it any more.
+#[tokio::test]
+async fn clone_given_up_is_in_the_trash_wherever_giving_it_up_was_stopped() {
+    let prepare = async |store: &FolderStore| {
+        make(store, &volume("db"), id(1), snapshots).await;
+        record_clone(store, id(5), NOW - CLONING_TIME_MAX_MS).await;
+    };
+    let check = async |store: &FolderStore, at: &str| {
+        delete(store)
+            .await
+            .unwrap_or_else(|error| panic!("{at}: {error}"));
+        let records = records(store, &volume("db").tenant).await.unwrap();
+        assert!(records.iter().any(|r| r.volume == id(5)), "{at}");
+    };
+    at_each_stop(prepare, delete, check).await;
+}
+
 #[tokio::test]
 async fn volume_whose_head_is_lost_or_damaged_is_deleted_and_purged_but_not_restored() {
     for damage in [false, true] {
