@@ -42,7 +42,7 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 8] = [
+pub(crate) const SECTIONS: [(&str, &str); 9] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("store", "The object store that keeps everything durable."),
     (
@@ -54,6 +54,10 @@ pub(crate) const SECTIONS: [(&str, &str); 8] = [
     ("reclaim", "What volumes do not need any more in the store."),
     ("writeback", "The way from the cache to the store."),
     ("trash", "Deleted volumes, until their objects are deleted."),
+    (
+        "prices",
+        "What the store's provider takes, in one currency: what tenants and volumes cost is told by it.",
+    ),
 ];
 
 const SIZE: &str = "write a size such as \"64MiB\"";
@@ -61,6 +65,7 @@ const PATH: &str = "write a path in quotes";
 const ADDRESS: &str = "write an address and a port such as \"127.0.0.1:9464\"";
 const TEXT: &str = "write a text in quotes";
 const COUNT: &str = "write a whole number";
+const PRICE: &str = "write a number such as 0.005";
 
 pub(crate) const KEYS: &[Key] = &[
     Key {
@@ -228,6 +233,32 @@ pub(crate) const KEYS: &[Key] = &[
         secret: true,
         set: |c, v, _| text(v).map(|t| c.store.session_token = Some(Secret::new(t))),
         get: |_| None,
+    },
+    Key {
+        path: "store.credentials",
+        doc: "Who is asked for keys, in place of all that, again every minute, so that they can be rotated:\n\
+              \"profile:NAME\" (keys, a role to assume, a program), \"environment\", \"web-identity\" or\n\
+              \"instance-metadata\".",
+        expected: TEXT,
+        sample: "\"profile:quarry\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.store.credentials = Some(t.to_owned())),
+        get: |c| c.store.credentials.as_ref().map(quoted),
+    },
+    Key {
+        path: "store.credentials_file",
+        doc: "File of the profiles, in the form of ~/.aws/credentials, also of those that tenants' stores name.\n\
+              Unset: where AWS programs look for them.",
+        expected: PATH,
+        sample: "\"/etc/quarry/credentials\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.store.credentials_file = Some(p)),
+        get: |c| {
+            c.store
+                .credentials_file
+                .as_ref()
+                .map(|p| quoted(p.display()))
+        },
     },
     Key {
         path: "store.path_style",
@@ -427,6 +458,60 @@ pub(crate) const KEYS: &[Key] = &[
         set: |c, v, _| duration(v).map(|d| c.trash.grace = d),
         get: |c| Some(quoted(humantime::format_duration(c.trash.grace))),
     },
+    Key {
+        path: "prices.put",
+        doc: "For 1,000 objects written.",
+        expected: PRICE,
+        sample: "0.005",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.prices.put = p),
+        get: |c| (c.prices.put > 0.0).then(|| c.prices.put.to_string()),
+    },
+    Key {
+        path: "prices.get",
+        doc: "For 1,000 objects read, or parts of them.",
+        expected: PRICE,
+        sample: "0.0004",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.prices.get = p),
+        get: |c| (c.prices.get > 0.0).then(|| c.prices.get.to_string()),
+    },
+    Key {
+        path: "prices.list",
+        doc: "For 1,000 listings.",
+        expected: PRICE,
+        sample: "0.005",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.prices.list = p),
+        get: |c| (c.prices.list > 0.0).then(|| c.prices.list.to_string()),
+    },
+    Key {
+        path: "prices.delete",
+        doc: "For 1,000 objects deleted.",
+        expected: PRICE,
+        sample: "0.0",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.prices.delete = p),
+        get: |c| (c.prices.delete > 0.0).then(|| c.prices.delete.to_string()),
+    },
+    Key {
+        path: "prices.read_gib",
+        doc: "For a GiB received from it.",
+        expected: PRICE,
+        sample: "0.09",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.prices.read_gib = p),
+        get: |c| (c.prices.read_gib > 0.0).then(|| c.prices.read_gib.to_string()),
+    },
+    Key {
+        path: "prices.written_gib",
+        doc: "For a GiB sent to it.",
+        expected: PRICE,
+        sample: "0.0",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.prices.written_gib = p),
+        get: |c| (c.prices.written_gib > 0.0).then(|| c.prices.written_gib.to_string()),
+    },
 ];
 
 /// The key with this path.
@@ -454,6 +539,18 @@ fn text<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
     } else {
         Ok(text)
     }
+}
+
+fn price(value: &DeValue<'_>) -> Result<f64, String> {
+    let text = match value {
+        DeValue::Float(number) => number.as_str(),
+        DeValue::Integer(number) => number.as_str(),
+        _ => return Err("it is not a number".to_owned()),
+    };
+    let number: Option<f64> = text.parse().ok();
+    number
+        .filter(|n| n.is_finite() && *n >= 0.0)
+        .ok_or_else(|| "it is not a price".to_owned())
 }
 
 fn boolean(value: &DeValue<'_>) -> Result<bool, String> {

@@ -48,6 +48,8 @@ pub struct Config {
     pub reclaim: Reclaim,
     /// `[trash]`
     pub trash: Trash,
+    /// `[prices]`
+    pub prices: Prices,
 }
 
 /// `[daemon]`: where the daemon lives and how it is reached.
@@ -107,6 +109,10 @@ pub struct Store {
     pub secret_key_file: Option<PathBuf>,
     /// Token of a temporary access key.
     pub session_token: Option<Secret>,
+    /// Who is asked for keys instead: `profile:NAME`, `environment`, `web-identity` or `instance-metadata`.
+    pub credentials: Option<String>,
+    /// File of the profiles, also of those of tenants; none: where AWS programs look for them.
+    pub credentials_file: Option<PathBuf>,
     /// Bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
     /// Whether the daemon makes the bucket or the folder if there is none.
@@ -123,6 +129,8 @@ impl Default for Store {
             secret_key: None,
             secret_key_file: None,
             session_token: None,
+            credentials: None,
+            credentials_file: None,
             path_style: None,
             make_missing: true,
         }
@@ -135,6 +143,23 @@ impl Store {
     pub fn uses_path_style(&self) -> bool {
         self.path_style.unwrap_or(self.endpoint.is_some())
     }
+}
+
+/// `[prices]`: what the store's provider takes, in one currency.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Prices {
+    /// For 1,000 objects written.
+    pub put: f64,
+    /// For 1,000 objects read, or parts of them.
+    pub get: f64,
+    /// For 1,000 listings.
+    pub list: f64,
+    /// For 1,000 objects deleted.
+    pub delete: f64,
+    /// For a GiB received.
+    pub read_gib: f64,
+    /// For a GiB sent.
+    pub written_gib: f64,
 }
 
 /// `[cache]`: the local cache device.

@@ -56,7 +56,8 @@ impl Config {
         let has_own = store.access_key.is_some()
             || store.secret_key.is_some()
             || store.secret_key_file.is_some()
-            || store.session_token.is_some();
+            || store.session_token.is_some()
+            || store.credentials.is_some();
         if !has_own {
             store.access_key = var(&["AWS_ACCESS_KEY_ID"]);
             store.secret_key = var(&["AWS_SECRET_ACCESS_KEY"]).map(Secret::new);

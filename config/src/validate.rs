@@ -171,6 +171,15 @@ fn check_store(config: &Config) -> Result<(), ConfigError> {
             "keep one of the two",
         ));
     }
+    if let (Some(source), Some(_)) = (&store.credentials, &store.access_key) {
+        let why = "store.access_key is set too";
+        return Err(refuse(
+            "store.credentials",
+            source,
+            why,
+            "keep one of the two",
+        ));
+    }
     let has_secret = store.secret_key.is_some() || store.secret_key_file.is_some();
     match &store.access_key {
         Some(id) if !has_secret => {

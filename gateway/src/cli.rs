@@ -23,6 +23,7 @@ mod snapshot;
 mod status;
 mod table;
 mod tenant;
+mod tenant_args;
 mod trash;
 mod verify;
 mod volume;

@@ -19,6 +19,7 @@ mod permissions;
 mod retain;
 mod serve;
 mod socket;
+mod tenant;
 mod trash;
 mod warm;
 
@@ -26,7 +27,7 @@ mod warm;
 pub(crate) mod fake;
 
 use async_trait::async_trait;
-use quarry_objfmt::{TenantName, VolumeName};
+use quarry_objfmt::{Suspended, TenantName, VolumeName};
 
 pub use api::control_routes as routes;
 pub use chores::{CompactSpec, MoveReport};
@@ -34,8 +35,7 @@ pub use client::Client;
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
     OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapshotInfo, State,
-    StatusInfo, StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo,
-    VolumeSpec,
+    StatusInfo, StoreStatus, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeSpec,
 };
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
@@ -43,6 +43,9 @@ pub use permissions::{DeviceMode, DeviceOwner};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
+pub use tenant::{
+    StoreRequests, SuspendSpec, TenantInfo, TenantList, TenantSpec, TenantUsage, patched,
+};
 pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
 pub use warm::{EvictInfo, WarmReport, WarmSpec};
 
@@ -52,10 +55,25 @@ pub type ApiResult<T> = Result<T, ApiError>;
 /// What the daemon can do for its operator. Names and geometry are checked before they get here.
 #[async_trait]
 pub trait Engine: Send + Sync + 'static {
-    /// Makes a tenant; [`Kind::Exists`] if there is one.
-    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo>;
+    /// Makes a tenant, whose store is found fit first; [`Kind::Exists`] if there is one.
+    async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo>;
     /// All tenants, by name.
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>>;
+    /// A tenant, with what it has.
+    async fn show_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo>;
+    /// Changes what a tenant may have, as [`patched`] says; [`Kind::Conflict`] if its store is to be another while it
+    /// has something in it.
+    async fn update_tenant(
+        &self,
+        tenant: &TenantName,
+        patch: &serde_json::Map<String, serde_json::Value>,
+    ) -> ApiResult<TenantInfo>;
+    /// Holds a tenant's volumes up, or lets them go on.
+    async fn suspend_tenant(
+        &self,
+        tenant: &TenantName,
+        how: Option<Suspended>,
+    ) -> ApiResult<TenantInfo>;
     /// Removes a tenant, and purges its trash if `purge`; [`Kind::Conflict`] while it has volumes, or
     /// trash that is to stay.
     async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()>;

@@ -57,7 +57,6 @@ pub fn bound_heaps() {
 pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result<()> {
     let settings = StoreSettings::from(&config.store);
     let store = open_store(&settings)?;
-    let url = store.describe();
     let lane = Lane::new(store, &LaneSettings::default());
     let (listeners, fitness) = if replace {
         // What this one cannot do must not end the other.
@@ -72,7 +71,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     };
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
-    let daemon = Daemon::start(config, lane.clone(), url)?;
+    let daemon = Daemon::start(config, lane.clone())?;
     if let Fitness::Unknown(error) = fitness {
         daemon.set_fit(Err(unchecked(&error)));
         tokio::spawn(check_store_later(
@@ -103,6 +102,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         }
     };
     let again = tokio::spawn(attach_again(Arc::clone(&daemon)));
+    let follow = tokio::spawn(Arc::clone(&daemon).follow_tenants());
     let trash = tokio::spawn({
         let daemon = Arc::clone(&daemon);
         async move { daemon.empty_trash().await }
@@ -112,6 +112,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     again.abort();
     // Wherever it is: the next daemon goes on.
     trash.abort();
+    follow.abort();
     if tokio::time::timeout(stop_time_max, daemon.drain_all())
         .await
         .is_err()
@@ -119,7 +120,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         tracing::warn!("the store did not take everything in time; the rest stays in the cache");
     }
     daemon.stop().await;
-    lane.stop();
+    daemon.stop_asking();
     Ok(())
 }
 

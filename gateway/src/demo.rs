@@ -73,7 +73,10 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
     std::fs::create_dir_all(home.join("store"))?;
 
     let first = Host::start(home, "first", options.cache_bytes).await?;
-    first.daemon.create_tenant(&volume.tenant).await?;
+    first
+        .daemon
+        .create_tenant(volume.tenant.clone().into())
+        .await?;
     let spec = VolumeSpec {
         tenant: volume.tenant.clone(),
         name: volume.name.clone(),
@@ -180,7 +183,7 @@ impl Host {
         config.cache.size = Some(quarry_config::Size::new(cache_bytes));
         let store = open_store(&StoreSettings::from(&config.store))?;
         let lane = Lane::new(Arc::clone(&store), &LaneSettings::default());
-        let daemon = Daemon::start(config, lane.clone(), store.describe())?;
+        let daemon = Daemon::start(config, lane.clone())?;
         let listener = listen_unix(&socket)?;
         let server = NbdServer::new(daemon.exports());
         let nbd = tokio::spawn(async move { server.serve_unix(listener).await });

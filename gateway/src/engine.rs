@@ -12,9 +12,11 @@
 mod access;
 mod attach;
 mod chores;
+mod costs;
 mod direct;
 mod handover;
 pub mod kept;
+mod quota;
 mod registry;
 mod report;
 mod rescue;
@@ -23,6 +25,8 @@ mod retain;
 mod shrink;
 mod slot;
 mod snapshot;
+mod tenancy;
+mod tenants;
 mod trash;
 mod verify;
 mod wanted;
@@ -37,19 +41,22 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use quarry_cache::{Cache, CacheDevice, Journal, Journals, Recovered, Scan};
-use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
 use self::access::Access;
+use self::quota::Wish;
 use self::slot::{Attached, Slot, Stage};
+use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
     MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
+    WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -131,8 +138,9 @@ pub struct Daemon {
     host: String,
     started_ms: u64,
     lane: Lane,
-    control: Lane,
-    store_url: String,
+    /// The way to the daemon's own store, where the tenants' records are, for a control call.
+    home: Lane,
+    tenants: Tenants,
     common: Common,
     shared: Arc<Mutex<Shared>>,
     reactors: Mutex<Vec<Reactor>>,
@@ -197,11 +205,7 @@ impl Daemon {
     ///
     /// # Errors
     /// If the cache device, an io_uring or the data folder cannot be had.
-    pub fn start(
-        config: quarry_config::Config,
-        lane: Lane,
-        store_url: String,
-    ) -> anyhow::Result<Arc<Self>> {
+    pub fn start(config: quarry_config::Config, lane: Lane) -> anyhow::Result<Arc<Self>> {
         std::fs::create_dir_all(&config.daemon.data_dir)?;
         let host = rustix::system::uname()
             .nodename()
@@ -291,9 +295,9 @@ impl Daemon {
         Ok(Arc::new(Self {
             host,
             started_ms: now_ms(),
-            control: lane.with_deadline(CONTROL_DEADLINE),
+            home: lane.with_deadline(CONTROL_DEADLINE),
+            tenants: Tenants::new(Site::looked_at((&config.store).into(), lane.clone())),
             lane,
-            store_url,
             common,
             shared,
             reactors: Mutex::new(reactors),
@@ -417,6 +421,12 @@ impl Daemon {
         futures::future::join_all(drains).await;
     }
 
+    /// Ends the ways to all stores, as [`Lane::stop`].
+    pub fn stop_asking(&self) {
+        self.lane.stop();
+        self.tenants.stop();
+    }
+
     /// Ends the reactors. Requests under way are answered; what comes later is not taken.
     pub async fn stop(&self) {
         let reactors = std::mem::take(&mut *self.reactors.lock());
@@ -430,13 +440,34 @@ impl Daemon {
 
 #[async_trait]
 impl Engine for Daemon {
-    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+    async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
         self.fit()?;
-        registry::create_tenant(&self.control, tenant).await
+        self.create_one_tenant(spec).await
     }
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
-        registry::list_tenants(&self.control).await
+        self.all_tenants().await
+    }
+
+    async fn show_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+        self.show_one_tenant(tenant).await
+    }
+
+    async fn update_tenant(
+        &self,
+        tenant: &TenantName,
+        patch: &serde_json::Map<String, serde_json::Value>,
+    ) -> ApiResult<TenantInfo> {
+        self.fit()?;
+        self.update_one_tenant(tenant, patch).await
+    }
+
+    async fn suspend_tenant(
+        &self,
+        tenant: &TenantName,
+        how: Option<Suspended>,
+    ) -> ApiResult<TenantInfo> {
+        self.suspend_one_tenant(tenant, how).await
     }
 
     async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()> {
@@ -445,13 +476,18 @@ impl Engine for Daemon {
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
         self.fit()?;
-        registry::create_volume(&self.control, &spec).await?;
+        let tenant = self.tenant(&spec.tenant).await?;
+        let wish = Wish::sized(&spec.volume(), spec.size_bytes);
+        let admission = self.admit(&tenant, &wish).await?;
+        let made = registry::create_volume(&tenant.control(), &spec).await;
+        self.settle(admission).await;
+        made?;
         self.show_volume(&spec.volume().into()).await
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
         let mut all = Vec::new();
-        for volume in registry::list_volumes(&self.control, tenant).await? {
+        for volume in self.volumes(tenant).await? {
             all.push(self.show_volume(&volume.into()).await?);
         }
         for image in self.past_images(tenant) {

@@ -88,6 +88,10 @@ pub struct VolumeStats {
     pub readahead_bytes: u64,
     /// Bytes that warming asked for.
     pub warmed_bytes: u64,
+    /// Requests to the store for it.
+    pub store_requests: u64,
+    /// What they cost by the configuration's prices, in millionths.
+    pub store_cost_micros: u64,
     /// 1 while writes wait for the store, else 0.
     pub stalled: u64,
     /// 1 while something is wrong with it, else 0.
@@ -177,6 +181,30 @@ pub struct VolumeSample {
     pub stats: VolumeStats,
 }
 
+/// What a tenant asked of its store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TenantStats {
+    /// Bytes received.
+    pub read_bytes: u64,
+    /// Bytes sent.
+    pub write_bytes: u64,
+    /// What all its requests cost by the configuration's prices, in millionths.
+    pub cost_micros: u64,
+    /// For how long its store has been failing; 0 when it is not.
+    pub failing_ms: u64,
+}
+
+/// A tenant that was asked for since the start.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct TenantSample {
+    /// Its name.
+    pub tenant: String,
+    /// Requests by what a provider takes money for: `put`, `get`, `list`, `delete`.
+    pub calls: Vec<(&'static str, u64)>,
+    /// What else it counted.
+    pub stats: TenantStats,
+}
+
 /// What a reactor counts, and its gauges.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ReactorCounts {
@@ -193,6 +221,8 @@ pub struct ReactorCounts {
 pub struct Snapshot {
     /// Attached volumes.
     pub volumes: Vec<VolumeSample>,
+    /// Tenants.
+    pub tenants: Vec<TenantSample>,
     /// Reactors, by their number.
     pub reactors: Vec<ReactorCounts>,
     /// The cache device.
@@ -210,6 +240,10 @@ enum Source {
     Volume(fn(&VolumeStats) -> f64),
     /// The constant 1 a volume, labelled with what does not change while it is attached.
     VolumeInfo,
+    /// One value a tenant, labelled `tenant`.
+    Tenant(fn(&TenantStats) -> f64),
+    /// One value a tenant and operation, labelled so.
+    TenantCalls,
     /// One value a reactor, labelled `reactor`.
     Reactor(fn(&ReactorCounts) -> f64),
     /// One value.
@@ -254,6 +288,9 @@ const fn gauge(name: &'static str, help: &'static str, source: Source) -> Defini
 macro_rules! of {
     ($source:ident . $field:ident) => {
         Source::$source(|stats| count(stats.$field))
+    };
+    ($source:ident . $field:ident in micros) => {
+        Source::$source(|stats| count(stats.$field) / 1_000_000.0)
     };
     ($source:ident . $field:ident in ms) => {
         Source::$source(|stats| count(stats.$field) / 1000.0)
@@ -392,6 +429,16 @@ static TABLE: &[Definition] = &[
         "Bytes that were not fetched, for memory had them, or they were on their way for another volume.",
         of!(Volume.shared_bytes),
     ),
+    counter(
+        "quarry_volume_store_cost_total",
+        "What requests to the store for the volume cost, by the prices in the configuration.",
+        of!(Volume.store_cost_micros in micros),
+    ),
+    counter(
+        "quarry_volume_store_requests_total",
+        "Requests to the store for the volume.",
+        of!(Volume.store_requests),
+    ),
     gauge(
         "quarry_volume_stored_bytes",
         "Bytes of the volume's chunks in the store.",
@@ -461,6 +508,31 @@ static TABLE: &[Definition] = &[
         "quarry_volume_stalled",
         "1 while writes wait for the store.",
         of!(Volume.stalled),
+    ),
+    counter(
+        "quarry_tenant_store_cost_total",
+        "What the tenant's requests to its store cost, by the prices in the configuration.",
+        of!(Tenant.cost_micros in micros),
+    ),
+    gauge(
+        "quarry_tenant_store_failing_seconds",
+        "For how long calls to the tenant's store have been failing.",
+        of!(Tenant.failing_ms in ms),
+    ),
+    counter(
+        "quarry_tenant_store_read_bytes_total",
+        "Bytes received from the tenant's store.",
+        of!(Tenant.read_bytes),
+    ),
+    counter(
+        "quarry_tenant_store_requests_total",
+        "Requests to the tenant's store, by what a provider takes money for.",
+        Source::TenantCalls,
+    ),
+    counter(
+        "quarry_tenant_store_write_bytes_total",
+        "Bytes sent to the tenant's store.",
+        of!(Tenant.write_bytes),
     ),
     counter(
         "quarry_reactor_batches_total",
@@ -660,6 +732,21 @@ impl Definition {
                     self.metric(&[name, info].concat(), 1.0)
                 })
                 .collect(),
+            Source::Tenant(value) => snapshot
+                .tenants
+                .iter()
+                .map(|t| self.metric(&[("tenant", t.tenant.as_str())], value(&t.stats)))
+                .collect(),
+            Source::TenantCalls => {
+                let tenants = snapshot.tenants.iter();
+                let calls = tenants.flat_map(|t| t.calls.iter().map(move |call| (t, call)));
+                calls
+                    .map(|(t, (operation, calls))| {
+                        let labels = [("tenant", t.tenant.as_str()), ("operation", operation)];
+                        self.metric(&labels, count(*calls))
+                    })
+                    .collect()
+            }
             Source::Reactor(value) => (0_u32..)
                 .zip(&snapshot.reactors)
                 .map(|(n, counts)| {
@@ -742,6 +829,14 @@ mod tests {
                 mode: "zero copy",
                 stats,
             }],
+            tenants: vec![TenantSample {
+                tenant: "acme".to_owned(),
+                calls: vec![("put", 3)],
+                stats: TenantStats {
+                    cost_micros: 1_500,
+                    ..TenantStats::default()
+                },
+            }],
             reactors: vec![
                 ReactorCounts::default(),
                 ReactorCounts {
@@ -773,6 +868,8 @@ mod tests {
             "quarry_volume_read_bytes_total{tenant=\"acme\",volume=\"db\"} 4096",
             "quarry_volume_rpo_seconds{tenant=\"acme\",volume=\"db\"} 1.5",
             "quarry_volume_stalled{tenant=\"acme\",volume=\"db\"} 1",
+            "quarry_tenant_store_cost_total{tenant=\"acme\"} 0.0015",
+            "quarry_tenant_store_requests_total{tenant=\"acme\",operation=\"put\"} 3",
             "quarry_volume_info{tenant=\"acme\",volume=\"db\",via=\"ublk\",mode=\"zero copy\"} 1",
             "quarry_reactor_requests_total{reactor=\"1\"} 9",
             "quarry_cache_size_bytes 1073741824",

@@ -18,6 +18,7 @@
 mod backoff;
 #[cfg(test)]
 pub mod contract;
+mod credentials;
 pub mod direct;
 mod folder;
 mod health;
@@ -36,6 +37,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+pub use credentials::{CredentialSource, UnknownSource};
 pub use folder::FolderStore;
 pub use health::{StoreHealth, StoreState};
 pub use lane::{Lane, LaneSettings, Priority};

@@ -12,7 +12,10 @@ use crate::error::{FormatError, Result};
 use crate::prologue::{Format, put_str, read_str};
 use crate::types::VolumeId;
 
-pub use tenant::{Rates, Suspended, TenantRecord, TenantSettings, TenantStore, WEIGHT_DEFAULT};
+pub use tenant::{
+    RESERVATIONS_MAX, Rates, Reservation, Suspended, TenantRecord, TenantSettings, TenantStore,
+    WEIGHT_DEFAULT,
+};
 
 const WHAT: &str = "record";
 const FORMAT: Format = Format {

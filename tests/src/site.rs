@@ -89,6 +89,13 @@ impl Site {
         self
     }
 
+    /// With this variable in its daemon's environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// With this TOML as its configuration file.
     #[must_use]
     pub fn settings(mut self, toml: &str) -> Self {

@@ -7,8 +7,9 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
-use quarry_objfmt::{Compression, Durability, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{Compression, Durability, Suspended, TenantName, VolumeId, VolumeName};
 
+use super::tenant_args::TenantArgs;
 use super::warm::Span;
 use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, TrashRef, Via, VolumeRef};
 use crate::engine::now_ms;
@@ -146,13 +147,42 @@ pub struct ServeFlags {
 /// What to do with tenants.
 #[derive(Debug, Subcommand)]
 pub enum TenantCommand {
-    /// Make a tenant.
+    /// Make a tenant; its store is looked at first.
+    #[command(after_help = TENANT_EXAMPLES)]
     Create {
         /// Its name.
         tenant: TenantName,
+        #[command(flatten)]
+        settings: TenantArgs,
     },
     /// List all tenants.
     List,
+    /// Show a tenant: what it may have, has, and asked of its store.
+    Show {
+        /// Its name.
+        tenant: TenantName,
+    },
+    /// Change what a tenant may have; what is not named stays, and `none` takes a limit away.
+    #[command(after_help = TENANT_EXAMPLES)]
+    Update {
+        /// Its name.
+        tenant: TenantName,
+        #[command(flatten)]
+        settings: TenantArgs,
+    },
+    /// Hold a tenant's volumes up on all hosts, within a minute.
+    Suspend {
+        /// Its name.
+        tenant: TenantName,
+        /// Its devices refuse writes (`read-only`), or all their requests wait (`stall`).
+        #[arg(long, value_name = "HOW", default_value = "read-only", value_parser = suspended)]
+        how: Suspended,
+    },
+    /// Let a suspended tenant's volumes go on.
+    Resume {
+        /// Its name.
+        tenant: TenantName,
+    },
     /// Delete a tenant that has no volumes.
     Delete {
         /// Its name.
@@ -163,6 +193,12 @@ pub enum TenantCommand {
     },
 }
 
+const TENANT_EXAMPLES: &str = "\
+Examples:
+  quarry tenant create acme --max-bytes 10TiB --max-volumes 50 --iops 20000 --bandwidth 500MiB/s
+  quarry tenant create acme --store s3://acme-volumes/q --region eu-central-1 --credentials profile:acme
+  quarry tenant update acme --max-bytes 20TiB --iops none";
+
 const SNAPSHOT_EXAMPLES: &str = "\
 Examples:
   quarry snapshot create acme/db@nightly
@@ -171,6 +207,14 @@ Examples:
   quarry volume clone acme/db@nightly acme/test
   quarry volume rollback acme/db@nightly
   quarry snapshot delete acme/db@nightly";
+
+fn suspended(text: &str) -> Result<Suspended, String> {
+    match text {
+        "read-only" => Ok(Suspended::ReadOnly),
+        "stall" => Ok(Suspended::Stall),
+        _ => Err("write read-only or stall".to_owned()),
+    }
+}
 
 /// What to do with snapshots.
 #[derive(Debug, Subcommand)]

@@ -9,20 +9,20 @@ use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{get, post};
 use quarry_objfmt::{SECTOR_SIZE, SnapName, TenantName};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::dto::{
     AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeSpec, SnapshotInfo, SnapshotList,
-    SnapshotSpec, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
-    VolumeList, VolumeSpec, check_size,
+    SnapshotSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
+    check_size,
 };
 use super::error::response;
 use super::trash::{self, TrashInfo};
 use super::{
-    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, warm,
+    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, tenant, warm,
 };
 
 /// Largest body of a request; the largest real one has some 300 bytes.
@@ -32,15 +32,12 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 type Shared = State<Arc<dyn Engine>>;
 pub(super) type Body = Result<Bytes, BytesRejection>;
-type Tenant = Result<Path<String>, PathRejection>;
 pub(super) type Volume = Result<Path<(String, String)>, PathRejection>;
 type Snapshot = Result<Path<(String, String, String)>, PathRejection>;
 
 /// Everything: for the unix socket.
 pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
     let routes = Router::new()
-        .route("/v1/tenants", get(list_tenants).post(create_tenant))
-        .route("/v1/tenants/{tenant}", delete(delete_tenant))
         .route("/v1/volumes", get(list_volumes).post(create_volume))
         .route(
             "/v1/volumes/{tenant}/{volume}",
@@ -75,6 +72,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
         .route("/v1/status", get(status));
     finish(
         routes
+            .merge(tenant::routes())
             .merge(trash::routes())
             .merge(retain::routes())
             .merge(warm::routes())
@@ -163,11 +161,6 @@ pub(super) fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refused> {
     })
 }
 
-fn tenant_of(path: Tenant) -> ApiResult<TenantName> {
-    let Path(tenant) = path.map_err(|_| not_utf8())?;
-    Ok(TenantName::new(tenant)?)
-}
-
 pub(super) fn volume_of(path: Volume) -> ApiResult<VolumeRef> {
     let Path((tenant, name)) = path.map_err(|_| not_utf8())?;
     Ok(VolumeRef::new(tenant, name)?)
@@ -187,38 +180,8 @@ fn snapshot_of(path: Snapshot) -> ApiResult<SnapRef> {
     })
 }
 
-fn not_utf8() -> ApiError {
+pub(super) fn not_utf8() -> ApiError {
     ApiError::invalid("the path is not UTF-8", "mend the request")
-}
-
-async fn create_tenant(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
-    let spec: TenantSpec = json(body)?;
-    let made = whole(async move { engine.create_tenant(&spec.name).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
-}
-
-async fn list_tenants(State(engine): Shared) -> ApiResult<Json<TenantList>> {
-    Ok(Json(TenantList {
-        tenants: engine.list_tenants().await?,
-    }))
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TenantDelete {
-    #[serde(default)]
-    purge: bool,
-}
-
-async fn delete_tenant(
-    State(engine): Shared,
-    path: Tenant,
-    query: Result<Query<TenantDelete>, QueryRejection>,
-) -> ApiResult<StatusCode> {
-    let tenant = tenant_of(path)?;
-    let Query(how) = query.map_err(|_| wrong_query("use ?purge=true or none"))?;
-    whole(async move { engine.delete_tenant(&tenant, how.purge).await }).await?;
-    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn create_volume(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
@@ -228,7 +191,7 @@ async fn create_volume(State(engine): Shared, body: Body) -> Result<impl IntoRes
     Ok((StatusCode::CREATED, Json(made)))
 }
 
-fn wrong_query(remedy: &str) -> ApiError {
+pub(super) fn wrong_query(remedy: &str) -> ApiError {
     ApiError::invalid("the query is not what this path takes", remedy)
 }
 
@@ -493,7 +456,10 @@ mod tests {
     async fn volume_through_the_client_lives_its_whole_life() {
         let daemon = FakeDaemon::start(Arc::new(FakeEngine::default())).await;
         let client = daemon.client();
-        assert_eq!(client.create_tenant(&acme()).await.unwrap().name, "acme");
+        assert_eq!(
+            client.create_tenant(&acme().into()).await.unwrap().name,
+            "acme"
+        );
         assert_eq!(client.list_tenants().await.unwrap().tenants.len(), 1);
 
         let made = client.create_volume(&spec("db")).await.unwrap();
@@ -568,7 +534,7 @@ mod tests {
         let ended = Arc::clone(&engine.verify_ended);
         let daemon = FakeDaemon::start(engine).await;
         let client = daemon.client();
-        client.create_tenant(&acme()).await.unwrap();
+        client.create_tenant(&acme().into()).await.unwrap();
         for name in ["db", "slow"] {
             client.create_volume(&spec(name)).await.unwrap();
         }
@@ -595,7 +561,7 @@ mod tests {
     #[tokio::test]
     async fn requests_that_are_wrong_get_a_problem_that_says_so() {
         let daemon = FakeDaemon::start(Arc::new(FakeEngine::default())).await;
-        daemon.client().create_tenant(&acme()).await.unwrap();
+        daemon.client().create_tenant(&acme().into()).await.unwrap();
         let unknown = refused(
             &daemon,
             "POST",
@@ -772,7 +738,7 @@ mod tests {
         let engine = Arc::new(FakeEngine::slow(Duration::from_millis(100)));
         let daemon = FakeDaemon::start(engine).await;
         let client = daemon.client();
-        client.create_tenant(&acme()).await.unwrap();
+        client.create_tenant(&acme().into()).await.unwrap();
         client.create_volume(&spec("db")).await.unwrap();
         let hung_up = timeout(
             Duration::from_millis(20),
@@ -795,7 +761,7 @@ mod tests {
         let daemon = FakeDaemon::start(engine).await;
         let socket = daemon.socket();
         let client = daemon.client();
-        client.create_tenant(&acme()).await.unwrap();
+        client.create_tenant(&acme().into()).await.unwrap();
         client.create_volume(&spec("db")).await.unwrap();
         let call =
             tokio::spawn(

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use quarry_objfmt::{TenantName, VolumeName};
+use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -11,10 +11,11 @@ use serde::de::DeserializeOwned;
 use super::chores::{CompactSpec, MoveReport};
 use super::dto::{
     AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
-    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
+    SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
+    VolumeInfo, VolumeList, VolumeSpec,
 };
 use super::retain::{RetainInfo, RetainSpec};
+use super::tenant::{SuspendSpec, TenantInfo, TenantList, TenantSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{ApiError, ApiResult, ImageRef, Kind, Problem, SnapRef, VolumeRef};
@@ -159,11 +160,60 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn create_tenant(&self, name: &TenantName) -> ApiResult<TenantInfo> {
-        let spec = TenantSpec { name: name.clone() };
+    pub async fn create_tenant(&self, spec: &TenantSpec) -> ApiResult<TenantInfo> {
         let response = self
-            .call(Method::POST, "/v1/tenants", Some(&spec), Patience::Answer)
+            .call(Method::POST, "/v1/tenants", Some(spec), Patience::Work)
             .await?;
+        self.json(response).await
+    }
+
+    /// One tenant, with what it has.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn show_tenant(&self, name: &TenantName) -> ApiResult<TenantInfo> {
+        self.get(&format!("/v1/tenants/{name}")).await
+    }
+
+    /// Changes what a tenant may have.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn update_tenant(
+        &self,
+        name: &TenantName,
+        patch: &serde_json::Map<String, serde_json::Value>,
+    ) -> ApiResult<TenantInfo> {
+        let path = format!("/v1/tenants/{name}");
+        let response = self
+            .call(Method::PATCH, &path, Some(patch), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Holds a tenant's volumes up, or lets them go on.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn suspend_tenant(
+        &self,
+        name: &TenantName,
+        how: Option<Suspended>,
+    ) -> ApiResult<TenantInfo> {
+        let response = match how {
+            Some(how) => {
+                let path = format!("/v1/tenants/{name}/suspend");
+                let spec = SuspendSpec { how };
+                self.call(Method::POST, &path, Some(&spec), Patience::Work)
+                    .await?
+            }
+            None => {
+                let path = format!("/v1/tenants/{name}/resume");
+                let nothing: Option<&()> = None;
+                self.call(Method::POST, &path, nothing, Patience::Work)
+                    .await?
+            }
+        };
         self.json(response).await
     }
 

@@ -14,6 +14,7 @@ use quarry_objfmt::{
 use serde::{Deserialize, Serialize};
 
 use super::retain::check_retain;
+use super::tenant::StoreRequests;
 use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, ImageRef, VolumeRef};
 use crate::ublk::QUEUES_MAX;
 
@@ -50,31 +51,6 @@ impl fmt::Display for Via {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
-}
-
-/// A tenant.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct TenantInfo {
-    /// Its name.
-    pub name: String,
-    /// When it was made.
-    #[serde(default)]
-    pub created_ms: u64,
-}
-
-/// Request: make a tenant.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TenantSpec {
-    /// Its name.
-    pub name: TenantName,
-}
-
-/// Answer: all tenants.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct TenantList {
-    /// By name.
-    pub tenants: Vec<TenantInfo>,
 }
 
 /// Request: make a volume.
@@ -577,6 +553,9 @@ pub struct VolumeInfo {
     pub uploaded_bytes: u64,
     /// Whether writes wait for the store.
     pub stalled: bool,
+    /// What was asked of the store for it since it was attached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests: Option<StoreRequests>,
     /// What is wrong with it, in a sentence.
     pub problem: Option<String>,
 }

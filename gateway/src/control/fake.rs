@@ -43,9 +43,13 @@ impl FakeEngine {
 
 #[async_trait]
 impl Engine for FakeEngine {
-    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+    async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
+        let TenantSpec {
+            name: tenant,
+            settings,
+        } = spec;
         let mut tenants = self.tenants.lock();
-        if tenants.iter().any(|t| t == tenant) {
+        if tenants.iter().any(|t| *t == tenant) {
             return Err(ApiError::new(
                 Kind::Exists,
                 format!("tenant {tenant} exists already"),
@@ -56,7 +60,42 @@ impl Engine for FakeEngine {
         Ok(TenantInfo {
             name: tenant.to_string(),
             created_ms: 1,
+            settings,
+            ..TenantInfo::default()
         })
+    }
+
+    async fn show_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+        let tenants = self.tenants.lock();
+        let found = tenants.iter().find(|t| *t == tenant);
+        let name = found
+            .ok_or_else(|| ApiError::no_tenant(tenant))?
+            .to_string();
+        Ok(TenantInfo {
+            name,
+            created_ms: 1,
+            ..TenantInfo::default()
+        })
+    }
+
+    async fn update_tenant(
+        &self,
+        tenant: &TenantName,
+        patch: &serde_json::Map<String, serde_json::Value>,
+    ) -> ApiResult<TenantInfo> {
+        let mut info = self.show_tenant(tenant).await?;
+        info.settings = patched(&info.settings, patch)?;
+        Ok(info)
+    }
+
+    async fn suspend_tenant(
+        &self,
+        tenant: &TenantName,
+        how: Option<Suspended>,
+    ) -> ApiResult<TenantInfo> {
+        let mut info = self.show_tenant(tenant).await?;
+        info.settings.suspended = how;
+        Ok(info)
     }
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
@@ -66,6 +105,7 @@ impl Engine for FakeEngine {
             .map(|name| TenantInfo {
                 name: name.to_string(),
                 created_ms: 1,
+                ..TenantInfo::default()
             })
             .collect())
     }

@@ -12,6 +12,7 @@ use super::access::Access;
 use super::kept::{Taken, settle, take_up};
 use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
+use super::tenants::Tenant;
 use super::wanted::How;
 use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
 use crate::backend::open::{
@@ -26,6 +27,7 @@ use crate::moment::Moment;
 use crate::nbd::Export;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
+use crate::store::StoreStats;
 use crate::ublk::{
     Device, DeviceSpec, Found, Permissions, Stamp, UblkError, past_device, snapshot_device,
 };
@@ -82,6 +84,8 @@ impl From<ReactorGone> for ApiError {
 pub(super) struct Opening {
     pub(super) backend: Arc<VolumeBackend>,
     spec: DeviceSpec,
+    tenant: Arc<Tenant>,
+    account: Arc<StoreStats>,
 }
 
 impl Daemon {
@@ -202,10 +206,10 @@ impl Daemon {
             read_only: options.read_only,
             access,
             shown: AtomicU64::new(opening.spec.size.bytes()),
-            ..self.without_front_end(volume, &opening.backend)
+            ..self.without_front_end(volume, &opening)
         };
         if options.direct_reads {
-            let can = self.can_read_directly(&attached.backend.head().get(), via);
+            let can = attached.can_read_directly(via);
             attached.direct = Some(can);
             attached.tell_direct().await;
         }
@@ -250,13 +254,12 @@ impl Daemon {
     }
 
     /// A volume that is served here to nobody.
-    pub(super) fn without_front_end(
-        &self,
-        volume: &ImageRef,
-        backend: &Arc<VolumeBackend>,
-    ) -> Attached {
+    pub(super) fn without_front_end(&self, volume: &ImageRef, opening: &Opening) -> Attached {
+        let backend = &opening.backend;
         Attached {
             backend: Arc::clone(backend),
+            tenant: Arc::clone(&opening.tenant),
+            account: Arc::clone(&opening.account),
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
             mode: THROUGH_THE_DAEMON,
             queues: 0,
@@ -276,12 +279,15 @@ impl Daemon {
         volume: &ImageRef,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
-        let id = registry::find(&self.control, &volume.volume).await?;
+        let tenant = self.tenant(&volume.volume.tenant).await?;
+        let id = registry::find(&tenant.control(), &volume.volume).await?;
         if let Some(name) = &volume.snapshot {
-            return self.serve_snapshot(volume, id, name, options).await;
+            return self
+                .serve_snapshot(&tenant, volume, id, name, options)
+                .await;
         }
         if let Some(at) = volume.at {
-            return self.serve_past(volume, id, at, options).await;
+            return self.serve_past(&tenant, volume, id, at, options).await;
         }
         let unsettled = self.unsettled.lock().remove(&id);
         if let Some(segments) = unsettled {
@@ -291,7 +297,7 @@ impl Daemon {
         }
         // It stays known until the volume has taken it up.
         let kept = self.kept.lock().get(&id).cloned();
-        let opening = self.serve_kept(volume, id, kept, options).await?;
+        let opening = self.serve_kept(&tenant, volume, id, kept, options).await?;
         if !options.read_only {
             self.kept.lock().remove(&id);
         }
@@ -301,40 +307,42 @@ impl Daemon {
     /// Reads what the snapshot is. What the cache kept of its volume is no part of it.
     async fn serve_snapshot(
         &self,
+        tenant: &Arc<Tenant>,
         image: &ImageRef,
         id: VolumeId,
         name: &SnapName,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
-        let opened = open_snapshot(&self.control, &image.volume.tenant, id, name).await;
+        let opened = open_snapshot(&tenant.control(), &tenant.name, id, name).await;
         let (opened, created_ms) = opened.map_err(|error| match error {
             OpenError::NoSnapshot { .. } => no_snapshot(image),
             error => error.into(),
         })?;
         let device = snapshot_device(id, name, created_ms);
         let taken = (Taken::default(), None);
-        self.put_on_a_reactor(image, device, opened, taken, options)
+        self.put_on_a_reactor(tenant, image, device, opened, taken, options)
             .await
     }
 
     /// Finds out what the volume was. What the cache kept of it was never in the store, and is no part of it.
     async fn serve_past(
         &self,
+        tenant: &Arc<Tenant>,
         image: &ImageRef,
         id: VolumeId,
         at: Moment,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
-        let tenant = &image.volume.tenant;
-        let opened = open_at(&self.control, tenant, id, at.ms(), now_ms()).await?;
+        let opened = open_at(&tenant.control(), &tenant.name, id, at.ms(), now_ms()).await?;
         let device = past_device(id, at);
         let taken = (Taken::default(), None);
-        self.put_on_a_reactor(image, device, opened, taken, options)
+        self.put_on_a_reactor(tenant, image, device, opened, taken, options)
             .await
     }
 
     async fn serve_kept(
         &self,
+        tenant: &Arc<Tenant>,
         volume: &ImageRef,
         id: VolumeId,
         kept: Option<Recovered>,
@@ -355,11 +363,11 @@ impl Daemon {
             discard_unsent: options.discard_unsent,
         };
         let read_only = options.read_only;
-        let (store, tenant) = (&self.control, &volume.volume.tenant);
+        let (store, name) = (&tenant.control(), &tenant.name);
         let claimed = if read_only {
-            open_read_only(store, tenant, id, kept.as_ref(), &how).await?
+            open_read_only(store, name, id, kept.as_ref(), &how).await?
         } else {
-            claim(store, tenant, id, kept.as_ref(), &how).await?
+            claim(store, name, id, kept.as_ref(), &how).await?
         };
         let taken = if read_only {
             (Taken::default(), None)
@@ -376,13 +384,14 @@ impl Daemon {
                 }
             }
         };
-        self.put_on_a_reactor(volume, id, claimed, taken, options)
+        self.put_on_a_reactor(tenant, volume, id, claimed, taken, options)
             .await
     }
 
     /// `device` is by what its block device is known again.
     async fn put_on_a_reactor(
         &self,
+        tenant: &Arc<Tenant>,
         volume: &ImageRef,
         device: VolumeId,
         claimed: Claimed,
@@ -431,7 +440,9 @@ impl Daemon {
             first: actions,
         };
         let (reactor, key) = self.place()?;
-        let (common, name) = (self.common.clone(), volume.to_string());
+        let account = Arc::new(StoreStats::default());
+        let common = tenant.common(&self.common, Arc::clone(&account));
+        let name = volume.to_string();
         let backend = VolumeBackend::new(common, name, claimed, key, reactor.clone());
         let add = Message::AddVolume {
             key,
@@ -443,7 +454,12 @@ impl Daemon {
             backend.start_reclaiming();
             backend.start_sweeping_orphans();
         }
-        Ok(Opening { backend, spec })
+        Ok(Opening {
+            backend,
+            spec,
+            tenant: Arc::clone(tenant),
+            account,
+        })
     }
 
     /// Takes up what the cache kept, and makes the journal anew.
@@ -659,9 +675,9 @@ impl Daemon {
         }
         if complete {
             if let Some(hot) = &hot {
-                self.leave_hot_set(backend, hot).await;
+                self.leave_hot_set(attached, hot).await;
             }
-            match give_back(&self.control, backend.head()).await {
+            match give_back(&attached.tenant.control(), backend.head()).await {
                 Ok(()) | Err(HeadError::Fenced { .. }) => {}
                 Err(error) => {
                     tracing::warn!(volume = backend.name(), %error, "detached, but the store still names this host as the owner");

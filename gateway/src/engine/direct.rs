@@ -3,17 +3,17 @@
 //! A wish that cannot be met does not keep a volume from being attached, at a restart least of all:
 //! it is told, in the answer to the attach, in the log and for as long as the volume is attached.
 
-use quarry_objfmt::{Compression, Encryption, Head};
+use quarry_objfmt::{Compression, Encryption};
 use quarry_volume::Event;
 
-use super::Daemon;
 use super::slot::Attached;
 use crate::control::Via;
 use crate::ublk::Mode;
 
-impl Daemon {
-    /// Whether the misses of a volume attached by `via` can go around the daemon's memory.
-    pub(super) fn can_read_directly(&self, head: &Head, via: Via) -> Result<(), String> {
+impl Attached {
+    /// Whether its misses can go around the daemon's memory, attached by `via`.
+    pub(super) fn can_read_directly(&self, via: Via) -> Result<(), String> {
+        let head = self.backend.head().get();
         if via == Via::Nbd {
             return Err("NBD passes its data through the daemon".to_owned());
         }
@@ -26,14 +26,12 @@ impl Daemon {
         if head.encryption != Encryption::None {
             return Err("the volume is encrypted".to_owned());
         }
-        match &**self.common.direct {
+        match &***self.tenant.direct() {
             Ok(_) => Ok(()),
             Err(why) => Err(why.clone()),
         }
     }
-}
 
-impl Attached {
     /// Tells the volume. Before its device is made: that reads from it at once.
     pub(super) async fn tell_direct(&self) {
         let on = self.direct == Some(Ok(()));

@@ -5,16 +5,14 @@
 
 use bytes::Bytes;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::record::{
-    NAME_KIND, NameRecord, TENANT_KIND, TenantRecord, decode_record, encode_record,
-};
+use quarry_objfmt::record::{NAME_KIND, NameRecord, decode_record, encode_record};
 use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName, keys};
 
 use super::now_ms;
 use super::resize::larger;
 use crate::backend::open::OpenError;
 use crate::backend::{self, HeadCell, HeadError};
-use crate::control::{ApiError, ApiResult, Kind, TenantInfo, VolumeRef, VolumeSpec};
+use crate::control::{ApiError, ApiResult, Kind, VolumeRef, VolumeSpec};
 use crate::store::{Store, StoreError};
 
 /// A store's error as the API tells it.
@@ -40,63 +38,16 @@ fn internal(error: &impl std::fmt::Display) -> ApiError {
     ApiError::internal(error.to_string())
 }
 
-pub(super) async fn check_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
-    match store.get(&keys::tenant_key(tenant)).await {
-        Ok(_) => Ok(()),
-        Err(StoreError::NotFound { .. }) => Err(ApiError::no_tenant(tenant)),
-        Err(error) => Err(store_error(&error)),
-    }
+/// The names of all tenants, in order, whatever their records say.
+pub(super) async fn tenant_names(store: &dyn Store) -> ApiResult<Vec<TenantName>> {
+    let listed = store.list(keys::TENANTS_PREFIX).await;
+    let listed = listed.map_err(|e| store_error(&e))?;
+    let name = |key: &String| key.strip_prefix(keys::TENANTS_PREFIX).map(TenantName::new);
+    Ok(listed.iter().filter_map(|key| name(key)?.ok()).collect())
 }
 
-pub(super) async fn create_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<TenantInfo> {
-    let record = TenantRecord {
-        name: tenant.to_string(),
-        created_ms: now_ms(),
-        ..TenantRecord::default()
-    };
-    let bytes = encode_record(TENANT_KIND, &record).map_err(|e| internal(&e))?;
-    match store
-        .create(&keys::tenant_key(tenant), Bytes::from(bytes))
-        .await
-    {
-        Ok(_)
-        | Err(StoreError::Exists {
-            after_retry: true, ..
-        }) => Ok(TenantInfo {
-            name: record.name,
-            created_ms: record.created_ms,
-        }),
-        Err(StoreError::Exists { .. }) => {
-            let message = format!("there is a tenant {tenant} already");
-            Err(ApiError::new(Kind::Exists, message, "choose another name"))
-        }
-        Err(error) => Err(store_error(&error)),
-    }
-}
-
-pub(super) async fn list_tenants(store: &dyn Store) -> ApiResult<Vec<TenantInfo>> {
-    let mut all = Vec::new();
-    for key in store
-        .list(keys::TENANTS_PREFIX)
-        .await
-        .map_err(|e| store_error(&e))?
-    {
-        let record = backend::record(store, TENANT_KIND, &key).await;
-        let record: TenantRecord = record
-            .map_err(|e| store_error(&e))?
-            .map_err(|e| damaged(&key, &e))?;
-        all.push(TenantInfo {
-            name: record.name,
-            created_ms: record.created_ms,
-        });
-    }
-    all.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(all)
-}
-
-/// An error if there is no such tenant, or if it has volumes.
+/// An error if a tenant has volumes.
 pub(super) async fn check_no_volumes(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
-    check_tenant(store, tenant).await?;
     let names = store
         .list(&keys::names_prefix(tenant))
         .await
@@ -108,8 +59,8 @@ pub(super) async fn check_no_volumes(store: &dyn Store, tenant: &TenantName) -> 
     Ok(())
 }
 
-/// Removes a tenant that has neither volumes nor trash: nobody would purge that.
-pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
+/// An error if a tenant has volumes or trash: nobody would purge that without it.
+pub(super) async fn check_is_empty(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
     check_no_volumes(store, tenant).await?;
     let trash = store.list(&keys::trash_prefix(tenant)).await;
     let trash = trash.map_err(|e| store_error(&e))?;
@@ -118,14 +69,10 @@ pub(super) async fn delete_tenant(store: &dyn Store, tenant: &TenantName) -> Api
         let remedy = "restore them, or delete it with --purge, which purges them";
         return Err(ApiError::new(Kind::Conflict, message, remedy));
     }
-    store
-        .delete(&keys::tenant_key(tenant))
-        .await
-        .map_err(|e| store_error(&e))
+    Ok(())
 }
 
 pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiResult<()> {
-    check_tenant(store, &spec.tenant).await?;
     check_free(store, &spec.volume()).await?;
     let volume = VolumeId::from(uuid::Uuid::new_v4());
     let created_ms = now_ms();
@@ -355,34 +302,18 @@ pub(super) async fn retain_volume(
     }
 }
 
-pub(super) async fn list_volumes(
+/// The names of a tenant's volumes, in order.
+pub(super) async fn volume_names(
     store: &dyn Store,
-    tenant: Option<&TenantName>,
+    tenant: &TenantName,
 ) -> ApiResult<Vec<VolumeRef>> {
-    let tenants = match tenant {
-        Some(tenant) => {
-            check_tenant(store, tenant).await?;
-            vec![tenant.clone()]
-        }
-        None => {
-            let all = list_tenants(store).await?;
-            all.into_iter()
-                .filter_map(|t| TenantName::new(t.name).ok())
-                .collect()
-        }
+    let prefix = keys::names_prefix(tenant);
+    let listed = store.list(&prefix).await.map_err(|e| store_error(&e))?;
+    let name = |key: &String| key.strip_prefix(&prefix).map(VolumeName::new);
+    let of = |name| VolumeRef {
+        tenant: tenant.clone(),
+        name,
     };
-    let mut volumes = Vec::new();
-    for tenant in tenants {
-        let prefix = keys::names_prefix(&tenant);
-        for key in store.list(&prefix).await.map_err(|e| store_error(&e))? {
-            if let Some(Ok(name)) = key.strip_prefix(&prefix).map(VolumeName::new) {
-                volumes.push(VolumeRef {
-                    tenant: tenant.clone(),
-                    name,
-                });
-            }
-        }
-    }
-    volumes.sort();
-    Ok(volumes)
+    let named = listed.iter().filter_map(|key| Some(of(name(key)?.ok()?)));
+    Ok(named.collect())
 }

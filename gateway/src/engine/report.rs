@@ -9,16 +9,17 @@ use quarry_volume::VolumeStats;
 
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
+use super::tenancy::status_of;
 use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, State, StatusInfo,
-    StoreStatus, VolumeInfo, VolumeRef,
+    VolumeInfo, VolumeRef,
 };
 use crate::metrics;
 use crate::reactor::ReactorStats;
-use crate::store::{Operation, Outcome, StoreState};
+use crate::store::{Lane, Operation, Outcome, StoreState};
 
 impl Daemon {
     /// A volume's counters, and the bytes of its requests that passed through the daemon's memory.
@@ -39,7 +40,7 @@ impl Daemon {
         }
         let mut head = match &attached {
             Some(attached) => attached.backend.head().get(),
-            None => registry::head(&self.control, volume).await?,
+            None => registry::head(&self.control(&volume.tenant).await?, volume).await?,
         };
         if let (Some(name), None) = (&image.snapshot, &attached) {
             let mut all = head.snapshots.iter();
@@ -104,6 +105,7 @@ impl Daemon {
         info.hit_ratio = ratio;
         info.uploaded_bytes = stats.uploaded_bytes;
         info.stalled = stats.stalled;
+        info.requests = Some(self.requests(&attached.account));
         info.problem = attached.backend.condition().problem;
         Ok(info)
     }
@@ -112,7 +114,8 @@ impl Daemon {
     async fn parent(&self, volume: &VolumeRef, head: &Head) -> Option<ParentInfo> {
         let parent = head.parent.as_ref()?;
         let key = keys::head_key(&volume.tenant, parent.volume);
-        let name = match HeadCell::read(&self.control, &key).await {
+        let store = self.control(&volume.tenant).await.ok()?;
+        let name = match HeadCell::read(&store, &key).await {
             Ok((head, _)) => format!("{}/{}", head.tenant, head.name),
             Err(_) => parent.volume.to_string(),
         };
@@ -151,17 +154,6 @@ impl Daemon {
     pub(super) async fn tell_status(&self) -> StatusInfo {
         let counts = self.shared.lock().cache.counts();
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
-        let (failing_ms, last_error) = match self.lane.health().state() {
-            StoreState::Healthy => (None, None),
-            StoreState::Failing {
-                lasting,
-                last_error,
-                ..
-            } => {
-                let lasting = u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX);
-                (Some(lasting), Some(last_error.to_string()))
-            }
-        };
         let ublk = match self.ublk.probe().await {
             Ok(_) => "available".to_owned(),
             Err(error) => error.to_string(),
@@ -178,12 +170,7 @@ impl Daemon {
             started_ms: self.started_ms,
             ready: not_ready.is_none(),
             not_ready,
-            store: StoreStatus {
-                url: self.store_url.clone(),
-                healthy: failing_ms.is_none(),
-                failing_ms,
-                last_error,
-            },
+            store: status_of(self.tenants.home()),
             cache: CacheStatus {
                 path: self.config.cache_path().display().to_string(),
                 id: self.common.device.id().to_string(),
@@ -202,6 +189,7 @@ impl Daemon {
     pub(super) async fn snapshot(&self) -> metrics::Snapshot {
         let mut volumes = Vec::new();
         for (volume, attached) in self.attached() {
+            let requests = self.requests(&attached.account);
             let (s, copied_bytes) = self.stats(&attached).await;
             let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
             let fetched = attached.backend.fetched();
@@ -242,6 +230,8 @@ impl Daemon {
                 shared_bytes: fetched.shared_bytes,
                 readahead_bytes: s.readahead_bytes,
                 warmed_bytes: s.warmed_bytes,
+                store_requests: requests.count(),
+                store_cost_micros: requests.cost_micros(),
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };
@@ -264,9 +254,33 @@ impl Daemon {
         let counts = shared.cache.counts();
         let nodes = shared.nodes.stats();
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
-        let store = self.lane.stats().snapshot();
+        let mut store = self.lane.stats().snapshot();
+        let (mut tenants, mut sites) = (Vec::new(), Vec::new());
+        for tenant in self.tenants.all() {
+            let requests = self.requests(tenant.account());
+            tenants.push(metrics::TenantSample {
+                tenant: tenant.name.to_string(),
+                calls: vec![
+                    ("put", requests.puts),
+                    ("get", requests.gets),
+                    ("list", requests.lists),
+                    ("delete", requests.deletes),
+                ],
+                stats: metrics::TenantStats {
+                    read_bytes: requests.read_bytes,
+                    write_bytes: requests.written_bytes,
+                    cost_micros: requests.cost_micros(),
+                    failing_ms: failing_ms(&tenant.site.lane),
+                },
+            });
+        }
+        // Each store once, however many tenants are in it.
+        self.tenants
+            .each_own_site(|site| sites.push(site.lane.stats().snapshot()));
+        sites.iter().for_each(|site| store.add(site));
         metrics::Snapshot {
             volumes,
+            tenants,
             reactors,
             cache: metrics::CacheStats {
                 size_bytes: bytes(counts.total),
@@ -287,12 +301,7 @@ impl Daemon {
                 retries: store.retries,
                 in_flight: store.in_flight,
                 waiting: store.waiting,
-                failing_ms: match self.lane.health().state() {
-                    StoreState::Healthy => 0,
-                    StoreState::Failing { lasting, .. } => {
-                        u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX)
-                    }
-                },
+                failing_ms: failing_ms(&self.lane),
                 calls: Operation::ALL
                     .iter()
                     .flat_map(|operation| Outcome::ALL.iter().map(move |o| (*operation, *o)))
@@ -308,6 +317,16 @@ impl Daemon {
                     .map(|operation| (operation.as_str(), store.busy(*operation)))
                     .collect(),
             },
+        }
+    }
+}
+
+/// For how long a way to a store has been failing.
+fn failing_ms(lane: &Lane) -> u64 {
+    match lane.health().state() {
+        StoreState::Healthy => 0,
+        StoreState::Failing { lasting, .. } => {
+            u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX)
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::backend::HeadCell;
 use crate::control::dto::check_size;
 use crate::control::{ApiError, ApiResult, ImageRef, Kind, RescueReport, RescueSpec, VolumeRef};
 use crate::rescue::{self, RescueError};
+use crate::store::Store;
 
 impl From<RescueError> for ApiError {
     fn from(error: RescueError) -> Self {
@@ -67,19 +68,21 @@ impl Daemon {
         volume: &VolumeRef,
         spec: &RescueSpec,
     ) -> ApiResult<RescueReport> {
+        let tenant = self.tenant(&volume.tenant).await?;
+        let control = tenant.control();
         let id = match spec.id {
             Some(id) => id,
-            None => registry::find(&self.control, volume)
+            None => registry::find(&control, volume)
                 .await
                 .map_err(|e| e.with_remedy("if its name is lost, give its id with --id"))?,
         };
-        let name = registry::name_state(&self.control, volume, id).await?;
+        let name = registry::name_state(&control, volume, id).await?;
         // It reads much, and waits for the store as other work does.
-        let store = Arc::clone(&self.common.background);
+        let store = Arc::new(tenant.lane().background());
         let rescued = rescue::run(store, volume, id, spec, &self.host, now_ms()).await;
         let report = match rescued {
             Err(RescueError::Sound) if !name.is_there() => {
-                let head = self.sound_head(volume, id).await?;
+                let head = sound_head(&control, volume, id).await?;
                 RescueReport {
                     volume: volume.to_string(),
                     id: id.to_string(),
@@ -94,26 +97,30 @@ impl Daemon {
             rescued => rescued?,
         };
         if report.applied {
-            registry::name_anew(&self.control, volume, id, name).await?;
+            registry::name_anew(&control, volume, id, name).await?;
         }
         Ok(report)
     }
+}
 
-    /// The sound head of a volume that is to be called `volume` again, and says so itself.
-    async fn sound_head(&self, volume: &VolumeRef, id: quarry_objfmt::VolumeId) -> ApiResult<Head> {
-        let key = keys::head_key(&volume.tenant, id);
-        let (head, _) = HeadCell::read(&self.control, &key)
-            .await
-            .map_err(|e| registry::head_error(volume, &e))?;
-        if head.deleted().is_some() {
-            let message = format!("volume {id} was deleted, its head is sound");
-            let remedy = format!("bring it back with `quarry volume restore {id}`");
-            return Err(ApiError::new(Kind::Conflict, message, remedy));
-        }
-        if head.name == volume.name.as_str() {
-            return Ok(head);
-        }
-        let message = format!("volume {id} is called {}/{}", head.tenant, head.name);
-        Err(ApiError::new(Kind::Conflict, message, "use that name"))
+/// The sound head of a volume that is to be called `volume` again, and says so itself.
+async fn sound_head(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    id: quarry_objfmt::VolumeId,
+) -> ApiResult<Head> {
+    let key = keys::head_key(&volume.tenant, id);
+    let (head, _) = HeadCell::read(store, &key)
+        .await
+        .map_err(|e| registry::head_error(volume, &e))?;
+    if head.deleted().is_some() {
+        let message = format!("volume {id} was deleted, its head is sound");
+        let remedy = format!("bring it back with `quarry volume restore {id}`");
+        return Err(ApiError::new(Kind::Conflict, message, remedy));
     }
+    if head.name == volume.name.as_str() {
+        return Ok(head);
+    }
+    let message = format!("volume {id} is called {}/{}", head.tenant, head.name);
+    Err(ApiError::new(Kind::Conflict, message, "use that name"))
 }

@@ -21,6 +21,7 @@ use quarry_objfmt::Sectors;
 use quarry_objfmt::head::Head;
 use quarry_volume::Event;
 
+use super::quota::Wish;
 use super::shrink::refuse_attached;
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, registry};
@@ -62,7 +63,8 @@ impl Daemon {
         size_bytes: u64,
         force: bool,
     ) -> ApiResult<ResizeInfo> {
-        let head = registry::head(&self.control, volume).await?;
+        let store = self.control(&volume.tenant).await?;
+        let head = registry::head(&store, volume).await?;
         // Or it was shrunk, and left to be detached by a crash.
         let unfinished = force && size_bytes == head.size.bytes() && head.owner.is_some();
         if size_bytes < head.size.bytes() || unfinished {
@@ -70,7 +72,12 @@ impl Daemon {
             return shrunk.await;
         }
         let cache = self.common.device.id();
-        registry::grow_volume(&self.control, volume, size_bytes, cache).await?;
+        let more = size_bytes - head.size.bytes();
+        let tenant = self.tenant(&volume.tenant).await?;
+        let admission = self.admit(&tenant, &Wish::growth(volume, more)).await?;
+        let grown = registry::grow_volume(&store, volume, size_bytes, cache).await;
+        self.settle(admission).await;
+        grown?;
         Ok(resized(volume, size_bytes, None))
     }
 
@@ -98,10 +105,15 @@ impl Daemon {
         let head = if has.size == size {
             has
         } else {
-            let grown = backend.head().update(&self.control, |head| {
+            let store = attached.tenant.control();
+            let more = size.bytes() - has.size.bytes();
+            let wish = Wish::growth(volume, more);
+            let admission = self.admit(&attached.tenant, &wish).await?;
+            let grown = backend.head().update(&store, |head| {
                 head.size = head.size.max(size);
             });
             let grown = tokio::time::timeout(HEAD_WAIT_MAX, grown).await;
+            self.settle(admission).await;
             let grown = grown.map_err(|_| {
                 let message = format!("{volume}: the store does not take its head");
                 let remedy = "try again when the store answers";

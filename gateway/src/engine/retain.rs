@@ -24,7 +24,10 @@ impl Daemon {
             // Nothing else lasts while no call changes the volume.
             _ => {
                 let cache = self.common.device.id();
-                registry::retain_volume(&self.control, volume, retain_ms, cache).await
+                match self.control(&volume.tenant).await {
+                    Ok(store) => registry::retain_volume(&store, volume, retain_ms, cache).await,
+                    Err(error) => Err(error),
+                }
             }
         };
         self.forget_idle(&image, &slot);
@@ -42,7 +45,8 @@ impl Daemon {
     ) -> ApiResult<()> {
         self.may_change(volume, attached)?;
         let backend = &attached.backend;
-        let changed = backend.set_retention(&self.control, retain_ms);
+        let store = attached.tenant.control();
+        let changed = backend.set_retention(&store, retain_ms);
         let changed = tokio::time::timeout(HEAD_WAIT_MAX, changed).await;
         let changed = changed.map_err(|_| {
             let message = format!("{volume}: the store does not take its head");

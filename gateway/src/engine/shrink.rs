@@ -89,7 +89,7 @@ impl Daemon {
         slot.set(Stage::Attaching);
         let served = self.serve(&image, &AttachOptions::default()).await;
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
-        let attached = self.without_front_end(&image, &opening.backend);
+        let attached = self.without_front_end(&image, &opening);
         let shrunk = self.cut_off(volume, &attached, size).await;
         // Step 4.
         match self.let_go(&attached).await {
@@ -147,9 +147,8 @@ impl Daemon {
         if has == size {
             return Ok(());
         }
-        let smaller = backend
-            .head()
-            .update(&self.control, |head| head.size = size);
+        let store = self.control(&volume.tenant).await?;
+        let smaller = backend.head().update(&store, |head| head.size = size);
         match tokio::time::timeout(HEAD_WAIT_MAX, smaller).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(HeadError::Fenced { by })) => Err(registry::changed_elsewhere(volume, &by)),

@@ -6,13 +6,19 @@ use std::sync::atomic::AtomicU64;
 use parking_lot::Mutex;
 
 use super::access::Access;
+use super::tenants::Tenant;
 use crate::backend::VolumeBackend;
 use crate::control::{AttachInfo, State};
+use crate::store::StoreStats;
 use crate::ublk;
 
 /// A volume attached here.
 pub(super) struct Attached {
     pub(super) backend: Arc<VolumeBackend>,
+    /// Whose it is.
+    pub(super) tenant: Arc<Tenant>,
+    /// What was asked of the store for it.
+    pub(super) account: Arc<StoreStats>,
     pub(super) info: AttachInfo,
     /// How its data travel, for people.
     pub(super) mode: &'static str,

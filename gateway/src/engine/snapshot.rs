@@ -8,9 +8,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quarry_objfmt::{Head, SnapName, VolumeId, VolumeName};
+use quarry_objfmt::{Head, Sectors, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 
+use super::quota::Wish;
 use super::report::attached_info;
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, VolumeMachine, now_ms, registry};
@@ -20,6 +21,7 @@ use crate::control::{
     ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
 };
 use crate::snapshot::{self, CloneSpec, SnapshotError};
+use crate::store::Lane;
 use crate::trash;
 
 /// Longest wait for the store once all is uploaded: longer than one call's own deadline, for a checkpoint's
@@ -149,8 +151,14 @@ impl Daemon {
             return Err(ApiError::new(Kind::Conflict, message, "try again"));
         }
         let (head, name) = (backend.head(), &snapshot.name);
-        let made = snapshot::create(&self.control, head, name, acknowledged, now_ms());
-        let made = self.in_time(volume, made).await?;
+        let store = attached.tenant.control();
+        let admission = self
+            .admit(&attached.tenant, &Wish::snapshot(snapshot))
+            .await?;
+        let made = snapshot::create(&store, head, name, acknowledged, now_ms());
+        let made = self.in_time(volume, made).await;
+        self.settle(admission).await;
+        let made = made?;
         let made = tell_if_fenced(attached, made).await;
         made.map(|made| info_of(volume, &made))
             .map_err(|error| told(volume, error))
@@ -188,7 +196,8 @@ impl Daemon {
             let message = format!("{volume} was attached meanwhile");
             return Err(ApiError::new(Kind::Conflict, message, "try again"));
         }
-        let head = registry::head(&self.control, volume).await?;
+        let store = self.control(&volume.tenant).await?;
+        let head = registry::head(&store, volume).await?;
         if head.deleted().is_some() {
             return Err(not_ours(volume, &OpenError::Deleted));
         }
@@ -210,15 +219,22 @@ impl Daemon {
         slot.set(Stage::Attaching);
         let served = self.serve(image, &AttachOptions::default()).await;
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
-        let attached = self.without_front_end(image, &opening.backend);
+        let attached = self.without_front_end(image, &opening);
         let made = match self.fold(volume, &attached).await {
-            Ok(acknowledged) => {
-                let head = opening.backend.head();
-                let name = &snapshot.name;
-                let made = snapshot::create(&self.control, head, name, acknowledged, now_ms());
-                let made = self.in_time(volume, made).await;
-                made.and_then(|made| made.map_err(|error| told(volume, error)))
-            }
+            Ok(acknowledged) => match self
+                .admit(&attached.tenant, &Wish::snapshot(snapshot))
+                .await
+            {
+                Ok(admission) => {
+                    let head = opening.backend.head();
+                    let name = &snapshot.name;
+                    let made = snapshot::create(&store, head, name, acknowledged, now_ms());
+                    let made = self.in_time(volume, made).await;
+                    self.settle(admission).await;
+                    made.and_then(|made| made.map_err(|error| told(volume, error)))
+                }
+                Err(error) => Err(error),
+            },
             Err(error) => Err(error),
         };
         match self.let_go(&attached).await {
@@ -268,11 +284,12 @@ impl Daemon {
     ) -> ApiResult<Vec<SnapshotInfo>> {
         let volumes = match volume {
             Some(volume) => vec![volume.clone()],
-            None => registry::list_volumes(&self.control, None).await?,
+            None => self.volumes(None).await?,
         };
         let mut all = Vec::new();
         for volume in volumes {
-            let head = registry::head(&self.control, &volume).await?;
+            let store = self.control(&volume.tenant).await?;
+            let head = registry::head(&store, &volume).await?;
             let unique = self.unique_bytes(&volume, &head).await?;
             for (number, snapshot) in head.snapshots.iter().enumerate() {
                 let mut info = info_of(&volume, snapshot);
@@ -296,7 +313,8 @@ impl Daemon {
         if let Some(bytes) = here.and_then(|a| a.backend.unique_bytes(&head.snapshots)) {
             return Ok(Some(bytes));
         }
-        match load_usage(&self.control, &volume.tenant, head.volume, head.root).await {
+        let store = self.control(&volume.tenant).await?;
+        match load_usage(&store, &volume.tenant, head.volume, head.root).await {
             Ok(usage) => Ok(usage.map(|usage| unique_bytes(usage.dead.iter(), &head.snapshots))),
             // Its owner may have made a newer one meanwhile.
             Err(OpenError::Damaged { object, reason }) => {
@@ -319,7 +337,8 @@ impl Daemon {
 
     pub(super) async fn show_one_snapshot(&self, snapshot: &SnapRef) -> ApiResult<SnapshotInfo> {
         let SnapRef { volume, name } = snapshot;
-        let head = registry::head(&self.control, volume).await?;
+        let store = self.control(&volume.tenant).await?;
+        let head = registry::head(&store, volume).await?;
         let mut all = head.snapshots.iter();
         let number = all.position(|s| s.name == name.as_str());
         let number = number.ok_or_else(|| no_snapshot(&snapshot.clone().into()))?;
@@ -327,7 +346,7 @@ impl Daemon {
             &head.snapshots[number],
             self.unique_bytes(volume, &head).await?,
         );
-        let clones = snapshot::clones(&self.control, &volume.tenant, head.volume, name);
+        let clones = snapshot::clones(&store, &volume.tenant, head.volume, name);
         let clones = clones.await.map_err(|error| told(volume, error))?;
         Ok(SnapshotInfo {
             clones: Some(clones),
@@ -359,21 +378,22 @@ impl Daemon {
 
     async fn unname(&self, slot: &Slot, snapshot: &SnapRef) -> ApiResult<()> {
         let SnapRef { volume, name } = snapshot;
+        let store = self.control(&volume.tenant).await?;
         let writes = |a: &Arc<Attached>| !a.read_only;
         if let Some(attached) = slot.stage().attached().filter(|a| writes(a)) {
             self.may_change(volume, attached)?;
             let head = attached.backend.head();
-            let deleted = snapshot::delete(&self.control, head, name, now_ms());
+            let deleted = snapshot::delete(&store, head, name, now_ms());
             let deleted = self.in_time(volume, deleted).await?;
             let deleted = tell_if_fenced(attached, deleted).await;
             return deleted.map_err(|error| told(volume, error));
         }
-        let id = registry::find(&self.control, volume).await?;
-        let held = hold(&self.control, &volume.tenant, id, &self.claim()).await;
+        let id = registry::find(&store, volume).await?;
+        let held = hold(&store, &volume.tenant, id, &self.claim()).await;
         let (head, was_ours) = held.map_err(|error| not_ours(volume, &error))?;
-        let deleted = snapshot::delete(&self.control, &head, name, now_ms());
+        let deleted = snapshot::delete(&store, &head, name, now_ms());
         let deleted = self.in_time(volume, deleted).await;
-        if !was_ours && let Err(error) = give_back(&self.control, &head).await {
+        if !was_ours && let Err(error) = give_back(&store, &head).await {
             tracing::warn!(%volume, %error, "the store still names this host as the owner");
         }
         deleted?.map_err(|error| told(volume, error))
@@ -391,31 +411,50 @@ impl Daemon {
             tenant: parent.tenant.clone(),
             name: name.clone(),
         };
-        registry::check_free(&self.control, &clone).await?;
+        let tenant = self.tenant(&parent.tenant).await?;
+        let store = tenant.control();
+        registry::check_free(&store, &clone).await?;
+        let size = size_of(&registry::head(&store, parent).await?, &snapshot.name);
+        let size = size.ok_or_else(|| no_snapshot(&snapshot.clone().into()))?;
+        let wish = Wish::sized(&clone, size.bytes());
+        let admission = self.admit(&tenant, &wish).await?;
+        let made = self.make_clone(&store, snapshot, &clone).await;
+        self.settle(admission).await;
+        made?;
+        Ok(clone)
+    }
+
+    async fn make_clone(
+        &self,
+        store: &Lane,
+        snapshot: &SnapRef,
+        clone: &VolumeRef,
+    ) -> ApiResult<()> {
+        let parent = &snapshot.volume;
         let spec = CloneSpec {
             tenant: parent.tenant.clone(),
-            parent: registry::find(&self.control, parent).await?,
+            parent: registry::find(store, parent).await?,
             snapshot: snapshot.name.clone(),
             volume: VolumeId::from(uuid::Uuid::new_v4()),
-            name: name.clone(),
+            name: clone.name.clone(),
             now_ms: now_ms(),
         };
-        let made = snapshot::make_clone(&self.control, &spec).await;
+        let made = snapshot::make_clone(store, &spec).await;
         made.map_err(|error| told(parent, error))?;
-        let named = registry::name_fresh(&self.control, &clone, spec.volume, spec.now_ms).await;
+        let named = registry::name_fresh(store, clone, spec.volume, spec.now_ms).await;
         if let Err(error) = named {
             // Somebody was quicker. Its head is not deleted at once: one that was sent twice may arrive yet. After
             // other errors it may have its name, and stays.
             if error.kind == Kind::Exists {
                 let cache = self.common.device.id();
-                let put = trash::put(&self.control, &clone, spec.volume, cache, now_ms()).await;
+                let put = trash::put(store, clone, spec.volume, cache, now_ms()).await;
                 if let Err(error) = put {
                     tracing::warn!(%clone, id = %spec.volume, %error, "a clone without a name stays");
                 }
             }
             return Err(error);
         }
-        Ok(clone)
+        Ok(())
     }
 
     pub(super) async fn roll_volume_back(&self, snapshot: &SnapRef) -> ApiResult<()> {
@@ -436,12 +475,19 @@ impl Daemon {
     }
 
     async fn roll_detached_back(&self, volume: &VolumeRef, name: &SnapName) -> ApiResult<()> {
-        let id = registry::find(&self.control, volume).await?;
+        let store = self.control(&volume.tenant).await?;
+        let id = registry::find(&store, volume).await?;
         let by = self.claim();
-        let back = snapshot::roll_back(&self.control, &volume.tenant, id, name, &by);
+        let back = snapshot::roll_back(&store, &volume.tenant, id, name, &by);
         let back = self.in_time(volume, back).await?;
         back.map(drop).map_err(|error| told(volume, error))
     }
+}
+
+/// How large a volume was when it was snapshotted.
+fn size_of(head: &Head, name: &SnapName) -> Option<Sectors> {
+    let mut all = head.snapshots.iter();
+    Some(all.find(|s| s.name == name.as_str())?.size)
 }
 
 /// Tells an attachment that it is fenced, if that was found.

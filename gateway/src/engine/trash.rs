@@ -3,15 +3,18 @@
 //! Any daemon purges what is due, whoever deleted it; several at once do no harm ([`crate::trash`]).
 //! What is due is judged by this host's clock and settings.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use quarry_objfmt::record::TrashRecord;
-use quarry_objfmt::{Deleted, TenantName, VolumeId, VolumeName};
-use tokio::sync::{Mutex, Notify};
+use quarry_objfmt::{Deleted, TenantName, VolumeId, VolumeName, keys};
+use tokio::sync::Notify;
 
+use super::quota::Wish;
+use super::tenants::Tenant;
 use super::{Daemon, now_ms, registry};
+use crate::backend::HeadCell;
 use crate::control::{
     ApiError, ApiResult, ImageRef, Kind, PurgeReport, PurgeSpec, TrashInfo, TrashRef, VolumeInfo,
     VolumeRef,
@@ -25,14 +28,18 @@ use crate::trash::{self, Purged, TrashError, Trashed};
 const LOOK_MAX: Duration = Duration::from_secs(60 * 60);
 const LOOK_MIN: Duration = Duration::from_secs(1);
 
+/// How long a look at one tenant's trash may take, with all that is purged of it.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(10 * 60);
+
+/// Tenants looked at side by side.
+const TENANTS_AT_ONCE: usize = 16;
+
 /// Time to the next look after one that failed.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// What this daemon does with the trash.
 #[derive(Default)]
 pub(super) struct Trash {
-    /// Held by who purges: one volume at a time.
-    turn: Mutex<()>,
     /// Something was put into it here.
     told: Notify,
     /// Volumes in it, as of the last look.
@@ -147,7 +154,8 @@ impl Daemon {
         volume: &VolumeRef,
         discard_unsent: bool,
     ) -> ApiResult<TrashInfo> {
-        let id = registry::find(&self.control, volume).await?;
+        let store = self.control(&volume.tenant).await?;
+        let id = registry::find(&store, volume).await?;
         if !discard_unsent && self.keeps(id) {
             let message = format!(
                 "{volume}: the cache on this host may hold writes to it that were never sent"
@@ -156,7 +164,7 @@ impl Daemon {
             return Err(ApiError::new(Kind::Conflict, message, remedy));
         }
         let cache = self.common.device.id();
-        let put = trash::put(&self.control, volume, id, cache, now_ms()).await;
+        let put = trash::put(&store, volume, id, cache, now_ms()).await;
         let record = put.map_err(|error| trash_error(volume, error))?;
         self.forget_kept(id);
         self.trash.told.notify_one();
@@ -182,14 +190,12 @@ impl Daemon {
         }
     }
 
-    async fn tenants(&self, only: Option<&TenantName>) -> ApiResult<Vec<TenantName>> {
+    async fn tenants_of(&self, only: Option<&TenantName>) -> ApiResult<Vec<TenantName>> {
         if let Some(tenant) = only {
-            registry::check_tenant(&self.control, tenant).await?;
+            self.tenant(tenant).await?;
             return Ok(vec![tenant.clone()]);
         }
-        let all = registry::list_tenants(&self.control).await?;
-        let named = all.into_iter().map(|t| TenantName::new(t.name));
-        Ok(named.filter_map(Result::ok).collect())
+        registry::tenant_names(&self.home).await
     }
 
     pub(super) async fn show_trash(
@@ -198,8 +204,9 @@ impl Daemon {
     ) -> ApiResult<Vec<TrashInfo>> {
         let grace_ms = self.grace_ms();
         let mut all = Vec::new();
-        for tenant in self.tenants(tenant).await? {
-            let found = trash::list(&self.control, &tenant).await;
+        for tenant in self.tenants_of(tenant).await? {
+            let store = self.control(&tenant).await?;
+            let found = trash::list(&store, &tenant).await;
             let found = found.map_err(|error| trash_error(&tenant, error))?;
             let mut of: Vec<_> = found.iter().map(|t| tell(&tenant, t, grace_ms)).collect();
             of.sort_by_key(|info| info.deleted_ms);
@@ -217,7 +224,20 @@ impl Daemon {
             TrashRef::Name(volume) => (volume.tenant.clone(), self.trashed(volume).await?),
             TrashRef::Id(id) => (self.whose(*id).await?, *id),
         };
-        let restored = trash::restore(&self.control, &tenant, id, name).await;
+        let of = self.tenant(&tenant).await?;
+        let store = of.control();
+        // Its size is not in the trash's record.
+        let head = HeadCell::read(&store, &keys::head_key(&tenant, id)).await;
+        let bytes = head.map_or(0, |(head, _)| head.size.bytes());
+        let wish = Wish {
+            what: format!("{tenant}/{id}"),
+            volumes: 1,
+            provisioned_bytes: bytes,
+            ..Wish::default()
+        };
+        let admission = self.admit(&of, &wish).await?;
+        let restored = trash::restore(&store, &tenant, id, name).await;
+        self.settle(admission).await;
         let volume = restored.map_err(|error| match which {
             TrashRef::Name(volume) => trash_error(volume, error),
             TrashRef::Id(id) => trash_error(id, error),
@@ -228,14 +248,14 @@ impl Daemon {
 
     /// The deleted volume that was called `volume`.
     async fn trashed(&self, volume: &VolumeRef) -> ApiResult<VolumeId> {
-        registry::check_tenant(&self.control, &volume.tenant).await?;
-        let records = trash::records(&self.control, &volume.tenant).await;
+        let store = self.control(&volume.tenant).await?;
+        let records = trash::records(&store, &volume.tenant).await;
         let mut records = records.map_err(|error| trash_error(volume, error))?;
         records.retain(|record| record.name == volume.name.as_str());
         match &*records {
             [record] => Ok(record.volume),
             // It may have been deleted by half, and be called so still.
-            [] => match registry::head(&self.control, volume).await {
+            [] => match registry::head(&store, volume).await {
                 Ok(head) if head.deleted().is_some() => Ok(head.volume),
                 Ok(_)
                 | Err(ApiError {
@@ -255,9 +275,9 @@ impl Daemon {
 
     /// The tenant whose trash has this volume.
     async fn whose(&self, id: VolumeId) -> ApiResult<TenantName> {
-        for tenant in self.tenants(None).await? {
-            let key = quarry_objfmt::keys::trash_key(&tenant, id);
-            match self.control.get(&key).await {
+        for tenant in self.tenants_of(None).await? {
+            let key = keys::trash_key(&tenant, id);
+            match self.control(&tenant).await?.get(&key).await {
                 Ok(_) => return Ok(tenant),
                 Err(crate::store::StoreError::NotFound { .. }) => {}
                 Err(error) => return Err(registry::store_error(&error)),
@@ -286,6 +306,7 @@ impl Daemon {
                 continue;
             };
             let age_min_ms = spec.older_than_ms.unwrap_or(0);
+            let tenant = self.tenant(&tenant).await?;
             match self.purge_one(&tenant, id, age_min_ms, &objects).await {
                 Ok(Purged::Gone) | Err(TrashError::NotThere) => report.purged.push(info),
                 Ok(Purged::NotDue { .. } | Purged::Restored) => {}
@@ -302,15 +323,16 @@ impl Daemon {
 
     async fn purge_one(
         &self,
-        tenant: &TenantName,
+        tenant: &Tenant,
         id: VolumeId,
         age_min_ms: u64,
         objects: &AtomicU64,
     ) -> Result<Purged, TrashError> {
-        let _turn = self.trash.turn.lock().await;
-        let store = &*self.common.background;
+        // One that hangs holds up no other tenant's.
+        let _turn = tenant.purging.lock().await;
+        let store = &tenant.lane().background();
         let before = objects.load(Ordering::Relaxed);
-        let purged = trash::purge(store, tenant, id, now_ms(), age_min_ms, objects).await;
+        let purged = trash::purge(store, &tenant.name, id, now_ms(), age_min_ms, objects).await;
         let deleted = objects.load(Ordering::Relaxed) - before;
         let total = &self.trash.purged_objects;
         total.fetch_add(deleted, Ordering::Relaxed);
@@ -318,7 +340,7 @@ impl Daemon {
         if purged == Purged::Gone {
             self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
             self.forget_kept(id);
-            tracing::info!(%tenant, volume = %id, "purged from the trash");
+            tracing::info!(tenant = %tenant.name, volume = %id, "purged from the trash");
         }
         Ok(purged)
     }
@@ -340,20 +362,38 @@ impl Daemon {
         }
     }
 
-    /// Purges what is due now, and answers when to look again.
+    /// Purges what is due now, and answers when to look again. Tenants side by side: one whose store hangs holds up
+    /// no other.
     async fn look_into_trash(&self) -> ApiResult<Duration> {
+        let tenants = self.tenants_of(None).await?;
+        let looks = futures::stream::iter(tenants).map(async |tenant| {
+            let look = self.look_into_trash_of(&tenant);
+            match tokio::time::timeout(LOOK_TIME_MAX, look).await {
+                Ok(Ok(look)) => look,
+                Ok(Err(error)) => {
+                    tracing::warn!(%tenant, %error, "the tenant's trash cannot be looked into");
+                    (0, LOOK_AGAIN)
+                }
+                // Begun again where it was.
+                Err(_) => (0, LOOK_AGAIN),
+            }
+        });
+        let looks: Vec<(u64, Duration)> = looks.buffer_unordered(TENANTS_AT_ONCE).collect().await;
+        let volumes = looks.iter().map(|(volumes, _)| volumes).sum();
+        self.trash.volumes.store(volumes, Ordering::Relaxed);
+        let waits = looks.into_iter().map(|(_, wait)| wait);
+        Ok(waits.min().unwrap_or(LOOK_MAX).clamp(LOOK_MIN, LOOK_MAX))
+    }
+
+    /// How many volumes are left in a tenant's trash, and how long until the next is due.
+    async fn look_into_trash_of(&self, name: &TenantName) -> ApiResult<(u64, Duration)> {
         let grace_ms = self.grace_ms();
-        let mut due = BTreeMap::new();
-        for tenant in self.tenants(None).await? {
-            let records = trash::records(&self.control, &tenant).await;
-            let records = records.map_err(|error| trash_error(&tenant, error))?;
-            let of = records.into_iter().map(|r| (r.volume, r.deleted_ms));
-            due.extend(of.map(|(id, since_ms)| ((tenant.clone(), id), since_ms)));
-        }
-        let mut left = due.len() as u64;
-        self.trash.volumes.store(left, Ordering::Relaxed);
-        let mut wait = LOOK_MAX;
-        for ((tenant, id), mut since_ms) in due {
+        let tenant = self.tenant(name).await?;
+        let records = trash::records(&tenant.control(), name).await;
+        let records = records.map_err(|error| trash_error(name, error))?;
+        let (mut left, mut wait) = (records.len() as u64, LOOK_MAX);
+        for record in records {
+            let (id, mut since_ms) = (record.volume, record.deleted_ms);
             let wait_ms =
                 |since_ms: u64| since_ms.saturating_add(grace_ms).saturating_sub(now_ms());
             if wait_ms(since_ms) == 0 {
@@ -362,20 +402,19 @@ impl Daemon {
                     Ok(Purged::NotDue { since_ms: since }) => since_ms = since,
                     Ok(Purged::Gone | Purged::Restored) | Err(TrashError::NotThere) => {
                         left -= 1;
-                        self.trash.volumes.store(left, Ordering::Relaxed);
                         continue;
                     }
                     Err(error) => {
                         // The others' time comes all the same.
                         let error = trash_error(&id, error);
-                        tracing::warn!(%tenant, %error, "a volume of the trash is not purged");
+                        tracing::warn!(tenant = %name, %error, "a volume of the trash is not purged");
                         continue;
                     }
                 }
             }
             wait = wait.min(Duration::from_millis(wait_ms(since_ms)));
         }
-        Ok(wait.clamp(LOOK_MIN, LOOK_MAX))
+        Ok((left, wait))
     }
 
     pub(super) async fn delete_tenant_and_trash(
@@ -383,8 +422,9 @@ impl Daemon {
         tenant: &TenantName,
         purge: bool,
     ) -> ApiResult<()> {
+        let store = self.control(tenant).await?;
         if purge {
-            registry::check_no_volumes(&self.control, tenant).await?;
+            registry::check_no_volumes(&store, tenant).await?;
             let spec = PurgeSpec {
                 tenant: Some(tenant.clone()),
                 all: true,
@@ -396,6 +436,10 @@ impl Daemon {
                 return Err(ApiError::new(Kind::Conflict, message, ""));
             }
         }
-        registry::delete_tenant(&self.control, tenant).await
+        registry::check_is_empty(&store, tenant).await?;
+        let deleted = self.home.delete(&keys::tenant_key(tenant)).await;
+        deleted.map_err(|error| registry::store_error(&error))?;
+        self.forget_tenant(tenant);
+        Ok(())
     }
 }

@@ -79,10 +79,11 @@ impl Daemon {
             let remedy = "attach it and read it: what is read is verified";
             return Err(ApiError::invalid(message, remedy));
         }
-        let id = registry::find(&self.control, &image.volume).await?;
+        let tenant = self.tenant(&image.volume.tenant).await?;
+        let id = registry::find(&tenant.control(), &image.volume).await?;
         let running = self.verifies.begin(image)?;
         // A store that is away is waited for; what the volumes' users read comes first.
-        let store = Arc::clone(&self.common.background);
+        let store = Arc::new(tenant.lane().background());
         let progress = Arc::clone(&running.progress);
         let report = verify::run(store, image, id, spec, progress).await;
         let report = report.map_err(|error| registry::store_error(&error))?;

@@ -229,7 +229,7 @@ impl Daemon {
         let slot = self.slots.lock().get(&image).cloned().unwrap_or_default();
         let id = match slot.stage().attached() {
             Some(attached) => attached.backend.volume(),
-            None => registry::find(&self.control, volume).await?,
+            None => registry::find(&self.control(&volume.tenant).await?, volume).await?,
         };
         let cache_bytes = self.shared.lock().cache.evict(id);
         let ram_bytes = self.common.fetches.evict(id);
@@ -246,7 +246,7 @@ impl Daemon {
             return;
         }
         let backend = Arc::clone(&attached.backend);
-        let (store, pace) = (Arc::clone(&self.common.background), Arc::clone(&self.pace));
+        let (store, pace) = (attached.tenant.lane().background(), Arc::clone(&self.pace));
         let limit = self.cache_bytes() / HOT_SHARE;
         tokio::spawn(async move {
             let key = keys::hot_key(backend.head().tenant(), backend.volume());
@@ -299,8 +299,8 @@ impl Daemon {
     }
 
     /// Writes it for the next host, if that takes no time.
-    pub(super) async fn leave_hot_set(&self, backend: &VolumeBackend, hot: &HotRecord) {
-        let store = &self.control;
+    pub(super) async fn leave_hot_set(&self, attached: &Attached, hot: &HotRecord) {
+        let (store, backend) = (attached.tenant.control(), &attached.backend);
         let key = keys::hot_key(backend.head().tenant(), backend.volume());
         let write = async {
             let Ok(bytes) = encode_record(HOT_KIND, hot) else {

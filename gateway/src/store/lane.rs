@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
 
 use super::backoff::Jitter;
-use super::stats::Attempt;
+use super::stats::{Accounts, Attempt};
 use super::{Operation, Outcome, Store, StoreError, StoreHealth, StoreStats, Tag};
 
 /// How long an attempt may take, besides the time for its bytes.
@@ -77,6 +77,7 @@ pub struct Lane {
     shared: Arc<Shared>,
     priority: Priority,
     deadline: Option<Duration>,
+    accounts: Accounts,
 }
 
 struct Shared {
@@ -88,7 +89,6 @@ struct Shared {
     attempt_time_max: Duration,
     jitter: Jitter,
     health: Arc<StoreHealth>,
-    stats: Arc<StoreStats>,
     stop: watch::Sender<bool>,
 }
 
@@ -113,13 +113,13 @@ impl Lane {
             attempt_time_max: settings.attempt_time_max,
             jitter: Jitter::new(seed),
             health: Arc::default(),
-            stats: Arc::default(),
             stop: watch::Sender::new(false),
         };
         Self {
             shared: Arc::new(shared),
             priority: Priority::Foreground,
             deadline: None,
+            accounts: Accounts::new(),
         }
     }
 
@@ -142,6 +142,15 @@ impl Lane {
         }
     }
 
+    /// The same lane for requests that are counted in `account` too.
+    #[must_use]
+    pub fn counted_in(&self, account: Arc<StoreStats>) -> Self {
+        Self {
+            accounts: self.accounts.and(account),
+            ..self.clone()
+        }
+    }
+
     /// Whether the store answers; shared by all handles.
     #[must_use]
     pub fn health(&self) -> Arc<StoreHealth> {
@@ -151,7 +160,7 @@ impl Lane {
     /// The counters, shared by all handles.
     #[must_use]
     pub fn stats(&self) -> Arc<StoreStats> {
-        Arc::clone(&self.shared.stats)
+        Arc::clone(self.accounts.own())
     }
 
     /// Ends the lane, for all handles: calls with a deadline answer [`StoreError::Unavailable`] at
@@ -261,7 +270,7 @@ impl Lane {
             progress.last_error = Some(error);
             failures += 1;
             sleep(shared.jitter.wait(failures)).await;
-            shared.stats.retried();
+            self.accounts.retried();
         }
     }
 
@@ -299,7 +308,7 @@ impl Lane {
     pub(super) async fn place(&self, operation: Operation) -> LanePlace<'_> {
         const OPEN: &str = "the lane's places are never closed";
         let shared = &*self.shared;
-        let waiting = shared.stats.wait();
+        let waiting = self.accounts.wait();
         // In this order: the background waits for its own share before it stands in the common line.
         let background = match self.priority {
             Priority::Foreground => None,
@@ -308,8 +317,8 @@ impl Lane {
         let all = shared.all.acquire().await.expect(OPEN);
         drop(waiting);
         LanePlace {
-            counted: shared.stats.attempt(operation),
-            shared,
+            counted: self.accounts.attempt(operation),
+            lane: self,
             _permits: (background, all),
         }
     }
@@ -324,7 +333,7 @@ impl Lane {
 /// A place in a lane, for one attempt; given up if dropped without an outcome.
 pub(super) struct LanePlace<'a> {
     counted: Attempt<'a>,
-    shared: &'a Shared,
+    lane: &'a Lane,
     _permits: (Option<SemaphorePermit<'a>>, SemaphorePermit<'a>),
 }
 
@@ -336,8 +345,8 @@ impl LanePlace<'_> {
 
     /// The attempt has brought `bytes`.
     pub(super) fn received(self, bytes: usize) {
-        self.shared.health.answered();
-        self.shared.stats.read(bytes);
+        self.lane.shared.health.answered();
+        self.lane.accounts.read(bytes);
         self.end(Outcome::Ok);
     }
 }
@@ -367,7 +376,7 @@ impl Store for Lane {
         let got = self
             .run(Operation::Get, key, limit, || store.get(key))
             .await?;
-        self.shared.stats.read(got.0.len());
+        self.accounts.read(got.0.len());
         Ok(got)
     }
 
@@ -376,7 +385,7 @@ impl Store for Lane {
         let store = &self.shared.store;
         let read = || store.get_range(key, range.clone());
         let got = self.run(Operation::GetRange, key, limit, read).await?;
-        self.shared.stats.read(got.len());
+        self.accounts.read(got.len());
         Ok(got)
     }
 
@@ -385,7 +394,7 @@ impl Store for Lane {
         let store = &self.shared.store;
         let read = || store.get_prefix(key, len);
         let got = self.run(Operation::GetRange, key, limit, read).await?;
-        self.shared.stats.read(got.len());
+        self.accounts.read(got.len());
         Ok(got)
     }
 
@@ -394,7 +403,7 @@ impl Store for Lane {
         let store = &self.shared.store;
         let write = || store.create(key, body.clone());
         let tag = self.run(Operation::Create, key, limit, write).await?;
-        self.shared.stats.written(body.len());
+        self.accounts.written(body.len());
         Ok(tag)
     }
 
@@ -403,7 +412,7 @@ impl Store for Lane {
         let store = &self.shared.store;
         let write = || store.replace(key, body.clone(), seen);
         let tag = self.run(Operation::Replace, key, limit, write).await?;
-        self.shared.stats.written(body.len());
+        self.accounts.written(body.len());
         Ok(tag)
     }
 

@@ -22,6 +22,7 @@ use object_store::{
 };
 use quarry_cache::Mutation;
 
+use super::credentials::Rotating;
 use super::s3_error::Asked;
 use super::{
     GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, S3Settings, Store, StoreError, Tag,
@@ -138,7 +139,10 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
     if let Some(endpoint) = &settings.endpoint {
         builder = builder.with_endpoint(endpoint_of(endpoint, settings));
     }
-    if let Some((id, secret)) = &settings.keys {
+    if let Some((source, profiles)) = &settings.source {
+        let keys = Rotating::new(source.clone(), profiles.clone(), &settings.region);
+        builder = builder.with_credentials(Arc::new(keys));
+    } else if let Some((id, secret)) = &settings.keys {
         builder = builder
             .with_access_key_id(id)
             .with_secret_access_key(secret.expose());
@@ -439,6 +443,7 @@ pub(crate) mod tests {
             region: "r".to_owned(),
             keys: None,
             session_token: None,
+            source: None,
             path_style,
         };
         assert_eq!(endpoint_of("https://h:1/", &settings(true)), "https://h:1");

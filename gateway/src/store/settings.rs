@@ -7,7 +7,8 @@ use std::sync::Arc;
 use quarry_config::Secret;
 use url::Url;
 
-use super::{FolderStore, S3Store, Store, is_key_part};
+use super::credentials::UnknownSource;
+use super::{CredentialSource, FolderStore, S3Store, Store, is_key_part};
 
 /// The region of a server other than Amazon's that was given none.
 const REGION_DEFAULT: &str = "us-east-1";
@@ -15,7 +16,7 @@ const REGION_DEFAULT: &str = "us-east-1";
 const PREFIX_BYTES_MAX: usize = 255;
 
 /// What the configuration says of the store, variables of the environment included.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StoreSettings {
     /// `s3://bucket/prefix` or `file:///dir`.
     pub url: String,
@@ -29,6 +30,10 @@ pub struct StoreSettings {
     pub secret_key: Option<Secret>,
     /// Token of a temporary key.
     pub session_token: Option<Secret>,
+    /// Who is asked for the keys instead: see [`CredentialSource`].
+    pub credentials: Option<String>,
+    /// File of the profiles; none: where AWS programs look for them.
+    pub credentials_file: Option<PathBuf>,
     /// The bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
     /// Whether a bucket or folder that is missing is made.
@@ -44,6 +49,8 @@ impl From<&quarry_config::Store> for StoreSettings {
             access_key: config.access_key.clone(),
             secret_key: config.secret_key.clone(),
             session_token: config.session_token.clone(),
+            credentials: config.credentials.clone(),
+            credentials_file: config.credentials_file.clone(),
             path_style: config.path_style,
             make_missing: config.make_missing,
         }
@@ -65,6 +72,8 @@ pub struct S3Settings {
     pub keys: Option<(String, Secret)>,
     /// Token of a temporary key.
     pub session_token: Option<Secret>,
+    /// Who is asked for keys, rather than all that; and the file of its profiles.
+    pub source: Option<(CredentialSource, Option<PathBuf>)>,
     /// The bucket in the path rather than in the host name.
     pub path_style: bool,
 }
@@ -108,6 +117,9 @@ pub enum OpenError {
         /// What to do.
         remedy: &'static str,
     },
+    /// Nobody is called so who could be asked for keys.
+    #[error(transparent)]
+    Credentials(#[from] UnknownSource),
     /// The folder cannot be used.
     #[error("the store's folder {path:?} cannot be used ({source}): {remedy}")]
     Folder {
@@ -192,6 +204,7 @@ impl StoreSettings {
                         ));
                     }
                 };
+                let source = self.credentials.as_deref().map(str::parse).transpose()?;
                 Ok(Place::S3(S3Settings {
                     bucket: bucket.to_owned(),
                     prefix: prefix.to_owned(),
@@ -199,6 +212,7 @@ impl StoreSettings {
                     region,
                     keys,
                     session_token: self.session_token.clone(),
+                    source: source.map(|source| (source, self.credentials_file.clone())),
                     path_style: self.path_style.unwrap_or(self.endpoint.is_some()),
                 }))
             }

@@ -1,5 +1,6 @@
 //! Counters of a lane.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -108,6 +109,22 @@ impl StoreSnapshot {
         self.attempts[operation as usize][outcome as usize]
     }
 
+    /// Adds what another counted.
+    pub fn add(&mut self, other: &Self) {
+        for operation in Operation::ALL {
+            let of = operation as usize;
+            for outcome in Outcome::ALL {
+                self.attempts[of][outcome as usize] += other.attempts[of][outcome as usize];
+            }
+            self.busy[of] += other.busy[of];
+        }
+        self.retries += other.retries;
+        self.bytes_read += other.bytes_read;
+        self.bytes_written += other.bytes_written;
+        self.waiting += other.waiting;
+        self.in_flight += other.in_flight;
+    }
+
     /// Time that attempts of `operation` were under way, all together.
     #[must_use]
     pub const fn busy(&self, operation: Operation) -> Duration {
@@ -133,30 +150,57 @@ impl StoreStats {
             in_flight: read(&self.in_flight),
         }
     }
+}
+
+/// Where a handle of a lane counts: in the lane's own counters, and in those of whom its requests are for.
+#[derive(Clone, Debug)]
+pub(super) struct Accounts(Arc<[Arc<StoreStats>]>);
+
+impl Accounts {
+    /// A new lane's.
+    pub(super) fn new() -> Self {
+        Self(Arc::new([Arc::default()]))
+    }
+
+    /// These, and one more.
+    pub(super) fn and(&self, account: Arc<StoreStats>) -> Self {
+        Self(self.0.iter().cloned().chain([account]).collect())
+    }
+
+    /// The lane's own.
+    pub(super) fn own(&self) -> &Arc<StoreStats> {
+        &self.0[0]
+    }
 
     pub(super) fn retried(&self) {
-        self.retries.fetch_add(1, Ordering::Relaxed);
+        for stats in &*self.0 {
+            stats.retries.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn read(&self, bytes: usize) {
-        self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+        for stats in &*self.0 {
+            stats.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn written(&self, bytes: usize) {
-        self.bytes_written
-            .fetch_add(bytes as u64, Ordering::Relaxed);
+        for stats in &*self.0 {
+            let count = &stats.bytes_written;
+            count.fetch_add(bytes as u64, Ordering::Relaxed);
+        }
     }
 
-    /// Counts one more that waits, until the answer is dropped.
+    /// Counts one more that waits for a place in the lane, until the answer is dropped.
     pub(super) fn wait(&self) -> Gauge<'_> {
-        Gauge::up(&self.waiting)
+        Gauge::up(&self.own().waiting)
     }
 
     /// Counts an attempt, which ends when the answer is dropped.
     pub(super) fn attempt(&self, operation: Operation) -> Attempt<'_> {
         Attempt {
-            _in_flight: Gauge::up(&self.in_flight),
-            stats: self,
+            _in_flight: Gauge::up(&self.own().in_flight),
+            accounts: self,
             operation,
             outcome: Outcome::GivenUp,
             begun: Instant::now(),
@@ -183,7 +227,7 @@ impl Drop for Gauge<'_> {
 /// An attempt under way; given up if dropped before it has an outcome.
 pub(super) struct Attempt<'a> {
     _in_flight: Gauge<'a>,
-    stats: &'a StoreStats,
+    accounts: &'a Accounts,
     operation: Operation,
     outcome: Outcome,
     begun: Instant,
@@ -199,8 +243,10 @@ impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         let operation = self.operation as usize;
         let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.stats.busy_nanos[operation].fetch_add(nanos, Ordering::Relaxed);
-        self.stats.attempts[operation][self.outcome as usize].fetch_add(1, Ordering::Relaxed);
+        for stats in &*self.accounts.0 {
+            stats.busy_nanos[operation].fetch_add(nanos, Ordering::Relaxed);
+            stats.attempts[operation][self.outcome as usize].fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -226,13 +272,20 @@ mod tests {
 
     #[tokio::test]
     async fn attempt_dropped_counts_as_given_up() {
-        let stats = StoreStats::default();
-        let attempt = stats.attempt(Operation::Get);
-        assert_eq!(stats.snapshot().in_flight, 1);
+        let (lane, tenants) = (Accounts::new(), Arc::new(StoreStats::default()));
+        let both = lane.and(Arc::clone(&tenants));
+        let attempt = both.attempt(Operation::Get);
+        assert_eq!(lane.own().snapshot().in_flight, 1);
         drop(attempt);
-        stats.attempt(Operation::Get).end(Outcome::Ok);
-        let now = stats.snapshot();
-        assert_eq!(now.in_flight, 0);
+        lane.attempt(Operation::Get).end(Outcome::Ok);
+        assert_eq!(tenants.snapshot().attempts(Operation::Get, Outcome::Ok), 0);
+        both.attempt(Operation::Get).end(Outcome::Ok);
+        let now = tenants.snapshot();
+        assert_eq!(
+            lane.own().snapshot().attempts(Operation::Get, Outcome::Ok),
+            2
+        );
+        assert_eq!(lane.own().snapshot().in_flight, 0);
         assert_eq!(now.attempts(Operation::Get, Outcome::GivenUp), 1);
         assert_eq!(now.attempts(Operation::Get, Outcome::Ok), 1);
     }

@@ -100,6 +100,7 @@ pub(crate) async fn stub_settings(answer: Answer) -> S3Settings {
         region: "us-east-1".to_owned(),
         keys: Some(("id".to_owned(), Secret::new("secret"))),
         session_token: None,
+        source: None,
         path_style: true,
     }
 }

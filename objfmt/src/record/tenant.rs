@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 /// The weight of a tenant that was given none.
 pub const WEIGHT_DEFAULT: u32 = 100;
 
+/// Most things that are made for a tenant with quotas at once.
+pub const RESERVATIONS_MAX: usize = 64;
+
 /// A tenant.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct TenantRecord {
@@ -23,6 +26,9 @@ pub struct TenantRecord {
     /// What it may have.
     #[serde(default, skip_serializing_if = "is_default")]
     pub settings: TenantSettings,
+    /// What is being made for it just now and counts already: at most [`RESERVATIONS_MAX`].
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reservations: Vec<Reservation>,
     /// What a newer program wrote.
     #[serde(flatten)]
     pub others: BTreeMap<String, serde_json::Value>,
@@ -71,6 +77,26 @@ pub struct TenantSettings {
     /// What a newer program wrote.
     #[serde(flatten)]
     pub others: BTreeMap<String, serde_json::Value>,
+}
+
+/// What is being made for a tenant, and may not be found in the store yet.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reservation {
+    /// Told from others by this.
+    pub id: u64,
+    /// What it is, for people.
+    pub what: String,
+    /// Since when, in milliseconds since 1970.
+    pub since_ms: u64,
+    /// Volumes in it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub volumes: u64,
+    /// Snapshots in it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub snapshots: u64,
+    /// Bytes by which it makes the tenant's volumes larger.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub provisioned_bytes: u64,
 }
 
 /// A store of a tenant's own.

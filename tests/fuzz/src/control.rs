@@ -11,10 +11,11 @@ use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
     MoveReport, Problem, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
+    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
+    WarmSpec, patched, routes,
 };
-use quarry_objfmt::{TenantName, VolumeName};
+use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use tokio::runtime::Runtime;
 use tower::ServiceExt as _;
 
@@ -26,11 +27,41 @@ struct Strict;
 
 #[async_trait]
 impl Engine for Strict {
-    async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+    async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
+        let TenantSpec {
+            name: tenant,
+            settings,
+        } = spec;
         Ok(TenantInfo {
             name: tenant.to_string(),
             created_ms: 1,
+            settings,
+            ..TenantInfo::default()
         })
+    }
+
+    async fn show_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
+        Err(ApiError::no_tenant(tenant))
+    }
+
+    async fn update_tenant(
+        &self,
+        tenant: &TenantName,
+        patch: &serde_json::Map<String, serde_json::Value>,
+    ) -> ApiResult<TenantInfo> {
+        let mut info = self.show_tenant(tenant).await?;
+        info.settings = patched(&info.settings, patch)?;
+        Ok(info)
+    }
+
+    async fn suspend_tenant(
+        &self,
+        tenant: &TenantName,
+        how: Option<Suspended>,
+    ) -> ApiResult<TenantInfo> {
+        let mut info = self.show_tenant(tenant).await?;
+        info.settings.suspended = how;
+        Ok(info)
     }
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {

@@ -77,6 +77,7 @@ fn way(address: &str, places: usize) -> (DirectLane, Lane) {
         region: "r".to_owned(),
         keys: Some(("id".to_owned(), Secret::new("hunter2"))),
         session_token: None,
+        source: None,
         path_style: true,
     };
     (

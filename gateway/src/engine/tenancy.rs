@@ -1,0 +1,182 @@
+//! Making, showing, changing, suspending and deleting tenants.
+
+use std::sync::Arc;
+
+use futures::StreamExt as _;
+use quarry_objfmt::record::TenantStore;
+use quarry_objfmt::{Suspended, TenantName, TenantRecord};
+use serde_json::{Map, Value};
+
+use super::tenants::{self, Site, Tenant};
+use super::{Daemon, registry};
+use crate::control::{
+    ApiError, ApiResult, ImageRef, Kind, StoreStatus, TenantInfo, TenantSpec, VolumeRef, patched,
+};
+use crate::store::StoreState;
+
+/// Records read side by side.
+const RECORDS_AT_ONCE: usize = 16;
+
+impl Daemon {
+    pub(super) async fn create_one_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
+        let record = self.make_tenant(&spec.name, spec.settings).await?;
+        Ok(told(record))
+    }
+
+    pub(super) async fn all_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
+        let names = registry::tenant_names(&self.home).await?;
+        let reads = names.into_iter().map(async |name| {
+            match tenants::read(&self.home, &name).await {
+                Ok((record, _)) => Ok(Some(told(record))),
+                // Deleted since.
+                Err(error) if error.kind == Kind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        let reads = futures::stream::iter(reads).buffered(RECORDS_AT_ONCE);
+        let read: Vec<ApiResult<Option<TenantInfo>>> = reads.collect().await;
+        read.into_iter().filter_map(Result::transpose).collect()
+    }
+
+    pub(super) async fn show_one_tenant(&self, name: &TenantName) -> ApiResult<TenantInfo> {
+        let tenant = self.read_tenant(name).await?;
+        let usage = self.usage(&tenant).await;
+        if let Err(error) = &usage {
+            tracing::warn!(tenant = %name, %error, "what the tenant has cannot be counted");
+        }
+        Ok(TenantInfo {
+            store: Some(status_of(&tenant.site)),
+            usage: usage.ok(),
+            requests: Some(self.requests(tenant.account())),
+            ..told(tenant.record())
+        })
+    }
+
+    pub(super) async fn update_one_tenant(
+        &self,
+        name: &TenantName,
+        patch: &Map<String, Value>,
+    ) -> ApiResult<TenantInfo> {
+        let before = self.read_tenant(name).await?;
+        let was = before.record().settings.store;
+        let wanted = patched(&before.record().settings, patch)?;
+        if wanted.store != was {
+            self.may_move(&before, wanted.store.as_ref()).await?;
+        }
+        let record = self
+            .change_tenant(name, |record| {
+                // Moved by somebody else meanwhile: what was looked at is not where it is.
+                if record.settings.store != was && wanted.store != record.settings.store {
+                    let message = format!("tenant {name} was changed just now by somebody else");
+                    return Err(ApiError::new(Kind::Conflict, message, "try again"));
+                }
+                record.settings = patched(&record.settings, patch)?;
+                Ok(())
+            })
+            .await?;
+        Ok(told(record))
+    }
+
+    /// A tenant's store is another only while there is nothing in it. *Who makes a volume at the same moment on a host
+    /// that has not seen the change makes it where nobody looks: so it is not to be done to a tenant in use.*
+    async fn may_move(&self, tenant: &Tenant, to: Option<&TenantStore>) -> ApiResult<()> {
+        registry::check_is_empty(&tenant.control(), &tenant.name)
+            .await
+            .map_err(|error| match error.kind {
+                Kind::Conflict => {
+                    error.with_remedy("its store can be changed only while it has nothing in it")
+                }
+                _ => error,
+            })?;
+        self.check_store_of(&tenant.name, to).await
+    }
+
+    pub(super) async fn suspend_one_tenant(
+        &self,
+        name: &TenantName,
+        how: Option<Suspended>,
+    ) -> ApiResult<TenantInfo> {
+        let changed = self.change_tenant(name, |record| {
+            record.settings.suspended = how;
+            Ok(())
+        });
+        Ok(told(changed.await?))
+    }
+
+    /// The names of a tenant's volumes, or of all tenants'. A tenant whose store does not answer hides no other's.
+    pub(super) async fn volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeRef>> {
+        if let Some(tenant) = tenant {
+            return registry::volume_names(&self.control(tenant).await?, tenant).await;
+        }
+        let names = registry::tenant_names(&self.home).await?;
+        let lists = names.into_iter().map(async |name| {
+            let listed = match self.control(&name).await {
+                Ok(store) => registry::volume_names(&store, &name).await,
+                Err(error) => Err(error),
+            };
+            listed.unwrap_or_else(|error| {
+                tracing::warn!(tenant = %name, %error, "its volumes are not in the list");
+                self.attached_of(&name)
+            })
+        });
+        let lists = futures::stream::iter(lists).buffered(RECORDS_AT_ONCE);
+        let lists: Vec<Vec<VolumeRef>> = lists.collect().await;
+        Ok(lists.into_iter().flatten().collect())
+    }
+
+    fn attached_of(&self, tenant: &TenantName) -> Vec<VolumeRef> {
+        let slots = self.slots.lock();
+        let of = |image: &&ImageRef| image.volume.tenant == *tenant && !image.is_past();
+        slots
+            .keys()
+            .filter(of)
+            .map(|image| image.volume.clone())
+            .collect()
+    }
+
+    /// Reads the records of tenants with something attached here, for as long as the daemon runs, so that what other
+    /// hosts changed is seen.
+    pub async fn follow_tenants(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(tenants::REFRESH_INTERVAL).await;
+            for tenant in self.tenants.all() {
+                let name = &tenant.name;
+                if self.slots.lock().keys().any(|i| i.volume.tenant == *name)
+                    && let Err(error) = self.read_tenant(name).await
+                {
+                    tracing::debug!(tenant = %name, %error, "the tenant's record cannot be read");
+                }
+            }
+        }
+    }
+}
+
+/// How the way to a store does.
+pub(super) fn status_of(site: &Site) -> StoreStatus {
+    let (failing_ms, last_error) = match site.lane.health().state() {
+        StoreState::Healthy => (None, None),
+        StoreState::Failing {
+            lasting,
+            last_error,
+            ..
+        } => {
+            let lasting = u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX);
+            (Some(lasting), Some(last_error.to_string()))
+        }
+    };
+    StoreStatus {
+        url: site.url(),
+        healthy: failing_ms.is_none(),
+        failing_ms,
+        last_error,
+    }
+}
+
+fn told(record: TenantRecord) -> TenantInfo {
+    TenantInfo {
+        name: record.name,
+        created_ms: record.created_ms,
+        settings: record.settings,
+        ..TenantInfo::default()
+    }
+}

@@ -1,0 +1,532 @@
+//! Tenants as this daemon knows them: their records, the ways to their stores, and what they did there.
+//!
+//! A tenant's record is in the daemon's own store; its volumes are there too, or in a store of its own. What is known
+//! of a tenant is used for [`KNOWN_FOR`] without asking again, and those with something attached here are asked for
+//! every [`REFRESH_INTERVAL`], so that what another host changed is seen.
+//!
+//! Invariant: a tenant's volumes are looked for in one place at a time: its store changes only while it has none.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use quarry_objfmt::record::{TENANT_KIND, TenantRecord, TenantStore, decode_record, encode_record};
+use quarry_objfmt::{TenantName, TenantSettings, keys};
+use tokio::time::Instant;
+
+use super::{CONTROL_DEADLINE, Daemon, registry};
+use crate::backend::{Common, DirectWay};
+use crate::control::{ApiError, ApiResult, Kind};
+use crate::provision;
+use crate::store::direct::DirectLane;
+use crate::store::{
+    Lane, LaneSettings, OpenError, Store, StoreError, StoreSettings, StoreStats, Tag, open_store,
+};
+
+/// How long what is known of a tenant is used without asking again: so long does a change made on another host take to
+/// be seen by a control call here.
+const KNOWN_FOR: Duration = Duration::from_secs(10);
+
+/// How often the records of tenants with something attached here are read: so long does a change made on another host
+/// take to be seen by their devices.
+pub(super) const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Tries to change a record that others change too.
+const CHANGE_TRIES_MAX: usize = 16;
+
+/// A store, and the way to it.
+pub(super) struct Site {
+    settings: StoreSettings,
+    pub(super) lane: Lane,
+    /// It was found fit to keep something in it.
+    is_fit: tokio::sync::Mutex<bool>,
+}
+
+impl Site {
+    /// A store that somebody has looked at already.
+    pub(super) fn looked_at(settings: StoreSettings, lane: Lane) -> Arc<Self> {
+        Arc::new(Self {
+            settings,
+            lane,
+            is_fit: tokio::sync::Mutex::new(true),
+        })
+    }
+
+    fn open(settings: StoreSettings) -> Result<Arc<Self>, OpenError> {
+        let store = open_store(&settings)?;
+        Ok(Arc::new(Self {
+            settings,
+            lane: Lane::new(store, &LaneSettings::default()),
+            is_fit: tokio::sync::Mutex::new(false),
+        }))
+    }
+
+    /// Where it is, for people.
+    pub(super) fn url(&self) -> String {
+        self.lane.describe()
+    }
+
+    /// Looks at the store before anything is kept in it: once, when that was good.
+    async fn check(&self) -> ApiResult<()> {
+        let mut is_fit = self.is_fit.lock().await;
+        if *is_fit {
+            return Ok(());
+        }
+        let control = self.lane.with_deadline(CONTROL_DEADLINE);
+        match provision::prepare(&self.settings, &control).await {
+            Ok(prepared) => {
+                for warning in &prepared.warnings {
+                    tracing::warn!("{warning}");
+                }
+                *is_fit = true;
+                Ok(())
+            }
+            Err(error) if error.is_transient() => {
+                let message = format!("the store was not found fit yet: {error}");
+                let remedy = "try again when the store answers";
+                Err(ApiError::new(Kind::Unavailable, message, remedy))
+            }
+            Err(error) => Err(ApiError::new(Kind::Unsupported, error.to_string(), "")),
+        }
+    }
+}
+
+/// A tenant.
+pub(super) struct Tenant {
+    pub(super) name: TenantName,
+    pub(super) site: Arc<Site>,
+    /// The way to its store, with its requests counted.
+    lane: Lane,
+    account: Arc<StoreStats>,
+    direct: Arc<DirectWay>,
+    /// Held by who purges of its trash: one volume at a time.
+    pub(super) purging: tokio::sync::Mutex<()>,
+    seen: Mutex<Seen>,
+}
+
+/// A tenant's record as it was read last.
+#[derive(Clone)]
+struct Seen {
+    record: TenantRecord,
+    at: Instant,
+}
+
+impl Tenant {
+    fn new(name: TenantName, site: Arc<Site>, account: Arc<StoreStats>, seen: Seen) -> Arc<Self> {
+        let lane = site.lane.counted_in(Arc::clone(&account));
+        let (settings, for_direct) = (site.settings.clone(), lane.clone());
+        let open = move || DirectLane::open(&settings, for_direct).map_err(|why| why.to_string());
+        Arc::new(Self {
+            name,
+            site,
+            lane,
+            account,
+            direct: Arc::new(LazyLock::new(Box::new(open))),
+            purging: tokio::sync::Mutex::default(),
+            seen: Mutex::new(seen),
+        })
+    }
+
+    /// Its record, as it was read last.
+    pub(super) fn record(&self) -> TenantRecord {
+        self.seen.lock().record.clone()
+    }
+
+    /// The way to its store for a control call.
+    pub(super) fn control(&self) -> Lane {
+        self.lane.with_deadline(CONTROL_DEADLINE)
+    }
+
+    /// The way to its store for who waits for ever.
+    pub(super) fn lane(&self) -> &Lane {
+        &self.lane
+    }
+
+    /// The way around the daemon's memory.
+    pub(super) fn direct(&self) -> &Arc<DirectWay> {
+        &self.direct
+    }
+
+    /// What it asked of its store.
+    pub(super) fn account(&self) -> &Arc<StoreStats> {
+        &self.account
+    }
+
+    /// What a volume of it is served with, whose requests are counted in `account` too.
+    pub(super) fn common(&self, all: &Common, account: Arc<StoreStats>) -> Common {
+        let lane = self.lane.counted_in(account);
+        Common {
+            store: Arc::new(lane.clone()),
+            background: Arc::new(lane.background()),
+            direct: Arc::clone(&self.direct),
+            ..all.clone()
+        }
+    }
+}
+
+/// The tenants that were asked for, and the stores that they are in.
+pub(super) struct Tenants {
+    home: Arc<Site>,
+    known: Mutex<BTreeMap<TenantName, Arc<Tenant>>>,
+    sites: Mutex<Vec<Arc<Site>>>,
+}
+
+impl Tenants {
+    pub(super) fn new(home: Arc<Site>) -> Self {
+        Self {
+            home,
+            known: Mutex::default(),
+            sites: Mutex::default(),
+        }
+    }
+
+    /// The daemon's own store.
+    pub(super) fn home(&self) -> &Site {
+        &self.home
+    }
+
+    /// Calls `look` with each store that tenants have of their own.
+    pub(super) fn each_own_site(&self, look: impl FnMut(&Arc<Site>)) {
+        self.sites.lock().iter().for_each(look);
+    }
+
+    /// Those that are known.
+    pub(super) fn all(&self) -> Vec<Arc<Tenant>> {
+        self.known.lock().values().cloned().collect()
+    }
+
+    fn known(&self, name: &TenantName) -> Option<Arc<Tenant>> {
+        self.known.lock().get(name).cloned()
+    }
+
+    /// Ends the ways to tenants' own stores, as [`Lane::stop`].
+    pub(super) fn stop(&self) {
+        for site in &*self.sites.lock() {
+            site.lane.stop();
+        }
+    }
+
+    /// The store of these settings; tenants of the same share the way to it.
+    fn site(&self, store: Option<&TenantStore>) -> Result<Arc<Site>, OpenError> {
+        let Some(store) = store else {
+            return Ok(Arc::clone(&self.home));
+        };
+        let settings = settings_of(store, &self.home.settings);
+        let mut sites = self.sites.lock();
+        // What no tenant is in any more goes.
+        sites.retain(|site| Arc::strong_count(site) > 1);
+        if let Some(found) = sites.iter().find(|site| site.settings == settings) {
+            return Ok(Arc::clone(found));
+        }
+        let site = Site::open(settings)?;
+        sites.push(Arc::clone(&site));
+        Ok(site)
+    }
+
+    /// Takes up what a record says.
+    fn learn(&self, name: &TenantName, record: TenantRecord) -> Result<Arc<Tenant>, OpenError> {
+        let site = self.site(record.settings.store.as_ref())?;
+        let at = Instant::now();
+        let seen = Seen { record, at };
+        let mut known = self.known.lock();
+        if let Some(tenant) = known.get(name) {
+            if Arc::ptr_eq(&tenant.site, &site) {
+                let mut held = tenant.seen.lock();
+                // An answer that was overtaken by a change made here says nothing.
+                if held.record.revision <= seen.record.revision
+                    || held.record.created_ms != seen.record.created_ms
+                {
+                    *held = seen;
+                }
+                drop(held);
+                return Ok(Arc::clone(tenant));
+            }
+            let account = Arc::clone(&tenant.account);
+            let moved = Tenant::new(name.clone(), site, account, seen);
+            known.insert(name.clone(), Arc::clone(&moved));
+            return Ok(moved);
+        }
+        let new = Tenant::new(name.clone(), site, Arc::default(), seen);
+        known.insert(name.clone(), Arc::clone(&new));
+        Ok(new)
+    }
+}
+
+/// What the daemon's own store is reached by stands in where a tenant's is silent.
+fn settings_of(store: &TenantStore, home: &StoreSettings) -> StoreSettings {
+    let own_server = store.endpoint.is_some();
+    let by_home = store.credentials.is_none();
+    let of_home = |text: &Option<String>| text.clone().filter(|_| by_home);
+    StoreSettings {
+        url: store.url.clone(),
+        endpoint: store.endpoint.clone().or_else(|| home.endpoint.clone()),
+        region: store.region.clone().or_else(|| home.region.clone()),
+        access_key: of_home(&home.access_key),
+        secret_key: home.secret_key.clone().filter(|_| by_home),
+        session_token: home.session_token.clone().filter(|_| by_home),
+        credentials: store
+            .credentials
+            .clone()
+            .or_else(|| home.credentials.clone()),
+        credentials_file: home.credentials_file.clone(),
+        path_style: store
+            .path_style
+            .or_else(|| home.path_style.filter(|_| !own_server)),
+        make_missing: home.make_missing,
+    }
+}
+
+/// A tenant's record and its state in the store.
+pub(super) async fn read(store: &dyn Store, tenant: &TenantName) -> ApiResult<(TenantRecord, Tag)> {
+    let key = keys::tenant_key(tenant);
+    let mut damaged = None;
+    // A second look tells damage from a bit flipped on its way.
+    for _ in 0..2 {
+        let (bytes, tag) = match store.get(&key).await {
+            Ok(found) => found,
+            Err(StoreError::NotFound { .. }) => return Err(ApiError::no_tenant(tenant)),
+            Err(error) => return Err(registry::store_error(&error)),
+        };
+        match decode_record(TENANT_KIND, &bytes) {
+            Ok(record) => return Ok((record, tag)),
+            Err(error) => damaged = Some(error),
+        }
+    }
+    let why = damaged.map(|error| error.to_string()).unwrap_or_default();
+    Err(ApiError::new(
+        Kind::Damaged,
+        format!("{key}: {why}"),
+        "make the tenant anew with `quarry tenant create` and its settings; its volumes stay",
+    ))
+}
+
+fn encoded(record: &TenantRecord) -> ApiResult<Bytes> {
+    let bytes = encode_record(TENANT_KIND, record);
+    Ok(bytes
+        .map_err(|error| ApiError::internal(error.to_string()))?
+        .into())
+}
+
+/// Writes the record of a tenant that there is none of, or one that cannot be read; [`Kind::Exists`] if there is one.
+async fn write_first(store: &dyn Store, name: &TenantName, record: &TenantRecord) -> ApiResult<()> {
+    let (key, bytes) = (keys::tenant_key(name), encoded(record)?);
+    match store.create(&key, bytes.clone()).await {
+        Ok(_) => return Ok(()),
+        Err(StoreError::Exists { .. }) => {}
+        Err(error) => return Err(registry::store_error(&error)),
+    }
+    let (found, tag) = store
+        .get(&key)
+        .await
+        .map_err(|e| registry::store_error(&e))?;
+    if found == bytes {
+        // Our own, whose answer was lost.
+        return Ok(());
+    }
+    if decode_record::<TenantRecord>(TENANT_KIND, &found).is_ok() {
+        let message = format!("there is a tenant {name} already");
+        let remedy = "choose another name, or change it with `quarry tenant update`";
+        return Err(ApiError::new(Kind::Exists, message, remedy));
+    }
+    tracing::warn!(tenant = %name, "its record was damaged, and is made anew");
+    let written = store.replace(&key, bytes, &tag).await;
+    written.map(drop).map_err(|e| registry::store_error(&e))
+}
+
+impl Daemon {
+    /// A tenant, as it was at most [`KNOWN_FOR`] ago; while the daemon's store does not answer, as it was last.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is none; what is wrong with its store.
+    pub(super) async fn tenant(&self, name: &TenantName) -> ApiResult<Arc<Tenant>> {
+        let known = self.tenants.known(name);
+        if let Some(tenant) = &known
+            && tenant.seen.lock().at.elapsed() < KNOWN_FOR
+        {
+            tenant.site.check().await?;
+            return Ok(Arc::clone(tenant));
+        }
+        let tenant = match self.read_tenant(name).await {
+            Err(error) if error.kind == Kind::Unavailable => known.ok_or(error)?,
+            read => read?,
+        };
+        tenant.site.check().await?;
+        Ok(tenant)
+    }
+
+    /// A tenant, as its record says now.
+    pub(super) async fn read_tenant(&self, name: &TenantName) -> ApiResult<Arc<Tenant>> {
+        match read(&self.home, name).await {
+            Ok((record, _)) => self.learn_tenant(name, record),
+            Err(error) => {
+                if error.kind == Kind::NotFound {
+                    self.tenants.known.lock().remove(name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
+        let learnt = self.tenants.learn(name, record);
+        learnt.map_err(|error| cannot_open(name, &error))
+    }
+
+    /// The way to a tenant's store for a control call.
+    pub(super) async fn control(&self, tenant: &TenantName) -> ApiResult<Lane> {
+        Ok(self.tenant(tenant).await?.control())
+    }
+
+    /// Makes a tenant, whose store is looked at first.
+    pub(super) async fn make_tenant(
+        &self,
+        name: &TenantName,
+        settings: TenantSettings,
+    ) -> ApiResult<TenantRecord> {
+        let record = TenantRecord {
+            name: name.to_string(),
+            created_ms: super::now_ms(),
+            settings,
+            ..TenantRecord::default()
+        };
+        self.check_store_of(name, record.settings.store.as_ref())
+            .await?;
+        write_first(&self.home, name, &record).await?;
+        self.learn_tenant(name, record.clone())?;
+        Ok(record)
+    }
+
+    /// Looks at a store that a tenant is to have.
+    pub(super) async fn check_store_of(
+        &self,
+        name: &TenantName,
+        store: Option<&TenantStore>,
+    ) -> ApiResult<()> {
+        let site = self.tenants.site(store);
+        let site = site.map_err(|error| cannot_open(name, &error))?;
+        site.check().await
+    }
+
+    /// Changes a tenant's record, where it was seen; done again while others change it too. `change` may be called
+    /// more than once.
+    pub(super) async fn change_tenant(
+        &self,
+        name: &TenantName,
+        change: impl Fn(&mut TenantRecord) -> ApiResult<()>,
+    ) -> ApiResult<TenantRecord> {
+        let key = keys::tenant_key(name);
+        for _ in 0..CHANGE_TRIES_MAX {
+            let (before, tag) = read(&self.home, name).await?;
+            let mut record = before.clone();
+            change(&mut record)?;
+            if record == before {
+                self.learn_tenant(name, record.clone())?;
+                return Ok(record);
+            }
+            record.revision += 1;
+            match self.home.replace(&key, encoded(&record)?, &tag).await {
+                Ok(_) => {
+                    self.learn_tenant(name, record.clone())?;
+                    return Ok(record);
+                }
+                // Somebody quicker, or our own lost answer: what is there tells, and the change is made of that.
+                Err(StoreError::Changed { .. }) => {}
+                Err(error) => return Err(registry::store_error(&error)),
+            }
+        }
+        let message = format!("tenant {name} is being changed by many others");
+        Err(ApiError::new(Kind::Conflict, message, "try again"))
+    }
+
+    /// Forgets a tenant that is no more.
+    pub(super) fn forget_tenant(&self, name: &TenantName) {
+        self.tenants.known.lock().remove(name);
+    }
+}
+
+fn cannot_open(tenant: &TenantName, error: &OpenError) -> ApiError {
+    let message = format!("the store of tenant {tenant}: {error}");
+    ApiError::new(Kind::Unsupported, message, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quarry_config::Secret;
+
+    fn home() -> StoreSettings {
+        StoreSettings {
+            url: "s3://home/q".to_owned(),
+            endpoint: Some("http://127.0.0.1:1".to_owned()),
+            access_key: Some("id".to_owned()),
+            secret_key: Some(Secret::new("hunter2")),
+            ..StoreSettings::default()
+        }
+    }
+
+    fn store(credentials: Option<&str>) -> TenantStore {
+        TenantStore {
+            url: "s3://acme".to_owned(),
+            credentials: credentials.map(str::to_owned),
+            ..TenantStore::default()
+        }
+    }
+
+    #[test]
+    fn keys_of_the_daemon_are_not_used_where_a_tenant_has_its_own() {
+        let shared = settings_of(&store(None), &home());
+        assert!(shared.secret_key.is_some() && shared.endpoint.is_some());
+        let own = settings_of(&store(Some("profile:acme")), &home());
+        assert!(own.secret_key.is_none() && own.access_key.is_none());
+        assert_eq!(own.credentials.as_deref(), Some("profile:acme"));
+    }
+
+    fn tenants() -> Tenants {
+        let store = open_store(&home()).unwrap();
+        let lane = Lane::new(store, &LaneSettings::default());
+        Tenants::new(Site::looked_at(home(), lane))
+    }
+
+    fn record(revision: u64, store: Option<TenantStore>) -> TenantRecord {
+        TenantRecord {
+            name: "acme".to_owned(),
+            created_ms: 1,
+            revision,
+            settings: TenantSettings {
+                store,
+                ..TenantSettings::default()
+            },
+            ..TenantRecord::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn record_overtaken_by_a_change_made_here_is_not_believed() {
+        let (all, name) = (tenants(), TenantName::new("acme").unwrap());
+        all.learn(&name, record(2, None)).unwrap();
+        let tenant = all.learn(&name, record(1, None)).unwrap();
+        assert_eq!(tenant.record().revision, 2);
+        let again = TenantRecord {
+            created_ms: 9,
+            ..record(0, None)
+        };
+        assert_eq!(all.learn(&name, again).unwrap().record().created_ms, 9);
+    }
+
+    #[tokio::test]
+    async fn tenants_of_one_store_share_the_way_and_one_that_moves_keeps_its_account() {
+        let all = tenants();
+        let (one, two) = (
+            TenantName::new("one").unwrap(),
+            TenantName::new("two").unwrap(),
+        );
+        let first = all.learn(&one, record(0, Some(store(None)))).unwrap();
+        let second = all.learn(&two, record(0, Some(store(None)))).unwrap();
+        assert!(Arc::ptr_eq(&first.site, &second.site));
+        let moved = all.learn(&one, record(1, None)).unwrap();
+        assert!(Arc::ptr_eq(&moved.site, &all.home));
+        assert!(Arc::ptr_eq(moved.account(), first.account()));
+    }
+}
