@@ -51,6 +51,7 @@ use crate::control::{
     RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
     VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
+use crate::fair::{Gate, plain_share};
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
 use crate::reactor::{
@@ -275,8 +276,9 @@ impl Daemon {
             direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
             fetches: Fetches::new(ram - ram / NODE_SHARE),
-            uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
-            compactions: Arc::new(tokio::sync::Semaphore::new(backend::COMPACTIONS_MAX)),
+            share: plain_share(),
+            uploads: Gate::new(backend::UPLOADS_MAX),
+            compactions: Gate::with_time(backend::COMPACTIONS_MAX, backend::COMPACTION_TIME_MAX),
             reclaim: backend::ReclaimSettings {
                 horizon: config.reclaim.horizon,
                 debt_min: config.reclaim.debt_min.bytes(),

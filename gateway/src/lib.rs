@@ -7,6 +7,7 @@ pub mod control;
 pub mod daemon;
 pub mod demo;
 pub mod engine;
+pub mod fair;
 pub mod image;
 pub mod metrics;
 pub mod moment;
