@@ -15,6 +15,7 @@ mod chores;
 mod direct;
 mod handover;
 pub mod kept;
+mod rates;
 mod registry;
 mod report;
 mod rescue;
@@ -47,13 +48,15 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    MoveReport, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
+    WarmSpec,
 };
 use crate::fair::{Gate, plain_share};
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
+use crate::qos::{TenantGate, VolumeGate};
 use crate::reactor::{
     Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, VolumeKey,
 };
@@ -73,6 +76,7 @@ const NODE_SHARE: u64 = 2;
 /// A volume as the reactor drives it: the state machine, with the lock on what all volumes share.
 pub struct VolumeMachine {
     volume: Volume,
+    gate: Arc<VolumeGate>,
     shared: Arc<Mutex<Shared>>,
     /// None for a volume that takes no writes.
     journal: Option<Journal>,
@@ -121,6 +125,10 @@ impl Machine for VolumeMachine {
         }
     }
 
+    fn gate(&self) -> Option<Arc<VolumeGate>> {
+        Some(Arc::clone(&self.gate))
+    }
+
     fn wants_tick(&self) -> bool {
         self.volume.wants_ticks()
     }
@@ -147,6 +155,8 @@ pub struct Daemon {
     unsettled: Mutex<BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>>,
     journals: Journals,
     slots: Mutex<BTreeMap<ImageRef, Arc<Slot>>>,
+    /// Of tenants that have had something attached here.
+    tenant_gates: Mutex<BTreeMap<TenantName, Arc<TenantGate>>>,
     wanted: Wanted,
     ublk: ublk::Control,
     metrics: metrics::Metrics,
@@ -305,6 +315,7 @@ impl Daemon {
             unsettled: Mutex::default(),
             journals,
             slots: Mutex::default(),
+            tenant_gates: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
             ublk,
             metrics: metrics::Metrics::new(),
@@ -485,6 +496,11 @@ impl Engine for Daemon {
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
         self.fit()?;
         self.retain_volume(volume, retain_ms).await
+    }
+
+    async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
+        self.fit()?;
+        self.set_volume_rates(volume, rates).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod moment;
 pub mod nbd;
 pub mod provision;
+pub mod qos;
 pub mod reactor;
 pub mod rescue;
 pub mod snapshot;

@@ -18,12 +18,13 @@ use crate::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
 };
 use crate::backend::past::open_at;
-use crate::backend::{HeadError, VolumeBackend};
+use crate::backend::{Common, HeadError, VolumeBackend};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, ImageRef, Kind, Via, VolumeRef,
 };
 use crate::moment::Moment;
 use crate::nbd::Export;
+use crate::qos::VolumeGate;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
 use crate::ublk::{
@@ -81,6 +82,7 @@ impl From<ReactorGone> for ApiError {
 /// A volume that a reactor serves, without a front end yet.
 pub(super) struct Opening {
     pub(super) backend: Arc<VolumeBackend>,
+    gate: Arc<VolumeGate>,
     spec: DeviceSpec,
 }
 
@@ -202,7 +204,7 @@ impl Daemon {
             read_only: options.read_only,
             access,
             shown: AtomicU64::new(opening.spec.size.bytes()),
-            ..self.without_front_end(volume, &opening.backend)
+            ..self.without_front_end(volume, &opening)
         };
         if options.direct_reads {
             let can = self.can_read_directly(&attached.backend.head().get(), via);
@@ -250,13 +252,11 @@ impl Daemon {
     }
 
     /// A volume that is served here to nobody.
-    pub(super) fn without_front_end(
-        &self,
-        volume: &ImageRef,
-        backend: &Arc<VolumeBackend>,
-    ) -> Attached {
+    pub(super) fn without_front_end(&self, volume: &ImageRef, opening: &Opening) -> Attached {
+        let backend = &opening.backend;
         Attached {
             backend: Arc::clone(backend),
+            gate: Arc::clone(&opening.gate),
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
             mode: THROUGH_THE_DAEMON,
             queues: 0,
@@ -276,7 +276,8 @@ impl Daemon {
         volume: &ImageRef,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
-        let id = registry::find(&self.control, &volume.volume).await?;
+        let record = registry::find_record(&self.control, &volume.volume).await?;
+        let id = record.volume;
         if let Some(name) = &volume.snapshot {
             return self.serve_snapshot(volume, id, name, options).await;
         }
@@ -292,6 +293,8 @@ impl Daemon {
         // It stays known until the volume has taken it up.
         let kept = self.kept.lock().get(&id).cloned();
         let opening = self.serve_kept(volume, id, kept, options).await?;
+        // There is no front end yet.
+        opening.gate.set_rates(&record.rates);
         if !options.read_only {
             self.kept.lock().remove(&id);
         }
@@ -422,8 +425,10 @@ impl Daemon {
             unsent: taken.unsent,
             kept_segments: taken.segments,
         };
+        let gate = VolumeGate::new(self.tenant_gate(&volume.volume.tenant));
         let mut actions = Vec::new();
         let machine = VolumeMachine {
+            gate: Arc::clone(&gate),
             volume: Volume::new(params, opened, &mut self.shared.lock(), &mut actions),
             shared: Arc::clone(&self.shared),
             journal,
@@ -431,7 +436,12 @@ impl Daemon {
             first: actions,
         };
         let (reactor, key) = self.place()?;
-        let (common, name) = (self.common.clone(), volume.to_string());
+        let share = Arc::clone(gate.tenant().share());
+        let common = Common {
+            share,
+            ..self.common.clone()
+        };
+        let name = volume.to_string();
         let backend = VolumeBackend::new(common, name, claimed, key, reactor.clone());
         let add = Message::AddVolume {
             key,
@@ -443,7 +453,11 @@ impl Daemon {
             backend.start_reclaiming();
             backend.start_sweeping_orphans();
         }
-        Ok(Opening { backend, spec })
+        Ok(Opening {
+            backend,
+            gate,
+            spec,
+        })
     }
 
     /// Takes up what the cache kept, and makes the journal anew.
@@ -590,11 +604,17 @@ impl Daemon {
             };
         };
         slot.set(Stage::Detaching(Arc::clone(&attached)));
+        // Its end waits for all requests.
+        attached.gate.set_leaving(true);
+        let stay = || {
+            attached.gate.set_leaving(false);
+            slot.set(Stage::Attached(Arc::clone(&attached)));
+        };
         // The device goes first: what its users wrote is then all acknowledged.
         if let Some((id, spec)) = &attached.device
             && let Err(error) = self.ublk.remove(*id, spec.clone(), false).await
         {
-            slot.set(Stage::Attached(attached));
+            stay();
             return Err(error.into());
         }
         // Nobody new comes in from here on.
@@ -602,7 +622,7 @@ impl Daemon {
         let complete = match self.let_go(&attached).await {
             Ok(complete) => complete,
             Err(error) => {
-                slot.set(Stage::Attached(attached));
+                stay();
                 return Err(error);
             }
         };

@@ -1,5 +1,6 @@
 //! What `show`, `status` and `/metrics` tell.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -7,14 +8,15 @@ use quarry_objfmt::head::Head;
 use quarry_objfmt::{TenantName, keys};
 use quarry_volume::VolumeStats;
 
+use super::rates::limits_info;
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
 use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
-    ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, State, StatusInfo,
-    StoreStatus, VolumeInfo, VolumeRef,
+    ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, RatesSpec, State,
+    StatusInfo, StoreStatus, VolumeInfo, VolumeRef,
 };
 use crate::metrics;
 use crate::reactor::ReactorStats;
@@ -37,9 +39,9 @@ impl Daemon {
         if image.at.is_some() && attached.is_none() && !self.wanted.contains(image) {
             return Err(not_attached(image));
         }
-        let mut head = match &attached {
-            Some(attached) => attached.backend.head().get(),
-            None => registry::head(&self.control, volume).await?,
+        let (mut head, rates) = match &attached {
+            Some(attached) => (attached.backend.head().get(), attached.gate.rates()),
+            None => registry::head_and_rates(&self.control, volume).await?,
         };
         if let (Some(name), None) = (&image.snapshot, &attached) {
             let mut all = head.snapshots.iter();
@@ -59,6 +61,11 @@ impl Daemon {
             sector_size: head.sector_size,
             durability: head.durability,
             compression: head.compression,
+            rates: if image.is_past() {
+                RatesSpec::default()
+            } else {
+                rates.into()
+            },
             stored_bytes: head.stored_bytes,
             parent: self.parent(volume, &head).await,
             snapshots: head.snapshots.len() as u64,
@@ -82,6 +89,7 @@ impl Daemon {
         };
         let (stats, copied_bytes) = self.stats(&attached).await;
         info.attached = Some(attached_info(&attached));
+        info.limits = Some(limits_info(&attached.gate));
         let read = stats.hit_bytes + stats.miss_bytes;
         info.dirty_bytes = stats.dirty_bytes;
         info.rpo_ms = stats.rpo_ms;
@@ -137,7 +145,7 @@ impl Daemon {
             .collect()
     }
 
-    fn attached(&self) -> Vec<(ImageRef, Arc<Attached>)> {
+    pub(super) fn attached(&self) -> Vec<(ImageRef, Arc<Attached>)> {
         let slots: Vec<(ImageRef, Arc<Slot>)> = self
             .slots
             .lock()
@@ -200,11 +208,15 @@ impl Daemon {
     }
 
     pub(super) async fn snapshot(&self) -> metrics::Snapshot {
-        let mut volumes = Vec::new();
+        let (mut volumes, mut tenants) = (Vec::new(), BTreeMap::new());
         for (volume, attached) in self.attached() {
+            tenants
+                .entry(volume.volume.tenant.to_string())
+                .or_insert_with(|| attached.gate.tenant().rates());
             let (s, copied_bytes) = self.stats(&attached).await;
             let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
             let fetched = attached.backend.fetched();
+            let (limits, rates) = (attached.gate.stats(), attached.gate.rates());
             let of = metrics::VolumeStats {
                 size_bytes: attached.backend.head().get().size.bytes(),
                 reads: s.reads,
@@ -242,6 +254,11 @@ impl Daemon {
                 shared_bytes: fetched.shared_bytes,
                 readahead_bytes: s.readahead_bytes,
                 warmed_bytes: s.warmed_bytes,
+                held: limits.held,
+                held_total: limits.held_total,
+                held_ms: limits.held_ms,
+                limit_iops: rates.iops.unwrap_or(0),
+                limit_bytes: rates.bandwidth_bytes.unwrap_or(0),
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };
@@ -265,8 +282,22 @@ impl Daemon {
         let nodes = shared.nodes.stats();
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
         let store = self.lane.stats().snapshot();
+        let uploads = self.common.uploads.counts();
         metrics::Snapshot {
             volumes,
+            tenants: tenants
+                .into_iter()
+                .map(|(tenant, rates)| metrics::TenantSample {
+                    tenant,
+                    limit_iops: rates.iops.unwrap_or(0),
+                    limit_bytes: rates.bandwidth_bytes.unwrap_or(0),
+                })
+                .collect(),
+            uploads: metrics::UploadStats {
+                in_flight: uploads.held as u64,
+                slow: uploads.slow as u64,
+                waiting: uploads.waiting as u64,
+            },
             reactors,
             cache: metrics::CacheStats {
                 size_bytes: bytes(counts.total),

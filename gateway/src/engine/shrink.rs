@@ -89,7 +89,7 @@ impl Daemon {
         slot.set(Stage::Attaching);
         let served = self.serve(&image, &AttachOptions::default()).await;
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
-        let attached = self.without_front_end(&image, &opening.backend);
+        let attached = self.without_front_end(&image, &opening);
         let shrunk = self.cut_off(volume, &attached, size).await;
         // Step 4.
         match self.let_go(&attached).await {

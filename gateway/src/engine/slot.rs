@@ -8,11 +8,14 @@ use parking_lot::Mutex;
 use super::access::Access;
 use crate::backend::VolumeBackend;
 use crate::control::{AttachInfo, State};
+use crate::qos::VolumeGate;
 use crate::ublk;
 
 /// A volume attached here.
 pub(super) struct Attached {
     pub(super) backend: Arc<VolumeBackend>,
+    /// How fast it may be used.
+    pub(super) gate: Arc<VolumeGate>,
     pub(super) info: AttachInfo,
     /// How its data travel, for people.
     pub(super) mode: &'static str,

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quarry_objfmt::{Head, SnapName, VolumeId, VolumeName};
+use quarry_objfmt::{Head, NameRecord, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 
 use super::report::attached_info;
@@ -210,7 +210,7 @@ impl Daemon {
         slot.set(Stage::Attaching);
         let served = self.serve(image, &AttachOptions::default()).await;
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
-        let attached = self.without_front_end(image, &opening.backend);
+        let attached = self.without_front_end(image, &opening);
         let made = match self.fold(volume, &attached).await {
             Ok(acknowledged) => {
                 let head = opening.backend.head();
@@ -402,7 +402,8 @@ impl Daemon {
         };
         let made = snapshot::make_clone(&self.control, &spec).await;
         made.map_err(|error| told(parent, error))?;
-        let named = registry::name_fresh(&self.control, &clone, spec.volume, spec.now_ms).await;
+        let record = NameRecord::new(spec.volume, spec.now_ms);
+        let named = registry::name_fresh(&self.control, &clone, &record).await;
         if let Err(error) = named {
             // Somebody was quicker. Its head is not deleted at once: one that was sent twice may arrive yet. After
             // other errors it may have its name, and stays.
