@@ -36,7 +36,7 @@ use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, SnapshotRef, Volum
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinError;
 
 pub(crate) use map_end::MapEnd;
@@ -53,23 +53,28 @@ pub use objects::{LogChunk, Objects, RETAIN_MS_MAX, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
 
+use crate::fair::{Gate, Share};
 use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
 use crate::store::{Store, StoreError};
 
-/// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB.
+/// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB. A tenant whose store
+/// hangs may keep as many, beside those of the others ([`Gate`]).
 pub const UPLOADS_MAX: usize = 16;
 
 /// Most compactions at once, over all volumes: each takes up to twice
-/// [`ReclaimSettings::window_bytes`] and four chunks.
+/// [`ReclaimSettings::window_bytes`] and four chunks. A tenant whose store hangs may keep as many, beside those of the others.
 pub const COMPACTIONS_MAX: usize = 1;
+
+/// How long a stage of a compaction may take before those of other tenants go on beside it.
+pub const COMPACTION_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(120);
 
 /// The way of direct reads, or why the store or the kernel has none; found out when first asked, for few
 /// ask at all.
 pub type DirectWay =
     LazyLock<Result<DirectLane, String>, Box<dyn FnOnce() -> Result<DirectLane, String> + Send>>;
 
-/// What all volumes' backends share.
+/// What all volumes' backends share; of each volume's copy the share is its tenant's.
 #[derive(Clone)]
 pub struct Common {
     /// For reads that someone waits for.
@@ -82,10 +87,12 @@ pub struct Common {
     pub device: Arc<dyn BlockDevice>,
     /// The RAM tier, and what is being fetched.
     pub fetches: Arc<Fetches>,
+    /// For whom the work is.
+    pub share: Arc<Share>,
     /// Bounds the memory of uploads.
-    pub uploads: Arc<Semaphore>,
+    pub uploads: Gate,
     /// Bounds the memory of compactions.
-    pub compactions: Arc<Semaphore>,
+    pub compactions: Gate,
     /// When what the store does not need any more is deleted.
     pub reclaim: ReclaimSettings,
     /// How often each volume's orphans are looked for.
@@ -450,7 +457,7 @@ impl VolumeBackend {
     /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
     /// the chunk; its `last_write` then says what the cache need not send again.*
     async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(Vec<MapEntry>, u64), String> {
-        let _memory = self.common.uploads.acquire().await.expect("never closed");
+        let _memory = self.common.uploads.enter(&self.common.share).await;
         let object = keys::chunk_key(self.head.tenant(), plan.id);
         let encoded = loop {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());

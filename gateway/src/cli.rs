@@ -14,6 +14,7 @@ mod demo;
 mod export;
 mod failure;
 mod import;
+mod limit;
 mod logging;
 mod output;
 mod progress;

@@ -107,12 +107,17 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let daemon = Arc::clone(&daemon);
         async move { daemon.empty_trash().await }
     });
+    let rates = tokio::spawn({
+        let daemon = Arc::clone(&daemon);
+        async move { daemon.look_at_rates().await }
+    });
     let engine: Arc<dyn Engine> = Arc::clone(&daemon) as _;
     control::serve(engine, listeners, shutdown).await?;
     again.abort();
     // Wherever it is: the next daemon goes on.
     trash.abort();
     follow.abort();
+    rates.abort();
     if tokio::time::timeout(stop_time_max, daemon.drain_all())
         .await
         .is_err()

@@ -17,6 +17,7 @@ mod direct;
 mod handover;
 pub mod kept;
 mod quota;
+mod rates;
 mod registry;
 mod report;
 mod rescue;
@@ -53,13 +54,15 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef,
-    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
-    WarmSpec,
+    MoveReport, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
+    TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    WarmReport, WarmSpec,
 };
+use crate::fair::{Gate, plain_share};
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
+use crate::qos::VolumeGate;
 use crate::reactor::{
     Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, VolumeKey,
 };
@@ -79,6 +82,7 @@ const NODE_SHARE: u64 = 2;
 /// A volume as the reactor drives it: the state machine, with the lock on what all volumes share.
 pub struct VolumeMachine {
     volume: Volume,
+    gate: Arc<VolumeGate>,
     shared: Arc<Mutex<Shared>>,
     /// None for a volume that takes no writes.
     journal: Option<Journal>,
@@ -125,6 +129,10 @@ impl Machine for VolumeMachine {
             sector_size: self.volume.sector_size(),
             read_only: self.volume.read_only(),
         }
+    }
+
+    fn gate(&self) -> Option<Arc<VolumeGate>> {
+        Some(Arc::clone(&self.gate))
     }
 
     fn wants_tick(&self) -> bool {
@@ -279,8 +287,9 @@ impl Daemon {
             direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
             fetches: Fetches::new(ram - ram / NODE_SHARE),
-            uploads: Arc::new(tokio::sync::Semaphore::new(backend::UPLOADS_MAX)),
-            compactions: Arc::new(tokio::sync::Semaphore::new(backend::COMPACTIONS_MAX)),
+            share: plain_share(),
+            uploads: Gate::new(backend::UPLOADS_MAX),
+            compactions: Gate::with_time(backend::COMPACTIONS_MAX, backend::COMPACTION_TIME_MAX),
             reclaim: backend::ReclaimSettings {
                 horizon: config.reclaim.horizon,
                 debt_min: config.reclaim.debt_min.bytes(),
@@ -519,6 +528,11 @@ impl Engine for Daemon {
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
         self.fit()?;
         self.retain_volume(volume, retain_ms).await
+    }
+
+    async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
+        self.fit()?;
+        self.set_volume_rates(volume, rates).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

@@ -92,10 +92,31 @@ pub struct VolumeStats {
     pub store_requests: u64,
     /// What they cost by the configuration's prices, in millionths.
     pub store_cost_micros: u64,
+    /// Requests that wait for a limit, now.
+    pub held: u64,
+    /// Requests that waited for a limit.
+    pub held_total: u64,
+    /// For how long, all together.
+    pub held_ms: u64,
+    /// Requests a second that it may make; 0 without a limit of its own.
+    pub limit_iops: u64,
+    /// Bytes a second that it may read and write; 0 without a limit of its own.
+    pub limit_bytes: u64,
     /// 1 while writes wait for the store, else 0.
     pub stalled: u64,
     /// 1 while something is wrong with it, else 0.
     pub failed: u64,
+}
+
+/// Chunks that are being uploaded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct UploadStats {
+    /// Under way, in the places that tenants share.
+    pub in_flight: u64,
+    /// Under way for longer than a sound store takes, beside these places.
+    pub slow: u64,
+    /// Waiting for a place.
+    pub waiting: u64,
 }
 
 /// The cache device's gauges and counters.
@@ -184,6 +205,10 @@ pub struct VolumeSample {
 /// What a tenant asked of its store.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct TenantStats {
+    /// Requests a second of all its volumes; 0 without a limit.
+    pub limit_iops: u64,
+    /// Bytes a second of all its volumes; 0 without a limit.
+    pub limit_bytes: u64,
     /// Bytes received.
     pub read_bytes: u64,
     /// Bytes sent.
@@ -223,6 +248,8 @@ pub struct Snapshot {
     pub volumes: Vec<VolumeSample>,
     /// Tenants.
     pub tenants: Vec<TenantSample>,
+    /// Uploads.
+    pub uploads: UploadStats,
     /// Reactors, by their number.
     pub reactors: Vec<ReactorCounts>,
     /// The cache device.
@@ -238,6 +265,8 @@ pub struct Snapshot {
 enum Source {
     /// One value a volume, labelled `tenant` and `volume`.
     Volume(fn(&VolumeStats) -> f64),
+    /// One value.
+    Uploads(fn(&UploadStats) -> f64),
     /// The constant 1 a volume, labelled with what does not change while it is attached.
     VolumeInfo,
     /// One value a tenant, labelled `tenant`.
@@ -390,6 +419,31 @@ static TABLE: &[Definition] = &[
         of!(Volume.hit_bytes),
     ),
     gauge(
+        "quarry_volume_held_requests",
+        "Requests that wait for a limit of the volume or its tenant.",
+        of!(Volume.held),
+    ),
+    counter(
+        "quarry_volume_held_requests_total",
+        "Requests that waited for a limit.",
+        of!(Volume.held_total),
+    ),
+    counter(
+        "quarry_volume_held_seconds_total",
+        "Time that requests waited for a limit, all together.",
+        of!(Volume.held_ms in ms),
+    ),
+    gauge(
+        "quarry_volume_limit_bytes_per_second",
+        "Bytes a second that the volume may read and write; 0 without a limit of its own.",
+        of!(Volume.limit_bytes),
+    ),
+    gauge(
+        "quarry_volume_limit_iops",
+        "Requests a second that the volume may make; 0 without a limit of its own.",
+        of!(Volume.limit_iops),
+    ),
+    gauge(
         "quarry_volume_live_bytes",
         "Data needed in the store, before compression, as of the last count.",
         of!(Volume.live_bytes),
@@ -508,6 +562,31 @@ static TABLE: &[Definition] = &[
         "quarry_volume_stalled",
         "1 while writes wait for the store.",
         of!(Volume.stalled),
+    ),
+    gauge(
+        "quarry_tenant_limit_bytes_per_second",
+        "Bytes a second that the tenant's volumes here may read and write together; 0 without a limit.",
+        of!(Tenant.limit_bytes),
+    ),
+    gauge(
+        "quarry_tenant_limit_iops",
+        "Requests a second that the tenant's volumes here may make together; 0 without a limit.",
+        of!(Tenant.limit_iops),
+    ),
+    gauge(
+        "quarry_uploads_in_flight",
+        "Chunks being uploaded, in the places that tenants share.",
+        of!(Uploads.in_flight),
+    ),
+    gauge(
+        "quarry_uploads_slow",
+        "Chunks being uploaded for longer than a sound store takes, beside these places.",
+        of!(Uploads.slow),
+    ),
+    gauge(
+        "quarry_uploads_waiting",
+        "Chunks that wait for a place.",
+        of!(Uploads.waiting),
     ),
     counter(
         "quarry_tenant_store_cost_total",
@@ -747,6 +826,7 @@ impl Definition {
                     })
                     .collect()
             }
+            Source::Uploads(value) => vec![self.metric(&[], value(&snapshot.uploads))],
             Source::Reactor(value) => (0_u32..)
                 .zip(&snapshot.reactors)
                 .map(|(n, counts)| {
@@ -813,6 +893,7 @@ mod tests {
         let stats = VolumeStats {
             read_bytes: 4096,
             rpo_ms: 1500,
+            held_ms: 250,
             stalled: 1,
             ..VolumeStats::default()
         };
@@ -833,10 +914,15 @@ mod tests {
                 tenant: "acme".to_owned(),
                 calls: vec![("put", 3)],
                 stats: TenantStats {
+                    limit_iops: 5000,
                     cost_micros: 1_500,
                     ..TenantStats::default()
                 },
             }],
+            uploads: UploadStats {
+                slow: 3,
+                ..UploadStats::default()
+            },
             reactors: vec![
                 ReactorCounts::default(),
                 ReactorCounts {
@@ -870,6 +956,9 @@ mod tests {
             "quarry_volume_stalled{tenant=\"acme\",volume=\"db\"} 1",
             "quarry_tenant_store_cost_total{tenant=\"acme\"} 0.0015",
             "quarry_tenant_store_requests_total{tenant=\"acme\",operation=\"put\"} 3",
+            "quarry_volume_held_seconds_total{tenant=\"acme\",volume=\"db\"} 0.25",
+            "quarry_tenant_limit_iops{tenant=\"acme\"} 5000",
+            "quarry_uploads_slow 3",
             "quarry_volume_info{tenant=\"acme\",volume=\"db\",via=\"ublk\",mode=\"zero copy\"} 1",
             "quarry_reactor_requests_total{reactor=\"1\"} 9",
             "quarry_cache_size_bytes 1073741824",

@@ -20,6 +20,7 @@ pub mod direct;
 mod doorbell;
 mod execute;
 pub mod frontend;
+mod hold;
 pub(crate) mod memory;
 mod op;
 mod rate;
@@ -46,6 +47,8 @@ use tokio::sync::{mpsc, oneshot};
 use self::core::Core;
 use self::direct::Body;
 use self::doorbell::Doorbell;
+use crate::qos::VolumeGate;
+
 pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
 
 /// Messages that wait for a reactor: past it, senders wait.
@@ -78,6 +81,11 @@ pub trait Machine: Any + Send {
     /// Its shape; asked once, when the reactor gets it. From then on only its size changes, by
     /// [`Message::Grow`].
     fn geometry(&self) -> Geometry;
+
+    /// How fast its requests are taken; asked once, like its shape. None: as fast as can be.
+    fn gate(&self) -> Option<Arc<VolumeGate>> {
+        None
+    }
 
     /// Whether it wants an [`Event::Tick`] now.
     fn wants_tick(&self) -> bool {

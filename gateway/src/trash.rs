@@ -36,7 +36,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{
-    CloneOf, CloneRecord, NAME_KIND, NameRecord, TRASH_KIND, TrashRecord, encode_record,
+    CloneOf, CloneRecord, NAME_KIND, NameRecord, Rates, TRASH_KIND, TrashRecord, encode_record,
 };
 use quarry_objfmt::{
     CacheId, Deleted, Epoch, FormatError, Sectors, SnapName, TenantName, VolumeId, VolumeName, keys,
@@ -217,10 +217,17 @@ pub async fn put(
     cache: CacheId,
     now_ms: u64,
 ) -> Result<TrashRecord, TrashError> {
+    let name = name_record(store, volume).await?;
+    let rates = match name.filter(|name| name.volume == id) {
+        Some(name) => name.rates,
+        // Its deletion goes on: what the trash says already.
+        None => rates_in_trash(store, &volume.tenant, id).await?,
+    };
     let record = |deleted_ms, head: Option<&Head>| TrashRecord {
         volume: id,
         name: volume.name.to_string(),
         deleted_ms,
+        rates,
         parent: head.and_then(|head| head.parent.as_ref()).map(|p| CloneOf {
             volume: p.volume,
             snapshot: p.snapshot.clone(),
@@ -258,7 +265,7 @@ pub async fn put(
     match look(store, &volume.tenant, id).await? {
         Found::Sound(head, _) if head.deleted().is_none() => {
             Branch::RestoredMeanwhile.taken();
-            give_name(store, volume, id, head.created_ms).await?;
+            give_name(store, volume, id, head.created_ms, rates).await?;
             let by = "somebody who restored it".to_owned();
             Err(TrashError::Raced { by })
         }
@@ -272,11 +279,12 @@ async fn give_name(
     volume: &VolumeRef,
     id: VolumeId,
     created_ms: u64,
+    rates: Rates,
 ) -> Result<(), TrashError> {
     let key = keys::name_key(&volume.tenant, &volume.name);
     let record = NameRecord {
-        volume: id,
-        created_ms,
+        rates,
+        ..NameRecord::new(id, created_ms)
     };
     let bytes = encode_record(NAME_KIND, &record).map_err(|error| TrashError::Record {
         key: key.clone(),
@@ -464,6 +472,7 @@ pub(crate) async fn note_given_up(
         name: empty.name.clone(),
         deleted_ms: since_ms,
         parent: None,
+        rates: Rates::NONE,
     };
     note(store, tenant, &left).await
 }
@@ -485,10 +494,19 @@ fn stand_in(tenant: &TenantName, id: VolumeId, name: &str, deleted: Deleted) -> 
 
 /// The volume that a name leads to, if there is one.
 async fn named(store: &dyn Store, volume: &VolumeRef) -> Result<Option<VolumeId>, TrashError> {
+    Ok(name_record(store, volume)
+        .await?
+        .map(|record| record.volume))
+}
+
+async fn name_record(
+    store: &dyn Store,
+    volume: &VolumeRef,
+) -> Result<Option<NameRecord>, TrashError> {
     let key = keys::name_key(&volume.tenant, &volume.name);
     match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
         Ok(record) => record
-            .map(|record| Some(record.volume))
+            .map(Some)
             .map_err(|error| TrashError::Record { key, error }),
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
@@ -527,6 +545,19 @@ async fn record(
             .map_err(|error| TrashError::Record { key, error }),
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The rates of a volume of the trash; none if its record is missing or damaged, for the volume is worth more than they.
+async fn rates_in_trash(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+) -> Result<Rates, TrashError> {
+    match record(store, tenant, id).await {
+        Ok(record) => Ok(record.map_or(Rates::NONE, |record| record.rates)),
+        Err(TrashError::Record { .. }) => Ok(Rates::NONE),
+        Err(error) => Err(error),
     }
 }
 
@@ -634,13 +665,14 @@ pub async fn restore(
         Some(other) if other != id => return Err(TrashError::Taken(volume)),
         _ => {}
     }
+    let rates = rates_in_trash(store, tenant, id).await?;
     let cell = HeadCell::new(tenant.clone(), *head, tag);
     let revived = |head: &mut Head| {
         revive(head);
         head.name = volume.name.to_string();
     };
     cell.update(store, revived).await?;
-    let named = give_name(store, &volume, id, cell.get().created_ms).await;
+    let named = give_name(store, &volume, id, cell.get().created_ms, rates).await;
     if let (Err(TrashError::Taken(_)), Some(since_ms)) = (&named, since_ms) {
         // Nobody else can have taken a volume without a name.
         cell.update(store, |head| bury(head, since_ms)).await?;

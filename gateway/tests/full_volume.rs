@@ -15,6 +15,7 @@ use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
 use quarry_gateway::backend::open::{Claim, Claimed, claim};
 use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
+use quarry_gateway::fair::{Gate, plain_share};
 use quarry_gateway::reactor::{BackendSink as _, Message, ReactorHandle};
 use quarry_gateway::store::{FolderStore, Store, StoreError, Tag};
 use quarry_objfmt::chunk::ChunkHeader;
@@ -31,7 +32,7 @@ use quarry_volume::{
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
 const PAGE: u64 = 4096;
@@ -386,8 +387,9 @@ impl Driven {
             device: Arc::new(Zeroes),
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
             fetches: Fetches::new(0),
-            uploads: Arc::new(Semaphore::new(1)),
-            compactions: Arc::new(Semaphore::new(1)),
+            share: plain_share(),
+            uploads: Gate::new(1),
+            compactions: Gate::new(1),
             reclaim: ReclaimSettings {
                 horizon: Duration::ZERO,
                 debt_min: 0,

@@ -1,9 +1,11 @@
 //! Small records of the control plane: JSON in an envelope that is versioned and checksummed.
 //!
-//! Fields that a reader does not know are ignored: records are created and deleted, never
-//! rewritten, so nothing can be lost by that. A tenant's is rewritten, and keeps them.
+//! Fields that a reader does not know are ignored: records are created and deleted, not
+//! rewritten, so nothing can be lost by that. A tenant's and a name's are rewritten, and keep them.
 
 mod tenant;
+
+use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -40,13 +42,32 @@ pub const HOT_KIND: &str = "hot";
 /// Most ranges of a [`HotRecord`]: with the longest numbers it stays below 64 KiB.
 pub const HOT_RANGES_MAX: usize = 1800;
 
-/// The volume that a name stands for.
+/// The volume that a name stands for, and what it may do wherever it is attached.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct NameRecord {
     /// The volume.
     pub volume: VolumeId,
     /// When it was created, in milliseconds since 1970.
     pub created_ms: u64,
+    /// How fast it may be used.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rates: Rates,
+    /// What a newer program wrote.
+    #[serde(flatten)]
+    pub others: BTreeMap<String, serde_json::Value>,
+}
+
+impl NameRecord {
+    /// That of a volume that may do what it can.
+    #[must_use]
+    pub const fn new(volume: VolumeId, created_ms: u64) -> Self {
+        Self {
+            volume,
+            created_ms,
+            rates: Rates::NONE,
+            others: BTreeMap::new(),
+        }
+    }
 }
 
 /// A clone, recorded at the snapshot that it was made of.
@@ -72,6 +93,9 @@ pub struct TrashRecord {
     /// The snapshot that it was cloned from, where a record of it is left when its head is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<CloneOf>,
+    /// How fast it may be used when it is brought back.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rates: Rates,
 }
 
 /// What of a volume was read most where it was attached last: what the next host may fetch at once. A hint:
@@ -91,6 +115,10 @@ pub struct CloneOf {
     pub volume: VolumeId,
     /// The snapshot's name.
     pub snapshot: String,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The bytes of a record of this kind.
@@ -142,10 +170,19 @@ mod tests {
     use super::*;
 
     fn sample() -> NameRecord {
-        NameRecord {
-            volume: VolumeId::from_bytes([1; 16]),
-            created_ms: 2,
-        }
+        NameRecord::new(VolumeId::from_bytes([1; 16]), 2)
+    }
+
+    #[test]
+    fn name_record_rewritten_keeps_what_a_newer_program_wrote() {
+        let plain = r#"{"volume":"01010101-0101-0101-0101-010101010101","created_ms":2}"#;
+        let mut record: NameRecord = serde_json::from_str(plain).unwrap();
+        assert_eq!(record, sample());
+        assert_eq!(serde_json::to_string(&record).unwrap(), plain);
+        let newer = plain.replace('}', r#","rates":{"iops":5},"colour":{"deep":[1]}}"#);
+        record = serde_json::from_str(&newer).unwrap();
+        assert_eq!(record.rates.iops, Some(5));
+        assert_eq!(serde_json::to_string(&record).unwrap(), newer);
     }
 
     #[test]

@@ -180,10 +180,7 @@ fn tenant_record() -> TenantRecord {
 }
 
 fn name_record() -> NameRecord {
-    NameRecord {
-        volume: VOLUME,
-        created_ms: 1_700_000_000_000,
-    }
+    NameRecord::new(VOLUME, 1_700_000_000_000)
 }
 
 fn superblock() -> Superblock {

@@ -17,6 +17,7 @@
 mod reader;
 
 use std::collections::{BTreeSet, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -31,7 +32,6 @@ use quarry_objfmt::{
 };
 use quarry_volume::Event;
 use quarry_volume::map::{MapRoot, RUNS_TARGET_MAX, plan_merge};
-use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
 use super::checkpoint::{Stopped, Writer, merge, publish, refused};
@@ -39,6 +39,7 @@ use super::chores::Order;
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::scan::Scan;
 use super::{VolumeBackend, aside};
+use crate::fair::Place;
 use crate::store::create_own;
 use reader::Reader;
 pub(super) use reader::WINDOW_BYTES_MIN;
@@ -148,11 +149,12 @@ pub(super) async fn run(
 }
 
 /// The right to the memory of a compaction; `None` if reclaiming is to stop.
-async fn memory(backend: &VolumeBackend) -> Option<SemaphorePermit<'_>> {
+async fn memory(backend: &VolumeBackend) -> Option<Place> {
+    let common = &backend.common;
+    let mut free = pin!(common.compactions.enter(&common.share));
     while !backend.reclaim.is_stopping() {
-        let free = backend.common.compactions.acquire();
-        if let Ok(permit) = tokio::time::timeout(REST_MAX, free).await {
-            return permit.ok();
+        if let Ok(place) = tokio::time::timeout(REST_MAX, &mut free).await {
+            return Some(place);
         }
     }
     None

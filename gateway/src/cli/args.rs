@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
 use quarry_objfmt::{Compression, Durability, Suspended, TenantName, VolumeId, VolumeName};
 
+use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
 use super::warm::Span;
 use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, TrashRef, Via, VolumeRef};
@@ -330,6 +331,14 @@ What is older goes soon after, and does not come back when more is kept again. 0
         #[arg(value_name = "TIME", value_parser = span_ms)]
         retain: u64,
     },
+    /// Set how fast a volume may be used, wherever it is attached; at once here, within minutes on other hosts.
+    #[command(after_help = "\
+Examples:
+  quarry volume limit acme/db --iops 5000 --bandwidth 200MiB/s
+  quarry volume limit acme/db --none
+
+What is not said is not limited any more. Discards, zeroes and flushes count as requests of no bytes.")]
+    Limit(LimitFlags),
     /// Wait until all that was written so far is in the object store.
     Sync {
         /// The volume, as tenant/name.
@@ -488,9 +497,43 @@ pub struct CreateFlags {
     /// How long what it was stays to be opened with `attach --at`, such as 24h.
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = span_ms)]
     pub retain: u64,
+    /// How fast it may be used.
+    #[command(flatten)]
+    pub rates: RateFlags,
     /// All else.
     #[command(flatten)]
     pub shape: ShapeFlags,
+}
+
+/// Flags of `quarry volume limit`.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("limits").args(["iops", "bandwidth", "none"]).required(true).multiple(true))]
+pub struct LimitFlags {
+    /// The volume, as tenant/name.
+    pub volume: VolumeRef,
+    /// How fast it may be used.
+    #[command(flatten)]
+    pub rates: RateFlags,
+    /// As fast as can be.
+    #[arg(long, conflicts_with_all = ["iops", "iops_burst", "bandwidth", "bandwidth_burst"])]
+    pub none: bool,
+}
+
+/// Flags of how fast something may be used.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct RateFlags {
+    /// Requests a second.
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub iops: Option<u64>,
+    /// Requests that may come at once after a rest; by default what a tenth of a second brings.
+    #[arg(long, value_name = "COUNT", requires = "iops", value_parser = clap::value_parser!(u64).range(1..))]
+    pub iops_burst: Option<u64>,
+    /// Bytes read and written a second, such as 200MiB/s.
+    #[arg(long, value_name = "SIZE/s", value_parser = bandwidth)]
+    pub bandwidth: Option<Size>,
+    /// Bytes that may come at once after a rest; by default what a tenth of a second brings.
+    #[arg(long, value_name = "SIZE", requires = "bandwidth")]
+    pub bandwidth_burst: Option<Size>,
 }
 
 /// Flags of a volume that is made.

@@ -22,7 +22,7 @@ use super::failure::chain;
 use super::output::Console;
 use super::progress::{copying, uploading};
 use super::table::{bytes, span_ms};
-use crate::control::{Client, Kind, VolumeInfo, VolumeRef, VolumeSpec};
+use crate::control::{Client, Kind, RatesSpec, VolumeInfo, VolumeRef, VolumeSpec};
 use crate::image::disk::{Runs, wipe};
 use crate::image::format::MAGIC_BYTES;
 use crate::image::qemu::{Served, inspect};
@@ -175,6 +175,7 @@ async fn find_or_make(
                 durability,
                 compression,
                 retain_ms: 0,
+                rates: RatesSpec::default(),
             };
             return Ok(client.create_volume(&spec).await?);
         }

@@ -6,7 +6,7 @@ use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, chores, export, import, rescue, trash, verify, warm};
+use super::{Failure, chores, export, import, limit, rescue, trash, verify, warm};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ImageRef, ResizeInfo, ResizeSpec, RestoreSpec, RetainInfo,
     SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
@@ -43,6 +43,7 @@ pub(super) async fn run(
             let retained = shown("retaining", &volume, call).await?;
             console.show(&retained, retain_text)
         }
+        VolumeCommand::Limit(flags) => limit::run(client, flags, console).await,
         VolumeCommand::Clone { snapshot, volume } => {
             clone(client, &snapshot, &volume, console).await
         }
@@ -123,6 +124,7 @@ async fn create(
         volume,
         size,
         retain,
+        rates,
         shape:
             ShapeFlags {
                 sector_size,
@@ -139,6 +141,7 @@ async fn create(
         durability,
         compression,
         retain_ms: retain,
+        rates: rates.into(),
     };
     let made = client.create_volume(&spec).await?;
     console.show(&made, |made| {
@@ -368,6 +371,12 @@ fn show_text(v: &VolumeInfo) -> String {
             "retained",
             (v.retain_ms > 0).then(|| span_text(v.retain_ms)),
         ),
+        ("limited", limit::rates_text(&v.rates)),
+        (
+            "tenant limited",
+            v.limits.and_then(|l| limit::rates_text(&l.tenant_rates)),
+        ),
+        ("held", v.limits.as_ref().and_then(limit::held_text)),
         ("state", Some(state_text(v))),
         ("problem", v.problem.clone()),
         ("device", here.map(place)),

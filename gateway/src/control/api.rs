@@ -22,7 +22,8 @@ use super::dto::{
 use super::error::response;
 use super::trash::{self, TrashInfo};
 use super::{
-    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, tenant, warm,
+    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, rates, retain, tenant,
+    warm,
 };
 
 /// Largest body of a request; the largest real one has some 300 bytes.
@@ -75,6 +76,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
             .merge(tenant::routes())
             .merge(trash::routes())
             .merge(retain::routes())
+            .merge(rates::routes())
             .merge(warm::routes())
             .merge(chores::routes())
             .merge(health()),
@@ -392,7 +394,7 @@ mod tests {
 
     use super::super::fake::{FakeDaemon, FakeEngine};
     use super::super::trash::{PurgeSpec, RestoreSpec, TrashRef};
-    use super::super::{Client, Problem, State as VolumeState, Via};
+    use super::super::{Client, Problem, RatesSpec, State as VolumeState, Via};
     use super::*;
 
     fn acme() -> TenantName {
@@ -408,6 +410,7 @@ mod tests {
             durability: Durability::Object,
             compression: Compression::Zstd,
             retain_ms: 0,
+            rates: RatesSpec::default(),
         }
     }
 
@@ -497,8 +500,14 @@ mod tests {
             (resized.volume.as_str(), resized.size_bytes),
             ("acme/db", 2 << 30)
         );
+        let rates = RatesSpec {
+            iops: Some(500),
+            ..RatesSpec::default()
+        };
+        let limited = client.set_rates(&volume("db"), rates).await.unwrap();
+        assert_eq!(limited.rates, rates);
         let shown = client.show_volume(&image("db")).await.unwrap();
-        assert_eq!(shown.state, VolumeState::Attached);
+        assert_eq!((shown.state, shown.rates), (VolumeState::Attached, rates));
         assert_eq!(shown.size_bytes, 2 << 30);
         assert!(shown.attached.unwrap().read_only);
 
@@ -690,6 +699,10 @@ mod tests {
                 r#"{"size_bytes":512}"#,
                 400,
             ),
+            ("PUT", "/v1/volumes/acme/db/rates", r#"{"iops":0}"#, 400),
+            ("PUT", "/v1/volumes/acme/db/rates", r#"{"iop":5}"#, 400),
+            ("PUT", "/v1/volumes/acme/none/rates", "{}", 404),
+            ("POST", "/v1/volumes/acme/db/rates", "{}", 405),
             ("DELETE", "/v1/volumes/acme/db?discard=true", "", 400),
             ("DELETE", "/v1/tenants/acme?purge=yes", "", 400),
             ("GET", "/v1/trash?tenant=..", "", 400),

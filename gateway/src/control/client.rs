@@ -14,6 +14,7 @@ use super::dto::{
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
     VolumeInfo, VolumeList, VolumeSpec,
 };
+use super::rates::{RatesInfo, RatesSpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::tenant::{SuspendSpec, TenantInfo, TenantList, TenantSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
@@ -310,6 +311,18 @@ impl Client {
         let spec = RetainSpec { retain_ms };
         let response = self
             .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Sets how fast a volume may be used.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
+        let path = format!("/v1/volumes/{volume}/rates");
+        let response = self
+            .call(Method::PUT, &path, Some(&rates), Patience::Work)
             .await?;
         self.json(response).await
     }

@@ -13,6 +13,7 @@ use quarry_objfmt::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::rates::{LimitsInfo, RatesSpec};
 use super::retain::check_retain;
 use super::tenant::StoreRequests;
 use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, ImageRef, VolumeRef};
@@ -75,6 +76,9 @@ pub struct VolumeSpec {
     /// How long what it needs no more is kept.
     #[serde(default, skip_serializing_if = "is_default")]
     pub retain_ms: u64,
+    /// How fast it may be used.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rates: RatesSpec,
 }
 
 /// What is left out of a request: a daemon that does not know it yet takes the request all the same.
@@ -103,6 +107,7 @@ impl VolumeSpec {
             return Err(ApiError::invalid(message, "use 512 or 4096"));
         }
         check_retain(self.retain_ms)?;
+        self.rates.check()?;
         check_size(self.size_bytes, self.sector_size)
     }
 }
@@ -492,6 +497,10 @@ pub struct VolumeInfo {
     pub durability: Durability,
     /// How its data are compressed.
     pub compression: Compression,
+    /// How fast it may be used, wherever it is attached.
+    pub rates: RatesSpec,
+    /// What limits do to it here.
+    pub limits: Option<LimitsInfo>,
     /// What it was cloned from.
     pub parent: Option<ParentInfo>,
     /// How many snapshots it has.
@@ -802,6 +811,7 @@ mod tests {
                 durability: Durability::Local,
                 compression: Compression::Lz4,
                 retain_ms: 0,
+                rates: RatesSpec::default(),
             };
             assert!(spec.check().is_err(), "{size_bytes} {sector_size}");
         }

@@ -139,6 +139,7 @@ impl Engine for FakeEngine {
             durability: spec.durability,
             compression: spec.compression,
             retain_ms: spec.retain_ms,
+            rates: spec.rates,
             ..VolumeInfo::default()
         };
         self.volumes.lock().insert(spec.volume(), info.clone());
@@ -213,6 +214,14 @@ impl Engine for FakeEngine {
         Ok(RetainInfo {
             volume: volume.to_string(),
             retain_ms,
+        })
+    }
+
+    async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
+        self.change(volume, |volume| volume.rates = rates)?;
+        Ok(RatesInfo {
+            volume: volume.to_string(),
+            rates,
         })
     }
 

@@ -25,6 +25,7 @@ use crate::control::{
 };
 use crate::moment::Moment;
 use crate::nbd::Export;
+use crate::qos::VolumeGate;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
 use crate::store::StoreStats;
@@ -83,6 +84,7 @@ impl From<ReactorGone> for ApiError {
 /// A volume that a reactor serves, without a front end yet.
 pub(super) struct Opening {
     pub(super) backend: Arc<VolumeBackend>,
+    gate: Arc<VolumeGate>,
     spec: DeviceSpec,
     tenant: Arc<Tenant>,
     account: Arc<StoreStats>,
@@ -260,6 +262,7 @@ impl Daemon {
             backend: Arc::clone(backend),
             tenant: Arc::clone(&opening.tenant),
             account: Arc::clone(&opening.account),
+            gate: Arc::clone(&opening.gate),
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
             mode: THROUGH_THE_DAEMON,
             queues: 0,
@@ -280,7 +283,8 @@ impl Daemon {
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
         let tenant = self.tenant(&volume.volume.tenant).await?;
-        let id = registry::find(&tenant.control(), &volume.volume).await?;
+        let record = registry::find_record(&tenant.control(), &volume.volume).await?;
+        let id = record.volume;
         if let Some(name) = &volume.snapshot {
             return self
                 .serve_snapshot(&tenant, volume, id, name, options)
@@ -298,6 +302,8 @@ impl Daemon {
         // It stays known until the volume has taken it up.
         let kept = self.kept.lock().get(&id).cloned();
         let opening = self.serve_kept(&tenant, volume, id, kept, options).await?;
+        // There is no front end yet.
+        opening.gate.set_rates(&record.rates);
         if !options.read_only {
             self.kept.lock().remove(&id);
         }
@@ -431,8 +437,10 @@ impl Daemon {
             unsent: taken.unsent,
             kept_segments: taken.segments,
         };
+        let gate = VolumeGate::new(Arc::clone(tenant.gate()));
         let mut actions = Vec::new();
         let machine = VolumeMachine {
+            gate: Arc::clone(&gate),
             volume: Volume::new(params, opened, &mut self.shared.lock(), &mut actions),
             shared: Arc::clone(&self.shared),
             journal,
@@ -456,6 +464,7 @@ impl Daemon {
         }
         Ok(Opening {
             backend,
+            gate,
             spec,
             tenant: Arc::clone(tenant),
             account,
@@ -606,11 +615,17 @@ impl Daemon {
             };
         };
         slot.set(Stage::Detaching(Arc::clone(&attached)));
+        // Its end waits for all requests.
+        attached.gate.set_leaving(true);
+        let stay = || {
+            attached.gate.set_leaving(false);
+            slot.set(Stage::Attached(Arc::clone(&attached)));
+        };
         // The device goes first: what its users wrote is then all acknowledged.
         if let Some((id, spec)) = &attached.device
             && let Err(error) = self.ublk.remove(*id, spec.clone(), false).await
         {
-            slot.set(Stage::Attached(attached));
+            stay();
             return Err(error.into());
         }
         // Nobody new comes in from here on.
@@ -618,7 +633,7 @@ impl Daemon {
         let complete = match self.let_go(&attached).await {
             Ok(complete) => complete,
             Err(error) => {
-                slot.set(Stage::Attached(attached));
+                stay();
                 return Err(error);
             }
         };

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::record::{NAME_KIND, NameRecord, decode_record, encode_record};
+use quarry_objfmt::record::{NAME_KIND, NameRecord, Rates, decode_record, encode_record};
 use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName, keys};
 
 use super::now_ms;
@@ -90,7 +90,11 @@ pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiRe
         .create(&head_key, Bytes::from(head.encode()))
         .await
         .map_err(|e| store_error(&e))?;
-    match name_fresh(store, &spec.volume(), volume, created_ms).await {
+    let record = NameRecord {
+        rates: spec.rates.into(),
+        ..NameRecord::new(volume, created_ms)
+    };
+    match name_fresh(store, &spec.volume(), &record).await {
         Err(error) if error.kind == Kind::Exists => {
             store.delete(&head_key).await.map_err(|e| store_error(&e))?;
             Err(error)
@@ -121,16 +125,14 @@ fn taken(volume: &VolumeRef) -> ApiError {
 pub(super) async fn name_fresh(
     store: &dyn Store,
     name: &VolumeRef,
-    volume: VolumeId,
-    created_ms: u64,
+    record: &NameRecord,
 ) -> ApiResult<()> {
     let key = keys::name_key(&name.tenant, &name.name);
-    let bytes =
-        encode_record(NAME_KIND, &NameRecord { volume, created_ms }).map_err(|e| internal(&e))?;
+    let bytes = encode_record(NAME_KIND, record).map_err(|e| internal(&e))?;
     match store.create(&key, Bytes::from(bytes)).await {
         Ok(_) => Ok(()),
         // The lost answer of our own try, or somebody quicker: the record tells.
-        Err(StoreError::Exists { .. }) if find(store, name).await? == volume => Ok(()),
+        Err(StoreError::Exists { .. }) if find(store, name).await? == record.volume => Ok(()),
         Err(StoreError::Exists { .. }) => Err(taken(name)),
         Err(error) => Err(store_error(&error)),
     }
@@ -138,12 +140,52 @@ pub(super) async fn name_fresh(
 
 /// The volume of this name.
 pub(super) async fn find(store: &dyn Store, volume: &VolumeRef) -> ApiResult<VolumeId> {
+    Ok(find_record(store, volume).await?.volume)
+}
+
+/// What the name says.
+pub(super) async fn find_record(store: &dyn Store, volume: &VolumeRef) -> ApiResult<NameRecord> {
     let key = keys::name_key(&volume.tenant, &volume.name);
     match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
-        Ok(record) => Ok(record.map_err(|e| damaged(&key, &e))?.volume),
+        Ok(record) => record.map_err(|e| damaged(&key, &e)),
         Err(StoreError::NotFound { .. }) => Err(ApiError::no_volume(volume)),
         Err(error) => Err(store_error(&error)),
     }
+}
+
+/// Most tries to rewrite a name that others rewrite at the same time.
+const RATES_TRIES_MAX: u32 = 8;
+
+/// Sets the rates of a volume in the record of its name, where that was seen.
+pub(super) async fn set_rates(
+    store: &dyn Store,
+    volume: &VolumeRef,
+    rates: Rates,
+) -> ApiResult<()> {
+    let key = keys::name_key(&volume.tenant, &volume.name);
+    for _ in 0..RATES_TRIES_MAX {
+        let (bytes, tag) = match store.get(&key).await {
+            Ok(found) => found,
+            Err(StoreError::NotFound { .. }) => return Err(ApiError::no_volume(volume)),
+            Err(error) => return Err(store_error(&error)),
+        };
+        let mut record: NameRecord =
+            decode_record(NAME_KIND, &bytes).map_err(|e| damaged(&key, &e))?;
+        // Set before, maybe by a try of ours whose answer was lost.
+        if record.rates == rates {
+            return Ok(());
+        }
+        record.rates = rates;
+        let bytes = encode_record(NAME_KIND, &record).map_err(|e| internal(&e))?;
+        match store.replace(&key, Bytes::from(bytes), &tag).await {
+            Ok(_) => return Ok(()),
+            // Changed, or deleted: another look tells.
+            Err(StoreError::Changed { .. } | StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(store_error(&error)),
+        }
+    }
+    let message = format!("the rates of {volume} are set by others at the same time");
+    Err(ApiError::new(Kind::Conflict, message, "try again"))
 }
 
 /// What leads from a volume's name to its id.
@@ -189,11 +231,7 @@ pub(super) async fn name_anew(
     id: VolumeId,
     name: Name,
 ) -> ApiResult<()> {
-    let created_ms = now_ms();
-    let record = NameRecord {
-        volume: id,
-        created_ms,
-    };
+    let record = NameRecord::new(id, now_ms());
     let bytes = Bytes::from(encode_record(NAME_KIND, &record).map_err(|e| internal(&e))?);
     let key = keys::name_key(&volume.tenant, &volume.name);
     let written = match name {
@@ -213,10 +251,18 @@ pub(super) async fn name_anew(
 
 /// The head of the volume of this name.
 pub(super) async fn head(store: &dyn Store, volume: &VolumeRef) -> ApiResult<Head> {
-    let id = find(store, volume).await?;
-    let key = keys::head_key(&volume.tenant, id);
+    Ok(head_and_rates(store, volume).await?.0)
+}
+
+/// The head of the volume of this name, and how fast it may be used.
+pub(super) async fn head_and_rates(
+    store: &dyn Store,
+    volume: &VolumeRef,
+) -> ApiResult<(Head, Rates)> {
+    let record = find_record(store, volume).await?;
+    let key = keys::head_key(&volume.tenant, record.volume);
     match HeadCell::read(store, &key).await {
-        Ok((head, _)) => Ok(head),
+        Ok((head, _)) => Ok((head, record.rates)),
         Err(error) => Err(head_error(volume, &error)),
     }
 }

@@ -7,6 +7,7 @@ use quarry_objfmt::head::Head;
 use quarry_objfmt::{TenantName, keys};
 use quarry_volume::VolumeStats;
 
+use super::rates::limits_info;
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
 use super::tenancy::status_of;
@@ -14,8 +15,8 @@ use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
-    ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, State, StatusInfo,
-    VolumeInfo, VolumeRef,
+    ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, RatesSpec, State,
+    StatusInfo, VolumeInfo, VolumeRef,
 };
 use crate::metrics;
 use crate::reactor::ReactorStats;
@@ -38,9 +39,12 @@ impl Daemon {
         if image.at.is_some() && attached.is_none() && !self.wanted.contains(image) {
             return Err(not_attached(image));
         }
-        let mut head = match &attached {
-            Some(attached) => attached.backend.head().get(),
-            None => registry::head(&self.control(&volume.tenant).await?, volume).await?,
+        let (mut head, rates) = match &attached {
+            Some(attached) => (attached.backend.head().get(), attached.gate.rates()),
+            None => {
+                let store = self.control(&volume.tenant).await?;
+                registry::head_and_rates(&store, volume).await?
+            }
         };
         if let (Some(name), None) = (&image.snapshot, &attached) {
             let mut all = head.snapshots.iter();
@@ -60,6 +64,11 @@ impl Daemon {
             sector_size: head.sector_size,
             durability: head.durability,
             compression: head.compression,
+            rates: if image.is_past() {
+                RatesSpec::default()
+            } else {
+                rates.into()
+            },
             stored_bytes: head.stored_bytes,
             parent: self.parent(volume, &head).await,
             snapshots: head.snapshots.len() as u64,
@@ -83,6 +92,7 @@ impl Daemon {
         };
         let (stats, copied_bytes) = self.stats(&attached).await;
         info.attached = Some(attached_info(&attached));
+        info.limits = Some(limits_info(&attached.gate));
         let read = stats.hit_bytes + stats.miss_bytes;
         info.dirty_bytes = stats.dirty_bytes;
         info.rpo_ms = stats.rpo_ms;
@@ -140,7 +150,7 @@ impl Daemon {
             .collect()
     }
 
-    fn attached(&self) -> Vec<(ImageRef, Arc<Attached>)> {
+    pub(super) fn attached(&self) -> Vec<(ImageRef, Arc<Attached>)> {
         let slots: Vec<(ImageRef, Arc<Slot>)> = self
             .slots
             .lock()
@@ -193,6 +203,7 @@ impl Daemon {
             let (s, copied_bytes) = self.stats(&attached).await;
             let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
             let fetched = attached.backend.fetched();
+            let (limits, rates) = (attached.gate.stats(), attached.gate.rates());
             let of = metrics::VolumeStats {
                 size_bytes: attached.backend.head().get().size.bytes(),
                 reads: s.reads,
@@ -232,6 +243,11 @@ impl Daemon {
                 warmed_bytes: s.warmed_bytes,
                 store_requests: requests.count(),
                 store_cost_micros: requests.cost_micros(),
+                held: limits.held,
+                held_total: limits.held_total,
+                held_ms: limits.held_ms,
+                limit_iops: rates.iops.unwrap_or(0),
+                limit_bytes: rates.bandwidth_bytes.unwrap_or(0),
                 stalled: u64::from(s.stalled),
                 failed: u64::from(attached.backend.condition().problem.is_some()),
             };
@@ -254,10 +270,11 @@ impl Daemon {
         let counts = shared.cache.counts();
         let nodes = shared.nodes.stats();
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
+        let uploads = self.common.uploads.counts();
         let mut store = self.lane.stats().snapshot();
         let (mut tenants, mut sites) = (Vec::new(), Vec::new());
         for tenant in self.tenants.all() {
-            let requests = self.requests(tenant.account());
+            let (requests, limits) = (self.requests(tenant.account()), tenant.gate().rates());
             tenants.push(metrics::TenantSample {
                 tenant: tenant.name.to_string(),
                 calls: vec![
@@ -267,6 +284,8 @@ impl Daemon {
                     ("delete", requests.deletes),
                 ],
                 stats: metrics::TenantStats {
+                    limit_iops: limits.iops.unwrap_or(0),
+                    limit_bytes: limits.bandwidth_bytes.unwrap_or(0),
                     read_bytes: requests.read_bytes,
                     write_bytes: requests.written_bytes,
                     cost_micros: requests.cost_micros(),
@@ -281,6 +300,11 @@ impl Daemon {
         metrics::Snapshot {
             volumes,
             tenants,
+            uploads: metrics::UploadStats {
+                in_flight: uploads.held as u64,
+                slow: uploads.slow as u64,
+                waiting: uploads.waiting as u64,
+            },
             reactors,
             cache: metrics::CacheStats {
                 size_bytes: bytes(counts.total),

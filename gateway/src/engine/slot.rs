@@ -9,6 +9,7 @@ use super::access::Access;
 use super::tenants::Tenant;
 use crate::backend::VolumeBackend;
 use crate::control::{AttachInfo, State};
+use crate::qos::VolumeGate;
 use crate::store::StoreStats;
 use crate::ublk;
 
@@ -19,6 +20,8 @@ pub(super) struct Attached {
     pub(super) tenant: Arc<Tenant>,
     /// What was asked of the store for it.
     pub(super) account: Arc<StoreStats>,
+    /// How fast it may be used.
+    pub(super) gate: Arc<VolumeGate>,
     pub(super) info: AttachInfo,
     /// How its data travel, for people.
     pub(super) mode: &'static str,

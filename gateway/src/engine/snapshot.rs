@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quarry_objfmt::{Head, Sectors, SnapName, VolumeId, VolumeName};
+use quarry_objfmt::{Head, NameRecord, Sectors, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 
 use super::quota::Wish;
@@ -441,7 +441,8 @@ impl Daemon {
         };
         let made = snapshot::make_clone(store, &spec).await;
         made.map_err(|error| told(parent, error))?;
-        let named = registry::name_fresh(store, clone, spec.volume, spec.now_ms).await;
+        let record = NameRecord::new(spec.volume, spec.now_ms);
+        let named = registry::name_fresh(store, clone, &record).await;
         if let Err(error) = named {
             // Somebody was quicker. Its head is not deleted at once: one that was sent twice may arrive yet. After
             // other errors it may have its name, and stays.

@@ -20,6 +20,7 @@ use super::{CONTROL_DEADLINE, Daemon, registry};
 use crate::backend::{Common, DirectWay};
 use crate::control::{ApiError, ApiResult, Kind};
 use crate::provision;
+use crate::qos::TenantGate;
 use crate::store::direct::DirectLane;
 use crate::store::{
     Lane, LaneSettings, OpenError, Store, StoreError, StoreSettings, StoreStats, Tag, open_store,
@@ -54,11 +55,17 @@ impl Site {
         })
     }
 
-    fn open(settings: StoreSettings) -> Result<Arc<Self>, OpenError> {
-        let store = open_store(&settings)?;
+    /// Opens a store; one of the server of `others` shares the places there.
+    fn open(settings: StoreSettings, others: &[&Arc<Self>]) -> Result<Arc<Self>, OpenError> {
+        let (store, limits) = (open_store(&settings)?, LaneSettings::default());
+        let of_server = |site: &&&Arc<Self>| same_server(&site.settings, &settings);
+        let lane = match others.iter().find(of_server) {
+            Some(site) => site.lane.beside(store, &limits),
+            None => Lane::new(store, &limits),
+        };
         Ok(Arc::new(Self {
             settings,
-            lane: Lane::new(store, &LaneSettings::default()),
+            lane,
             is_fit: tokio::sync::Mutex::new(false),
         }))
     }
@@ -100,6 +107,8 @@ pub(super) struct Tenant {
     /// The way to its store, with its requests counted.
     lane: Lane,
     account: Arc<StoreStats>,
+    /// How fast its volumes may be, and its share.
+    gate: Arc<TenantGate>,
     direct: Arc<DirectWay>,
     /// Held by who purges of its trash: one volume at a time.
     pub(super) purging: tokio::sync::Mutex<()>,
@@ -114,8 +123,15 @@ struct Seen {
 }
 
 impl Tenant {
-    fn new(name: TenantName, site: Arc<Site>, account: Arc<StoreStats>, seen: Seen) -> Arc<Self> {
-        let lane = site.lane.counted_in(Arc::clone(&account));
+    fn new(
+        name: TenantName,
+        site: Arc<Site>,
+        (account, gate): (Arc<StoreStats>, Arc<TenantGate>),
+        seen: Seen,
+    ) -> Arc<Self> {
+        gate.set(&seen.record.settings);
+        let lane = site.lane.of(gate.share());
+        let lane = lane.counted_in(Arc::clone(&account));
         let (settings, for_direct) = (site.settings.clone(), lane.clone());
         let open = move || DirectLane::open(&settings, for_direct).map_err(|why| why.to_string());
         Arc::new(Self {
@@ -123,6 +139,7 @@ impl Tenant {
             site,
             lane,
             account,
+            gate,
             direct: Arc::new(LazyLock::new(Box::new(open))),
             purging: tokio::sync::Mutex::default(),
             seen: Mutex::new(seen),
@@ -144,6 +161,11 @@ impl Tenant {
         &self.lane
     }
 
+    /// How fast its volumes may be, and its share.
+    pub(super) fn gate(&self) -> &Arc<TenantGate> {
+        &self.gate
+    }
+
     /// The way around the daemon's memory.
     pub(super) fn direct(&self) -> &Arc<DirectWay> {
         &self.direct
@@ -161,6 +183,7 @@ impl Tenant {
             store: Arc::new(lane.clone()),
             background: Arc::new(lane.background()),
             direct: Arc::clone(&self.direct),
+            share: Arc::clone(self.gate.share()),
             ..all.clone()
         }
     }
@@ -220,7 +243,8 @@ impl Tenants {
         if let Some(found) = sites.iter().find(|site| site.settings == settings) {
             return Ok(Arc::clone(found));
         }
-        let site = Site::open(settings)?;
+        let others: Vec<_> = std::iter::once(&self.home).chain(sites.iter()).collect();
+        let site = Site::open(settings, &others)?;
         sites.push(Arc::clone(&site));
         Ok(site)
     }
@@ -238,20 +262,31 @@ impl Tenants {
                 if held.record.revision <= seen.record.revision
                     || held.record.created_ms != seen.record.created_ms
                 {
+                    tenant.gate.set(&seen.record.settings);
                     *held = seen;
                 }
                 drop(held);
                 return Ok(Arc::clone(tenant));
             }
-            let account = Arc::clone(&tenant.account);
-            let moved = Tenant::new(name.clone(), site, account, seen);
+            let kept = (Arc::clone(&tenant.account), Arc::clone(&tenant.gate));
+            let moved = Tenant::new(name.clone(), site, kept, seen);
             known.insert(name.clone(), Arc::clone(&moved));
             return Ok(moved);
         }
-        let new = Tenant::new(name.clone(), site, Arc::default(), seen);
+        let new = Tenant::new(name.clone(), site, Default::default(), seen);
         known.insert(name.clone(), Arc::clone(&new));
         Ok(new)
     }
+}
+
+/// Whether two stores are on one S3 server, as far as their settings tell.
+fn same_server(a: &StoreSettings, b: &StoreSettings) -> bool {
+    let is_s3 = |of: &StoreSettings| of.url.starts_with("s3:");
+    let server = |of: &StoreSettings| match &of.endpoint {
+        Some(endpoint) => (Some(endpoint.clone()), None),
+        None => (None, of.region.clone()),
+    };
+    is_s3(a) && is_s3(b) && server(a) == server(b)
 }
 
 /// What the daemon's own store is reached by stands in where a tenant's is silent.

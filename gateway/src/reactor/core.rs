@@ -17,6 +17,7 @@ use super::direct::DirectReads;
 use super::doorbell::Doorbell;
 use super::execute::{FILL_BYTES_MAX, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
+use super::hold::{Held, Holds};
 use super::memory::Pool;
 use super::op::{CacheOp, Code, Hold, Step};
 use super::rate::Rate;
@@ -24,6 +25,7 @@ use super::ring::{Completion, Ring};
 use super::sync::Syncs;
 use super::token::Token;
 use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorStats, VolumeKey};
+use crate::qos::VolumeGate;
 
 /// Time between two ticks, in milliseconds.
 const TICK_MS: u64 = 100;
@@ -47,6 +49,9 @@ pub(super) struct VolumeSlot {
     pub(super) machine: Box<dyn Machine>,
     pub(super) backend: Box<dyn BackendSink>,
     pub(super) inbox: Inbox,
+    /// How fast it may be used; none: as fast as can be.
+    pub(super) gate: Option<Arc<VolumeGate>>,
+    pub(super) held: Held,
     pub(super) direct: DirectReads,
     actions: Vec<Action>,
     /// Cache operations under way or waiting for memory.
@@ -66,9 +71,11 @@ struct FrontEndSlot {
 }
 
 /// What the kernel reads and writes for as long as the ring lives.
-struct Fixed {
+pub(super) struct Fixed {
     doorbell_count: u64,
     tick: types::Timespec,
+    /// Until the next held request may pass.
+    pub(super) hold: types::Timespec,
 }
 
 /// A reactor's whole state.
@@ -80,8 +87,9 @@ pub(super) struct Core {
     pub(super) fills: WaitingFills,
     pub(super) syncs: Syncs,
     pub(super) zeroes: File,
+    pub(super) holds: Holds,
     _cache: Arc<File>,
-    fixed: Box<Fixed>,
+    pub(super) fixed: Box<Fixed>,
     keys: HashMap<VolumeKey, u32>,
     front_ends: Slab<FrontEndSlot>,
     touched_volumes: Vec<u32>,
@@ -115,10 +123,12 @@ impl Core {
             fills: WaitingFills::new(FILL_BYTES_MAX),
             syncs: Syncs::new(config.sync_failure.clone()),
             zeroes: File::open("/dev/zero")?,
+            holds: Holds::default(),
             _cache: Arc::clone(&config.cache),
             fixed: Box::new(Fixed {
                 doorbell_count: 0,
                 tick,
+                hold: types::Timespec::new(),
             }),
             keys: HashMap::new(),
             front_ends: Slab::new(),
@@ -175,6 +185,7 @@ impl Core {
                 self.receive();
             }
             Token::Timer => self.tick(),
+            Token::Hold => self.hold_is_over(),
             Token::Sync => self.synced(completion.result),
             Token::Unknown => tracing::error!(?completion, "a completion that nobody asked for"),
         }
@@ -187,7 +198,7 @@ impl Core {
                 self.run_volume(index);
             }
             let Some(index) = self.touched_front_ends.pop() else {
-                break;
+                return self.arm_holds();
             };
             self.with_front_end(index, FrontEnd::flush);
             if let Some(slot) = self.front_ends.get_mut(index as usize) {
@@ -204,6 +215,7 @@ impl Core {
         let mut actions = mem::take(&mut slot.actions);
         self.wake_timer();
         loop {
+            self.admit(index);
             let slot = &mut self.volumes[index as usize];
             if slot.inbox.events.is_empty() {
                 break;
@@ -293,10 +305,13 @@ impl Core {
 
     /// Gives a volume an event in this batch.
     pub(super) fn feed(&mut self, volume: u32, event: Event) {
-        let slot = &mut self.volumes[volume as usize];
-        slot.inbox.events.push(event);
-        if !slot.touched {
-            slot.touched = true;
+        self.volumes[volume as usize].inbox.events.push(event);
+        self.touch(volume);
+    }
+
+    /// Has a volume run in this batch.
+    pub(super) fn touch(&mut self, volume: u32) {
+        if !mem::replace(&mut self.volumes[volume as usize].touched, true) {
             self.touched_volumes.push(volume);
         }
     }
@@ -409,6 +424,8 @@ impl Core {
                 };
                 let slot = VolumeSlot {
                     key,
+                    gate: machine.gate(),
+                    held: Held::default(),
                     machine,
                     backend,
                     inbox,
@@ -471,6 +488,7 @@ impl Core {
                         touched: false,
                     };
                     let index = index_of(self.front_ends.insert(slot));
+                    self.let_through(volume, false);
                     self.with_front_end(index, FrontEnd::start);
                 }
             }
@@ -493,7 +511,9 @@ impl Core {
         }
     }
 
+    /// What is held passes, for whoever stops them waits for it.
     fn stop_front_ends(&mut self, volume: u32) {
+        self.let_through(volume, true);
         let indices: Vec<u32> = self
             .front_ends
             .iter()

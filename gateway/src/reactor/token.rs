@@ -29,6 +29,8 @@ pub(super) enum Token {
     Timer,
     /// The sync of the cache device.
     Sync,
+    /// The timer of held requests.
+    Hold,
     /// None of ours: cannot come back from a kernel that works.
     Unknown,
 }
@@ -45,6 +47,7 @@ impl Token {
             Self::Doorbell => (3, 0, 0),
             Self::Timer => (4, 0, 0),
             Self::Sync => (5, 0, 0),
+            Self::Hold => (6, 0, 0),
             Self::Unknown => (0, 0, 0),
         };
         assert!(index <= INDEX_MAX, "an index that 28 bits do not hold");
@@ -61,6 +64,7 @@ impl Token {
             3 => Self::Doorbell,
             4 => Self::Timer,
             5 => Self::Sync,
+            6 => Self::Hold,
             _ => Self::Unknown,
         }
     }
@@ -86,6 +90,7 @@ mod tests {
             Token::Doorbell,
             Token::Timer,
             Token::Sync,
+            Token::Hold,
             Token::Unknown,
         ] {
             assert_eq!(Token::unpack(token.pack()), token);

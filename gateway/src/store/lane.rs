@@ -1,8 +1,9 @@
 //! The way to a store: bounded concurrency, a time limit an attempt, and retries until it works.
 //!
-//! Everything but provisioning goes through a lane, one for each endpoint. Handles to it are cheap
-//! and differ in two things: how urgent they are ([`Priority`]), and whether they wait for ever (the
-//! default: what I/O needs) or have a deadline ([`Lane::with_deadline`]: what a control call needs).
+//! Everything but provisioning goes through a lane, one for each store; those of one server share its places, which
+//! tenants get in weighted turn ([`Gate`]). Handles to a lane are cheap and differ in how urgent they are
+//! ([`Priority`]), for whom they ask, where that is counted, and whether they wait for ever (the default: what I/O
+//! needs) or have a deadline ([`Lane::with_deadline`]: what a control call needs).
 //!
 //! **Invariants.**
 //! - A handle without a deadline never gives up on [`StoreError::Unavailable`] and
@@ -10,6 +11,7 @@
 //!   answers them either: it just waits, to be dropped with its runtime.
 //! - No place is held while waiting to try again.
 //! - Requests of the background never fill the lane: some are the foreground's alone.
+//! - A tenant whose requests hang leaves the others the places.
 
 use std::fmt;
 use std::future::{self, Future};
@@ -19,13 +21,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
 
 use super::backoff::Jitter;
 use super::stats::{Accounts, Attempt};
 use super::{Operation, Outcome, Store, StoreError, StoreHealth, StoreStats, Tag};
+use crate::fair::{Gate, Place, Share, plain_share};
 
 /// How long an attempt may take, besides the time for its bytes.
 const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(15);
@@ -78,14 +81,21 @@ pub struct Lane {
     priority: Priority,
     deadline: Option<Duration>,
     accounts: Accounts,
+    share: Arc<Share>,
+}
+
+/// The places of one server.
+#[derive(Clone, Debug)]
+struct Places {
+    /// One for each request under way.
+    all: Gate,
+    /// One for each request of the background under way or waiting for one of `all`.
+    background: Gate,
 }
 
 struct Shared {
     store: Arc<dyn Store>,
-    /// One for each request under way.
-    all: Semaphore,
-    /// One for each request of the background under way or waiting for one of `all`.
-    background: Semaphore,
+    places: Places,
     attempt_time_max: Duration,
     jitter: Jitter,
     health: Arc<StoreHealth>,
@@ -103,13 +113,26 @@ impl Lane {
             settings.foreground_min < settings.requests_max,
             "the background needs a place too"
         );
+        let places = Places {
+            all: Gate::new(settings.requests_max),
+            background: Gate::new(settings.requests_max - settings.foreground_min),
+        };
+        Self::over(store, places, settings)
+    }
+
+    /// A lane to another store of the same server.
+    #[must_use]
+    pub fn beside(&self, store: Arc<dyn Store>, settings: &LaneSettings) -> Self {
+        Self::over(store, self.shared.places.clone(), settings)
+    }
+
+    fn over(store: Arc<dyn Store>, places: Places, settings: &LaneSettings) -> Self {
         let seed = settings
             .seed
             .unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
         let shared = Shared {
             store,
-            all: Semaphore::new(settings.requests_max),
-            background: Semaphore::new(settings.requests_max - settings.foreground_min),
+            places,
             attempt_time_max: settings.attempt_time_max,
             jitter: Jitter::new(seed),
             health: Arc::default(),
@@ -120,6 +143,7 @@ impl Lane {
             priority: Priority::Foreground,
             deadline: None,
             accounts: Accounts::new(),
+            share: plain_share(),
         }
     }
 
@@ -147,6 +171,15 @@ impl Lane {
     pub fn counted_in(&self, account: Arc<StoreStats>) -> Self {
         Self {
             accounts: self.accounts.and(account),
+            ..self.clone()
+        }
+    }
+
+    /// The same lane for requests of a tenant.
+    #[must_use]
+    pub fn of(&self, share: &Arc<Share>) -> Self {
+        Self {
+            share: Arc::clone(share),
             ..self.clone()
         }
     }
@@ -306,20 +339,19 @@ impl Lane {
 
     /// Waits for a place. What is done in it is counted as an attempt.
     pub(super) async fn place(&self, operation: Operation) -> LanePlace<'_> {
-        const OPEN: &str = "the lane's places are never closed";
-        let shared = &*self.shared;
+        let places = &self.shared.places;
         let waiting = self.accounts.wait();
         // In this order: the background waits for its own share before it stands in the common line.
         let background = match self.priority {
             Priority::Foreground => None,
-            Priority::Background => Some(shared.background.acquire().await.expect(OPEN)),
+            Priority::Background => Some(places.background.enter(&self.share).await),
         };
-        let all = shared.all.acquire().await.expect(OPEN);
+        let all = places.all.enter(&self.share).await;
         drop(waiting);
         LanePlace {
             counted: self.accounts.attempt(operation),
             lane: self,
-            _permits: (background, all),
+            _places: (background, all),
         }
     }
 
@@ -334,7 +366,7 @@ impl Lane {
 pub(super) struct LanePlace<'a> {
     counted: Attempt<'a>,
     lane: &'a Lane,
-    _permits: (Option<SemaphorePermit<'a>>, SemaphorePermit<'a>),
+    _places: (Option<Place>, Place),
 }
 
 impl LanePlace<'_> {

@@ -204,7 +204,7 @@ async fn make(store: &FolderStore, volume: &VolumeRef, id: VolumeId, change: imp
         let key = format!("{prefix}{object}");
         store.create(&key, Bytes::from_static(b"x")).await.unwrap();
     }
-    give_name(store, volume, id, 7).await.unwrap();
+    give_name(store, volume, id, 7, Rates::NONE).await.unwrap();
 }
 
 /// Two volumes, one of them to be deleted, and one of another tenant that is called the same.
@@ -559,13 +559,7 @@ async fn clone_that_lost_its_head_is_not_given_up() {
         let store = FolderStore::open(dir.path(), false).unwrap();
         make(&store, &volume("db"), id(1), snapshots).await;
         record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
-        let body = encode_record(
-            NAME_KIND,
-            &NameRecord {
-                volume: id(5),
-                created_ms: NOW,
-            },
-        );
+        let body = encode_record(NAME_KIND, &NameRecord::new(id(5), NOW));
         store.create(&left, body.unwrap().into()).await.unwrap();
         let refused = delete(&store).await.unwrap_err().to_string();
         assert!(refused.contains("whose head is lost"), "{refused}");
@@ -589,9 +583,9 @@ async fn clone_recorded_between_the_look_and_the_mark_takes_the_mark_back() {
     let dir = tempfile::tempdir().unwrap();
     let store = FolderStore::open(dir.path(), false).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
-    // Head, clones, the change of the head: it is marked, and its clones not looked for again.
+    // Name, head, clones, the change of the head: it is marked, and its clones not looked for again.
     let marked = put(
-        &Stops::new(&store, 4, Stop::Before),
+        &Stops::new(&store, 5, Stop::Before),
         &volume("db"),
         id(1),
         HOST,

@@ -16,13 +16,15 @@ pub use calls::{Ask, Call, Not, name_of};
 pub use errands::Errand;
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
 use quarry_gateway::backend::open::{Claimed, OpenError};
-use quarry_gateway::backend::{COMPACTIONS_MAX, Common, Fetches, ReclaimSettings, UPLOADS_MAX};
+use quarry_gateway::backend::{
+    COMPACTION_TIME_MAX, COMPACTIONS_MAX, Common, Fetches, ReclaimSettings, UPLOADS_MAX,
+};
+use quarry_gateway::fair::{Gate, GateCounts, plain_share};
 use quarry_gateway::store::{Lane, LaneSettings, S3Store};
 use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning};
 use rand::rngs::SmallRng;
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::device::SimDevice;
@@ -179,8 +181,9 @@ impl Host {
             device: Arc::clone(&self.device) as Arc<_>,
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not simulated".to_owned())))),
             fetches: Fetches::new(FRAMES_BYTES),
-            uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
-            compactions: Arc::new(Semaphore::new(COMPACTIONS_MAX)),
+            share: plain_share(),
+            uploads: Gate::new(UPLOADS_MAX),
+            compactions: Gate::with_time(COMPACTIONS_MAX, COMPACTION_TIME_MAX),
             reclaim: ReclaimSettings {
                 horizon: HORIZON,
                 debt_min: 0,
@@ -293,7 +296,7 @@ impl Host {
 
     pub fn has_no_uploads(&self) -> bool {
         let daemon = self.daemon.as_ref().unwrap();
-        daemon.common.uploads.available_permits() == UPLOADS_MAX
+        daemon.common.uploads.counts() == GateCounts::default()
     }
 
     /// What must hold when nothing is attached here and everything was sent.

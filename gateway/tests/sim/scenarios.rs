@@ -205,6 +205,7 @@ async fn record_that_is_damaged_on_the_way_is_asked_for_again() {
             name: "v0".to_owned(),
             deleted_ms: 0,
             parent: None,
+            rates: quarry_objfmt::Rates::NONE,
         };
         let place = keys::trash_key(&tenant, truth.id);
         let bytes = encode_record(TRASH_KIND, &record).unwrap();

@@ -428,11 +428,7 @@ fn no_panic() {
 /// Gives a volume its name.
 async fn place_name(bucket: &SimBucket, truth: &Truth) {
     let name = name_of(truth);
-    let record = NameRecord {
-        volume: truth.id,
-        created_ms: 0,
-    };
-    let record = encode_record(NAME_KIND, &record).unwrap();
+    let record = encode_record(NAME_KIND, &NameRecord::new(truth.id, 0)).unwrap();
     bucket
         .place(&keys::name_key(&name.tenant, &name.name), record)
         .await;

@@ -141,6 +141,16 @@ pub struct Rates {
     pub bandwidth_burst_bytes: Option<u64>,
 }
 
+impl Rates {
+    /// As fast as can be.
+    pub const NONE: Self = Self {
+        iops: None,
+        iops_burst: None,
+        bandwidth_bytes: None,
+        bandwidth_burst_bytes: None,
+    };
+}
+
 /// How a suspended tenant's devices behave.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

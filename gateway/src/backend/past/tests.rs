@@ -14,13 +14,13 @@ use quarry_objfmt::{
     CacheId, Compression, Lba, Location, MapEntry, SnapName, VolumeName, decode_frame,
 };
 use quarry_volume::CheckpointPlan;
-use tokio::sync::Semaphore;
 
 use super::super::checkpoint;
 use super::super::open::{Claim, claim};
 use super::super::scan::Scan;
 use super::super::{Common, Fetches, ReclaimSettings, VolumeBackend};
 use super::*;
+use crate::fair::{Gate, plain_share};
 use crate::reactor::ReactorHandle;
 use crate::snapshot;
 use crate::store::FolderStore;
@@ -75,8 +75,9 @@ impl Bench {
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
             device: Arc::new(device),
             fetches: Fetches::new(1 << 20),
-            uploads: Arc::new(Semaphore::new(1)),
-            compactions: Arc::new(Semaphore::new(1)),
+            share: plain_share(),
+            uploads: Gate::new(1),
+            compactions: Gate::new(1),
             reclaim: ReclaimSettings {
                 horizon: Duration::from_secs(1),
                 debt_min: 0,

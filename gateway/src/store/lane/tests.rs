@@ -398,3 +398,33 @@ async fn lane_over_a_folder_keeps_the_contract() {
     let lane = Lane::new(Arc::new(store), &LaneSettings::default());
     contract::run(Arc::new(lane)).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn tenant_whose_store_hangs_leaves_the_others_of_the_server_their_places() {
+    let settings = LaneSettings {
+        requests_max: 4,
+        foreground_min: 1,
+        ..LaneSettings::default()
+    };
+    let hanging = Scripted::new([]);
+    *hanging.always.lock() = Some(Act::Hang);
+    let (sound, share) = (Scripted::new([]), Share::new(100));
+    let lane = Lane::new(sound, &settings);
+    let hung = lane.beside(hanging.clone(), &settings).of(&share);
+    for _ in 0..20 {
+        let hung = hung.clone();
+        tokio::spawn(async move { hung.get("x").await });
+    }
+    // Some wait for ever, others try again: the places they take from others are lost to them once, for a moment.
+    sleep(crate::fair::SLOW_AFTER * 2).await;
+    for _ in 0..20 {
+        let begun = Instant::now();
+        assert!(matches!(
+            lane.get("x").await,
+            Err(StoreError::NotFound { .. })
+        ));
+        assert_eq!(begun.elapsed(), Duration::from_millis(20));
+        sleep(Duration::from_secs(7)).await;
+    }
+    assert!(hanging.most_under_way.load(Ordering::Relaxed) <= 4);
+}

@@ -1,0 +1,76 @@
+//! How fast volumes and tenants may be: from the records in the store to the gates that reactors look at.
+//!
+//! A volume's rates stand in the record of its name, which anybody may set: it is no right to write. *First the record,
+//! where it was seen, then the gate. Crash in between: the next attach, or the next look, finds the record.* Set on another
+//! host they are seen within [`LOOK_PAUSE`].
+
+use std::time::Duration;
+
+use quarry_objfmt::record::Rates;
+
+use super::{Daemon, registry};
+use crate::control::{ApiResult, ImageRef, LimitsInfo, RatesInfo, RatesSpec, VolumeRef};
+use crate::qos::VolumeGate;
+
+/// Between two looks at the rates of all that is attached: a GET each.
+const LOOK_PAUSE: Duration = Duration::from_secs(300);
+
+impl Daemon {
+    pub(super) async fn set_volume_rates(
+        &self,
+        volume: &VolumeRef,
+        spec: RatesSpec,
+    ) -> ApiResult<RatesInfo> {
+        let image = ImageRef::from(volume.clone());
+        let slot = self.slot(&image);
+        let _change = slot.change.lock().await;
+        let rates = Rates::from(spec);
+        let written = match self.control(&volume.tenant).await {
+            Ok(store) => registry::set_rates(&store, volume, rates).await,
+            Err(error) => Err(error),
+        };
+        if let (Ok(()), Some(attached)) = (&written, slot.stage().attached()) {
+            attached.gate.set_rates(&rates);
+        }
+        self.forget_idle(&image, &slot);
+        let volume = volume.to_string();
+        written.map(|()| RatesInfo {
+            volume,
+            rates: spec,
+        })
+    }
+
+    /// Looks for rates that were set on other hosts, for ever.
+    pub async fn look_at_rates(&self) {
+        loop {
+            tokio::time::sleep(LOOK_PAUSE).await;
+            for (image, attached) in self.attached() {
+                if image.is_past() {
+                    continue;
+                }
+                let store = attached.tenant.control();
+                match registry::find_record(&store, &image.volume).await {
+                    // By its id, for the name may have gone to another volume meanwhile.
+                    Ok(record) if record.volume == attached.backend.volume() => {
+                        attached.gate.set_rates(&record.rates);
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::debug!(volume = %image, %error, "its rates stay"),
+                }
+            }
+        }
+    }
+}
+
+/// What limits do to a volume, as the API tells it.
+pub(super) fn limits_info(gate: &VolumeGate) -> LimitsInfo {
+    let stats = gate.stats();
+    LimitsInfo {
+        tenant_rates: gate.tenant().rates().into(),
+        iops_now: stats.requests_a_second,
+        bandwidth_bytes_now: stats.bytes_a_second,
+        held: stats.held,
+        held_total: stats.held_total,
+        held_ms: stats.held_ms,
+    }
+}

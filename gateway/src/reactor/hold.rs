@@ -1,0 +1,251 @@
+//! Requests that a volume's rates let through later: held in order, and woken by a timer of their own.
+//!
+//! A volume pays for its oldest requests together, as many as its rates let through in [`TURN_NS`], and pays for the next
+//! ones when these have passed. So volumes that share a tenant's rate take turns, on whichever reactors they are, and none
+//! gets ahead of the others by having more requests.
+//!
+//! Owns: the held requests and the timer. Does not own: the rates ([`crate::qos`]); the requests' buffers, which stay their
+//! front ends', and whose number bounds what is held.
+//!
+//! Invariants:
+//! - Of one volume's requests none overtakes another here. (What a flush covers was acknowledged before it came, so it
+//!   covers nothing that is held.)
+//! - A volume without limits pays a look at them, once a batch.
+//! - Of a volume that goes, or whose front ends are stopped, nothing is held.
+
+use std::collections::VecDeque;
+use std::mem;
+
+use io_uring::{opcode, types};
+use quarry_volume::{Event, IoError, Op, Request};
+
+use super::core::Core;
+use super::execute::request_key;
+use super::token::Token;
+use crate::qos::{Passage, VolumeGate, now_ns};
+
+/// How much a volume pays for at once, by the time that its rates take for it, in nanoseconds; one request may be more.
+const TURN_NS: u64 = 1_000_000;
+
+/// Longest time before limits are looked at again while requests are held, in nanoseconds: a change of them, or their end,
+/// is seen after so long.
+const LOOK_NS: u64 = 100_000_000;
+
+/// A volume's held requests, oldest first.
+#[derive(Default)]
+pub(super) struct Held {
+    /// With the time since when each is held, in nanoseconds.
+    queue: VecDeque<(Request, u64)>,
+    /// So many at the front are paid for.
+    paid: usize,
+    /// When these may pass.
+    due_ns: u64,
+    /// Which state of the limits they were paid under.
+    changes: u32,
+    /// When to look at it again.
+    look_ns: u64,
+    /// Whether it is among [`Holds::volumes`].
+    is_listed: bool,
+    /// Nothing is held.
+    is_off: bool,
+}
+
+impl Held {
+    fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// How many may pass now.
+    fn passable(&mut self, gate: &VolumeGate, now_ns: u64) -> usize {
+        let changes = gate.changes();
+        if mem::replace(&mut self.changes, changes) != changes {
+            self.paid = 0;
+        }
+        let mut passable = 0;
+        loop {
+            if self.paid > passable {
+                if self.due_ns > now_ns {
+                    return passable;
+                }
+                passable = self.paid;
+            }
+            if passable == self.queue.len() {
+                return passable;
+            }
+            let (mut count, mut bytes) = (0, 0);
+            for (request, _) in self.queue.range(passable..) {
+                let more = bytes + bytes_of(request);
+                if count > 0 && gate.cost_ns(count + 1, more) > TURN_NS {
+                    break;
+                }
+                (count, bytes) = (count + 1, more);
+            }
+            self.due_ns = gate.take(now_ns, count, bytes);
+            self.paid = passable + usize::try_from(count).unwrap_or(usize::MAX);
+        }
+    }
+}
+
+/// What a request costs of a rate of bytes.
+fn bytes_of(request: &Request) -> u64 {
+    match request.op {
+        Op::Read | Op::Write { .. } => request.range.len().bytes(),
+        Op::Flush | Op::Discard | Op::WriteZeroes { .. } | Op::Status => 0,
+    }
+}
+
+const fn is_write(op: Op) -> bool {
+    matches!(op, Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. })
+}
+
+/// The volumes of a reactor that hold requests, and the timer that wakes them.
+pub(super) struct Holds {
+    volumes: Vec<u32>,
+    /// When the next one is to be looked at.
+    next_ns: u64,
+    /// The time as of the newest look at any.
+    now_ns: u64,
+    /// Until when the timer sleeps that was armed last.
+    armed_ns: u64,
+    /// Timers under way: one that was armed for an earlier time leaves the one before it asleep.
+    timers: u32,
+}
+
+impl Default for Holds {
+    fn default() -> Self {
+        Self {
+            volumes: Vec::new(),
+            next_ns: u64::MAX,
+            now_ns: 0,
+            armed_ns: u64::MAX,
+            timers: 0,
+        }
+    }
+}
+
+impl Core {
+    /// Takes a volume's new requests into the line, if it has limits, and lets through what may pass.
+    pub(super) fn admit(&mut self, index: u32) {
+        // What is refused makes room for new ones, which may be there at once.
+        while self.admit_some(index) {}
+    }
+
+    /// Whether some were refused.
+    fn admit_some(&mut self, index: u32) -> bool {
+        let slot = &mut self.volumes[index as usize];
+        let Some(gate) = &slot.gate else {
+            return false;
+        };
+        let held = &mut slot.held;
+        if !gate.is_limited() && held.is_empty() {
+            return false;
+        }
+        let (now_ns, before) = (now_ns(), held.queue.len());
+        let events = &mut slot.inbox.events;
+        for event in events.extract_if(.., |event| matches!(event, Event::Request(_))) {
+            if let Event::Request(request) = event {
+                held.queue.push_back((request, now_ns));
+            }
+        }
+        let came = held.queue.len() - before;
+        let passage = match gate.passage() {
+            Passage::Stalled if held.is_off => Passage::Open,
+            passage => passage,
+        };
+        let count = match passage {
+            Passage::Stalled => 0,
+            _ if held.is_off || gate.is_free() => held.queue.len(),
+            _ => held.passable(gate, now_ns),
+        };
+        held.paid = held.paid.saturating_sub(count);
+        let (mut bytes, mut held_ns, mut refused) = (0, 0, Vec::new());
+        for (request, since_ns) in held.queue.drain(..count) {
+            bytes += bytes_of(&request);
+            held_ns += now_ns - since_ns;
+            if passage == Passage::ReadOnly && is_write(request.op) {
+                refused.push(request.id);
+            } else {
+                events.push(Event::Request(request));
+            }
+        }
+        let left = held.queue.len();
+        gate.note_held(left, came.min(left));
+        if count > 0 {
+            gate.note_passed(now_ns, count as u64, bytes, held_ns);
+        }
+        if left > 0 {
+            let look_ns = now_ns + LOOK_NS;
+            held.look_ns = match passage {
+                Passage::Stalled => look_ns,
+                Passage::Open | Passage::ReadOnly => look_ns.min(held.due_ns),
+            };
+            let holds = &mut self.holds;
+            if !mem::replace(&mut held.is_listed, true) {
+                holds.volumes.push(index);
+            }
+            holds.next_ns = holds.next_ns.min(held.look_ns);
+            holds.now_ns = now_ns;
+        }
+        let some = !refused.is_empty();
+        for request in refused {
+            self.request_done(index, request_key(request), Err(IoError::ReadOnly));
+        }
+        some
+    }
+
+    /// Nothing of the volume is held from now on, or again.
+    pub(super) fn let_through(&mut self, index: u32, is_off: bool) {
+        self.volumes[index as usize].held.is_off = is_off;
+        if is_off && !self.volumes[index as usize].held.is_empty() {
+            self.touch(index);
+        }
+    }
+
+    /// A timer of held requests has ended.
+    pub(super) fn hold_is_over(&mut self) {
+        let now_ns = now_ns();
+        let holds = &mut self.holds;
+        holds.timers -= 1;
+        if holds.timers == 0 || holds.armed_ns <= now_ns {
+            holds.armed_ns = u64::MAX;
+        }
+        (holds.next_ns, holds.now_ns) = (u64::MAX, now_ns);
+        let mut listed = mem::take(&mut holds.volumes);
+        listed.retain(|index| {
+            let Some(slot) = self.volumes.get_mut(*index as usize) else {
+                return false;
+            };
+            slot.held.is_listed = !slot.held.is_empty();
+            if slot.held.is_listed && slot.held.look_ns <= now_ns {
+                self.touch(*index);
+            } else if slot.held.is_listed {
+                self.holds.next_ns = self.holds.next_ns.min(slot.held.look_ns);
+            }
+            self.volumes[*index as usize].held.is_listed
+        });
+        self.holds.volumes = listed;
+    }
+
+    /// Has the ring wake the next volume in time.
+    pub(super) fn arm_holds(&mut self) {
+        let holds = &mut self.holds;
+        if holds.next_ns >= holds.armed_ns {
+            return;
+        }
+        holds.armed_ns = holds.next_ns;
+        holds.timers += 1;
+        let time_ns = holds.next_ns.saturating_sub(holds.now_ns);
+        let (seconds, ns) = (time_ns / 1_000_000_000, time_ns % 1_000_000_000);
+        let ns = u32::try_from(ns).unwrap_or(u32::MAX);
+        // One that waits for room on the ring gets the newer time too: it is an earlier one.
+        let hold = &mut self.fixed.hold;
+        *hold = types::Timespec::new().sec(seconds).nsec(ns);
+        let entry = opcode::Timeout::new(&raw const *hold).build();
+        let entry = entry.user_data(Token::Hold.pack());
+        // SAFETY: the time is in a box that is never freed while the ring may use it (`abandon`).
+        unsafe { self.ring.push(entry) };
+    }
+}
+
+#[cfg(test)]
+mod tests;
