@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-use crate::{Bound, Config, LogFormat, Secret, Size, UblkMode};
+use crate::{Bound, Config, LogFormat, Secret, Size, TenantAttach, UblkMode};
 
 /// A key of the file.
 pub(crate) struct Key {
@@ -42,8 +42,9 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 8] = [
+pub(crate) const SECTIONS: [(&str, &str); 9] = [
     ("daemon", "Where the daemon lives and how it is reached."),
+    ("access", "Who may reach what."),
     ("store", "The object store that keeps everything durable."),
     (
         "cache",
@@ -75,7 +76,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "daemon.socket",
-        doc: "Unix socket of the control plane (mode 0660). Clients find it by --socket or QUARRY_SOCKET.",
+        doc: "Unix socket of the control plane (mode 0660), for those in [access] operators. Clients find it by --socket\n\
+              or QUARRY_SOCKET.",
         expected: PATH,
         sample: "",
         secret: false,
@@ -158,6 +160,32 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| text(v).map(|t| c.daemon.log_filter = t.to_owned()),
         get: |c| Some(quoted(&c.daemon.log_filter)),
+    },
+    Key {
+        path: "access.operators",
+        doc: "Who may do everything by the control socket, beside root and the daemon's own user: users, and\n\
+              groups as \"group:NAME\". Others are refused, whatever the socket's mode lets them.",
+        expected: "write a list such as [\"alice\", \"group:storage\"]",
+        sample: "[\"alice\", \"group:storage\"]",
+        secret: false,
+        set: |c, v, _| texts(v).map(|t| c.access.operators = t),
+        get: |c| (!c.access.operators.is_empty()).then(|| list(&c.access.operators)),
+    },
+    Key {
+        path: "access.tenant_attach",
+        doc: "By what a tenant's administrator may attach its volumes to this host: \"nbd\", \"any\" (block devices\n\
+              too) or \"none\".",
+        expected: "write \"nbd\", \"any\" or \"none\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| {
+            let text = text(v)?;
+            let found = TenantAttach::ALL.into_iter().find(|t| t.as_str() == text);
+            found
+                .map(|t| c.access.tenant_attach = t)
+                .ok_or_else(|| "there is no such way".to_owned())
+        },
+        get: |c| Some(quoted(c.access.tenant_attach.as_str())),
     },
     Key {
         path: "store.url",
@@ -454,6 +482,19 @@ fn text<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
     } else {
         Ok(text)
     }
+}
+
+fn texts(value: &DeValue<'_>) -> Result<Vec<String>, String> {
+    let all = value.as_array().ok_or_else(|| wrong_type(value))?;
+    let texts = all
+        .iter()
+        .map(|item| text(item.get_ref()).map(str::to_owned));
+    texts.collect()
+}
+
+fn list(texts: &[String]) -> String {
+    let all: Vec<_> = texts.iter().map(quoted).collect();
+    format!("[{}]", all.join(", "))
 }
 
 fn boolean(value: &DeValue<'_>) -> Result<bool, String> {

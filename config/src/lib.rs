@@ -27,13 +27,15 @@ use std::time::Duration;
 pub use error::{ConfigError, Place};
 pub use overrides::Overrides;
 pub use paths::client_socket;
-pub use value::{Bound, LogFormat, Secret, Size, SizeError, UblkMode};
+pub use value::{Bound, LogFormat, Secret, Size, SizeError, TenantAttach, UblkMode};
 
 /// Everything that the daemon can be told.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Config {
     /// `[daemon]`
     pub daemon: Daemon,
+    /// `[access]`
+    pub access: Access,
     /// `[store]`
     pub store: Store,
     /// `[cache]`
@@ -88,6 +90,16 @@ impl Default for Daemon {
             log_filter: "info,libublk=warn".to_owned(),
         }
     }
+}
+
+/// `[access]`: who may reach what.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Access {
+    /// Users, and groups as `group:NAME`, who may do everything by the control socket, beside root and the daemon's
+    /// own user.
+    pub operators: Vec<String>,
+    /// By what tenants may attach their volumes.
+    pub tenant_attach: TenantAttach,
 }
 
 /// `[store]`: the object store.

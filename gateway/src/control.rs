@@ -6,13 +6,16 @@
 //! Invariants:
 //! - a call that changes something runs to its end even if the client hangs up meanwhile;
 //! - an engine never sees a tenant's or volume's name, or a geometry, that the rules forbid;
+//! - nobody reaches an endpoint but through the table of them ([`endpoints`]) and the guard before each;
 //! - one daemon a socket: a lock beside it, held for the daemon's life, decides, not the socket file;
 //! - the TCP listener answers health and metrics and knows no other route.
 
+pub mod access;
 mod api;
 mod chores;
 pub mod client;
 pub mod dto;
+mod endpoints;
 mod error;
 mod name;
 mod permissions;
@@ -28,7 +31,7 @@ pub(crate) mod fake;
 use async_trait::async_trait;
 use quarry_objfmt::{TenantName, VolumeName};
 
-pub use api::control_routes as routes;
+pub use access::Access;
 pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use dto::{
@@ -37,6 +40,7 @@ pub use dto::{
     StatusInfo, StoreStatus, TenantInfo, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo,
     VolumeSpec,
 };
+pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use permissions::{DeviceMode, DeviceOwner};

@@ -108,7 +108,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         async move { daemon.empty_trash().await }
     });
     let engine: Arc<dyn Engine> = Arc::clone(&daemon) as _;
-    control::serve(engine, listeners, shutdown).await?;
+    control::serve(engine, daemon.access(), listeners, shutdown).await?;
     again.abort();
     // Wherever it is: the next daemon goes on.
     trash.abort();

@@ -9,7 +9,7 @@
 //!   other.
 //! - Looking never waits for changing: a volume that hangs hangs alone.
 
-mod access;
+pub(crate) mod access;
 mod attach;
 mod chores;
 mod direct;
@@ -156,6 +156,7 @@ pub struct Daemon {
     exports: Arc<Exports>,
     verifies: verify::Verifies,
     trash: trash::Trash,
+    access: Arc<crate::control::Access>,
     pace: Arc<warm::Pace>,
     warms: warm::Warms,
 }
@@ -311,6 +312,7 @@ impl Daemon {
             exports: Arc::default(),
             verifies: verify::Verifies::default(),
             trash: trash::Trash::default(),
+            access: Arc::new(crate::control::Access::new(&config.access)?),
             pace: Arc::new(warm::Pace::new(config.cache.warm_rate.bytes())),
             warms: warm::Warms::default(),
             config,
@@ -377,6 +379,11 @@ impl Daemon {
     /// What can be had over NBD.
     pub fn exports(&self) -> Arc<Exports> {
         Arc::clone(&self.exports)
+    }
+
+    /// How callers of the control API are told.
+    pub fn access(&self) -> Arc<crate::control::Access> {
+        Arc::clone(&self.access)
     }
 
     /// The volumes that are to be attached here.

@@ -1,118 +1,35 @@
-//! The routes: from HTTP to the [`Engine`] and back, every refusal a [`Problem`](super::Problem).
+//! From HTTP to the [`Engine`](super::Engine) and back, every refusal a [`Problem`](super::Problem).
 
 use std::future::Future;
-use std::sync::Arc;
 
-use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::extract::{Path, Query};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::{delete, get, post};
 use quarry_objfmt::{SECTOR_SIZE, SnapName, TenantName};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::access::Allowed;
 use super::dto::{
     AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeSpec, SnapshotInfo, SnapshotList,
     SnapshotSpec, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
     VolumeList, VolumeSpec, check_size,
 };
 use super::error::response;
-use super::trash::{self, TrashInfo};
-use super::{
-    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, warm,
-};
+use super::trash::TrashInfo;
+use super::{ApiError, ApiResult, ImageRef, SnapRef, VolumeRef};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
-const BODY_BYTES_MAX: usize = 16 << 10;
+pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
 /// The media type of Prometheus' text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-type Shared = State<Arc<dyn Engine>>;
 pub(super) type Body = Result<Bytes, BytesRejection>;
 type Tenant = Result<Path<String>, PathRejection>;
 pub(super) type Volume = Result<Path<(String, String)>, PathRejection>;
 type Snapshot = Result<Path<(String, String, String)>, PathRejection>;
-
-/// Everything: for the unix socket.
-pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
-    let routes = Router::new()
-        .route("/v1/tenants", get(list_tenants).post(create_tenant))
-        .route("/v1/tenants/{tenant}", delete(delete_tenant))
-        .route("/v1/volumes", get(list_volumes).post(create_volume))
-        .route(
-            "/v1/volumes/{tenant}/{volume}",
-            get(show_volume).delete(delete_volume),
-        )
-        .route("/v1/volumes/{tenant}/{volume}/attach", post(attach))
-        .route("/v1/volumes/{tenant}/{volume}/detach", post(detach))
-        .route("/v1/volumes/{tenant}/{volume}/resize", post(resize))
-        .route("/v1/volumes/{tenant}/{volume}/rescue", post(rescue))
-        .route("/v1/volumes/{tenant}/{volume}/sync", post(sync))
-        .route(
-            "/v1/volumes/{tenant}/{volume}/verify",
-            get(verify_progress).post(verify),
-        )
-        .route("/v1/snapshots", get(list_all_snapshots))
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots",
-            get(list_snapshots).post(create_snapshot),
-        )
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}",
-            get(show_snapshot).delete(delete_snapshot),
-        )
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/clone",
-            post(clone_snapshot),
-        )
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/rollback",
-            post(rollback),
-        )
-        .route("/v1/status", get(status));
-    finish(
-        routes
-            .merge(trash::routes())
-            .merge(retain::routes())
-            .merge(warm::routes())
-            .merge(chores::routes())
-            .merge(health()),
-        engine,
-    )
-}
-
-/// Health and metrics: for TCP.
-pub(super) fn health_routes(engine: Arc<dyn Engine>) -> Router {
-    finish(health(), engine)
-}
-
-fn health() -> Router<Arc<dyn Engine>> {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready))
-}
-
-fn finish(routes: Router<Arc<dyn Engine>>, engine: Arc<dyn Engine>) -> Router {
-    routes
-        .fallback(async || {
-            ApiError::new(
-                Kind::NotFound,
-                "the API has no such path",
-                "see the paths under /v1",
-            )
-        })
-        .method_not_allowed_fallback(async || {
-            let error =
-                ApiError::invalid("the path does not know this method", "see the Allow header");
-            response(StatusCode::METHOD_NOT_ALLOWED, error)
-        })
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(engine)
-}
 
 /// Lets `call` run to its end even if the client hangs up: a change half made would be worse.
 pub(super) async fn whole<T: Send + 'static>(
@@ -130,7 +47,7 @@ pub(super) async fn whole<T: Send + 'static>(
 }
 
 /// A refusal that has a status of its own.
-pub(super) struct Refused(StatusCode, ApiError);
+pub(super) struct Refused(pub StatusCode, pub ApiError);
 
 impl From<ApiError> for Refused {
     fn from(error: ApiError) -> Self {
@@ -191,13 +108,16 @@ fn not_utf8() -> ApiError {
     ApiError::invalid("the path is not UTF-8", "mend the request")
 }
 
-async fn create_tenant(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
+pub(super) async fn create_tenant(
+    Allowed(engine): Allowed,
+    body: Body,
+) -> Result<impl IntoResponse, Refused> {
     let spec: TenantSpec = json(body)?;
     let made = whole(async move { engine.create_tenant(&spec.name).await }).await?;
     Ok((StatusCode::CREATED, Json(made)))
 }
 
-async fn list_tenants(State(engine): Shared) -> ApiResult<Json<TenantList>> {
+pub(super) async fn list_tenants(Allowed(engine): Allowed) -> ApiResult<Json<TenantList>> {
     Ok(Json(TenantList {
         tenants: engine.list_tenants().await?,
     }))
@@ -205,13 +125,13 @@ async fn list_tenants(State(engine): Shared) -> ApiResult<Json<TenantList>> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TenantDelete {
+pub(super) struct TenantDelete {
     #[serde(default)]
     purge: bool,
 }
 
-async fn delete_tenant(
-    State(engine): Shared,
+pub(super) async fn delete_tenant(
+    Allowed(engine): Allowed,
     path: Tenant,
     query: Result<Query<TenantDelete>, QueryRejection>,
 ) -> ApiResult<StatusCode> {
@@ -221,7 +141,10 @@ async fn delete_tenant(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn create_volume(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
+pub(super) async fn create_volume(
+    Allowed(engine): Allowed,
+    body: Body,
+) -> Result<impl IntoResponse, Refused> {
     let spec: VolumeSpec = json(body)?;
     spec.check()?;
     let made = whole(async move { engine.create_volume(spec).await }).await?;
@@ -245,27 +168,33 @@ pub(super) fn which_tenant(query: WhichQuery) -> ApiResult<Option<TenantName>> {
     Ok(which.tenant.map(TenantName::new).transpose()?)
 }
 
-async fn list_volumes(State(engine): Shared, query: WhichQuery) -> ApiResult<Json<VolumeList>> {
+pub(super) async fn list_volumes(
+    Allowed(engine): Allowed,
+    query: WhichQuery,
+) -> ApiResult<Json<VolumeList>> {
     let tenant = which_tenant(query)?;
     Ok(Json(VolumeList {
         volumes: engine.list_volumes(tenant.as_ref()).await?,
     }))
 }
 
-async fn show_volume(State(engine): Shared, path: Volume) -> ApiResult<Json<VolumeInfo>> {
+pub(super) async fn show_volume(
+    Allowed(engine): Allowed,
+    path: Volume,
+) -> ApiResult<Json<VolumeInfo>> {
     let image = image_of(path)?;
     Ok(Json(engine.show_volume(&image).await?))
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct VolumeDelete {
+pub(super) struct VolumeDelete {
     #[serde(default)]
     discard_unsent: bool,
 }
 
-async fn delete_volume(
-    State(engine): Shared,
+pub(super) async fn delete_volume(
+    Allowed(engine): Allowed,
     path: Volume,
     query: Result<Query<VolumeDelete>, QueryRejection>,
 ) -> ApiResult<Json<TrashInfo>> {
@@ -275,8 +204,8 @@ async fn delete_volume(
     Ok(Json(whole(call).await?))
 }
 
-async fn attach(
-    State(engine): Shared,
+pub(super) async fn attach(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
@@ -288,14 +217,14 @@ async fn attach(
     ))
 }
 
-async fn detach(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+pub(super) async fn detach(Allowed(engine): Allowed, path: Volume) -> ApiResult<StatusCode> {
     let image = image_of(path)?;
     whole(async move { engine.detach(&image).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn resize(
-    State(engine): Shared,
+pub(super) async fn resize(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
@@ -307,8 +236,8 @@ async fn resize(
     Ok(Json(whole(call).await?))
 }
 
-async fn rescue(
-    State(engine): Shared,
+pub(super) async fn rescue(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<RescueReport>, Refused> {
@@ -318,15 +247,15 @@ async fn rescue(
     Ok(Json(whole(call).await?))
 }
 
-async fn sync(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+pub(super) async fn sync(Allowed(engine): Allowed, path: Volume) -> ApiResult<StatusCode> {
     let volume = volume_of(path)?;
     // Changes nothing that must be finished: a client that hangs up need not be waited for.
     engine.sync(&volume).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn verify(
-    State(engine): Shared,
+pub(super) async fn verify(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<VerifyReport>, Refused> {
@@ -336,24 +265,30 @@ async fn verify(
     Ok(Json(engine.verify(&image, spec).await?))
 }
 
-async fn verify_progress(State(engine): Shared, path: Volume) -> ApiResult<Json<VerifyProgress>> {
+pub(super) async fn verify_progress(
+    Allowed(engine): Allowed,
+    path: Volume,
+) -> ApiResult<Json<VerifyProgress>> {
     let image = image_of(path)?;
     Ok(Json(engine.verify_progress(&image).await?))
 }
 
-async fn list_all_snapshots(State(engine): Shared) -> ApiResult<Json<SnapshotList>> {
+pub(super) async fn list_all_snapshots(Allowed(engine): Allowed) -> ApiResult<Json<SnapshotList>> {
     let snapshots = engine.list_snapshots(None).await?;
     Ok(Json(SnapshotList { snapshots }))
 }
 
-async fn list_snapshots(State(engine): Shared, path: Volume) -> ApiResult<Json<SnapshotList>> {
+pub(super) async fn list_snapshots(
+    Allowed(engine): Allowed,
+    path: Volume,
+) -> ApiResult<Json<SnapshotList>> {
     let volume = volume_of(path)?;
     let snapshots = engine.list_snapshots(Some(&volume)).await?;
     Ok(Json(SnapshotList { snapshots }))
 }
 
-async fn create_snapshot(
-    State(engine): Shared,
+pub(super) async fn create_snapshot(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
@@ -364,22 +299,25 @@ async fn create_snapshot(
     Ok((StatusCode::CREATED, Json(made)))
 }
 
-async fn show_snapshot(
-    State(engine): Shared,
+pub(super) async fn show_snapshot(
+    Allowed(engine): Allowed,
     path: Snapshot,
 ) -> Result<Json<SnapshotInfo>, Refused> {
     let snapshot = snapshot_of(path)?;
     Ok(Json(engine.show_snapshot(&snapshot).await?))
 }
 
-async fn delete_snapshot(State(engine): Shared, path: Snapshot) -> ApiResult<StatusCode> {
+pub(super) async fn delete_snapshot(
+    Allowed(engine): Allowed,
+    path: Snapshot,
+) -> ApiResult<StatusCode> {
     let snapshot = snapshot_of(path)?;
     whole(async move { engine.delete_snapshot(&snapshot).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn clone_snapshot(
-    State(engine): Shared,
+pub(super) async fn clone_snapshot(
+    Allowed(engine): Allowed,
     path: Snapshot,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
@@ -389,17 +327,24 @@ async fn clone_snapshot(
     Ok((StatusCode::CREATED, Json(made)))
 }
 
-async fn rollback(State(engine): Shared, path: Snapshot) -> Result<Json<VolumeInfo>, Refused> {
+pub(super) async fn rollback(
+    Allowed(engine): Allowed,
+    path: Snapshot,
+) -> Result<Json<VolumeInfo>, Refused> {
     let snapshot = snapshot_of(path)?;
     let call = async move { engine.rollback(&snapshot).await };
     Ok(Json(whole(call).await?))
 }
 
-async fn status(State(engine): Shared) -> ApiResult<impl IntoResponse> {
+pub(super) async fn status(Allowed(engine): Allowed) -> ApiResult<impl IntoResponse> {
     Ok(Json(engine.status().await?))
 }
 
-async fn ready(State(engine): Shared) -> Response {
+pub(super) async fn healthy() -> &'static str {
+    "ok\n"
+}
+
+pub(super) async fn ready(Allowed(engine): Allowed) -> Response {
     match engine.ready().await {
         Ok(()) => "ready\n".into_response(),
         Err(why) => (
@@ -410,7 +355,7 @@ async fn ready(State(engine): Shared) -> Response {
     }
 }
 
-async fn metrics(State(engine): Shared) -> impl IntoResponse {
+pub(super) async fn metrics(Allowed(engine): Allowed) -> impl IntoResponse {
     (
         [(header::CONTENT_TYPE, METRICS_TYPE)],
         engine.metrics_text().await,
@@ -419,6 +364,7 @@ async fn metrics(State(engine): Shared) -> impl IntoResponse {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -429,7 +375,7 @@ mod tests {
 
     use super::super::fake::{FakeDaemon, FakeEngine};
     use super::super::trash::{PurgeSpec, RestoreSpec, TrashRef};
-    use super::super::{Client, Problem, State as VolumeState, Via};
+    use super::super::{Client, Kind, Problem, State as VolumeState, Via};
     use super::*;
 
     fn acme() -> TenantName {

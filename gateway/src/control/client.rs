@@ -131,7 +131,7 @@ impl Client {
                 return ApiError::new(
                     Kind::Denied,
                     message,
-                    "run this as root or as a member of the socket's group",
+                    "run this as root or as the daemon's user, or have access.operators name you",
                 );
             }
             let message = format!("no daemon answers at {socket}");

@@ -111,6 +111,16 @@ impl ApiError {
         )
     }
 
+    /// The trash has no such volume.
+    #[must_use]
+    pub fn not_in_trash(which: &impl fmt::Display) -> Self {
+        Self::new(
+            Kind::NotFound,
+            format!("{which}: it is not in the trash"),
+            "`quarry trash list` shows what is",
+        )
+    }
+
     /// The request is wrong.
     #[must_use]
     pub fn invalid(message: impl Into<String>, remedy: impl Into<String>) -> Self {

@@ -93,7 +93,7 @@ impl Engine for FakeEngine {
         let info = VolumeInfo {
             tenant: spec.tenant.to_string(),
             name: spec.name.to_string(),
-            id: "f7a4f3a0-0000-4000-8000-000000000000".to_owned(),
+            id: format!("f7a4f3a0-0000-4000-8000-{:012}", self.volumes.lock().len()),
             size_bytes: spec.size_bytes,
             sector_size: spec.sector_size,
             durability: spec.durability,
@@ -109,7 +109,7 @@ impl Engine for FakeEngine {
         let volumes = self.volumes.lock();
         Ok(volumes
             .values()
-            .filter(|v| tenant.is_none_or(|t| t.as_str() == v.tenant))
+            .filter(|v| is_of(v, tenant))
             .cloned()
             .collect())
     }
@@ -384,17 +384,25 @@ impl Engine for FakeEngine {
         })
     }
 
-    async fn list_trash(&self, _: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
-        Ok(self.trash.lock().values().map(trash_info).collect())
+    async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        let trash = self.trash.lock();
+        let of = trash.values().filter(|v| is_of(v, tenant));
+        Ok(of.map(trash_info).collect())
     }
 
     async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
-        let TrashRef::Name(volume) = which else {
-            return Err(ApiError::invalid("no ids here", "give a name"));
+        let mut trash = self.trash.lock();
+        let is = |(named, info): &(&VolumeRef, &VolumeInfo)| match which {
+            TrashRef::Name(volume) => volume == *named,
+            TrashRef::Id(id) => id.to_string() == info.id,
+            TrashRef::Of(tenant, id) => id.to_string() == info.id && *tenant == named.tenant,
         };
-        let found = self.trash.lock().remove(volume);
-        let mut info = found.ok_or_else(|| ApiError::no_volume(volume))?;
-        let mut volume = volume.clone();
+        let found = trash.iter().find(is).map(|(volume, _)| volume.clone());
+        let mut volume = found.ok_or_else(|| match which {
+            TrashRef::Name(volume) => ApiError::no_volume(volume),
+            TrashRef::Id(id) | TrashRef::Of(_, id) => ApiError::not_in_trash(id),
+        })?;
+        let mut info = trash.remove(&volume).expect("it was just found");
         if let Some(name) = name {
             volume.name = name.clone();
             info.name = name.to_string();
@@ -404,7 +412,8 @@ impl Engine for FakeEngine {
     }
 
     async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
-        let all: Vec<_> = self.trash.lock().values().map(trash_info).collect();
+        let tenant = spec.tenant.as_ref();
+        let all = self.list_trash(tenant).await?;
         if !spec.all {
             let problem = Some("it has clones".to_owned());
             let kept = all.into_iter().map(|info| TrashInfo {
@@ -417,7 +426,7 @@ impl Engine for FakeEngine {
                 ..PurgeReport::default()
             });
         }
-        self.trash.lock().clear();
+        self.trash.lock().retain(|_, v| !is_of(v, tenant));
         let objects = 3 * all.len() as u64;
         Ok(PurgeReport {
             purged: all,
@@ -451,6 +460,10 @@ impl Engine for FakeEngine {
     }
 }
 
+fn is_of(volume: &VolumeInfo, tenant: Option<&TenantName>) -> bool {
+    tenant.is_none_or(|tenant| tenant.as_str() == volume.tenant)
+}
+
 fn trash_info(volume: &VolumeInfo) -> TrashInfo {
     TrashInfo {
         tenant: volume.tenant.clone(),
@@ -479,7 +492,9 @@ impl FakeDaemon {
             .unwrap();
         let address = listeners.health_address().unwrap();
         let (stop, stopped) = oneshot::channel();
-        let server = tokio::spawn(serve(engine, listeners, async {
+        let access = Access::new(&quarry_config::Access::default()).unwrap();
+        let access = Arc::new(access);
+        let server = tokio::spawn(serve(engine, access, listeners, async {
             let _ = stopped.await;
         }));
         Self {

@@ -14,7 +14,8 @@ use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Sleep, sleep, timeout};
 
-use super::api::{control_routes, health_routes};
+use super::access::{Access, Peer};
+use super::endpoints::{guarded, health_routes};
 use super::socket::ControlSocket;
 use super::{Engine, SocketError};
 
@@ -89,6 +90,7 @@ impl Listeners {
 /// If a listener breaks.
 pub async fn serve(
     engine: Arc<dyn Engine>,
+    access: Arc<Access>,
     listeners: Listeners,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
@@ -107,7 +109,8 @@ pub async fn serve(
         CONTROL_CONNECTIONS_MAX,
         CONTROL_CONNECTION_LIFE,
     );
-    let unix = axum::serve(unix, control_routes(Arc::clone(&engine)))
+    let routes = guarded(&engine, &access);
+    let unix = axum::serve(unix, routes.into_make_service_with_connect_info::<Peer>())
         .with_graceful_shutdown(until(stopped.clone()));
     let tcp_stopped = stopped.clone();
     let tcp = async move {
@@ -139,7 +142,7 @@ pub async fn serve(
 }
 
 /// A listener with so many connections at most, each with a life at most so long.
-struct Limited<L> {
+pub(super) struct Limited<L> {
     inner: L,
     places: Arc<Semaphore>,
     life: Duration,
@@ -183,13 +186,17 @@ where
 }
 
 /// A connection that ends when its time is over, and gives its place back.
-struct LimitedIo<I> {
+pub(super) struct LimitedIo<I> {
     inner: I,
     end: Pin<Box<Sleep>>,
     _place: Option<OwnedSemaphorePermit>,
 }
 
 impl<I> LimitedIo<I> {
+    pub fn inner(&self) -> &I {
+        &self.inner
+    }
+
     /// An error once the time is over; registers to be woken then.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         match self.end.as_mut().poll(cx) {

@@ -1,16 +1,12 @@
 //! The trash, over the wire and at its routes.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::State;
 use axum::response::Json;
-use axum::routing::{get, post};
 use quarry_objfmt::{TenantName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
+use super::access::Allowed;
 use super::api::{Body, Refused, WhichQuery, json, which_tenant, whole};
-use super::{ApiError, ApiResult, Engine, VolumeInfo, VolumeRef};
+use super::{ApiError, ApiResult, VolumeInfo, VolumeRef};
 
 /// A deleted volume.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -66,6 +62,8 @@ pub enum TrashRef {
     Name(VolumeRef),
     /// By its id.
     Id(VolumeId),
+    /// By its id, if it is this tenant's.
+    Of(TenantName, VolumeId),
 }
 
 impl std::str::FromStr for TrashRef {
@@ -85,7 +83,7 @@ impl RestoreSpec {
     pub fn new(which: &TrashRef, name: Option<VolumeName>) -> Self {
         let (volume, id) = match which {
             TrashRef::Name(volume) => (Some(volume.to_string()), None),
-            TrashRef::Id(id) => (None, Some(*id)),
+            TrashRef::Id(id) | TrashRef::Of(_, id) => (None, Some(*id)),
         };
         Self { volume, id, name }
     }
@@ -144,15 +142,8 @@ pub struct PurgeReport {
     pub objects: u64,
 }
 
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    Router::new()
-        .route("/v1/trash", get(list))
-        .route("/v1/trash/restore", post(restore))
-        .route("/v1/trash/purge", post(purge))
-}
-
-async fn list(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn list(
+    Allowed(engine): Allowed,
     query: WhichQuery,
 ) -> ApiResult<Json<TrashList>> {
     let tenant = which_tenant(query)?;
@@ -161,8 +152,8 @@ async fn list(
     }))
 }
 
-async fn restore(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn restore(
+    Allowed(engine): Allowed,
     body: Body,
 ) -> Result<Json<VolumeInfo>, Refused> {
     let spec: RestoreSpec = json(body)?;
@@ -171,8 +162,8 @@ async fn restore(
     Ok(Json(whole(call).await?))
 }
 
-async fn purge(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn purge(
+    Allowed(engine): Allowed,
     body: Body,
 ) -> Result<Json<PurgeReport>, Refused> {
     let spec: PurgeSpec = json(body)?;
