@@ -188,6 +188,26 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.access.tenant_attach.as_str())),
     },
     Key {
+        path: "access.audit_log",
+        doc: "File that every change by the API is written to, and every call that was refused, as lines of JSON (mode\n\
+              0600; 8 of 16 MiB are kept). Unset: \"audit.jsonl\" in data_dir.",
+        expected: PATH,
+        sample: "\"/var/log/quarry/audit.jsonl\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.audit_log = Some(p)),
+        get: |c| c.access.audit_log.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.audit_required",
+        doc: "Whether a change is refused that cannot be written there first. Otherwise it is carried out, and\n\
+              `quarry status`, the log and quarry_audit_failures_total tell.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.access.audit_required = b),
+        get: |c| Some(c.access.audit_required.to_string()),
+    },
+    Key {
         path: "store.url",
         doc: "Where the objects are: s3://bucket/prefix or file:///dir. It has no default.",
         expected: "write \"s3://bucket/prefix\" or \"file:///dir\"",

@@ -100,6 +100,10 @@ pub struct Access {
     pub operators: Vec<String>,
     /// By what tenants may attach their volumes.
     pub tenant_attach: TenantAttach,
+    /// The audit log; none: `audit.jsonl` in the data folder.
+    pub audit_log: Option<PathBuf>,
+    /// Whether nothing is changed that cannot be written there.
+    pub audit_required: bool,
 }
 
 /// `[store]`: the object store.

@@ -23,6 +23,7 @@ mod snapshot;
 mod status;
 mod table;
 mod tenant;
+mod token;
 mod trash;
 mod verify;
 mod volume;
@@ -127,6 +128,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
             console.raw(&script)
         }
         Command::Tenant(command) => wait(tenant::run(&client()?, command, console)),
+        Command::Token(command) => wait(token::run(&client()?, command, console)),
         Command::Volume(command) => wait(volume::run(&client()?, command, console)),
         Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
         Command::Trash(command) => wait(trash::run(&client()?, command, console)),

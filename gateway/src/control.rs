@@ -22,6 +22,7 @@ mod permissions;
 mod retain;
 mod serve;
 mod socket;
+mod token;
 mod trash;
 mod warm;
 
@@ -47,6 +48,7 @@ pub use permissions::{DeviceMode, DeviceOwner};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
+pub use token::{TokenInfo, TokenList, TokenMade, TokenRole, TokenSpec};
 pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
 pub use warm::{EvictInfo, WarmReport, WarmSpec};
 

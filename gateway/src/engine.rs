@@ -41,15 +41,17 @@ use quarry_objfmt::{Generation, Record, SegmentId, TenantName, VolumeId, VolumeN
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
-use self::access::Access;
+use self::access::Access as DeviceAccess;
+pub(crate) use self::registry::store_error;
 use self::slot::{Attached, Slot, Stage};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo,
+    ImageRef, Kind, MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
+    WarmSpec,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -62,6 +64,9 @@ use crate::ublk;
 
 /// Longest time that a control call waits for the store before it answers with the store's error.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The same where the question is whose a token is.
+const TOKENS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Entries of a reactor's registered buffer table: one for each tag of each ublk queue on it.
 const BUFFER_ENTRIES: u16 = 16_384;
@@ -156,7 +161,7 @@ pub struct Daemon {
     exports: Arc<Exports>,
     verifies: verify::Verifies,
     trash: trash::Trash,
-    access: Arc<crate::control::Access>,
+    access: Arc<Access>,
     pace: Arc<warm::Pace>,
     warms: warm::Warms,
 }
@@ -289,6 +294,8 @@ impl Daemon {
             now_ms,
             runtime: tokio::runtime::Handle::current(),
         };
+        let tokens = Arc::new(lane.with_deadline(TOKENS_DEADLINE));
+        let access = Access::new(&config.access, tokens, &config.daemon.data_dir)?;
         Ok(Arc::new(Self {
             host,
             started_ms: now_ms(),
@@ -312,7 +319,7 @@ impl Daemon {
             exports: Arc::default(),
             verifies: verify::Verifies::default(),
             trash: trash::Trash::default(),
-            access: Arc::new(crate::control::Access::new(&config.access)?),
+            access: Arc::new(access),
             pace: Arc::new(warm::Pace::new(config.cache.warm_rate.bytes())),
             warms: warm::Warms::default(),
             config,
@@ -382,7 +389,7 @@ impl Daemon {
     }
 
     /// How callers of the control API are told.
-    pub fn access(&self) -> Arc<crate::control::Access> {
+    pub fn access(&self) -> Arc<Access> {
         Arc::clone(&self.access)
     }
 
@@ -439,6 +446,10 @@ impl Daemon {
 impl Engine for Daemon {
     async fn create_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
         self.fit()?;
+        // Of one of that name which is gone, should a crash have left any.
+        if registry::check_tenant(&self.control, tenant).await.is_err() {
+            self.access.tokens()?.forget(tenant).await?;
+        }
         registry::create_tenant(&self.control, tenant).await
     }
 
@@ -447,7 +458,9 @@ impl Engine for Daemon {
     }
 
     async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()> {
-        self.delete_tenant_and_trash(tenant, purge).await
+        self.delete_tenant_and_trash(tenant, purge).await?;
+        // *Crash in between: they let nobody do anything, and are deleted when there is such a tenant again.*
+        self.access.tokens()?.forget(tenant).await
     }
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
@@ -474,7 +487,7 @@ impl Engine for Daemon {
 
     async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo> {
         self.fit()?;
-        let access = Access::resolve(&options).await?;
+        let access = DeviceAccess::resolve(&options).await?;
         self.attach_volume(image, &options, access).await
     }
 

@@ -1,9 +1,10 @@
 //! Small records of the control plane: JSON in an envelope that is versioned and checksummed.
 //!
 //! Fields that a reader does not know are ignored: records are created and deleted, never
-//! rewritten, so nothing can be lost by that. A tenant's is rewritten, and keeps them.
+//! rewritten, so nothing can be lost by that. A tenant's and that of its tokens are rewritten, and keep them.
 
 mod tenant;
+mod token;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,7 @@ use crate::prologue::{Format, put_str, read_str};
 use crate::types::VolumeId;
 
 pub use tenant::{Rates, Suspended, TenantRecord, TenantSettings, TenantStore, WEIGHT_DEFAULT};
+pub use token::{TOKEN_NOTE_BYTES_MAX, TOKENS_MAX, TokenRecord, TokensRecord};
 
 const WHAT: &str = "record";
 const FORMAT: Format = Format {
@@ -30,6 +32,9 @@ pub const NAME_KIND: &str = "name";
 pub const CLONE_KIND: &str = "clone";
 /// The kind of a [`TrashRecord`].
 pub const TRASH_KIND: &str = "trash";
+
+/// The kind of a [`TokensRecord`].
+pub const TOKENS_KIND: &str = "tokens";
 
 /// The kind of a [`HotRecord`].
 pub const HOT_KIND: &str = "hot";

@@ -10,7 +10,9 @@ use quarry_config::Size;
 use quarry_objfmt::{Compression, Durability, TenantName, VolumeId, VolumeName};
 
 use super::warm::Span;
-use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, TrashRef, Via, VolumeRef};
+use crate::control::{
+    DeviceMode, DeviceOwner, ImageRef, SnapRef, TokenRole, TrashRef, Via, VolumeRef,
+};
 use crate::engine::now_ms;
 use crate::image::ImageFormat;
 use crate::image::copy::JOBS_MAX;
@@ -67,6 +69,9 @@ pub enum Command {
     /// Make, list and delete tenants.
     #[command(subcommand, after_help = "Example:\n  quarry tenant create acme")]
     Tenant(TenantCommand),
+    /// Make, list and revoke the tokens that the API over the network asks for.
+    #[command(subcommand, after_help = TOKEN_EXAMPLES)]
+    Token(TokenCommand),
     /// Make, use and delete volumes.
     #[command(subcommand, after_help = VOLUME_EXAMPLES)]
     Volume(VolumeCommand),
@@ -160,6 +165,47 @@ pub enum TenantCommand {
         /// Purge its deleted volumes, which else keep it.
         #[arg(long)]
         purge: bool,
+    },
+}
+
+const TOKEN_EXAMPLES: &str = "\
+Examples:
+  quarry token create --tenant acme --role admin --expires 90d > acme.token
+  quarry token create --operator --note \"the scheduler\" > operator.token
+  quarry token list --tenant acme
+  quarry token revoke acme.k3j2h4m5n6p7q2r3";
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token, and print it; it cannot be had again.
+    Create {
+        /// The tenant that its bearer acts for.
+        #[arg(long, required_unless_present = "operator", requires = "role")]
+        tenant: Option<TenantName>,
+        /// What its bearer may do with what is the tenant's.
+        #[arg(long, value_enum, requires = "tenant")]
+        role: Option<TokenRole>,
+        /// Let its bearer do everything, to all tenants.
+        #[arg(long, conflicts_with_all = ["tenant", "role"])]
+        operator: bool,
+        /// When it ends, from now on, such as 90d; never, if that is not said.
+        #[arg(long, value_name = "TIME", value_parser = span_ms)]
+        expires: Option<u64>,
+        /// What it is for.
+        #[arg(long, value_name = "TEXT")]
+        note: Option<String>,
+    },
+    /// List tokens, without their secrets.
+    List {
+        /// Only this tenant's.
+        #[arg(long)]
+        tenant: Option<TenantName>,
+    },
+    /// Take a token back: at once on the daemon's host, within 30 s on others.
+    Revoke {
+        /// Its id, as in `quarry token list`.
+        token: String,
     },
 }
 

@@ -9,23 +9,33 @@
 //! - what a tenant is told of another's thing is what it is told of one that is not there, and that before
 //!   anybody looks whether it is.
 
+mod audit;
 pub(super) mod guard;
 mod peer;
 mod tenanted;
+pub(super) mod tokens;
 
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
 
-use axum::extract::ConnectInfo;
 use axum::http::request::Parts;
+use axum::http::{StatusCode, header};
 use quarry_config::TenantAttach;
 use quarry_objfmt::TenantName;
 
+use self::tokens::Unknown;
+use super::api::Refused;
 use super::{ApiError, ApiResult, Kind};
-pub use guard::{Allowed, Guard};
+use crate::store::Store;
+pub use audit::{Audit, AuditStats};
+pub use guard::{Allowed, Guard, Operating};
 pub use peer::{Operators, Peer};
+pub use tokens::Tokens;
 
 /// What a tenant's token lets its bearer do.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -111,50 +121,117 @@ impl Needs {
     }
 }
 
-/// How callers are told, and what they may do.
+/// How callers are told, what they may do, and the record of what they did.
 #[derive(Debug, Default)]
 pub struct Access {
     operators: Operators,
     tenant_attach: TenantAttach,
+    tokens: Option<Tokens>,
+    audit: Option<Audit>,
     calls: guard::Calls,
 }
 
 impl Access {
-    /// As configured.
+    /// As configured, with the tokens in `store`, which answers soon or says that it does not.
     ///
     /// # Errors
-    /// If an operator is named whom the host does not know.
-    pub fn new(config: &quarry_config::Access) -> ApiResult<Self> {
+    /// If an operator is named whom the host does not know, or the audit log cannot be written and must be.
+    pub fn new(
+        config: &quarry_config::Access,
+        store: Arc<dyn Store>,
+        data_dir: &Path,
+    ) -> ApiResult<Self> {
+        let path = config.audit_log.clone();
+        let path = path.unwrap_or_else(|| data_dir.join("audit.jsonl"));
         Ok(Self {
             operators: Operators::find(&config.operators)?,
             tenant_attach: config.tenant_attach,
+            tokens: Some(Tokens::new(store)),
+            audit: Some(Audit::open(path, config.audit_required)?),
             calls: guard::Calls::default(),
         })
     }
 
+    /// The tokens.
+    ///
+    /// # Errors
+    /// If there are none here.
+    pub fn tokens(&self) -> ApiResult<&Tokens> {
+        self.tokens.as_ref().ok_or_else(|| {
+            ApiError::new(
+                Kind::Unsupported,
+                "there are no tokens here",
+                "ask a daemon",
+            )
+        })
+    }
+
+    /// What the audit log counts.
+    #[must_use]
+    pub fn audit_stats(&self) -> AuditStats {
+        self.audit.as_ref().map(Audit::stats).unwrap_or_default()
+    }
+
+    /// Why the audit log cannot be written, if it cannot.
+    #[must_use]
+    pub fn audit_problem(&self) -> Option<String> {
+        self.audit.as_ref().and_then(Audit::problem)
+    }
+
     /// Who sends a request.
-    async fn identify(&self, parts: &Parts) -> ApiResult<Caller> {
+    async fn identify(&self, parts: &Parts) -> Result<Caller, Refused> {
         // Set by who has told already; no client can.
         if let Some(caller) = parts.extensions.get::<Caller>() {
             return Ok(caller.clone());
         }
-        let peer = parts.extensions.get::<ConnectInfo<Peer>>();
-        match peer.map(|ConnectInfo(peer)| peer) {
-            Some(peer @ Peer::Unix { uid, pid, .. }) if self.operators.have(peer) => {
+        match Peer::of_request(parts) {
+            peer @ Peer::Unix { uid, pid, .. } if self.operators.have(peer) => {
                 let who = format!("uid {uid} (process {})", pid.unwrap_or_default());
                 Ok(Caller::Operator { who })
             }
-            Some(Peer::Unix { uid, .. }) => {
+            Peer::Unix { uid, .. } => {
                 let message = format!("user {uid} is no operator of this daemon");
                 let remedy =
                     "run this as root or as the daemon's user, or have access.operators name you";
-                Err(ApiError::new(Kind::Denied, message, remedy))
+                Err(ApiError::new(Kind::Denied, message, remedy).into())
             }
-            Some(Peer::Tcp(_) | Peer::Unknown) | None => Err(ApiError::new(
-                Kind::Denied,
-                "nobody is known here",
-                "use the daemon's unix socket",
-            )),
+            Peer::Tcp(address) => self.bearer(parts, address.ip()).await,
+            Peer::Unknown => {
+                let message = "the kernel does not say who calls";
+                Err(ApiError::new(Kind::Denied, message, "see the daemon's log").into())
+            }
         }
+    }
+
+    async fn bearer(&self, parts: &Parts, from: IpAddr) -> Result<Caller, Refused> {
+        let unauthorized = |message: &str| {
+            let remedy =
+                "send one that `quarry token create` made, as `Authorization: Bearer TOKEN`";
+            let error = ApiError::new(Kind::Denied, message, remedy);
+            Refused(StatusCode::UNAUTHORIZED, error)
+        };
+        let Some(header) = parts.headers.get(header::AUTHORIZATION) else {
+            return Err(unauthorized("a token is needed"));
+        };
+        let (scheme, token) = header
+            .to_str()
+            .ok()
+            .and_then(|h| h.split_once(' '))
+            .unwrap_or_default();
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Err(unauthorized("a bearer token is needed"));
+        }
+        self.tokens()?
+            .bearer(token.trim(), from)
+            .await
+            .map_err(|unknown| match unknown {
+                Unknown::Wrong => unauthorized("the token is not known here, or no longer"),
+                Unknown::TooMany => {
+                    let message = "too many unknown tokens came from this address";
+                    let error = ApiError::new(Kind::Unavailable, message, "try again in a minute");
+                    Refused(StatusCode::TOO_MANY_REQUESTS, error)
+                }
+                Unknown::Away(error) => error.into(),
+            })
     }
 }

@@ -11,7 +11,7 @@ use quarry_objfmt::{SECTOR_SIZE, SnapName, TenantName};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::access::Allowed;
+use super::access::{Allowed, Operating};
 use super::dto::{
     AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeSpec, SnapshotInfo, SnapshotList,
     SnapshotSpec, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
@@ -104,7 +104,7 @@ fn snapshot_of(path: Snapshot) -> ApiResult<SnapRef> {
     })
 }
 
-fn not_utf8() -> ApiError {
+pub(super) fn not_utf8() -> ApiError {
     ApiError::invalid("the path is not UTF-8", "mend the request")
 }
 
@@ -336,8 +336,13 @@ pub(super) async fn rollback(
     Ok(Json(whole(call).await?))
 }
 
-pub(super) async fn status(Allowed(engine): Allowed) -> ApiResult<impl IntoResponse> {
-    Ok(Json(engine.status().await?))
+pub(super) async fn status(
+    Allowed(engine): Allowed,
+    Operating(access): Operating,
+) -> ApiResult<impl IntoResponse> {
+    let mut status = engine.status().await?;
+    status.audit_problem = access.audit_problem();
+    Ok(Json(status))
 }
 
 pub(super) async fn healthy() -> &'static str {

@@ -15,6 +15,7 @@ use super::dto::{
     VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
 use super::retain::{RetainInfo, RetainSpec};
+use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{ApiError, ApiResult, ImageRef, Kind, Problem, SnapRef, VolumeRef};
@@ -181,6 +182,39 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn delete_tenant(&self, name: &TenantName, purge: bool) -> ApiResult<()> {
         self.order(Method::DELETE, &format!("/v1/tenants/{name}?purge={purge}"))
+            .await
+    }
+
+    /// Makes a token.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn create_token(&self, spec: &TokenSpec) -> ApiResult<TokenMade> {
+        let response = self
+            .call(Method::POST, "/v1/tokens", Some(spec), Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
+    /// All tokens, or those of one tenant.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_tokens(&self, tenant: Option<&TenantName>) -> ApiResult<TokenList> {
+        match tenant {
+            None => self.get("/v1/tokens").await,
+            Some(tenant) => self.get(&format!("/v1/tokens?tenant={tenant}")).await,
+        }
+    }
+
+    /// Takes a token back.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn revoke_token(&self, id: &str) -> ApiResult<()> {
+        // Whatever was typed is one part of a path.
+        let escaped: String = url::form_urlencoded::byte_serialize(id.as_bytes()).collect();
+        self.order(Method::DELETE, &format!("/v1/tokens/{escaped}"))
             .await
     }
 

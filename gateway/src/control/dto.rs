@@ -776,6 +776,9 @@ pub struct StatusInfo {
     pub ublk: String,
     /// The NBD server's unix socket.
     pub nbd_socket: String,
+    /// Why the audit log cannot be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_problem: Option<String>,
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::access::guard::{Reach, guard};
 use super::access::{Access, Caller, Guard, Needs};
 use super::api::{self, BODY_BYTES_MAX};
 use super::error::response;
-use super::{ApiError, Engine, Kind, chores, retain, trash, warm};
+use super::{ApiError, Engine, Kind, chores, retain, token, trash, warm};
 
 /// Something that can be asked for.
 pub struct Endpoint {
@@ -31,6 +31,16 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    /// Its method, as it is written.
+    pub(super) fn method_name(&self) -> &'static str {
+        // The constants' names are static, a method's is not.
+        [Method::GET, Method::POST, Method::PUT, Method::PATCH]
+            .iter()
+            .zip(["GET", "POST", "PUT", "PATCH"])
+            .find(|(method, _)| **method == self.method)
+            .map_or("DELETE", |(_, name)| name)
+    }
+
     fn router(&self) -> MethodRouter {
         let filter = MethodFilter::try_from(self.method.clone());
         (self.serve)(filter.expect("the table has common methods only"))
@@ -92,6 +102,9 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
         at(GET, "/v1/trash", Read, "Deleted volumes.", |m| on(m, trash::list)),
         at(POST, "/v1/trash/restore", Admin, "Bring a volume back.", |m| on(m, trash::restore)),
         at(POST, "/v1/trash/purge", Admin, "Delete volumes of the trash for ever.", |m| on(m, trash::purge)),
+        at(GET, "/v1/tokens", Operator, "Tokens, without their secrets.", |m| on(m, token::list)),
+        at(POST, "/v1/tokens", Operator, "Make a token. Its text is in the answer, and cannot be had again.", |m| on(m, token::create)),
+        at(DELETE, "/v1/tokens/{token}", Operator, "Take a token back.", |m| on(m, token::revoke)),
         at(GET, "/v1/status", Operator, "How the daemon does.", |m| on(m, api::status)),
         at(GET, "/metrics", Operator, "All metrics, in Prometheus' text format.", |m| on(m, api::metrics)),
         at(GET, "/readyz", Operator, "Whether the daemon can serve; if not, why.", |m| on(m, api::ready)),

@@ -179,6 +179,13 @@ pub(super) fn response(status: StatusCode, error: ApiError) -> Response {
         remedy: error.remedy,
     };
     let mut response = (status, axum::Json(problem)).into_response();
+    response.extensions_mut().insert(error.kind);
+    if status == StatusCode::UNAUTHORIZED {
+        let scheme = header::HeaderValue::from_static("Bearer");
+        response
+            .headers_mut()
+            .insert(header::WWW_AUTHENTICATE, scheme);
+    }
     response.headers_mut().insert(
         header::CONTENT_TYPE,
         header::HeaderValue::from_static(PROBLEM_JSON),

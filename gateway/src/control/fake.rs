@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::*;
+use crate::store::FolderStore;
 
 /// Keeps what it is told, and does nothing.
 #[derive(Default)]
@@ -475,6 +476,13 @@ fn trash_info(volume: &VolumeInfo) -> TrashInfo {
     }
 }
 
+/// What the daemon makes of a configuration that says nothing, with tokens and log in `dir`.
+pub(crate) fn access_in(dir: &std::path::Path) -> Access {
+    let store = FolderStore::open(&dir.join("store"), true).unwrap();
+    let config = quarry_config::Access::default();
+    Access::new(&config, Arc::new(store), dir).unwrap()
+}
+
 /// A control plane over `engine` in a directory of its own.
 pub(crate) struct FakeDaemon {
     pub dir: tempfile::TempDir,
@@ -492,8 +500,7 @@ impl FakeDaemon {
             .unwrap();
         let address = listeners.health_address().unwrap();
         let (stop, stopped) = oneshot::channel();
-        let access = Access::new(&quarry_config::Access::default()).unwrap();
-        let access = Arc::new(access);
+        let access = Arc::new(access_in(dir.path()));
         let server = tokio::spawn(serve(engine, access, listeners, async {
             let _ = stopped.await;
         }));

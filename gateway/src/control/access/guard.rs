@@ -2,26 +2,49 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequestParts, Request, State};
-use axum::http::StatusCode;
 use axum::http::request::Parts;
+use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use parking_lot::Mutex;
 use quarry_objfmt::TenantName;
+use tokio::time::timeout;
 
-use super::super::api::Refused;
+use super::super::api::{BODY_BYTES_MAX, Refused};
 use super::super::endpoints::Endpoint;
 use super::super::{ApiError, Engine, Kind};
+use super::audit::{Outcome, Told};
 use super::tenanted::Tenanted;
-use super::{Access, Caller};
+use super::{Access, Caller, Needs};
 
 /// Calls of one tenant at once: some take as long as the store does, and all share the daemon's connections.
 const TENANT_CALLS_MAX: usize = 32;
 
+/// How long a request's body may take to come.
+const BODY_TIME_MAX: Duration = Duration::from_secs(10);
+
 /// The engine as far as the caller reaches. Handlers have no other way to one.
 pub struct Allowed(pub Arc<dyn Engine>);
+
+/// What only operators see of the control plane itself. Nobody else's handlers have it.
+#[derive(Clone)]
+pub struct Operating(pub Arc<Access>);
+
+impl<S: Sync> FromRequestParts<S> for Operating {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let found = parts.extensions.get::<Self>().cloned();
+        found.ok_or_else(|| {
+            let message = "this is for the role operator";
+            ApiError::new(Kind::Denied, message, "ask the operator of the daemon")
+        })
+    }
+}
 
 /// The engine, put beside a request for its handler.
 #[derive(Clone)]
@@ -101,21 +124,59 @@ pub(in super::super) async fn guard(
 impl Guard {
     async fn pass(&self, request: Request, next: Next) -> Result<Response, Refused> {
         let (mut parts, body) = request.into_parts();
-        if self.endpoint.needs == super::Needs::Nothing {
+        if self.endpoint.needs == Needs::Nothing {
             parts.extensions.insert(Reach(Arc::clone(&self.engine)));
             return Ok(next.run(Request::from_parts(parts, body)).await);
         }
-        let caller = self.access.identify(&parts).await?;
+        let audit = self.access.audit.as_ref();
+        let mut told = Told::new(self.endpoint, &parts);
+        let admitted = match self.admit(&parts, &mut told).await {
+            Ok(admitted) => admitted,
+            Err(refused) => {
+                if let Some(audit) = audit {
+                    audit.denied(told, &refused).await;
+                }
+                return Err(refused);
+            }
+        };
+        parts.extensions.insert(Reach(self.reach(&admitted.caller)));
+        if matches!(admitted.caller, Caller::Operator { .. }) {
+            parts.extensions.insert(Operating(Arc::clone(&self.access)));
+        }
+        let Some(audit) = audit else {
+            return Ok(next.run(Request::from_parts(parts, body)).await);
+        };
+        if self.endpoint.method == Method::GET {
+            let response = next.run(Request::from_parts(parts, body)).await;
+            if told.is_of_another(&admitted.caller) {
+                let outcome = Outcome::of(&response);
+                audit.asked_for_anothers(told, outcome).await;
+            }
+            return Ok(response);
+        }
+        let body = whole_body(body).await?;
+        told.name_what_is_in(&body);
+        let entry = audit.begin(told).await?;
+        let response = next.run(Request::from_parts(parts, body.into())).await;
+        entry.end(Outcome::of(&response)).await;
+        Ok(response)
+    }
+
+    /// Who calls, if they may.
+    async fn admit(&self, parts: &Parts, told: &mut Told) -> Result<Admitted, Refused> {
+        let caller = self.access.identify(parts).await?;
+        told.caller(&caller);
         if !self.endpoint.needs.met_by(&caller) {
             return Err(denied(self.endpoint).into());
         }
-        let _call = match caller.tenant() {
+        let call = match caller.tenant() {
             None => None,
             Some(tenant) => Some(self.access.calls.begin(tenant).ok_or_else(busy)?),
         };
-        parts.extensions.insert(Reach(self.reach(&caller)));
-        parts.extensions.insert(caller);
-        Ok(next.run(Request::from_parts(parts, body)).await)
+        Ok(Admitted {
+            caller,
+            _call: call,
+        })
     }
 
     /// The engine as far as `caller` reaches.
@@ -128,6 +189,28 @@ impl Guard {
                 tenant.clone(),
                 self.access.tenant_attach,
             )),
+        }
+    }
+}
+
+/// Somebody who may, and the place among the calls under way.
+struct Admitted {
+    caller: Caller,
+    _call: Option<Call>,
+}
+
+/// The body of a request, which is small and soon there or refused.
+async fn whole_body(body: Body) -> Result<Bytes, Refused> {
+    match timeout(BODY_TIME_MAX, to_bytes(body, BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(_)) => {
+            let remedy = format!("send at most {BODY_BYTES_MAX} bytes");
+            let error = ApiError::invalid("the body cannot be read", remedy);
+            Err(Refused(StatusCode::PAYLOAD_TOO_LARGE, error))
+        }
+        Err(_) => {
+            let error = ApiError::invalid("the body takes too long", "send it at once");
+            Err(Refused(StatusCode::REQUEST_TIMEOUT, error))
         }
     }
 }

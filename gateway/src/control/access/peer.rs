@@ -1,10 +1,12 @@
 //! Whose process is at the other end of a unix socket, as the kernel says.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use axum::extract::connect_info::Connected;
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::http::request::Parts;
 use axum::serve::IncomingStream;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -37,6 +39,12 @@ pub enum Peer {
 }
 
 impl Peer {
+    /// Who sent a request, as its server says.
+    pub(super) fn of_request(parts: &Parts) -> &Self {
+        let found = parts.extensions.get::<ConnectInfo<Self>>();
+        found.map_or(&Self::Unknown, |ConnectInfo(peer)| peer)
+    }
+
     fn of(stream: &UnixStream) -> io::Result<Self> {
         use std::os::fd::AsFd as _;
         let found = stream.peer_cred()?;
@@ -47,6 +55,19 @@ impl Peer {
             groups,
             pid: found.pid(),
         })
+    }
+}
+
+/// As the audit log has it.
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix { uid, pid, .. } => {
+                write!(f, "uid {uid}, process {}", pid.unwrap_or_default())
+            }
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unknown => f.write_str("unknown"),
+        }
     }
 }
 

@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::body::{Body, to_bytes};
+use axum::extract::ConnectInfo;
 use axum::http::{Method, Request};
 use quarry_objfmt::{TenantName, VolumeName};
 use tower::ServiceExt as _;
 
 use super::super::endpoints::{ENDPOINTS, Endpoint, guarded};
-use super::super::fake::FakeEngine;
+use super::super::fake::{FakeEngine, access_in};
+use super::super::token::{TokenMade, TokenRole, TokenSpec};
 use super::super::{Engine, Problem, VolumeRef, VolumeSpec};
 use super::*;
+use crate::engine::now_ms;
 
 /// What the other tenant's things are called: no answer to the first may have any of it.
 const FOREIGN: [&str; 4] = ["zebra", "stripes", "hooves", "mane"];
@@ -70,28 +72,25 @@ const TABLE: &[Row] = &[
     ("POST", "/v1/trash/restore", "/v1/trash/restore", r#"{"id":"f7a4f3a0-0000-4000-8000-000000000001"}"#, [200, 200, 403, 404]),
     ("POST", "/v1/trash/purge", "/v1/trash/purge", r#"{"all":true}"#, [200, 200, 403, 200]),
     ("POST", "/v1/trash/purge", "/v1/trash/purge", r#"{"all":true,"tenant":"acme"}"#, [200, 200, 403, 404]),
+    ("GET", "/v1/tokens", "/v1/tokens", "", [200, 403, 403, 403]),
+    ("POST", "/v1/tokens", "/v1/tokens", r#"{"tenant":"acme","role":"read"}"#, [201, 403, 403, 403]),
+    ("DELETE", "/v1/tokens/{token}", "/v1/tokens/acme.none", "", [404, 403, 403, 403]),
     ("GET", "/v1/status", "/v1/status", "", [200, 403, 403, 403]),
     ("GET", "/metrics", "/metrics", "", [200, 403, 403, 403]),
     ("GET", "/readyz", "/readyz", "", [200, 403, 403, 403]),
     ("GET", "/healthz", "/healthz", "", [200, 200, 200, 200]),
 ];
 
+/// Whose token each column's caller has.
+const CALLERS: [Option<(&str, TokenRole)>; 4] = [
+    None,
+    Some(("acme", TokenRole::Admin)),
+    Some(("acme", TokenRole::Read)),
+    Some(("zebra", TokenRole::Admin)),
+];
+
 fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
     text.parse().unwrap()
-}
-
-fn tenant(of: &str, role: Role) -> Caller {
-    Caller::Tenant {
-        tenant: name(of),
-        role,
-        token: format!("{of}.test"),
-    }
-}
-
-fn operator() -> Caller {
-    Caller::Operator {
-        who: "test".to_owned(),
-    }
 }
 
 /// Two tenants with a volume, a snapshot and something in the trash each.
@@ -127,41 +126,87 @@ async fn engine() -> Arc<dyn Engine> {
     Arc::new(engine)
 }
 
-fn api(engine: &Arc<dyn Engine>, caller: Option<Caller>) -> Router {
-    let access = Access::new(&quarry_config::Access::default()).unwrap();
-    let routes = guarded(engine, &Arc::new(access));
-    match caller {
-        Some(caller) => routes.layer(axum::Extension(caller)),
-        None => routes,
-    }
+/// The API, and the tokens that its callers have.
+struct Site {
+    dir: tempfile::TempDir,
+    engine: Arc<dyn Engine>,
+    access: Arc<Access>,
 }
 
-/// Status, headers and body.
-async fn ask(api: Router, method: &str, path: &str, body: &str) -> (u16, String) {
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .body(Body::from(body.to_owned()));
-    let response = api.oneshot(request.unwrap()).await.unwrap();
-    let (head, body) = response.into_parts();
-    let body = to_bytes(body, 1 << 20).await.unwrap();
-    let body = String::from_utf8(body.to_vec()).unwrap();
-    if head.status.is_client_error() {
-        let problem: Problem = serde_json::from_str(&body).unwrap();
-        assert!(!problem.remedy.is_empty(), "{body}");
+impl Site {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self {
+            access: Arc::new(access_in(dir.path())),
+            engine: engine().await,
+            dir,
+        }
     }
-    (head.status.as_u16(), format!("{:?}\n{body}", head.headers))
+
+    /// A new token: of a tenant's role, or an operator's.
+    async fn token(&self, of: Option<(&str, TokenRole)>) -> TokenMade {
+        let spec = TokenSpec {
+            tenant: of.map(|(tenant, _)| name(tenant)),
+            role: of.map_or(TokenRole::Operator, |(_, role)| role),
+            expires_ms: None,
+            note: String::new(),
+        };
+        self.access.tokens().unwrap().create(&spec).await.unwrap()
+    }
+
+    /// Asks as somebody on the network does: status, and headers and body.
+    async fn ask(
+        &self,
+        token: Option<&str>,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> (u16, String) {
+        let peer = Peer::Tcp("127.0.0.1:999".parse().unwrap());
+        let api = guarded(&self.engine, &self.access).layer(axum::Extension(ConnectInfo(peer)));
+        let mut request = Request::builder().method(method).uri(path);
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Body::from(body.to_owned())).unwrap();
+        let (head, body) = api.oneshot(request).await.unwrap().into_parts();
+        let body = to_bytes(body, 1 << 20).await.unwrap();
+        let body = String::from_utf8(body.to_vec()).unwrap();
+        if head.status.is_client_error() {
+            let problem: Problem = serde_json::from_str(&body).unwrap();
+            assert!(!problem.remedy.is_empty(), "{body}");
+        }
+        (head.status.as_u16(), format!("{:?}\n{body}", head.headers))
+    }
+
+    /// None, one that is none, one that was revoked, and one that has ended: operators' ones.
+    async fn useless_tokens(&self) -> Vec<Option<String>> {
+        let tokens = self.access.tokens().unwrap();
+        let revoked = self.token(None).await;
+        tokens.revoke(&revoked.info.id).await.unwrap();
+        let soon = TokenSpec {
+            tenant: None,
+            role: TokenRole::Operator,
+            expires_ms: Some(now_ms() + 20),
+            note: String::new(),
+        };
+        let ended = tokens.create(&soon).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(25)).await;
+        vec![
+            None,
+            Some("qry_x".to_owned()),
+            Some(revoked.token),
+            Some(ended.token),
+        ]
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("audit.jsonl")).unwrap()
+    }
 }
 
 #[tokio::test]
 async fn every_endpoint_answers_every_role_as_the_table_says() {
-    let roles = [
-        Some(operator()),
-        Some(tenant("acme", Role::Admin)),
-        Some(tenant("acme", Role::Read)),
-        Some(tenant("zebra", Role::Admin)),
-        None,
-    ];
     for endpoint in ENDPOINTS.iter() {
         let mut rows = TABLE
             .iter()
@@ -169,20 +214,16 @@ async fn every_endpoint_answers_every_role_as_the_table_says() {
         let first = rows.next();
         let first = first.unwrap_or_else(|| panic!("{} {}", endpoint.method, endpoint.path));
         for (method, _, path, body, expected) in std::iter::once(first).chain(rows) {
-            // Whoever is nobody gets nothing but what needs nobody.
-            let nobody = if *path == "/healthz" { 200 } else { 403 };
-            let expected = expected.iter().chain([&nobody]);
-            for (caller, expected) in roles.iter().zip(expected) {
-                let engine = engine().await;
-                let (status, answer) = ask(api(&engine, caller.clone()), method, path, body).await;
+            for (caller, expected) in CALLERS.iter().zip(expected) {
+                // Each call changes something.
+                let site = Site::new().await;
+                let token = site.token(*caller).await.token;
+                let (status, answer) = site.ask(Some(&token), method, path, body).await;
                 assert_eq!(
                     status, *expected,
                     "{method} {path} {body} {caller:?}: {answer}"
                 );
-                let is_acme = caller
-                    .as_ref()
-                    .is_some_and(|c| c.tenant() == Some(&name("acme")));
-                if is_acme {
+                if caller.is_some_and(|(of, _)| of == "acme") {
                     for foreign in FOREIGN {
                         assert!(
                             !answer.contains(foreign),
@@ -190,6 +231,13 @@ async fn every_endpoint_answers_every_role_as_the_table_says() {
                         );
                     }
                 }
+            }
+            // Whoever is nobody gets nothing but what needs nobody.
+            let nobody = if *path == "/healthz" { 200 } else { 401 };
+            let site = Site::new().await;
+            for token in site.useless_tokens().await {
+                let (status, answer) = site.ask(token.as_deref(), method, path, body).await;
+                assert_eq!(status, nobody, "{method} {path} {token:?}: {answer}");
             }
         }
     }
@@ -232,11 +280,13 @@ async fn other_tenants_things_are_as_those_that_are_not_there() {
         if theirs == nobodys {
             continue;
         }
-        let engine = engine().await;
-        let caller = Some(tenant("acme", Role::Admin));
-        let (status, answer) =
-            ask(api(&engine, caller.clone()), method, &theirs.0, &theirs.1).await;
-        let missing = ask(api(&engine, caller), method, &nobodys.0, &nobodys.1).await;
+        let site = Site::new().await;
+        let token = site.token(CALLERS[1]).await.token;
+        let ask = async |(path, body): &(String, String)| {
+            site.ask(Some(&token), method, path, body).await
+        };
+        let (status, answer) = ask(&theirs).await;
+        let missing = ask(&nobodys).await;
         assert!(
             status == 404 || status == 403,
             "{method} {}: {answer}",
@@ -248,27 +298,19 @@ async fn other_tenants_things_are_as_those_that_are_not_there() {
 
 #[tokio::test]
 async fn trash_of_another_is_neither_restored_by_its_id_nor_purged() {
-    let engine = engine().await;
-    let theirs = engine.list_trash(Some(&name("zebra"))).await.unwrap();
-    let caller = Some(tenant("acme", Role::Admin));
-    let body = format!(r#"{{"id":"{}"}}"#, theirs[0].id);
-    let (status, _) = ask(
-        api(&engine, caller.clone()),
-        "POST",
-        "/v1/trash/restore",
-        &body,
-    )
-    .await;
-    assert_eq!(status, 404);
-    let all = r#"{"all":true}"#;
-    let (status, _) = ask(api(&engine, caller), "POST", "/v1/trash/purge", all).await;
-    assert_eq!(status, 200);
-    assert_eq!(engine.list_trash(None).await.unwrap(), theirs);
+    let site = Site::new().await;
+    let token = site.token(CALLERS[1]).await.token;
+    let ask = async |path: &str, body: &str| site.ask(Some(&token), "POST", path, body).await.0;
+    let theirs = site.engine.list_trash(Some(&name("zebra"))).await.unwrap();
+    let restore = format!(r#"{{"id":"{}"}}"#, theirs[0].id);
+    assert_eq!(ask("/v1/trash/restore", &restore).await, 404);
+    assert_eq!(ask("/v1/trash/purge", r#"{"all":true}"#).await, 200);
+    assert_eq!(site.engine.list_trash(None).await.unwrap(), theirs);
 }
 
 #[tokio::test]
 async fn process_that_is_no_operators_is_refused_at_the_socket() {
-    let engine = engine().await;
+    let site = Site::new().await;
     let peer = |uid| Peer::Unix {
         uid,
         groups: vec![uid],
@@ -276,8 +318,75 @@ async fn process_that_is_no_operators_is_refused_at_the_socket() {
     };
     let own = rustix::process::geteuid().as_raw();
     for (uid, status) in [(own, 200), (own + 54_321, 403)] {
-        let api = api(&engine, None).layer(axum::Extension(ConnectInfo(peer(uid))));
-        let (got, answer) = ask(api, "GET", "/v1/volumes", "").await;
-        assert_eq!(got, status, "{answer}");
+        let layer = axum::Extension(ConnectInfo(peer(uid)));
+        let api = guarded(&site.engine, &site.access).layer(layer);
+        let request = Request::builder().uri("/v1/volumes").body(Body::empty());
+        let response = api.oneshot(request.unwrap()).await.unwrap();
+        assert_eq!(response.status(), status);
     }
+}
+
+#[tokio::test]
+async fn change_is_in_the_log_before_and_after_with_who_and_what_and_no_secret() {
+    let site = Site::new().await;
+    let admin = site.token(CALLERS[1]).await;
+    let operator = site.token(None).await;
+    let volume = r#"{"tenant":"acme","name":"fresh","size_bytes":512}"#;
+    site.ask(Some(&admin.token), "POST", "/v1/volumes", volume)
+        .await;
+    site.ask(Some(&admin.token), "GET", "/v1/volumes", "").await;
+    site.ask(Some(&admin.token), "GET", "/v1/volumes/zebra/stripes", "")
+        .await;
+    site.ask(Some(&admin.token), "POST", "/v1/volumes/acme/db/rescue", "")
+        .await;
+    site.ask(None, "DELETE", "/v1/tenants/acme?purge=true", "")
+        .await;
+    let made = r#"{"tenant":"acme","role":"read"}"#;
+    let (_, made) = site
+        .ask(Some(&operator.token), "POST", "/v1/tokens", made)
+        .await;
+    let made: TokenMade = serde_json::from_str(made.split_once('\n').unwrap().1).unwrap();
+    let text = site.log();
+    for token in [&admin, &operator, &made] {
+        let secret = token.token.rsplit_once('_').unwrap().1;
+        assert!(!text.contains(secret));
+    }
+    let lines: Vec<serde_json::Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let told: Vec<_> = lines
+        .iter()
+        .map(|line| {
+            let word = |key: &str| line[key].as_str().unwrap_or("-").to_owned();
+            (
+                word("event"),
+                word("method") + " " + &word("target"),
+                word("outcome"),
+            )
+        })
+        .collect();
+    let expected = [
+        ("begin", "POST /v1/volumes", "-"),
+        ("end", "POST /v1/volumes", "done"),
+        ("denied", "GET /v1/volumes/zebra/stripes", "not_found"),
+        ("denied", "POST /v1/volumes/acme/db/rescue", "denied"),
+        ("denied", "DELETE /v1/tenants/acme?purge=true", "denied"),
+        ("begin", "POST /v1/tokens", "-"),
+        ("end", "POST /v1/tokens", "done"),
+    ];
+    let expected = expected.map(|(a, b, c)| (a.to_owned(), b.to_owned(), c.to_owned()));
+    assert_eq!(told, expected);
+    let first = &lines[0];
+    assert_eq!(first["caller"], format!("token {}", admin.info.id));
+    assert_eq!(first["names"]["name"], "fresh");
+    assert_eq!(
+        (&first["tenant"], &first["from"]),
+        (&"acme".into(), &"127.0.0.1:999".into())
+    );
+    assert_eq!(
+        (&first["call"], &lines[1]["status"]),
+        (&lines[1]["call"], &201.into())
+    );
+    assert!(lines[4]["caller"].is_null() && lines[1]["duration_ms"].is_u64());
 }
