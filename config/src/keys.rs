@@ -172,6 +172,43 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| (!c.access.operators.is_empty()).then(|| list(&c.access.operators)),
     },
     Key {
+        path: "access.listen",
+        doc: "TCP address of the API, for those who bear a token (`quarry token create`), by TLS. Unset: the unix\n\
+              socket alone.",
+        expected: "write an address and a port such as \"0.0.0.0:9443\"",
+        sample: "\"0.0.0.0:9443\"",
+        secret: false,
+        set: |c, v, _| parsed(v).map(|a| c.access.listen = Some(a)),
+        get: |c| c.access.listen.map(quoted),
+    },
+    Key {
+        path: "access.tls_cert",
+        doc: "The server's certificate, and those up to its root, in PEM. Read again when it changes.",
+        expected: PATH,
+        sample: "\"/etc/quarry/server.pem\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.tls_cert = Some(p)),
+        get: |c| c.access.tls_cert.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.tls_key",
+        doc: "Its private key, in PEM.",
+        expected: PATH,
+        sample: "\"/etc/quarry/server.key\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.tls_key = Some(p)),
+        get: |c| c.access.tls_key.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.insecure",
+        doc: "Whether the API may be served on loopback without TLS: tokens are then for all on the host to read.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.access.insecure = b),
+        get: |c| Some(c.access.insecure.to_string()),
+    },
+    Key {
         path: "access.tenant_attach",
         doc: "By what a tenant's administrator may attach its volumes to this host: \"nbd\", \"any\" (block devices\n\
               too) or \"none\".",

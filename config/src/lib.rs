@@ -98,6 +98,14 @@ pub struct Access {
     /// Users, and groups as `group:NAME`, who may do everything by the control socket, beside root and the daemon's
     /// own user.
     pub operators: Vec<String>,
+    /// TCP address of the API; none: on the unix socket only.
+    pub listen: Option<SocketAddr>,
+    /// The server's certificate for TCP, and those up to its root.
+    pub tls_cert: Option<PathBuf>,
+    /// Its key.
+    pub tls_key: Option<PathBuf>,
+    /// Plain HTTP, on loopback.
+    pub insecure: bool,
     /// By what tenants may attach their volumes.
     pub tenant_attach: TenantAttach,
     /// The audit log; none: `audit.jsonl` in the data folder.

@@ -18,6 +18,7 @@ pub mod dto;
 mod endpoints;
 mod error;
 mod name;
+mod network;
 mod permissions;
 mod retain;
 mod serve;
@@ -44,6 +45,7 @@ pub use dto::{
 pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
+pub use network::Network;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};

@@ -18,7 +18,7 @@ use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::replace::Predecessor;
-use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners};
+use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
 use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
@@ -70,6 +70,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
         (listeners, check_store(&settings, &lane).await?)
     };
+    let listeners = listeners.with_network(Network::bind(&config.access).await?);
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
     let daemon = Daemon::start(config, lane.clone(), url)?;

@@ -31,6 +31,33 @@ pub struct Cli {
         value_name = "PATH"
     )]
     pub socket: Option<PathBuf>,
+    /// The daemon's API on the network, rather than its socket.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_URL",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    pub url: Option<String>,
+    /// File with the token for it.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_TOKEN_FILE",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
+    pub token_file: Option<PathBuf>,
+    /// File with the authorities of its certificate, rather than those that the system trusts.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_CA",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
+    pub ca: Option<PathBuf>,
     /// Form of what is printed.
     #[arg(long, global = true, value_enum, default_value_t = Format::Text, value_name = "FORM")]
     pub output: Format,
@@ -48,7 +75,8 @@ Examples:
   quarry volume attach acme/db
   quarry volume show acme/db --output json
 
-Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock).";
+Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock), or, from elsewhere, by --url,
+--token-file and --ca, or QUARRY_URL, QUARRY_TOKEN_FILE and QUARRY_CA.";
 
 /// Form of what is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]

@@ -493,11 +493,17 @@ pub(crate) struct FakeDaemon {
 
 impl FakeDaemon {
     pub async fn start(engine: Arc<dyn Engine>) -> Self {
+        Self::start_on(engine, None).await
+    }
+
+    /// One that listens on the network too.
+    pub async fn start_on(engine: Arc<dyn Engine>, network: Option<Network>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listen = "127.0.0.1:0".parse().unwrap();
         let listeners = Listeners::bind(&dir.path().join("q.sock"), Some(listen))
             .await
             .unwrap();
+        let listeners = listeners.with_network(network);
         let address = listeners.health_address().unwrap();
         let (stop, stopped) = oneshot::channel();
         let access = Arc::new(access_in(dir.path()));
