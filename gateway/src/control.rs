@@ -19,6 +19,8 @@ mod endpoints;
 mod error;
 mod name;
 mod network;
+mod openapi;
+mod page;
 mod permissions;
 mod retain;
 mod serve;
@@ -34,6 +36,7 @@ use async_trait::async_trait;
 use quarry_objfmt::{TenantName, VolumeName};
 
 pub use access::Access;
+pub(crate) use api::place_of;
 pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use dto::{
@@ -46,6 +49,7 @@ pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use network::Network;
+pub use page::Page;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
@@ -71,6 +75,15 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>>;
+    /// A page of these, and where the next one begins.
+    async fn page_of_volumes(
+        &self,
+        tenant: Option<&TenantName>,
+        page: &Page,
+    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+        let all = self.list_volumes(tenant).await?;
+        Ok(page.cut(all, |volume| place_of(&volume.image())))
+    }
     /// One volume, or a snapshot, or the volume as it was at a time, as that is attached here.
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo>;
     /// Makes a volume usable on this host, or a snapshot, or what it was at a time, readable; answers when it

@@ -48,10 +48,10 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo,
-    ImageRef, Kind, MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo,
+    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo,
     ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
     VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
-    WarmSpec,
+    WarmSpec, place_of,
 };
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
@@ -479,6 +479,28 @@ impl Engine for Daemon {
             all.extend(self.show_volume(&image).await.ok());
         }
         Ok(all)
+    }
+
+    async fn page_of_volumes(
+        &self,
+        tenant: Option<&TenantName>,
+        page: &Page,
+    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+        let volumes = registry::list_volumes(&self.control, tenant).await?;
+        let mut all: Vec<ImageRef> = volumes.into_iter().map(Into::into).collect();
+        all.append(&mut self.past_images(tenant));
+        // Only what is on the page is looked at, which costs a read each.
+        let (images, next) = page.cut(all, |image| place_of(&image.to_string()));
+        let mut found = Vec::with_capacity(images.len());
+        for image in images {
+            match self.show_volume(&image).await {
+                Ok(info) => found.push(info),
+                // It may just have been detached, or its volume be deleted.
+                Err(_) if image.is_past() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((found, next))
     }
 
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {

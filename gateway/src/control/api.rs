@@ -3,23 +3,25 @@
 use std::future::Future;
 
 use axum::body::Bytes;
+use axum::extract::Path;
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
-use axum::extract::{Path, Query};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use quarry_objfmt::{SECTOR_SIZE, SnapName, TenantName};
-use serde::Deserialize;
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::access::{Allowed, Operating};
 use super::dto::{
     AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeSpec, SnapshotInfo, SnapshotList,
-    SnapshotSpec, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
-    VolumeList, VolumeSpec, check_size,
+    SnapshotSpec, TenantInfo, TenantList, TenantSpec, VerifyProgress, VerifyReport, VerifySpec,
+    VolumeInfo, VolumeList, VolumeSpec, check_size,
 };
 use super::error::response;
+use super::page::{Page, PageQuery, TenantPageQuery, page, tenant_page};
 use super::trash::TrashInfo;
-use super::{ApiError, ApiResult, ImageRef, SnapRef, VolumeRef};
+use super::{ApiError, ApiResult, ImageRef, Kind, SnapRef, VolumeRef};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
 pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
@@ -27,6 +29,8 @@ pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 pub(super) type Body = Result<Bytes, BytesRejection>;
+/// What stands behind the question mark.
+pub(super) type Query<T> = Result<axum::extract::Query<T>, QueryRejection>;
 type Tenant = Result<Path<String>, PathRejection>;
 pub(super) type Volume = Result<Path<(String, String)>, PathRejection>;
 type Snapshot = Result<Path<(String, String, String)>, PathRejection>;
@@ -108,24 +112,67 @@ pub(super) fn not_utf8() -> ApiError {
     ApiError::invalid("the path is not UTF-8", "mend the request")
 }
 
+/// What was made, or what was there already and is the same.
+pub(super) enum Made<T> {
+    New(T),
+    Same(T),
+}
+
+impl<T: Serialize> IntoResponse for Made<T> {
+    fn into_response(self) -> Response {
+        match self {
+            Self::New(made) => (StatusCode::CREATED, Json(made)).into_response(),
+            Self::Same(found) => Json(found).into_response(),
+        }
+    }
+}
+
+/// Makes something. Where one of its name is there, and is what was asked for, it will do: whoever asks again after
+/// a lost answer gets the same.
+async fn make<T>(
+    making: impl Future<Output = ApiResult<T>>,
+    existing: impl Future<Output = ApiResult<T>>,
+    is_it: impl FnOnce(&T) -> bool,
+) -> ApiResult<Made<T>> {
+    match making.await {
+        Ok(made) => Ok(Made::New(made)),
+        Err(error) if error.kind == Kind::Exists => match existing.await {
+            Ok(found) if is_it(&found) => Ok(Made::Same(found)),
+            _ => Err(error),
+        },
+        Err(error) => Err(error),
+    }
+}
+
 pub(super) async fn create_tenant(
     Allowed(engine): Allowed,
     body: Body,
-) -> Result<impl IntoResponse, Refused> {
+) -> Result<Made<TenantInfo>, Refused> {
     let spec: TenantSpec = json(body)?;
-    let made = whole(async move { engine.create_tenant(&spec.name).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let existing = async {
+            let all = engine.list_tenants().await?;
+            let mut named = all.into_iter().filter(|t| t.name == spec.name.as_str());
+            named.next().ok_or_else(|| ApiError::no_tenant(&spec.name))
+        };
+        make(engine.create_tenant(&spec.name), existing, |_| true).await
+    });
+    Ok(made.await?)
 }
 
-pub(super) async fn list_tenants(Allowed(engine): Allowed) -> ApiResult<Json<TenantList>> {
-    Ok(Json(TenantList {
-        tenants: engine.list_tenants().await?,
-    }))
+pub(super) async fn list_tenants(
+    Allowed(engine): Allowed,
+    asked: Query<PageQuery>,
+) -> ApiResult<Json<TenantList>> {
+    let page = page(asked)?;
+    let (tenants, next) = page.cut(engine.list_tenants().await?, |t| t.name.clone());
+    Ok(Json(TenantList { tenants, next }))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TenantDelete {
+    /// Purge its trash too.
     #[serde(default)]
     purge: bool,
 }
@@ -133,10 +180,10 @@ pub(super) struct TenantDelete {
 pub(super) async fn delete_tenant(
     Allowed(engine): Allowed,
     path: Tenant,
-    query: Result<Query<TenantDelete>, QueryRejection>,
+    asked: Query<TenantDelete>,
 ) -> ApiResult<StatusCode> {
     let tenant = tenant_of(path)?;
-    let Query(how) = query.map_err(|_| wrong_query("use ?purge=true or none"))?;
+    let how = query(asked, "use ?purge=true or none")?;
     whole(async move { engine.delete_tenant(&tenant, how.purge).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -144,38 +191,36 @@ pub(super) async fn delete_tenant(
 pub(super) async fn create_volume(
     Allowed(engine): Allowed,
     body: Body,
-) -> Result<impl IntoResponse, Refused> {
+) -> Result<Made<VolumeInfo>, Refused> {
     let spec: VolumeSpec = json(body)?;
     spec.check()?;
-    let made = whole(async move { engine.create_volume(spec).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let image = spec.volume().into();
+        let is_it = |found: &VolumeInfo| spec.is_of(found);
+        make(
+            engine.create_volume(spec.clone()),
+            engine.show_volume(&image),
+            is_it,
+        )
+        .await
+    });
+    Ok(made.await?)
 }
 
-fn wrong_query(remedy: &str) -> ApiError {
-    ApiError::invalid("the query is not what this path takes", remedy)
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Which {
-    tenant: Option<String>,
-}
-
-pub(super) type WhichQuery = Result<Query<Which>, QueryRejection>;
-
-pub(super) fn which_tenant(query: WhichQuery) -> ApiResult<Option<TenantName>> {
-    let Query(which) = query.map_err(|_| wrong_query("use ?tenant=NAME or none"))?;
-    Ok(which.tenant.map(TenantName::new).transpose()?)
+/// What stands behind the question mark, as `T` takes it.
+pub(super) fn query<T>(asked: Query<T>, remedy: &str) -> ApiResult<T> {
+    let asked =
+        asked.map_err(|_| ApiError::invalid("the query is not what this path takes", remedy))?;
+    Ok(asked.0)
 }
 
 pub(super) async fn list_volumes(
     Allowed(engine): Allowed,
-    query: WhichQuery,
+    asked: Query<TenantPageQuery>,
 ) -> ApiResult<Json<VolumeList>> {
-    let tenant = which_tenant(query)?;
-    Ok(Json(VolumeList {
-        volumes: engine.list_volumes(tenant.as_ref()).await?,
-    }))
+    let (tenant, page) = tenant_page(asked)?;
+    let (volumes, next) = engine.page_of_volumes(tenant.as_ref(), &page).await?;
+    Ok(Json(VolumeList { volumes, next }))
 }
 
 pub(super) async fn show_volume(
@@ -186,9 +231,10 @@ pub(super) async fn show_volume(
     Ok(Json(engine.show_volume(&image).await?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct VolumeDelete {
+    /// Give up writes that a host's cache has and the store does not.
     #[serde(default)]
     discard_unsent: bool,
 }
@@ -196,10 +242,10 @@ pub(super) struct VolumeDelete {
 pub(super) async fn delete_volume(
     Allowed(engine): Allowed,
     path: Volume,
-    query: Result<Query<VolumeDelete>, QueryRejection>,
+    asked: Query<VolumeDelete>,
 ) -> ApiResult<Json<TrashInfo>> {
     let volume = volume_of(path)?;
-    let Query(how) = query.map_err(|_| wrong_query("use ?discard_unsent=true or none"))?;
+    let how = query(asked, "use ?discard_unsent=true or none")?;
     let call = async move { engine.delete_volume(&volume, how.discard_unsent).await };
     Ok(Json(whole(call).await?))
 }
@@ -273,30 +319,56 @@ pub(super) async fn verify_progress(
     Ok(Json(engine.verify_progress(&image).await?))
 }
 
-pub(super) async fn list_all_snapshots(Allowed(engine): Allowed) -> ApiResult<Json<SnapshotList>> {
-    let snapshots = engine.list_snapshots(None).await?;
-    Ok(Json(SnapshotList { snapshots }))
+pub(super) async fn list_all_snapshots(
+    Allowed(engine): Allowed,
+    asked: Query<PageQuery>,
+) -> ApiResult<Json<SnapshotList>> {
+    Ok(Json(snapshots(
+        &page(asked)?,
+        engine.list_snapshots(None).await?,
+    )))
 }
 
 pub(super) async fn list_snapshots(
     Allowed(engine): Allowed,
     path: Volume,
+    asked: Query<PageQuery>,
 ) -> ApiResult<Json<SnapshotList>> {
-    let volume = volume_of(path)?;
-    let snapshots = engine.list_snapshots(Some(&volume)).await?;
-    Ok(Json(SnapshotList { snapshots }))
+    let (volume, page) = (volume_of(path)?, page(asked)?);
+    Ok(Json(snapshots(
+        &page,
+        engine.list_snapshots(Some(&volume)).await?,
+    )))
+}
+
+fn snapshots(page: &Page, all: Vec<SnapshotInfo>) -> SnapshotList {
+    let place =
+        |s: &SnapshotInfo| format!("{} {:020} {}", place_of(&s.volume), s.created_ms, s.name);
+    let (snapshots, next) = page.cut(all, place);
+    SnapshotList { snapshots, next }
+}
+
+/// A name's place in the order of tenants and volumes: what ends the tenant's name comes before all that a name has.
+pub(crate) fn place_of(name: &str) -> String {
+    name.replace('/', " ")
 }
 
 pub(super) async fn create_snapshot(
     Allowed(engine): Allowed,
     path: Volume,
     body: Body,
-) -> Result<impl IntoResponse, Refused> {
+) -> Result<Made<SnapshotInfo>, Refused> {
     let volume = volume_of(path)?;
     let SnapshotSpec { name } = json(body)?;
     let snapshot = SnapRef { volume, name };
-    let made = whole(async move { engine.create_snapshot(&snapshot).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let existing = engine.show_snapshot(&snapshot);
+        make(engine.create_snapshot(&snapshot), existing, |found| {
+            !found.deleting
+        })
+        .await
+    });
+    Ok(made.await?)
 }
 
 pub(super) async fn show_snapshot(
@@ -320,11 +392,27 @@ pub(super) async fn clone_snapshot(
     Allowed(engine): Allowed,
     path: Snapshot,
     body: Body,
-) -> Result<impl IntoResponse, Refused> {
+) -> Result<Made<VolumeInfo>, Refused> {
     let snapshot = snapshot_of(path)?;
     let CloneSpec { name } = json(body)?;
-    let made = whole(async move { engine.clone_snapshot(&snapshot, &name).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let image = VolumeRef {
+            tenant: snapshot.volume.tenant.clone(),
+            name: name.clone(),
+        };
+        let is_it = |found: &VolumeInfo| {
+            let parent = found.parent.as_ref();
+            parent.is_some_and(|p| format!("{}@{}", p.volume, p.snapshot) == snapshot.to_string())
+        };
+        let image = image.into();
+        make(
+            engine.clone_snapshot(&snapshot, &name),
+            engine.show_volume(&image),
+            is_it,
+        )
+        .await
+    });
+    Ok(made.await?)
 }
 
 pub(super) async fn rollback(
@@ -380,7 +468,7 @@ mod tests {
 
     use super::super::fake::{FakeDaemon, FakeEngine};
     use super::super::trash::{PurgeSpec, RestoreSpec, TrashRef};
-    use super::super::{Client, Kind, Problem, State as VolumeState, Via};
+    use super::super::{Client, Problem, State as VolumeState, Via};
     use super::*;
 
     fn acme() -> TenantName {
@@ -562,7 +650,9 @@ mod tests {
             ("POST", "/v1/tenants", "{", 400),
             ("POST", "/v1/tenants", "", 400),
             ("POST", "/v1/tenants", r#"{"name":"../x"}"#, 400),
-            ("POST", "/v1/tenants", r#"{"name":"acme"}"#, 409),
+            ("GET", "/v1/volumes?limit=0", "", 400),
+            ("GET", "/v1/tenants?limit=-1", "", 400),
+            ("GET", "/v1/snapshots?tenant=acme", "", 400),
             (
                 "POST",
                 "/v1/volumes",

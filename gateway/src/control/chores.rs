@@ -1,6 +1,7 @@
 //! Putting a volume's data in order and cutting its tie to its parent, over the wire and at their routes.
 
 use axum::response::Json;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ApiResult;
@@ -8,7 +9,7 @@ use super::access::Allowed;
 use super::api::{Body, Refused, Volume, json, volume_of};
 
 /// Request: put a volume's data in the order of addresses.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CompactSpec {
     /// Also what snapshots need, which then takes its space twice.
@@ -16,7 +17,7 @@ pub struct CompactSpec {
 }
 
 /// Answer: what was moved, or is so far.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct MoveReport {
     /// Bytes of the volume's data that were moved.

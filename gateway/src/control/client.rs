@@ -16,6 +16,7 @@ use super::dto::{
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
     VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
+use super::page::Listed;
 use super::retain::{RetainInfo, RetainSpec};
 use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
@@ -174,6 +175,42 @@ impl Client {
         self.json(response).await
     }
 
+    /// A list, page by page.
+    async fn list<T: Listed>(&self, path: &str, tenant: Option<&TenantName>) -> ApiResult<T> {
+        let ask = |next: Option<String>| {
+            let mut query = url::form_urlencoded::Serializer::new(String::new());
+            if let Some(tenant) = tenant {
+                query.append_pair("tenant", tenant.as_str());
+            }
+            if let Some(next) = next {
+                query.append_pair("after", &next);
+            }
+            format!("{path}?{}", query.finish())
+        };
+        let mut all: T = self.get(&ask(None)).await?;
+        while let Some(next) = all.next() {
+            let page = self.get(&ask(Some(next))).await?;
+            all.append(page);
+        }
+        Ok(all)
+    }
+
+    /// Makes what must not be there yet. (The API takes one that is the same for it: to people it is another.)
+    async fn make<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        spec: &impl Serialize,
+        patience: Patience,
+        what: impl FnOnce() -> String,
+    ) -> ApiResult<T> {
+        let response = self.call(Method::POST, path, Some(spec), patience).await?;
+        if response.status() == StatusCode::OK {
+            let message = format!("there is a {} already", what());
+            return Err(ApiError::new(Kind::Exists, message, "choose another name"));
+        }
+        self.json(response).await
+    }
+
     async fn order(&self, method: Method, path: &str) -> ApiResult<()> {
         self.call(method, path, None::<&()>, Patience::Work)
             .await
@@ -238,10 +275,9 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn create_tenant(&self, name: &TenantName) -> ApiResult<TenantInfo> {
         let spec = TenantSpec { name: name.clone() };
-        let response = self
-            .call(Method::POST, "/v1/tenants", Some(&spec), Patience::Answer)
-            .await?;
-        self.json(response).await
+        let what = || format!("tenant {name}");
+        self.make("/v1/tenants", &spec, Patience::Answer, what)
+            .await
     }
 
     /// All tenants.
@@ -249,7 +285,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_tenants(&self) -> ApiResult<TenantList> {
-        self.get("/v1/tenants").await
+        self.list("/v1/tenants", None).await
     }
 
     /// Removes a tenant without volumes, and purges its trash if `purge`.
@@ -277,10 +313,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_tokens(&self, tenant: Option<&TenantName>) -> ApiResult<TokenList> {
-        match tenant {
-            None => self.get("/v1/tokens").await,
-            Some(tenant) => self.get(&format!("/v1/tokens?tenant={tenant}")).await,
-        }
+        self.list("/v1/tokens", tenant).await
     }
 
     /// Takes a token back.
@@ -299,10 +332,8 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn create_volume(&self, spec: &VolumeSpec) -> ApiResult<VolumeInfo> {
-        let response = self
-            .call(Method::POST, "/v1/volumes", Some(spec), Patience::Answer)
-            .await?;
-        self.json(response).await
+        let what = || format!("volume {}", spec.volume());
+        self.make("/v1/volumes", spec, Patience::Answer, what).await
     }
 
     /// All volumes, or those of one tenant.
@@ -310,10 +341,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<VolumeList> {
-        match tenant {
-            None => self.get("/v1/volumes").await,
-            Some(tenant) => self.get(&format!("/v1/volumes?tenant={tenant}")).await,
-        }
+        self.list("/v1/volumes", tenant).await
     }
 
     /// One volume.
@@ -423,10 +451,8 @@ impl Client {
         let path = format!("/v1/volumes/{}/snapshots", snapshot.volume);
         let name = snapshot.name.clone();
         let spec = SnapshotSpec { name };
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        let what = || format!("snapshot {snapshot}");
+        self.make(&path, &spec, Patience::Work, what).await
     }
 
     /// A volume's snapshots, or all.
@@ -435,8 +461,11 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn list_snapshots(&self, volume: Option<&VolumeRef>) -> ApiResult<SnapshotList> {
         match volume {
-            Some(volume) => self.get(&format!("/v1/volumes/{volume}/snapshots")).await,
-            None => self.get("/v1/snapshots").await,
+            Some(volume) => {
+                let path = format!("/v1/volumes/{volume}/snapshots");
+                self.list(&path, None).await
+            }
+            None => self.list("/v1/snapshots", None).await,
         }
     }
 
@@ -467,10 +496,8 @@ impl Client {
     ) -> ApiResult<VolumeInfo> {
         let path = format!("{}/clone", snapshot_path(snapshot));
         let spec = CloneSpec { name: name.clone() };
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        let what = || format!("volume {}/{name}", snapshot.volume.tenant);
+        self.make(&path, &spec, Patience::Work, what).await
     }
 
     /// Makes a volume what its snapshot is.
@@ -570,10 +597,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<TrashList> {
-        match tenant {
-            None => self.get("/v1/trash").await,
-            Some(tenant) => self.get(&format!("/v1/trash?tenant={tenant}")).await,
-        }
+        self.list("/v1/trash", tenant).await
     }
 
     /// Brings a volume back from the trash.

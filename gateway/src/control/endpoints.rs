@@ -10,12 +10,25 @@ use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{MethodFilter, MethodRouter, on};
+use schemars::JsonSchema;
 
 use super::access::guard::{Reach, guard};
 use super::access::{Access, Caller, Guard, Needs};
 use super::api::{self, BODY_BYTES_MAX};
+use super::chores::{CompactSpec, MoveReport};
+use super::dto::{
+    AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
+    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
+};
 use super::error::response;
-use super::{ApiError, Engine, Kind, chores, retain, token, trash, warm};
+use super::openapi::{MakeSchema, of};
+use super::page::{PageQuery, TenantPageQuery};
+use super::retain::{RetainInfo, RetainSpec};
+use super::token::{TokenList, TokenMade, TokenSpec};
+use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
+use super::warm::{EvictInfo, WarmReport, WarmSpec};
+use super::{ApiError, Engine, Kind, chores, openapi, retain, token, trash, warm};
 
 /// Something that can be asked for.
 pub struct Endpoint {
@@ -27,6 +40,16 @@ pub struct Endpoint {
     pub needs: Needs,
     /// What it does, in a sentence.
     pub about: &'static str,
+    /// Its query.
+    pub(super) query: Option<MakeSchema>,
+    /// Its body.
+    pub(super) takes: Option<MakeSchema>,
+    /// The statuses of success.
+    pub(super) statuses: &'static [u16],
+    /// What it answers with, as JSON.
+    pub(super) gives: Option<MakeSchema>,
+    /// What it answers with, if that is no JSON.
+    pub(super) media: Option<&'static str>,
     serve: fn(MethodFilter) -> MethodRouter,
 }
 
@@ -47,19 +70,74 @@ impl Endpoint {
     }
 }
 
+/// An endpoint that answers 204 and nothing else.
 const fn at(
     method: Method,
     path: &'static str,
     needs: Needs,
-    about: &'static str,
     serve: fn(MethodFilter) -> MethodRouter,
+    about: &'static str,
 ) -> Endpoint {
     Endpoint {
         method,
         path,
         needs,
         about,
+        query: None,
+        takes: None,
+        statuses: &[204],
+        gives: None,
+        media: None,
         serve,
+    }
+}
+
+impl Endpoint {
+    /// Its query is a `T`.
+    fn asks<T: JsonSchema>(self) -> Self {
+        let query = Some(of::<T> as MakeSchema);
+        Self { query, ..self }
+    }
+
+    /// Its body is a `T`.
+    fn takes<T: JsonSchema>(self) -> Self {
+        let takes = Some(of::<T> as MakeSchema);
+        Self { takes, ..self }
+    }
+
+    /// It answers with a `T`.
+    fn gives<T: JsonSchema>(self) -> Self {
+        let gives = Some(of::<T> as MakeSchema);
+        Self {
+            gives,
+            statuses: &[200],
+            ..self
+        }
+    }
+
+    /// It makes a `T` (201), or answers with one that is there and the same (200).
+    fn makes<T: JsonSchema>(self) -> Self {
+        Self {
+            statuses: &[200, 201],
+            ..self.gives::<T>()
+        }
+    }
+
+    /// It makes another `T` each time.
+    fn makes_new<T: JsonSchema>(self) -> Self {
+        Self {
+            statuses: &[201],
+            ..self.gives::<T>()
+        }
+    }
+
+    /// It answers with something of this media type.
+    fn tells(self, media: &'static str) -> Self {
+        Self {
+            media: Some(media),
+            statuses: &[200],
+            ..self
+        }
     }
 }
 
@@ -71,44 +149,102 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
     const POST: Method = Method::POST;
     const DELETE: Method = Method::DELETE;
     vec![
-        at(GET, "/v1/tenants", Read, "All tenants; to a tenant, itself.", |m| on(m, api::list_tenants)),
-        at(POST, "/v1/tenants", Operator, "Make a tenant.", |m| on(m, api::create_tenant)),
-        at(DELETE, "/v1/tenants/{tenant}", Operator, "Delete a tenant that has no volumes.", |m| on(m, api::delete_tenant)),
-        at(GET, "/v1/volumes", Read, "Volumes.", |m| on(m, api::list_volumes)),
-        at(POST, "/v1/volumes", Admin, "Make a volume that reads as zeroes.", |m| on(m, api::create_volume)),
-        at(GET, "/v1/volumes/{tenant}/{volume}", Read, "A volume, or a snapshot of it as it is attached.", |m| on(m, api::show_volume)),
-        at(DELETE, "/v1/volumes/{tenant}/{volume}", Admin, "Put a volume into the trash.", |m| on(m, api::delete_volume)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/attach", Admin, "Attach a volume, or a snapshot, to the host.", |m| on(m, api::attach)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/detach", Admin, "Detach it.", |m| on(m, api::detach)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/resize", Admin, "Change a volume's size.", |m| on(m, api::resize)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/retain", Admin, "Set how long a volume's past is kept.", |m| on(m, retain::retain)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/rescue", Operator, "Make a lost head anew.", |m| on(m, api::rescue)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/sync", Admin, "Wait until all that was acknowledged is in the store.", |m| on(m, api::sync)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/verify", Admin, "Check a volume, or a snapshot, in the store.", |m| on(m, api::verify)),
-        at(GET, "/v1/volumes/{tenant}/{volume}/verify", Read, "How far the check under way is.", |m| on(m, api::verify_progress)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/warm", Admin, "Fetch a volume into the cache.", |m| on(m, warm::warm)),
-        at(GET, "/v1/volumes/{tenant}/{volume}/warm", Read, "How far the warming under way is.", |m| on(m, warm::progress)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/evict", Admin, "Drop a volume from the cache.", |m| on(m, warm::evict)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/compact", Admin, "Put a volume's data in order in the store.", |m| on(m, chores::compact)),
-        at(GET, "/v1/volumes/{tenant}/{volume}/compact", Read, "How far the compacting or flattening under way is.", |m| on(m, chores::progress)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/flatten", Admin, "Make a clone need nothing of its parent.", |m| on(m, chores::flatten)),
-        at(GET, "/v1/snapshots", Read, "All snapshots.", |m| on(m, api::list_all_snapshots)),
-        at(GET, "/v1/volumes/{tenant}/{volume}/snapshots", Read, "A volume's snapshots.", |m| on(m, api::list_snapshots)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/snapshots", Admin, "Give a volume's state a name.", |m| on(m, api::create_snapshot)),
-        at(GET, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}", Read, "A snapshot.", |m| on(m, api::show_snapshot)),
-        at(DELETE, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}", Admin, "Delete a snapshot that has no clones.", |m| on(m, api::delete_snapshot)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/clone", Admin, "Make a volume that starts as the snapshot is.", |m| on(m, api::clone_snapshot)),
-        at(POST, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/rollback", Admin, "Make a detached volume what the snapshot is.", |m| on(m, api::rollback)),
-        at(GET, "/v1/trash", Read, "Deleted volumes.", |m| on(m, trash::list)),
-        at(POST, "/v1/trash/restore", Admin, "Bring a volume back.", |m| on(m, trash::restore)),
-        at(POST, "/v1/trash/purge", Admin, "Delete volumes of the trash for ever.", |m| on(m, trash::purge)),
-        at(GET, "/v1/tokens", Operator, "Tokens, without their secrets.", |m| on(m, token::list)),
-        at(POST, "/v1/tokens", Operator, "Make a token. Its text is in the answer, and cannot be had again.", |m| on(m, token::create)),
-        at(DELETE, "/v1/tokens/{token}", Operator, "Take a token back.", |m| on(m, token::revoke)),
-        at(GET, "/v1/status", Operator, "How the daemon does.", |m| on(m, api::status)),
-        at(GET, "/metrics", Operator, "All metrics, in Prometheus' text format.", |m| on(m, api::metrics)),
-        at(GET, "/readyz", Operator, "Whether the daemon can serve; if not, why.", |m| on(m, api::ready)),
-        at(GET, "/healthz", Nothing, "That the daemon runs.", |m| on(m, api::healthy)),
+        at(GET, "/v1/tenants", Read, |m| on(m, api::list_tenants), "All tenants; to a tenant, itself.")
+            .asks::<PageQuery>().gives::<TenantList>(),
+        at(POST, "/v1/tenants", Operator, |m| on(m, api::create_tenant), "Make a tenant.")
+            .takes::<TenantSpec>().makes::<TenantInfo>(),
+        at(DELETE, "/v1/tenants/{tenant}", Operator, |m| on(m, api::delete_tenant),
+            "Delete a tenant that has no volumes.")
+            .asks::<api::TenantDelete>(),
+        at(GET, "/v1/volumes", Read, |m| on(m, api::list_volumes), "Volumes.")
+            .asks::<TenantPageQuery>().gives::<VolumeList>(),
+        at(POST, "/v1/volumes", Admin, |m| on(m, api::create_volume), "Make a volume that reads as zeroes.")
+            .takes::<VolumeSpec>().makes::<VolumeInfo>(),
+        at(GET, "/v1/volumes/{tenant}/{volume}", Read, |m| on(m, api::show_volume),
+            "A volume, or a snapshot of it as it is attached.")
+            .gives::<VolumeInfo>(),
+        at(DELETE, "/v1/volumes/{tenant}/{volume}", Admin, |m| on(m, api::delete_volume),
+            "Put a volume into the trash.")
+            .asks::<api::VolumeDelete>().gives::<TrashInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/attach", Admin, |m| on(m, api::attach),
+            "Attach a volume, or a snapshot, to the host.")
+            .takes::<AttachOptions>().gives::<AttachInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/detach", Admin, |m| on(m, api::detach),
+            "Detach it."),
+        at(POST, "/v1/volumes/{tenant}/{volume}/resize", Admin, |m| on(m, api::resize), "Change a volume's size.")
+            .takes::<ResizeSpec>().gives::<ResizeInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/retain", Admin, |m| on(m, retain::retain),
+            "Set how long a volume's past is kept.")
+            .takes::<RetainSpec>().gives::<RetainInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/rescue", Operator, |m| on(m, api::rescue), "Make a lost head anew.")
+            .takes::<RescueSpec>().gives::<RescueReport>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/sync", Admin, |m| on(m, api::sync),
+            "Wait until all that was acknowledged is in the store."),
+        at(POST, "/v1/volumes/{tenant}/{volume}/verify", Admin, |m| on(m, api::verify),
+            "Check a volume, or a snapshot, in the store.")
+            .takes::<VerifySpec>().gives::<VerifyReport>(),
+        at(GET, "/v1/volumes/{tenant}/{volume}/verify", Read, |m| on(m, api::verify_progress),
+            "How far the check under way is.")
+            .gives::<VerifyProgress>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/warm", Admin, |m| on(m, warm::warm), "Fetch a volume into the cache.")
+            .takes::<WarmSpec>().gives::<WarmReport>(),
+        at(GET, "/v1/volumes/{tenant}/{volume}/warm", Read, |m| on(m, warm::progress),
+            "How far the warming under way is.")
+            .gives::<WarmReport>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/evict", Admin, |m| on(m, warm::evict),
+            "Drop a volume from the cache.")
+            .gives::<EvictInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/compact", Admin, |m| on(m, chores::compact),
+            "Put a volume's data in order in the store.")
+            .takes::<CompactSpec>().gives::<MoveReport>(),
+        at(GET, "/v1/volumes/{tenant}/{volume}/compact", Read, |m| on(m, chores::progress),
+            "How far the compacting or flattening under way is.")
+            .gives::<MoveReport>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/flatten", Admin, |m| on(m, chores::flatten),
+            "Make a clone need nothing of its parent.")
+            .gives::<MoveReport>(),
+        at(GET, "/v1/snapshots", Read, |m| on(m, api::list_all_snapshots), "All snapshots.")
+            .asks::<PageQuery>().gives::<SnapshotList>(),
+        at(GET, "/v1/volumes/{tenant}/{volume}/snapshots", Read, |m| on(m, api::list_snapshots),
+            "A volume's snapshots.")
+            .asks::<PageQuery>().gives::<SnapshotList>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/snapshots", Admin, |m| on(m, api::create_snapshot),
+            "Give a volume's state a name.")
+            .takes::<SnapshotSpec>().makes::<SnapshotInfo>(),
+        at(GET, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}", Read, |m| on(m, api::show_snapshot),
+            "A snapshot.")
+            .gives::<SnapshotInfo>(),
+        at(DELETE, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}", Admin, |m| on(m, api::delete_snapshot),
+            "Delete a snapshot that has no clones."),
+        at(POST, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/clone", Admin, |m| on(m, api::clone_snapshot),
+            "Make a volume that starts as the snapshot is.")
+            .takes::<CloneSpec>().makes::<VolumeInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/rollback", Admin, |m| on(m, api::rollback),
+            "Make a detached volume what the snapshot is.")
+            .gives::<VolumeInfo>(),
+        at(GET, "/v1/trash", Read, |m| on(m, trash::list), "Deleted volumes.")
+            .asks::<TenantPageQuery>().gives::<TrashList>(),
+        at(POST, "/v1/trash/restore", Admin, |m| on(m, trash::restore), "Bring a volume back.")
+            .takes::<RestoreSpec>().gives::<VolumeInfo>(),
+        at(POST, "/v1/trash/purge", Admin, |m| on(m, trash::purge), "Delete volumes of the trash for ever.")
+            .takes::<PurgeSpec>().gives::<PurgeReport>(),
+        at(GET, "/v1/tokens", Operator, |m| on(m, token::list), "Tokens, without their secrets.")
+            .asks::<TenantPageQuery>().gives::<TokenList>(),
+        at(POST, "/v1/tokens", Operator, |m| on(m, token::create),
+            "Make a token. Its text is in the answer, and cannot be had again.")
+            .takes::<TokenSpec>().makes_new::<TokenMade>(),
+        at(DELETE, "/v1/tokens/{token}", Operator, |m| on(m, token::revoke),
+            "Take a token back."),
+        at(GET, "/v1/openapi.json", Nothing, |m| on(m, openapi::serve), "The API's document.")
+            .tells("application/json"),
+        at(GET, "/v1/status", Operator, |m| on(m, api::status), "How the daemon does.")
+            .gives::<StatusInfo>(),
+        at(GET, "/metrics", Operator, |m| on(m, api::metrics), "All metrics, in Prometheus' text format.")
+            .tells("text/plain"),
+        at(GET, "/readyz", Operator, |m| on(m, api::ready), "Whether the daemon can serve; if not, why.")
+            .tells("text/plain"),
+        at(GET, "/healthz", Nothing, |m| on(m, api::healthy), "That the daemon runs.")
+            .tells("text/plain"),
     ]
 });
 

@@ -5,6 +5,7 @@ use std::fmt;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use quarry_objfmt::TenantName;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::VolumeRef;
@@ -13,7 +14,7 @@ use super::VolumeRef;
 pub const PROBLEM_JSON: &str = "application/problem+json";
 
 /// What an operator or a program can do about an error.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// The thing named does not exist.
@@ -144,7 +145,7 @@ impl ApiError {
 }
 
 /// The body of an error's response.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
     /// The HTTP status once more.
     pub status: u16,

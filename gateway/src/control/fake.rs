@@ -35,6 +35,14 @@ impl FakeEngine {
         }
     }
 
+    fn check_free(&self, volume: &VolumeRef) -> ApiResult<()> {
+        if !self.volumes.lock().contains_key(volume) {
+            return Ok(());
+        }
+        let message = format!("there is a volume {volume} already");
+        Err(ApiError::new(Kind::Exists, message, "choose another name"))
+    }
+
     fn change(&self, volume: &VolumeRef, change: impl FnOnce(&mut VolumeInfo)) -> ApiResult<()> {
         let mut volumes = self.volumes.lock();
         let found = volumes.get_mut(volume);
@@ -91,6 +99,7 @@ impl Engine for FakeEngine {
         if !self.tenants.lock().contains(&spec.tenant) {
             return Err(ApiError::no_tenant(&spec.tenant));
         }
+        self.check_free(&spec.volume())?;
         let info = VolumeInfo {
             tenant: spec.tenant.to_string(),
             name: spec.name.to_string(),
@@ -259,6 +268,10 @@ impl Engine for FakeEngine {
             newest_write: 7,
             ..SnapshotInfo::default()
         };
+        if self.show_snapshot(snapshot).await.is_ok() {
+            let message = format!("there is a snapshot {snapshot} already");
+            return Err(ApiError::new(Kind::Exists, message, "choose another name"));
+        }
         self.snapshots.lock().push(made.clone());
         Ok(made)
     }
@@ -313,6 +326,7 @@ impl Engine for FakeEngine {
             tenant: snapshot.volume.tenant.clone(),
             name: name.clone(),
         };
+        self.check_free(&volume)?;
         self.volumes.lock().insert(volume, made.clone());
         Ok(made)
     }

@@ -1,6 +1,7 @@
 //! How long a volume's past is kept, over the wire and at its route.
 
 use axum::response::Json;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::access::Allowed;
@@ -9,7 +10,7 @@ use super::{ApiError, ApiResult};
 use crate::backend::RETAIN_MS_MAX;
 
 /// Request: keep what a volume needs no more for so long.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RetainSpec {
     /// Milliseconds; 0: no longer than the store's readers need it.
@@ -17,7 +18,7 @@ pub struct RetainSpec {
 }
 
 /// Answer: how long it is kept now.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RetainInfo {
     /// `tenant/name`.

@@ -5,16 +5,22 @@ use axum::extract::rejection::PathRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json};
 use quarry_objfmt::TenantName;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::access::tokens::check_note;
 use super::access::{Allowed, Operating};
-use super::api::{Body, Refused, WhichQuery, json, not_utf8, which_tenant, whole};
+use super::api::{Body, Query, Refused, json, not_utf8, whole};
+use super::openapi::Name;
+use super::page::listed;
+use super::page::{TenantPageQuery, tenant_page};
 use super::{ApiError, ApiResult};
 use crate::engine::now_ms;
 
 /// What a token lets its bearer do.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum TokenRole {
     /// Look at what is the tenant's.
@@ -47,11 +53,12 @@ impl TokenRole {
 }
 
 /// Request: make a token.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenSpec {
     /// Whose; none: an operator's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Name>")]
     pub tenant: Option<TenantName>,
     /// What it lets its bearer do.
     pub role: TokenRole,
@@ -85,7 +92,7 @@ impl TokenSpec {
 }
 
 /// A token, without its secret.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TokenInfo {
     /// Its id.
@@ -108,7 +115,7 @@ pub struct TokenInfo {
 }
 
 /// Answer: a token that was made.
-#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct TokenMade {
     /// What its bearer sends. It cannot be had again.
     pub token: String,
@@ -125,11 +132,16 @@ impl std::fmt::Debug for TokenMade {
 }
 
 /// Answer: tokens.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct TokenList {
     /// The operators', then by tenant; the oldest first.
     pub tokens: Vec<TokenInfo>,
+    /// What to ask for the next page after; none: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
+
+listed!(TokenList, tokens);
 
 pub(super) async fn create(
     Allowed(engine): Allowed,
@@ -152,11 +164,16 @@ pub(super) async fn create(
 
 pub(super) async fn list(
     Operating(access): Operating,
-    query: WhichQuery,
+    asked: Query<TenantPageQuery>,
 ) -> ApiResult<Json<TokenList>> {
-    let tenant = which_tenant(query)?;
-    let tokens = access.tokens()?.list(tenant.as_ref()).await?;
-    Ok(Json(TokenList { tokens }))
+    let (tenant, page) = tenant_page(asked)?;
+    let all = access.tokens()?.list(tenant.as_ref()).await?;
+    let place = |t: &TokenInfo| {
+        let tenant = t.tenant.as_deref().unwrap_or_default();
+        format!("{tenant} {:020} {}", t.created_ms, t.id)
+    };
+    let (tokens, next) = page.cut(all, place);
+    Ok(Json(TokenList { tokens, next }))
 }
 
 pub(super) async fn revoke(

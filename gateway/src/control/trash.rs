@@ -2,14 +2,18 @@
 
 use axum::response::Json;
 use quarry_objfmt::{TenantName, VolumeId, VolumeName};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::access::Allowed;
-use super::api::{Body, Refused, WhichQuery, json, which_tenant, whole};
+use super::api::{Body, Query, Refused, json, whole};
+use super::openapi::{Name, Uuid};
+use super::page::listed;
+use super::page::{TenantPageQuery, tenant_page};
 use super::{ApiError, ApiResult, VolumeInfo, VolumeRef};
 
 /// A deleted volume.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TrashInfo {
     /// Whose.
@@ -34,14 +38,19 @@ pub struct TrashInfo {
 }
 
 /// Answer: the trash.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct TrashList {
     /// By tenant, and then the oldest first.
     pub trash: Vec<TrashInfo>,
+    /// What to ask for the next page after; none: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
+listed!(TrashList, trash);
+
 /// Request: bring a volume back, by its name or by its id.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RestoreSpec {
     /// What it was called: `tenant/name`.
@@ -49,9 +58,11 @@ pub struct RestoreSpec {
     pub volume: Option<String>,
     /// Its id.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Uuid>")]
     pub id: Option<VolumeId>,
     /// What it is to be called; none: as before.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Name>")]
     pub name: Option<VolumeName>,
 }
 
@@ -101,14 +112,16 @@ impl RestoreSpec {
 }
 
 /// Request: delete volumes of the trash for good.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PurgeSpec {
     /// Only this tenant's.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Name>")]
     pub tenant: Option<TenantName>,
     /// This one.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Uuid>")]
     pub id: Option<VolumeId>,
     /// All.
     pub all: bool,
@@ -131,7 +144,7 @@ impl PurgeSpec {
 }
 
 /// Answer: what was purged.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct PurgeReport {
     /// Volumes of which nothing is left.
@@ -144,12 +157,13 @@ pub struct PurgeReport {
 
 pub(super) async fn list(
     Allowed(engine): Allowed,
-    query: WhichQuery,
+    asked: Query<TenantPageQuery>,
 ) -> ApiResult<Json<TrashList>> {
-    let tenant = which_tenant(query)?;
-    Ok(Json(TrashList {
-        trash: engine.list_trash(tenant.as_ref()).await?,
-    }))
+    let (tenant, page) = tenant_page(asked)?;
+    let all = engine.list_trash(tenant.as_ref()).await?;
+    let place = |t: &TrashInfo| format!("{} {:020} {}", t.tenant, t.deleted_ms, t.id);
+    let (trash, next) = page.cut(all, place);
+    Ok(Json(TrashList { trash, next }))
 }
 
 pub(super) async fn restore(

@@ -1,6 +1,7 @@
 //! Filling and emptying the cache, over the wire and at their routes.
 
 use axum::response::Json;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ApiResult;
@@ -8,7 +9,7 @@ use super::access::Allowed;
 use super::api::{Body, Refused, Volume, json, volume_of};
 
 /// Request: fetch what the cache lacks of a volume into it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WarmSpec {
     /// The first byte of the volume.
@@ -22,7 +23,7 @@ pub struct WarmSpec {
 }
 
 /// Answer: what was fetched, or is so far.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct WarmReport {
     /// Bytes of the volume that were looked at.
@@ -38,7 +39,7 @@ pub struct WarmReport {
 }
 
 /// Answer: what was dropped from the cache.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct EvictInfo {
     /// `tenant/name`.

@@ -12,7 +12,7 @@ use quarry_objfmt::{TenantName, VolumeName};
 
 use super::super::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    MoveReport, Page, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
     RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
     VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
@@ -127,6 +127,14 @@ impl Engine for Tenanted {
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
         self.inner.list_volumes(self.only(tenant)?).await
+    }
+
+    async fn page_of_volumes(
+        &self,
+        tenant: Option<&TenantName>,
+        page: &Page,
+    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+        self.inner.page_of_volumes(self.only(tenant)?, page).await
     }
 
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
