@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-use crate::{Bound, Config, LogFormat, Secret, Size, UblkMode};
+use crate::{Bound, Config, LogFormat, Secret, Size, TenantAttach, UblkMode};
 
 /// A key of the file.
 pub(crate) struct Key {
@@ -42,8 +42,9 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 9] = [
+pub(crate) const SECTIONS: [(&str, &str); 10] = [
     ("daemon", "Where the daemon lives and how it is reached."),
+    ("access", "Who may reach what."),
     ("store", "The object store that keeps everything durable."),
     (
         "cache",
@@ -80,7 +81,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "daemon.socket",
-        doc: "Unix socket of the control plane (mode 0660). Clients find it by --socket or QUARRY_SOCKET.",
+        doc: "Unix socket of the control plane (mode 0660), for those in [access] operators. Clients find it by --socket\n\
+              or QUARRY_SOCKET.",
         expected: PATH,
         sample: "",
         secret: false,
@@ -163,6 +165,89 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| text(v).map(|t| c.daemon.log_filter = t.to_owned()),
         get: |c| Some(quoted(&c.daemon.log_filter)),
+    },
+    Key {
+        path: "access.operators",
+        doc: "Who may do everything by the control socket, beside root and the daemon's own user: users, and\n\
+              groups as \"group:NAME\". Others are refused, whatever the socket's mode lets them.",
+        expected: "write a list such as [\"alice\", \"group:storage\"]",
+        sample: "[\"alice\", \"group:storage\"]",
+        secret: false,
+        set: |c, v, _| texts(v).map(|t| c.access.operators = t),
+        get: |c| (!c.access.operators.is_empty()).then(|| list(&c.access.operators)),
+    },
+    Key {
+        path: "access.listen",
+        doc: "TCP address of the API, for those who bear a token (`quarry token create`), by TLS. Unset: the unix\n\
+              socket alone.",
+        expected: "write an address and a port such as \"0.0.0.0:9443\"",
+        sample: "\"0.0.0.0:9443\"",
+        secret: false,
+        set: |c, v, _| parsed(v).map(|a| c.access.listen = Some(a)),
+        get: |c| c.access.listen.map(quoted),
+    },
+    Key {
+        path: "access.tls_cert",
+        doc: "The server's certificate, and those up to its root, in PEM. Read again when it changes.",
+        expected: PATH,
+        sample: "\"/etc/quarry/server.pem\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.tls_cert = Some(p)),
+        get: |c| c.access.tls_cert.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.tls_key",
+        doc: "Its private key, in PEM.",
+        expected: PATH,
+        sample: "\"/etc/quarry/server.key\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.tls_key = Some(p)),
+        get: |c| c.access.tls_key.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.insecure",
+        doc: "Whether the API may be served on loopback without TLS: tokens are then for all on the host to read.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.access.insecure = b),
+        get: |c| Some(c.access.insecure.to_string()),
+    },
+    Key {
+        path: "access.tenant_attach",
+        doc: "By what a tenant's administrator may attach its volumes to this host: \"nbd\", \"any\" (block devices\n\
+              too) or \"none\".",
+        expected: "write \"nbd\", \"any\" or \"none\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| {
+            let text = text(v)?;
+            let found = TenantAttach::ALL.into_iter().find(|t| t.as_str() == text);
+            found
+                .map(|t| c.access.tenant_attach = t)
+                .ok_or_else(|| "there is no such way".to_owned())
+        },
+        get: |c| Some(quoted(c.access.tenant_attach.as_str())),
+    },
+    Key {
+        path: "access.audit_log",
+        doc: "File that every change by the API is written to, and every call that was refused, as lines of JSON (mode\n\
+              0600; 8 of 16 MiB are kept). Unset: \"audit.jsonl\" in data_dir.",
+        expected: PATH,
+        sample: "\"/var/log/quarry/audit.jsonl\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.audit_log = Some(p)),
+        get: |c| c.access.audit_log.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.audit_required",
+        doc: "Whether a change is refused that cannot be written there first. Otherwise it is carried out, and\n\
+              `quarry status`, the log and quarry_audit_failures_total tell.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.access.audit_required = b),
+        get: |c| Some(c.access.audit_required.to_string()),
     },
     Key {
         path: "store.url",
@@ -551,6 +636,19 @@ fn price(value: &DeValue<'_>) -> Result<f64, String> {
     number
         .filter(|n| n.is_finite() && *n >= 0.0)
         .ok_or_else(|| "it is not a price".to_owned())
+}
+
+fn texts(value: &DeValue<'_>) -> Result<Vec<String>, String> {
+    let all = value.as_array().ok_or_else(|| wrong_type(value))?;
+    let texts = all
+        .iter()
+        .map(|item| text(item.get_ref()).map(str::to_owned));
+    texts.collect()
+}
+
+fn list(texts: &[String]) -> String {
+    let all: Vec<_> = texts.iter().map(quoted).collect();
+    format!("[{}]", all.join(", "))
 }
 
 fn boolean(value: &DeValue<'_>) -> Result<bool, String> {

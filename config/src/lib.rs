@@ -27,13 +27,15 @@ use std::time::Duration;
 pub use error::{ConfigError, Place};
 pub use overrides::Overrides;
 pub use paths::client_socket;
-pub use value::{Bound, LogFormat, Secret, Size, SizeError, UblkMode};
+pub use value::{Bound, LogFormat, Secret, Size, SizeError, TenantAttach, UblkMode};
 
 /// Everything that the daemon can be told.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Config {
     /// `[daemon]`
     pub daemon: Daemon,
+    /// `[access]`
+    pub access: Access,
     /// `[store]`
     pub store: Store,
     /// `[cache]`
@@ -90,6 +92,28 @@ impl Default for Daemon {
             log_filter: "info,libublk=warn".to_owned(),
         }
     }
+}
+
+/// `[access]`: who may reach what.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Access {
+    /// Users, and groups as `group:NAME`, who may do everything by the control socket, beside root and the daemon's
+    /// own user.
+    pub operators: Vec<String>,
+    /// TCP address of the API; none: on the unix socket only.
+    pub listen: Option<SocketAddr>,
+    /// The server's certificate for TCP, and those up to its root.
+    pub tls_cert: Option<PathBuf>,
+    /// Its key.
+    pub tls_key: Option<PathBuf>,
+    /// Plain HTTP, on loopback.
+    pub insecure: bool,
+    /// By what tenants may attach their volumes.
+    pub tenant_attach: TenantAttach,
+    /// The audit log; none: `audit.jsonl` in the data folder.
+    pub audit_log: Option<PathBuf>,
+    /// Whether nothing is changed that cannot be written there.
+    pub audit_required: bool,
 }
 
 /// `[store]`: the object store.

@@ -44,6 +44,7 @@ fn refuse(
 /// Checks everything but what may still come from flags and variables.
 pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
     check_daemon(config)?;
+    check_access(&config.access)?;
     check_store(config)?;
     check_cache(config)?;
 
@@ -131,6 +132,28 @@ fn check_daemon(config: &Config) -> Result<(), ConfigError> {
             "daemon.listen has the same address",
             "choose two different ports",
         ));
+    }
+    Ok(())
+}
+
+fn check_access(access: &crate::Access) -> Result<(), ConfigError> {
+    let files = (&access.tls_cert, &access.tls_key);
+    if let (Some(path), None) | (None, Some(path)) = files {
+        let key = if access.tls_cert.is_some() {
+            "access.tls_cert"
+        } else {
+            "access.tls_key"
+        };
+        let remedy = "set access.tls_cert and access.tls_key";
+        return Err(refuse(key, path.display(), "it is one of two", remedy));
+    }
+    let Some(address) = access.listen else {
+        return Ok(());
+    };
+    if access.tls_cert.is_none() && !(access.insecure && address.ip().is_loopback()) {
+        let why = "there is no certificate, and plain HTTP shows tokens to whoever listens in";
+        let remedy = "set access.tls_cert and access.tls_key, or, on loopback, access.insecure";
+        return Err(refuse("access.listen", address, why, remedy));
     }
     Ok(())
 }
@@ -353,6 +376,27 @@ mod tests {
 
     fn refusal(text: &str) -> String {
         Config::parse(text).expect_err(text).to_string()
+    }
+
+    #[test]
+    fn api_on_the_network_wants_a_certificate() {
+        let both = "tls_cert = \"/c\"\ntls_key = \"/k\"";
+        let plain = "insecure = true";
+        for (address, rest) in [
+            ("0.0.0.0:1", both),
+            ("127.0.0.1:1", plain),
+            ("[::1]:1", plain),
+        ] {
+            Config::parse(&format!("[access]\nlisten = \"{address}\"\n{rest}")).unwrap();
+        }
+        for (address, rest, hint) in [
+            ("127.0.0.1:1", "", "access.insecure"),
+            ("0.0.0.0:1", plain, "there is no certificate"),
+            ("0.0.0.0:1", "tls_cert = \"/c\"", "access.tls_key"),
+        ] {
+            let text = refusal(&format!("[access]\nlisten = \"{address}\"\n{rest}"));
+            assert!(text.contains(hint), "{text}");
+        }
     }
 
     #[test]

@@ -233,6 +233,33 @@ impl UblkMode {
     }
 }
 
+/// By what a tenant may attach its volumes to the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum TenantAttach {
+    /// NBD: nothing of the host becomes its.
+    #[default]
+    Nbd,
+    /// ublk too: block devices on the host.
+    Any,
+    /// Not at all.
+    None,
+}
+
+impl TenantAttach {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Nbd, Self::Any, Self::None];
+
+    /// As written in the file.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Nbd => "nbd",
+            Self::Any => "any",
+            Self::None => "none",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

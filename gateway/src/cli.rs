@@ -25,6 +25,7 @@ mod status;
 mod table;
 mod tenant;
 mod tenant_args;
+mod token;
 mod trash;
 mod verify;
 mod volume;
@@ -33,6 +34,7 @@ mod warm;
 use std::ffi::OsString;
 use std::future::Future;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
@@ -115,10 +117,22 @@ fn wants_json(args: &[OsString]) -> bool {
 fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
     let Cli {
         socket,
+        url,
+        token_file,
+        ca,
         command,
         output: _,
     } = cli;
-    let client = || Client::new(socket.clone().unwrap_or_else(quarry_config::client_socket));
+    let client = || match &url {
+        None => Client::new(socket.clone().unwrap_or_else(quarry_config::client_socket))
+            .map_err(Failure::from),
+        Some(url) => {
+            let token = token_file.as_deref().map(read).transpose()?;
+            let ca = ca.as_deref().map(read).transpose()?;
+            let token = token.as_deref().map(str::trim);
+            Client::network(url, token, ca.as_ref().map(String::as_bytes)).map_err(Failure::from)
+        }
+    };
     match command {
         Command::Serve(flags) => serve::run(*flags, socket),
         Command::Demo(flags) => demo::run(flags),
@@ -129,11 +143,20 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
             console.raw(&script)
         }
         Command::Tenant(command) => wait(tenant::run(&client()?, command, console)),
+        Command::Token(command) => wait(token::run(&client()?, command, console)),
         Command::Volume(command) => wait(volume::run(&client()?, command, console)),
         Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
         Command::Trash(command) => wait(trash::run(&client()?, command, console)),
         Command::Status => wait(status::run(&client()?, console)),
     }
+}
+
+/// A small file that the caller named.
+fn read(path: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path).map_err(|error| {
+        let message = format!("{} cannot be read: {error}", path.display());
+        Failure::new("invalid", message, "name another file")
+    })
 }
 
 /// Runs a client's call: one thread is plenty.

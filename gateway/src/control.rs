@@ -6,21 +6,28 @@
 //! Invariants:
 //! - a call that changes something runs to its end even if the client hangs up meanwhile;
 //! - an engine never sees a tenant's or volume's name, or a geometry, that the rules forbid;
+//! - nobody reaches an endpoint but through the table of them ([`endpoints`]) and the guard before each;
 //! - one daemon a socket: a lock beside it, held for the daemon's life, decides, not the socket file;
 //! - the TCP listener answers health and metrics and knows no other route.
 
+pub mod access;
 mod api;
 mod chores;
 pub mod client;
 pub mod dto;
+mod endpoints;
 mod error;
 mod name;
+mod network;
+mod openapi;
+mod page;
 mod permissions;
 mod rates;
 mod retain;
 mod serve;
 mod socket;
 mod tenant;
+mod token;
 mod trash;
 mod warm;
 
@@ -30,7 +37,8 @@ pub(crate) mod fake;
 use async_trait::async_trait;
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 
-pub use api::control_routes as routes;
+pub use access::Access;
+pub(crate) use api::place_of;
 pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use dto::{
@@ -38,8 +46,11 @@ pub use dto::{
     OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapshotInfo, State,
     StatusInfo, StoreStatus, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeSpec,
 };
+pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
+pub use network::Network;
+pub use page::Page;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use rates::{LimitsInfo, RatesInfo, RatesSpec};
 pub use retain::{RetainInfo, RetainSpec};
@@ -48,6 +59,7 @@ pub use socket::{ControlSocket, SocketError};
 pub use tenant::{
     StoreRequests, SuspendSpec, TenantInfo, TenantList, TenantSpec, TenantUsage, patched,
 };
+pub use token::{TokenInfo, TokenList, TokenMade, TokenRole, TokenSpec};
 pub use trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList, TrashRef};
 pub use warm::{EvictInfo, WarmReport, WarmSpec};
 
@@ -83,6 +95,15 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>>;
+    /// A page of these, and where the next one begins.
+    async fn page_of_volumes(
+        &self,
+        tenant: Option<&TenantName>,
+        page: &Page,
+    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+        let all = self.list_volumes(tenant).await?;
+        Ok(page.cut(all, |volume| place_of(&volume.image())))
+    }
     /// One volume, or a snapshot, or the volume as it was at a time, as that is attached here.
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo>;
     /// Makes a volume usable on this host, or a snapshot, or what it was at a time, readable; answers when it

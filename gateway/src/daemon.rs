@@ -18,7 +18,7 @@ use futures::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::replace::Predecessor;
-use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners};
+use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
 use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
@@ -69,6 +69,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
         (listeners, check_store(&settings, &lane).await?)
     };
+    let listeners = listeners.with_network(Network::bind(&config.access).await?);
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
     let daemon = Daemon::start(config, lane.clone())?;
@@ -112,7 +113,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         async move { daemon.look_at_rates().await }
     });
     let engine: Arc<dyn Engine> = Arc::clone(&daemon) as _;
-    control::serve(engine, listeners, shutdown).await?;
+    control::serve(engine, daemon.access(), listeners, shutdown).await?;
     again.abort();
     // Wherever it is: the next daemon goes on.
     trash.abort();

@@ -9,7 +9,7 @@
 //!   other.
 //! - Looking never waits for changing: a volume that hangs hangs alone.
 
-mod access;
+pub(crate) mod access;
 mod attach;
 mod chores;
 mod costs;
@@ -46,18 +46,19 @@ use quarry_objfmt::{Generation, Record, SegmentId, Suspended, TenantName, Volume
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
-use self::access::Access;
+use self::access::Access as DeviceAccess;
 use self::quota::Wish;
+pub(crate) use self::registry::store_error;
 use self::slot::{Attached, Slot, Stage};
 use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport, RescueSpec, ResizeInfo,
-    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
-    TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
-    WarmReport, WarmSpec,
+    Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo,
+    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport,
+    RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
+    TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
+    VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
 use crate::metrics;
@@ -72,6 +73,9 @@ use crate::ublk;
 
 /// Longest time that a control call waits for the store before it answers with the store's error.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The same where the question is whose a token is.
+const TOKENS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Entries of a reactor's registered buffer table: one for each tag of each ublk queue on it.
 const BUFFER_ENTRIES: u16 = 16_384;
@@ -172,6 +176,7 @@ pub struct Daemon {
     exports: Arc<Exports>,
     verifies: verify::Verifies,
     trash: trash::Trash,
+    access: Arc<Access>,
     pace: Arc<warm::Pace>,
     warms: warm::Warms,
 }
@@ -301,6 +306,8 @@ impl Daemon {
             now_ms,
             runtime: tokio::runtime::Handle::current(),
         };
+        let tokens = Arc::new(lane.with_deadline(TOKENS_DEADLINE));
+        let access = Access::new(&config.access, tokens, &config.daemon.data_dir)?;
         Ok(Arc::new(Self {
             host,
             started_ms: now_ms(),
@@ -324,6 +331,7 @@ impl Daemon {
             exports: Arc::default(),
             verifies: verify::Verifies::default(),
             trash: trash::Trash::default(),
+            access: Arc::new(access),
             pace: Arc::new(warm::Pace::new(config.cache.warm_rate.bytes())),
             warms: warm::Warms::default(),
             config,
@@ -392,6 +400,11 @@ impl Daemon {
         Arc::clone(&self.exports)
     }
 
+    /// How callers of the control API are told.
+    pub fn access(&self) -> Arc<Access> {
+        Arc::clone(&self.access)
+    }
+
     /// The volumes that are to be attached here.
     pub fn wanted(&self) -> &Wanted {
         &self.wanted
@@ -451,6 +464,12 @@ impl Daemon {
 impl Engine for Daemon {
     async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
         self.fit()?;
+        // Of one of that name which is gone, should a crash have left any.
+        if let Err(error) = tenants::read(&self.home, &spec.name).await
+            && error.kind == Kind::NotFound
+        {
+            self.access.tokens()?.forget(&spec.name).await?;
+        }
         self.create_one_tenant(spec).await
     }
 
@@ -480,7 +499,9 @@ impl Engine for Daemon {
     }
 
     async fn delete_tenant(&self, tenant: &TenantName, purge: bool) -> ApiResult<()> {
-        self.delete_tenant_and_trash(tenant, purge).await
+        self.delete_tenant_and_trash(tenant, purge).await?;
+        // *Crash in between: they let nobody do anything, and are deleted when there is such a tenant again.*
+        self.access.tokens()?.forget(tenant).await
     }
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
@@ -506,13 +527,35 @@ impl Engine for Daemon {
         Ok(all)
     }
 
+    async fn page_of_volumes(
+        &self,
+        tenant: Option<&TenantName>,
+        page: &Page,
+    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+        let volumes = self.volumes(tenant).await?;
+        let mut all: Vec<ImageRef> = volumes.into_iter().map(Into::into).collect();
+        all.append(&mut self.past_images(tenant));
+        // Only what is on the page is looked at, which costs a read each.
+        let (images, next) = page.cut(all, |image| place_of(&image.to_string()));
+        let mut found = Vec::with_capacity(images.len());
+        for image in images {
+            match self.show_volume(&image).await {
+                Ok(info) => found.push(info),
+                // It may just have been detached, or its volume be deleted.
+                Err(_) if image.is_past() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((found, next))
+    }
+
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
         self.show(image).await
     }
 
     async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo> {
         self.fit()?;
-        let access = Access::resolve(&options).await?;
+        let access = DeviceAccess::resolve(&options).await?;
         self.attach_volume(image, &options, access).await
     }
 

@@ -18,6 +18,7 @@ pub mod reactor;
 pub mod rescue;
 pub mod snapshot;
 pub mod store;
+mod tls;
 pub mod trash;
 pub mod ublk;
 pub mod verify;

@@ -155,6 +155,15 @@ pub struct TrashStats {
     pub purged_objects: u64,
 }
 
+/// What the audit log counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct AuditStats {
+    /// Lines written.
+    pub lines: u64,
+    /// Lines that could not be written.
+    pub failures: u64,
+}
+
 /// One kind of call to the object store.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StoreCall {
@@ -258,6 +267,8 @@ pub struct Snapshot {
     pub store: StoreStats,
     /// The trash.
     pub trash: TrashStats,
+    /// The audit log.
+    pub audit: AuditStats,
 }
 
 /// Where a metric's values come from.
@@ -281,6 +292,8 @@ enum Source {
     Store(fn(&StoreStats) -> f64),
     /// One value.
     Trash(fn(&TrashStats) -> f64),
+    /// One value.
+    Audit(fn(&AuditStats) -> f64),
     /// One value an operation and outcome, labelled so.
     StoreCalls,
     /// One value an operation, labelled so.
@@ -719,6 +732,16 @@ static TABLE: &[Definition] = &[
         of!(Store.waiting),
     ),
     counter(
+        "quarry_audit_failures_total",
+        "Lines of the audit log that could not be written.",
+        of!(Audit.failures),
+    ),
+    counter(
+        "quarry_audit_lines_total",
+        "Lines written to the audit log.",
+        of!(Audit.lines),
+    ),
+    counter(
         "quarry_trash_purged_objects_total",
         "Objects of purged volumes deleted by this daemon.",
         of!(Trash.purged_objects),
@@ -835,6 +858,7 @@ impl Definition {
                 .collect(),
             Source::Cache(value) => vec![self.metric(&[], value(&snapshot.cache))],
             Source::Trash(value) => vec![self.metric(&[], value(&snapshot.trash))],
+            Source::Audit(value) => vec![self.metric(&[], value(&snapshot.audit))],
             Source::Store(value) => vec![self.metric(&[], value(&snapshot.store))],
             Source::StoreCalls => {
                 let calls = snapshot.store.calls.iter();
@@ -939,6 +963,10 @@ mod tests {
                 busy: vec![("get", Duration::from_millis(250))],
                 ..StoreStats::default()
             },
+            audit: AuditStats {
+                lines: 9,
+                failures: 1,
+            },
             trash: TrashStats {
                 volumes: 2,
                 ..TrashStats::default()
@@ -964,6 +992,8 @@ mod tests {
             "quarry_cache_size_bytes 1073741824",
             "quarry_store_busy_seconds_total{operation=\"get\"} 0.25",
             "quarry_trash_volumes 2",
+            "quarry_audit_lines_total 9",
+            "quarry_audit_failures_total 1",
             "quarry_store_requests_total{operation=\"get\",outcome=\"ok\"} 7",
             concat!(
                 "quarry_build_info{version=\"",

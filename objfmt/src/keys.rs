@@ -140,7 +140,22 @@ pub fn tenant_key(tenant: &TenantName) -> String {
     format!("{TENANTS_PREFIX}{tenant}")
 }
 
-/// Where all of a tenant's objects but its record lie.
+/// Where the tokens of tenants lie, to list them.
+pub const TOKENS_PREFIX: &str = "tokens/";
+
+/// The operators' tokens.
+pub const OPERATOR_TOKENS_KEY: &str = "operator-tokens";
+
+/// A tenant's tokens, or the operators'.
+#[must_use]
+pub fn tokens_key(tenant: Option<&TenantName>) -> String {
+    match tenant {
+        Some(tenant) => format!("{TOKENS_PREFIX}{tenant}"),
+        None => OPERATOR_TOKENS_KEY.to_owned(),
+    }
+}
+
+/// Where all of a tenant's objects but its record and its tokens lie.
 #[must_use]
 pub fn tenant_prefix(tenant: &TenantName) -> String {
     format!("t/{tenant}/")
@@ -294,6 +309,8 @@ mod tests {
         let name = VolumeName::new("db").unwrap();
         let snap = SnapName::new("monday").unwrap();
         assert_eq!(tenant_key(&tenant), "tenants/acme");
+        assert_eq!(tokens_key(Some(&tenant)), "tokens/acme");
+        assert_eq!(tokens_key(None), "operator-tokens");
         assert_eq!(name_key(&tenant, &name), "t/acme/names/db");
         assert_eq!(volume_prefix(&tenant, volume), format!("t/acme/v/{id}/"));
         assert_eq!(head_key(&tenant, volume), format!("t/acme/v/{id}/head"));

@@ -1,9 +1,11 @@
 //! Small records of the control plane: JSON in an envelope that is versioned and checksummed.
 //!
 //! Fields that a reader does not know are ignored: records are created and deleted, not
-//! rewritten, so nothing can be lost by that. A tenant's and a name's are rewritten, and keep them.
+//! rewritten, so nothing can be lost by that. A tenant's, a name's and that of a tenant's tokens are rewritten, and keep
+//! them.
 
 mod tenant;
+mod token;
 
 use std::collections::BTreeMap;
 
@@ -18,6 +20,7 @@ pub use tenant::{
     RESERVATIONS_MAX, Rates, Reservation, Suspended, TenantRecord, TenantSettings, TenantStore,
     WEIGHT_DEFAULT,
 };
+pub use token::{TOKEN_NOTE_BYTES_MAX, TOKENS_MAX, TokenRecord, TokensRecord};
 
 const WHAT: &str = "record";
 const FORMAT: Format = Format {
@@ -35,6 +38,9 @@ pub const NAME_KIND: &str = "name";
 pub const CLONE_KIND: &str = "clone";
 /// The kind of a [`TrashRecord`].
 pub const TRASH_KIND: &str = "trash";
+
+/// The kind of a [`TokensRecord`].
+pub const TOKENS_KIND: &str = "tokens";
 
 /// The kind of a [`HotRecord`].
 pub const HOT_KIND: &str = "hot";

@@ -12,7 +12,9 @@ use quarry_objfmt::{Compression, Durability, Suspended, TenantName, VolumeId, Vo
 use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
 use super::warm::Span;
-use crate::control::{DeviceMode, DeviceOwner, ImageRef, SnapRef, TrashRef, Via, VolumeRef};
+use crate::control::{
+    DeviceMode, DeviceOwner, ImageRef, SnapRef, TokenRole, TrashRef, Via, VolumeRef,
+};
 use crate::engine::now_ms;
 use crate::image::ImageFormat;
 use crate::image::copy::JOBS_MAX;
@@ -31,6 +33,33 @@ pub struct Cli {
         value_name = "PATH"
     )]
     pub socket: Option<PathBuf>,
+    /// The daemon's API on the network, rather than its socket.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_URL",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    pub url: Option<String>,
+    /// File with the token for it.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_TOKEN_FILE",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
+    pub token_file: Option<PathBuf>,
+    /// File with the authorities of its certificate, rather than those that the system trusts.
+    #[arg(
+        long,
+        global = true,
+        env = "QUARRY_CA",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
+    pub ca: Option<PathBuf>,
     /// Form of what is printed.
     #[arg(long, global = true, value_enum, default_value_t = Format::Text, value_name = "FORM")]
     pub output: Format,
@@ -48,7 +77,8 @@ Examples:
   quarry volume attach acme/db
   quarry volume show acme/db --output json
 
-Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock).";
+Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock), or, from elsewhere, by --url,
+--token-file and --ca, or QUARRY_URL, QUARRY_TOKEN_FILE and QUARRY_CA.";
 
 /// Form of what is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -69,6 +99,9 @@ pub enum Command {
     /// Make, list and delete tenants.
     #[command(subcommand, after_help = "Example:\n  quarry tenant create acme")]
     Tenant(TenantCommand),
+    /// Make, list and revoke the tokens that the API over the network asks for.
+    #[command(subcommand, after_help = TOKEN_EXAMPLES)]
+    Token(TokenCommand),
     /// Make, use and delete volumes.
     #[command(subcommand, after_help = VOLUME_EXAMPLES)]
     Volume(VolumeCommand),
@@ -191,6 +224,47 @@ pub enum TenantCommand {
         /// Purge its deleted volumes, which else keep it.
         #[arg(long)]
         purge: bool,
+    },
+}
+
+const TOKEN_EXAMPLES: &str = "\
+Examples:
+  quarry token create --tenant acme --role admin --expires 90d > acme.token
+  quarry token create --operator --note \"the scheduler\" > operator.token
+  quarry token list --tenant acme
+  quarry token revoke acme.k3j2h4m5n6p7q2r3";
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token, and print it; it cannot be had again.
+    Create {
+        /// The tenant that its bearer acts for.
+        #[arg(long, required_unless_present = "operator", requires = "role")]
+        tenant: Option<TenantName>,
+        /// What its bearer may do with what is the tenant's.
+        #[arg(long, value_enum, requires = "tenant")]
+        role: Option<TokenRole>,
+        /// Let its bearer do everything, to all tenants.
+        #[arg(long, conflicts_with_all = ["tenant", "role"])]
+        operator: bool,
+        /// When it ends, from now on, such as 90d; never, if that is not said.
+        #[arg(long, value_name = "TIME", value_parser = span_ms)]
+        expires: Option<u64>,
+        /// What it is for.
+        #[arg(long, value_name = "TEXT")]
+        note: Option<String>,
+    },
+    /// List tokens, without their secrets.
+    List {
+        /// Only this tenant's.
+        #[arg(long)]
+        tenant: Option<TenantName>,
+    },
+    /// Take a token back: at once on the daemon's host, within 30 s on others.
+    Revoke {
+        /// Its id, as in `quarry token list`.
+        token: String,
     },
 }
 

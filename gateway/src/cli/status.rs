@@ -69,5 +69,6 @@ fn text(status: &StatusInfo) -> String {
         ("volumes", Some(volumes)),
         ("ublk", there(&status.ublk)),
         ("nbd socket", there(&status.nbd_socket)),
+        ("audit log", status.audit_problem.clone()),
     ])
 }

@@ -56,6 +56,10 @@ fn every_line_of_the_manual_parses() {
         "tenant create acme",
         "tenant list",
         "tenant delete acme",
+        "token create --tenant acme --role admin --expires 90d --note builds",
+        "token create --operator",
+        "token list --tenant acme",
+        "token revoke acme.k3j2h4m5n6p7q2r3",
         "volume create acme/db --size 100GiB",
         "volume create acme/db --size 1EiB --sector-size 4096 --durability object --compression zstd",
         "volume attach acme/db",
@@ -126,6 +130,10 @@ fn every_line_of_the_manual_parses() {
 async fn misuse_is_refused_before_any_daemon_is_asked() {
     let nowhere = std::path::Path::new("/nonexistent/q.sock");
     for line in [
+        "token create",
+        "token create --tenant acme",
+        "token create --tenant acme --role operator",
+        "token create --operator --tenant acme --role read",
         "volume create acme --size 1GiB",
         "volume create acme/db --size large",
         "volume create acme/db --size 1GiB --sector-size 1024",

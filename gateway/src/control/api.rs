@@ -1,118 +1,38 @@
-//! The routes: from HTTP to the [`Engine`] and back, every refusal a [`Problem`](super::Problem).
+//! From HTTP to the [`Engine`](super::Engine) and back, every refusal a [`Problem`](super::Problem).
 
 use std::future::Future;
-use std::sync::Arc;
 
-use axum::Router;
 use axum::body::Bytes;
+use axum::extract::Path;
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::{get, post};
-use quarry_objfmt::{SECTOR_SIZE, SnapName, TenantName};
-use serde::Deserialize;
+use quarry_objfmt::{SECTOR_SIZE, SnapName};
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
+use super::access::{Allowed, Operating};
 use super::dto::{
     AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeSpec, SnapshotInfo, SnapshotList,
     SnapshotSpec, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
     check_size,
 };
 use super::error::response;
-use super::trash::{self, TrashInfo};
-use super::{
-    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, rates, retain, tenant,
-    warm,
-};
+use super::page::{Page, PageQuery, TenantPageQuery, page, tenant_page};
+use super::trash::TrashInfo;
+use super::{ApiError, ApiResult, ImageRef, Kind, SnapRef, VolumeRef};
 
 /// Largest body of a request; the largest real one has some 300 bytes.
-const BODY_BYTES_MAX: usize = 16 << 10;
+pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
 /// The media type of Prometheus' text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-type Shared = State<Arc<dyn Engine>>;
 pub(super) type Body = Result<Bytes, BytesRejection>;
+/// What stands behind the question mark.
+pub(super) type Query<T> = Result<axum::extract::Query<T>, QueryRejection>;
 pub(super) type Volume = Result<Path<(String, String)>, PathRejection>;
 type Snapshot = Result<Path<(String, String, String)>, PathRejection>;
-
-/// Everything: for the unix socket.
-pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
-    let routes = Router::new()
-        .route("/v1/volumes", get(list_volumes).post(create_volume))
-        .route(
-            "/v1/volumes/{tenant}/{volume}",
-            get(show_volume).delete(delete_volume),
-        )
-        .route("/v1/volumes/{tenant}/{volume}/attach", post(attach))
-        .route("/v1/volumes/{tenant}/{volume}/detach", post(detach))
-        .route("/v1/volumes/{tenant}/{volume}/resize", post(resize))
-        .route("/v1/volumes/{tenant}/{volume}/rescue", post(rescue))
-        .route("/v1/volumes/{tenant}/{volume}/sync", post(sync))
-        .route(
-            "/v1/volumes/{tenant}/{volume}/verify",
-            get(verify_progress).post(verify),
-        )
-        .route("/v1/snapshots", get(list_all_snapshots))
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots",
-            get(list_snapshots).post(create_snapshot),
-        )
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}",
-            get(show_snapshot).delete(delete_snapshot),
-        )
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/clone",
-            post(clone_snapshot),
-        )
-        .route(
-            "/v1/volumes/{tenant}/{volume}/snapshots/{snapshot}/rollback",
-            post(rollback),
-        )
-        .route("/v1/status", get(status));
-    finish(
-        routes
-            .merge(tenant::routes())
-            .merge(trash::routes())
-            .merge(retain::routes())
-            .merge(rates::routes())
-            .merge(warm::routes())
-            .merge(chores::routes())
-            .merge(health()),
-        engine,
-    )
-}
-
-/// Health and metrics: for TCP.
-pub(super) fn health_routes(engine: Arc<dyn Engine>) -> Router {
-    finish(health(), engine)
-}
-
-fn health() -> Router<Arc<dyn Engine>> {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready))
-}
-
-fn finish(routes: Router<Arc<dyn Engine>>, engine: Arc<dyn Engine>) -> Router {
-    routes
-        .fallback(async || {
-            ApiError::new(
-                Kind::NotFound,
-                "the API has no such path",
-                "see the paths under /v1",
-            )
-        })
-        .method_not_allowed_fallback(async || {
-            let error =
-                ApiError::invalid("the path does not know this method", "see the Allow header");
-            response(StatusCode::METHOD_NOT_ALLOWED, error)
-        })
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(engine)
-}
 
 /// Lets `call` run to its end even if the client hangs up: a change half made would be worse.
 pub(super) async fn whole<T: Send + 'static>(
@@ -130,7 +50,7 @@ pub(super) async fn whole<T: Send + 'static>(
 }
 
 /// A refusal that has a status of its own.
-pub(super) struct Refused(StatusCode, ApiError);
+pub(super) struct Refused(pub StatusCode, pub ApiError);
 
 impl From<ApiError> for Refused {
     fn from(error: ApiError) -> Self {
@@ -186,62 +106,102 @@ pub(super) fn not_utf8() -> ApiError {
     ApiError::invalid("the path is not UTF-8", "mend the request")
 }
 
-async fn create_volume(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
+/// What was made, or what was there already and is the same.
+pub(super) enum Made<T> {
+    New(T),
+    Same(T),
+}
+
+impl<T: Serialize> IntoResponse for Made<T> {
+    fn into_response(self) -> Response {
+        match self {
+            Self::New(made) => (StatusCode::CREATED, Json(made)).into_response(),
+            Self::Same(found) => Json(found).into_response(),
+        }
+    }
+}
+
+/// Makes something. Where one of its name is there, and is what was asked for, it will do: whoever asks again after
+/// a lost answer gets the same.
+pub(super) async fn make<T>(
+    making: impl Future<Output = ApiResult<T>>,
+    existing: impl Future<Output = ApiResult<T>>,
+    is_it: impl FnOnce(&T) -> bool,
+) -> ApiResult<Made<T>> {
+    match making.await {
+        Ok(made) => Ok(Made::New(made)),
+        Err(error) if error.kind == Kind::Exists => match existing.await {
+            Ok(found) if is_it(&found) => Ok(Made::Same(found)),
+            _ => Err(error),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) async fn create_volume(
+    Allowed(engine): Allowed,
+    body: Body,
+) -> Result<Made<VolumeInfo>, Refused> {
     let spec: VolumeSpec = json(body)?;
     spec.check()?;
-    let made = whole(async move { engine.create_volume(spec).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let image = spec.volume().into();
+        let is_it = |found: &VolumeInfo| spec.is_of(found);
+        make(
+            engine.create_volume(spec.clone()),
+            engine.show_volume(&image),
+            is_it,
+        )
+        .await
+    });
+    Ok(made.await?)
 }
 
-pub(super) fn wrong_query(remedy: &str) -> ApiError {
-    ApiError::invalid("the query is not what this path takes", remedy)
+/// What stands behind the question mark, as `T` takes it.
+pub(super) fn query<T>(asked: Query<T>, remedy: &str) -> ApiResult<T> {
+    let asked =
+        asked.map_err(|_| ApiError::invalid("the query is not what this path takes", remedy))?;
+    Ok(asked.0)
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Which {
-    tenant: Option<String>,
+pub(super) async fn list_volumes(
+    Allowed(engine): Allowed,
+    asked: Query<TenantPageQuery>,
+) -> ApiResult<Json<VolumeList>> {
+    let (tenant, page) = tenant_page(asked)?;
+    let (volumes, next) = engine.page_of_volumes(tenant.as_ref(), &page).await?;
+    Ok(Json(VolumeList { volumes, next }))
 }
 
-pub(super) type WhichQuery = Result<Query<Which>, QueryRejection>;
-
-pub(super) fn which_tenant(query: WhichQuery) -> ApiResult<Option<TenantName>> {
-    let Query(which) = query.map_err(|_| wrong_query("use ?tenant=NAME or none"))?;
-    Ok(which.tenant.map(TenantName::new).transpose()?)
-}
-
-async fn list_volumes(State(engine): Shared, query: WhichQuery) -> ApiResult<Json<VolumeList>> {
-    let tenant = which_tenant(query)?;
-    Ok(Json(VolumeList {
-        volumes: engine.list_volumes(tenant.as_ref()).await?,
-    }))
-}
-
-async fn show_volume(State(engine): Shared, path: Volume) -> ApiResult<Json<VolumeInfo>> {
+pub(super) async fn show_volume(
+    Allowed(engine): Allowed,
+    path: Volume,
+) -> ApiResult<Json<VolumeInfo>> {
     let image = image_of(path)?;
     Ok(Json(engine.show_volume(&image).await?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct VolumeDelete {
+pub(super) struct VolumeDelete {
+    /// Give up writes that a host's cache has and the store does not.
     #[serde(default)]
     discard_unsent: bool,
 }
 
-async fn delete_volume(
-    State(engine): Shared,
+pub(super) async fn delete_volume(
+    Allowed(engine): Allowed,
     path: Volume,
-    query: Result<Query<VolumeDelete>, QueryRejection>,
+    asked: Query<VolumeDelete>,
 ) -> ApiResult<Json<TrashInfo>> {
     let volume = volume_of(path)?;
-    let Query(how) = query.map_err(|_| wrong_query("use ?discard_unsent=true or none"))?;
+    let how = query(asked, "use ?discard_unsent=true or none")?;
     let call = async move { engine.delete_volume(&volume, how.discard_unsent).await };
     Ok(Json(whole(call).await?))
 }
 
-async fn attach(
-    State(engine): Shared,
+pub(super) async fn attach(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
@@ -253,14 +213,14 @@ async fn attach(
     ))
 }
 
-async fn detach(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+pub(super) async fn detach(Allowed(engine): Allowed, path: Volume) -> ApiResult<StatusCode> {
     let image = image_of(path)?;
     whole(async move { engine.detach(&image).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn resize(
-    State(engine): Shared,
+pub(super) async fn resize(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<impl IntoResponse, Refused> {
@@ -272,8 +232,8 @@ async fn resize(
     Ok(Json(whole(call).await?))
 }
 
-async fn rescue(
-    State(engine): Shared,
+pub(super) async fn rescue(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<RescueReport>, Refused> {
@@ -283,15 +243,15 @@ async fn rescue(
     Ok(Json(whole(call).await?))
 }
 
-async fn sync(State(engine): Shared, path: Volume) -> ApiResult<StatusCode> {
+pub(super) async fn sync(Allowed(engine): Allowed, path: Volume) -> ApiResult<StatusCode> {
     let volume = volume_of(path)?;
     // Changes nothing that must be finished: a client that hangs up need not be waited for.
     engine.sync(&volume).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn verify(
-    State(engine): Shared,
+pub(super) async fn verify(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<VerifyReport>, Refused> {
@@ -301,70 +261,133 @@ async fn verify(
     Ok(Json(engine.verify(&image, spec).await?))
 }
 
-async fn verify_progress(State(engine): Shared, path: Volume) -> ApiResult<Json<VerifyProgress>> {
+pub(super) async fn verify_progress(
+    Allowed(engine): Allowed,
+    path: Volume,
+) -> ApiResult<Json<VerifyProgress>> {
     let image = image_of(path)?;
     Ok(Json(engine.verify_progress(&image).await?))
 }
 
-async fn list_all_snapshots(State(engine): Shared) -> ApiResult<Json<SnapshotList>> {
-    let snapshots = engine.list_snapshots(None).await?;
-    Ok(Json(SnapshotList { snapshots }))
+pub(super) async fn list_all_snapshots(
+    Allowed(engine): Allowed,
+    asked: Query<PageQuery>,
+) -> ApiResult<Json<SnapshotList>> {
+    Ok(Json(snapshots(
+        &page(asked)?,
+        engine.list_snapshots(None).await?,
+    )))
 }
 
-async fn list_snapshots(State(engine): Shared, path: Volume) -> ApiResult<Json<SnapshotList>> {
-    let volume = volume_of(path)?;
-    let snapshots = engine.list_snapshots(Some(&volume)).await?;
-    Ok(Json(SnapshotList { snapshots }))
+pub(super) async fn list_snapshots(
+    Allowed(engine): Allowed,
+    path: Volume,
+    asked: Query<PageQuery>,
+) -> ApiResult<Json<SnapshotList>> {
+    let (volume, page) = (volume_of(path)?, page(asked)?);
+    Ok(Json(snapshots(
+        &page,
+        engine.list_snapshots(Some(&volume)).await?,
+    )))
 }
 
-async fn create_snapshot(
-    State(engine): Shared,
+fn snapshots(page: &Page, all: Vec<SnapshotInfo>) -> SnapshotList {
+    let place =
+        |s: &SnapshotInfo| format!("{} {:020} {}", place_of(&s.volume), s.created_ms, s.name);
+    let (snapshots, next) = page.cut(all, place);
+    SnapshotList { snapshots, next }
+}
+
+/// A name's place in the order of tenants and volumes: what ends the tenant's name comes before all that a name has.
+pub(crate) fn place_of(name: &str) -> String {
+    name.replace('/', " ")
+}
+
+pub(super) async fn create_snapshot(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
-) -> Result<impl IntoResponse, Refused> {
+) -> Result<Made<SnapshotInfo>, Refused> {
     let volume = volume_of(path)?;
     let SnapshotSpec { name } = json(body)?;
     let snapshot = SnapRef { volume, name };
-    let made = whole(async move { engine.create_snapshot(&snapshot).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let existing = engine.show_snapshot(&snapshot);
+        make(engine.create_snapshot(&snapshot), existing, |found| {
+            !found.deleting
+        })
+        .await
+    });
+    Ok(made.await?)
 }
 
-async fn show_snapshot(
-    State(engine): Shared,
+pub(super) async fn show_snapshot(
+    Allowed(engine): Allowed,
     path: Snapshot,
 ) -> Result<Json<SnapshotInfo>, Refused> {
     let snapshot = snapshot_of(path)?;
     Ok(Json(engine.show_snapshot(&snapshot).await?))
 }
 
-async fn delete_snapshot(State(engine): Shared, path: Snapshot) -> ApiResult<StatusCode> {
+pub(super) async fn delete_snapshot(
+    Allowed(engine): Allowed,
+    path: Snapshot,
+) -> ApiResult<StatusCode> {
     let snapshot = snapshot_of(path)?;
     whole(async move { engine.delete_snapshot(&snapshot).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn clone_snapshot(
-    State(engine): Shared,
+pub(super) async fn clone_snapshot(
+    Allowed(engine): Allowed,
     path: Snapshot,
     body: Body,
-) -> Result<impl IntoResponse, Refused> {
+) -> Result<Made<VolumeInfo>, Refused> {
     let snapshot = snapshot_of(path)?;
     let CloneSpec { name } = json(body)?;
-    let made = whole(async move { engine.clone_snapshot(&snapshot, &name).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let image = VolumeRef {
+            tenant: snapshot.volume.tenant.clone(),
+            name: name.clone(),
+        };
+        let is_it = |found: &VolumeInfo| {
+            let parent = found.parent.as_ref();
+            parent.is_some_and(|p| format!("{}@{}", p.volume, p.snapshot) == snapshot.to_string())
+        };
+        let image = image.into();
+        make(
+            engine.clone_snapshot(&snapshot, &name),
+            engine.show_volume(&image),
+            is_it,
+        )
+        .await
+    });
+    Ok(made.await?)
 }
 
-async fn rollback(State(engine): Shared, path: Snapshot) -> Result<Json<VolumeInfo>, Refused> {
+pub(super) async fn rollback(
+    Allowed(engine): Allowed,
+    path: Snapshot,
+) -> Result<Json<VolumeInfo>, Refused> {
     let snapshot = snapshot_of(path)?;
     let call = async move { engine.rollback(&snapshot).await };
     Ok(Json(whole(call).await?))
 }
 
-async fn status(State(engine): Shared) -> ApiResult<impl IntoResponse> {
-    Ok(Json(engine.status().await?))
+pub(super) async fn status(
+    Allowed(engine): Allowed,
+    Operating(access): Operating,
+) -> ApiResult<impl IntoResponse> {
+    let mut status = engine.status().await?;
+    status.audit_problem = access.audit_problem();
+    Ok(Json(status))
 }
 
-async fn ready(State(engine): Shared) -> Response {
+pub(super) async fn healthy() -> &'static str {
+    "ok\n"
+}
+
+pub(super) async fn ready(Allowed(engine): Allowed) -> Response {
     match engine.ready().await {
         Ok(()) => "ready\n".into_response(),
         Err(why) => (
@@ -375,7 +398,7 @@ async fn ready(State(engine): Shared) -> Response {
     }
 }
 
-async fn metrics(State(engine): Shared) -> impl IntoResponse {
+pub(super) async fn metrics(Allowed(engine): Allowed) -> impl IntoResponse {
     (
         [(header::CONTENT_TYPE, METRICS_TYPE)],
         engine.metrics_text().await,
@@ -384,6 +407,7 @@ async fn metrics(State(engine): Shared) -> impl IntoResponse {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -395,6 +419,8 @@ mod tests {
     use super::super::fake::{FakeDaemon, FakeEngine};
     use super::super::trash::{PurgeSpec, RestoreSpec, TrashRef};
     use super::super::{Client, Problem, RatesSpec, State as VolumeState, Via};
+    use quarry_objfmt::TenantName;
+
     use super::*;
 
     fn acme() -> TenantName {
@@ -586,7 +612,9 @@ mod tests {
             ("POST", "/v1/tenants", "{", 400),
             ("POST", "/v1/tenants", "", 400),
             ("POST", "/v1/tenants", r#"{"name":"../x"}"#, 400),
-            ("POST", "/v1/tenants", r#"{"name":"acme"}"#, 409),
+            ("GET", "/v1/volumes?limit=0", "", 400),
+            ("GET", "/v1/tenants?limit=-1", "", 400),
+            ("GET", "/v1/snapshots?tenant=acme", "", 400),
             (
                 "POST",
                 "/v1/volumes",

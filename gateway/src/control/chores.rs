@@ -1,18 +1,15 @@
 //! Putting a volume's data in order and cutting its tie to its parent, over the wire and at their routes.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::State;
 use axum::response::Json;
-use axum::routing::{get, post};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ApiResult;
+use super::access::Allowed;
 use super::api::{Body, Refused, Volume, json, volume_of};
-use super::{ApiResult, Engine};
 
 /// Request: put a volume's data in the order of addresses.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CompactSpec {
     /// Also what snapshots need, which then takes its space twice.
@@ -20,7 +17,7 @@ pub struct CompactSpec {
 }
 
 /// Answer: what was moved, or is so far.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct MoveReport {
     /// Bytes of the volume's data that were moved.
@@ -31,15 +28,8 @@ pub struct MoveReport {
     pub passes: u64,
 }
 
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    let path = |action: &str| format!("/v1/volumes/{{tenant}}/{{volume}}/{action}");
-    Router::new()
-        .route(&path("compact"), get(progress).post(compact))
-        .route(&path("flatten"), post(flatten))
-}
-
-async fn compact(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn compact(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<MoveReport>, Refused> {
@@ -49,15 +39,12 @@ async fn compact(
     Ok(Json(engine.compact(&volume, &spec).await?))
 }
 
-async fn flatten(
-    State(engine): State<Arc<dyn Engine>>,
-    path: Volume,
-) -> ApiResult<Json<MoveReport>> {
+pub(super) async fn flatten(Allowed(engine): Allowed, path: Volume) -> ApiResult<Json<MoveReport>> {
     Ok(Json(engine.flatten(&volume_of(path)?).await?))
 }
 
-async fn progress(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn progress(
+    Allowed(engine): Allowed,
     path: Volume,
 ) -> ApiResult<Json<MoveReport>> {
     Ok(Json(engine.move_progress(&volume_of(path)?).await?))

@@ -1,9 +1,11 @@
-//! The client of the API: one method a call, over the unix socket.
+//! The client of the API: one method a call, over the unix socket or by TLS.
 
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
+use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,9 +16,11 @@ use super::dto::{
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
     VolumeInfo, VolumeList, VolumeSpec,
 };
+use super::page::Listed;
 use super::rates::{RatesInfo, RatesSpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::tenant::{SuspendSpec, TenantInfo, TenantList, TenantSpec};
+use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{ApiError, ApiResult, ImageRef, Kind, Problem, SnapRef, VolumeRef};
@@ -35,11 +39,30 @@ enum Patience {
     Work,
 }
 
-/// A client of the daemon at one socket.
-#[derive(Clone, Debug)]
+/// Where a daemon is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Place {
+    Socket(PathBuf),
+    /// An origin, such as `https://host:9443`.
+    Url(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Url(url) => f.write_str(url),
+        }
+    }
+}
+
+/// A client of one daemon.
+#[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
-    socket: PathBuf,
+    place: Place,
+    /// What to send with each request, if anything.
+    token: Option<HeaderValue>,
 }
 
 impl Client {
@@ -49,26 +72,63 @@ impl Client {
     /// If the HTTP library cannot start.
     pub fn new(socket: impl Into<PathBuf>) -> ApiResult<Self> {
         let socket = socket.into();
-        // The library wants one, even for plain HTTP on a unix socket.
-        crate::store::install_crypto();
-        let http = reqwest::Client::builder()
+        let http = builder()
             .unix_socket(socket.clone())
-            .no_proxy()
             // There is no TLS on a unix socket; without this, a host without CA certificates fails here.
-            .tls_certs_only([])
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(CONNECT_TIME)
-            .build()
-            .map_err(|error| {
-                ApiError::internal(format!("the HTTP client cannot start: {error}"))
-            })?;
-        Ok(Self { http, socket })
+            .tls_certs_only([]);
+        Ok(Self {
+            http: build(http)?,
+            place: Place::Socket(socket),
+            token: None,
+        })
     }
 
-    /// The daemon's socket.
-    #[must_use]
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// A client of the daemon whose API is at `url`, which knows its caller by `token`, and is known by a
+    /// certificate of the authorities in `ca` (PEM), or of those that the system trusts.
+    ///
+    /// # Errors
+    /// If one of these cannot be used.
+    pub fn network(url: &str, token: Option<&str>, ca: Option<&[u8]>) -> ApiResult<Self> {
+        let remedy = "write a URL such as https://host:9443";
+        let wrong = |why: &str| ApiError::invalid(format!("{url:?} {why}"), remedy);
+        let parsed = url::Url::parse(url).map_err(|_| wrong("is no URL"))?;
+        let loopback = match parsed.host() {
+            Some(url::Host::Domain(name)) => name == "localhost",
+            Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+            Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+            None => return Err(wrong("names no host")),
+        };
+        match parsed.scheme() {
+            "https" => {}
+            "http" if loopback => {}
+            "http" => return Err(wrong("would show the token to whoever listens in")),
+            _ => return Err(wrong("is no https URL")),
+        }
+        if parsed.path() != "/" || parsed.query().is_some() || !parsed.username().is_empty() {
+            return Err(wrong("has more than a host and a port"));
+        }
+        let mut http = builder();
+        if let Some(ca) = ca {
+            let certs = reqwest::Certificate::from_pem_bundle(ca).ok();
+            let certs = certs.filter(|certs| !certs.is_empty()).ok_or_else(|| {
+                let message = "the file of authorities holds no certificate";
+                ApiError::invalid(message, "name one with certificates in PEM")
+            })?;
+            http = http.tls_certs_only(certs);
+        }
+        let bearer = |token: &str| {
+            let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
+                let remedy = "name the file that `quarry token create` was printed to";
+                ApiError::invalid("the token file holds no token", remedy)
+            })?;
+            value.set_sensitive(true);
+            ApiResult::Ok(value)
+        };
+        Ok(Self {
+            http: build(http)?,
+            place: Place::Url(parsed.origin().ascii_serialization()),
+            token: token.map(bearer).transpose()?,
+        })
     }
 
     async fn call(
@@ -78,7 +138,14 @@ impl Client {
         body: Option<&impl Serialize>,
         patience: Patience,
     ) -> ApiResult<Response> {
-        let mut request = self.http.request(method, format!("http://quarry{path}"));
+        let origin = match &self.place {
+            Place::Socket(_) => "http://quarry",
+            Place::Url(url) => url,
+        };
+        let mut request = self.http.request(method, format!("{origin}{path}"));
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, token.clone());
+        }
         if let Some(body) = body {
             request = request.json(body);
         }
@@ -110,6 +177,42 @@ impl Client {
         self.json(response).await
     }
 
+    /// A list, page by page.
+    async fn list<T: Listed>(&self, path: &str, tenant: Option<&TenantName>) -> ApiResult<T> {
+        let ask = |next: Option<String>| {
+            let mut query = url::form_urlencoded::Serializer::new(String::new());
+            if let Some(tenant) = tenant {
+                query.append_pair("tenant", tenant.as_str());
+            }
+            if let Some(next) = next {
+                query.append_pair("after", &next);
+            }
+            format!("{path}?{}", query.finish())
+        };
+        let mut all: T = self.get(&ask(None)).await?;
+        while let Some(next) = all.next() {
+            let page = self.get(&ask(Some(next))).await?;
+            all.append(page);
+        }
+        Ok(all)
+    }
+
+    /// Makes what must not be there yet. (The API takes one that is the same for it: to people it is another.)
+    async fn make<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        spec: &impl Serialize,
+        patience: Patience,
+        what: impl FnOnce() -> String,
+    ) -> ApiResult<T> {
+        let response = self.call(Method::POST, path, Some(spec), patience).await?;
+        if response.status() == StatusCode::OK {
+            let message = format!("there is a {} already", what());
+            return Err(ApiError::new(Kind::Exists, message, "choose another name"));
+        }
+        self.json(response).await
+    }
+
     async fn order(&self, method: Method, path: &str) -> ApiResult<()> {
         self.call(method, path, None::<&()>, Patience::Work)
             .await
@@ -118,9 +221,9 @@ impl Client {
 
     /// Why nothing came back.
     fn lost(&self, error: &reqwest::Error) -> ApiError {
-        let socket = self.socket.display();
+        let place = &self.place;
         if error.is_timeout() {
-            let message = format!("the daemon at {socket} does not answer");
+            let message = format!("the daemon at {place} does not answer");
             return ApiError::new(
                 Kind::Unavailable,
                 message,
@@ -129,18 +232,28 @@ impl Client {
         }
         if error.is_connect() {
             if denied(error) {
-                let message = format!("the daemon's socket {socket} does not let you in");
+                let message = format!("the daemon's socket {place} does not let you in");
                 return ApiError::new(
                     Kind::Denied,
                     message,
-                    "run this as root or as a member of the socket's group",
+                    "run this as root or as the daemon's user, or have access.operators name you",
                 );
             }
-            let message = format!("no daemon answers at {socket}");
-            let remedy = "start one with `quarry serve`, or name its socket with --socket";
+            if let Some(why) = untrusted(error) {
+                let message = format!("what answers at {place} is not known to be it: {why}");
+                let remedy = "name the file of its certificate's authority with --ca";
+                return ApiError::new(Kind::Denied, message, remedy);
+            }
+            let message = format!("no daemon answers at {place}");
+            let remedy = match place {
+                Place::Socket(_) => {
+                    "start one with `quarry serve`, or name its socket with --socket"
+                }
+                Place::Url(_) => "check --url, and access.listen of the daemon",
+            };
             return ApiError::new(Kind::Unavailable, message, remedy);
         }
-        let message = format!("the daemon at {socket} broke off");
+        let message = format!("the daemon at {place} broke off");
         ApiError::new(
             Kind::Unavailable,
             message,
@@ -151,10 +264,11 @@ impl Client {
     fn stranger(&self, status: StatusCode) -> ApiError {
         let message = format!(
             "what answers at {} ({status}) does not speak as this client does",
-            self.socket.display()
+            self.place
         );
-        ApiError::internal(message)
-            .with_remedy("check --socket, and that client and daemon have the same version")
+        ApiError::internal(message).with_remedy(
+            "check --socket or --url, and that client and daemon have the same version",
+        )
     }
 
     /// Makes a tenant.
@@ -162,10 +276,8 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn create_tenant(&self, spec: &TenantSpec) -> ApiResult<TenantInfo> {
-        let response = self
-            .call(Method::POST, "/v1/tenants", Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        let what = || format!("tenant {}", spec.name);
+        self.make("/v1/tenants", spec, Patience::Work, what).await
     }
 
     /// One tenant, with what it has.
@@ -223,7 +335,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_tenants(&self) -> ApiResult<TenantList> {
-        self.get("/v1/tenants").await
+        self.list("/v1/tenants", None).await
     }
 
     /// Removes a tenant without volumes, and purges its trash if `purge`.
@@ -235,15 +347,43 @@ impl Client {
             .await
     }
 
+    /// Makes a token.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn create_token(&self, spec: &TokenSpec) -> ApiResult<TokenMade> {
+        let response = self
+            .call(Method::POST, "/v1/tokens", Some(spec), Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
+    /// All tokens, or those of one tenant.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn list_tokens(&self, tenant: Option<&TenantName>) -> ApiResult<TokenList> {
+        self.list("/v1/tokens", tenant).await
+    }
+
+    /// Takes a token back.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn revoke_token(&self, id: &str) -> ApiResult<()> {
+        // Whatever was typed is one part of a path.
+        let escaped: String = url::form_urlencoded::byte_serialize(id.as_bytes()).collect();
+        self.order(Method::DELETE, &format!("/v1/tokens/{escaped}"))
+            .await
+    }
+
     /// Makes a volume.
     ///
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn create_volume(&self, spec: &VolumeSpec) -> ApiResult<VolumeInfo> {
-        let response = self
-            .call(Method::POST, "/v1/volumes", Some(spec), Patience::Answer)
-            .await?;
-        self.json(response).await
+        let what = || format!("volume {}", spec.volume());
+        self.make("/v1/volumes", spec, Patience::Answer, what).await
     }
 
     /// All volumes, or those of one tenant.
@@ -251,10 +391,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<VolumeList> {
-        match tenant {
-            None => self.get("/v1/volumes").await,
-            Some(tenant) => self.get(&format!("/v1/volumes?tenant={tenant}")).await,
-        }
+        self.list("/v1/volumes", tenant).await
     }
 
     /// One volume.
@@ -376,10 +513,8 @@ impl Client {
         let path = format!("/v1/volumes/{}/snapshots", snapshot.volume);
         let name = snapshot.name.clone();
         let spec = SnapshotSpec { name };
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        let what = || format!("snapshot {snapshot}");
+        self.make(&path, &spec, Patience::Work, what).await
     }
 
     /// A volume's snapshots, or all.
@@ -388,8 +523,11 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn list_snapshots(&self, volume: Option<&VolumeRef>) -> ApiResult<SnapshotList> {
         match volume {
-            Some(volume) => self.get(&format!("/v1/volumes/{volume}/snapshots")).await,
-            None => self.get("/v1/snapshots").await,
+            Some(volume) => {
+                let path = format!("/v1/volumes/{volume}/snapshots");
+                self.list(&path, None).await
+            }
+            None => self.list("/v1/snapshots", None).await,
         }
     }
 
@@ -420,10 +558,8 @@ impl Client {
     ) -> ApiResult<VolumeInfo> {
         let path = format!("{}/clone", snapshot_path(snapshot));
         let spec = CloneSpec { name: name.clone() };
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        let what = || format!("volume {}/{name}", snapshot.volume.tenant);
+        self.make(&path, &spec, Patience::Work, what).await
     }
 
     /// Makes a volume what its snapshot is.
@@ -523,10 +659,7 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<TrashList> {
-        match tenant {
-            None => self.get("/v1/trash").await,
-            Some(tenant) => self.get(&format!("/v1/trash?tenant={tenant}")).await,
-        }
+        self.list("/v1/trash", tenant).await
     }
 
     /// Brings a volume back from the trash.
@@ -568,6 +701,35 @@ impl Client {
 fn snapshot_path(snapshot: &SnapRef) -> String {
     let SnapRef { volume, name } = snapshot;
     format!("/v1/volumes/{volume}/snapshots/{name}")
+}
+
+fn builder() -> reqwest::ClientBuilder {
+    // The library wants one, even for plain HTTP on a unix socket.
+    crate::store::install_crypto();
+    reqwest::Client::builder()
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .connect_timeout(CONNECT_TIME)
+}
+
+fn build(builder: reqwest::ClientBuilder) -> ApiResult<reqwest::Client> {
+    let built = builder.build();
+    built.map_err(|error| ApiError::internal(format!("the HTTP client cannot start: {error}")))
+}
+
+/// Why a server's certificate is not taken, if that is why.
+fn untrusted(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return Some(tls.to_string());
+    }
+    // What is within an I/O error is not its source.
+    let within = error
+        .downcast_ref::<std::io::Error>()
+        .and_then(std::io::Error::get_ref);
+    match within {
+        Some(within) => untrusted(within),
+        None => error.source().and_then(untrusted),
+    }
 }
 
 /// Whether a connection failed for want of permission.

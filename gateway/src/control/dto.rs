@@ -11,8 +11,11 @@ use quarry_objfmt::{
     Compression, Durability, Sectors, SnapName, TenantName, VOLUME_SECTORS_MAX, VolumeId,
     VolumeName,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::openapi::{CompressionWord, DurabilityWord, Name, Uuid};
+use super::page::listed;
 use super::rates::{LimitsInfo, RatesSpec};
 use super::retain::check_retain;
 use super::tenant::StoreRequests;
@@ -26,7 +29,17 @@ pub const SECTOR_SIZES: [u32; 2] = [512, 4096];
 
 /// How the host reaches an attached volume.
 #[derive(
-    Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, clap::ValueEnum,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Debug,
+    Default,
+    Serialize,
+    Deserialize,
+    JsonSchema,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
@@ -55,12 +68,14 @@ impl fmt::Display for Via {
 }
 
 /// Request: make a volume.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeSpec {
     /// Whose.
+    #[schemars(with = "Name")]
     pub tenant: TenantName,
     /// Its name.
+    #[schemars(with = "Name")]
     pub name: VolumeName,
     /// Its size; a multiple of the sector size.
     pub size_bytes: u64,
@@ -69,9 +84,11 @@ pub struct VolumeSpec {
     pub sector_size: u32,
     /// What a flush promises.
     #[serde(default)]
+    #[schemars(with = "DurabilityWord")]
     pub durability: Durability,
     /// How its data are compressed.
     #[serde(default)]
+    #[schemars(with = "CompressionWord")]
     pub compression: Compression,
     /// How long what it needs no more is kept.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -98,6 +115,16 @@ impl VolumeSpec {
             tenant: self.tenant.clone(),
             name: self.name.clone(),
         }
+    }
+
+    /// Whether `found` is what it would make.
+    pub(super) fn is_of(&self, found: &VolumeInfo) -> bool {
+        self.size_bytes == found.size_bytes
+            && self.sector_size == found.sector_size
+            && self.durability == found.durability
+            && self.compression == found.compression
+            && self.retain_ms == found.retain_ms
+            && found.parent.is_none()
     }
 
     /// Refuses geometry that no volume has.
@@ -132,7 +159,7 @@ pub(crate) fn check_size(size_bytes: u64, sector_size: u32) -> ApiResult<()> {
 }
 
 /// Request: change a volume's size.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResizeSpec {
     /// Its new size; a multiple of its sector size.
@@ -143,7 +170,7 @@ pub struct ResizeSpec {
 }
 
 /// Answer: a volume's new size.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct ResizeInfo {
     /// `tenant/name`.
     pub volume: String,
@@ -155,7 +182,7 @@ pub struct ResizeInfo {
 }
 
 /// Request: check a volume in the store.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct VerifySpec {
     /// Read every byte that the volume needs, not only what names it.
@@ -166,23 +193,25 @@ pub struct VerifySpec {
 }
 
 /// Request: make a snapshot.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotSpec {
     /// Its name.
+    #[schemars(with = "Name")]
     pub name: SnapName,
 }
 
 /// Request: make a volume that starts as a snapshot is.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CloneSpec {
     /// What it is to be called.
+    #[schemars(with = "Name")]
     pub name: VolumeName,
 }
 
 /// A snapshot.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct SnapshotInfo {
     /// `tenant/name` of its volume.
@@ -206,14 +235,19 @@ pub struct SnapshotInfo {
 }
 
 /// Answer: snapshots.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct SnapshotList {
     /// By volume and age.
     pub snapshots: Vec<SnapshotInfo>,
+    /// What to ask for the next page after; none: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
+listed!(SnapshotList, snapshots);
+
 /// A run of a volume's bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct ByteRange {
     /// The first.
     pub start: u64,
@@ -222,7 +256,7 @@ pub struct ByteRange {
 }
 
 /// Something wrong with an object.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Finding {
     /// Its key in the store.
@@ -236,7 +270,7 @@ pub struct Finding {
 }
 
 /// How far a check of a volume is. Totals grow while the map is read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerifyProgress {
     /// Nodes of the map read.
@@ -254,7 +288,7 @@ pub struct VerifyProgress {
 }
 
 /// Answer: what a check of a volume found.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerifyReport {
     /// `tenant/name`, or `tenant/name@snapshot`.
@@ -288,11 +322,12 @@ pub struct VerifyReport {
 }
 
 /// Request: make a lost or damaged head of a volume anew.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RescueSpec {
     /// Its id, if its name is lost too.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Uuid>")]
     pub id: Option<VolumeId>,
     /// Write the head; without, nothing changes.
     pub apply: bool,
@@ -304,14 +339,16 @@ pub struct RescueSpec {
     pub sector_size: Option<u32>,
     /// What a flush promises.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<DurabilityWord>")]
     pub durability: Option<Durability>,
     /// How its data are compressed from now on.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<CompressionWord>")]
     pub compression: Option<Compression>,
 }
 
 /// A run of a volume's log.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct LogRangeInfo {
     /// The writer's term.
@@ -323,7 +360,7 @@ pub struct LogRangeInfo {
 }
 
 /// Answer: what a head made anew says, or would say.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RescueReport {
     /// `tenant/name`.
@@ -359,7 +396,7 @@ pub struct RescueReport {
 }
 
 /// What a volume is doing, seen from this host.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub enum State {
     /// Nobody uses it.
     #[default]
@@ -406,7 +443,7 @@ impl State {
 }
 
 /// How a volume is attached here.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct AttachedInfo {
     /// By what.
     pub via: Via,
@@ -453,7 +490,7 @@ pub struct AttachedInfo {
 }
 
 /// Who may write to a volume.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct OwnerInfo {
     /// The host's name.
     pub host: String,
@@ -465,7 +502,7 @@ pub struct OwnerInfo {
 }
 
 /// The snapshot that a volume was cloned from.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct ParentInfo {
     /// `tenant/name` of its volume, or that volume's id if its name cannot be had.
@@ -475,7 +512,7 @@ pub struct ParentInfo {
 }
 
 /// A volume, or a snapshot as it is attached. The counters are of this attachment, and 0 when it is not attached here.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VolumeInfo {
     /// Whose.
@@ -494,8 +531,10 @@ pub struct VolumeInfo {
     /// Its logical block size.
     pub sector_size: u32,
     /// What a flush promises.
+    #[schemars(with = "DurabilityWord")]
     pub durability: Durability,
     /// How its data are compressed.
+    #[schemars(with = "CompressionWord")]
     pub compression: Compression,
     /// How fast it may be used, wherever it is attached.
     pub rates: RatesSpec,
@@ -584,14 +623,19 @@ impl VolumeInfo {
 }
 
 /// Answer: volumes.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct VolumeList {
     /// By tenant and name.
     pub volumes: Vec<VolumeInfo>,
+    /// What to ask for the next page after; none: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
+listed!(VolumeList, volumes);
+
 /// Request: attach a volume.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AttachOptions {
     /// By what; none: ublk where the kernel has it, else NBD.
@@ -606,9 +650,11 @@ pub struct AttachOptions {
     pub queues: Option<u16>,
     /// ublk: whose the block device is to be; none: as the kernel or udev has it.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub device_owner: Option<DeviceOwner>,
     /// ublk: the block device's permission bits; none: as the kernel or udev has them.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub device_mode: Option<DeviceMode>,
     /// Receive what the cache lacks straight into requests' pages, unverified, where that is possible.
     pub direct_reads: bool,
@@ -641,7 +687,7 @@ impl AttachOptions {
 }
 
 /// Answer: where an attached volume is.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct AttachInfo {
     /// `tenant/name`, or `tenant/name@snapshot`.
     pub volume: String,
@@ -705,7 +751,7 @@ fn escaped(path: &Path) -> String {
 }
 
 /// The object store, as the daemon sees it.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct StoreStatus {
     /// Its URL.
@@ -719,7 +765,7 @@ pub struct StoreStatus {
 }
 
 /// The cache device.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct CacheStatus {
     /// Where it is.
@@ -737,7 +783,7 @@ pub struct CacheStatus {
 }
 
 /// How the daemon does.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct StatusInfo {
     /// Its version.
@@ -764,6 +810,9 @@ pub struct StatusInfo {
     pub ublk: String,
     /// The NBD server's unix socket.
     pub nbd_socket: String,
+    /// Why the audit log cannot be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_problem: Option<String>,
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::fmt;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use quarry_objfmt::TenantName;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::VolumeRef;
@@ -13,7 +14,7 @@ use super::VolumeRef;
 pub const PROBLEM_JSON: &str = "application/problem+json";
 
 /// What an operator or a program can do about an error.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// The thing named does not exist.
@@ -111,6 +112,16 @@ impl ApiError {
         )
     }
 
+    /// The trash has no such volume.
+    #[must_use]
+    pub fn not_in_trash(which: &impl fmt::Display) -> Self {
+        Self::new(
+            Kind::NotFound,
+            format!("{which}: it is not in the trash"),
+            "`quarry trash list` shows what is",
+        )
+    }
+
     /// The request is wrong.
     #[must_use]
     pub fn invalid(message: impl Into<String>, remedy: impl Into<String>) -> Self {
@@ -134,7 +145,7 @@ impl ApiError {
 }
 
 /// The body of an error's response.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
     /// The HTTP status once more.
     pub status: u16,
@@ -169,6 +180,13 @@ pub(super) fn response(status: StatusCode, error: ApiError) -> Response {
         remedy: error.remedy,
     };
     let mut response = (status, axum::Json(problem)).into_response();
+    response.extensions_mut().insert(error.kind);
+    if status == StatusCode::UNAUTHORIZED {
+        let scheme = header::HeaderValue::from_static("Bearer");
+        response
+            .headers_mut()
+            .insert(header::WWW_AUTHENTICATE, scheme);
+    }
     response.headers_mut().insert(
         header::CONTENT_TYPE,
         header::HeaderValue::from_static(PROBLEM_JSON),

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::*;
+use crate::store::FolderStore;
 
 /// Keeps what it is told, and does nothing.
 #[derive(Default)]
@@ -32,6 +33,14 @@ impl FakeEngine {
             attach_time,
             ..Self::default()
         }
+    }
+
+    fn check_free(&self, volume: &VolumeRef) -> ApiResult<()> {
+        if !self.volumes.lock().contains_key(volume) {
+            return Ok(());
+        }
+        let message = format!("there is a volume {volume} already");
+        Err(ApiError::new(Kind::Exists, message, "choose another name"))
     }
 
     fn change(&self, volume: &VolumeRef, change: impl FnOnce(&mut VolumeInfo)) -> ApiResult<()> {
@@ -130,10 +139,11 @@ impl Engine for FakeEngine {
         if !self.tenants.lock().contains(&spec.tenant) {
             return Err(ApiError::no_tenant(&spec.tenant));
         }
+        self.check_free(&spec.volume())?;
         let info = VolumeInfo {
             tenant: spec.tenant.to_string(),
             name: spec.name.to_string(),
-            id: "f7a4f3a0-0000-4000-8000-000000000000".to_owned(),
+            id: format!("f7a4f3a0-0000-4000-8000-{:012}", self.volumes.lock().len()),
             size_bytes: spec.size_bytes,
             sector_size: spec.sector_size,
             durability: spec.durability,
@@ -150,7 +160,7 @@ impl Engine for FakeEngine {
         let volumes = self.volumes.lock();
         Ok(volumes
             .values()
-            .filter(|v| tenant.is_none_or(|t| t.as_str() == v.tenant))
+            .filter(|v| is_of(v, tenant))
             .cloned()
             .collect())
     }
@@ -307,6 +317,10 @@ impl Engine for FakeEngine {
             newest_write: 7,
             ..SnapshotInfo::default()
         };
+        if self.show_snapshot(snapshot).await.is_ok() {
+            let message = format!("there is a snapshot {snapshot} already");
+            return Err(ApiError::new(Kind::Exists, message, "choose another name"));
+        }
         self.snapshots.lock().push(made.clone());
         Ok(made)
     }
@@ -361,6 +375,7 @@ impl Engine for FakeEngine {
             tenant: snapshot.volume.tenant.clone(),
             name: name.clone(),
         };
+        self.check_free(&volume)?;
         self.volumes.lock().insert(volume, made.clone());
         Ok(made)
     }
@@ -433,17 +448,25 @@ impl Engine for FakeEngine {
         })
     }
 
-    async fn list_trash(&self, _: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
-        Ok(self.trash.lock().values().map(trash_info).collect())
+    async fn list_trash(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TrashInfo>> {
+        let trash = self.trash.lock();
+        let of = trash.values().filter(|v| is_of(v, tenant));
+        Ok(of.map(trash_info).collect())
     }
 
     async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
-        let TrashRef::Name(volume) = which else {
-            return Err(ApiError::invalid("no ids here", "give a name"));
+        let mut trash = self.trash.lock();
+        let is = |(named, info): &(&VolumeRef, &VolumeInfo)| match which {
+            TrashRef::Name(volume) => volume == *named,
+            TrashRef::Id(id) => id.to_string() == info.id,
+            TrashRef::Of(tenant, id) => id.to_string() == info.id && *tenant == named.tenant,
         };
-        let found = self.trash.lock().remove(volume);
-        let mut info = found.ok_or_else(|| ApiError::no_volume(volume))?;
-        let mut volume = volume.clone();
+        let found = trash.iter().find(is).map(|(volume, _)| volume.clone());
+        let mut volume = found.ok_or_else(|| match which {
+            TrashRef::Name(volume) => ApiError::no_volume(volume),
+            TrashRef::Id(id) | TrashRef::Of(_, id) => ApiError::not_in_trash(id),
+        })?;
+        let mut info = trash.remove(&volume).expect("it was just found");
         if let Some(name) = name {
             volume.name = name.clone();
             info.name = name.to_string();
@@ -453,7 +476,8 @@ impl Engine for FakeEngine {
     }
 
     async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
-        let all: Vec<_> = self.trash.lock().values().map(trash_info).collect();
+        let tenant = spec.tenant.as_ref();
+        let all = self.list_trash(tenant).await?;
         if !spec.all {
             let problem = Some("it has clones".to_owned());
             let kept = all.into_iter().map(|info| TrashInfo {
@@ -466,7 +490,7 @@ impl Engine for FakeEngine {
                 ..PurgeReport::default()
             });
         }
-        self.trash.lock().clear();
+        self.trash.lock().retain(|_, v| !is_of(v, tenant));
         let objects = 3 * all.len() as u64;
         Ok(PurgeReport {
             purged: all,
@@ -500,6 +524,10 @@ impl Engine for FakeEngine {
     }
 }
 
+fn is_of(volume: &VolumeInfo, tenant: Option<&TenantName>) -> bool {
+    tenant.is_none_or(|tenant| tenant.as_str() == volume.tenant)
+}
+
 fn trash_info(volume: &VolumeInfo) -> TrashInfo {
     TrashInfo {
         tenant: volume.tenant.clone(),
@@ -509,6 +537,13 @@ fn trash_info(volume: &VolumeInfo) -> TrashInfo {
         purge_ms: 2000,
         ..TrashInfo::default()
     }
+}
+
+/// What the daemon makes of a configuration that says nothing, with tokens and log in `dir`.
+pub(crate) fn access_in(dir: &std::path::Path) -> Access {
+    let store = FolderStore::open(&dir.join("store"), true).unwrap();
+    let config = quarry_config::Access::default();
+    Access::new(&config, Arc::new(store), dir).unwrap()
 }
 
 /// A control plane over `engine` in a directory of its own.
@@ -521,14 +556,21 @@ pub(crate) struct FakeDaemon {
 
 impl FakeDaemon {
     pub async fn start(engine: Arc<dyn Engine>) -> Self {
+        Self::start_on(engine, None).await
+    }
+
+    /// One that listens on the network too.
+    pub async fn start_on(engine: Arc<dyn Engine>, network: Option<Network>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listen = "127.0.0.1:0".parse().unwrap();
         let listeners = Listeners::bind(&dir.path().join("q.sock"), Some(listen))
             .await
             .unwrap();
+        let listeners = listeners.with_network(network);
         let address = listeners.health_address().unwrap();
         let (stop, stopped) = oneshot::channel();
-        let server = tokio::spawn(serve(engine, listeners, async {
+        let access = Arc::new(access_in(dir.path()));
+        let server = tokio::spawn(serve(engine, access, listeners, async {
             let _ = stopped.await;
         }));
         Self {

@@ -1,19 +1,16 @@
 //! How fast a volume may be used, over the wire and at its route.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::State;
 use axum::response::Json;
-use axum::routing::put;
 use quarry_objfmt::record::Rates;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::access::Allowed;
 use super::api::{Body, Refused, Volume, json, volume_of, whole};
-use super::{ApiError, ApiResult, Engine};
+use super::{ApiError, ApiResult};
 
 /// Request and answer: how fast requests are taken. What is not said is not limited.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RatesSpec {
     /// Requests a second.
@@ -79,7 +76,7 @@ impl RatesSpec {
 }
 
 /// Answer: how fast a volume may be used now.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RatesInfo {
     /// `tenant/name`.
@@ -89,7 +86,7 @@ pub struct RatesInfo {
 }
 
 /// What limits do to an attached volume.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct LimitsInfo {
     /// What all volumes of its tenant on this host may do together.
@@ -106,12 +103,8 @@ pub struct LimitsInfo {
     pub held_ms: u64,
 }
 
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    Router::new().route("/v1/volumes/{tenant}/{volume}/rates", put(set_rates))
-}
-
-async fn set_rates(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn set_rates(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<RatesInfo>, Refused> {

@@ -1,19 +1,16 @@
 //! How long a volume's past is kept, over the wire and at its route.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::State;
 use axum::response::Json;
-use axum::routing::post;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::access::Allowed;
 use super::api::{Body, Refused, Volume, json, volume_of, whole};
-use super::{ApiError, ApiResult, Engine};
+use super::{ApiError, ApiResult};
 use crate::backend::RETAIN_MS_MAX;
 
 /// Request: keep what a volume needs no more for so long.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RetainSpec {
     /// Milliseconds; 0: no longer than the store's readers need it.
@@ -21,7 +18,7 @@ pub struct RetainSpec {
 }
 
 /// Answer: how long it is kept now.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RetainInfo {
     /// `tenant/name`.
@@ -40,12 +37,8 @@ pub(super) fn check_retain(retain_ms: u64) -> ApiResult<()> {
     Err(ApiError::invalid(message, remedy))
 }
 
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    Router::new().route("/v1/volumes/{tenant}/{volume}/retain", post(retain))
-}
-
-async fn retain(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn retain(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<RetainInfo>, Refused> {

@@ -14,9 +14,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Sleep, sleep, timeout};
 
-use super::api::{control_routes, health_routes};
+use super::access::{Access, Peer};
+use super::endpoints::{guarded, health_routes};
+use super::network::Network;
 use super::socket::ControlSocket;
 use super::{Engine, SocketError};
+use crate::tls::TlsError;
 
 /// Connections to the unix socket at once; more wait to be accepted.
 const CONTROL_CONNECTIONS_MAX: usize = 256;
@@ -35,6 +38,7 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 pub struct Listeners {
     control: ControlSocket,
     health: Option<TcpListener>,
+    network: Option<Network>,
 }
 
 /// Why the control plane cannot listen.
@@ -44,13 +48,18 @@ pub enum ListenError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The TCP address.
-    #[error("cannot listen on {address}: {source}; choose another address with --listen")]
+    #[error("cannot listen on {address}: {source}; choose another address with {key}")]
     Tcp {
         /// The address.
         address: SocketAddr,
+        /// The flag or the key that says it.
+        key: &'static str,
         /// Why.
         source: io::Error,
     },
+    /// The certificate for TCP.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 impl Listeners {
@@ -67,10 +76,24 @@ impl Listeners {
             None => None,
             Some(address) => {
                 let bound = TcpListener::bind(address).await;
-                Some(bound.map_err(|source| ListenError::Tcp { address, source })?)
+                Some(bound.map_err(|source| ListenError::Tcp {
+                    address,
+                    key: "--listen",
+                    source,
+                })?)
             }
         };
-        Ok(Self { control, health })
+        Ok(Self {
+            control,
+            health,
+            network: None,
+        })
+    }
+
+    /// Listens for the API on the network too.
+    #[must_use]
+    pub fn with_network(self, network: Option<Network>) -> Self {
+        Self { network, ..self }
     }
 
     /// The TCP address that was bound, with its real port.
@@ -89,26 +112,34 @@ impl Listeners {
 /// If a listener breaks.
 pub async fn serve(
     engine: Arc<dyn Engine>,
+    access: Arc<Access>,
     listeners: Listeners,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let Listeners {
         mut control,
         health,
+        network,
     } = listeners;
     let (stop, stopped) = watch::channel(false);
-    let until = |mut stopped: watch::Receiver<bool>| async move {
-        // An error means that the sender is gone, which is a stop too.
-        let _ = stopped.wait_for(|stop| *stop).await;
-    };
 
     let unix = Limited::new(
         control.take_listener()?,
         CONTROL_CONNECTIONS_MAX,
         CONTROL_CONNECTION_LIFE,
     );
-    let unix = axum::serve(unix, control_routes(Arc::clone(&engine)))
-        .with_graceful_shutdown(until(stopped.clone()));
+    let routes = guarded(&engine, &access);
+    let network = {
+        let (routes, stopped) = (routes.clone(), stopped.clone());
+        async move {
+            if let Some(network) = network {
+                network.serve(routes, stopped).await;
+            }
+            Ok(())
+        }
+    };
+    let unix = axum::serve(unix, routes.into_make_service_with_connect_info::<Peer>())
+        .with_graceful_shutdown(stopping(stopped.clone()));
     let tcp_stopped = stopped.clone();
     let tcp = async move {
         match health {
@@ -117,12 +148,12 @@ pub async fn serve(
                 let listener =
                     Limited::new(listener, HEALTH_CONNECTIONS_MAX, HEALTH_CONNECTION_LIFE);
                 axum::serve(listener, health_routes(engine))
-                    .with_graceful_shutdown(until(tcp_stopped))
+                    .with_graceful_shutdown(stopping(tcp_stopped))
                     .await
             }
         }
     };
-    let servers = async { tokio::try_join!(unix.into_future(), tcp).map(|_| ()) };
+    let servers = async { tokio::try_join!(unix.into_future(), tcp, network).map(|_| ()) };
     tokio::pin!(servers);
     tokio::select! {
         ended = &mut servers => return ended,
@@ -138,8 +169,14 @@ pub async fn serve(
     }
 }
 
+/// Done when the servers are to stop.
+pub(super) async fn stopping(mut stopped: watch::Receiver<bool>) {
+    // An error means that the sender is gone, which is a stop too.
+    let _ = stopped.wait_for(|stop| *stop).await;
+}
+
 /// A listener with so many connections at most, each with a life at most so long.
-struct Limited<L> {
+pub(super) struct Limited<L> {
     inner: L,
     places: Arc<Semaphore>,
     life: Duration,
@@ -183,13 +220,17 @@ where
 }
 
 /// A connection that ends when its time is over, and gives its place back.
-struct LimitedIo<I> {
+pub(super) struct LimitedIo<I> {
     inner: I,
     end: Pin<Box<Sleep>>,
     _place: Option<OwnedSemaphorePermit>,
 }
 
 impl<I> LimitedIo<I> {
+    pub fn inner(&self) -> &I {
+        &self.inner
+    }
+
     /// An error once the time is over; registers to be woken then.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         match self.end.as_mut().poll(cx) {

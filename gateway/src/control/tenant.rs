@@ -1,19 +1,20 @@
 //! Tenants over the wire and at their routes: what they may have, have, and did.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::StatusCode;
-use axum::response::{IntoResponse, Json};
-use axum::routing::{get, post};
+use axum::response::Json;
 use quarry_objfmt::{Suspended, TenantName, TenantSettings};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::api::{Body, Refused, json, not_utf8, whole, wrong_query};
-use super::{ApiError, ApiResult, Engine, StoreStatus};
+use super::access::Allowed;
+use super::api::{Body, Made, Query, Refused, json, make, not_utf8, query, whole};
+use super::openapi::Name;
+use super::page::{PageQuery, listed, page};
+use super::rates::RatesSpec;
+use super::{ApiError, ApiResult, StoreStatus};
 use crate::store::{CredentialSource, StoreSettings};
 
 /// The most that a weight may be: one tenant's share is at most so many times another's.
@@ -23,12 +24,14 @@ const WEIGHT_MAX: u32 = 10_000;
 const BANDWIDTH_BYTES_MIN: u64 = 64 << 10;
 
 /// Request: make a tenant.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TenantSpec {
     /// Its name.
+    #[schemars(with = "Name")]
     pub name: TenantName,
     /// What it may have.
+    #[schemars(with = "SettingsDoc")]
     #[serde(default, skip_serializing_if = "is_nothing")]
     pub settings: TenantSettings,
 }
@@ -45,15 +48,16 @@ fn is_nothing(settings: &TenantSettings) -> bool {
 }
 
 /// Request: hold a tenant's volumes up.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SuspendSpec {
     /// How.
+    #[schemars(with = "SuspendedDoc")]
     pub how: Suspended,
 }
 
 /// A tenant.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TenantInfo {
     /// Its name.
@@ -61,6 +65,7 @@ pub struct TenantInfo {
     /// When it was made.
     pub created_ms: u64,
     /// What it may have.
+    #[schemars(with = "SettingsDoc")]
     pub settings: TenantSettings,
     /// Its store, as this host sees it; in a list it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -74,7 +79,7 @@ pub struct TenantInfo {
 }
 
 /// What a tenant has.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TenantUsage {
     /// Volumes, those in the trash not counted.
@@ -88,7 +93,7 @@ pub struct TenantUsage {
 }
 
 /// Requests to a store, and what they cost by `[prices]` in the configuration.
-#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct StoreRequests {
     /// Objects written.
@@ -126,10 +131,80 @@ impl StoreRequests {
 }
 
 /// Answer: all tenants.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct TenantList {
     /// By name.
     pub tenants: Vec<TenantInfo>,
+    /// What to ask for the next page after; none: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+listed!(TenantList, tenants);
+
+/// [`TenantSettings`], for the API's document; to change them, what is null takes a limit away.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(rename = "TenantSettings")]
+#[derive(Default)]
+#[allow(dead_code, reason = "it is described, never made")]
+pub(super) struct SettingsDoc {
+    /// Where its volumes are; none: in the daemon's own store.
+    store: Option<StoreDoc>,
+    /// Sizes of its volumes, all together, in bytes.
+    provisioned_bytes_max: Option<u64>,
+    /// Bytes of its objects in the store, from which on nothing more is made for it.
+    stored_bytes_max: Option<u64>,
+    /// Volumes, those in the trash not counted.
+    volumes_max: Option<u64>,
+    /// Snapshots of all its volumes.
+    snapshots_max: Option<u64>,
+    /// What all its volumes on one host may do together.
+    rates: Option<RatesSpec>,
+    /// Its share beside others'; 100 if it is not set.
+    #[schemars(range(min = 1, max = 10_000))]
+    weight: Option<u32>,
+    /// Bytes of each host's cache that no other tenant takes from it.
+    cache_reserve_bytes: Option<u64>,
+    /// Bytes of each host's cache that it takes at most.
+    cache_bytes_max: Option<u64>,
+    /// Of these, bytes that its store lacks.
+    dirty_bytes_max: Option<u64>,
+    /// The name of the key that its new volumes are encrypted under.
+    #[schemars(with = "Option<Name>")]
+    key: Option<String>,
+    /// How its volumes are held up.
+    suspended: Option<SuspendedDoc>,
+}
+
+/// [`quarry_objfmt::TenantStore`], for the API's document.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(rename = "TenantStore")]
+#[derive(Default)]
+#[allow(dead_code, reason = "it is described, never made")]
+struct StoreDoc {
+    /// `s3://bucket/prefix` or `file:///dir`.
+    url: String,
+    /// URL of its S3 server; none: that of the daemon's store.
+    endpoint: Option<String>,
+    /// Region of its bucket; none: that of the daemon's store.
+    region: Option<String>,
+    /// The bucket in a request's path rather than in its host name.
+    path_style: Option<bool>,
+    /// Who the daemon asks for keys: `profile:NAME`, `environment`, `web-identity` or `instance-metadata`.
+    credentials: Option<String>,
+}
+
+/// [`Suspended`], for the API's document.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(rename = "Suspended")]
+enum SuspendedDoc {
+    /// Devices refuse writes.
+    ReadOnly,
+    /// All their requests wait.
+    Stall,
 }
 
 /// Refuses settings that no tenant can have.
@@ -263,44 +338,42 @@ fn merge(target: &mut Value, patch: &Map<String, Value>) {
     }
 }
 
-type Shared = State<Arc<dyn Engine>>;
 type Tenant = Result<Path<String>, PathRejection>;
-
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    Router::new()
-        .route("/v1/tenants", get(list).post(create))
-        .route(
-            "/v1/tenants/{tenant}",
-            get(show).patch(update).delete(delete),
-        )
-        .route("/v1/tenants/{tenant}/suspend", post(suspend))
-        .route("/v1/tenants/{tenant}/resume", post(resume))
-}
 
 fn tenant_of(path: Tenant) -> ApiResult<TenantName> {
     let Path(tenant) = path.map_err(|_| not_utf8())?;
     Ok(TenantName::new(tenant)?)
 }
 
-async fn create(State(engine): Shared, body: Body) -> Result<impl IntoResponse, Refused> {
+pub(super) async fn create(
+    Allowed(engine): Allowed,
+    body: Body,
+) -> Result<Made<TenantInfo>, Refused> {
     let spec: TenantSpec = json(body)?;
     check_settings(&spec.settings)?;
-    let made = whole(async move { engine.create_tenant(spec).await }).await?;
-    Ok((StatusCode::CREATED, Json(made)))
+    let made = whole(async move {
+        let same = |found: &TenantInfo| found.settings == spec.settings;
+        let existing = engine.show_tenant(&spec.name);
+        make(engine.create_tenant(spec.clone()), existing, same).await
+    });
+    Ok(made.await?)
 }
 
-async fn list(State(engine): Shared) -> ApiResult<Json<TenantList>> {
-    Ok(Json(TenantList {
-        tenants: engine.list_tenants().await?,
-    }))
+pub(super) async fn list(
+    Allowed(engine): Allowed,
+    asked: Query<PageQuery>,
+) -> ApiResult<Json<TenantList>> {
+    let page = page(asked)?;
+    let (tenants, next) = page.cut(engine.list_tenants().await?, |t| t.name.clone());
+    Ok(Json(TenantList { tenants, next }))
 }
 
-async fn show(State(engine): Shared, path: Tenant) -> ApiResult<Json<TenantInfo>> {
+pub(super) async fn show(Allowed(engine): Allowed, path: Tenant) -> ApiResult<Json<TenantInfo>> {
     Ok(Json(engine.show_tenant(&tenant_of(path)?).await?))
 }
 
-async fn update(
-    State(engine): Shared,
+pub(super) async fn update(
+    Allowed(engine): Allowed,
     path: Tenant,
     body: Body,
 ) -> Result<Json<TenantInfo>, Refused> {
@@ -310,8 +383,8 @@ async fn update(
     Ok(Json(whole(call).await?))
 }
 
-async fn suspend(
-    State(engine): Shared,
+pub(super) async fn suspend(
+    Allowed(engine): Allowed,
     path: Tenant,
     body: Body,
 ) -> Result<Json<TenantInfo>, Refused> {
@@ -321,26 +394,27 @@ async fn suspend(
     Ok(Json(whole(call).await?))
 }
 
-async fn resume(State(engine): Shared, path: Tenant) -> ApiResult<Json<TenantInfo>> {
+pub(super) async fn resume(Allowed(engine): Allowed, path: Tenant) -> ApiResult<Json<TenantInfo>> {
     let tenant = tenant_of(path)?;
     let call = async move { engine.suspend_tenant(&tenant, None).await };
     Ok(Json(whole(call).await?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct HowDeleted {
+pub(super) struct TenantDelete {
+    /// Purge its trash too.
     #[serde(default)]
     purge: bool,
 }
 
-async fn delete(
-    State(engine): Shared,
+pub(super) async fn delete(
+    Allowed(engine): Allowed,
     path: Tenant,
-    query: Result<Query<HowDeleted>, QueryRejection>,
+    asked: Query<TenantDelete>,
 ) -> ApiResult<StatusCode> {
     let tenant = tenant_of(path)?;
-    let Query(how) = query.map_err(|_| wrong_query("use ?purge=true or none"))?;
+    let how = query(asked, "use ?purge=true or none")?;
     whole(async move { engine.delete_tenant(&tenant, how.purge).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -349,6 +423,45 @@ async fn delete(
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn documented_settings_are_those_that_there_are() {
+        let store = quarry_objfmt::TenantStore {
+            url: "s3://b".to_owned(),
+            endpoint: Some("http://h".to_owned()),
+            region: Some("r".to_owned()),
+            path_style: Some(true),
+            credentials: Some("environment".to_owned()),
+            ..Default::default()
+        };
+        let rates = quarry_objfmt::Rates {
+            iops: Some(1),
+            iops_burst: Some(1),
+            bandwidth_bytes: Some(1),
+            bandwidth_burst_bytes: Some(1),
+        };
+        let all = TenantSettings {
+            store: Some(store),
+            provisioned_bytes_max: Some(1),
+            stored_bytes_max: Some(1),
+            volumes_max: Some(1),
+            snapshots_max: Some(1),
+            rates,
+            weight: Some(1),
+            cache_reserve_bytes: Some(1),
+            cache_bytes_max: Some(1),
+            dirty_bytes_max: Some(1),
+            key: Some("k".to_owned()),
+            suspended: Some(Suspended::Stall),
+            others: Default::default(),
+        };
+        let said = serde_json::to_value(&all).unwrap();
+        serde_json::from_value::<SettingsDoc>(said.clone()).unwrap();
+        let schema = schemars::schema_for!(SettingsDoc);
+        let documented = schema.as_value()["properties"].as_object().unwrap();
+        let said = said.as_object().unwrap();
+        assert!(documented.keys().eq(said.keys()), "{documented:?}");
+    }
 
     fn settings(json: Value) -> TenantSettings {
         serde_json::from_value(json).unwrap()

@@ -1,19 +1,19 @@
 //! The trash, over the wire and at its routes.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::State;
 use axum::response::Json;
-use axum::routing::{get, post};
 use quarry_objfmt::{TenantName, VolumeId, VolumeName};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::api::{Body, Refused, WhichQuery, json, which_tenant, whole};
-use super::{ApiError, ApiResult, Engine, VolumeInfo, VolumeRef};
+use super::access::Allowed;
+use super::api::{Body, Query, Refused, json, whole};
+use super::openapi::{Name, Uuid};
+use super::page::listed;
+use super::page::{TenantPageQuery, tenant_page};
+use super::{ApiError, ApiResult, VolumeInfo, VolumeRef};
 
 /// A deleted volume.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TrashInfo {
     /// Whose.
@@ -38,14 +38,19 @@ pub struct TrashInfo {
 }
 
 /// Answer: the trash.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct TrashList {
     /// By tenant, and then the oldest first.
     pub trash: Vec<TrashInfo>,
+    /// What to ask for the next page after; none: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
+listed!(TrashList, trash);
+
 /// Request: bring a volume back, by its name or by its id.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RestoreSpec {
     /// What it was called: `tenant/name`.
@@ -53,9 +58,11 @@ pub struct RestoreSpec {
     pub volume: Option<String>,
     /// Its id.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Uuid>")]
     pub id: Option<VolumeId>,
     /// What it is to be called; none: as before.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Name>")]
     pub name: Option<VolumeName>,
 }
 
@@ -66,6 +73,8 @@ pub enum TrashRef {
     Name(VolumeRef),
     /// By its id.
     Id(VolumeId),
+    /// By its id, if it is this tenant's.
+    Of(TenantName, VolumeId),
 }
 
 impl std::str::FromStr for TrashRef {
@@ -85,7 +94,7 @@ impl RestoreSpec {
     pub fn new(which: &TrashRef, name: Option<VolumeName>) -> Self {
         let (volume, id) = match which {
             TrashRef::Name(volume) => (Some(volume.to_string()), None),
-            TrashRef::Id(id) => (None, Some(*id)),
+            TrashRef::Id(id) | TrashRef::Of(_, id) => (None, Some(*id)),
         };
         Self { volume, id, name }
     }
@@ -103,14 +112,16 @@ impl RestoreSpec {
 }
 
 /// Request: delete volumes of the trash for good.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PurgeSpec {
     /// Only this tenant's.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Name>")]
     pub tenant: Option<TenantName>,
     /// This one.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Uuid>")]
     pub id: Option<VolumeId>,
     /// All.
     pub all: bool,
@@ -133,7 +144,7 @@ impl PurgeSpec {
 }
 
 /// Answer: what was purged.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct PurgeReport {
     /// Volumes of which nothing is left.
@@ -144,25 +155,19 @@ pub struct PurgeReport {
     pub objects: u64,
 }
 
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    Router::new()
-        .route("/v1/trash", get(list))
-        .route("/v1/trash/restore", post(restore))
-        .route("/v1/trash/purge", post(purge))
-}
-
-async fn list(
-    State(engine): State<Arc<dyn Engine>>,
-    query: WhichQuery,
+pub(super) async fn list(
+    Allowed(engine): Allowed,
+    asked: Query<TenantPageQuery>,
 ) -> ApiResult<Json<TrashList>> {
-    let tenant = which_tenant(query)?;
-    Ok(Json(TrashList {
-        trash: engine.list_trash(tenant.as_ref()).await?,
-    }))
+    let (tenant, page) = tenant_page(asked)?;
+    let all = engine.list_trash(tenant.as_ref()).await?;
+    let place = |t: &TrashInfo| format!("{} {:020} {}", t.tenant, t.deleted_ms, t.id);
+    let (trash, next) = page.cut(all, place);
+    Ok(Json(TrashList { trash, next }))
 }
 
-async fn restore(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn restore(
+    Allowed(engine): Allowed,
     body: Body,
 ) -> Result<Json<VolumeInfo>, Refused> {
     let spec: RestoreSpec = json(body)?;
@@ -171,8 +176,8 @@ async fn restore(
     Ok(Json(whole(call).await?))
 }
 
-async fn purge(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn purge(
+    Allowed(engine): Allowed,
     body: Body,
 ) -> Result<Json<PurgeReport>, Refused> {
     let spec: PurgeSpec = json(body)?;

@@ -1,18 +1,15 @@
 //! Filling and emptying the cache, over the wire and at their routes.
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::extract::State;
 use axum::response::Json;
-use axum::routing::{get, post};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ApiResult;
+use super::access::Allowed;
 use super::api::{Body, Refused, Volume, json, volume_of};
-use super::{ApiResult, Engine};
 
 /// Request: fetch what the cache lacks of a volume into it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WarmSpec {
     /// The first byte of the volume.
@@ -26,7 +23,7 @@ pub struct WarmSpec {
 }
 
 /// Answer: what was fetched, or is so far.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct WarmReport {
     /// Bytes of the volume that were looked at.
@@ -42,7 +39,7 @@ pub struct WarmReport {
 }
 
 /// Answer: what was dropped from the cache.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct EvictInfo {
     /// `tenant/name`.
@@ -53,17 +50,8 @@ pub struct EvictInfo {
     pub ram_bytes: u64,
 }
 
-pub(super) fn routes() -> Router<Arc<dyn Engine>> {
-    Router::new()
-        .route(
-            "/v1/volumes/{tenant}/{volume}/warm",
-            get(progress).post(warm),
-        )
-        .route("/v1/volumes/{tenant}/{volume}/evict", post(evict))
-}
-
-async fn warm(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn warm(
+    Allowed(engine): Allowed,
     path: Volume,
     body: Body,
 ) -> Result<Json<WarmReport>, Refused> {
@@ -73,13 +61,13 @@ async fn warm(
     Ok(Json(engine.warm(&volume, &spec).await?))
 }
 
-async fn progress(
-    State(engine): State<Arc<dyn Engine>>,
+pub(super) async fn progress(
+    Allowed(engine): Allowed,
     path: Volume,
 ) -> ApiResult<Json<WarmReport>> {
     Ok(Json(engine.warm_progress(&volume_of(path)?).await?))
 }
 
-async fn evict(State(engine): State<Arc<dyn Engine>>, path: Volume) -> ApiResult<Json<EvictInfo>> {
+pub(super) async fn evict(Allowed(engine): Allowed, path: Volume) -> ApiResult<Json<EvictInfo>> {
     Ok(Json(engine.evict(&volume_of(path)?).await?))
 }

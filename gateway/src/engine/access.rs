@@ -80,13 +80,26 @@ impl Access {
 
 impl Owner {
     fn find(name: DeviceOwner) -> ApiResult<Self> {
-        let uid = number("user", name.user(), user)?;
-        let gid = name
-            .group()
-            .map(|g| number("group", g, group))
-            .transpose()?;
+        let uid = find_user(name.user())?;
+        let gid = name.group().map(find_group).transpose()?;
         Ok(Self { name, uid, gid })
     }
+}
+
+/// The number of a user of this host.
+///
+/// # Errors
+/// If there is none of this name, or it cannot be looked up.
+pub(crate) fn find_user(name: &str) -> ApiResult<u32> {
+    number("user", name, user)
+}
+
+/// The number of a group of this host.
+///
+/// # Errors
+/// If there is none of this name, or it cannot be looked up.
+pub(crate) fn find_group(name: &str) -> ApiResult<u32> {
+    number("group", name, group)
 }
 
 /// The number that `name` is or has.

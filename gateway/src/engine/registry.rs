@@ -16,7 +16,7 @@ use crate::control::{ApiError, ApiResult, Kind, VolumeRef, VolumeSpec};
 use crate::store::{Store, StoreError};
 
 /// A store's error as the API tells it.
-pub(super) fn store_error(error: &StoreError) -> ApiError {
+pub(crate) fn store_error(error: &StoreError) -> ApiError {
     let (kind, remedy) = match error {
         StoreError::Denied { .. } => (Kind::Denied, "check the store's keys and their rights"),
         StoreError::Unavailable { .. } => (Kind::Unavailable, "try again when the store answers"),

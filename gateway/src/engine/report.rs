@@ -193,6 +193,7 @@ impl Daemon {
             volumes_failing: (failing.count() + self.wanted.failing()) as u64,
             ublk,
             nbd_socket: self.config.nbd_socket().display().to_string(),
+            audit_problem: None,
         }
     }
 
@@ -319,6 +320,7 @@ impl Daemon {
                 node_misses: nodes.misses,
             },
             trash: self.trash.stats(),
+            audit: self.access.audit_stats(),
             store: metrics::StoreStats {
                 read_bytes: store.bytes_read,
                 write_bytes: store.bytes_written,

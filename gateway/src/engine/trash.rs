@@ -70,7 +70,7 @@ fn trash_error(volume: &impl std::fmt::Display, error: TrashError) -> ApiError {
             "delete and purge the clones first; their data are its data too",
         ),
         TrashError::Cloning { .. } => (Kind::Conflict, "try again in an hour"),
-        TrashError::NotThere => (Kind::NotFound, "`quarry trash list` shows what is"),
+        TrashError::NotThere => return ApiError::not_in_trash(volume),
         TrashError::Purging => (Kind::Conflict, "make a new volume"),
         TrashError::Taken(_) => (Kind::Exists, "give it another name with --as"),
         TrashError::Restored(_) => (Kind::Conflict, "use that name"),
@@ -223,6 +223,7 @@ impl Daemon {
         let (tenant, id) = match which {
             TrashRef::Name(volume) => (volume.tenant.clone(), self.trashed(volume).await?),
             TrashRef::Id(id) => (self.whose(*id).await?, *id),
+            TrashRef::Of(tenant, id) => (tenant.clone(), *id),
         };
         let of = self.tenant(&tenant).await?;
         let store = of.control();
@@ -240,7 +241,7 @@ impl Daemon {
         self.settle(admission).await;
         let volume = restored.map_err(|error| match which {
             TrashRef::Name(volume) => trash_error(volume, error),
-            TrashRef::Id(id) => trash_error(id, error),
+            TrashRef::Id(id) | TrashRef::Of(_, id) => trash_error(id, error),
         })?;
         tracing::info!(%volume, %id, "restored from the trash");
         self.show(&volume.into()).await

@@ -205,7 +205,7 @@ impl Engine for Strict {
     async fn restore(&self, which: &TrashRef, _: Option<&VolumeName>) -> ApiResult<VolumeInfo> {
         match which {
             TrashRef::Name(volume) => Err(ApiError::no_volume(volume)),
-            TrashRef::Id(_) => Ok(VolumeInfo::default()),
+            TrashRef::Id(_) | TrashRef::Of(..) => Ok(VolumeInfo::default()),
         }
     }
 

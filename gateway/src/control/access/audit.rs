@@ -1,0 +1,519 @@
+//! The audit log: who changed what by the API, and who was refused; a line of JSON each, in a file of this host.
+//!
+//! A change has two lines, told together by `call`: `begin` before anything is done, and `end` before its
+//! answer is sent. *Crash in between: a `begin` alone; the change was made or was not.* A client that hangs up
+//! gets an `end` without a status, for the change goes on. What was refused has one line, `denied`, and so has
+//! a look at another tenant's things.
+//!
+//! Does not sync: lines of the last seconds may be missing after a power cut.
+//!
+//! **Invariant:** nothing of a request's body is written but the names in it ([`NAMES`]), and of its headers
+//! nothing: no secret is.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use axum::http::request::Parts;
+use axum::response::Response;
+use parking_lot::Mutex;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::super::api::Refused;
+use super::super::endpoints::Endpoint;
+use super::super::{ApiError, ApiResult, Kind};
+use super::{Caller, Peer};
+use crate::engine::now_ms;
+pub use crate::metrics::AuditStats;
+
+/// Size at which a file is put aside and a new one begun.
+const FILE_BYTES_MAX: u64 = 16 << 20;
+/// Files kept, the one written to included.
+const FILES_MAX: usize = 8;
+/// Bytes of a path that are written.
+const TARGET_BYTES_MAX: usize = 512;
+/// Calls of nobody that are written, in so much time; the others are counted. What strangers send must not push
+/// out what was done.
+const STRANGERS_MAX: (u32, Duration) = (20, Duration::from_secs(1));
+
+/// What of a body is written.
+const NAMES: [&str; 5] = ["tenant", "name", "volume", "id", "role"];
+
+/// What a line says of a request.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Told {
+    method: &'static str,
+    endpoint: &'static str,
+    target: String,
+    /// What the body names.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    names: Map<String, Value>,
+    from: String,
+    /// None: nobody was known.
+    caller: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<String>,
+}
+
+/// A line.
+#[derive(Serialize)]
+struct Line<'a> {
+    time: String,
+    event: &'static str,
+    call: String,
+    #[serde(flatten)]
+    told: &'a Told,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<u16>,
+    /// The kind of the error, or `done`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    outcome: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration_ms: Option<u64>,
+    /// Refused calls of nobody that were not written since the last that was.
+    #[serde(skip_serializing_if = "is_zero")]
+    left_out: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+impl Told {
+    pub fn new(endpoint: &'static Endpoint, parts: &Parts) -> Self {
+        let target = parts
+            .uri
+            .path_and_query()
+            .map_or("", |target| target.as_str());
+        // A path is ASCII, so that no character is cut.
+        let cut = target.len().min(TARGET_BYTES_MAX);
+        Self {
+            method: endpoint.method_name(),
+            endpoint: endpoint.path,
+            target: target.get(..cut).unwrap_or_default().to_owned(),
+            names: Map::new(),
+            from: Peer::of_request(parts).to_string(),
+            caller: None,
+            tenant: None,
+        }
+    }
+
+    pub fn caller(&mut self, caller: &Caller) {
+        self.caller = Some(caller.to_string());
+        self.tenant = caller.tenant().map(ToString::to_string);
+    }
+
+    /// Takes the names in a body.
+    pub fn name_what_is_in(&mut self, body: &[u8]) {
+        let Ok(Value::Object(fields)) = serde_json::from_slice(body) else {
+            return;
+        };
+        let is_name = |(key, value): &(String, Value)| {
+            let short = value.as_str().is_some_and(|v| v.len() <= TARGET_BYTES_MAX);
+            short && NAMES.contains(&key.as_str())
+        };
+        self.names = fields.into_iter().filter(is_name).collect();
+    }
+
+    /// Whether the path, or what is asked for by it, names another tenant than the caller's.
+    pub fn is_of_another(&self, caller: &Caller) -> bool {
+        let Some(own) = caller.tenant() else {
+            return false;
+        };
+        let (path, query) = self.target.split_once('?').unwrap_or((&self.target, ""));
+        let mut both = self.endpoint.split('/').zip(path.split('/'));
+        let named = both
+            .find(|(template, _)| *template == "{tenant}")
+            .map(|(_, name)| name);
+        let mut asked = query
+            .split('&')
+            .filter_map(|pair| pair.strip_prefix("tenant="));
+        named
+            .into_iter()
+            .chain(asked.next())
+            .any(|name| name != own.as_str())
+    }
+}
+
+/// The file, as it was opened.
+struct Open {
+    file: File,
+    bytes: u64,
+    /// The last line was not written whole.
+    torn: bool,
+}
+
+/// Refused calls of nobody.
+struct Strangers {
+    since: Instant,
+    written: u32,
+    left_out: u32,
+}
+
+struct Inner {
+    path: PathBuf,
+    required: bool,
+    file_bytes_max: u64,
+    open: Mutex<Option<Open>>,
+    problem: Mutex<Option<String>>,
+    strangers: Mutex<Strangers>,
+    started_ms: u64,
+    calls: AtomicU64,
+    lines: AtomicU64,
+    failures: AtomicU64,
+}
+
+/// The audit log. Cheap to clone.
+#[derive(Clone)]
+pub struct Audit(Arc<Inner>);
+
+impl Audit {
+    /// The log at `path`; what cannot be written there is not done, if `required`.
+    ///
+    /// # Errors
+    /// If it cannot be written, and is required.
+    pub fn open(path: PathBuf, required: bool) -> ApiResult<Self> {
+        Self::with_size(path, required, FILE_BYTES_MAX)
+    }
+
+    fn with_size(path: PathBuf, required: bool, file_bytes_max: u64) -> ApiResult<Self> {
+        let audit = Self(Arc::new(Inner {
+            path,
+            required,
+            file_bytes_max,
+            open: Mutex::default(),
+            problem: Mutex::default(),
+            strangers: Mutex::new(Strangers {
+                since: Instant::now(),
+                written: 0,
+                left_out: 0,
+            }),
+            started_ms: now_ms(),
+            calls: AtomicU64::new(0),
+            lines: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        }));
+        let opened = audit.0.opened(&mut audit.0.open.lock()).map(drop);
+        if let Err(error) = opened {
+            audit.0.failed(&error);
+            if required {
+                return Err(audit.0.refusal());
+            }
+        }
+        Ok(audit)
+    }
+
+    /// What it counts.
+    #[must_use]
+    pub fn stats(&self) -> AuditStats {
+        AuditStats {
+            lines: self.0.lines.load(Ordering::Relaxed),
+            failures: self.0.failures.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Why it cannot be written, if it cannot.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.0.problem.lock().clone()
+    }
+
+    fn call(&self) -> String {
+        let number = self.0.calls.fetch_add(1, Ordering::Relaxed);
+        format!("{:x}-{number}", self.0.started_ms)
+    }
+
+    /// Notes that a change is to be made.
+    ///
+    /// # Errors
+    /// If that cannot be written, and must be.
+    pub(super) async fn begin(&self, told: Told) -> ApiResult<Entry> {
+        let call = self.call();
+        let written = self.write(&Line::new("begin", &call, &told)).await;
+        if written.is_err() && self.0.required {
+            return Err(self.0.refusal());
+        }
+        Ok(Entry {
+            audit: self.clone(),
+            call,
+            told,
+            begun: Instant::now(),
+            ended: false,
+        })
+    }
+
+    /// Notes that somebody was refused.
+    pub(super) async fn denied(&self, told: Told, refused: &Refused) {
+        let left_out = match told.caller {
+            Some(_) => Some(0),
+            None => self.0.strangers.lock().next(),
+        };
+        let Some(left_out) = left_out else { return };
+        let call = self.call();
+        let line = Line {
+            status: Some(refused.0.as_u16()),
+            outcome: serde_json::to_value(refused.1.kind).ok(),
+            left_out,
+            ..Line::new("denied", &call, &told)
+        };
+        // Nothing was done: who is refused is refused whether it can be written or not.
+        drop(self.write(&line).await);
+    }
+
+    /// Notes that a tenant looked at what is another's, or at nobody's.
+    pub(super) async fn asked_for_anothers(&self, told: Told, outcome: Outcome) {
+        let call = self.call();
+        let line = Line {
+            status: Some(outcome.status),
+            outcome: outcome.word,
+            ..Line::new("denied", &call, &told)
+        };
+        drop(self.write(&line).await);
+    }
+
+    async fn write(&self, line: &Line<'_>) -> io::Result<()> {
+        let text = line.text();
+        let inner = Arc::clone(&self.0);
+        let written = tokio::task::spawn_blocking(move || inner.write(&text)).await;
+        written.unwrap_or_else(|error| Err(io::Error::other(error)))
+    }
+}
+
+impl std::fmt::Debug for Audit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Audit").field(&self.0.path).finish()
+    }
+}
+
+/// What a call was answered with.
+pub(super) struct Outcome {
+    status: u16,
+    word: Option<Value>,
+}
+
+impl Outcome {
+    pub fn of(response: &Response) -> Self {
+        let kind = response.extensions().get::<Kind>();
+        Self {
+            status: response.status().as_u16(),
+            word: kind.map_or(Some("done".into()), |kind| serde_json::to_value(kind).ok()),
+        }
+    }
+}
+
+impl<'a> Line<'a> {
+    fn new(event: &'static str, call: &str, told: &'a Told) -> Self {
+        Self {
+            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            event,
+            call: call.to_owned(),
+            told,
+            status: None,
+            outcome: None,
+            duration_ms: None,
+            left_out: 0,
+        }
+    }
+
+    fn text(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec(self).expect("a line has texts and numbers only");
+        text.push(b'\n');
+        text
+    }
+}
+
+impl Strangers {
+    /// How many were left out before this one; `None` if it is to be left out too.
+    fn next(&mut self) -> Option<u32> {
+        let (max, time) = STRANGERS_MAX;
+        if self.since.elapsed() >= time {
+            self.since = Instant::now();
+            self.written = 0;
+        }
+        if self.written >= max {
+            self.left_out = self.left_out.saturating_add(1);
+            return None;
+        }
+        self.written += 1;
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+impl Inner {
+    fn refusal(&self) -> ApiError {
+        let message = self.problem.lock().clone().unwrap_or_default();
+        let remedy = "mend that, or set access.audit_required to false";
+        ApiError::new(
+            Kind::Unavailable,
+            format!("nothing is changed: {message}"),
+            remedy,
+        )
+    }
+
+    fn failed(&self, error: &io::Error) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        let message = format!(
+            "the audit log {} cannot be written: {error}",
+            self.path.display()
+        );
+        let mut problem = self.problem.lock();
+        if problem.as_ref() != Some(&message) {
+            tracing::error!("{message}");
+            *problem = Some(message);
+        }
+    }
+
+    fn write(&self, line: &[u8]) -> io::Result<()> {
+        let written = self.try_write(line);
+        match &written {
+            Ok(()) => {
+                self.lines.fetch_add(1, Ordering::Relaxed);
+                if self.problem.lock().take().is_some() {
+                    tracing::info!("the audit log can be written again");
+                }
+            }
+            Err(error) => self.failed(error),
+        }
+        written
+    }
+
+    fn try_write(&self, line: &[u8]) -> io::Result<()> {
+        let mut slot = self.open.lock();
+        let mut open = self.opened(&mut slot)?;
+        if open.bytes > 0 && open.bytes + line.len() as u64 > self.file_bytes_max {
+            self.put_aside()?;
+            *slot = None;
+            open = self.opened(&mut slot)?;
+        }
+        let mut text = Vec::with_capacity(line.len() + 1);
+        if open.torn {
+            text.push(b'\n');
+        }
+        text.extend_from_slice(line);
+        open.torn = true;
+        open.file.write_all(&text)?;
+        open.torn = false;
+        open.bytes += text.len() as u64;
+        Ok(())
+    }
+
+    /// The file at the path: anew if it is another by now, for somebody may have moved it away.
+    fn opened<'a>(&self, slot: &'a mut Option<Open>) -> io::Result<&'a mut Open> {
+        let same = |open: &Open| {
+            let (there, ours) = (fs::symlink_metadata(&self.path)?, open.file.metadata()?);
+            io::Result::Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino()))
+        };
+        if slot
+            .as_ref()
+            .is_some_and(|open| !same(open).unwrap_or(false))
+        {
+            *slot = None;
+        }
+        if slot.is_none() {
+            *slot = Some(open(&self.path)?);
+        }
+        slot.as_mut()
+            .ok_or_else(|| io::Error::other("it was just opened"))
+    }
+
+    /// Makes room for a new file: each gets the next number, the oldest goes. *Crash in between: a number is
+    /// left out.*
+    fn put_aside(&self) -> io::Result<()> {
+        let numbered = |number: usize| {
+            let mut name = self.path.clone().into_os_string();
+            if number > 0 {
+                name.push(format!(".{number}"));
+            }
+            PathBuf::from(name)
+        };
+        for number in (0..FILES_MAX - 1).rev() {
+            match fs::rename(numbered(number), numbered(number + 1)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> io::Result<Open> {
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .read(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?;
+    let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    let bytes = found.len();
+    let mut last = [b'\n'];
+    if let Some(at) = bytes.checked_sub(1) {
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut last, at)?;
+    }
+    Ok(Open {
+        file,
+        bytes,
+        torn: last != [b'\n'],
+    })
+}
+
+/// A change under way.
+pub(super) struct Entry {
+    audit: Audit,
+    call: String,
+    told: Told,
+    begun: Instant,
+    ended: bool,
+}
+
+impl Entry {
+    /// Notes what became of it, before that is told.
+    pub async fn end(mut self, outcome: Outcome) {
+        self.ended = true;
+        let line = Line {
+            status: Some(outcome.status),
+            outcome: outcome.word,
+            duration_ms: Some(self.duration_ms()),
+            ..Line::new("end", &self.call, &self.told)
+        };
+        // It is done; that it cannot be written is told by status and metrics.
+        drop(self.audit.write(&line).await);
+    }
+
+    fn duration_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Nobody waits for the answer any more.
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let line = Line {
+            outcome: Some("not waited for".into()),
+            duration_ms: Some(self.duration_ms()),
+            ..Line::new("end", &self.call, &self.told)
+        };
+        let (text, inner) = (line.text(), Arc::clone(&self.audit.0));
+        let write = move || drop(inner.write(&text));
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(write)),
+            Err(_) => write(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,249 @@
+//! What stands before every endpoint: who calls, whether they may, and how many calls at once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use parking_lot::Mutex;
+use quarry_objfmt::TenantName;
+use tokio::time::timeout;
+
+use super::super::api::{BODY_BYTES_MAX, Refused};
+use super::super::endpoints::Endpoint;
+use super::super::{ApiError, Engine, Kind};
+use super::audit::{Outcome, Told};
+use super::tenanted::Tenanted;
+use super::{Access, Caller, Needs};
+
+/// Calls of one tenant at once: some take as long as the store does, and all share the daemon's connections.
+const TENANT_CALLS_MAX: usize = 32;
+
+/// How long a request's body may take to come.
+const BODY_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// The engine as far as the caller reaches. Handlers have no other way to one.
+pub struct Allowed(pub Arc<dyn Engine>);
+
+/// What only operators see of the control plane itself. Nobody else's handlers have it.
+#[derive(Clone)]
+pub struct Operating(pub Arc<Access>);
+
+impl<S: Sync> FromRequestParts<S> for Operating {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let found = parts.extensions.get::<Self>().cloned();
+        found.ok_or_else(|| {
+            let message = "this is for the role operator";
+            ApiError::new(Kind::Denied, message, "ask the operator of the daemon")
+        })
+    }
+}
+
+/// The engine, put beside a request for its handler.
+#[derive(Clone)]
+pub(in super::super) struct Reach(pub Arc<dyn Engine>);
+
+impl<S: Sync> FromRequestParts<S> for Allowed {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let reach = parts.extensions.get::<Reach>();
+        reach
+            .map(|Reach(engine)| Self(Arc::clone(engine)))
+            .ok_or_else(|| ApiError::internal("an endpoint is served without its guard"))
+    }
+}
+
+/// How many calls of each tenant are under way; of those that have any.
+#[derive(Debug, Default)]
+pub(super) struct Calls(Arc<Mutex<HashMap<TenantName, usize>>>);
+
+/// A call under way.
+struct Call {
+    of: TenantName,
+    all: Arc<Mutex<HashMap<TenantName, usize>>>,
+}
+
+impl Calls {
+    fn begin(&self, tenant: &TenantName) -> Option<Call> {
+        let mut all = self.0.lock();
+        let count = all.entry(tenant.clone()).or_default();
+        if *count >= TENANT_CALLS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Call {
+            of: tenant.clone(),
+            all: Arc::clone(&self.0),
+        })
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut all = self.all.lock();
+        if let Some(count) = all.get_mut(&self.of) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.of);
+            }
+        }
+    }
+}
+
+/// What an endpoint's guard knows.
+#[derive(Clone)]
+pub struct Guard {
+    /// How callers are told.
+    pub access: Arc<Access>,
+    /// Everything.
+    pub engine: Arc<dyn Engine>,
+    /// What is guarded.
+    pub endpoint: &'static Endpoint,
+}
+
+/// Lets a request through to its endpoint, with an engine that reaches as far as its caller does.
+pub(in super::super) async fn guard(
+    State(guard): State<Guard>,
+    request: Request,
+    next: Next,
+) -> Response {
+    guard
+        .pass(request, next)
+        .await
+        .unwrap_or_else(|refused| refused.into_response())
+}
+
+impl Guard {
+    async fn pass(&self, request: Request, next: Next) -> Result<Response, Refused> {
+        let (mut parts, body) = request.into_parts();
+        if self.endpoint.needs == Needs::Nothing {
+            parts.extensions.insert(Reach(Arc::clone(&self.engine)));
+            return Ok(next.run(Request::from_parts(parts, body)).await);
+        }
+        let audit = self.access.audit.as_ref();
+        let mut told = Told::new(self.endpoint, &parts);
+        let admitted = match self.admit(&parts, &mut told).await {
+            Ok(admitted) => admitted,
+            Err(refused) => {
+                if let Some(audit) = audit {
+                    audit.denied(told, &refused).await;
+                }
+                return Err(refused);
+            }
+        };
+        parts.extensions.insert(Reach(self.reach(&admitted.caller)));
+        if matches!(admitted.caller, Caller::Operator { .. }) {
+            parts.extensions.insert(Operating(Arc::clone(&self.access)));
+        }
+        let Some(audit) = audit else {
+            return Ok(next.run(Request::from_parts(parts, body)).await);
+        };
+        if self.endpoint.method == Method::GET {
+            let response = next.run(Request::from_parts(parts, body)).await;
+            if told.is_of_another(&admitted.caller) {
+                let outcome = Outcome::of(&response);
+                audit.asked_for_anothers(told, outcome).await;
+            }
+            return Ok(response);
+        }
+        let body = whole_body(body).await?;
+        told.name_what_is_in(&body);
+        let entry = audit.begin(told).await?;
+        let response = next.run(Request::from_parts(parts, body.into())).await;
+        entry.end(Outcome::of(&response)).await;
+        Ok(response)
+    }
+
+    /// Who calls, if they may.
+    async fn admit(&self, parts: &Parts, told: &mut Told) -> Result<Admitted, Refused> {
+        let caller = self.access.identify(parts).await?;
+        told.caller(&caller);
+        if !self.endpoint.needs.met_by(&caller) {
+            return Err(denied(self.endpoint).into());
+        }
+        let call = match caller.tenant() {
+            None => None,
+            Some(tenant) => Some(self.access.calls.begin(tenant).ok_or_else(busy)?),
+        };
+        Ok(Admitted {
+            caller,
+            _call: call,
+        })
+    }
+
+    /// The engine as far as `caller` reaches.
+    fn reach(&self, caller: &Caller) -> Arc<dyn Engine> {
+        let engine = Arc::clone(&self.engine);
+        match caller {
+            Caller::Operator { .. } => engine,
+            Caller::Tenant { tenant, .. } => Arc::new(Tenanted::new(
+                engine,
+                tenant.clone(),
+                self.access.tenant_attach,
+            )),
+        }
+    }
+}
+
+/// Somebody who may, and the place among the calls under way.
+struct Admitted {
+    caller: Caller,
+    _call: Option<Call>,
+}
+
+/// The body of a request, which is small and soon there or refused.
+async fn whole_body(body: Body) -> Result<Bytes, Refused> {
+    match timeout(BODY_TIME_MAX, to_bytes(body, BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(_)) => {
+            let remedy = format!("send at most {BODY_BYTES_MAX} bytes");
+            let error = ApiError::invalid("the body cannot be read", remedy);
+            Err(Refused(StatusCode::PAYLOAD_TOO_LARGE, error))
+        }
+        Err(_) => {
+            let error = ApiError::invalid("the body takes too long", "send it at once");
+            Err(Refused(StatusCode::REQUEST_TIMEOUT, error))
+        }
+    }
+}
+
+fn denied(endpoint: &Endpoint) -> ApiError {
+    let needs = endpoint.needs.as_str();
+    let message = format!(
+        "{} {} is for the role {needs}",
+        endpoint.method, endpoint.path
+    );
+    ApiError::new(Kind::Denied, message, "ask the operator of the daemon")
+}
+
+fn busy() -> Refused {
+    let message = format!("the tenant has {TENANT_CALLS_MAX} calls under way already");
+    let error = ApiError::new(Kind::Unavailable, message, "wait for them to end");
+    Refused(StatusCode::TOO_MANY_REQUESTS, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_of_a_tenant_are_bounded_and_given_back() {
+        let (calls, acme) = (Calls::default(), TenantName::new("acme").unwrap());
+        let mut under_way: Vec<_> = (0..TENANT_CALLS_MAX).map(|_| calls.begin(&acme)).collect();
+        assert!(under_way.iter().all(Option::is_some));
+        assert!(calls.begin(&acme).is_none());
+        assert!(calls.begin(&TenantName::new("other").unwrap()).is_some());
+        under_way.pop();
+        assert!(calls.begin(&acme).is_some());
+        drop(under_way);
+        assert!(calls.0.lock().is_empty());
+    }
+}
