@@ -36,6 +36,8 @@ pub struct Config {
     pub daemon: Daemon,
     /// `[store]`
     pub store: Store,
+    /// `[keys]`
+    pub keys: Keys,
     /// `[cache]`
     pub cache: Cache,
     /// `[reactor]`
@@ -135,6 +137,17 @@ impl Store {
     pub fn uses_path_style(&self) -> bool {
         self.path_style.unwrap_or(self.endpoint.is_some())
     }
+}
+
+/// `[keys]`: where the keys are had from that wrap the data keys of encrypted volumes; one way at most.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Keys {
+    /// A file of keys.
+    pub keyring: Option<PathBuf>,
+    /// A program that wraps and unwraps.
+    pub command: Option<PathBuf>,
+    /// A service that does.
+    pub url: Option<String>,
 }
 
 /// `[cache]`: the local cache device.

@@ -16,6 +16,7 @@ pub mod dto;
 mod error;
 mod name;
 mod permissions;
+mod rekey;
 mod retain;
 mod serve;
 mod socket;
@@ -40,6 +41,7 @@ pub use dto::{
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use permissions::{DeviceMode, DeviceOwner};
+pub use rekey::{RekeyInfo, RekeySpec};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
@@ -76,6 +78,8 @@ pub trait Engine: Send + Sync + 'static {
     async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo>;
     /// Sets how long what a volume needs no more is kept; [`Kind::Conflict`] if it is somebody else's.
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo>;
+    /// Wraps the data keys of a volume anew; [`Kind::Conflict`] if it is somebody else's or not encrypted.
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// Checks a volume or a snapshot in the store, attached or not; what is wrong is in the answer. Ends

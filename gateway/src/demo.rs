@@ -82,6 +82,8 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
         durability: quarry_objfmt::Durability::Local,
         compression: quarry_objfmt::Compression::Lz4,
         retain_ms: 0,
+        key: None,
+        no_encryption: false,
     };
     first.daemon.create_volume(spec).await?;
     let (disk, place) = first.attach(&volume).await?;

@@ -15,6 +15,7 @@ mod chores;
 mod direct;
 mod handover;
 pub mod kept;
+mod keys;
 mod registry;
 mod report;
 mod rescue;
@@ -47,10 +48,12 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    MoveReport, PurgeReport, PurgeSpec, RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef,
+    VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
+    WarmSpec,
 };
+use crate::keys::KeyService;
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
 use crate::reactor::{
@@ -129,6 +132,7 @@ impl Machine for VolumeMachine {
 pub struct Daemon {
     config: quarry_config::Config,
     host: String,
+    keys: KeyService,
     started_ms: u64,
     lane: Lane,
     control: Lane,
@@ -290,6 +294,7 @@ impl Daemon {
         };
         Ok(Arc::new(Self {
             host,
+            keys: KeyService::new(&config.keys),
             started_ms: now_ms(),
             control: lane.with_deadline(CONTROL_DEADLINE),
             lane,
@@ -445,7 +450,9 @@ impl Engine for Daemon {
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
         self.fit()?;
-        registry::create_volume(&self.control, &spec).await?;
+        let volume = VolumeId::from(uuid::Uuid::new_v4());
+        let keys = self.keys_for(&spec, volume).await?;
+        registry::create_volume(&self.control, &spec, volume, keys).await?;
         self.show_volume(&spec.volume().into()).await
     }
 
@@ -483,6 +490,11 @@ impl Engine for Daemon {
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
         self.fit()?;
         self.retain_volume(volume, retain_ms).await
+    }
+
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        self.fit()?;
+        self.rekey_volume(volume, spec).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

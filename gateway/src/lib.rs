@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod demo;
 pub mod engine;
 pub mod image;
+pub mod keys;
 pub mod metrics;
 pub mod moment;
 pub mod nbd;

@@ -22,7 +22,7 @@ use super::dto::{
 use super::error::response;
 use super::trash::{self, TrashInfo};
 use super::{
-    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, retain, warm,
+    ApiError, ApiResult, Engine, ImageRef, Kind, SnapRef, VolumeRef, chores, rekey, retain, warm,
 };
 
 /// Largest body of a request; the largest real one has some 300 bytes.
@@ -76,6 +76,7 @@ pub fn control_routes(engine: Arc<dyn Engine>) -> Router {
     finish(
         routes
             .merge(trash::routes())
+            .merge(rekey::routes())
             .merge(retain::routes())
             .merge(warm::routes())
             .merge(chores::routes())
@@ -445,6 +446,8 @@ mod tests {
             durability: Durability::Object,
             compression: Compression::Zstd,
             retain_ms: 0,
+            key: None,
+            no_encryption: false,
         }
     }
 

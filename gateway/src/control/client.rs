@@ -14,6 +14,7 @@ use super::dto::{
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, TenantInfo, TenantList, TenantSpec,
     VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
+use super::rekey::{RekeyInfo, RekeySpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
@@ -260,6 +261,18 @@ impl Client {
         let spec = RetainSpec { retain_ms };
         let response = self
             .call(Method::POST, &path, Some(&spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Wraps a volume's data keys anew.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        let path = format!("/v1/volumes/{volume}/rekey");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
             .await?;
         self.json(response).await
     }

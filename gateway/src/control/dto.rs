@@ -8,8 +8,8 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use quarry_objfmt::{
-    Compression, Durability, Sectors, SnapName, TenantName, VOLUME_SECTORS_MAX, VolumeId,
-    VolumeName,
+    Compression, Durability, Encryption, KeyName, Sectors, SnapName, TenantName,
+    VOLUME_SECTORS_MAX, VolumeId, VolumeName,
 };
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,12 @@ pub struct VolumeSpec {
     /// How long what it needs no more is kept.
     #[serde(default, skip_serializing_if = "is_default")]
     pub retain_ms: u64,
+    /// The key that wraps its data key; none: the tenant's, if that has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyName>,
+    /// Do not encrypt it, though the tenant has a key.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub no_encryption: bool,
 }
 
 /// What is left out of a request: a daemon that does not know it yet takes the request all the same.
@@ -127,6 +133,10 @@ impl VolumeSpec {
             return Err(ApiError::invalid(message, "use 512 or 4096"));
         }
         check_retain(self.retain_ms)?;
+        if self.key.is_some() && self.no_encryption {
+            let message = "a volume that is not encrypted has no key";
+            return Err(ApiError::invalid(message, "leave one of the two out"));
+        }
         check_size(self.size_bytes, self.sector_size)
     }
 }
@@ -371,6 +381,8 @@ pub struct RescueReport {
     pub needs: Vec<String>,
     /// Its snapshots that are whole.
     pub snapshots: Vec<String>,
+    /// Its data keys, from their newest copy that is whole; 0 if it is not encrypted.
+    pub keys: u64,
     /// What it was cloned from.
     pub parent: Option<String>,
     /// Whether it is written.
@@ -516,6 +528,11 @@ pub struct VolumeInfo {
     pub durability: Durability,
     /// How its data are compressed.
     pub compression: Compression,
+    /// How its data are encrypted in the store.
+    pub encryption: Encryption,
+    /// The key that wraps its data key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
     /// What it was cloned from.
     pub parent: Option<ParentInfo>,
     /// How many snapshots it has.
@@ -823,6 +840,8 @@ mod tests {
                 durability: Durability::Local,
                 compression: Compression::Lz4,
                 retain_ms: 0,
+                key: None,
+                no_encryption: false,
             };
             assert!(spec.check().is_err(), "{size_bytes} {sector_size}");
         }

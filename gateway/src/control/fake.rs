@@ -99,6 +99,7 @@ impl Engine for FakeEngine {
             durability: spec.durability,
             compression: spec.compression,
             retain_ms: spec.retain_ms,
+            key: spec.key.as_ref().map(ToString::to_string),
             ..VolumeInfo::default()
         };
         self.volumes.lock().insert(spec.volume(), info.clone());
@@ -173,6 +174,17 @@ impl Engine for FakeEngine {
         Ok(RetainInfo {
             volume: volume.to_string(),
             retain_ms,
+        })
+    }
+
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        let key = spec.key.clone();
+        let key = key.ok_or_else(|| ApiError::invalid("the tenant has no key", "name one"))?;
+        self.change(volume, |volume| volume.key = Some(key.to_string()))?;
+        Ok(RekeyInfo {
+            volume: volume.to_string(),
+            key: key.to_string(),
+            keys: 1,
         })
     }
 

@@ -59,6 +59,8 @@ impl Daemon {
             sector_size: head.sector_size,
             durability: head.durability,
             compression: head.compression,
+            encryption: head.encryption,
+            key: head.keys.newest(head.volume).map(|key| key.by.to_string()),
             stored_bytes: head.stored_bytes,
             parent: self.parent(volume, &head).await,
             snapshots: head.snapshots.len() as u64,

@@ -61,6 +61,11 @@ pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
             Kind::Conflict,
             "try again when they are there or have failed; one whose making was broken off is given up after an hour",
         ),
+        SnapshotError::Keyless => (Kind::Conflict, "try again"),
+        SnapshotError::TooManyKeys => (
+            Kind::Conflict,
+            "`quarry volume flatten` the volume, and make the snapshot anew",
+        ),
         SnapshotError::Busy { .. } => (Kind::Conflict, "try again"),
         SnapshotError::Damaged { .. } => (Kind::Damaged, "restore the object from a copy"),
         SnapshotError::Head(HeadError::Fenced { .. }) => (
@@ -392,12 +397,14 @@ impl Daemon {
             name: name.clone(),
         };
         registry::check_free(&self.control, &clone).await?;
+        let volume = VolumeId::from(uuid::Uuid::new_v4());
         let spec = CloneSpec {
             tenant: parent.tenant.clone(),
             parent: registry::find(&self.control, parent).await?,
             snapshot: snapshot.name.clone(),
-            volume: VolumeId::from(uuid::Uuid::new_v4()),
+            volume,
             name: name.clone(),
+            key: self.key_for_clone(parent, volume).await?,
             now_ms: now_ms(),
         };
         let made = snapshot::make_clone(&self.control, &spec).await;
