@@ -42,10 +42,14 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 10] = [
+pub(crate) const SECTIONS: [(&str, &str); 11] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("access", "Who may reach what."),
     ("store", "The object store that keeps everything durable."),
+    (
+        "keys",
+        "The keys that wrap the data keys of encrypted volumes, each known by a name: one of these three.",
+    ),
     (
         "cache",
         "The local cache device: hot data, and writes that the store does not have yet.",
@@ -364,6 +368,37 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| boolean(v).map(|b| c.store.make_missing = b),
         get: |c| Some(c.store.make_missing.to_string()),
+    },
+    Key {
+        path: "keys.keyring",
+        doc: "File of keys, `name base64-of-32-bytes` a line (`quarry key generate` makes one), readable by its owner\n\
+              alone: root, or the daemon's user. It is read anew for each use. Of several keys of one name the last\n\
+              wraps, and all are tried to unwrap. A key that is lost is lost with all that it wraps: keep a copy.",
+        expected: PATH,
+        sample: "\"/etc/quarry/keyring\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.keys.keyring = Some(p)),
+        get: |c| c.keys.keyring.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "keys.command",
+        doc: "Program that has them, called as `PROGRAM wrap NAME` and `PROGRAM unwrap NAME`: bytes come by standard\n\
+              input and go by standard output, within 10 s.",
+        expected: PATH,
+        sample: "\"/usr/local/bin/quarry-kms\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.keys.command = Some(p)),
+        get: |c| c.keys.command.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "keys.url",
+        doc: "Service that has them, by https (or http on this host). It is posted {\"operation\": \"wrap\" or \"unwrap\",\n\
+              \"key\": name, \"data\": base64} and answers {\"data\": base64}, within 10 s.",
+        expected: "write a URL such as \"https://kms.example.com/quarry\"",
+        sample: "\"https://kms.example.com/quarry\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.keys.url = Some(t.to_owned())),
+        get: |c| c.keys.url.as_ref().map(quoted),
     },
     Key {
         path: "cache.path",

@@ -38,6 +38,8 @@ pub struct Config {
     pub access: Access,
     /// `[store]`
     pub store: Store,
+    /// `[keys]`
+    pub keys: Keys,
     /// `[cache]`
     pub cache: Cache,
     /// `[reactor]`
@@ -184,6 +186,17 @@ pub struct Prices {
     pub read_gib: f64,
     /// For a GiB sent.
     pub written_gib: f64,
+}
+
+/// `[keys]`: where the keys are had from that wrap the data keys of encrypted volumes; one way at most.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Keys {
+    /// A file of keys.
+    pub keyring: Option<PathBuf>,
+    /// A program that wraps and unwraps.
+    pub command: Option<PathBuf>,
+    /// A service that does.
+    pub url: Option<String>,
 }
 
 /// `[cache]`: the local cache device.

@@ -46,6 +46,7 @@ pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
     check_daemon(config)?;
     check_access(&config.access)?;
     check_store(config)?;
+    check_keys(config)?;
     check_cache(config)?;
 
     let threads = config.reactor.threads;
@@ -96,6 +97,30 @@ pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
         ));
     }
     Ok(())
+}
+
+fn check_keys(config: &Config) -> Result<(), ConfigError> {
+    let keys = &config.keys;
+    let set = [
+        ("keys.keyring", keys.keyring.is_some()),
+        ("keys.command", keys.command.is_some()),
+        ("keys.url", keys.url.is_some()),
+    ];
+    let mut set = set.iter().filter(|(_, is_set)| *is_set);
+    if let (Some((first, _)), Some((second, _))) = (set.next(), set.next()) {
+        let why = format!("{first} is set too");
+        return Err(refuse(second, "(set)", why, "keep one of them"));
+    }
+    let Some(text) = &keys.url else {
+        return Ok(());
+    };
+    let why = match Url::parse(text) {
+        Ok(url) if url.scheme() == "https" => return Ok(()),
+        Ok(url) if url.scheme() == "http" && is_loopback(&url) => return Ok(()),
+        Ok(url) if url.scheme() == "http" => "keys would travel in the clear",
+        _ => "it is not a URL of a service",
+    };
+    Err(refuse("keys.url", text, why, "write an https URL"))
 }
 
 fn check_daemon(config: &Config) -> Result<(), ConfigError> {
@@ -443,6 +468,23 @@ mod tests {
             both.contains("keep one") && !both.contains("hunter2"),
             "{both}"
         );
+    }
+
+    #[test]
+    fn ways_to_keys_are_one_at_most_and_not_in_the_clear() {
+        let both = refusal("[keys]\nkeyring = \"/k\"\ncommand = \"/c\"");
+        assert!(both.contains("keys.keyring is set too"), "{both}");
+        for (url, hint) in [
+            ("http://kms.example.com/", "in the clear"),
+            ("kms", "not a URL"),
+            ("file:///kms", "not a URL"),
+        ] {
+            let text = refusal(&format!("[keys]\nurl = \"{url}\""));
+            assert!(text.contains(hint), "{text}");
+        }
+        for url in ["https://kms.example.com/q", "http://127.0.0.1:8200/"] {
+            Config::parse(&format!("[keys]\nurl = \"{url}\"")).unwrap();
+        }
     }
 
     #[test]

@@ -32,7 +32,10 @@ use quarry_cache::{AlignedBuf, BlockDevice, Branch};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Head, RootRef};
-use quarry_objfmt::{ChunkId, ChunkSeq, MapEntry, SECTOR_SIZE, SnapshotRef, VolumeId, keys};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, DataKey, DataKeys, Encryption, MapEntry, SECTOR_SIZE, SnapshotRef, VolumeId,
+    keys,
+};
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -143,6 +146,8 @@ pub struct VolumeBackend {
     name: String,
     volume: VolumeId,
     head: HeadCell,
+    /// Of the chunks that its map may name; none if it is not encrypted.
+    keys: Option<Arc<DataKeys>>,
     /// The map as of the last checkpoint.
     root: parking_lot::Mutex<Arc<MapRoot>>,
     /// Where that is. The head may name a later one: one whose PUT was given up for want of an answer.
@@ -178,6 +183,10 @@ type Drains = Option<std::collections::HashMap<IoId, oneshot::Sender<bool>>>;
 
 impl VolumeBackend {
     /// The backend of the volume that was claimed, answering to `reactor`.
+    ///
+    /// # Panics
+    /// If the volume is encrypted and its keys are not at hand, or the other way round: what is written must be
+    /// what its head says.
     #[must_use]
     pub fn new(
         common: Common,
@@ -186,6 +195,8 @@ impl VolumeBackend {
         key: VolumeKey,
         reactor: ReactorHandle,
     ) -> Arc<Self> {
+        let encrypted = claimed.info.encryption != Encryption::None;
+        assert_eq!(encrypted, claimed.keys.is_some(), "{name}: keys");
         let log = claimed.chunks.iter().map(|chunk| (chunk.id.seq, *chunk));
         let times = claimed.chunks.iter().map(|chunk| chunk.cut_ms);
         Arc::new(Self {
@@ -205,6 +216,7 @@ impl VolumeBackend {
             stored_bytes: AtomicU64::new(claimed.info.stored_bytes),
             map_bytes: AtomicU64::new(0),
             head: claimed.head,
+            keys: claimed.keys,
             key,
             reactor,
             condition: parking_lot::Mutex::default(),
@@ -291,6 +303,17 @@ impl VolumeBackend {
     pub fn close(&self) {
         *self.drains.lock() = None;
         self.warmings.close();
+    }
+
+    /// How a chunk is made that is cut at `cut_ms`.
+    fn how(&self, cut_ms: u64) -> How {
+        How {
+            volume: self.volume,
+            cut_ms,
+            frame_sectors: self.head.frame_sectors(),
+            compression: self.head.compression(),
+            keys: self.keys.clone(),
+        }
     }
 
     /// Feeds the volume an event.
@@ -461,8 +484,8 @@ impl VolumeBackend {
         let object = keys::chunk_key(self.head.tenant(), plan.id);
         let encoded = loop {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
-            let (frame_sectors, compression) = (self.head.frame_sectors(), self.head.compression());
-            let encode = move || make_chunk(&*device, &plan, cut_ms, frame_sectors, compression);
+            let how = self.how(cut_ms);
+            let encode = move || make_chunk(&*device, &plan, &how);
             match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
@@ -564,13 +587,32 @@ impl BackendSink for Arc<VolumeBackend> {
     }
 }
 
+/// How a volume's chunks are made.
+struct How {
+    volume: VolumeId,
+    cut_ms: u64,
+    frame_sectors: u32,
+    compression: Compression,
+    keys: Option<Arc<DataKeys>>,
+}
+
+impl How {
+    /// The key that a chunk which is made now is encrypted with.
+    ///
+    /// # Panics
+    /// If the volume is encrypted and has none of its own.
+    fn key(&self) -> Option<&DataKey> {
+        let keys = self.keys.as_ref()?;
+        let own = keys.newest(self.volume);
+        Some(own.expect("an encrypted volume has a key of its own"))
+    }
+}
+
 /// Reads the plan's data from the cache device and encodes the chunk. Blocking.
 fn make_chunk(
     device: &dyn BlockDevice,
     plan: &ChunkPlan,
-    cut_ms: u64,
-    frame_sectors: u32,
-    compression: Compression,
+    how: &How,
 ) -> std::io::Result<quarry_objfmt::chunk::EncodedChunk> {
     let sectors = |len: u64| u32::try_from(len).expect("a chunk's runs are short");
     let mut extents = Vec::with_capacity(plan.extents.len());
@@ -608,10 +650,10 @@ fn make_chunk(
         id: plan.id,
         first_write: plan.first_write,
         last_write: plan.last_write,
-        cut_ms,
-        frame_sectors,
-        compression,
-        key: None,
+        cut_ms: how.cut_ms,
+        frame_sectors: how.frame_sectors,
+        compression: how.compression,
+        key: how.key(),
     };
     Ok(encode_chunk(&params, &extents, &raw))
 }

@@ -1,5 +1,5 @@
-//! The command line: a client of the control plane and nothing more, but for `serve`, `demo` and
-//! `config`, which need no daemon, and for `import` and `export`, which also read and write volumes by NBD.
+//! The command line: a client of the control plane and nothing more, but for `serve`, `demo`,
+//! `config` and `key`, which need no daemon, and for `import` and `export`, which also read and write volumes by NBD.
 //!
 //! Owns the flags, the form of what is printed, and the exit codes: 0 done, 1 failed, 2 misused.
 //! Every failure is one sentence on standard error that ends in what to do; with `--output json`
@@ -14,6 +14,7 @@ mod demo;
 mod export;
 mod failure;
 mod import;
+mod key;
 mod limit;
 mod logging;
 mod output;
@@ -137,6 +138,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Command::Serve(flags) => serve::run(*flags, socket),
         Command::Demo(flags) => demo::run(flags),
         Command::Config(command) => config::run(command, console),
+        Command::Key(command) => key::run(&command, console),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "quarry", &mut script);

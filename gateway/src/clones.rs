@@ -11,6 +11,7 @@ use quarry_objfmt::{
 };
 
 use crate::backend;
+use crate::keys::FIRST_REVISION;
 use crate::store::{Store, StoreError};
 use crate::trash::{
     CLONING_TIME_MAX_MS, Found, TrashError, give_up, look, never_was, note_given_up, own_name,
@@ -113,8 +114,8 @@ async fn fate(
     }
 }
 
-/// Whether a clone without a head had one once: its making leaves no more than its first map before that, and its name
-/// comes after.
+/// Whether a clone without a head had one once: its making leaves no more than its first map and the copy of its first keys
+/// before that, and its name comes after.
 async fn was_there(
     store: &dyn Store,
     tenant: &TenantName,
@@ -122,12 +123,15 @@ async fn was_there(
 ) -> Result<bool, TrashError> {
     let id = record.volume;
     let prefix = keys::volume_prefix(tenant, id);
-    let first = keys::map_key(tenant, id, Epoch::ZERO, MapSeq::ZERO);
+    let before = [
+        keys::keys_key(tenant, id, FIRST_REVISION),
+        keys::map_key(tenant, id, Epoch::ZERO, MapSeq::ZERO),
+    ];
     if store
-        .list_some(&prefix, 2)
+        .list_some(&prefix, before.len() + 1)
         .await?
         .iter()
-        .any(|key| *key != first)
+        .any(|key| !before.contains(key))
     {
         return Ok(true);
     }

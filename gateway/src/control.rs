@@ -23,6 +23,7 @@ mod openapi;
 mod page;
 mod permissions;
 mod rates;
+mod rekey;
 mod retain;
 mod serve;
 mod socket;
@@ -53,6 +54,7 @@ pub use network::Network;
 pub use page::Page;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use rates::{LimitsInfo, RatesInfo, RatesSpec};
+pub use rekey::{RekeyInfo, RekeySpec};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
@@ -119,6 +121,8 @@ pub trait Engine: Send + Sync + 'static {
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo>;
     /// Sets how fast a volume may be used, whoever has it: at once if it is attached here.
     async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo>;
+    /// Wraps the data keys of a volume anew; [`Kind::Conflict`] if it is somebody else's or not encrypted.
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// Checks a volume or a snapshot in the store, attached or not; what is wrong is in the answer. Ends

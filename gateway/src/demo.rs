@@ -86,6 +86,8 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
         compression: quarry_objfmt::Compression::Lz4,
         retain_ms: 0,
         rates: crate::control::RatesSpec::default(),
+        key: None,
+        no_encryption: false,
     };
     first.daemon.create_volume(spec).await?;
     let (disk, place) = first.attach(&volume).await?;

@@ -16,6 +16,7 @@ mod costs;
 mod direct;
 mod handover;
 pub mod kept;
+mod keys;
 mod quota;
 mod rates;
 mod registry;
@@ -55,12 +56,13 @@ pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo,
-    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport,
-    RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo,
-    TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo,
-    VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
+    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo,
+    RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
+    StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
+    VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
+use crate::keys::KeyService;
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
 use crate::qos::VolumeGate;
@@ -148,6 +150,7 @@ impl Machine for VolumeMachine {
 pub struct Daemon {
     config: quarry_config::Config,
     host: String,
+    keys: KeyService,
     started_ms: u64,
     lane: Lane,
     /// The way to the daemon's own store, where the tenants' records are, for a control call.
@@ -310,6 +313,7 @@ impl Daemon {
         let access = Access::new(&config.access, tokens, &config.daemon.data_dir)?;
         Ok(Arc::new(Self {
             host,
+            keys: KeyService::new(&config.keys),
             started_ms: now_ms(),
             home: lane.with_deadline(CONTROL_DEADLINE),
             tenants: Tenants::new(Site::looked_at((&config.store).into(), lane.clone())),
@@ -507,9 +511,11 @@ impl Engine for Daemon {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
         self.fit()?;
         let tenant = self.tenant(&spec.tenant).await?;
+        let volume = VolumeId::from(uuid::Uuid::new_v4());
+        let keys = self.keys_for(&tenant, &spec, volume).await?;
         let wish = Wish::sized(&spec.volume(), spec.size_bytes);
         let admission = self.admit(&tenant, &wish).await?;
-        let made = registry::create_volume(&tenant.control(), &spec).await;
+        let made = registry::create_volume(&tenant.control(), &spec, volume, keys).await;
         self.settle(admission).await;
         made?;
         self.show_volume(&spec.volume().into()).await
@@ -576,6 +582,11 @@ impl Engine for Daemon {
     async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
         self.fit()?;
         self.set_volume_rates(volume, rates).await
+    }
+
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        self.fit()?;
+        self.rekey_volume(volume, spec).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

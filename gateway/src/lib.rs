@@ -9,6 +9,7 @@ pub mod demo;
 pub mod engine;
 pub mod fair;
 pub mod image;
+pub mod keys;
 pub mod metrics;
 pub mod moment;
 pub mod nbd;

@@ -18,7 +18,8 @@
 //! were in the log by then. One that names chunks that a later epoch has in other words is passed over.
 //!
 //! A clone's map names objects of the volumes that it comes from; what it was cloned from is told by its record there.
-//! Snapshots come back from their copies, those that are whole.
+//! Snapshots come back from their copies, those that are whole. An encrypted volume's keys come back from the newest of
+//! their copies that is whole: each has all keys of a head, and none is changed by wrapping it anew.
 //!
 //! The order of making it so, and what a crash between the steps leaves:
 //! 1. Seal the log's end, for an epoch far above all that were found. *Crash: the seal stays, and
@@ -41,8 +42,8 @@ use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, Manifest, MapObjectId};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, MapSeq, Sectors, SnapName, Snapshot, VOLUME_SECTORS_MAX, VolumeId,
-    WriteSeq, keys,
+    ChunkId, ChunkSeq, Encryption, Epoch, KeysCopy, MapSeq, Sectors, SnapName, Snapshot,
+    VOLUME_SECTORS_MAX, VolumeId, WrappedKeys, WriteSeq, keys,
 };
 
 use self::log::{Followed, Start, follow};
@@ -74,6 +75,16 @@ pub enum RescueError {
     /// No state is whole.
     #[error("no state of the volume is whole; the newest is not for {object}: {problem}")]
     NotWhole {
+        /// The object.
+        object: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// It is encrypted, and no copy of its keys is whole.
+    #[error(
+        "the volume is encrypted, and no copy of its keys is whole; the newest is {object}: {problem}"
+    )]
+    Keys {
         /// The object.
         object: String,
         /// What is wrong with it.
@@ -118,6 +129,8 @@ struct Listed {
     maps: BTreeSet<(Epoch, MapSeq)>,
     /// Copies of snapshots.
     snapshots: Vec<SnapName>,
+    /// Copies of its keys.
+    keys: BTreeSet<u32>,
 }
 
 impl Listed {
@@ -129,6 +142,10 @@ impl Listed {
             let (kind, epoch, seq) = (parts.next(), parts.next(), parts.next());
             if let (Some("snap"), Some(Ok(name)), None) = (kind, epoch.map(SnapName::new), seq) {
                 listed.snapshots.push(name);
+                continue;
+            }
+            if let (Some("keys"), Some(revision), None) = (kind, hex(epoch, 8), seq) {
+                listed.keys.extend(u32::try_from(revision));
                 continue;
             }
             let (Some(epoch), Some(seq), None) = (hex(epoch, 8), hex(seq, 16), parts.next()) else {
@@ -259,12 +276,18 @@ pub async fn run(
     report.needs = needs(spec);
     let snapshots = rescue.snapshots(&found, &mut report.passed_over).await?;
     report.snapshots = snapshots.iter().map(|s| s.name.clone()).collect();
+    let keys = rescue.keys(&mut report.passed_over).await?;
+    report.keys = keys.keys.len() as u64;
     if !spec.apply {
         return Ok(report);
     }
     let mut head = rescue.head(&found, spec)?;
     head.epoch = epoch;
     head.snapshots = snapshots;
+    if !keys.keys.is_empty() {
+        head.encryption = Encryption::Aes256Gcm;
+        head.keys = keys;
+    }
     head.created_ms = now_ms;
     for range in &mut head.log {
         range.end = range.end.or(Some(found.followed.end));
@@ -537,6 +560,43 @@ impl Rescue {
             }
         }
         Ok(None)
+    }
+
+    /// The volume's keys, by the newest copy that is whole, with the number of the newest of all; none if it is
+    /// not encrypted. Newer ones that are damaged go to `passed_over`.
+    async fn keys(&self, passed_over: &mut Vec<Finding>) -> Result<WrappedKeys, RescueError> {
+        let mut newest: Option<(String, String)> = None;
+        for revision in self.listed.keys.iter().rev() {
+            let object = keys::keys_key(&self.volume.tenant, self.id, *revision);
+            let problem = match self.store.get(&object).await {
+                Ok((bytes, _)) => match KeysCopy::decode(&bytes, self.id) {
+                    Ok(copy) => {
+                        let latest = self.listed.keys.last().copied();
+                        return Ok(WrappedKeys {
+                            revision: latest.unwrap_or(copy.keys.revision),
+                            ..copy.keys
+                        });
+                    }
+                    Err(error) => error.to_string(),
+                },
+                Err(error @ (StoreError::NotFound { .. } | StoreError::Invalid { .. })) => {
+                    error.to_string()
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if passed_over.len() < PASSED_OVER_MAX {
+                passed_over.push(Finding {
+                    object: object.clone(),
+                    problem: problem.clone(),
+                    ..Finding::default()
+                });
+            }
+            newest.get_or_insert((object, problem));
+        }
+        match newest {
+            None => Ok(WrappedKeys::default()),
+            Some((object, problem)) => Err(RescueError::Keys { object, problem }),
+        }
     }
 
     /// The snapshots that are whole, by their copies; the others go to `passed_over`.

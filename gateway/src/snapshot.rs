@@ -21,15 +21,17 @@ use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::{Head, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, Usage};
 use quarry_objfmt::record::CLONE_KIND;
+use quarry_objfmt::wrapped::KEYS_MAX;
 use quarry_objfmt::{
-    ChunkSeq, CloneRecord, Epoch, MapSeq, SnapName, Snapshot, TenantName, VolumeId, VolumeName,
-    WriteSeq, encode_record, keys,
+    ChunkSeq, CloneRecord, Encryption, Epoch, MapSeq, SnapName, Snapshot, TenantName, VolumeId,
+    VolumeName, WrappedKey, WrappedKeys, WriteSeq, encode_record, keys,
 };
 
 pub use self::rollback::roll_back;
 use crate::backend::open::{OpenError, load_map};
 use crate::backend::{HeadCell, HeadError};
 use crate::clones::{Fate, fates};
+use crate::keys::{FIRST_REVISION, first, put_first_copy};
 use crate::store::{Store, StoreError, create_own};
 use crate::trash::TrashError;
 
@@ -84,6 +86,14 @@ pub enum SnapshotError {
         /// What is wrong.
         reason: String,
     },
+    /// The snapshot's volume is encrypted, and the clone was given no key of its own.
+    #[error("the volume is encrypted, and its clone was given no key")]
+    Keyless,
+    /// A head can have no more.
+    #[error(
+        "a clone of it would need more than {KEYS_MAX} keys, for it was cloned of clones itself"
+    )]
+    TooManyKeys,
     /// The head cannot be read or changed.
     #[error(transparent)]
     Head(#[from] HeadError),
@@ -385,6 +395,8 @@ pub struct CloneSpec {
     pub volume: VolumeId,
     /// What it is to be called.
     pub name: VolumeName,
+    /// Its own data key, if the volume is encrypted.
+    pub key: Option<WrappedKey>,
     /// Now, in milliseconds since 1970.
     pub now_ms: u64,
 }
@@ -395,7 +407,8 @@ pub struct CloneSpec {
 /// 1. The record at the parent, create-only. *Crash: the snapshot cannot be deleted for an hour; then
 ///    whoever deletes it gives the clone up.*
 /// 2. The parent's head is read: the snapshot must be there and not closing.
-/// 3. The map object: the snapshot's manifest in the clone's own name. Its tables stay the parent's. *Crash: garbage.*
+/// 3. The map object: the snapshot's manifest in the clone's own name. Its tables stay the parent's. If they are encrypted,
+///    the copy of the clone's keys, which are its own and those that the parent's head has. *Crash: garbage.*
 /// 4. The head, create-only: that of one given up may be there by now. *Crash: the clone is there, without a name.*
 ///
 /// # Errors
@@ -496,7 +509,22 @@ async fn new_head(
         };
         head.root = Some(copy_map(store, spec, snapshot.root, basis).await?);
     }
+    if head.encryption != Encryption::None {
+        let own = spec.key.clone().ok_or(SnapshotError::Keyless)?;
+        let mut all = parent.keys.keys.clone();
+        all.push(own);
+        head.keys = keys_of(all)?;
+        put_first_copy(store, &spec.tenant, spec.volume, &head.keys).await?;
+    }
     Ok(head)
+}
+
+/// A clone's first keys.
+fn keys_of(all: Vec<WrappedKey>) -> Result<WrappedKeys, SnapshotError> {
+    if all.len() > KEYS_MAX {
+        return Err(SnapshotError::TooManyKeys);
+    }
+    Ok(first(all))
 }
 
 /// The number of a clone's first map, in epoch 0.
@@ -556,8 +584,12 @@ async fn take_back(store: &dyn Store, spec: &CloneSpec) {
     Branch::CloneTakenBack.taken();
     let CloneSpec { tenant, volume, .. } = spec;
     let map = keys::map_key(tenant, *volume, Epoch::ZERO, CLONED_MAP);
+    let copy = keys::keys_key(tenant, *volume, FIRST_REVISION);
     let undo = async {
         store.delete(&map).await?;
+        if spec.key.is_some() {
+            store.delete(&copy).await?;
+        }
         store.delete(&clone_key(spec)).await
     };
     if let Err(error) = undo.await {

@@ -17,10 +17,12 @@
 //! nobody purges it; restoring it again goes on.*
 //!
 //! For good ([`purge`]):
-//! 1. `head`: [`Deleted::Purging`]. From here on nobody restores it. A head that is lost or damaged is
-//!    replaced by one that says so. *Crash: whoever purges next goes on, and several at once do no
+//! 1. `head`: [`Deleted::Purging`], and without its keys. From here on nobody restores it. A head that is lost or
+//!    damaged is replaced by one that says so. *Crash: whoever purges next goes on, and several at once do no
 //!    harm: each deletes what it finds.*
-//! 2. Every object below the volume's own prefix, the head last.
+//! 2. The copies of its keys, if it may have any: from here on what is left of an encrypted volume's data can be read by
+//!    nobody, but by its clones, whose heads have those keys too. Then every object below the volume's own prefix, the
+//!    head last.
 //! 3. Its record at the snapshot that it was cloned from, which was needed as long as it had a head.
 //! 4. The record `trash/<uuid>`. *Crash before: an empty prefix, and 3 and 4 are done again.*
 //!
@@ -39,12 +41,14 @@ use quarry_objfmt::record::{
     CloneOf, CloneRecord, NAME_KIND, NameRecord, Rates, TRASH_KIND, TrashRecord, encode_record,
 };
 use quarry_objfmt::{
-    CacheId, Deleted, Epoch, FormatError, Sectors, SnapName, TenantName, VolumeId, VolumeName, keys,
+    CacheId, Deleted, Encryption, Epoch, FormatError, Sectors, SnapName, TenantName, VolumeId,
+    VolumeName, keys,
 };
 
 use crate::backend::{self, DAMAGE_RETRIES_MAX, HeadCell, HeadError};
 use crate::clones::{Fate, fates};
 use crate::control::VolumeRef;
+use crate::keys::copies;
 use crate::store::{Store, StoreError, Tag};
 
 /// Objects deleted side by side.
@@ -700,18 +704,21 @@ pub async fn purge(
         return Err(TrashError::NotThere);
     };
     let mut turns = 0;
-    loop {
+    let keys = loop {
         match condemn(store, tenant, &record, now_ms, age_min_ms).await {
-            Ok(None) => break,
-            Ok(Some(Purged::Restored)) => {
+            Ok(Ok(keys)) => break keys,
+            Ok(Err(Purged::Restored)) => {
                 Branch::PurgeFindsRestored.taken();
                 store.delete(&keys::trash_key(tenant, id)).await?;
                 return Ok(Purged::Restored);
             }
-            Ok(Some(answer)) => return Ok(answer),
+            Ok(Err(answer)) => return Ok(answer),
             Err(TrashError::Raced { .. }) if turns < TURNS_MAX => turns += 1,
             Err(error) => return Err(error),
         }
+    };
+    if let MayHaveKeys(true) = keys {
+        erase_keys(store, tenant, id, objects).await?;
     }
     empty(store, tenant, id, objects).await?;
     if let Some(of) = &record.parent
@@ -738,14 +745,24 @@ async fn drop_name(
     }
 }
 
-/// Step 1 of purging; an answer if it must not go on.
+/// Whether copies of keys may lie beside a head.
+struct MayHaveKeys(bool);
+
+impl MayHaveKeys {
+    /// One that stands in for a lost head says nothing of that.
+    fn of(head: &Head) -> Self {
+        Self(head.encryption != Encryption::None || never_was(head))
+    }
+}
+
+/// Step 1 of purging; the inner error is an answer: it must not go on.
 async fn condemn(
     store: &dyn Store,
     tenant: &TenantName,
     record: &TrashRecord,
     now_ms: u64,
     age_min_ms: u64,
-) -> Result<Option<Purged>, TrashError> {
+) -> Result<Result<MayHaveKeys, Purged>, TrashError> {
     let id = record.volume;
     let early = |since_ms: u64| {
         let due = age_min_ms == 0 || now_ms.saturating_sub(since_ms) >= age_min_ms;
@@ -760,24 +777,30 @@ async fn condemn(
     };
     match look(store, tenant, id).await? {
         Found::Sound(head, tag) => match head.deleted() {
-            Some(Deleted::Purging) => Branch::PurgeGoesOn.taken(),
+            Some(Deleted::Purging) => {
+                Branch::PurgeGoesOn.taken();
+                return Ok(Ok(MayHaveKeys::of(&head)));
+            }
             Some(Deleted::InTrash { since_ms }) => {
                 if let Some(early) = early(since_ms) {
-                    return Ok(Some(early));
+                    return Ok(Err(early));
                 }
                 clones_of(store, tenant, id, now_ms).await?;
+                let keys = MayHaveKeys::of(&head);
                 let cell = HeadCell::new(tenant.clone(), *head, tag);
                 let condemned = |head: &mut Head| {
                     head.epoch = head.epoch.next();
                     head.owner = Some(Deleted::Purging.owner());
+                    head.keys.keys.clear();
                 };
                 cell.update(store, condemned).await?;
+                return Ok(Ok(keys));
             }
             None => {
                 let name = VolumeName::new(head.name).map_err(|_| TrashError::Nameless)?;
                 let tenant = tenant.clone();
                 return match named(store, &VolumeRef { tenant, name }).await? {
-                    Some(named) if named == id => Ok(Some(Purged::Restored)),
+                    Some(named) if named == id => Ok(Err(Purged::Restored)),
                     _ => Err(TrashError::Nameless),
                 };
             }
@@ -786,10 +809,10 @@ async fn condemn(
             Branch::PurgeHeadless.taken();
             let prefix = keys::volume_prefix(tenant, id);
             if store.list_some(&prefix, 1).await?.is_empty() {
-                return Ok(None);
+                return Ok(Ok(MayHaveKeys(false)));
             }
             if let Some(early) = early(record.deleted_ms) {
-                return Ok(Some(early));
+                return Ok(Err(early));
             }
             clones_of(store, tenant, id, now_ms).await?;
             let head = stand_in(tenant, id, &record.name, Deleted::Purging);
@@ -802,7 +825,7 @@ async fn condemn(
         }
         Found::Damaged(tag) => {
             if let Some(early) = early(record.deleted_ms) {
-                return Ok(Some(early));
+                return Ok(Err(early));
             }
             clones_of(store, tenant, id, now_ms).await?;
             let head = stand_in(tenant, id, &record.name, Deleted::Purging);
@@ -814,7 +837,21 @@ async fn condemn(
             }
         }
     }
-    Ok(None)
+    Ok(Ok(MayHaveKeys(true)))
+}
+
+/// Deletes the copies of a volume's keys.
+async fn erase_keys(
+    store: &dyn Store,
+    tenant: &TenantName,
+    id: VolumeId,
+    objects: &AtomicU64,
+) -> Result<(), TrashError> {
+    for revision in copies(store, tenant, id).await? {
+        store.delete(&keys::keys_key(tenant, id, revision)).await?;
+        objects.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 /// Deletes everything below a volume's prefix, the head when nothing else is left.

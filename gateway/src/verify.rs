@@ -36,7 +36,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures::{StreamExt, TryStreamExt};
 use quarry_objfmt::chunk::CHUNK_SECTORS_MAX;
 use quarry_objfmt::head::{Head, Parent, SnapshotRef};
-use quarry_objfmt::{ChunkId, Location, SnapName, TenantName, VolumeId, keys};
+use quarry_objfmt::{ChunkId, DataKeys, Location, SnapName, TenantName, VolumeId, keys};
 
 use self::chunk::{Fault, Ref, check_chunk};
 use self::counted::Counted;
@@ -45,6 +45,7 @@ use self::log::{Log, end_of};
 use self::walk::{Walk, lost_by};
 use crate::backend::{HeadCell, HeadError, Unsound};
 use crate::control::{ImageRef, VerifyProgress, VerifyReport, VerifySpec, VolumeRef};
+use crate::keys::copy_problem;
 use crate::store::{Store, StoreError};
 
 /// Entries of the map held at once, over all chunks: 64 MiB of them.
@@ -92,6 +93,8 @@ struct Check {
     deep: bool,
     refs_max: usize,
     progress: Arc<Progress>,
+    /// Of an encrypted volume, to read frames with.
+    keys: Option<Arc<DataKeys>>,
 }
 
 /// Whether the answer says that the object is not as it should be, rather than that the store cannot
@@ -123,9 +126,10 @@ pub async fn run(
     image: &ImageRef,
     id: VolumeId,
     spec: VerifySpec,
+    keys: Option<Arc<DataKeys>>,
     progress: Arc<Progress>,
 ) -> Result<Option<VerifyReport>, StoreError> {
-    run_with(store, image, id, spec, progress, REFS_MAX).await
+    run_with(store, image, id, spec, keys, progress, REFS_MAX).await
 }
 
 async fn run_with(
@@ -133,6 +137,7 @@ async fn run_with(
     image: &ImageRef,
     id: VolumeId,
     spec: VerifySpec,
+    data_keys: Option<Arc<DataKeys>>,
     progress: Arc<Progress>,
     refs_max: usize,
 ) -> Result<Option<VerifyReport>, StoreError> {
@@ -155,10 +160,17 @@ async fn run_with(
             for problem in misplaced(&head, volume, id) {
                 findings.add(&key, problem);
             }
+            let copy = copy_problem(&store, &volume.tenant, &head).await?;
+            if let Some((key, problem)) = copy {
+                findings.add(&key, problem);
+            }
             let ancestors = Ancestors::find(&store, volume, &head, &mut findings).await?;
             let check = |head| {
                 let (store, ancestors) = (store.clone(), ancestors.clone());
-                Check::new(store, volume, head, ancestors, deep, refs_max, &progress)
+                Check {
+                    keys: data_keys.clone(),
+                    ..Check::new(store, volume, head, ancestors, deep, refs_max, &progress)
+                }
             };
             if let Some(name) = &image.snapshot {
                 let mut all = head.snapshots.iter();
@@ -358,6 +370,7 @@ impl Check {
             deep,
             refs_max,
             progress: Arc::clone(progress),
+            keys: None,
         }
     }
 

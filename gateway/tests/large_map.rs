@@ -121,6 +121,7 @@ async fn snapshot_and_clone_of_a_large_map_are_made_at_once() {
         snapshot,
         volume: VolumeId::from_bytes([2; 16]),
         name: VolumeName::new("copy").unwrap(),
+        key: None,
         now_ms: 3,
     };
     let begun = Instant::now();

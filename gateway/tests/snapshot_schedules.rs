@@ -11,13 +11,14 @@ use std::task::{Context, Waker};
 use quarry_gateway::backend::open::{Claim, hold};
 use quarry_gateway::backend::{HeadCell, HeadError};
 use quarry_gateway::control::VolumeRef;
+use quarry_gateway::keys::{copy_problem, first};
 use quarry_gateway::snapshot::{CloneSpec, SnapshotError, clones, create, delete, make_clone};
 use quarry_gateway::store::Store;
 use quarry_gateway::trash::put;
 use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
-    CacheId, Epoch, Head, Lba, Location, MapEntry, MapSeq, RootRef, Sectors, SnapName, TenantName,
-    VolumeId, VolumeName, WriteSeq, keys,
+    CacheId, Encryption, Epoch, Head, KeyGeneration, KeyName, Lba, Location, MapEntry, MapSeq,
+    RootRef, Sectors, SnapName, TenantName, VolumeId, VolumeName, WrappedKey, WriteSeq, keys,
 };
 use stepped::{Stepped, Task, alone, in_every_order, run};
 
@@ -45,11 +46,21 @@ fn spec() -> CloneSpec {
         snapshot: snap(),
         volume: CLONE,
         name: VolumeName::new("copy").unwrap(),
+        key: Some(wrapped(CLONE)),
         now_ms: BEGUN,
     }
 }
 
-/// A volume with a map that somebody has attached, and a snapshot of it.
+fn wrapped(volume: VolumeId) -> WrappedKey {
+    WrappedKey {
+        volume,
+        generation: KeyGeneration::FIRST,
+        by: KeyName::new("k").unwrap(),
+        bytes: vec![1; 60],
+    }
+}
+
+/// An encrypted volume with a map that somebody has attached, and a snapshot of it.
 fn attached() -> (Stepped, HeadCell) {
     let store = Stepped::default();
     let id = MapObjectId {
@@ -82,6 +93,8 @@ fn attached() -> (Stepped, HeadCell) {
         }),
         root_write: WriteSeq::new(3),
         next_map: MapSeq::new(1),
+        encryption: Encryption::Aes256Gcm,
+        keys: first(vec![wrapped(VOLUME)]),
         ..Head::fresh(VOLUME, &tenant(), &name, Sectors::new(1000), 1)
     };
     let key = keys::head_key(&tenant(), VOLUME);
@@ -125,6 +138,13 @@ fn look(store: &Stepped) -> Found {
             "a clone without its map"
         );
         assert!(snapshot.is_some(), "a clone whose snapshot is gone");
+        assert_eq!(
+            clone.keys,
+            first(vec![wrapped(VOLUME), wrapped(CLONE)]),
+            "a clone without its parent's keys"
+        );
+        let copy = alone(store, copy_problem(store, &tenant(), clone));
+        assert_eq!(copy.unwrap(), None);
         let key = keys::clone_key(&tenant(), VOLUME, &snap(), CLONE);
         assert!(
             store.objects.lock().contains_key(&key),

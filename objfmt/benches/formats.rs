@@ -12,10 +12,10 @@ use std::hint::black_box;
 
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
-    CacheId, ChunkExtent, ChunkId, ChunkParams, ChunkSeq, Compression, DataKey, DataLoc, Epoch,
-    ExtentBody, Generation, JournalHeader, Lba, Location, MapEntry, MapSeq, RECORDS_PER_PAGE,
-    Record, RecordBody, RecordPage, SegmentId, VolumeId, WriteSeq, decode_frame, decode_header,
-    encode_chunk,
+    CacheId, ChunkExtent, ChunkId, ChunkParams, ChunkSeq, Compression, DataKey, DataKeys, DataLoc,
+    Epoch, ExtentBody, Generation, JournalHeader, Lba, Location, MapEntry, MapSeq,
+    RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentId, VolumeId, WriteSeq, decode_frame,
+    decode_header, encode_chunk,
 };
 
 /// Bytes of a block, the unit of all writes here.
@@ -206,8 +206,9 @@ fn frame_decode(compression: Compression, key: Option<&DataKey>, count: u64) {
     let chunk = encode_chunk(&params(compression, key), &extents, &raw);
     let frame = chunk.header.frames[0];
     let stored = &chunk.bytes[frame.stored_offset as usize..][..frame.stored_len as usize];
+    let keys = key.map(|key| DataKeys::one(CHUNK.volume, key.clone()));
     for _ in 0..count {
-        black_box(decode_frame(stored, CHUNK, 0, 128, key).expect("just made"));
+        black_box(decode_frame(stored, CHUNK, 0, 128, keys.as_ref()).expect("just made"));
     }
 }
 

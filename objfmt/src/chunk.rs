@@ -587,6 +587,7 @@ const fn kind(body: ExtentBody) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::DataKeys;
     use proptest::prelude::*;
 
     fn id() -> ChunkId {
@@ -678,6 +679,7 @@ mod tests {
             cut_ms in prop_oneof![Just(0), any::<u64>()],
         ) {
             let key = encrypted.then(|| DataKey::new([1; 32]));
+            let keys = key.as_ref().map(|key| DataKeys::one(id().volume, key.clone()));
             let raw = content(&extents);
             let params = ChunkParams { key: key.as_ref(), cut_ms, ..params(1 << frame_shift) };
             let chunk = encode_chunk(&params, &extents, &raw);
@@ -704,7 +706,7 @@ mod tests {
                     prop_assert_eq!(u64::from(loc.raw - first), at.since(extent.start).get());
                     let stored = &chunk.bytes[loc.stored_offset as usize..][..loc.stored_len as usize];
                     let index = loc.raw / params.frame_sectors;
-                    let frame = decode_frame(stored, loc.chunk, index, params.frame_sectors, params.key);
+                    let frame = decode_frame(stored, loc.chunk, index, params.frame_sectors, keys.as_ref());
                     let frame = frame.unwrap();
                     let skip = (loc.raw % params.frame_sectors) as usize * 512;
                     let len = entry.len as usize * 512;

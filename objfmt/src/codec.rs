@@ -9,8 +9,11 @@
 //! each time a chunk is encoded, then the frame's index. So a nonce repeats under one key only if
 //! the same chunk is encoded twice *and* draws the same 64 bits; and no count of frames ever
 //! wears a data key out. The additional data are the frame's identity and its header.
+//!
+//! Keys are wiped when they are dropped, and shown to nobody.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -19,9 +22,10 @@ use aes_gcm::aes::Aes256;
 use aes_gcm::aes::cipher::BlockCipherEncrypt;
 use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit, Nonce, Tag};
 use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::error::{FormatError, Result};
-use crate::types::ChunkId;
+use crate::types::{ChunkId, VolumeId};
 
 /// The level of zstd: its own default, 3.
 pub const ZSTD_LEVEL: i32 = 3;
@@ -238,15 +242,75 @@ impl fmt::Display for Encryption {
     }
 }
 
+/// Which of a volume's data keys: each rotation makes the next one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct KeyGeneration(u16);
+
+impl KeyGeneration {
+    /// That of a volume's first key.
+    pub const FIRST: Self = Self(1);
+
+    /// The generation of this number; none has 0.
+    #[must_use]
+    pub const fn new(number: u16) -> Option<Self> {
+        match number {
+            0 => None,
+            number => Some(Self(number)),
+        }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+
+    /// The one after it; none after the last that there can be.
+    #[must_use]
+    pub const fn next(self) -> Option<Self> {
+        match self.0.checked_add(1) {
+            Some(number) => Some(Self(number)),
+            None => None,
+        }
+    }
+}
+
+impl fmt::Display for KeyGeneration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// The key of a volume's data. Never shown.
 #[derive(Clone)]
-pub struct DataKey([u8; 32]);
+pub struct DataKey {
+    bytes: [u8; 32],
+    generation: KeyGeneration,
+}
+
+impl Drop for DataKey {
+    fn drop(&mut self) {
+        self.bytes.zeroize();
+    }
+}
 
 impl DataKey {
-    /// From its 32 bytes.
+    /// A volume's first key, from its 32 bytes.
     #[must_use]
     pub const fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+        Self::of_generation(bytes, KeyGeneration::FIRST)
+    }
+
+    /// A later one.
+    #[must_use]
+    pub const fn of_generation(bytes: [u8; 32], generation: KeyGeneration) -> Self {
+        Self { bytes, generation }
+    }
+
+    /// Which of its volume's it is.
+    #[must_use]
+    pub const fn generation(&self) -> KeyGeneration {
+        self.generation
     }
 
     /// The cipher for the frames of one chunk, with a nonce prefix drawn from the system.
@@ -256,6 +320,7 @@ impl DataKey {
     pub(crate) fn sealer(&self, chunk: ChunkId) -> Sealer {
         Sealer {
             cipher: self.chunk_cipher(chunk),
+            generation: self.generation,
             prefix: <[u8; 8]>::generate(),
         }
     }
@@ -265,6 +330,7 @@ impl DataKey {
     pub(crate) fn sealer_with(&self, chunk: ChunkId, prefix: [u8; 8]) -> Sealer {
         Sealer {
             cipher: self.chunk_cipher(chunk),
+            generation: self.generation,
             prefix,
         }
     }
@@ -303,8 +369,8 @@ impl DataKey {
     }
 
     fn chunk_cipher(&self, chunk: ChunkId) -> Aes256Gcm {
-        let root = Aes256::new(&self.0.into());
-        let mut key = [0; 32];
+        let root = Aes256::new(&self.bytes.into());
+        let mut key = Zeroizing::new([0; 32]);
         for (counter, half) in (1u8..).zip(key.chunks_exact_mut(16)) {
             let mut block = [0; 16];
             block[..4].copy_from_slice(&[b'Q', b'Y', b'F', counter]);
@@ -314,7 +380,7 @@ impl DataKey {
             root.encrypt_block(&mut block);
             half.copy_from_slice(&block);
         }
-        Aes256Gcm::new(&key.into())
+        Aes256Gcm::new((&*key).into())
     }
 }
 
@@ -324,9 +390,43 @@ impl fmt::Debug for DataKey {
     }
 }
 
+/// The data keys of a volume, and of those whose chunks its map may name.
+#[derive(Clone, Default, Debug)]
+pub struct DataKeys(BTreeMap<(VolumeId, KeyGeneration), DataKey>);
+
+impl DataKeys {
+    /// One volume's first key alone.
+    #[must_use]
+    pub fn one(volume: VolumeId, key: DataKey) -> Self {
+        let mut keys = Self::default();
+        keys.insert(volume, key);
+        keys
+    }
+
+    /// Adds a key of `volume`.
+    pub fn insert(&mut self, volume: VolumeId, key: DataKey) {
+        self.0.insert((volume, key.generation), key);
+    }
+
+    /// That key of `volume`.
+    #[must_use]
+    pub fn get(&self, volume: VolumeId, generation: KeyGeneration) -> Option<&DataKey> {
+        self.0.get(&(volume, generation))
+    }
+
+    /// The newest key of `volume`: what is written is written with it.
+    #[must_use]
+    pub fn newest(&self, volume: VolumeId) -> Option<&DataKey> {
+        let all = (volume, KeyGeneration::FIRST)..=(volume, KeyGeneration(u16::MAX));
+        self.0.range(all).next_back().map(|(_, key)| key)
+    }
+}
+
 /// Encrypts the frames of one encoding of one chunk.
 pub(crate) struct Sealer {
     cipher: Aes256Gcm,
+    /// Of its key.
+    pub generation: KeyGeneration,
     prefix: [u8; 8],
 }
 

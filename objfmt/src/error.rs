@@ -98,6 +98,14 @@ pub enum FormatError {
         /// The structure.
         what: &'static str,
     },
+    /// The payload is encrypted with a key that is not among those at hand.
+    #[error("{what} is encrypted with key {generation} of its volume, which is not at hand")]
+    KeyUnknown {
+        /// The structure.
+        what: &'static str,
+        /// The key's generation.
+        generation: u16,
+    },
     /// The payload's authentication fails: another key, or tampered with.
     #[error("{what} does not authenticate: wrong key, or changed after it was written")]
     Decrypt {

@@ -5,7 +5,7 @@
 //! | 0 | 2 | magic `QF` |
 //! | 2 | 1 | version |
 //! | 3 | 1 | compression (low 4 bits), encryption (high 4 bits) |
-//! | 4 | 4 | raw length, in sectors |
+//! | 4 | 4 | raw length, in sectors; version 2: in 2 bytes, then the key's generation in 2 |
 //! | 8 | 4 | payload length, in bytes |
 //! | 12 | 4 | CRC32C over identity, bytes 0..12 and payload |
 //! | 16 | | payload; encrypted: nonce (12), ciphertext, tag (16) |
@@ -16,7 +16,9 @@
 
 use bytes::Bytes;
 
-use crate::codec::{Compression, Compressor, DataKey, Encryption, NONCE_LEN, Sealer, TAG_LEN};
+use crate::codec::{
+    Compression, Compressor, DataKeys, Encryption, KeyGeneration, NONCE_LEN, Sealer, TAG_LEN,
+};
 use crate::error::{FormatError, Result};
 use crate::types::{ChunkId, SECTOR_SIZE};
 use crate::wire::Reader;
@@ -30,6 +32,8 @@ pub const FRAME_SECTORS_MAX: u32 = 2048;
 
 const MAGIC: [u8; 2] = *b"QF";
 const VERSION: u8 = 1;
+/// Of a frame that is encrypted with a later key than its volume's first.
+const VERSION_KEYED: u8 = 2;
 const WHAT: &str = "frame";
 /// Volume, epoch, seq and frame index.
 const IDENTITY_LEN: usize = 16 + 4 + 8 + 4;
@@ -108,6 +112,12 @@ pub(crate) fn encode_frame(
     header[2] = VERSION;
     header[3] = compression.code() | encryption.code() << 4;
     header[4..8].copy_from_slice(&raw_sectors.to_le_bytes());
+    if let Some(sealer) = sealer
+        && sealer.generation != KeyGeneration::FIRST
+    {
+        header[2] = VERSION_KEYED;
+        header[6..8].copy_from_slice(&sealer.generation.get().to_le_bytes());
+    }
     if let Some(sealer) = sealer {
         let aad = additional_data(&identity, &header);
         let tag = sealer.seal(index, &aad, &mut out[text_at..]);
@@ -124,7 +134,7 @@ pub(crate) fn encode_frame(
 /// The raw content of the frame number `index` of `chunk`, of which `stored` are all the bytes.
 ///
 /// `raw_len_sectors_max` is the volume's frame length; no more than that is ever allocated. With
-/// a key, a frame that is not encrypted is refused: a store must not be able to choose.
+/// keys, a frame that is not encrypted is refused: a store must not be able to choose.
 ///
 /// # Errors
 /// If `stored` is not exactly that frame, whole and unchanged.
@@ -133,7 +143,7 @@ pub fn decode_frame(
     chunk: ChunkId,
     index: u32,
     raw_len_sectors_max: u32,
-    key: Option<&DataKey>,
+    keys: Option<&DataKeys>,
 ) -> Result<Bytes> {
     let mut reader = Reader::new(stored, WHAT);
     let header = reader.array::<12>()?;
@@ -158,8 +168,8 @@ pub fn decode_frame(
     if crc != checksum(&identity, &header, payload) {
         return Err(FormatError::Checksum { what: WHAT });
     }
-    if version != VERSION {
-        let (found, supported) = (version.into(), VERSION.into());
+    if !matches!(version, VERSION | VERSION_KEYED) {
+        let (found, supported) = (version.into(), VERSION_KEYED.into());
         return Err(FormatError::Version {
             what: WHAT,
             found,
@@ -167,6 +177,10 @@ pub fn decode_frame(
         });
     }
 
+    let (raw_sectors, generation) = match version {
+        VERSION_KEYED => keyed(raw_sectors, codecs)?,
+        _ => (raw_sectors, KeyGeneration::FIRST),
+    };
     let limit = raw_len_sectors_max.min(FRAME_SECTORS_MAX);
     if raw_sectors > limit {
         let (value, limit) = (raw_sectors.into(), limit.into());
@@ -182,7 +196,7 @@ pub fn decode_frame(
     }
     let raw_len = raw_sectors as usize * SECTOR_SIZE as usize;
     let compression = Compression::from_code(codecs & 0xf, WHAT)?;
-    let raw = match (Encryption::from_code(codecs >> 4, WHAT)?, key) {
+    let raw = match (Encryption::from_code(codecs >> 4, WHAT)?, keys) {
         (Encryption::None, None) => compression.decompress(payload, raw_len, WHAT)?,
         (Encryption::None, Some(_)) => {
             return Err(FormatError::invalid(
@@ -191,7 +205,13 @@ pub fn decode_frame(
             ));
         }
         (Encryption::Aes256Gcm, None) => return Err(FormatError::KeyMissing { what: WHAT }),
-        (Encryption::Aes256Gcm, Some(key)) => {
+        (Encryption::Aes256Gcm, Some(keys)) => {
+            let key = keys
+                .get(chunk.volume, generation)
+                .ok_or(FormatError::KeyUnknown {
+                    what: WHAT,
+                    generation: generation.get(),
+                })?;
             let text = key.open(chunk, &additional_data(&identity, &header), payload, WHAT)?;
             match compression {
                 Compression::None if text.len() == raw_len => text,
@@ -202,9 +222,25 @@ pub fn decode_frame(
     Ok(raw.into())
 }
 
+/// The raw length and the key's generation, of the field that version 2 shares between them.
+fn keyed(field: u32, codecs: u8) -> Result<(u32, KeyGeneration)> {
+    let [raw @ .., low, high] = field.to_le_bytes();
+    let generation = KeyGeneration::new(u16::from_le_bytes([low, high]));
+    match generation.filter(|generation| *generation > KeyGeneration::FIRST) {
+        Some(generation) if codecs >> 4 != Encryption::None.code() => {
+            Ok((u16::from_le_bytes(raw).into(), generation))
+        }
+        _ => Err(FormatError::invalid(
+            WHAT,
+            "it names a key that its version does not need",
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::DataKey;
     use crate::types::{ChunkSeq, Epoch, VolumeId};
     use proptest::prelude::*;
 
@@ -233,6 +269,10 @@ mod tests {
         out
     }
 
+    fn keys(key: &DataKey) -> DataKeys {
+        DataKeys::one(chunk().volume, key.clone())
+    }
+
     fn any_compression() -> impl Strategy<Value = Compression> {
         prop_oneof![
             Just(Compression::None),
@@ -247,24 +287,25 @@ mod tests {
             sectors in 1usize..16,
             fill in prop::collection::vec(any::<u8>(), 1..600),
             compression in any_compression(),
-            encrypted: bool,
+            generation: u16,
         ) {
             let raw: Vec<u8> = fill.iter().copied().cycle().take(sectors * 512).collect();
-            let key = encrypted.then(|| DataKey::new([3; 32]));
+            let key = KeyGeneration::new(generation).map(|g| DataKey::of_generation([3; 32], g));
             let stored = frame(&raw, compression, key.as_ref());
-            let back = decode_frame(&stored, chunk(), 4, 16, key.as_ref());
+            let back = decode_frame(&stored, chunk(), 4, 16, key.as_ref().map(keys).as_ref());
             prop_assert_eq!(back, Ok(raw.into()));
         }
 
         #[test]
         fn frame_any_flip_or_cut_is_an_error(
             compression in any_compression(),
-            encrypted: bool,
+            generation in 0u16..3,
             at: prop::sample::Index,
             bit in 0u8..8,
         ) {
-            let key = encrypted.then(|| DataKey::new([3; 32]));
+            let key = KeyGeneration::new(generation).map(|g| DataKey::of_generation([3; 32], g));
             let stored = frame(&[5; 1024], compression, key.as_ref());
+            let key = key.as_ref().map(keys);
             let at = at.index(stored.len());
             let mut bad = stored.clone();
             bad[at] ^= 1 << bit;
@@ -277,17 +318,19 @@ mod tests {
 
         #[test]
         fn frame_any_header_and_payload_with_a_right_checksum_never_panic(
+            version in 0u8..4,
             codecs: u8,
             raw_sectors in 0u32..4096,
+            generation in 0u32..3,
             payload: Vec<u8>,
             keyed: bool,
         ) {
-            let mut header = [b'Q', b'F', 1, codecs, 0, 0, 0, 0, 0, 0, 0, 0];
-            header[4..8].copy_from_slice(&raw_sectors.to_le_bytes());
+            let mut header = [b'Q', b'F', version, codecs, 0, 0, 0, 0, 0, 0, 0, 0];
+            header[4..8].copy_from_slice(&(raw_sectors | generation << 16).to_le_bytes());
             header[8..].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
             let crc = checksum(&identity(chunk(), 0), &header, &payload).to_le_bytes();
             let stored = [&header[..], &crc, &payload].concat();
-            let key = keyed.then(|| DataKey::new([3; 32]));
+            let key = keyed.then(|| keys(&DataKey::new([3; 32])));
             if let Ok(raw) = decode_frame(&stored, chunk(), 0, 128, key.as_ref()) {
                 prop_assert_eq!(raw.len(), raw_sectors as usize * 512);
             }
@@ -336,10 +379,52 @@ mod tests {
         let sealed = frame(&[0; 512], Compression::Lz4, Some(&key));
         let missing = decode_frame(&sealed, chunk(), 4, 16, None);
         assert_eq!(missing, Err(FormatError::KeyMissing { what: "frame" }));
-        let wrong = decode_frame(&sealed, chunk(), 4, 16, Some(&DataKey::new([2; 32])));
+        let of = |key: &DataKey| decode_frame(&sealed, chunk(), 4, 16, Some(&keys(key)));
+        let wrong = of(&DataKey::new([2; 32]));
         assert_eq!(wrong, Err(FormatError::Decrypt { what: "frame" }));
         let plain = frame(&[0; 512], Compression::Lz4, None);
-        let downgraded = decode_frame(&plain, chunk(), 4, 16, Some(&key));
+        let downgraded = decode_frame(&plain, chunk(), 4, 16, Some(&keys(&key)));
         assert!(matches!(downgraded, Err(FormatError::Invalid { .. })));
+    }
+
+    #[test]
+    fn frame_of_a_later_key_is_read_with_that_key_alone() {
+        let second = KeyGeneration::FIRST.next().unwrap();
+        let (old, new) = (
+            DataKey::new([1; 32]),
+            DataKey::of_generation([2; 32], second),
+        );
+        let mut both = keys(&old);
+        both.insert(chunk().volume, new.clone());
+        assert_eq!(both.newest(chunk().volume).unwrap().generation(), second);
+        for key in [&old, &new] {
+            let stored = frame(&[7; 512], Compression::None, Some(key));
+            let read = |keys: &DataKeys| decode_frame(&stored, chunk(), 4, 16, Some(keys));
+            assert_eq!(read(&both), Ok(vec![7; 512].into()));
+            assert_eq!(read(&keys(key)), Ok(vec![7; 512].into()));
+            let other = if std::ptr::eq(key, &old) { &new } else { &old };
+            let unknown = Err(FormatError::KeyUnknown {
+                what: "frame",
+                generation: key.generation().get(),
+            });
+            assert_eq!(read(&keys(other)), unknown);
+        }
+    }
+
+    #[test]
+    fn frame_of_another_volume_with_the_same_key_is_refused() {
+        let (key, other) = (DataKey::new([1; 32]), VolumeId::from_bytes([8; 16]));
+        let stored = frame(&[1; 512], Compression::None, Some(&key));
+        // Its checksum made right for the place that it was moved to, as whoever moves it would.
+        let moved_to = ChunkId {
+            volume: other,
+            ..chunk()
+        };
+        let mut moved = stored.clone();
+        let crc = checksum(&identity(moved_to, 4), &stored[..12], &stored[16..]);
+        moved[12..16].copy_from_slice(&crc.to_le_bytes());
+        let keys = DataKeys::one(other, key);
+        let refused = decode_frame(&moved, moved_to, 4, 16, Some(&keys));
+        assert_eq!(refused, Err(FormatError::Decrypt { what: "frame" }));
     }
 }

@@ -16,6 +16,7 @@ use crate::types::{
     CacheId, ChunkSeq, Epoch, MapSeq, SECTOR_SIZE, Sectors, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
 };
 use crate::wire::{Reader, put_u8, put_u32, put_u64};
+use crate::wrapped::{KEYS_LEN_MAX, WrappedKeys};
 
 /// The most log ranges in a head. An attach adds one and a checkpoint drops those it folded in.
 pub const LOG_RANGES_MAX: usize = 1 << 16;
@@ -28,8 +29,8 @@ const FRAME_SECTORS: u32 = 128;
 
 const WHAT: &str = "head";
 /// Version 2 added the parent, the time that dead objects are retained, the snapshots, and in a root the
-/// place of its usage.
-const VERSION: u16 = 2;
+/// place of its usage; version 3 the wrapped keys.
+const VERSION: u16 = 3;
 const LOG_RANGE_LEN: usize = 4 + 8 + 8;
 const FORMAT: Format = Format {
     magic: *b"QYHD",
@@ -57,7 +58,8 @@ const HEAD_LEN_MAX: usize = PROLOGUE_LEN
     + FIXED_LEN
     + PARTS_LEN_MAX
     + LOG_RANGES_MAX * LOG_RANGE_LEN
-    + SNAPSHOTS_MAX * SNAPSHOT_LEN_MAX;
+    + SNAPSHOTS_MAX * SNAPSHOT_LEN_MAX
+    + KEYS_LEN_MAX;
 
 /// When a flush is durable.
 #[derive(
@@ -256,6 +258,9 @@ pub struct Head {
     pub retain_ms: u64,
     /// Its snapshots, oldest first.
     pub snapshots: Vec<SnapshotRef>,
+    /// The data keys that its chunks and those of its parents need; none if it is not encrypted, or being
+    /// purged.
+    pub keys: WrappedKeys,
 }
 
 impl Head {
@@ -291,6 +296,7 @@ impl Head {
             parent: None,
             retain_ms: 0,
             snapshots: Vec::new(),
+            keys: WrappedKeys::default(),
         }
     }
 
@@ -376,6 +382,7 @@ impl Head {
         for snapshot in &self.snapshots {
             snapshot.put(&mut out);
         }
+        self.keys.put(&mut out);
         FORMAT.seal(&mut out);
         out
     }
@@ -444,6 +451,11 @@ impl Head {
             } else {
                 Vec::new()
             },
+            keys: if version > 2 {
+                WrappedKeys::read(r)?
+            } else {
+                WrappedKeys::default()
+            },
         };
         reader.finish()?;
         head.validate()?;
@@ -491,6 +503,10 @@ impl Head {
             && parent.snapshot.parse::<SnapName>().is_err()
         {
             return invalid("the parent's snapshot has a name that is none");
+        }
+        self.keys.validate(WHAT)?;
+        if self.encryption == Encryption::None && !self.keys.keys.is_empty() {
+            return invalid("it has keys, and is not encrypted");
         }
         self.validate_snapshots()?;
         self.validate_log()
@@ -715,8 +731,11 @@ fn read_log(reader: &mut Reader<'_>) -> Result<Vec<LogRange>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::KeyGeneration;
+    use crate::keys::KeyName;
+    use crate::wrapped::WrappedKey;
 
-    pub(super) fn sample() -> Head {
+    fn sample() -> Head {
         let range = |epoch, first, end: Option<u64>| LogRange {
             epoch: Epoch::new(epoch),
             first: ChunkSeq::new(first),
@@ -730,7 +749,7 @@ mod tests {
             sector_size: 4096,
             frame_sectors: 128,
             compression: Compression::Zstd,
-            encryption: Encryption::None,
+            encryption: Encryption::Aes256Gcm,
             durability: Durability::Object,
             size: Sectors::new(1 << 20),
             epoch: Epoch::new(7),
@@ -767,6 +786,15 @@ mod tests {
                 snapshot("first", None, false),
                 snapshot("nightly", Some(2), true),
             ],
+            keys: WrappedKeys {
+                revision: 2,
+                keys: vec![WrappedKey {
+                    volume: VolumeId::from_bytes([1; 16]),
+                    generation: KeyGeneration::FIRST,
+                    by: KeyName::new("acme").unwrap(),
+                    bytes: vec![7; 60],
+                }],
+            },
         }
     }
 
@@ -809,6 +837,7 @@ mod tests {
             log: Vec::new(),
             parent: None,
             snapshots: Vec::new(),
+            keys: WrappedKeys::default(),
             ..full
         };
         assert_eq!(Head::decode(&bare.encode()), Ok(bare));
@@ -857,7 +886,7 @@ mod tests {
     #[test]
     fn head_broken_rules_are_named() {
         type Break = fn(&mut Head);
-        let cases: [(Break, &str); 13] = [
+        let cases: [(Break, &str); 15] = [
             (|h| h.sector_size = 1024, "logical block"),
             (|h| h.frame_sectors = 100, "frame length"),
             (|h| h.size = Sectors::new(9), "number of logical blocks"),
@@ -874,6 +903,8 @@ mod tests {
                 |h| h.snapshots[0].size = Sectors::ZERO,
                 "size is out of range",
             ),
+            (|h| h.encryption = Encryption::None, "not encrypted"),
+            (|h| h.keys.revision = 0, "no copy"),
         ];
         for (broken, word) in cases {
             let mut head = sample();

@@ -131,6 +131,12 @@ name!(
     "snapshot"
 );
 
+name!(
+    /// The name of a key that wraps data keys.
+    KeyName,
+    "key"
+);
+
 /// Where the tenant records lie, to list them.
 pub const TENANTS_PREFIX: &str = "tenants/";
 
@@ -204,6 +210,18 @@ pub fn map_key(tenant: &TenantName, volume: VolumeId, epoch: Epoch, seq: MapSeq)
         epoch.get(),
         seq.get()
     )
+}
+
+/// Where the copies of a volume's wrapped keys lie, to list them.
+#[must_use]
+pub fn keys_prefix(tenant: &TenantName, volume: VolumeId) -> String {
+    format!("t/{tenant}/v/{volume}/keys/")
+}
+
+/// A copy of a volume's wrapped keys.
+#[must_use]
+pub fn keys_key(tenant: &TenantName, volume: VolumeId, revision: u32) -> String {
+    format!("t/{tenant}/v/{volume}/keys/{revision:08x}")
 }
 
 /// What of the volume was read most.
@@ -318,6 +336,10 @@ mod tests {
         assert_eq!(chunk_key(&tenant, chunk), key);
         let key = format!("t/acme/v/{id}/map/00000002/0000000000000005");
         assert_eq!(map_key(&tenant, volume, Epoch::new(2), MapSeq::new(5)), key);
+        assert_eq!(
+            keys_key(&tenant, volume, 0x1a),
+            format!("t/acme/v/{id}/keys/0000001a")
+        );
         assert_eq!(
             snap_key(&tenant, volume, &snap),
             format!("t/acme/v/{id}/snap/monday")

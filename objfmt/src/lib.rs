@@ -19,17 +19,18 @@ pub mod seal;
 pub mod snap;
 pub mod types;
 pub mod wire;
+pub mod wrapped;
 
 pub use chunk::{
     CHUNK_PREFIX_LEN, ChunkExtent, ChunkHeader, ChunkParams, EncodedChunk, ExtentBody, FrameEntry,
     decode_header, encode_chunk,
 };
-pub use codec::{Compression, DataKey, Encryption};
+pub use codec::{Compression, DataKey, DataKeys, Encryption, KeyGeneration};
 pub use error::FormatError;
 pub use frame::decode_frame;
 pub use head::{Deleted, Durability, Head, Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
 pub use journal::{JOURNAL_ENTRY_LEN, JournalHeader};
-pub use keys::{NameError, SnapName, TenantName, VolumeName};
+pub use keys::{KeyName, NameError, SnapName, TenantName, VolumeName};
 pub use page::{
     PAGE_SIZE, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,
     Superblock,
@@ -45,3 +46,4 @@ pub use types::{
     CacheId, ChunkId, ChunkSeq, DataLoc, Epoch, Generation, Lba, LbaRange, Location, MapEntry,
     MapSeq, SECTOR_SIZE, Sectors, SegmentId, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
 };
+pub use wrapped::{KeysCopy, WrappedKey, WrappedKeys};

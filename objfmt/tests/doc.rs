@@ -1,7 +1,7 @@
 //! Holds FORMAT.md to the code: its limits, magics and offsets.
 
 use quarry_objfmt::map::{LEAF_ENTRIES_MAX, NODE_HEADER_LEN, NODE_MAGIC, RUNS_MAX};
-use quarry_objfmt::{chunk, frame, head, journal, keys, page, seal, types};
+use quarry_objfmt::{chunk, frame, head, journal, keys, page, seal, types, wrapped};
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
@@ -19,6 +19,8 @@ fn format_page_limits_are_those_of_the_code() {
         ("LOG_RANGES_MAX", head::LOG_RANGES_MAX as u64),
         ("SNAPSHOTS_MAX", head::SNAPSHOTS_MAX as u64),
         ("NAME_LEN_MAX", keys::NAME_LEN_MAX as u64),
+        ("KEYS_MAX", wrapped::KEYS_MAX as u64),
+        ("WRAPPED_LEN_MAX", wrapped::WRAPPED_LEN_MAX as u64),
         (
             "HOT_RANGES_MAX",
             quarry_objfmt::record::HOT_RANGES_MAX as u64,

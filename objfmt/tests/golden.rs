@@ -10,10 +10,11 @@ use quarry_objfmt::head::{Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef
 use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
 use quarry_objfmt::{
     CHUNK_PREFIX_LEN, CacheId, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
-    Compression, DataKey, Durability, Encryption, Epoch, ExtentBody, Generation, Head,
-    JournalHeader, Lba, MapSeq, NameRecord, Record, RecordBody, RecordPage, Seal, Sectors,
-    SegmentHeader, SegmentId, SegmentKind, Snapshot, Superblock, TenantRecord, VolumeId, WriteSeq,
-    decode_frame, decode_header, decode_record, encode_chunk, encode_record,
+    Compression, DataKey, DataKeys, Durability, Encryption, Epoch, ExtentBody, Generation, Head,
+    JournalHeader, KeyGeneration, KeyName, KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody,
+    RecordPage, Seal, Sectors, SegmentHeader, SegmentId, SegmentKind, Snapshot, Superblock,
+    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame, decode_header,
+    decode_record, encode_chunk, encode_record,
 };
 
 const VOLUME: VolumeId = VolumeId::from_bytes(*b"golden volume id");
@@ -116,6 +117,39 @@ fn full_head() -> Head {
                 root: Some(root()),
             },
         ],
+        keys: wrapped_keys(),
+    }
+}
+
+fn wrapped_keys() -> WrappedKeys {
+    let key = |volume: &[u8; 16], generation, bytes| WrappedKey {
+        volume: VolumeId::from_bytes(*volume),
+        generation: KeyGeneration::new(generation).unwrap(),
+        by: KeyName::new("acme-2026").unwrap(),
+        bytes,
+    };
+    WrappedKeys {
+        revision: 0x1a,
+        keys: vec![
+            key(b"golden parent id", 1, vec![0x11; 60]),
+            key(b"golden volume id", 1, vec![0x22; 60]),
+            key(b"golden volume id", 2, vec![0x33; 184]),
+        ],
+    }
+}
+
+fn keys_copy() -> KeysCopy {
+    KeysCopy {
+        volume: VOLUME,
+        keys: wrapped_keys(),
+    }
+}
+
+/// What version 2 could say.
+fn head_v2(head: Head) -> Head {
+    Head {
+        keys: WrappedKeys::default(),
+        ..head
     }
 }
 
@@ -126,7 +160,7 @@ fn head_v1(head: Head) -> Head {
         parent: None,
         retain_ms: 0,
         snapshots: Vec::new(),
-        ..head
+        ..head_v2(head)
     }
 }
 
@@ -147,6 +181,7 @@ fn bare_head() -> Head {
         parent: None,
         retain_ms: 0,
         snapshots: Vec::new(),
+        keys: WrappedKeys::default(),
         ..full_head()
     }
 }
@@ -257,6 +292,12 @@ fn key() -> DataKey {
     DataKey::new(*b"golden data key, of 32 bytes 32.")
 }
 
+/// With it frames are of version 2.
+fn second_key() -> DataKey {
+    let generation = KeyGeneration::new(2).unwrap();
+    DataKey::of_generation(*b"another golden data key, 32 byte", generation)
+}
+
 fn journal() -> JournalHeader {
     JournalHeader {
         entries: 8192,
@@ -297,8 +338,9 @@ fn chunk(compression: Compression, key: Option<&DataKey>) -> Vec<u8> {
 /// What this build writes, under each golden file's name.
 fn current() -> Vec<(&'static str, Vec<u8>)> {
     vec![
-        ("head-full-v2.bin", full_head().encode()),
-        ("head-bare-v2.bin", bare_head().encode()),
+        ("head-full-v3.bin", full_head().encode()),
+        ("head-bare-v3.bin", bare_head().encode()),
+        ("keys-v1.bin", keys_copy().encode()),
         ("seal-v1.bin", seal().encode()),
         ("snapshot-v2.bin", snapshot().encode()),
         (
@@ -329,6 +371,10 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
             "chunk-lz4-aes-v2.bin",
             chunk(Compression::Lz4, Some(&key())),
         ),
+        (
+            "chunk-lz4-aes-key2-v2.bin",
+            chunk(Compression::Lz4, Some(&second_key())),
+        ),
     ]
 }
 
@@ -358,8 +404,12 @@ fn golden_files_of_the_store_read_as_ever() {
     let head = |name| Head::decode(&golden(name));
     assert_eq!(head("head-full-v1.bin"), Ok(head_v1(full_head())));
     assert_eq!(head("head-bare-v1.bin"), Ok(bare_head()));
-    assert_eq!(head("head-full-v2.bin"), Ok(full_head()));
+    assert_eq!(head("head-full-v2.bin"), Ok(head_v2(full_head())));
     assert_eq!(head("head-bare-v2.bin"), Ok(bare_head()));
+    assert_eq!(head("head-full-v3.bin"), Ok(full_head()));
+    assert_eq!(head("head-bare-v3.bin"), Ok(bare_head()));
+    let keys = KeysCopy::decode(&golden("keys-v1.bin"), VOLUME);
+    assert_eq!(keys, Ok(keys_copy()));
     assert_eq!(Seal::decode(&golden("seal-v1.bin"), chunk_id()), Ok(seal()));
     let v1 = Snapshot {
         root: Some(root_v1()),
@@ -397,16 +447,18 @@ fn golden_files_of_the_journal_read_as_ever() {
 
 #[test]
 fn golden_chunks_read_as_ever() {
-    let key = key();
+    let mut keys = DataKeys::one(VOLUME, key());
+    keys.insert(VOLUME, second_key());
     let cases = [
         ("chunk-none", None),
         ("chunk-lz4", None),
         ("chunk-zstd", None),
-        ("chunk-lz4-aes", Some(&key)),
+        ("chunk-lz4-aes", Some(&keys)),
     ];
     let versions = [(1, 0), (2, CUT_MS)];
     let cases = cases.iter().flat_map(|case| versions.map(|v| (*case, v)));
-    for ((name, key), (version, cut_ms)) in cases {
+    let later = ("chunk-lz4-aes-key2", Some(&keys));
+    for ((name, key), (version, cut_ms)) in cases.chain([(later, (2, CUT_MS))]) {
         let name = &format!("{name}-v{version}.bin");
         let bytes = golden(name);
         let len = ChunkHeader::encoded_len(&bytes[..CHUNK_PREFIX_LEN]).unwrap();

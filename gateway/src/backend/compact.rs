@@ -319,8 +319,7 @@ async fn write(
         seq: ChunkSeq::new(number),
     };
     let extents = extents(pieces);
-    let (frame_sectors, compression) = (backend.head.frame_sectors(), backend.head.compression());
-    let cut_ms = (backend.common.now_ms)();
+    let how = backend.how((backend.common.now_ms)());
     let encode = move || {
         let raw = data.concat();
         drop(data);
@@ -328,10 +327,10 @@ async fn write(
             id,
             first_write: WriteSeq::ZERO,
             last_write: WriteSeq::ZERO,
-            cut_ms,
-            frame_sectors,
-            compression,
-            key: None,
+            cut_ms: how.cut_ms,
+            frame_sectors: how.frame_sectors,
+            compression: how.compression,
+            key: how.key(),
         };
         encode_chunk(&params, &extents, &raw)
     };

@@ -231,6 +231,7 @@ impl VolumeBackend {
         stored: Bytes,
     ) -> Result<Vec<Bytes>, String> {
         let (frames, frame_sectors) = (frames.to_vec(), self.head.frame_sectors());
+        let keys = self.keys.clone();
         let decode = move || {
             let base = frames[0].stored_offset;
             let part = |offset: u32, len: u32| {
@@ -243,7 +244,7 @@ impl VolumeBackend {
                 .iter()
                 .map(|frame| {
                     let bytes = part(frame.stored_offset, frame.stored_len)?;
-                    decode_frame(bytes, chunk, frame.index, frame_sectors, None)
+                    decode_frame(bytes, chunk, frame.index, frame_sectors, keys.as_deref())
                         .map_err(|e| e.to_string())
                 })
                 .collect()

@@ -23,7 +23,8 @@ use quarry_objfmt::chunk::{
 use quarry_objfmt::head::{Head, Lineage, LogRange, Owner, RootRef};
 use quarry_objfmt::map::{Manifest, MapObjectId, Usage};
 use quarry_objfmt::{
-    CacheId, ChunkId, ChunkSeq, Epoch, MapEntry, SnapName, TenantName, VolumeId, WriteSeq, keys,
+    CacheId, ChunkId, ChunkSeq, DataKeys, Epoch, MapEntry, SnapName, TenantName, VolumeId,
+    WriteSeq, keys,
 };
 use quarry_volume::map::MapRoot;
 
@@ -176,6 +177,8 @@ pub struct Claimed {
     pub stored_write: WriteSeq,
     /// What the cache kept from before this epoch is of a history that the volume has left.
     pub kept_since: Epoch,
+    /// Its data keys, if it is encrypted: whoever serves it puts them here.
+    pub keys: Option<Arc<DataKeys>>,
 }
 
 /// Attaches a volume for writing. `kept` is what the cache device holds of it from before.
@@ -207,6 +210,7 @@ pub async fn claim(
         next_chunk: end,
         stored_write,
         kept_since: taken.kept_since,
+        keys: None,
     })
 }
 
@@ -373,6 +377,7 @@ async fn open_head(
         objects,
         next_chunk: replayed.end,
         stored_write: replayed.stored_write,
+        keys: None,
     })
 }
 
@@ -414,6 +419,7 @@ pub async fn open_snapshot(
         stored_write: info.root_write,
         kept_since: info.epoch,
         info,
+        keys: None,
     };
     Ok((opened, created_ms))
 }

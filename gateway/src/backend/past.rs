@@ -136,6 +136,7 @@ impl State {
             stored_write,
             kept_since: info.epoch,
             info,
+            keys: None,
         }
     }
 }

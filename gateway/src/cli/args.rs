@@ -7,7 +7,9 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use quarry_config::Size;
-use quarry_objfmt::{Compression, Durability, Suspended, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{
+    Compression, Durability, KeyName, Suspended, TenantName, VolumeId, VolumeName,
+};
 
 use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
@@ -111,6 +113,12 @@ pub enum Command {
     /// Look at and purge deleted volumes.
     #[command(subcommand, after_help = TRASH_EXAMPLES)]
     Trash(TrashCommand),
+    /// Make keys for a keyring.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  quarry key generate acme-2026 >> /etc/quarry/keyring"
+    )]
+    Key(KeyCommand),
     /// Show how the daemon does; fails if it is not ready.
     #[command(after_help = "Example:\n  quarry status --output json")]
     Status,
@@ -126,6 +134,16 @@ pub enum Command {
         /// The shell.
         #[arg(value_enum)]
         shell: clap_complete::Shell,
+    },
+}
+
+/// What to do with keys.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Print a line for a keyring, with a new key; needs no daemon.
+    Generate {
+        /// What the key is to be called.
+        name: KeyName,
     },
 }
 
@@ -413,6 +431,19 @@ Examples:
 
 What is not said is not limited any more. Discards, zeroes and flushes count as requests of no bytes.")]
     Limit(LimitFlags),
+    /// Wrap a volume's data key by another key, at once, attached here or nowhere; its data stay as they are.
+    #[command(after_help = "\
+Example:
+  quarry volume rekey acme/db --key acme-2027
+
+Clones have keys of their own: wrap theirs too before a key is taken out of the keyring.")]
+    Rekey {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// The key; by default the tenant's.
+        #[arg(long, value_name = "NAME")]
+        key: Option<KeyName>,
+    },
     /// Wait until all that was written so far is in the object store.
     Sync {
         /// The volume, as tenant/name.
@@ -622,6 +653,12 @@ pub struct ShapeFlags {
     /// How its data are compressed in the store.
     #[arg(long, default_value = "lz4", value_name = "HOW", value_parser = compression())]
     pub compression: Compression,
+    /// Encrypt it, its data key wrapped by this key; by default by the tenant's, if that has one.
+    #[arg(long, value_name = "NAME", conflicts_with = "no_encryption")]
+    pub key: Option<KeyName>,
+    /// Do not encrypt it, though the tenant has a key.
+    #[arg(long)]
+    pub no_encryption: bool,
 }
 
 /// Flags of `quarry volume import`.

@@ -156,7 +156,9 @@ async fn find_or_make(
                 sector_size,
                 durability,
                 compression,
-            } = flags.shape;
+                key,
+                no_encryption,
+            } = flags.shape.clone();
             let fits = |bytes: u64| bytes.next_multiple_of(u64::from(sector_size));
             let Some(size_bytes) = wanted.or(image_bytes.map(fits)) else {
                 return Err(Failure::new(
@@ -176,6 +178,8 @@ async fn find_or_make(
                 compression,
                 retain_ms: 0,
                 rates: RatesSpec::default(),
+                key,
+                no_encryption,
             };
             return Ok(client.create_volume(&spec).await?);
         }

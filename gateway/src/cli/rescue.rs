@@ -61,6 +61,7 @@ fn text(report: &RescueReport) -> String {
         ("passed over", there(&passed_over.join(", "))),
         ("cloned from", report.parent.clone()),
         ("snapshots", there(&report.snapshots.join(", "))),
+        ("keys", (report.keys > 0).then(|| report.keys.to_string())),
         ("chunks", there(&log.join(", "))),
         ("log ends", there(&report.log_ends)),
         ("left behind", left),

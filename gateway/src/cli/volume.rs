@@ -8,8 +8,8 @@ use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
 use super::{Failure, chores, export, import, limit, rescue, trash, verify, warm};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ImageRef, ResizeInfo, ResizeSpec, RestoreSpec, RetainInfo,
-    SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ImageRef, RekeyInfo, RekeySpec, ResizeInfo, ResizeSpec,
+    RestoreSpec, RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::moment::Moment;
 
@@ -44,6 +44,11 @@ pub(super) async fn run(
             console.show(&retained, retain_text)
         }
         VolumeCommand::Limit(flags) => limit::run(client, flags, console).await,
+        VolumeCommand::Rekey { volume, key } => {
+            let spec = RekeySpec { key };
+            let rekeyed = shown("rekeying", &volume, client.rekey(&volume, &spec)).await?;
+            console.show(&rekeyed, rekey_text)
+        }
         VolumeCommand::Clone { snapshot, volume } => {
             clone(client, &snapshot, &volume, console).await
         }
@@ -130,6 +135,8 @@ async fn create(
                 sector_size,
                 durability,
                 compression,
+                key,
+                no_encryption,
             },
     } = flags;
     let VolumeRef { tenant, name } = volume.clone();
@@ -142,6 +149,8 @@ async fn create(
         compression,
         retain_ms: retain,
         rates: rates.into(),
+        key,
+        no_encryption,
     };
     let made = client.create_volume(&spec).await?;
     console.show(&made, |made| {
@@ -255,6 +264,14 @@ fn retain_text(retained: &RetainInfo) -> String {
     }
 }
 
+fn rekey_text(rekeyed: &RekeyInfo) -> String {
+    let RekeyInfo { volume, key, keys } = rekeyed;
+    match keys {
+        1 => format!("{volume}: its data key is wrapped by key {key}"),
+        keys => format!("{volume}: its {keys} data keys are wrapped by key {key}"),
+    }
+}
+
 /// Exactly, and as it is said.
 fn span_text(ms: u64) -> String {
     humantime::format_duration(std::time::Duration::from_millis(ms)).to_string()
@@ -333,6 +350,8 @@ fn show_text(v: &VolumeInfo) -> String {
             .unwrap_or_default();
         format!("{} (cache {}){since}", o.host, o.cache)
     });
+    let encryption = v.key.as_ref();
+    let encryption = encryption.map(|key| format!("{}, key {key}", v.encryption));
     let counted = |count: u64, sum: u64| here.map(|_| format!("{count} ({})", bytes(sum)));
     fields(&[
         ("volume", Some(v.image())),
@@ -357,6 +376,7 @@ fn show_text(v: &VolumeInfo) -> String {
         ),
         ("durability", Some(v.durability.to_string())),
         ("compression", Some(v.compression.to_string())),
+        ("encryption", encryption),
         (
             "cloned from",
             v.parent

@@ -437,6 +437,8 @@ mod tests {
             compression: Compression::Zstd,
             retain_ms: 0,
             rates: RatesSpec::default(),
+            key: None,
+            no_encryption: false,
         }
     }
 

@@ -18,6 +18,7 @@ use super::dto::{
 };
 use super::page::Listed;
 use super::rates::{RatesInfo, RatesSpec};
+use super::rekey::{RekeyInfo, RekeySpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::tenant::{SuspendSpec, TenantInfo, TenantList, TenantSpec};
 use super::token::{TokenList, TokenMade, TokenSpec};
@@ -460,6 +461,18 @@ impl Client {
         let path = format!("/v1/volumes/{volume}/rates");
         let response = self
             .call(Method::PUT, &path, Some(&rates), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// Wraps a volume's data keys anew.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        let path = format!("/v1/volumes/{volume}/rekey");
+        let response = self
+            .call(Method::POST, &path, Some(spec), Patience::Work)
             .await?;
         self.json(response).await
     }

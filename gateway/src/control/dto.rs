@@ -8,13 +8,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use quarry_objfmt::{
-    Compression, Durability, Sectors, SnapName, TenantName, VOLUME_SECTORS_MAX, VolumeId,
-    VolumeName,
+    Compression, Durability, Encryption, KeyName, Sectors, SnapName, TenantName,
+    VOLUME_SECTORS_MAX, VolumeId, VolumeName,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::openapi::{CompressionWord, DurabilityWord, Name, Uuid};
+use super::openapi::{CompressionWord, DurabilityWord, EncryptionWord, Name, Uuid};
 use super::page::listed;
 use super::rates::{LimitsInfo, RatesSpec};
 use super::retain::check_retain;
@@ -96,6 +96,13 @@ pub struct VolumeSpec {
     /// How fast it may be used.
     #[serde(default, skip_serializing_if = "is_default")]
     pub rates: RatesSpec,
+    /// The key that wraps its data key; none: the tenant's, if that has one.
+    #[schemars(with = "Option<Name>")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyName>,
+    /// Do not encrypt it, though the tenant has a key.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub no_encryption: bool,
 }
 
 /// What is left out of a request: a daemon that does not know it yet takes the request all the same.
@@ -135,6 +142,10 @@ impl VolumeSpec {
         }
         check_retain(self.retain_ms)?;
         self.rates.check()?;
+        if self.key.is_some() && self.no_encryption {
+            let message = "a volume that is not encrypted has no key";
+            return Err(ApiError::invalid(message, "leave one of the two out"));
+        }
         check_size(self.size_bytes, self.sector_size)
     }
 }
@@ -389,6 +400,8 @@ pub struct RescueReport {
     pub needs: Vec<String>,
     /// Its snapshots that are whole.
     pub snapshots: Vec<String>,
+    /// Its data keys, from their newest copy that is whole; 0 if it is not encrypted.
+    pub keys: u64,
     /// What it was cloned from.
     pub parent: Option<String>,
     /// Whether it is written.
@@ -540,6 +553,12 @@ pub struct VolumeInfo {
     pub rates: RatesSpec,
     /// What limits do to it here.
     pub limits: Option<LimitsInfo>,
+    /// How its data are encrypted in the store.
+    #[schemars(with = "EncryptionWord")]
+    pub encryption: Encryption,
+    /// The key that wraps its data key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
     /// What it was cloned from.
     pub parent: Option<ParentInfo>,
     /// How many snapshots it has.
@@ -861,6 +880,8 @@ mod tests {
                 compression: Compression::Lz4,
                 retain_ms: 0,
                 rates: RatesSpec::default(),
+                key: None,
+                no_encryption: false,
             };
             assert!(spec.check().is_err(), "{size_bytes} {sector_size}");
         }

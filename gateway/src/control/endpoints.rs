@@ -25,12 +25,15 @@ use super::error::response;
 use super::openapi::{MakeSchema, of};
 use super::page::{PageQuery, TenantPageQuery};
 use super::rates::{RatesInfo, RatesSpec};
+use super::rekey::{RekeyInfo, RekeySpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::tenant::{SettingsDoc, SuspendSpec, TenantInfo, TenantList, TenantSpec};
 use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
-use super::{ApiError, Engine, Kind, chores, openapi, rates, retain, tenant, token, trash, warm};
+use super::{
+    ApiError, Engine, Kind, chores, openapi, rates, rekey, retain, tenant, token, trash, warm,
+};
 
 /// Something that can be asked for.
 pub struct Endpoint {
@@ -195,6 +198,9 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
         at(PUT, "/v1/volumes/{tenant}/{volume}/rates", Admin, |m| on(m, rates::set_rates),
             "Set how fast a volume may be used.")
             .takes::<RatesSpec>().gives::<RatesInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/rekey", Admin, |m| on(m, rekey::rekey),
+            "Wrap a volume's data keys by another key.")
+            .takes::<RekeySpec>().gives::<RekeyInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/rescue", Operator, |m| on(m, api::rescue), "Make a lost head anew.")
             .takes::<RescueSpec>().gives::<RescueReport>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/sync", Admin, |m| on(m, api::sync),

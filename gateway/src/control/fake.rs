@@ -150,6 +150,7 @@ impl Engine for FakeEngine {
             compression: spec.compression,
             retain_ms: spec.retain_ms,
             rates: spec.rates,
+            key: spec.key.as_ref().map(ToString::to_string),
             ..VolumeInfo::default()
         };
         self.volumes.lock().insert(spec.volume(), info.clone());
@@ -232,6 +233,17 @@ impl Engine for FakeEngine {
         Ok(RatesInfo {
             volume: volume.to_string(),
             rates,
+        })
+    }
+
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        let key = spec.key.clone();
+        let key = key.ok_or_else(|| ApiError::invalid("the tenant has no key", "name one"))?;
+        self.change(volume, |volume| volume.key = Some(key.to_string()))?;
+        Ok(RekeyInfo {
+            volume: volume.to_string(),
+            key: key.to_string(),
+            keys: 1,
         })
     }
 

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use axum::http::header;
 use axum::response::IntoResponse;
 use quarry_objfmt::keys::NAME_LEN_MAX;
-use quarry_objfmt::{Compression, Durability};
+use quarry_objfmt::{Compression, Durability, Encryption, Suspended};
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Serialize;
@@ -60,6 +60,10 @@ wire! {
     DurabilityWord: words(&[Durability::Local, Durability::Object]);
     /// See [`Compression`].
     CompressionWord: words(&[Compression::None, Compression::Lz4, Compression::Zstd]);
+    /// See [`Encryption`].
+    EncryptionWord: words(&[Encryption::None, Encryption::Aes256Gcm]);
+    /// See [`Suspended`].
+    SuspendedWord: words(&[Suspended::ReadOnly, Suspended::Stall]);
 }
 
 fn words<T: Serialize>(all: &[T]) -> Schema {

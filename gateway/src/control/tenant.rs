@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::access::Allowed;
 use super::api::{Body, Made, Query, Refused, json, make, not_utf8, query, whole};
-use super::openapi::Name;
+use super::openapi::{Name, SuspendedWord};
 use super::page::{PageQuery, listed, page};
 use super::rates::RatesSpec;
 use super::{ApiError, ApiResult, StoreStatus};
@@ -52,7 +52,7 @@ fn is_nothing(settings: &TenantSettings) -> bool {
 #[serde(deny_unknown_fields)]
 pub struct SuspendSpec {
     /// How.
-    #[schemars(with = "SuspendedDoc")]
+    #[schemars(with = "SuspendedWord")]
     pub how: Suspended,
 }
 
@@ -174,7 +174,8 @@ pub(super) struct SettingsDoc {
     #[schemars(with = "Option<Name>")]
     key: Option<String>,
     /// How its volumes are held up.
-    suspended: Option<SuspendedDoc>,
+    #[schemars(with = "Option<SuspendedWord>")]
+    suspended: Option<Suspended>,
 }
 
 /// [`quarry_objfmt::TenantStore`], for the API's document.
@@ -194,17 +195,6 @@ struct StoreDoc {
     path_style: Option<bool>,
     /// Who the daemon asks for keys: `profile:NAME`, `environment`, `web-identity` or `instance-metadata`.
     credentials: Option<String>,
-}
-
-/// [`Suspended`], for the API's document.
-#[derive(Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-#[schemars(rename = "Suspended")]
-enum SuspendedDoc {
-    /// Devices refuse writes.
-    ReadOnly,
-    /// All their requests wait.
-    Stall,
 }
 
 /// Refuses settings that no tenant can have.

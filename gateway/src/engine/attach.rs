@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{Journal, Recovered};
-use quarry_objfmt::{Generation, SegmentId, SnapName, VolumeId};
+use quarry_objfmt::{Generation, SegmentId, SnapName, VolumeId, keys};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
@@ -19,7 +19,7 @@ use crate::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
 };
 use crate::backend::past::open_at;
-use crate::backend::{HeadError, VolumeBackend};
+use crate::backend::{HeadCell, HeadError, VolumeBackend};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, ImageRef, Kind, Via, VolumeRef,
 };
@@ -320,10 +320,11 @@ impl Daemon {
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
         let opened = open_snapshot(&tenant.control(), &tenant.name, id, name).await;
-        let (opened, created_ms) = opened.map_err(|error| match error {
+        let (mut opened, created_ms) = opened.map_err(|error| match error {
             OpenError::NoSnapshot { .. } => no_snapshot(image),
             error => error.into(),
         })?;
+        opened.keys = self.unlock(&tenant.name, &opened.info).await?;
         let device = snapshot_device(id, name, created_ms);
         let taken = (Taken::default(), None);
         self.put_on_a_reactor(tenant, image, device, opened, taken, options)
@@ -339,7 +340,8 @@ impl Daemon {
         at: Moment,
         options: &AttachOptions,
     ) -> ApiResult<Opening> {
-        let opened = open_at(&tenant.control(), &tenant.name, id, at.ms(), now_ms()).await?;
+        let mut opened = open_at(&tenant.control(), &tenant.name, id, at.ms(), now_ms()).await?;
+        opened.keys = self.unlock(&tenant.name, &opened.info).await?;
         let device = past_device(id, at);
         let taken = (Taken::default(), None);
         self.put_on_a_reactor(tenant, image, device, opened, taken, options)
@@ -371,9 +373,18 @@ impl Daemon {
         let read_only = options.read_only;
         let (store, name) = (&tenant.control(), &tenant.name);
         let claimed = if read_only {
-            open_read_only(store, name, id, kept.as_ref(), &how).await?
+            let mut opened = open_read_only(store, name, id, kept.as_ref(), &how).await?;
+            opened.keys = self.unlock(name, &opened.info).await?;
+            opened
         } else {
-            claim(store, name, id, kept.as_ref(), &how).await?
+            // First: nobody is fenced by who could not read or write it. Which keys it has changes no more
+            // while it is this daemon's, and what they are wrapped by does not matter here.
+            let read = HeadCell::read(store, &keys::head_key(name, id)).await;
+            let (head, _) = read.map_err(OpenError::from)?;
+            let keys = self.unlock(name, &head).await?;
+            let mut claimed = claim(store, name, id, kept.as_ref(), &how).await?;
+            claimed.keys = keys;
+            claimed
         };
         let taken = if read_only {
             (Taken::default(), None)

@@ -1,18 +1,22 @@
 //! Tenants and the names of volumes, in the object store.
 //!
 //! A name is unique because its record is created create-only. A volume's head is written before
-//! its name: a crash in between leaves a head that no name leads to. Deleting is [`crate::trash`]'s.
+//! its name, and the copy of its keys before that: a crash in between leaves a head that no name leads to, or a copy of
+//! keys alone. Deleting is [`crate::trash`]'s.
 
 use bytes::Bytes;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{NAME_KIND, NameRecord, Rates, decode_record, encode_record};
-use quarry_objfmt::{CacheId, Sectors, TenantName, VolumeId, VolumeName, keys};
+use quarry_objfmt::{
+    CacheId, Encryption, Sectors, TenantName, VolumeId, VolumeName, WrappedKeys, keys,
+};
 
 use super::now_ms;
 use super::resize::larger;
 use crate::backend::open::OpenError;
 use crate::backend::{self, HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, VolumeRef, VolumeSpec};
+use crate::keys::put_first_copy;
 use crate::store::{Store, StoreError};
 
 /// A store's error as the API tells it.
@@ -72,9 +76,14 @@ pub(super) async fn check_is_empty(store: &dyn Store, tenant: &TenantName) -> Ap
     Ok(())
 }
 
-pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiResult<()> {
+/// Makes the volume `volume`, an id that none ever had; it is encrypted if it has keys.
+pub(super) async fn create_volume(
+    store: &dyn Store,
+    spec: &VolumeSpec,
+    volume: VolumeId,
+    wrapped: WrappedKeys,
+) -> ApiResult<()> {
     check_free(store, &spec.volume()).await?;
-    let volume = VolumeId::from(uuid::Uuid::new_v4());
     let created_ms = now_ms();
     let size =
         Sectors::from_bytes(spec.size_bytes).ok_or_else(|| internal(&"an unchecked size"))?;
@@ -83,8 +92,20 @@ pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiRe
         compression: spec.compression,
         durability: spec.durability,
         retain_ms: spec.retain_ms,
+        encryption: match wrapped.keys.is_empty() {
+            true => Encryption::None,
+            false => Encryption::Aes256Gcm,
+        },
+        keys: wrapped,
         ..Head::fresh(volume, &spec.tenant, &spec.name, size, created_ms)
     };
+    let copy_key = keys::keys_key(&spec.tenant, volume, head.keys.revision);
+    let encrypted = !head.keys.keys.is_empty();
+    if encrypted {
+        put_first_copy(store, &spec.tenant, volume, &head.keys)
+            .await
+            .map_err(|e| store_error(&e))?;
+    }
     let head_key = keys::head_key(&spec.tenant, volume);
     store
         .create(&head_key, Bytes::from(head.encode()))
@@ -97,6 +118,9 @@ pub(super) async fn create_volume(store: &dyn Store, spec: &VolumeSpec) -> ApiRe
     match name_fresh(store, &spec.volume(), &record).await {
         Err(error) if error.kind == Kind::Exists => {
             store.delete(&head_key).await.map_err(|e| store_error(&e))?;
+            if encrypted {
+                store.delete(&copy_key).await.map_err(|e| store_error(&e))?;
+            }
             Err(error)
         }
         named => named,
@@ -288,7 +312,7 @@ pub(super) fn changed_elsewhere(volume: &VolumeRef, by: &str) -> ApiError {
 
 /// The head of a volume that nobody has, or `cache` had and does not serve, to be changed. Whoever attaches it
 /// at the same moment wins, or finds it changed: both change the head where they have seen it.
-async fn free_head(
+pub(super) async fn free_head(
     store: &dyn Store,
     volume: &VolumeRef,
     cache: CacheId,

@@ -69,6 +69,8 @@ impl Daemon {
             } else {
                 rates.into()
             },
+            encryption: head.encryption,
+            key: head.keys.newest(head.volume).map(|key| key.by.to_string()),
             stored_bytes: head.stored_bytes,
             parent: self.parent(volume, &head).await,
             snapshots: head.snapshots.len() as u64,

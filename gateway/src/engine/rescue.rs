@@ -23,7 +23,7 @@ impl From<RescueError> for ApiError {
                 Kind::Damaged,
                 "check its id; if it is right, restore its objects from a copy",
             ),
-            RescueError::NotWhole { .. } | RescueError::Epochs => {
+            RescueError::NotWhole { .. } | RescueError::Keys { .. } | RescueError::Epochs => {
                 (Kind::Damaged, "restore the objects from a copy")
             }
             RescueError::Needs { .. } => (

@@ -14,6 +14,7 @@ use quarry_volume::Event;
 use super::quota::Wish;
 use super::report::attached_info;
 use super::slot::{Attached, Slot, Stage};
+use super::tenants::Tenant;
 use super::{Daemon, VolumeMachine, now_ms, registry};
 use crate::backend::open::{Claim, OpenError, give_back, hold, load_usage};
 use crate::backend::{HeadError, unique_bytes};
@@ -21,7 +22,6 @@ use crate::control::{
     ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
 };
 use crate::snapshot::{self, CloneSpec, SnapshotError};
-use crate::store::Lane;
 use crate::trash;
 
 /// Longest wait for the store once all is uploaded: longer than one call's own deadline, for a checkpoint's
@@ -62,6 +62,11 @@ pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
         SnapshotError::BeingCloned { .. } => (
             Kind::Conflict,
             "try again when they are there or have failed; one whose making was broken off is given up after an hour",
+        ),
+        SnapshotError::Keyless => (Kind::Conflict, "try again"),
+        SnapshotError::TooManyKeys => (
+            Kind::Conflict,
+            "`quarry volume flatten` the volume, and make the snapshot anew",
         ),
         SnapshotError::Busy { .. } => (Kind::Conflict, "try again"),
         SnapshotError::Damaged { .. } => (Kind::Damaged, "restore the object from a copy"),
@@ -418,7 +423,7 @@ impl Daemon {
         let size = size.ok_or_else(|| no_snapshot(&snapshot.clone().into()))?;
         let wish = Wish::sized(&clone, size.bytes());
         let admission = self.admit(&tenant, &wish).await?;
-        let made = self.make_clone(&store, snapshot, &clone).await;
+        let made = self.make_clone(&tenant, snapshot, &clone).await;
         self.settle(admission).await;
         made?;
         Ok(clone)
@@ -426,17 +431,19 @@ impl Daemon {
 
     async fn make_clone(
         &self,
-        store: &Lane,
+        tenant: &Tenant,
         snapshot: &SnapRef,
         clone: &VolumeRef,
     ) -> ApiResult<()> {
-        let parent = &snapshot.volume;
+        let (parent, store) = (&snapshot.volume, &tenant.control());
+        let volume = VolumeId::from(uuid::Uuid::new_v4());
         let spec = CloneSpec {
             tenant: parent.tenant.clone(),
             parent: registry::find(store, parent).await?,
             snapshot: snapshot.name.clone(),
-            volume: VolumeId::from(uuid::Uuid::new_v4()),
+            volume,
             name: clone.name.clone(),
+            key: self.key_for_clone(tenant, parent, volume).await?,
             now_ms: now_ms(),
         };
         let made = snapshot::make_clone(store, &spec).await;

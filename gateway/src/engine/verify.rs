@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use quarry_objfmt::{DataKeys, VolumeId, keys};
 
 use super::snapshot::no_snapshot;
+use super::tenants::Tenant;
 use super::{Daemon, registry};
+use crate::backend::{HeadCell, HeadError};
 use crate::control::{
     ApiError, ApiResult, ImageRef, Kind, VerifyProgress, VerifyReport, VerifySpec,
 };
@@ -85,9 +88,27 @@ impl Daemon {
         // A store that is away is waited for; what the volumes' users read comes first.
         let store = Arc::new(tenant.lane().background());
         let progress = Arc::clone(&running.progress);
-        let report = verify::run(store, image, id, spec, progress).await;
+        let keys = match spec.deep {
+            true => self.keys_to_verify(&tenant, id).await?,
+            false => None,
+        };
+        let report = verify::run(store, image, id, spec, keys, progress).await;
         let report = report.map_err(|error| registry::store_error(&error))?;
         report.ok_or_else(|| no_snapshot(image))
+    }
+
+    /// With a damaged head none are known, and no frame is read.
+    async fn keys_to_verify(
+        &self,
+        tenant: &Tenant,
+        id: VolumeId,
+    ) -> ApiResult<Option<Arc<DataKeys>>> {
+        let key = keys::head_key(&tenant.name, id);
+        match HeadCell::read(&tenant.control(), &key).await {
+            Ok((head, _)) => self.unlock(&tenant.name, &head).await,
+            Err(HeadError::Store(error)) => Err(registry::store_error(&error)),
+            Err(_) => Ok(None),
+        }
     }
 }
 

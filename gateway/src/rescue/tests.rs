@@ -48,7 +48,7 @@ impl Fixture {
             snapshots: true,
         };
         let (store, image) = (Arc::clone(&self.store), self.name.clone().into());
-        let report = verify::run(store, &image, volume_id(), spec, Arc::default()).await;
+        let report = verify::run(store, &image, volume_id(), spec, None, Arc::default()).await;
         let report = report.unwrap().unwrap();
         assert_eq!(report.findings, []);
         assert!(report.snapshots.iter().all(|s| s.findings.is_empty()));

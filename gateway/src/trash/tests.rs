@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 use async_trait::async_trait;
 use quarry_objfmt::head::{Owner, Parent, SnapshotRef};
 use quarry_objfmt::record::CLONE_KIND;
-use quarry_objfmt::{ChunkId, ChunkSeq, MapSeq, WriteSeq};
+use quarry_objfmt::{ChunkId, ChunkSeq, KeyGeneration, KeyName, MapSeq, WrappedKey, WriteSeq};
 
 use super::*;
 use crate::store::{FolderStore, Operation};
@@ -366,6 +366,68 @@ async fn purging_stopped_anywhere_is_finished_by_the_next_and_leaves_only_the_ot
     };
     let run = async |store: &dyn Store| purge_old(store, NOW + DAY, DAY).await;
     at_each_stop(prepare, run, check).await;
+}
+
+/// With two copies of its keys, as a rewrapping that was cut off leaves them.
+async fn encrypt(store: &FolderStore, tenant: &TenantName, id: VolumeId) {
+    let key = WrappedKey {
+        volume: id,
+        generation: KeyGeneration::FIRST,
+        by: KeyName::new("k").unwrap(),
+        bytes: vec![1; 60],
+    };
+    let wrapped = crate::keys::first(vec![key]);
+    let first = crate::keys::put_first_copy(store, tenant, id, &wrapped);
+    first.await.unwrap();
+    let next = crate::keys::put_next_copy(store, tenant, id, wrapped.clone());
+    next.await.unwrap();
+    let Found::Sound(head, tag) = look(store, tenant, id).await.unwrap() else {
+        panic!("no sound head");
+    };
+    let encrypted = Head {
+        encryption: Encryption::Aes256Gcm,
+        keys: wrapped,
+        ..*head
+    };
+    let key = keys::head_key(tenant, id);
+    let put = store.replace(&key, encrypted.encode().into(), &tag);
+    put.await.unwrap();
+}
+
+#[tokio::test]
+async fn purging_stopped_anywhere_leaves_no_data_of_an_encrypted_volume_less_any_beside_its_keys() {
+    for lost in [false, true] {
+        let prepare = async |store: &FolderStore| {
+            two(store).await;
+            let tenant = &volume("db").tenant;
+            encrypt(store, tenant, id(1)).await;
+            delete(store).await.unwrap();
+            if lost {
+                let key = keys::head_key(tenant, id(1));
+                store.delete(&key).await.unwrap();
+            }
+        };
+        let check = async |store: &FolderStore, at: &str| {
+            let left = all(store).await;
+            let of_it = |part: &str| {
+                let part = format!("{}/{part}/", id(1));
+                left.keys().filter(|key| key.contains(&part)).count()
+            };
+            let data = of_it("chunk") + of_it("map");
+            let in_head = match look(store, &volume("db").tenant, id(1)).await.unwrap() {
+                Found::Sound(head, _) => head.keys.keys.len(),
+                _ => 0,
+            };
+            assert!(data == 2 || of_it("keys") + in_head == 0, "{at}: {left:?}");
+            match purge_old(store, NOW + DAY, DAY).await {
+                Ok(Purged::Gone) | Err(TrashError::NotThere) => {}
+                other => panic!("{at}: {other:?}"),
+            }
+            assert_eq!(all(store).await.len(), 8, "{at}");
+        };
+        let run = async |store: &dyn Store| purge_old(store, NOW + DAY, DAY).await;
+        at_each_stop(prepare, run, check).await;
+    }
 }
 
 #[tokio::test]

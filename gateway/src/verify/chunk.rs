@@ -335,13 +335,14 @@ impl OneChunk<'_> {
         };
         let (frames, id) = (frames.to_vec(), self.id);
         let frame_sectors = self.check.head.frame_sectors;
+        let keys = self.check.keys.clone();
         let decode = move || {
             let one = |frame: &Frame| {
                 let from = (frame.offset - first.offset) as usize;
                 let bytes = stored
                     .get(from..from + frame.stored as usize)
                     .ok_or("the answer is too short")?;
-                let raw = decode_frame(bytes, id, frame.index, frame_sectors, None)
+                let raw = decode_frame(bytes, id, frame.index, frame_sectors, keys.as_deref())
                     .map_err(|e| e.to_string())?;
                 if frame.sectors * u64::from(SECTOR_SIZE) > raw.len() as u64 {
                     return Err("it holds less than the map says".to_owned());

@@ -24,7 +24,7 @@ impl Fixture {
             deep,
             snapshots: true,
         };
-        let run = run_with(store, &image, volume_id(), spec, progress, refs_max);
+        let run = run_with(store, &image, volume_id(), spec, None, progress, refs_max);
         run.await.unwrap().unwrap()
     }
 
@@ -406,7 +406,7 @@ async fn volume_that_grew_since_its_head_was_read_is_no_finding() {
         grown: grown.encode().into(),
     });
     let (image, spec) = (fixture.name.clone().into(), VerifySpec::default());
-    let run = run(store, &image, volume_id(), spec, Arc::default());
+    let run = run(store, &image, volume_id(), spec, None, Arc::default());
     assert_eq!(run.await.unwrap().unwrap().findings, []);
 }
 
@@ -437,7 +437,7 @@ async fn snapshot_is_hit_where_newer_writes_hide_the_damage_from_its_volume() {
     assert_eq!(unreadable(&report.snapshots[0]), [(256, 384)]);
     let of = async |image: &str, spec| {
         let (store, image) = (Arc::clone(&fixture.store), image.parse().unwrap());
-        let run = run(store, &image, volume_id(), spec, Arc::default());
+        let run = run(store, &image, volume_id(), spec, None, Arc::default());
         run.await.unwrap()
     };
     let deep = VerifySpec {

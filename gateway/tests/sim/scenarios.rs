@@ -177,6 +177,7 @@ async fn clone_whose_head_arrives_late_has_its_record() {
             snapshot: SnapName::new("snap").unwrap(),
             volume: VolumeId::from_bytes([9; 16]),
             name: VolumeName::new("copy").unwrap(),
+            key: None,
             now_ms: 0,
         };
         let patience = lane.with_deadline(Duration::from_secs(20));

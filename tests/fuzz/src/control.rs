@@ -10,10 +10,10 @@ use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
-    MoveReport, Problem, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef,
-    VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport,
-    WarmSpec, patched, routes,
+    MoveReport, Problem, PurgeReport, PurgeSpec, RekeyInfo, RekeySpec, RescueReport, RescueSpec,
+    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
+    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef,
+    VolumeSpec, WarmReport, WarmSpec, patched, routes,
 };
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -114,6 +114,10 @@ impl Engine for Strict {
 
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
         assert!(retain_ms <= RETAIN_MS_MAX);
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn rekey(&self, volume: &VolumeRef, _spec: &RekeySpec) -> ApiResult<RekeyInfo> {
         Err(ApiError::no_volume(volume))
     }
 

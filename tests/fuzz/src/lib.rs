@@ -44,7 +44,7 @@ macro_rules! targets {
 }
 
 targets! {
-    store: head, snapshot, record, chunk_header, seal, frame;
+    store: head, keys, snapshot, record, chunk_header, seal, frame;
     cache: superblock, segment_header, record_page, journal;
     map: map_leaf, map_index, map_manifest, map_usage;
     text: config, words;

@@ -2,9 +2,10 @@
 
 use quarry_objfmt::{
     CHUNK_PREFIX_LEN, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq, Compression,
-    DataKey, Epoch, ExtentBody, Head, Lba, Location, NameRecord, SECTOR_SIZE, Seal, Snapshot,
-    TenantRecord, VOLUME_SECTORS_MAX, VolumeId, WriteSeq, classify, decode_frame, decode_header,
-    decode_record, encode_chunk, encode_record, record::NAME_KIND, record::TENANT_KIND,
+    DataKey, DataKeys, Epoch, ExtentBody, Head, KeysCopy, Lba, Location, NameRecord, SECTOR_SIZE,
+    Seal, Snapshot, TenantRecord, VOLUME_SECTORS_MAX, VolumeId, WriteSeq, classify, decode_frame,
+    decode_header, decode_record, encode_chunk, encode_record, record::NAME_KIND,
+    record::TENANT_KIND,
 };
 
 use crate::mend;
@@ -47,6 +48,15 @@ pub(crate) fn head(input: &[u8]) {
             let again = head.encode();
             assert!(again == bytes || !is_of_now(&bytes, &again));
             assert_eq!(Head::decode(&again), Ok(head));
+        }
+    }
+}
+
+/// A copy of a volume's keys that decodes has one encoding.
+pub(crate) fn keys(input: &[u8]) {
+    for bytes in both(input) {
+        if let Ok(copy) = KeysCopy::decode(&bytes, volume_at(&bytes, 16)) {
+            assert_eq!(copy.encode(), bytes);
         }
     }
 }
@@ -159,6 +169,7 @@ pub(crate) fn frame(input: &[u8]) {
         seq: ChunkSeq::new(u64::MAX),
     };
     let key = DataKey::new([5; 32]);
+    let keys = DataKeys::one(chunk.volume, key.clone());
     let most = (FRAME_SECTORS * SECTOR_SIZE) as usize;
     for bytes in [input.to_vec(), mend::frame(input, chunk, u32::MAX)] {
         if let Ok(raw) = decode_frame(&bytes, chunk, u32::MAX, FRAME_SECTORS, None) {
@@ -167,7 +178,7 @@ pub(crate) fn frame(input: &[u8]) {
             assert!(raw.len() <= most);
         }
         // Not one that was made without the key.
-        assert!(decode_frame(&bytes, chunk, u32::MAX, FRAME_SECTORS, Some(&key)).is_err());
+        assert!(decode_frame(&bytes, chunk, u32::MAX, FRAME_SECTORS, Some(&keys)).is_err());
     }
 
     let Some((&how, content)) = input.split_first() else {
@@ -199,10 +210,11 @@ pub(crate) fn frame(input: &[u8]) {
     };
     let made = encode_chunk(&params, &[extent], &raw);
     let stored = &made.bytes[made.header.frames[0].stored_offset as usize..];
-    let read = decode_frame(stored, chunk, 0, FRAME_SECTORS, key);
+    let keys = key.map(|_| &keys);
+    let read = decode_frame(stored, chunk, 0, FRAME_SECTORS, keys);
     assert_eq!(read.as_deref(), Ok(&raw[..]));
     let mut hurt = stored.to_vec();
     let at = usize::from(how) * 31 % hurt.len();
     hurt[at] ^= 1 << (how % 8);
-    assert!(decode_frame(&hurt, chunk, 0, FRAME_SECTORS, key).is_err());
+    assert!(decode_frame(&hurt, chunk, 0, FRAME_SECTORS, keys).is_err());
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, stream};
 use quarry_objfmt::chunk::decode_frame;
-use quarry_objfmt::{ChunkId, SECTOR_SIZE, keys};
+use quarry_objfmt::{ChunkId, DataKeys, SECTOR_SIZE, keys};
 use quarry_volume::DataError;
 
 use super::super::fetch::damaged;
@@ -202,7 +202,8 @@ impl Job<'_> {
     ) -> Result<Vec<(usize, Bytes)>, String> {
         let (window, pieces) = (window.clone(), pieces.to_vec());
         let (chunk, frame_sectors) = (self.chunk, self.backend.head.frame_sectors());
-        let cut = move || cut_out(&window, chunk, &pieces, frame_sectors);
+        let keys = self.backend.keys.clone();
+        let cut = move || cut_out(&window, chunk, &pieces, frame_sectors, keys.as_deref());
         aside(cut).await.map_err(|e| e.to_string()).flatten()
     }
 }
@@ -213,6 +214,7 @@ fn cut_out(
     chunk: ChunkId,
     pieces: &[Numbered],
     frame_sectors: u32,
+    keys: Option<&DataKeys>,
 ) -> Result<Vec<(usize, Bytes)>, String> {
     let bytes = |sectors: u32| sectors as usize * SECTOR_SIZE as usize;
     let total: usize = pieces.iter().map(|(_, piece)| bytes(piece.len)).sum();
@@ -228,7 +230,7 @@ fn cut_out(
                 let from = from.ok_or("a frame lies before the answer")?;
                 let whole = window.stored.get(from..from + piece.at.stored_len as usize);
                 let whole = whole.ok_or("the answer is too short")?;
-                let raw = decode_frame(whole, chunk, index, frame_sectors, None);
+                let raw = decode_frame(whole, chunk, index, frame_sectors, keys);
                 &frame.insert((index, raw.map_err(|e| e.to_string())?)).1
             }
         };

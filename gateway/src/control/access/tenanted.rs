@@ -12,10 +12,10 @@ use quarry_objfmt::{Suspended, TenantName, VolumeName};
 
 use super::super::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport, RescueSpec,
-    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
-    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec,
+    MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo, RekeySpec,
+    RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
+    StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
+    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 
 /// See the module.
@@ -174,6 +174,11 @@ impl Engine for Tenanted {
     async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         self.own_volume(volume)?;
         self.inner.resize(volume, spec).await
+    }
+
+    async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        self.own_volume(volume)?;
+        self.inner.rekey(volume, spec).await
     }
 
     async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {

@@ -62,6 +62,7 @@ const TABLE: &[Row] = &[
     ("POST", "/v1/volumes/{tenant}/{volume}/resize", "/v1/volumes/acme/db/resize", r#"{"size_bytes":1024}"#, [200, 200, 403, 404]),
     ("POST", "/v1/volumes/{tenant}/{volume}/retain", "/v1/volumes/acme/db/retain", r#"{"retain_ms":5}"#, [200, 200, 403, 404]),
     ("PUT", "/v1/volumes/{tenant}/{volume}/rates", "/v1/volumes/acme/db/rates", r#"{"iops":5}"#, [200, 200, 403, 404]),
+    ("POST", "/v1/volumes/{tenant}/{volume}/rekey", "/v1/volumes/acme/db/rekey", r#"{"key":"k"}"#, [200, 200, 403, 404]),
     ("POST", "/v1/volumes/{tenant}/{volume}/rescue", "/v1/volumes/acme/db/rescue", "", [200, 403, 403, 403]),
     ("POST", "/v1/volumes/{tenant}/{volume}/sync", "/v1/volumes/acme/db/sync", "", [204, 204, 403, 404]),
     ("POST", "/v1/volumes/{tenant}/{volume}/verify", "/v1/volumes/acme/db/verify", "", [200, 200, 403, 404]),

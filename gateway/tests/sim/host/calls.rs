@@ -157,6 +157,7 @@ impl Host {
                         snapshot: snap(&snapshot),
                         volume: clone.unwrap(),
                         name: VolumeName::new(format!("v{index}")).unwrap(),
+                        key: None,
                         now_ms: by.now_ms,
                     };
                     snapshot::make_clone(&store, &spec).await?;

@@ -1,0 +1,440 @@
+//! Encrypted volumes: nothing that was written is to be found in the store, nobody reads it without its key, and
+//! what is put in another place is refused.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use quarry_tests::{Daemon, MIB, Nbd, Site, StoreDir, in_memory, same_bytes};
+use tempfile::tempdir;
+
+const SIZE: u64 = 4 * MIB;
+
+/// In every sector; and never in a file of the store by chance.
+const MARK: &[u8] = b"marked plaintext of sector";
+
+/// NBD's errno of data that cannot be had.
+const EIO: u32 = 5;
+
+/// Compressed data would hide the mark.
+const SHAPE: &[&str] = &["--compression", "none"];
+
+fn marked(first_sector: u64, sectors: u64, round: u64) -> Vec<u8> {
+    let mut data = Vec::with_capacity(in_memory(sectors * 512));
+    for sector in first_sector..first_sector + sectors {
+        let mut line = MARK.to_vec();
+        line.extend_from_slice(format!(" {sector} in round {round}.").as_bytes());
+        data.extend(line.iter().copied().cycle().take(512));
+    }
+    data
+}
+
+fn files(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            files(&path, found)?;
+        } else {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The files below `dir` with the mark in them.
+fn with_mark(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    files(dir, &mut all)?;
+    let mut found = Vec::new();
+    for path in all {
+        let bytes = fs::read(&path)?;
+        if bytes.windows(MARK.len()).any(|window| window == MARK) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+fn assert_no_mark(root: &Path, when: &str) -> Result<()> {
+    let found = with_mark(&root.join("store"))?;
+    ensure!(found.is_empty(), "{when}: plaintext in {found:?}");
+    Ok(())
+}
+
+/// A line for a keyring, as `quarry key generate` makes it.
+fn key(site: &Site, name: &str) -> Result<String> {
+    let made = site.quarry(&["key", "generate", name])?;
+    ensure!(made.code == Some(0), "{made}");
+    Ok(made.stdout)
+}
+
+fn keyring(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text)?;
+    Ok(fs::set_permissions(
+        path,
+        fs::Permissions::from_mode(0o600),
+    )?)
+}
+
+/// A site with a keyring of its own.
+fn site(root: &Path, name: &str, keys: &str) -> Result<(Site, PathBuf)> {
+    let site = Site::with_folder(root, name)?;
+    let path = site.root().join("keyring");
+    keyring(&path, keys)?;
+    let settings = format!("[keys]\nkeyring = \"{}\"\n", path.display());
+    Ok((site.settings(&settings), path))
+}
+
+fn read_all(nbd: &mut Nbd) -> Result<Vec<u8>> {
+    Ok(nbd.read_vec(0, SIZE)?)
+}
+
+fn detach(daemon: &Daemon, volume: &str) -> Result<()> {
+    daemon.quarry(&["volume", "detach", volume])
+}
+
+#[test]
+fn volume_encrypted_leaves_no_plaintext_in_the_store_whatever_is_done_with_it() -> Result<()> {
+    let dir = tempdir()?;
+    let root = dir.path();
+    let keys = key(&Site::with_folder(root, "a")?, "acme")?;
+    let (site_a, ring) = site(root, "a", &keys)?;
+    let daemon = site_a.start()?;
+    let encrypted = [SHAPE, &["--key", "acme"]].concat();
+
+    // What is looked for is found where it is not encrypted.
+    let mut nbd = daemon.fresh_volume("acme/plain", SIZE, SHAPE)?;
+    nbd.write(0, &marked(0, 64, 0), true)?;
+    drop(nbd);
+    detach(&daemon, "acme/plain")?;
+    ensure!(!with_mark(&root.join("store"))?.is_empty());
+    daemon.quarry(&["volume", "delete", "acme/plain"])?;
+    daemon.quarry(&["trash", "purge", "--all"])?;
+    assert_no_mark(root, "before")?;
+
+    let mut nbd = daemon.fresh_volume("acme/db", SIZE, &encrypted)?;
+    let mut image = marked(0, SIZE / 512, 1);
+    nbd.write(0, &image, true)?;
+    daemon.sync("acme/db")?;
+    assert_no_mark(root, "written")?;
+    let shown = daemon.show("acme/db")?;
+    ensure!(
+        shown["encryption"] == "aes-256-gcm" && shown["key"] == "acme",
+        "{shown}"
+    );
+
+    daemon.quarry(&["snapshot", "create", "acme/db@one"])?;
+    let before = image.clone();
+    for part in (0..SIZE / 512).step_by(16) {
+        let new = marked(part, 4, 2);
+        nbd.write(part * 512, &new, false)?;
+        let at = in_memory(part * 512);
+        image[at..at + new.len()].copy_from_slice(&new);
+        if part % 1024 == 0 {
+            daemon.sync("acme/db")?;
+        }
+    }
+    daemon.quarry(&["volume", "compact", "acme/db", "--held"])?;
+    assert_no_mark(root, "compacted")?;
+    daemon.quarry(&["volume", "verify", "acme/db", "--deep"])?;
+
+    // A clone reads its parent's chunks with its parent's key, and writes with its own.
+    daemon.quarry(&["volume", "clone", "acme/db@one", "acme/copy"])?;
+    let mut copy = daemon.attach("acme/copy", &[])?;
+    same_bytes("the clone", &read_all(&mut copy)?, &before)?;
+    copy.write(0, &marked(0, 64, 3), true)?;
+    daemon.sync("acme/copy")?;
+    let mut copied = before.clone();
+    copied[..64 * 512].copy_from_slice(&marked(0, 64, 3));
+    assert_no_mark(root, "cloned")?;
+
+    // Another key, while both are in use.
+    fs::write(&ring, format!("{keys}\n{}", key(&site_a, "next")?))?;
+    for volume in ["acme/db", "acme/copy"] {
+        let done = daemon.json(&["volume", "rekey", volume, "--key", "next"])?;
+        ensure!(
+            done["keys"] == if volume == "acme/db" { 1 } else { 2 },
+            "{done}"
+        );
+        ensure!(daemon.show(volume)?["key"] == "next");
+        daemon.quarry(&["volume", "verify", volume, "--deep"])?;
+    }
+    assert_no_mark(root, "rekeyed")?;
+    // One copy of the keys each.
+    ensure!(StoreDir::of(root).objects("keys")?.len() == 2);
+    drop((nbd, copy));
+    for volume in ["acme/db", "acme/copy"] {
+        detach(&daemon, volume)?;
+    }
+    daemon.stop()?;
+
+    // On another host, with the new key alone.
+    let all = fs::read_to_string(&ring)?;
+    let new: String = all
+        .lines()
+        .filter(|line| line.starts_with("next"))
+        .collect();
+    let (site_b, _) = site(root, "b", &new)?;
+    let daemon = site_b.start()?;
+    for (volume, expected) in [("acme/db", &image), ("acme/copy", &copied)] {
+        same_bytes(
+            volume,
+            &read_all(&mut daemon.attach(volume, &[])?)?,
+            expected,
+        )?;
+        daemon.quarry(&["volume", "verify", volume, "--deep", "--snapshots"])?;
+    }
+    daemon.quarry(&["volume", "flatten", "acme/copy"])?;
+    detach(&daemon, "acme/db")?;
+    daemon.quarry(&["volume", "rollback", "acme/db@one"])?;
+    let mut nbd = daemon.attach("acme/db", &[])?;
+    same_bytes("rolled back", &read_all(&mut nbd)?, &before)?;
+    assert_no_mark(root, "in the end")?;
+
+    // Its head is lost: the keys come back from their copy, and what is written then is encrypted too.
+    drop(nbd);
+    detach(&daemon, "acme/db")?;
+    let id = daemon.show("acme/db")?["id"]
+        .as_str()
+        .context("id")?
+        .to_owned();
+    let heads = StoreDir::of(root).objects("head")?;
+    let head = heads
+        .iter()
+        .find(|head| head.to_string_lossy().contains(&id));
+    fs::remove_file(head.context("no head")?)?;
+    let report = daemon.json(&["volume", "rescue", "acme/db", "--apply"])?;
+    ensure!(report["keys"] == 1, "{report}");
+    let mut nbd = daemon.attach("acme/db", &["--discard-unsent"])?;
+    same_bytes("rescued", &read_all(&mut nbd)?, &before)?;
+    nbd.write(0, &marked(0, 64, 4), true)?;
+    daemon.sync("acme/db")?;
+    daemon.quarry(&["volume", "verify", "acme/db", "--deep"])?;
+    assert_no_mark(root, "rescued")
+}
+
+#[test]
+fn volume_without_its_key_is_not_attached_and_its_writer_not_disturbed() -> Result<()> {
+    let dir = tempdir()?;
+    let root = dir.path();
+    let keys = key(&Site::with_folder(root, "a")?, "acme")?;
+    let (site_a, ring) = site(root, "a", &keys)?;
+    let writer = site_a.start()?;
+    let mut nbd = writer.fresh_volume("acme/db", SIZE, &["--key", "acme"])?;
+    nbd.write(0, &marked(0, 8, 1), true)?;
+
+    let other = key(&site_a, "acme")?;
+    let none = key(&site_a, "another")?;
+    let (site_b, ring_b) = site(root, "b", &other)?;
+    let daemon = site_b.start()?;
+    let refused = |words: &[&str]| -> Result<()> {
+        for way in [&["--force"][..], &["--read-only", "--force"]] {
+            let call = ["volume", "attach", "acme/db", "--via", "nbd"];
+            let ran = site_b.quarry_json(&[&call[..], way].concat())?;
+            let refusal = ran.refusal()?;
+            for word in words {
+                ensure!(refusal.mentions(word), "{refusal:?} without {word}");
+            }
+        }
+        Ok(())
+    };
+    refused(&["key acme", "another key of this name"])?;
+    keyring(&ring_b, &none)?;
+    refused(&["has no key acme", "keyring"])?;
+    keyring(&ring_b, &keys)?;
+    fs::set_permissions(&ring_b, fs::Permissions::from_mode(0o644))?;
+    refused(&["0644", "chmod 600"])?;
+    let create = [
+        "volume", "create", "acme/x", "--size", "4MiB", "--key", "acme",
+    ];
+    ensure!(
+        site_b
+            .quarry_json(&create)?
+            .refusal()?
+            .mentions("chmod 600")
+    );
+
+    // Nobody has taken it from its writer.
+    nbd.write(4096, &marked(8, 8, 1), true)?;
+    writer.sync("acme/db")?;
+    ensure!(writer.show("acme/db")?["problem"].is_null());
+    // With a lost keyring what is attached goes on; nothing is attached anew.
+    fs::remove_file(&ring)?;
+    nbd.write(8192, &marked(16, 8, 1), true)?;
+    writer.sync("acme/db")?;
+    drop(nbd);
+    detach(&writer, "acme/db")?;
+    let ran = site_a.quarry_json(&["volume", "attach", "acme/db", "--via", "nbd"])?;
+    ensure!(ran.refusal()?.mentions("cannot be read"));
+    keyring(&ring, &keys)?;
+    let mut nbd = writer.attach("acme/db", &[])?;
+    let found = nbd.read_vec(0, 3 * 4096)?;
+    same_bytes("with its key again", &found, &marked(0, 24, 1))?;
+    daemon.stop()
+}
+
+#[test]
+fn service_of_keys_that_is_away_at_a_start_is_waited_for() -> Result<()> {
+    let dir = tempdir()?;
+    let root = dir.path();
+    let (program, away) = (root.join("kms"), root.join("away"));
+    let script = format!(
+        "#!/bin/sh\n[ -e {} ] && {{ echo gone for lunch >&2; exit 1; }}\nexec tr '\\000-\\377' '\\200-\\377\\000-\\177'\n",
+        away.display()
+    );
+    fs::write(&program, script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o700))?;
+    let settings = format!("[keys]\ncommand = \"{}\"\n", program.display());
+    let site = Site::with_folder(root, "a")?.settings(&settings);
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", SIZE, &["--key", "acme"])?;
+    nbd.write(0, &marked(0, 8, 1), true)?;
+    daemon.kill()?;
+    fs::write(&away, "")?;
+    let begun = Instant::now();
+    let back = thread::spawn({
+        let away = away.clone();
+        move || {
+            thread::sleep(Duration::from_secs(2));
+            fs::remove_file(away)
+        }
+    });
+    // Ready means that it is attached again, or cannot be.
+    let daemon = site.start()?;
+    back.join().expect("the thread does not panic")?;
+    ensure!(begun.elapsed() > Duration::from_secs(2));
+    let found = daemon.connect("acme/db")?.read_vec(0, 4096)?;
+    same_bytes("after the restart", &found, &marked(0, 8, 1))?;
+    ensure!(daemon.log().contains("gone for lunch"));
+    Ok(())
+}
+
+/// A chunk of the log: its object, and its first frame in it.
+struct Chunk {
+    object: PathBuf,
+    bytes: Vec<u8>,
+    frame: std::ops::Range<usize>,
+}
+
+impl Chunk {
+    fn read(object: &Path) -> Result<Self> {
+        let bytes = fs::read(object)?;
+        let u32_at = |at: usize| -> Result<usize> {
+            let field = bytes.get(at..at + 4).context("cut off")?;
+            Ok(usize::try_from(u32::from_le_bytes(field.try_into()?))?)
+        };
+        let start = u32_at(8)?;
+        let end = start + 16 + u32_at(start + 8)?;
+        ensure!(&bytes[start..start + 2] == b"QF" && end <= bytes.len());
+        Ok(Self {
+            object: object.to_owned(),
+            frame: start..end,
+            bytes,
+        })
+    }
+
+    /// Volume, epoch, seq and frame index: what the frame's checksum begins with.
+    fn identity(&self) -> [u8; 32] {
+        let mut identity = [0; 32];
+        // The header has the first three, in the same form.
+        identity[..28].copy_from_slice(&self.bytes[16..44]);
+        identity
+    }
+
+    /// Puts the other's first frame in the place of this one's, with a checksum that is right there.
+    fn take_frame_of(&self, other: &Self) -> Result<()> {
+        let mut frame = other.bytes[other.frame.clone()].to_vec();
+        ensure!(frame.len() == self.frame.len(), "frames of other lengths");
+        let covered = [&self.identity()[..], &frame[..12], &frame[16..]].concat();
+        frame[12..16].copy_from_slice(&crc32c(&covered).to_le_bytes());
+        let mut bytes = self.bytes.clone();
+        bytes[self.frame.clone()].copy_from_slice(&frame);
+        fs::set_permissions(&self.object, fs::Permissions::from_mode(0o600))?;
+        Ok(fs::write(&self.object, bytes)?)
+    }
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0x82f6_3b78 & 0u32.wrapping_sub(crc & 1))
+        })
+    })
+}
+
+/// Two volumes of a chunk each, of one or two tenants, and one of two chunks.
+const PLACES: [(&str, u64); 4] = [
+    ("acme/db", 0),
+    ("acme/db", 1),
+    ("acme/other", 0),
+    ("rival/db", 0),
+];
+
+#[test]
+fn frame_moved_to_another_chunk_volume_or_tenant_is_refused_and_named() -> Result<()> {
+    // The mover makes all checksums right: without encryption nobody notices.
+    for encrypted in [false, true] {
+        let dir = tempdir()?;
+        let root = dir.path();
+        let keys = key(&Site::with_folder(root, "a")?, "one")?;
+        let (site_a, _) = site(root, "a", &keys)?;
+        let daemon = site_a.start()?;
+        let shape: Vec<&str> = match encrypted {
+            true => [SHAPE, &["--key", "one"]].concat(),
+            false => SHAPE.to_vec(),
+        };
+        let store = StoreDir::of(root);
+        let mut chunks: Vec<Chunk> = Vec::new();
+        for (number, (volume, place)) in (0..).zip(PLACES) {
+            let known = store.objects("chunk")?;
+            let mut nbd = match place {
+                0 => daemon.fresh_volume(volume, SIZE, &shape)?,
+                _ => daemon.connect(volume)?,
+            };
+            nbd.write(place * MIB, &marked(0, 8, number), true)?;
+            daemon.sync(volume)?;
+            let now = store.objects("chunk")?;
+            let mut new = now.iter().filter(|object| !known.contains(object));
+            chunks.push(Chunk::read(new.next().context("no new chunk")?)?);
+        }
+        for volume in ["acme/db", "acme/other", "rival/db"] {
+            detach(&daemon, volume)?;
+        }
+        daemon.stop()?;
+        for (from, to) in [(1, 0), (2, 0), (3, 0), (0, 3)] {
+            let scratch = tempdir()?;
+            store.copy_to(scratch.path())?;
+            let copy = |chunk: &Chunk| Chunk {
+                object: scratch.path().join("store").join(store.key(&chunk.object)),
+                bytes: chunk.bytes.clone(),
+                frame: chunk.frame.clone(),
+            };
+            copy(&chunks[to]).take_frame_of(&copy(&chunks[from]))?;
+            let (site_b, _) = site(scratch.path(), "b", &keys)?;
+            let daemon = site_b.start()?;
+            let (volume, place) = PLACES[to];
+            let mut nbd = daemon.attach(volume, &[])?;
+            let found = nbd.read_vec(place * MIB, 4096);
+            if encrypted {
+                let error = found.expect_err("a moved frame was read");
+                ensure!(error.errno() == Some(EIO), "{error}");
+                let shown = daemon.show(volume)?;
+                let problem = shown["problem"].as_str().context("no problem told")?;
+                ensure!(
+                    problem.contains(&store.key(&chunks[to].object)),
+                    "{problem}"
+                );
+                ensure!(problem.contains("does not authenticate"), "{problem}");
+                let verified = site_b.quarry(&["volume", "verify", volume, "--deep"])?;
+                ensure!(verified.code == Some(1), "{verified}");
+            } else {
+                let moved = u64::try_from(from)?;
+                same_bytes("the mover's", &found?, &marked(0, 8, moved))?;
+            }
+        }
+    }
+    Ok(())
+}
