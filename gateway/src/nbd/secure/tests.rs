@@ -149,7 +149,7 @@ fn data_by_tls_are_what_was_written_and_lists_hold_what_may_be_opened() {
     let (image, copy) = (site.dir.path().join("image"), site.dir.path().join("copy"));
     let size = usize::try_from(Sectors::from_bytes(64 << 20).unwrap().bytes()).unwrap();
     let bytes: Vec<u8> = (0..size)
-        .map(|n| (n / 512 % 251) as u8 + (n % 3) as u8)
+        .map(|n| (n / 512 + n % 3).to_le_bytes()[0])
         .collect();
     std::fs::write(&image, &bytes).unwrap();
     run("nbdcopy", &[image.to_str().unwrap(), &uri("acme/db")])
