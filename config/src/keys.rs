@@ -115,8 +115,9 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "daemon.nbd_listen",
-        doc: "TCP address of the NBD server. NBD has no passwords here: whoever reaches the port reaches\n\
-              every attached volume, so keep it on loopback or on a network that is yours alone.",
+        doc: "TCP address of the NBD server: by TLS, for clients with certificates, with [access] nbd_client_ca. Without,\n\
+              whoever reaches the port reaches every attached volume, so it must be on loopback (or see\n\
+              [access] nbd_insecure).",
         expected: "write an address and a port such as \"127.0.0.1:10809\"",
         sample: "\"127.0.0.1:10809\"",
         secret: false,
@@ -216,6 +217,26 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| boolean(v).map(|b| c.access.insecure = b),
         get: |c| Some(c.access.insecure.to_string()),
+    },
+    Key {
+        path: "access.nbd_client_ca",
+        doc: "Authorities, in PEM, of the certificates that NBD clients over TCP must show. A certificate's names (CN,\n\
+              DNS, or URI as \"quarry:NAME\") are what it opens: \"acme\" all of a tenant's volumes, \"acme/db\" one.",
+        expected: PATH,
+        sample: "\"/etc/quarry/nbd-clients.pem\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.access.nbd_client_ca = Some(p)),
+        get: |c| c.access.nbd_client_ca.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "access.nbd_insecure",
+        doc: "Whether NBD may be served without TLS elsewhere than on loopback: whoever reaches the port then reaches\n\
+              every attached volume.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.access.nbd_insecure = b),
+        get: |c| Some(c.access.nbd_insecure.to_string()),
     },
     Key {
         path: "access.tenant_attach",

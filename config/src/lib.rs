@@ -110,6 +110,10 @@ pub struct Access {
     pub tls_key: Option<PathBuf>,
     /// Plain HTTP, on loopback.
     pub insecure: bool,
+    /// The authorities of the certificates that NBD clients over TCP show; none: it is served without TLS.
+    pub nbd_client_ca: Option<PathBuf>,
+    /// Whether NBD may be served without TLS elsewhere than on loopback.
+    pub nbd_insecure: bool,
     /// By what tenants may attach their volumes.
     pub tenant_attach: TenantAttach,
     /// The audit log; none: `audit.jsonl` in the data folder.

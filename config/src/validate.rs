@@ -45,6 +45,7 @@ fn refuse(
 pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
     check_daemon(config)?;
     check_access(&config.access)?;
+    check_nbd(config)?;
     check_store(config)?;
     check_keys(config)?;
     check_cache(config)?;
@@ -181,6 +182,28 @@ fn check_access(access: &crate::Access) -> Result<(), ConfigError> {
         return Err(refuse("access.listen", address, why, remedy));
     }
     Ok(())
+}
+
+fn check_nbd(config: &Config) -> Result<(), ConfigError> {
+    let access = &config.access;
+    if let (Some(ca), None) = (&access.nbd_client_ca, &access.tls_cert) {
+        let why = "the server's own certificate is not set";
+        let remedy = "set access.tls_cert and access.tls_key";
+        return Err(refuse("access.nbd_client_ca", ca.display(), why, remedy));
+    }
+    match config.daemon.nbd_listen {
+        Some(address)
+            if access.nbd_client_ca.is_none()
+                && !access.nbd_insecure
+                && !address.ip().is_loopback() =>
+        {
+            let why = "without TLS whoever reaches it reaches every attached volume";
+            let remedy =
+                "set access.nbd_client_ca, choose a loopback address, or set access.nbd_insecure";
+            Err(refuse("daemon.nbd_listen", address, why, remedy))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_store(config: &Config) -> Result<(), ConfigError> {
@@ -368,6 +391,7 @@ pub(crate) fn notes(config: &Config) -> Vec<String> {
         notes.push("store.url is not set: `quarry serve` will need --store".to_owned());
     }
     if let Some(address) = config.daemon.nbd_listen
+        && config.access.nbd_client_ca.is_none()
         && !address.ip().is_loopback()
     {
         notes.push(format!(
@@ -422,6 +446,19 @@ mod tests {
             let text = refusal(&format!("[access]\nlisten = \"{address}\"\n{rest}"));
             assert!(text.contains(hint), "{text}");
         }
+    }
+
+    #[test]
+    fn nbd_on_the_network_wants_certificates() {
+        let listen = |address: &str| format!("[daemon]\nnbd_listen = \"{address}\"\n");
+        let tls = "[access]\ntls_cert = \"/c\"\ntls_key = \"/k\"\nnbd_client_ca = \"/a\"";
+        let open = "[access]\nnbd_insecure = true";
+        for (address, rest) in [("127.0.0.1:1", ""), ("0.0.0.0:1", tls), ("0.0.0.0:1", open)] {
+            Config::parse(&(listen(address) + rest)).unwrap();
+        }
+        assert!(refusal(&listen("0.0.0.0:1")).contains("access.nbd_client_ca"));
+        let alone = refusal("[access]\nnbd_client_ca = \"/a\"");
+        assert!(alone.contains("access.tls_cert"), "{alone}");
     }
 
     #[test]
@@ -512,7 +549,7 @@ mod tests {
     #[test]
     fn notes_warn_of_what_is_open() {
         let config = Config::parse(
-            "[daemon]\nnbd_listen = \"0.0.0.0:10809\"\n[store]\nendpoint = \"http://10.0.0.1\"",
+            "[daemon]\nnbd_listen = \"0.0.0.0:10809\"\n[access]\nnbd_insecure = true\n[store]\nendpoint = \"http://10.0.0.1\"",
         )
         .unwrap();
         assert_eq!(config.notes().len(), 3, "{:?}", config.notes());

@@ -23,6 +23,7 @@ use crate::engine::{Daemon, How};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
+use crate::tls::{Tls, TlsError, TlsFiles};
 
 /// Longest time that a request of the first look at the store waits for an answer.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
@@ -70,6 +71,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         (listeners, check_store(&settings, &lane).await?)
     };
     let listeners = listeners.with_network(Network::bind(&config.access).await?);
+    let nbd_tls = nbd_certificates(&config.access)?;
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
     let daemon = Daemon::start(config, lane.clone())?;
@@ -91,7 +93,12 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let tcp = tokio::net::TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot listen for NBD on {address}"))?;
-        tokio::spawn(async move { nbd.serve_tcp(tcp).await });
+        tokio::spawn(async move {
+            match nbd_tls {
+                Some(tls) => nbd.serve_tls(tcp, tls).await,
+                None => nbd.serve_tcp(tcp).await,
+            }
+        });
     }
 
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
@@ -128,6 +135,23 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     daemon.stop().await;
     daemon.stop_asking();
     Ok(())
+}
+
+/// What NBD over TCP is to be served with, if with TLS.
+fn nbd_certificates(access: &quarry_config::Access) -> Result<Option<Arc<Tls>>, TlsError> {
+    let (Some(cert), Some(key), Some(ca)) = (
+        access.tls_cert.clone(),
+        access.tls_key.clone(),
+        access.nbd_client_ca.clone(),
+    ) else {
+        return Ok(None);
+    };
+    let files = TlsFiles {
+        cert,
+        key,
+        client_ca: Some(ca),
+    };
+    Tls::load(files, &[]).map(Some)
 }
 
 /// Stops the daemon that serves at `socket`, if there is one, and waits until it has ended.

@@ -2,7 +2,7 @@
 //!
 //! A connection is negotiated in tokio ([`negotiate`](mod@negotiate)); its socket then goes to the
 //! reactor of its volume, where a [`Connection`] serves it on the reactor's ring without ever
-//! leaving that thread.
+//! leaving that thread. By TLS ([`secure`]) a task stands in between.
 //!
 //! Owns: sockets, the protocol, the memory of requests. Does not own: which volumes there are
 //! ([`ExportDirectory`]), what they do.
@@ -10,6 +10,8 @@
 pub mod client;
 mod connection;
 pub mod negotiate;
+mod permit;
+mod secure;
 pub mod wire;
 
 #[cfg(test)]
@@ -25,7 +27,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub use self::connection::Connection;
 use crate::reactor::{Geometry, Message, ReactorHandle, VolumeKey};
@@ -161,14 +163,18 @@ impl NbdServer {
     }
 
     fn welcome_tcp(&self, stream: TcpStream) {
-        // Without it a reply waits for the acknowledgement of the one before it.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY was refused");
-        }
-        if let Err(error) = rustix::net::sockopt::set_socket_keepalive(&stream, true) {
-            tracing::debug!(%error, "SO_KEEPALIVE was refused");
-        }
+        tune(&stream);
         self.welcome(stream, |stream| stream.into_std().and_then(blocking_tcp));
+    }
+
+    /// A place for one more connection, if there is one.
+    fn place(&self) -> Option<Place> {
+        let place = Arc::clone(&self.connections).try_acquire_owned().ok();
+        if place.is_none() {
+            let max = CONNECTIONS_MAX;
+            tracing::warn!(max, "an NBD connection was refused: there are too many");
+        }
+        place.map(Arc::new)
     }
 
     /// Starts the handshake of a fresh connection.
@@ -179,13 +185,7 @@ impl NbdServer {
     ) where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
-            tracing::warn!(
-                max = CONNECTIONS_MAX,
-                "an NBD connection was refused: there are too many"
-            );
-            return;
-        };
+        let Some(place) = self.place() else { return };
         let directory = Arc::clone(&self.directory);
         tokio::spawn(async move {
             let negotiation = negotiate::negotiate(&mut stream, &*directory);
@@ -204,23 +204,37 @@ impl NbdServer {
                     return;
                 }
             };
-            let fd = match into_fd(stream) {
-                Ok(fd) => fd,
-                Err(error) => {
-                    tracing::warn!(%error, "an NBD socket cannot be handed on");
-                    return;
-                }
-            };
-            let export = negotiated.export;
-            let connection = Connection::new(fd, negotiated.replies).with_guard(Box::new(permit));
-            let message = Message::AddFrontEnd {
-                key: export.volume,
-                front_end: Box::new(connection),
-            };
-            if export.reactor.send(message).await.is_err() {
-                tracing::debug!("an NBD client came while the daemon went");
+            match into_fd(stream) {
+                Ok(fd) => Self::hand_on(fd, negotiated, place).await,
+                Err(error) => tracing::warn!(%error, "an NBD socket cannot be handed on"),
             }
         });
+    }
+
+    /// Gives a socket that is through its handshake to the reactor of its volume.
+    async fn hand_on(fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
+        let export = negotiated.export;
+        let connection = Connection::new(fd, negotiated.replies).with_guard(Box::new(place));
+        let message = Message::AddFrontEnd {
+            key: export.volume,
+            front_end: Box::new(connection),
+        };
+        if export.reactor.send(message).await.is_err() {
+            tracing::debug!("an NBD client came while the daemon went");
+        }
+    }
+}
+
+/// A connection's place among those that there may be, for all who keep it up.
+type Place = Arc<OwnedSemaphorePermit>;
+
+fn tune(stream: &TcpStream) {
+    // Without it a reply waits for the acknowledgement of the one before it.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY was refused");
+    }
+    if let Err(error) = rustix::net::sockopt::set_socket_keepalive(stream, true) {
+        tracing::debug!(%error, "SO_KEEPALIVE was refused");
     }
 }
 

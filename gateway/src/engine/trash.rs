@@ -223,7 +223,10 @@ impl Daemon {
         let (tenant, id) = match which {
             TrashRef::Name(volume) => (volume.tenant.clone(), self.trashed(volume).await?),
             TrashRef::Id(id) => (self.whose(*id).await?, *id),
-            TrashRef::Of(tenant, id) => (tenant.clone(), *id),
+            TrashRef::Of(tenant, id) if self.has_in_trash(tenant, *id).await? => {
+                (tenant.clone(), *id)
+            }
+            TrashRef::Of(_, id) => return Err(ApiError::not_in_trash(id)),
         };
         let of = self.tenant(&tenant).await?;
         let store = of.control();
@@ -277,14 +280,20 @@ impl Daemon {
     /// The tenant whose trash has this volume.
     async fn whose(&self, id: VolumeId) -> ApiResult<TenantName> {
         for tenant in self.tenants_of(None).await? {
-            let key = keys::trash_key(&tenant, id);
-            match self.control(&tenant).await?.get(&key).await {
-                Ok(_) => return Ok(tenant),
-                Err(crate::store::StoreError::NotFound { .. }) => {}
-                Err(error) => return Err(registry::store_error(&error)),
+            if self.has_in_trash(&tenant, id).await? {
+                return Ok(tenant);
             }
         }
         Err(trash_error(&id, TrashError::NotThere))
+    }
+
+    async fn has_in_trash(&self, tenant: &TenantName, id: VolumeId) -> ApiResult<bool> {
+        let key = keys::trash_key(tenant, id);
+        match self.control(tenant).await?.get(&key).await {
+            Ok(_) => Ok(true),
+            Err(crate::store::StoreError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(registry::store_error(&error)),
+        }
     }
 
     pub(super) async fn purge_now(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {

@@ -52,7 +52,28 @@ impl std::fmt::Debug for Negotiated {
     }
 }
 
-/// Negotiates; `None` if the client ended it in good order.
+/// What a handshake leads to.
+pub(super) enum Agreement {
+    /// An export.
+    Export(Negotiated),
+    /// The client ended it in good order.
+    Ended,
+    /// TLS, and then another one.
+    Tls,
+}
+
+/// What is said of TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Terms {
+    /// There is none here.
+    Plain,
+    /// It comes before everything else.
+    TlsFirst,
+    /// It is there.
+    Secured,
+}
+
+/// Negotiates without TLS; `None` if the client ended it in good order.
 ///
 /// # Errors
 /// See [`NegotiationError`].
@@ -60,6 +81,17 @@ pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     directory: &dyn ExportDirectory,
 ) -> Result<Option<Negotiated>, NegotiationError> {
+    let zeroes = greet(stream).await?;
+    match haggle(stream, directory, zeroes, Terms::Plain).await? {
+        Agreement::Export(negotiated) => Ok(Some(negotiated)),
+        Agreement::Ended | Agreement::Tls => Ok(None),
+    }
+}
+
+/// Both sides' first words; whether the client wants zeroes behind an export's answer.
+pub(super) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+) -> Result<bool, NegotiationError> {
     let mut greeting = Vec::with_capacity(18);
     greeting.put_u64(wire::GREETING_MAGIC);
     greeting.put_u64(wire::OPTION_MAGIC);
@@ -73,8 +105,16 @@ pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
             "it set client flags that were not offered",
         ));
     }
-    let zeroes = flags & u32::from(wire::FLAG_NO_ZEROES) == 0;
+    Ok(flags & u32::from(wire::FLAG_NO_ZEROES) == 0)
+}
 
+/// The client's options, until they lead to something.
+pub(super) async fn haggle<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    directory: &dyn ExportDirectory,
+    zeroes: bool,
+    terms: Terms,
+) -> Result<Agreement, NegotiationError> {
     let mut agreed = Agreed::default();
     let mut payload = Vec::new();
     let mut out = Vec::new();
@@ -93,13 +133,19 @@ pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
         stream.read_exact(&mut payload).await?;
 
         out.clear();
-        let step = answer(code, &payload, directory, &mut agreed, zeroes, &mut out)?;
+        let step = match before_tls(code, &payload, terms, &mut out) {
+            Some(step) => step,
+            None => answer(code, &payload, directory, &mut agreed, zeroes, &mut out)?,
+        };
         stream.write_all(&out).await?;
         stream.flush().await?;
         match step {
             Step::Next => {}
-            Step::End => return Ok(None),
-            Step::Go(export, replies) => return Ok(Some(Negotiated { export, replies })),
+            Step::End => return Ok(Agreement::Ended),
+            Step::Tls => return Ok(Agreement::Tls),
+            Step::Go(export, replies) => {
+                return Ok(Agreement::Export(Negotiated { export, replies }));
+            }
         }
     }
     Err(NegotiationError::Protocol("it sends options without end"))
@@ -126,7 +172,33 @@ impl Agreed {
 enum Step {
     Next,
     End,
+    Tls,
     Go(Export, Replies),
+}
+
+/// What is answered for the sake of TLS alone; `None`: the option is to be answered for itself.
+fn before_tls(code: u32, payload: &[u8], terms: Terms, out: &mut Vec<u8>) -> Option<Step> {
+    let mut reply = |reply: u32, text: &[u8]| wire::put_option_reply(out, code, reply, text);
+    match (terms, code) {
+        (Terms::TlsFirst, option::STARTTLS) if payload.is_empty() => {
+            reply(reply::ACK, &[]);
+            return Some(Step::Tls);
+        }
+        (Terms::TlsFirst | Terms::Secured, option::STARTTLS) => {
+            reply(
+                reply::ERR_INVALID,
+                b"TLS is there, or this option has no data",
+            );
+        }
+        (Terms::Plain, option::STARTTLS) => {
+            reply(reply::ERR_POLICY, b"TLS is not served on this socket");
+        }
+        (Terms::TlsFirst, option::ABORT) | (Terms::Plain | Terms::Secured, _) => return None,
+        // The protocol has no answer for this but to hang up.
+        (Terms::TlsFirst, option::EXPORT_NAME) => return Some(Step::End),
+        (Terms::TlsFirst, _) => reply(reply::ERR_TLS_REQD, b"TLS comes first"),
+    }
+    Some(Step::Next)
 }
 
 fn answer(
@@ -241,14 +313,6 @@ fn answer(
         }
         option::LIST | option::STRUCTURED_REPLY => {
             wire::put_option_reply(out, code, reply::ERR_INVALID, b"this option has no data");
-        }
-        option::STARTTLS => {
-            wire::put_option_reply(
-                out,
-                code,
-                reply::ERR_POLICY,
-                b"TLS is not served on this socket",
-            );
         }
         _ => wire::put_option_reply(out, code, reply::ERR_UNSUP, &[]),
     }

@@ -37,7 +37,7 @@ impl ExportDirectory for Directory {
 }
 
 /// A served volume and all that is behind it.
-struct Bench {
+pub(super) struct Bench {
     runtime: Option<tokio::runtime::Runtime>,
     reactor: Option<Reactor>,
     cache: Arc<fs::File>,
@@ -48,7 +48,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self::with(geometry(BYTES, 512), |_| {})
     }
 
@@ -97,7 +97,20 @@ impl Bench {
         self.reactor.as_ref().unwrap().handle()
     }
 
-    fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+    /// The volume, under whatever name.
+    pub fn export(&self) -> Export {
+        Export {
+            reactor: self.handle(),
+            volume: self.key,
+            geometry: geometry(BYTES, 512),
+        }
+    }
+
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        drop(self.runtime.as_ref().unwrap().spawn(task));
+    }
+
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.as_ref().unwrap().block_on(future)
     }
 

@@ -117,7 +117,8 @@ async fn token_is_known_by_every_host_until_it_is_revoked() {
         let caller = tokens.bearer(&made.token, HERE).await.unwrap();
         assert_eq!(caller.tenant().map(TenantName::as_str), Some("acme"));
     }
-    assert_eq!(elsewhere.list(None).await.unwrap(), [made.info.clone()]);
+    let listed = elsewhere.list(None).await.unwrap();
+    assert_eq!(listed.first(), Some(&made.info));
     elsewhere.revoke(&made.info.id).await.unwrap();
     assert_eq!(
         elsewhere.bearer(&made.token, HERE).await,

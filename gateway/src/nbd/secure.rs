@@ -1,0 +1,146 @@
+//! NBD by TLS: clients that show a certificate, and reach what it names.
+//!
+//! A reactor serves sockets, and TLS is none: behind the handshake a task of tokio's copies between the TLS
+//! stream and a socket pair, whose other end is the reactor's. It costs the encryption, two copies more each way
+//! and a wake-up of another thread.
+//!
+//! Invariants:
+//! - before TLS a client is told nothing but that it must begin it;
+//! - what came in plain text before the handshake is not taken for what came after: it is read byte-exact;
+//! - the task ends with the reactor's end of the pair, and holds the connection's place until then.
+
+use std::io;
+use std::sync::Arc;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::negotiate::{Agreement, Negotiated, NegotiationError, Terms, greet, haggle};
+use super::permit::{Permit, Permitted};
+use super::{NEGOTIATION_TIME_MAX, NbdServer, Place, blocking_unix, pause};
+use crate::tls::Tls;
+
+/// Bytes copied at once, each way.
+const COPY_BYTES: usize = 128 << 10;
+
+impl NbdServer {
+    /// Serves a TCP socket to who shows a certificate, until the future is dropped.
+    pub async fn serve_tls(&self, listener: TcpListener, tls: Arc<Tls>) {
+        let follow = Arc::clone(&tls).follow();
+        let accept = async {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => self.welcome_tls(stream, &tls),
+                    Err(error) => pause(&error).await,
+                }
+            }
+        };
+        tokio::join!(follow, accept);
+    }
+
+    fn welcome_tls(&self, stream: TcpStream, tls: &Tls) {
+        let Some(place) = self.place() else { return };
+        super::tune(&stream);
+        let (server, acceptor) = (self.clone(), TlsAcceptor::from(tls.config()));
+        tokio::spawn(async move {
+            let agreed = server.agree(stream, acceptor);
+            let (stream, negotiated) =
+                match tokio::time::timeout(NEGOTIATION_TIME_MAX, agreed).await {
+                    Ok(Ok(Some(agreed))) => agreed,
+                    Ok(Ok(None)) => return,
+                    Ok(Err(error)) => {
+                        let error = &error as &dyn std::error::Error;
+                        return tracing::debug!(error, "an NBD handshake by TLS failed");
+                    }
+                    Err(_) => return tracing::debug!("an NBD handshake by TLS took too long"),
+                };
+            let pair = UnixStream::pair()
+                .and_then(|(ours, theirs)| Ok((ours, blocking_unix(theirs.into_std()?)?)));
+            match pair {
+                Ok((ours, theirs)) => {
+                    NbdServer::hand_on(theirs, negotiated, place.clone()).await;
+                    copy(stream, ours, place).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "an NBD connection by TLS cannot be handed on")
+                }
+            }
+        });
+    }
+
+    /// From a fresh connection to an export that both sides agree on; `None` if the client ended it.
+    async fn agree(
+        &self,
+        mut stream: TcpStream,
+        acceptor: TlsAcceptor,
+    ) -> Result<Option<(TlsStream<TcpStream>, Negotiated)>, NegotiationError> {
+        let zeroes = greet(&mut stream).await?;
+        let nothing = Permitted {
+            directory: Arc::clone(&self.directory),
+            permit: Permit::default(),
+        };
+        match haggle(&mut stream, &nothing, zeroes, Terms::TlsFirst).await? {
+            Agreement::Tls => {}
+            Agreement::Export(_) | Agreement::Ended => return Ok(None),
+        }
+        let mut stream = acceptor.accept(stream).await?;
+        let certs = stream.get_ref().1.peer_certificates();
+        let permit = certs.and_then(|certs| certs.first()).map(Permit::of);
+        let permitted = Permitted {
+            directory: Arc::clone(&self.directory),
+            permit: permit.unwrap_or_default(),
+        };
+        match haggle(&mut stream, &permitted, zeroes, Terms::Secured).await? {
+            Agreement::Export(negotiated) => Ok(Some((stream, negotiated))),
+            Agreement::Tls | Agreement::Ended => Ok(None),
+        }
+    }
+}
+
+/// Copies both ways until the reactor's end is closed. That the client's is, is told to the reactor, which
+/// answers what it has and closes its own.
+async fn copy(stream: TlsStream<TcpStream>, pair: UnixStream, _place: Place) {
+    let (from_client, to_client) = split(stream);
+    let (from_reactor, mut to_reactor) = pair.into_split();
+    let inward = async {
+        let copied = copy_one_way(from_client, &mut to_reactor).await;
+        drop(to_reactor.shutdown().await);
+        if let Err(error) = copied {
+            tracing::debug!(%error, "an NBD client by TLS is gone");
+        }
+        std::future::pending::<io::Result<()>>().await
+    };
+    let outward = async {
+        let mut to_client = to_client;
+        copy_one_way(from_reactor, &mut to_client).await?;
+        to_client.shutdown().await
+    };
+    let ended = tokio::select! {
+        ended = inward => ended,
+        ended = outward => ended,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "an NBD connection by TLS broke off");
+    }
+}
+
+async fn copy_one_way(
+    mut from: impl AsyncRead + Unpin,
+    to: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
+    let mut room = vec![0; COPY_BYTES];
+    loop {
+        let len = from.read(&mut room).await?;
+        if len == 0 {
+            return Ok(());
+        }
+        to.write_all(&room[..len]).await?;
+        // TLS keeps what the socket did not take at once until it is asked again.
+        to.flush().await?;
+    }
+}
+
+#[cfg(test)]
+mod tests;
