@@ -113,6 +113,8 @@ pub struct TenantSample {
     pub limit_iops: u64,
     /// Bytes a second of all its volumes; 0 without a limit.
     pub limit_bytes: u64,
+    /// Bytes of the cache's segments with its unsent data.
+    pub dirty_bytes: u64,
 }
 
 /// Chunks that are being uploaded.
@@ -528,6 +530,11 @@ static TABLE: &[Definition] = &[
         of!(Volume.stalled),
     ),
     gauge(
+        "quarry_tenant_dirty_bytes",
+        "Bytes of the cache's segments that hold data of the tenant which the store does not have yet.",
+        of!(Tenant.dirty_bytes),
+    ),
+    gauge(
         "quarry_tenant_limit_bytes_per_second",
         "Bytes a second that the tenant's volumes here may read and write together; 0 without a limit.",
         of!(Tenant.limit_bytes),
@@ -844,6 +851,7 @@ mod tests {
                 tenant: "acme".to_owned(),
                 limit_iops: 5000,
                 limit_bytes: 0,
+                dirty_bytes: 0,
             }],
             uploads: UploadStats {
                 slow: 3,

@@ -394,6 +394,7 @@ impl Daemon {
     ) -> ApiResult<Opening> {
         let read_only = options.read_only;
         let head = &claimed.info;
+        let gate = VolumeGate::new(self.tenant_gate(&volume.volume.tenant));
         let params = VolumeParams {
             id: head.volume,
             size: head.size,
@@ -402,6 +403,7 @@ impl Daemon {
             epoch: head.epoch,
             durability: head.durability,
             read_only,
+            group: gate.tenant().group(),
             tuning: self.tuning(),
         };
         let spec = DeviceSpec {
@@ -425,7 +427,6 @@ impl Daemon {
             unsent: taken.unsent,
             kept_segments: taken.segments,
         };
-        let gate = VolumeGate::new(self.tenant_gate(&volume.volume.tenant));
         let mut actions = Vec::new();
         let machine = VolumeMachine {
             gate: Arc::clone(&gate),

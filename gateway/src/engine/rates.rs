@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use quarry_cache::GroupLimits;
 use quarry_objfmt::TenantName;
 use quarry_objfmt::record::{Rates, TenantSettings};
 
@@ -24,9 +25,19 @@ impl Daemon {
         Arc::clone(gates.entry(tenant.clone()).or_default())
     }
 
-    /// Makes a tenant's settings count here, as far as they are about how fast it may be: at once.
+    /// Makes a tenant's settings count here: its rates, weight and suspension at once, and how much of the cache it may
+    /// have unsent from the next segment on.
     pub fn set_tenant(&self, tenant: &TenantName, settings: &TenantSettings) {
-        self.tenant_gate(tenant).set(settings);
+        let gate = self.tenant_gate(tenant);
+        gate.set(settings);
+        let cache = &mut self.shared.lock().cache;
+        let segment_size = u64::from(cache.geometry().segment_size);
+        let segments = |bytes: u64| u32::try_from(bytes / segment_size).unwrap_or(u32::MAX);
+        let limits = GroupLimits {
+            weight: gate.share().weight(),
+            dirty_max: settings.dirty_bytes_max.map(segments),
+        };
+        cache.set_group(gate.group(), limits);
     }
 
     pub(super) async fn set_volume_rates(

@@ -212,7 +212,7 @@ impl Daemon {
         for (volume, attached) in self.attached() {
             tenants
                 .entry(volume.volume.tenant.to_string())
-                .or_insert_with(|| attached.gate.tenant().rates());
+                .or_insert_with(|| Arc::clone(attached.gate.tenant()));
             let (s, copied_bytes) = self.stats(&attached).await;
             let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
             let fetched = attached.backend.fetched();
@@ -287,10 +287,11 @@ impl Daemon {
             volumes,
             tenants: tenants
                 .into_iter()
-                .map(|(tenant, rates)| metrics::TenantSample {
+                .map(|(tenant, gate)| metrics::TenantSample {
                     tenant,
-                    limit_iops: rates.iops.unwrap_or(0),
-                    limit_bytes: rates.bandwidth_bytes.unwrap_or(0),
+                    limit_iops: gate.rates().iops.unwrap_or(0),
+                    limit_bytes: gate.rates().bandwidth_bytes.unwrap_or(0),
+                    dirty_bytes: shared.cache.dirty_bytes_of_group(gate.group()),
                 })
                 .collect(),
             uploads: metrics::UploadStats {
