@@ -11,6 +11,7 @@ use std::hash::BuildHasherDefault;
 
 use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
 
+use crate::group::{GroupLimits, Groups};
 use crate::{Branch, CleanIndex, CleanRun, Mutation, NameHasher};
 
 /// Bytes of a page: segment headers and record pages.
@@ -103,6 +104,8 @@ struct Segment {
     pins: u32,
     /// Read since it was last considered for reclaim: gets a second chance.
     hot: bool,
+    /// The group whose dirty segment it is; none is known of one that recovery found, until it is taken up.
+    group: Option<u32>,
     /// Chunks of which the clean index points here.
     chunks: Vec<ChunkId>,
 }
@@ -171,8 +174,9 @@ pub struct Cache {
     fill_sectors: u32,
     /// What they fill, by chunk and first raw sector: volumes that fetched the same at once fill it once.
     filling: HashSet<(ChunkId, u32), BuildHasherDefault<NameHasher>>,
-    /// Volumes that were refused a segment for writes, first come first served.
-    line: VecDeque<VolumeId>,
+    /// Volumes that were refused a segment for writes, and their groups, first come first served.
+    line: VecDeque<(VolumeId, u32)>,
+    groups: Groups,
     clean: CleanIndex,
     reclaimed: u64,
 }
@@ -195,6 +199,7 @@ impl Cache {
                 holds: 0,
                 pins: 0,
                 hot: false,
+                group: None,
                 chunks: Vec::new(),
             })
             .collect();
@@ -220,6 +225,7 @@ impl Cache {
             fill_sectors: 0,
             filling: HashSet::default(),
             line: VecDeque::new(),
+            groups: Groups::default(),
             clean: CleanIndex::default(),
             reclaimed: 0,
             segments,
@@ -257,21 +263,29 @@ impl Cache {
     /// its header durably before any data.
     ///
     /// # Errors
-    /// [`NoSpace`] if the dirty budget is used up, or what is left of it is for volumes that were
-    /// refused before, or nothing can be reclaimed. The volume then stands in the line until it
+    /// [`NoSpace`] if the dirty budget is used up, or what is left of it is not for the volume's group, or for volumes
+    /// that were refused before, or nothing can be reclaimed. The volume then stands in the line until it
     /// gets one or calls [`Self::leave_line`].
-    pub fn open_for_writes(&mut self, volume: VolumeId) -> Result<OpenedSegment, NoSpace> {
-        let left = self.dirty_max.saturating_sub(self.dirty) as usize;
-        let place = self.line.iter().position(|other| *other == volume);
-        if place.unwrap_or(self.line.len()) >= left {
+    pub fn open_for_writes(
+        &mut self,
+        volume: VolumeId,
+        group: u32,
+    ) -> Result<OpenedSegment, NoSpace> {
+        let left = self.dirty_max.saturating_sub(self.dirty);
+        let place = self.line.iter().position(|(other, _)| *other == volume);
+        let before = self.line.iter().take(place.unwrap_or(self.line.len()));
+        let before = before.map(|(_, group)| *group);
+        if left == 0 || !self.groups.may_take(group, left, before) {
             if place.is_none() {
-                self.line.push_back(volume);
+                self.line.push_back((volume, group));
             }
             return Err(NoSpace::DirtyCap);
         }
         let segment = self.take_free().ok_or(NoSpace::Busy)?;
         self.leave_line(volume);
         self.dirty += 1;
+        self.groups.took(group);
+        self.segment_mut(segment).group = Some(group);
         Ok(self.open(segment, State::Dirty))
     }
 
@@ -281,9 +295,46 @@ impl Cache {
         !self.line.is_empty()
     }
 
+    /// Whether some volume waits that a segment given up by a volume of this group could help.
+    #[must_use]
+    pub fn has_line_for(&self, group: u32) -> bool {
+        let mut waiting = self.line.iter();
+        waiting.any(|(_, other)| self.groups.could_help(group, *other))
+    }
+
     /// The volume wants no segment any more.
     pub fn leave_line(&mut self, volume: VolumeId) {
-        self.line.retain(|other| *other != volume);
+        self.line.retain(|(other, _)| *other != volume);
+    }
+
+    /// Says what a group may take from now on; what it has stays.
+    pub fn set_group(&mut self, group: u32, limits: GroupLimits) {
+        self.groups.set(group, limits, self.dirty_max);
+    }
+
+    /// A volume of the group begins to take writes: a part of the dirty budget is kept for its group.
+    pub fn join_group(&mut self, group: u32) {
+        self.groups.join(group, self.dirty_max);
+    }
+
+    /// It takes no more: the end of a [`Self::join_group`].
+    pub fn leave_group(&mut self, group: u32) {
+        self.groups.leave(group, self.dirty_max);
+    }
+
+    /// Bytes of the segments of a group that have data that the store lacks.
+    #[must_use]
+    pub fn dirty_bytes_of_group(&self, group: u32) -> u64 {
+        u64::from(self.groups.dirty(group)) * u64::from(self.geometry.segment_size)
+    }
+
+    /// A dirty segment that recovery found is this group's.
+    pub fn assign(&mut self, id: SegmentId, group: u32) {
+        let segment = self.segment_mut(id);
+        if segment.state == State::Dirty && segment.group.is_none() {
+            segment.group = Some(group);
+            self.groups.took(group);
+        }
     }
 
     fn open(&mut self, id: SegmentId, state: State) -> OpenedSegment {
@@ -329,6 +380,9 @@ impl Cache {
         }
         let was_dirty = segment.state == State::Dirty;
         segment.state = State::Clean;
+        if let Some(group) = segment.group.take() {
+            self.groups.gave(group);
+        }
         self.fifo.push_back(id);
         if was_dirty && !Mutation::DirtyNotCountedDown.is_on() {
             self.dirty -= 1;
@@ -526,29 +580,68 @@ mod tests {
     #[test]
     fn dirty_cap_refuses_and_a_release_gives_back() {
         let mut cache = cache();
-        let first = cache.open_for_writes(VOLUME).unwrap();
-        cache.open_for_writes(VOLUME).unwrap();
-        assert_eq!(cache.open_for_writes(VOLUME), Err(NoSpace::DirtyCap));
+        let first = cache.open_for_writes(VOLUME, 0).unwrap();
+        cache.open_for_writes(VOLUME, 0).unwrap();
+        assert_eq!(cache.open_for_writes(VOLUME, 0), Err(NoSpace::DirtyCap));
         cache.hold(first.segment);
         assert!(!cache.release(first.segment));
         assert!(cache.release(first.segment));
-        assert!(cache.open_for_writes(VOLUME).is_ok());
+        assert!(cache.open_for_writes(VOLUME, 0).is_ok());
     }
 
     #[test]
     fn volume_refused_a_segment_gets_the_next_before_who_asks_first() {
         let mut cache = cache();
         let other = VolumeId::from_bytes([2; 16]);
-        let first = cache.open_for_writes(VOLUME).unwrap();
-        cache.open_for_writes(VOLUME).unwrap();
-        assert_eq!(cache.open_for_writes(other), Err(NoSpace::DirtyCap));
+        let first = cache.open_for_writes(VOLUME, 0).unwrap();
+        cache.open_for_writes(VOLUME, 0).unwrap();
+        assert_eq!(cache.open_for_writes(other, 0), Err(NoSpace::DirtyCap));
         assert!(cache.has_line());
         assert!(cache.release(first.segment));
-        assert_eq!(cache.open_for_writes(VOLUME), Err(NoSpace::DirtyCap));
-        let second = cache.open_for_writes(other).unwrap();
+        assert_eq!(cache.open_for_writes(VOLUME, 0), Err(NoSpace::DirtyCap));
+        let second = cache.open_for_writes(other, 0).unwrap();
         assert!(cache.release(second.segment));
-        cache.open_for_writes(VOLUME).unwrap();
+        cache.open_for_writes(VOLUME, 0).unwrap();
         assert!(!cache.has_line());
+    }
+
+    #[test]
+    fn group_that_the_store_takes_nothing_from_leaves_the_other_its_part() {
+        let geometry = Geometry {
+            segments: 16,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 8, Generation::new(1), &[]);
+        let other = VolumeId::from_bytes([2; 16]);
+        cache.join_group(1);
+        cache.join_group(2);
+        let hung = std::iter::from_fn(|| cache.open_for_writes(VOLUME, 1).ok()).count();
+        assert_eq!(hung, 6);
+        // It stands in the line, before the others, for good.
+        assert!(cache.has_line() && !cache.has_line_for(2));
+        for _ in 0..20 {
+            let [one, two] = [(); 2].map(|()| cache.open_for_writes(other, 2).unwrap().segment);
+            assert_eq!(cache.open_for_writes(other, 2), Err(NoSpace::DirtyCap));
+            cache.leave_line(other);
+            assert!(cache.release(one) && cache.release(two));
+        }
+        assert_eq!(cache.dirty_bytes_of_group(2), 0);
+        assert_eq!(cache.dirty_bytes_of_group(1), 6 * (64 << 10));
+        cache.leave_group(2);
+        assert!(cache.open_for_writes(VOLUME, 1).is_ok());
+    }
+
+    #[test]
+    fn segment_of_recovery_counts_for_the_group_that_takes_it_up() {
+        let found = (SegmentId::new(1), Generation::new(1));
+        let mut cache = Cache::new(ID, GEOMETRY, 2, Generation::new(2), &[found]);
+        cache.assign(found.0, 7);
+        cache.assign(found.0, 7);
+        assert_eq!(cache.dirty_bytes_of_group(7), 64 << 10);
+        assert!(cache.release(found.0));
+        assert_eq!(cache.dirty_bytes_of_group(7), 0);
+        cache.assign(found.0, 7);
+        assert_eq!(cache.dirty_bytes_of_group(7), 0);
     }
 
     #[test]
@@ -563,7 +656,7 @@ mod tests {
         };
         let mut cache = Cache::new(ID, geometry, 2, Generation::new(1), &[]);
         let mut filled = |chunks: &[ChunkId]| {
-            let at = cache.open_for_writes(VOLUME).unwrap().segment;
+            let at = cache.open_for_writes(VOLUME, 0).unwrap().segment;
             for (n, chunk) in (0..).zip(chunks) {
                 let (raw, len) = (0, 8);
                 let at = CacheLoc {
@@ -579,7 +672,7 @@ mod tests {
         filled(&[chunk(3), other]);
         let read = filled(&[chunk(4)]);
         cache.pin(read);
-        let dirty = cache.open_for_writes(VOLUME).unwrap().segment;
+        let dirty = cache.open_for_writes(VOLUME, 0).unwrap().segment;
         assert_eq!((cache.counts().free, cache.counts().clean), (4, 3));
         assert_eq!(cache.evict(VOLUME), 4 * 8 * 512);
         assert_eq!((cache.counts().free, cache.counts().clean), (5, 2));
@@ -632,7 +725,7 @@ mod tests {
     #[test]
     fn segment_parted_with_is_clean_unless_its_data_must_stay() {
         let mut cache = cache();
-        let [one, two] = [(); 2].map(|()| cache.open_for_writes(VOLUME).unwrap().segment);
+        let [one, two] = [(); 2].map(|()| cache.open_for_writes(VOLUME, 0).unwrap().segment);
         cache.hold(one);
         cache.hold(two);
         cache.part_with(one, true);
@@ -646,8 +739,8 @@ mod tests {
     fn dirty_segments_are_never_reclaimed_by_fills() {
         let mut cache = cache();
         let dirty = [
-            cache.open_for_writes(VOLUME).unwrap().segment,
-            cache.open_for_writes(VOLUME).unwrap().segment,
+            cache.open_for_writes(VOLUME, 0).unwrap().segment,
+            cache.open_for_writes(VOLUME, 0).unwrap().segment,
         ];
         for _ in 0..50 {
             let at = cache
@@ -684,7 +777,7 @@ mod tests {
         let mut cache = Cache::new(ID, GEOMETRY, 3, Generation::new(7), &[]);
         let mut seen = std::collections::BTreeSet::new();
         for _ in 0..40 {
-            let opened = cache.open_for_writes(VOLUME).unwrap();
+            let opened = cache.open_for_writes(VOLUME, 0).unwrap();
             assert!(seen.insert(opened.generation));
             assert!(cache.release(opened.segment));
         }

@@ -127,6 +127,7 @@ impl Served {
             epoch: Epoch::new(1),
             durability: Durability::Local,
             read_only: false,
+            group: 0,
             tuning,
         };
         let segments = (0..BLOCKS / SEGMENT_BLOCKS).map(|n| SegmentId::new(n as u32));

@@ -218,6 +218,8 @@ pub struct TenantStats {
     pub limit_iops: u64,
     /// Bytes a second of all its volumes; 0 without a limit.
     pub limit_bytes: u64,
+    /// Bytes of the cache's segments with its unsent data.
+    pub dirty_bytes: u64,
     /// Bytes received.
     pub read_bytes: u64,
     /// Bytes sent.
@@ -575,6 +577,11 @@ static TABLE: &[Definition] = &[
         "quarry_volume_stalled",
         "1 while writes wait for the store.",
         of!(Volume.stalled),
+    ),
+    gauge(
+        "quarry_tenant_dirty_bytes",
+        "Bytes of the cache's segments that hold data of the tenant which the store does not have yet.",
+        of!(Tenant.dirty_bytes),
     ),
     gauge(
         "quarry_tenant_limit_bytes_per_second",

@@ -9,7 +9,7 @@
 
 pub(crate) mod bucket;
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
@@ -80,11 +80,14 @@ pub struct TenantGate {
     /// 0: not suspended; else [`Suspended`].
     suspended: AtomicU8,
     share: Arc<Share>,
+    group: u32,
 }
 
 impl Default for TenantGate {
     fn default() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
         Self {
+            group: NEXT.fetch_add(1, Ordering::Relaxed),
             buckets: Buckets::default(),
             suspended: AtomicU8::new(0),
             share: Share::new(WEIGHT_DEFAULT),
@@ -110,6 +113,12 @@ impl TenantGate {
     #[must_use]
     pub fn rates(&self) -> Rates {
         *self.buckets.rates.lock()
+    }
+
+    /// What it is called in the cache.
+    #[must_use]
+    pub const fn group(&self) -> u32 {
+        self.group
     }
 
     /// Its part of what tenants share.

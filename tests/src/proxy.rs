@@ -13,12 +13,17 @@ struct State {
     cut: AtomicBool,
     stop: AtomicBool,
     delay_ms: AtomicU64,
+    /// Requests whose line has this in it are held.
+    hung: Mutex<Option<String>>,
     upstream_bytes: AtomicU64,
     downstream_bytes: AtomicU64,
     chunk_gets: AtomicU64,
     chunk_bytes: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
 }
+
+/// Between two looks at whether a request is to be held still.
+const HUNG_LOOK: Duration = Duration::from_millis(20);
 
 /// A proxy on a loopback port; it ends when dropped.
 #[derive(Debug)]
@@ -66,6 +71,15 @@ impl FaultProxy {
         self.state.delay_ms.store(milliseconds, Ordering::SeqCst);
     }
 
+    /// Holds each request whose line has `words` in it (`/t/acme/`, say), with its connection, until it is called anew.
+    pub fn hang(&self, words: Option<&str>) {
+        *self
+            .state
+            .hung
+            .lock()
+            .expect("no holder of this lock panics") = words.map(str::to_owned);
+    }
+
     /// Bytes that went to the store so far, protocol included.
     #[must_use]
     pub fn upstream_bytes(&self) -> u64 {
@@ -102,6 +116,23 @@ impl State {
             // It may be closed already, which is what is wanted.
             drop(stream.shutdown(Shutdown::Both));
         }
+    }
+
+    fn is_hung(&self, piece: &[u8]) -> bool {
+        let hung = self.hung.lock().expect("no holder of this lock panics");
+        let Some(words) = &*hung else {
+            return false;
+        };
+        let line = piece
+            .split(|byte| *byte == b'\r')
+            .next()
+            .unwrap_or_default();
+        // What is in the middle of a body may look like anything, but begins with no method.
+        let is_request = ["GET ", "PUT ", "HEAD ", "POST ", "DELETE "];
+        let is_request = is_request
+            .iter()
+            .any(|method| line.starts_with(method.as_bytes()));
+        is_request && String::from_utf8_lossy(line).contains(words)
     }
 
     fn remember(&self, stream: &TcpStream) -> io::Result<()> {
@@ -146,6 +177,9 @@ fn join(client: TcpStream, upstream: SocketAddr, state: &Arc<State>) -> io::Resu
             if let Some(len) = chunk_read(piece) {
                 up.2.chunk_gets.fetch_add(1, Ordering::SeqCst);
                 up.2.chunk_bytes.fetch_add(len, Ordering::SeqCst);
+            }
+            while up.2.is_hung(piece) && !up.2.stop.load(Ordering::SeqCst) {
+                thread::sleep(HUNG_LOOK);
             }
             let delay = up.2.delay_ms.load(Ordering::SeqCst);
             thread::sleep(Duration::from_millis(delay));

@@ -417,6 +417,7 @@ impl Daemon {
     ) -> ApiResult<Opening> {
         let read_only = options.read_only;
         let head = &claimed.info;
+        let gate = VolumeGate::new(Arc::clone(tenant.gate()));
         let params = VolumeParams {
             id: head.volume,
             size: head.size,
@@ -425,6 +426,7 @@ impl Daemon {
             epoch: head.epoch,
             durability: head.durability,
             read_only,
+            group: gate.tenant().group(),
             tuning: self.tuning(),
         };
         let spec = DeviceSpec {
@@ -448,7 +450,6 @@ impl Daemon {
             unsent: taken.unsent,
             kept_segments: taken.segments,
         };
-        let gate = VolumeGate::new(Arc::clone(tenant.gate()));
         let mut actions = Vec::new();
         let machine = VolumeMachine {
             gate: Arc::clone(&gate),

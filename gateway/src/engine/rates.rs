@@ -6,8 +6,10 @@
 
 use std::time::Duration;
 
+use quarry_cache::GroupLimits;
 use quarry_objfmt::record::Rates;
 
+use super::tenants::Tenant;
 use super::{Daemon, registry};
 use crate::control::{ApiResult, ImageRef, LimitsInfo, RatesInfo, RatesSpec, VolumeRef};
 use crate::qos::VolumeGate;
@@ -16,6 +18,19 @@ use crate::qos::VolumeGate;
 const LOOK_PAUSE: Duration = Duration::from_secs(300);
 
 impl Daemon {
+    /// Makes a tenant's record count here, as far as it is about the cache: from the next segment on.
+    pub(super) fn set_cache_share(&self, tenant: &Tenant) {
+        let (gate, settings) = (tenant.gate(), tenant.record().settings);
+        let cache = &mut self.shared.lock().cache;
+        let segment_size = u64::from(cache.geometry().segment_size);
+        let segments = |bytes: u64| u32::try_from(bytes / segment_size).unwrap_or(u32::MAX);
+        let limits = GroupLimits {
+            weight: gate.share().weight(),
+            dirty_max: settings.dirty_bytes_max.map(segments),
+        };
+        cache.set_group(gate.group(), limits);
+    }
+
     pub(super) async fn set_volume_rates(
         &self,
         volume: &VolumeRef,

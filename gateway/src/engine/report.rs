@@ -11,6 +11,7 @@ use super::rates::limits_info;
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
 use super::tenancy::status_of;
+use super::tenants::Tenant;
 use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
@@ -269,37 +270,17 @@ impl Daemon {
             volumes: stats.volumes.load(Ordering::Relaxed),
         };
         let reactors = reactors.iter().map(|r| counts(r.stats())).collect();
-        let shared = self.shared.lock();
-        let counts = shared.cache.counts();
-        let nodes = shared.nodes.stats();
+        let (counts, nodes) = {
+            let shared = self.shared.lock();
+            (shared.cache.counts(), shared.nodes.stats())
+        };
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
         let uploads = self.common.uploads.counts();
         let mut store = self.lane.stats().snapshot();
-        let (mut tenants, mut sites) = (Vec::new(), Vec::new());
-        for tenant in self.tenants.all() {
-            let (requests, limits) = (self.requests(tenant.account()), tenant.gate().rates());
-            tenants.push(metrics::TenantSample {
-                tenant: tenant.name.to_string(),
-                calls: vec![
-                    ("put", requests.puts),
-                    ("get", requests.gets),
-                    ("list", requests.lists),
-                    ("delete", requests.deletes),
-                ],
-                stats: metrics::TenantStats {
-                    limit_iops: limits.iops.unwrap_or(0),
-                    limit_bytes: limits.bandwidth_bytes.unwrap_or(0),
-                    read_bytes: requests.read_bytes,
-                    write_bytes: requests.written_bytes,
-                    cost_micros: requests.cost_micros(),
-                    failing_ms: failing_ms(&tenant.site.lane),
-                },
-            });
-        }
         // Each store once, however many tenants are in it.
         self.tenants
-            .each_own_site(|site| sites.push(site.lane.stats().snapshot()));
-        sites.iter().for_each(|site| store.add(site));
+            .each_own_site(|site| store.add(&site.lane.stats().snapshot()));
+        let tenants = self.tenant_samples();
         metrics::Snapshot {
             volumes,
             tenants,
@@ -346,6 +327,34 @@ impl Daemon {
                     .collect(),
             },
         }
+    }
+}
+
+impl Daemon {
+    fn tenant_samples(&self) -> Vec<metrics::TenantSample> {
+        let sample = |tenant: Arc<Tenant>| {
+            let (gate, requests) = (tenant.gate(), self.requests(tenant.account()));
+            let limits = gate.rates();
+            metrics::TenantSample {
+                tenant: tenant.name.to_string(),
+                calls: vec![
+                    ("put", requests.puts),
+                    ("get", requests.gets),
+                    ("list", requests.lists),
+                    ("delete", requests.deletes),
+                ],
+                stats: metrics::TenantStats {
+                    limit_iops: limits.iops.unwrap_or(0),
+                    limit_bytes: limits.bandwidth_bytes.unwrap_or(0),
+                    dirty_bytes: self.shared.lock().cache.dirty_bytes_of_group(gate.group()),
+                    read_bytes: requests.read_bytes,
+                    write_bytes: requests.written_bytes,
+                    cost_micros: requests.cost_micros(),
+                    failing_ms: failing_ms(&tenant.site.lane),
+                },
+            }
+        };
+        self.tenants.all().into_iter().map(sample).collect()
     }
 }
 

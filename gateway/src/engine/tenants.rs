@@ -406,7 +406,9 @@ impl Daemon {
 
     fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
         let learnt = self.tenants.learn(name, record);
-        learnt.map_err(|error| cannot_open(name, &error))
+        let tenant = learnt.map_err(|error| cannot_open(name, &error))?;
+        self.set_cache_share(&tenant);
+        Ok(tenant)
     }
 
     /// The way to a tenant's store for a control call.

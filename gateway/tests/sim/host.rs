@@ -305,6 +305,10 @@ impl Host {
         let counts = daemon.shared.cache.counts();
         assert_eq!(counts.dirty, 0, "{}: segments stay dirty", self.name);
         assert_eq!(counts.free + counts.clean, counts.total);
+        for group in 0..2 {
+            let dirty = daemon.shared.cache.dirty_bytes_of_group(group);
+            assert_eq!(dirty, 0, "{}: group {group} stays dirty", self.name);
+        }
         // It may be over its budget by one batch until the next one comes.
         daemon.shared.nodes.insert_all(Vec::new());
         let nodes = daemon.shared.nodes.stats();

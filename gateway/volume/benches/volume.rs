@@ -155,6 +155,7 @@ impl World {
             epoch: Epoch::new(1),
             durability: Durability::Local,
             read_only: false,
+            group: 0,
             tuning,
         };
         let (mut shared, mut out) = (shared, Vec::new());

@@ -107,6 +107,8 @@ pub struct VolumeParams {
     pub durability: Durability,
     /// Whether it takes writes.
     pub read_only: bool,
+    /// Whose part of the cache it writes to.
+    pub group: u32,
     /// Limits.
     pub tuning: Tuning,
 }
@@ -369,6 +371,9 @@ impl Volume {
             nodes: &mut shared.nodes,
             out,
         };
+        if !volume.params.read_only {
+            cx.cache.join_group(volume.params.group);
+        }
         volume.adopt(&opened.unsent, &opened.kept_segments, &mut cx);
         volume
     }
@@ -420,6 +425,9 @@ impl Volume {
     pub fn close(self, shared: &mut Shared) -> Vec<(SegmentId, Generation)> {
         let cache = &mut shared.cache;
         self.leave_line(cache);
+        if !self.params.read_only {
+            cache.leave_group(self.params.group);
+        }
         let mut kept = Vec::new();
         for (segment, unsent) in self.into_segments() {
             cache.part_with(segment, unsent);
@@ -703,6 +711,7 @@ impl Volume {
             self.adopt_record(*segment, record);
         }
         for segment in kept {
+            cx.cache.assign(*segment, self.params.group);
             self.release(*segment, cx);
         }
         // They were durable before the crash, and still are.

@@ -184,6 +184,7 @@ fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
         epoch: Epoch::new(epoch),
         durability,
         read_only: false,
+        group: 0,
         tuning: Tuning {
             writeback_delay_ms: 50,
             chunk_sectors_max: 256,
@@ -1387,7 +1388,7 @@ fn drain_beside_a_writer_who_never_stops_ends_when_what_was_before_it_is_in_the_
 #[test]
 fn volume_that_only_reads_takes_nobodys_place_in_the_line() {
     let mut shared = fresh_shared(&[], Generation::new(1));
-    while shared.cache.open_for_writes(VOLUME).is_ok() {}
+    while shared.cache.open_for_writes(VOLUME, 0).is_ok() {}
     assert!(shared.cache.has_line());
     let opened = Opened {
         root: Arc::new(MapRoot::empty()),

@@ -10,10 +10,10 @@ use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
-    MoveReport, Problem, PurgeReport, PurgeSpec, RekeyInfo, RekeySpec, RescueReport, RescueSpec,
-    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
-    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec, patched, routes,
+    MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo, RekeySpec,
+    RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
+    StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
+    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, patched, routes,
 };
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -109,6 +109,12 @@ impl Engine for Strict {
         let size_bytes = spec.size_bytes;
         assert!((1..=VOLUME_BYTES_MAX).contains(&size_bytes));
         assert!(size_bytes.is_multiple_of(u64::from(quarry_objfmt::SECTOR_SIZE)));
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
+        assert_ne!(rates.iops, Some(0));
+        assert_ne!(rates.bandwidth_bytes, Some(0));
         Err(ApiError::no_volume(volume))
     }
 

@@ -196,6 +196,7 @@ impl Host {
             epoch,
             durability: head.durability,
             read_only,
+            group: u32::from(head.tenant != "acme"),
             tuning: daemon.tuning,
         };
         let opened = Opened {

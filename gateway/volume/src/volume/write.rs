@@ -332,7 +332,7 @@ impl Volume {
         if self.writes.ready.is_some() || self.writes.preparing.is_some() || !serving {
             return;
         }
-        match cx.cache.open_for_writes(self.params.id) {
+        match cx.cache.open_for_writes(self.params.id, self.params.group) {
             Ok(opened) => {
                 let id = opened.segment;
                 self.writes.preparing = Some(id);
@@ -565,7 +565,7 @@ impl Volume {
     /// Gives the open segment back when there was nothing to write for a while.
     pub(super) fn close_idle(&mut self, cx: &mut Cx<'_>) {
         let quiet = self.writes.unsent.is_empty() && self.writes.waiting.is_empty();
-        if cx.cache.has_line() && self.writes.waiting.is_empty() {
+        if cx.cache.has_line_for(self.params.group) && self.writes.waiting.is_empty() {
             Branch::SegmentLent.taken();
             // Somebody has no segment at all: what is in ours goes out, and ours goes back.
             self.upload_up_to(self.writes.last, cx);
