@@ -115,6 +115,8 @@ pub struct TenantSample {
     pub limit_bytes: u64,
     /// Bytes of the cache's segments with its unsent data.
     pub dirty_bytes: u64,
+    /// Bytes of all segments of the cache that it has.
+    pub cache_bytes: u64,
 }
 
 /// Chunks that are being uploaded.
@@ -530,6 +532,11 @@ static TABLE: &[Definition] = &[
         of!(Volume.stalled),
     ),
     gauge(
+        "quarry_tenant_cache_bytes",
+        "Bytes of the cache's segments that the tenant has, of what it wrote and what was fetched for it.",
+        of!(Tenant.cache_bytes),
+    ),
+    gauge(
         "quarry_tenant_dirty_bytes",
         "Bytes of the cache's segments that hold data of the tenant which the store does not have yet.",
         of!(Tenant.dirty_bytes),
@@ -852,6 +859,7 @@ mod tests {
                 limit_iops: 5000,
                 limit_bytes: 0,
                 dirty_bytes: 0,
+                cache_bytes: 0,
             }],
             uploads: UploadStats {
                 slow: 3,

@@ -26,7 +26,7 @@ impl Daemon {
     }
 
     /// Makes a tenant's settings count here: its rates, weight and suspension at once, and how much of the cache it may
-    /// have unsent from the next segment on.
+    /// have from the next segment on.
     pub fn set_tenant(&self, tenant: &TenantName, settings: &TenantSettings) {
         let gate = self.tenant_gate(tenant);
         gate.set(settings);
@@ -36,6 +36,8 @@ impl Daemon {
         let limits = GroupLimits {
             weight: gate.share().weight(),
             dirty_max: settings.dirty_bytes_max.map(segments),
+            reserve: settings.cache_reserve_bytes.map_or(0, segments),
+            space_max: settings.cache_bytes_max.map(segments),
         };
         cache.set_group(gate.group(), limits);
     }

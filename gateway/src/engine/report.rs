@@ -292,6 +292,7 @@ impl Daemon {
                     limit_iops: gate.rates().iops.unwrap_or(0),
                     limit_bytes: gate.rates().bandwidth_bytes.unwrap_or(0),
                     dirty_bytes: shared.cache.dirty_bytes_of_group(gate.group()),
+                    cache_bytes: shared.cache.bytes_of_group(gate.group()),
                 })
                 .collect(),
             uploads: metrics::UploadStats {
