@@ -10,9 +10,10 @@ use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
-    MoveReport, Problem, PurgeReport, PurgeSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, routes,
+    MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RescueReport, RescueSpec,
+    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TrashInfo,
+    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec,
+    WarmReport, WarmSpec, routes,
 };
 use quarry_objfmt::{TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -83,6 +84,12 @@ impl Engine for Strict {
 
     async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
         assert!(retain_ms <= RETAIN_MS_MAX);
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
+        assert!(rates.iops != Some(0) && rates.bandwidth_bytes != Some(0));
+        assert!(rates.iops.is_some() || rates.iops_burst.is_none());
         Err(ApiError::no_volume(volume))
     }
 
