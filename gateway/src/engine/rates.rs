@@ -71,7 +71,10 @@ impl Daemon {
                 if image.is_past() {
                     continue;
                 }
+                let seen = attached.gate.changes();
                 match registry::find_record(&self.control, &image.volume).await {
+                    // Set here meanwhile, which may be newer than what was read.
+                    Ok(_) if attached.gate.changes() != seen => {}
                     // By its id, for the name may have gone to another volume meanwhile.
                     Ok(record) if record.volume == attached.backend.volume() => {
                         attached.gate.set_rates(&record.rates);
