@@ -1,9 +1,13 @@
-//! Groups of volumes that share the dirty budget: what each may take, and what is kept for it.
+//! Groups of volumes that share the cache: what each may take, and what is kept for it.
 //!
-//! Half of the budget is kept for the groups that have a writer, by weight, used or not; of the other half, and of all if
-//! there is one group, gets who comes first. So a group whose data the store does not take cannot take the last of the
-//! others', and one that is busy can have most while the others rest. With more groups than half of the budget has
+//! *Dirty*: half of the budget is kept for the groups that have a writer, by weight, used or not; the other half, and all
+//! if there is one group, is for who comes first. So a group whose data the store does not take cannot take the last of
+//! the others', and one that is busy can have most while the others rest. With more groups than half of the budget has
 //! segments, some have nothing that is kept for them.
+//!
+//! *All else* is reclaimed from the groups that are most over their share, which is by weight among those with a volume
+//! here, or what is reserved for them if that is more. Of a group no other takes what is reserved, and one that has all
+//! that it may have takes from its own.
 //!
 //! Owns: the groups' limits and counts. Does not own: who a group is, and who waits ([`crate::Cache`]).
 //!
@@ -24,13 +28,22 @@ pub struct GroupLimits {
     pub weight: u32,
     /// Most segments with data that the store lacks; none: no limit of its own. At least 1.
     pub dirty_max: Option<u32>,
+    /// Segments that no other group takes from it once it has them.
+    pub reserve: u32,
+    /// Most segments of all kinds; none: no limit of its own. At least 4.
+    pub space_max: Option<u32>,
 }
+
+/// A writer has a segment open and the next one ready, a reader one that is being filled, and one is to be had.
+pub(crate) const SPACE_MIN: u32 = 4;
 
 impl Default for GroupLimits {
     fn default() -> Self {
         Self {
             weight: WEIGHT_DEFAULT,
             dirty_max: None,
+            reserve: 0,
+            space_max: None,
         }
     }
 }
@@ -39,15 +52,26 @@ impl Default for GroupLimits {
 struct Group {
     limits: GroupLimits,
     writers: u32,
-    /// Segments that it has.
+    readers: u32,
+    /// Segments that it has with data that the store lacks.
     dirty: u32,
+    /// All segments that it has.
+    used: u32,
+    /// Segments of all kinds that are its part.
+    share: u32,
     /// Segments that no other group may take from it.
     kept: u32,
 }
 
 impl Group {
     fn max(&self) -> u32 {
-        self.limits.dirty_max.map_or(u32::MAX, |max| max.max(1))
+        let dirty_max = self.limits.dirty_max.unwrap_or(u32::MAX).max(1);
+        dirty_max.min(self.space_max())
+    }
+
+    fn space_max(&self) -> u32 {
+        let max = self.limits.space_max;
+        max.map_or(u32::MAX, |max| max.max(SPACE_MIN))
     }
 
     /// What of its own is still to be had.
@@ -58,55 +82,126 @@ impl Group {
 
 /// All groups that were named.
 #[derive(Debug, Default)]
-pub(crate) struct Groups(BTreeMap<u32, Group>);
+pub(crate) struct Groups {
+    groups: BTreeMap<u32, Group>,
+    /// Segments that may be dirty.
+    dirty_max: u32,
+    /// All segments.
+    total: u32,
+}
 
 impl Groups {
-    pub(crate) fn set(&mut self, id: u32, limits: GroupLimits, dirty_max: u32) {
-        self.0.entry(id).or_default().limits = limits;
-        self.divide(dirty_max);
-    }
-
-    /// One more writer.
-    pub(crate) fn join(&mut self, id: u32, dirty_max: u32) {
-        self.0.entry(id).or_default().writers += 1;
-        self.divide(dirty_max);
-    }
-
-    pub(crate) fn leave(&mut self, id: u32, dirty_max: u32) {
-        let group = self.0.entry(id).or_default();
-        group.writers = group.writers.checked_sub(1).expect("who leaves had joined");
-        self.divide(dirty_max);
-    }
-
-    fn divide(&mut self, dirty_max: u32) {
-        let active = self.0.values().filter(|group| group.writers > 0);
-        let weights: u64 = active.map(|group| u64::from(group.limits.weight)).sum();
-        let budget = u64::from(dirty_max) / KEPT_SHARE;
-        for group in self.0.values_mut() {
-            let weight = match group.writers {
-                0 => 0,
-                _ => u64::from(group.limits.weight),
-            };
-            let kept = (budget * weight).checked_div(weights).unwrap_or(0);
-            group.kept = u32::try_from(kept).unwrap_or(u32::MAX).min(group.max());
+    pub(crate) fn new(dirty_max: u32, total: u32) -> Self {
+        Self {
+            groups: BTreeMap::new(),
+            dirty_max,
+            total,
         }
     }
 
-    pub(crate) fn took(&mut self, id: u32) {
-        self.0.entry(id).or_default().dirty += 1;
+    pub(crate) fn set(&mut self, id: u32, limits: GroupLimits) {
+        self.entry(id).limits = limits;
+        self.divide();
     }
 
+    /// One more volume, which takes writes or not.
+    pub(crate) fn join(&mut self, id: u32, writes: bool) {
+        let group = self.entry(id);
+        let count = if writes {
+            &mut group.writers
+        } else {
+            &mut group.readers
+        };
+        *count += 1;
+        self.divide();
+    }
+
+    pub(crate) fn leave(&mut self, id: u32, writes: bool) {
+        let group = self.entry(id);
+        let count = if writes {
+            &mut group.writers
+        } else {
+            &mut group.readers
+        };
+        *count = count.checked_sub(1).expect("who leaves had joined");
+        self.divide();
+    }
+
+    fn entry(&mut self, id: u32) -> &mut Group {
+        self.groups.entry(id).or_default()
+    }
+
+    fn divide(&mut self) {
+        let (mut writing, mut here) = (0, 0);
+        for group in self.groups.values() {
+            let weight = u64::from(group.limits.weight);
+            writing += weight * u64::from(group.writers > 0);
+            here += weight * u64::from(group.writers + group.readers > 0);
+        }
+        let part = |budget: u64, is_there: bool, weight: u32, weights: u64| {
+            let weight = u64::from(weight) * u64::from(is_there);
+            let part = (budget * weight).checked_div(weights).unwrap_or(0);
+            u32::try_from(part).unwrap_or(u32::MAX)
+        };
+        let budget = u64::from(self.dirty_max) / KEPT_SHARE;
+        for group in self.groups.values_mut() {
+            let weight = group.limits.weight;
+            group.kept = part(budget, group.writers > 0, weight, writing).min(group.max());
+            let is_here = group.writers + group.readers > 0;
+            let share = part(self.total.into(), is_here, weight, here);
+            group.share = share.max(group.limits.reserve).min(group.space_max());
+        }
+    }
+
+    /// The group takes a segment, for unsent data or not.
+    pub(crate) fn took(&mut self, id: u32, is_dirty: bool) {
+        let group = self.entry(id);
+        group.used += 1;
+        group.dirty += u32::from(is_dirty);
+    }
+
+    /// A dirty segment of the group is clean.
+    pub(crate) fn cleaned(&mut self, id: u32) {
+        let group = self.entry(id);
+        group.dirty = group.dirty.checked_sub(1).expect("what is clean was dirty");
+    }
+
+    /// The group gives back a clean segment.
     pub(crate) fn gave(&mut self, id: u32) {
-        let group = self.0.entry(id).or_default();
-        group.dirty = group.dirty.checked_sub(1).expect("what is given was taken");
+        let group = self.entry(id);
+        group.used = group.used.checked_sub(1).expect("what is given was taken");
+    }
+
+    /// Whether a group has all the segments that it may have.
+    pub(crate) fn is_full(&self, id: u32) -> bool {
+        let group = self.of(id);
+        group.used >= group.space_max()
+    }
+
+    /// Of these groups, those from which a segment may be taken for group `id`, first who is most over its share.
+    pub(crate) fn most_over(&self, id: u32, of: impl Iterator<Item = u32>) -> Vec<u32> {
+        let may = |other: &u32| {
+            let group = self.of(*other);
+            *other == id || group.limits.reserve == 0 || group.used > group.limits.reserve
+        };
+        let mut all: Vec<u32> = of.filter(may).collect();
+        all.sort_by_key(|other| {
+            let group = self.of(*other);
+            std::cmp::Reverse(i64::from(group.used) - i64::from(group.share))
+        });
+        all
+    }
+
+    pub(crate) fn used(&self, id: u32) -> u32 {
+        self.of(id).used
     }
 
     pub(crate) fn dirty(&self, id: u32) -> u32 {
-        self.0.get(&id).map_or(0, |group| group.dirty)
+        self.of(id).dirty
     }
 
     fn of(&self, id: u32) -> Group {
-        self.0.get(&id).copied().unwrap_or_default()
+        self.groups.get(&id).copied().unwrap_or_default()
     }
 
     /// Whether a volume of group `id` may take one of `left` segments when those before it in the line, of these
@@ -117,7 +212,7 @@ impl Groups {
         mut left: u32,
         before: impl Iterator<Item = u32>,
     ) -> bool {
-        let mut owed: u32 = self.0.values().map(Group::owed).sum();
+        let mut owed: u32 = self.groups.values().map(Group::owed).sum();
         let mut taken: BTreeMap<u32, u32> = BTreeMap::new();
         let may = |id: u32, left: u32, owed: u32, taken: u32| {
             let mut group = self.of(id);
@@ -155,7 +250,7 @@ mod tests {
     fn fill(groups: &mut Groups, id: u32, left: &mut u32) -> u32 {
         let mut count = 0;
         while groups.may_take(id, *left, std::iter::empty()) {
-            groups.took(id);
+            groups.took(id, true);
             (*left, count) = (*left - 1, count + 1);
         }
         count
@@ -163,29 +258,29 @@ mod tests {
 
     #[test]
     fn group_alone_may_take_all_and_its_own_limit_binds_it() {
-        let (mut groups, mut left) = (Groups::default(), 32);
-        groups.join(1, 32);
+        let (mut groups, mut left) = (Groups::new(32, 64), 32);
+        groups.join(1, true);
         assert_eq!(fill(&mut groups, 1, &mut left), 32);
-        let (mut groups, mut left) = (Groups::default(), 32);
+        let (mut groups, mut left) = (Groups::new(32, 64), 32);
         let limits = GroupLimits {
             dirty_max: Some(5),
             ..GroupLimits::default()
         };
-        groups.set(1, limits, 32);
-        groups.join(1, 32);
+        groups.set(1, limits);
+        groups.join(1, true);
         assert_eq!(fill(&mut groups, 1, &mut left), 5);
     }
 
     #[test]
     fn group_that_takes_all_it_may_leaves_the_others_what_is_kept_for_them() {
-        let (mut groups, mut left) = (Groups::default(), 32);
+        let (mut groups, mut left) = (Groups::new(32, 64), 32);
         for (id, weight) in [(1, 100), (2, 100), (3, 200)] {
             let limits = GroupLimits {
                 weight,
-                dirty_max: None,
+                ..GroupLimits::default()
             };
-            groups.set(id, limits, 32);
-            groups.join(id, 32);
+            groups.set(id, limits);
+            groups.join(id, true);
         }
         // A half is for all, a quarter and an eighth are the others'.
         assert_eq!(fill(&mut groups, 1, &mut left), 32 - 8 - 4);
@@ -193,24 +288,24 @@ mod tests {
         assert_eq!(fill(&mut groups, 3, &mut left), 8);
         assert_eq!(left, 0);
         // What comes back to who has too much is nobody's own.
-        groups.gave(1);
+        groups.cleaned(1);
         assert_eq!(fill(&mut groups, 2, &mut 1), 1);
-        groups.leave(3, 32);
-        groups.leave(2, 32);
+        groups.leave(3, true);
+        groups.leave(2, true);
         assert_eq!(groups.of(1).kept, 16);
     }
 
     #[test]
     fn who_waits_behind_a_group_that_is_full_is_not_held_up_by_it() {
-        let mut groups = Groups::default();
+        let mut groups = Groups::new(8, 16);
         let limits = GroupLimits {
             dirty_max: Some(1),
             ..GroupLimits::default()
         };
-        groups.set(1, limits, 8);
-        groups.join(1, 8);
-        groups.join(2, 8);
-        groups.took(1);
+        groups.set(1, limits);
+        groups.join(1, true);
+        groups.join(2, true);
+        groups.took(1, true);
         assert!(!groups.may_take(1, 7, std::iter::empty()));
         assert!(groups.may_take(2, 1, [1, 1, 1].into_iter()));
         assert!(!groups.may_take(2, 1, [1, 2].into_iter()));
@@ -218,9 +313,34 @@ mod tests {
     }
 
     #[test]
+    fn reclaim_takes_from_who_is_most_over_its_share_and_never_what_is_reserved() {
+        let mut groups = Groups::new(8, 16);
+        let limits = |reserve, space_max| GroupLimits {
+            reserve,
+            space_max,
+            ..GroupLimits::default()
+        };
+        groups.set(1, limits(6, None));
+        groups.set(2, limits(0, Some(5)));
+        (1..4).for_each(|id| groups.join(id, false));
+        for (id, used) in [(1, 6), (2, 4), (3, 6)] {
+            (0..used).for_each(|_| groups.took(id, false));
+        }
+        // A third of 16, or what is reserved.
+        assert_eq!(groups.most_over(2, 1..4), [3, 2]);
+        assert_eq!(groups.most_over(1, 1..4), [3, 1, 2]);
+        assert!(!groups.is_full(2));
+        groups.took(2, false);
+        assert!(groups.is_full(2) && !groups.is_full(3));
+        // Nobody of it is here any more: it has no share.
+        groups.leave(2, false);
+        assert_eq!(groups.most_over(3, 1..4)[0], 2);
+    }
+
+    #[test]
     fn more_groups_than_segments_take_turns_and_nothing_is_kept() {
-        let mut groups = Groups::default();
-        (0..100).for_each(|id| groups.join(id, 8));
+        let mut groups = Groups::new(8, 16);
+        (0..100).for_each(|id| groups.join(id, true));
         assert_eq!(fill(&mut groups, 7, &mut 8), 8);
     }
 }

@@ -6,7 +6,7 @@
 //! in flight, records not yet in the store, record pages in flight. `pins` counts reads and header
 //! writes in flight. Only a segment with neither is ever reclaimed.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::hash::BuildHasherDefault;
 
 use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
@@ -104,7 +104,7 @@ struct Segment {
     pins: u32,
     /// Read since it was last considered for reclaim: gets a second chance.
     hot: bool,
-    /// The group whose dirty segment it is; none is known of one that recovery found, until it is taken up.
+    /// The group whose segment it is; none is known of one that recovery found, until it is taken up.
     group: Option<u32>,
     /// Chunks of which the clean index points here.
     chunks: Vec<ChunkId>,
@@ -149,8 +149,15 @@ pub struct CacheCounts {
     pub reclaimed: u64,
 }
 
+/// Most segments being filled, each for another group.
+const FILLS_OPEN_MAX: usize = 8;
+
+/// In the place of a group, for segments that are nobody's.
+const NOBODY: u32 = u32::MAX;
+
 #[derive(Debug)]
 struct Fill {
+    group: u32,
     segment: SegmentId,
     /// Next free sector.
     next: u32,
@@ -164,12 +171,13 @@ pub struct Cache {
     geometry: Geometry,
     segments: Vec<Segment>,
     free: VecDeque<SegmentId>,
-    /// Clean segments in the order in which they became clean.
-    fifo: VecDeque<SegmentId>,
+    /// Clean segments by group, in the order in which they became clean.
+    fifos: BTreeMap<u32, VecDeque<SegmentId>>,
     next_generation: Generation,
     dirty: u32,
     dirty_max: u32,
-    fill: Option<Fill>,
+    /// The one that was used last is behind.
+    fills: Vec<Fill>,
     /// Sectors of fills under way.
     fill_sectors: u32,
     /// What they fill, by chunk and first raw sector: volumes that fetched the same at once fill it once.
@@ -209,6 +217,7 @@ impl Cache {
             segment.generation = *generation;
             segment.holds = 1;
         }
+        let dirty_max = dirty_max.clamp(1, geometry.segments.saturating_sub(1).max(1));
         let free = (0..geometry.segments)
             .map(SegmentId::new)
             .filter(|id| segments[id.get() as usize].state == State::Free)
@@ -217,15 +226,15 @@ impl Cache {
             id,
             geometry,
             free,
-            fifo: VecDeque::new(),
+            fifos: BTreeMap::new(),
             next_generation,
             dirty: u32::try_from(dirty.len()).expect("fewer segments than u32 holds"),
-            dirty_max: dirty_max.clamp(1, geometry.segments.saturating_sub(1).max(1)),
-            fill: None,
+            dirty_max,
+            fills: Vec::new(),
             fill_sectors: 0,
             filling: HashSet::default(),
             line: VecDeque::new(),
-            groups: Groups::default(),
+            groups: Groups::new(dirty_max, geometry.segments),
             clean: CleanIndex::default(),
             reclaimed: 0,
             segments,
@@ -281,12 +290,10 @@ impl Cache {
             }
             return Err(NoSpace::DirtyCap);
         }
-        let segment = self.take_free().ok_or(NoSpace::Busy)?;
+        let segment = self.take_free(group).ok_or(NoSpace::Busy)?;
         self.leave_line(volume);
         self.dirty += 1;
-        self.groups.took(group);
-        self.segment_mut(segment).group = Some(group);
-        Ok(self.open(segment, State::Dirty))
+        Ok(self.open(segment, State::Dirty, group))
     }
 
     /// Whether some volume waits for a segment for its writes.
@@ -309,17 +316,18 @@ impl Cache {
 
     /// Says what a group may take from now on; what it has stays.
     pub fn set_group(&mut self, group: u32, limits: GroupLimits) {
-        self.groups.set(group, limits, self.dirty_max);
+        self.groups.set(group, limits);
     }
 
-    /// A volume of the group begins to take writes: a part of the dirty budget is kept for its group.
-    pub fn join_group(&mut self, group: u32) {
-        self.groups.join(group, self.dirty_max);
+    /// A volume of the group is here: the group has a share, and if the volume takes writes, a part of the dirty budget
+    /// is kept for it.
+    pub fn join_group(&mut self, group: u32, writes: bool) {
+        self.groups.join(group, writes);
     }
 
-    /// It takes no more: the end of a [`Self::join_group`].
-    pub fn leave_group(&mut self, group: u32) {
-        self.groups.leave(group, self.dirty_max);
+    /// It goes: the end of a [`Self::join_group`].
+    pub fn leave_group(&mut self, group: u32, writes: bool) {
+        self.groups.leave(group, writes);
     }
 
     /// Bytes of the segments of a group that have data that the store lacks.
@@ -328,18 +336,25 @@ impl Cache {
         u64::from(self.groups.dirty(group)) * u64::from(self.geometry.segment_size)
     }
 
+    /// Bytes of all segments of a group.
+    #[must_use]
+    pub fn bytes_of_group(&self, group: u32) -> u64 {
+        u64::from(self.groups.used(group)) * u64::from(self.geometry.segment_size)
+    }
+
     /// A dirty segment that recovery found is this group's.
     pub fn assign(&mut self, id: SegmentId, group: u32) {
         let segment = self.segment_mut(id);
         if segment.state == State::Dirty && segment.group.is_none() {
             segment.group = Some(group);
-            self.groups.took(group);
+            self.groups.took(group, true);
         }
     }
 
-    fn open(&mut self, id: SegmentId, state: State) -> OpenedSegment {
+    fn open(&mut self, id: SegmentId, state: State, group: u32) -> OpenedSegment {
         let generation = self.next_generation;
         self.next_generation = generation.next();
+        self.groups.took(group, state == State::Dirty);
         let segment = self.segment_mut(id);
         assert_eq!(
             (segment.holds, segment.pins),
@@ -347,6 +362,7 @@ impl Cache {
             "a segment in use was taken"
         );
         segment.state = state;
+        segment.group = Some(group);
         segment.generation = generation;
         segment.holds = 1;
         segment.hot = false;
@@ -380,10 +396,12 @@ impl Cache {
         }
         let was_dirty = segment.state == State::Dirty;
         segment.state = State::Clean;
-        if let Some(group) = segment.group.take() {
-            self.groups.gave(group);
+        let group = segment.group;
+        if let (Some(group), true) = (group, was_dirty) {
+            self.groups.cleaned(group);
         }
-        self.fifo.push_back(id);
+        let fifo = self.fifos.entry(group.unwrap_or(NOBODY)).or_default();
+        fifo.push_back(id);
         if was_dirty && !Mutation::DirtyNotCountedDown.is_on() {
             self.dirty -= 1;
         }
@@ -459,11 +477,15 @@ impl Cache {
             if is_empty && segment.state == State::Clean && segment.pins == 0 {
                 segment.state = State::Free;
                 self.free.push_back(id);
+                if let Some(group) = segment.group.take() {
+                    self.groups.gave(group);
+                }
             }
         }
         let segments = &self.segments;
-        self.fifo
-            .retain(|id| segments[id.get() as usize].state == State::Clean);
+        for fifo in self.fifos.values_mut() {
+            fifo.retain(|id| segments[id.get() as usize].state == State::Clean);
+        }
         bytes
     }
 
@@ -473,32 +495,48 @@ impl Cache {
         self.filling.contains(&(chunk, raw))
     }
 
-    /// Room for `sectors` of fetched data of a chunk from `raw` on; `None` if there is none just now, which
-    /// costs nothing but a later miss. The place is held until [`Self::finish_fill`]. What is being filled
-    /// already ([`Self::is_filling`]) is not to be asked for.
-    pub fn reserve_fill(&mut self, chunk: ChunkId, raw: u32, sectors: u32) -> Option<CacheLoc> {
+    /// Room for `sectors` of fetched data of a chunk from `raw` on, in a segment of the group that wants them; `None` if
+    /// there is none just now, which costs nothing but a later miss. The place is held until [`Self::finish_fill`]. What
+    /// is being filled already ([`Self::is_filling`]) is not to be asked for.
+    pub fn reserve_fill(
+        &mut self,
+        group: u32,
+        chunk: ChunkId,
+        raw: u32,
+        sectors: u32,
+    ) -> Option<CacheLoc> {
         let room = self.geometry.segment_sectors() - u32::try_from(PAGE_SIZE / 512).expect("eight");
         if sectors > room || self.fill_sectors + sectors > FILL_SECTORS_MAX {
             return None;
         }
-        if let Some(fill) = &self.fill
-            && fill.next + sectors > room
-        {
-            let full = fill.segment;
-            self.fill = None;
-            let _ = self.release(full);
+        let place = self.fills.iter().position(|fill| fill.group == group);
+        let mut fill = place.map(|place| self.fills.remove(place));
+        if let Some(full) = fill.take_if(|fill| fill.next + sectors > room) {
+            let _ = self.release(full.segment);
         }
-        if self.fill.is_none() {
-            let segment = self.take_free()?;
-            self.open(segment, State::Fill);
-            self.fill = Some(Fill { segment, next: 0 });
-        }
-        let fill = self.fill.as_mut().expect("just opened");
+        let mut fill = match fill {
+            Some(fill) => fill,
+            None => {
+                if self.fills.len() >= FILLS_OPEN_MAX {
+                    let longest_unused = self.fills.remove(0);
+                    let _ = self.release(longest_unused.segment);
+                }
+                let segment = self.take_free(group)?;
+                self.open(segment, State::Fill, group);
+                let next = 0;
+                Fill {
+                    group,
+                    segment,
+                    next,
+                }
+            }
+        };
         let at = CacheLoc {
             segment: fill.segment,
             offset: fill.next,
         };
         fill.next += sectors;
+        self.fills.push(fill);
         self.fill_sectors += sectors;
         let is_new = self.filling.insert((chunk, raw));
         assert!(is_new, "a run is filled by one at a time");
@@ -516,24 +554,48 @@ impl Cache {
         let _ = self.release(run.at.segment);
     }
 
-    fn take_free(&mut self) -> Option<SegmentId> {
+    /// A segment for a group: a free one, or one that is reclaimed from who is most over its share. A group that has
+    /// all that it may have gets its own only.
+    fn take_free(&mut self, group: u32) -> Option<SegmentId> {
+        if self.groups.is_full(group) {
+            let id = self.reclaim_from(group)?;
+            // More, if it may have less by now than it has.
+            while self.groups.is_full(group)
+                && let Some(more) = self.reclaim_from(group)
+            {
+                self.free.push_back(more);
+            }
+            return Some(id);
+        }
         if let Some(id) = self.free.pop_front() {
             return Some(id);
         }
-        // FIFO with a second chance: twice round at most, once to cool what was hot.
-        for _ in 0..self.fifo.len() * 2 {
-            let id = self.fifo.pop_front()?;
+        let clean = self.fifos.iter().filter(|(_, fifo)| !fifo.is_empty());
+        let others = self.groups.most_over(group, clean.map(|(group, _)| *group));
+        others
+            .into_iter()
+            .find_map(|other| self.reclaim_from(other))
+    }
+
+    /// A clean segment of a group: FIFO with a second chance, twice round at most, once to cool what was hot.
+    fn reclaim_from(&mut self, group: u32) -> Option<SegmentId> {
+        let count = self.fifos.get(&group)?.len();
+        for _ in 0..count * 2 {
+            let id = self.fifos.get_mut(&group)?.pop_front()?;
             let segment = self.segment_mut(id);
             if Mutation::ReclaimPinned.is_on() {
                 segment.pins = 0;
             } else if segment.pins > 0 || segment.hot {
                 Branch::ReclaimPassedOver.taken();
                 segment.hot = false;
-                self.fifo.push_back(id);
+                self.fifos.entry(group).or_default().push_back(id);
                 continue;
             }
             Branch::Reclaimed.taken();
             segment.state = State::Free;
+            if let Some(group) = segment.group.take() {
+                self.groups.gave(group);
+            }
             self.distrust(id);
             self.reclaimed += 1;
             return Some(id);
@@ -613,8 +675,8 @@ mod tests {
         };
         let mut cache = Cache::new(ID, geometry, 8, Generation::new(1), &[]);
         let other = VolumeId::from_bytes([2; 16]);
-        cache.join_group(1);
-        cache.join_group(2);
+        cache.join_group(1, true);
+        cache.join_group(2, true);
         let hung = std::iter::from_fn(|| cache.open_for_writes(VOLUME, 1).ok()).count();
         assert_eq!(hung, 6);
         // It stands in the line, before the others, for good.
@@ -627,8 +689,77 @@ mod tests {
         }
         assert_eq!(cache.dirty_bytes_of_group(2), 0);
         assert_eq!(cache.dirty_bytes_of_group(1), 6 * (64 << 10));
-        cache.leave_group(2);
+        cache.leave_group(2, true);
         assert!(cache.open_for_writes(VOLUME, 1).is_ok());
+    }
+
+    #[test]
+    fn tenant_that_reads_everything_pushes_out_its_own_once_it_has_its_share() {
+        let geometry = Geometry {
+            segments: 16,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 4, Generation::new(1), &[]);
+        let limits = GroupLimits {
+            reserve: 6,
+            ..GroupLimits::default()
+        };
+        cache.set_group(3, limits);
+        (1..4).for_each(|group| cache.join_group(group, false));
+        // A segment each.
+        let fill = |cache: &mut Cache, group, n| {
+            let at = cache.reserve_fill(group, chunk(n), 0, 120).unwrap();
+            cache.finish_fill(chunk(n), run(at, 120), true);
+        };
+        for n in 0..4 {
+            fill(&mut cache, 1, 100 + n);
+        }
+        for n in 0..6 {
+            fill(&mut cache, 3, 300 + n);
+        }
+        for n in 0..1000 {
+            fill(&mut cache, 2, 1000 + n);
+        }
+        let held = |cache: &Cache, from: u64, count: u64| {
+            let held = (from..from + count).filter(|n| cache.clean().holds(&chunk(*n), 0, 120));
+            held.count()
+        };
+        // Below its share, and reserved.
+        assert_eq!((held(&cache, 100, 4), held(&cache, 300, 6)), (4, 6));
+        // Who comes gets its part back from it.
+        fill(&mut cache, 1, 200);
+        assert_eq!((held(&cache, 100, 4), held(&cache, 200, 1)), (4, 1));
+        assert_eq!(held(&cache, 300, 6), 6);
+    }
+
+    #[test]
+    fn group_with_a_limit_reclaims_its_own_though_there_is_room() {
+        let geometry = Geometry {
+            segments: 16,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 8, Generation::new(1), &[]);
+        let limits = GroupLimits {
+            space_max: Some(5),
+            ..GroupLimits::default()
+        };
+        cache.set_group(1, limits);
+        cache.join_group(1, true);
+        for n in 0..50 {
+            let at = cache.reserve_fill(1, chunk(n), 0, 120).unwrap();
+            cache.finish_fill(chunk(n), run(at, 120), true);
+            let opened = cache.open_for_writes(VOLUME, 1).unwrap();
+            assert!(cache.release(opened.segment));
+            assert!(cache.counts().total - cache.counts().free <= 5);
+        }
+        let less = GroupLimits {
+            space_max: Some(4),
+            ..limits
+        };
+        cache.set_group(1, less);
+        let opened = cache.open_for_writes(VOLUME, 1).unwrap();
+        assert!(cache.release(opened.segment));
+        assert_eq!(cache.bytes_of_group(1), 4 * (64 << 10));
     }
 
     #[test]
@@ -684,8 +815,8 @@ mod tests {
         cache.unpin(read);
         assert!(cache.release(dirty));
         let mut taken = Vec::new();
-        while let Some(segment) = cache.take_free() {
-            cache.open(segment, State::Fill);
+        while let Some(segment) = cache.take_free(0) {
+            cache.open(segment, State::Fill, 0);
             taken.push(segment);
         }
         taken.sort_unstable();
@@ -701,11 +832,11 @@ mod tests {
             ..GEOMETRY
         };
         let mut cache = Cache::new(ID, geometry, 2, Generation::new(1), &[]);
-        let at = cache.reserve_fill(chunk(1), 0, 128).unwrap();
-        let more = (1..1000).map_while(|n| cache.reserve_fill(chunk(1), n * 128, 128));
+        let at = cache.reserve_fill(0, chunk(1), 0, 128).unwrap();
+        let more = (1..1000).map_while(|n| cache.reserve_fill(0, chunk(1), n * 128, 128));
         assert_eq!(more.count(), 511);
         cache.finish_fill(chunk(1), run(at, 128), false);
-        assert!(cache.reserve_fill(chunk(1), 0, 128).is_some());
+        assert!(cache.reserve_fill(0, chunk(1), 0, 128).is_some());
     }
 
     #[test]
@@ -713,7 +844,7 @@ mod tests {
         let mut cache = cache();
         for is_written in [false, true] {
             assert!(!cache.is_filling(chunk(1), 0));
-            let at = cache.reserve_fill(chunk(1), 0, 8).unwrap();
+            let at = cache.reserve_fill(0, chunk(1), 0, 8).unwrap();
             assert!(cache.is_filling(chunk(1), 0));
             assert!(!cache.is_filling(chunk(1), 8) && !cache.is_filling(chunk(2), 0));
             cache.finish_fill(chunk(1), run(at, 8), is_written);
@@ -744,7 +875,7 @@ mod tests {
         ];
         for _ in 0..50 {
             let at = cache
-                .reserve_fill(chunk(1), 0, 112)
+                .reserve_fill(0, chunk(1), 0, 112)
                 .expect("two segments are left for fills");
             assert!(!dirty.contains(&at.segment));
             cache.finish_fill(chunk(1), run(at, 112), false);
@@ -755,17 +886,17 @@ mod tests {
     #[test]
     fn pinned_segment_is_not_reclaimed_and_its_data_stay_findable() {
         let mut cache = Cache::new(ID, GEOMETRY, 1, Generation::new(1), &[]);
-        let at = cache.reserve_fill(chunk(1), 0, 120).unwrap();
+        let at = cache.reserve_fill(0, chunk(1), 0, 120).unwrap();
         cache.finish_fill(chunk(1), run(at, 120), true);
         cache.pin(at.segment);
         for _ in 0..50 {
-            let other = cache.reserve_fill(chunk(2), 0, 120).unwrap();
+            let other = cache.reserve_fill(0, chunk(2), 0, 120).unwrap();
             cache.finish_fill(chunk(2), run(other, 120), false);
         }
         assert!(cache.clean().holds(&chunk(1), 0, 120));
         cache.unpin(at.segment);
         for _ in 0..50 {
-            let other = cache.reserve_fill(chunk(2), 0, 120).unwrap();
+            let other = cache.reserve_fill(0, chunk(2), 0, 120).unwrap();
             cache.finish_fill(chunk(2), run(other, 120), false);
         }
         assert!(!cache.clean().holds(&chunk(1), 0, 120));

@@ -220,6 +220,8 @@ pub struct TenantStats {
     pub limit_bytes: u64,
     /// Bytes of the cache's segments with its unsent data.
     pub dirty_bytes: u64,
+    /// Bytes of all segments of the cache that it has.
+    pub cache_bytes: u64,
     /// Bytes received.
     pub read_bytes: u64,
     /// Bytes sent.
@@ -577,6 +579,11 @@ static TABLE: &[Definition] = &[
         "quarry_volume_stalled",
         "1 while writes wait for the store.",
         of!(Volume.stalled),
+    ),
+    gauge(
+        "quarry_tenant_cache_bytes",
+        "Bytes of the cache's segments that the tenant has, of what it wrote and what was fetched for it.",
+        of!(Tenant.cache_bytes),
     ),
     gauge(
         "quarry_tenant_dirty_bytes",

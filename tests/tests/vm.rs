@@ -154,6 +154,14 @@ fn device_of_two_queues_serves_both_and_outlives_its_daemon() -> Result<()> {
 }
 
 #[test]
+fn device_with_a_limit_keeps_to_it_and_its_held_requests_outlive_their_daemon() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-limits.sh", &[])
+}
+
+#[test]
 fn many_idle_devices_cost_no_thread_little_memory_and_outlive_their_daemon() -> Result<()> {
     let Some(mut host) = Host::new()? else {
         return Ok(());

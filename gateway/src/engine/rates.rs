@@ -27,6 +27,8 @@ impl Daemon {
         let limits = GroupLimits {
             weight: gate.share().weight(),
             dirty_max: settings.dirty_bytes_max.map(segments),
+            reserve: settings.cache_reserve_bytes.map_or(0, segments),
+            space_max: settings.cache_bytes_max.map(segments),
         };
         cache.set_group(gate.group(), limits);
     }
@@ -63,8 +65,11 @@ impl Daemon {
                 if image.is_past() {
                     continue;
                 }
+                let seen = attached.gate.changes();
                 let store = attached.tenant.control();
                 match registry::find_record(&store, &image.volume).await {
+                    // Set here meanwhile, which may be newer than what was read.
+                    Ok(_) if attached.gate.changes() != seen => {}
                     // By its id, for the name may have gone to another volume meanwhile.
                     Ok(record) if record.volume == attached.backend.volume() => {
                         attached.gate.set_rates(&record.rates);

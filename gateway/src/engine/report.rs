@@ -335,6 +335,14 @@ impl Daemon {
         let sample = |tenant: Arc<Tenant>| {
             let (gate, requests) = (tenant.gate(), self.requests(tenant.account()));
             let limits = gate.rates();
+            let (dirty_bytes, cache_bytes) = {
+                let cache = &self.shared.lock().cache;
+                let group = gate.group();
+                (
+                    cache.dirty_bytes_of_group(group),
+                    cache.bytes_of_group(group),
+                )
+            };
             metrics::TenantSample {
                 tenant: tenant.name.to_string(),
                 calls: vec![
@@ -346,7 +354,8 @@ impl Daemon {
                 stats: metrics::TenantStats {
                     limit_iops: limits.iops.unwrap_or(0),
                     limit_bytes: limits.bandwidth_bytes.unwrap_or(0),
-                    dirty_bytes: self.shared.lock().cache.dirty_bytes_of_group(gate.group()),
+                    dirty_bytes,
+                    cache_bytes,
                     read_bytes: requests.read_bytes,
                     write_bytes: requests.written_bytes,
                     cost_micros: requests.cost_micros(),

@@ -505,6 +505,8 @@ impl Core {
             Stage::Leaving(waiters) => waiters.extend(done),
             stage @ Stage::Serving => {
                 *stage = Stage::Leaving(done.into_iter().collect());
+                // Before the volume takes no more: a ublk device's user would get an error.
+                self.let_through(index, true);
                 self.feed(index, Event::Stop);
                 self.stop_front_ends(index);
             }

@@ -140,21 +140,32 @@ impl Core {
         if !gate.is_limited() && held.is_empty() {
             return false;
         }
-        let (now_ns, before) = (now_ns(), held.queue.len());
         let events = &mut slot.inbox.events;
+        if held.is_off {
+            // In their places: what the volume is told after them must not come before them.
+            let is_refused = |event: &mut Event| matches!(event, Event::Request(request) if is_write(request.op));
+            let refused: Vec<_> = match gate.passage() {
+                Passage::ReadOnly => events.extract_if(.., is_refused).collect(),
+                Passage::Open | Passage::Stalled => Vec::new(),
+            };
+            for event in &refused {
+                if let Event::Request(request) = event {
+                    self.request_done(index, request_key(request.id), Err(IoError::ReadOnly));
+                }
+            }
+            return !refused.is_empty();
+        }
+        let (now_ns, before) = (now_ns(), held.queue.len());
         for event in events.extract_if(.., |event| matches!(event, Event::Request(_))) {
             if let Event::Request(request) = event {
                 held.queue.push_back((request, now_ns));
             }
         }
         let came = held.queue.len() - before;
-        let passage = match gate.passage() {
-            Passage::Stalled if held.is_off => Passage::Open,
-            passage => passage,
-        };
+        let passage = gate.passage();
         let count = match passage {
             Passage::Stalled => 0,
-            _ if held.is_off || gate.is_free() => held.queue.len(),
+            _ if gate.is_free() => held.queue.len(),
             _ => held.passable(gate, now_ns),
         };
         held.paid = held.paid.saturating_sub(count);
@@ -193,12 +204,26 @@ impl Core {
         some
     }
 
-    /// Nothing of the volume is held from now on, or again.
+    /// Nothing of the volume is held from now on (what is held passes, before anything that the volume is told from now
+    /// on), or again.
     pub(super) fn let_through(&mut self, index: u32, is_off: bool) {
-        self.volumes[index as usize].held.is_off = is_off;
-        if is_off && !self.volumes[index as usize].held.is_empty() {
-            self.touch(index);
+        let slot = &mut self.volumes[index as usize];
+        let held = &mut slot.held;
+        held.is_off = is_off;
+        let Some(gate) = slot.gate.as_ref().filter(|_| is_off && !held.is_empty()) else {
+            return;
+        };
+        let (now_ns, count) = (now_ns(), held.queue.len() as u64);
+        let (mut bytes, mut held_ns) = (0, 0);
+        for (request, since_ns) in held.queue.drain(..) {
+            bytes += bytes_of(&request);
+            held_ns += now_ns - since_ns;
+            slot.inbox.events.push(Event::Request(request));
         }
+        held.paid = 0;
+        gate.note_held(0, 0);
+        gate.note_passed(now_ns, count, bytes, held_ns);
+        self.touch(index);
     }
 
     /// A timer of held requests has ended.

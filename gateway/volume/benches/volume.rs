@@ -314,7 +314,7 @@ fn keep_chunks(cache: &mut Cache, blocks: u64) {
     let len = (CHUNK_BLOCKS * BLOCK) as u32;
     for seq in 0..blocks / CHUNK_BLOCKS {
         let at = cache
-            .reserve_fill(chunk(seq), 0, len)
+            .reserve_fill(0, chunk(seq), 0, len)
             .expect("there is room");
         let run = CleanRun { raw: 0, len, at };
         cache.finish_fill(chunk(seq), run, true);

@@ -371,9 +371,8 @@ impl Volume {
             nodes: &mut shared.nodes,
             out,
         };
-        if !volume.params.read_only {
-            cx.cache.join_group(volume.params.group);
-        }
+        cx.cache
+            .join_group(volume.params.group, !volume.params.read_only);
         volume.adopt(&opened.unsent, &opened.kept_segments, &mut cx);
         volume
     }
@@ -425,9 +424,7 @@ impl Volume {
     pub fn close(self, shared: &mut Shared) -> Vec<(SegmentId, Generation)> {
         let cache = &mut shared.cache;
         self.leave_line(cache);
-        if !self.params.read_only {
-            cache.leave_group(self.params.group);
-        }
+        cache.leave_group(self.params.group, !self.params.read_only);
         let mut kept = Vec::new();
         for (segment, unsent) in self.into_segments() {
             cache.part_with(segment, unsent);

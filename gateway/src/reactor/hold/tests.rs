@@ -19,16 +19,22 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Requests' memory; nobody looks at it.
 const BYTES: usize = 1 << 20;
 
-/// A volume that answers at once.
-struct Null(Arc<VolumeGate>);
+/// A volume that answers at once, and takes nothing more once it was stopped.
+struct Null {
+    gate: Arc<VolumeGate>,
+    is_stopped: bool,
+}
 
 impl Machine for Null {
     fn apply(&mut self, event: Event, out: &mut Vec<Action>) {
+        self.is_stopped |= matches!(event, Event::Stop);
         if let Event::Request(request) = event {
-            out.push(Action::Complete {
-                request: request.id,
-                result: Ok(()),
-            });
+            let result = match self.is_stopped {
+                true => Err(IoError::ShuttingDown),
+                false => Ok(()),
+            };
+            let request = request.id;
+            out.push(Action::Complete { request, result });
         }
     }
 
@@ -37,7 +43,7 @@ impl Machine for Null {
     }
 
     fn gate(&self) -> Option<Arc<VolumeGate>> {
-        Some(Arc::clone(&self.0))
+        Some(Arc::clone(&self.gate))
     }
 
     fn wants_tick(&self) -> bool {
@@ -173,7 +179,10 @@ fn add(reactor: &Reactor, tenant: &Arc<TenantGate>, rates: &Rates, load: (Op, u3
     gate.set_rates(rates);
     let handle = reactor.handle();
     let key = handle.new_key();
-    let machine = Box::new(Null(Arc::clone(&gate)));
+    let machine = Box::new(Null {
+        gate: Arc::clone(&gate),
+        is_stopped: false,
+    });
     let (front_end, seen) = Load::new(load.0, load.1, load.2);
     let backend = Box::new(NoBackend);
     let send = |message| handle.send_blocking(message).unwrap();

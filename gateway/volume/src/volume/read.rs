@@ -448,7 +448,7 @@ impl Volume {
             Branch::FillNeedless.taken();
             return false;
         }
-        let Some(at) = cx.cache.reserve_fill(chunk, first, len) else {
+        let Some(at) = cx.cache.reserve_fill(self.params.group, chunk, first, len) else {
             Branch::FillRefused.taken();
             return false;
         };
