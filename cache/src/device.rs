@@ -9,13 +9,14 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quarry_objfmt::CacheId;
 use quarry_objfmt::page::Superblock;
+use quarry_objfmt::{CacheId, CacheKey};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 
-use crate::{AlignedBuf, Geometry, SyncFailure};
+use crate::{AlignedBuf, Geometry, SectorCipher, SyncFailure};
 
 /// Size of a cache file when none is named.
 pub const CACHE_FILE_SIZE_DEFAULT: u64 = 8 << 30;
@@ -98,6 +99,8 @@ pub struct CacheDevice {
     path: PathBuf,
     id: CacheId,
     geometry: Geometry,
+    key: Option<CacheKey>,
+    cipher: Option<Arc<SectorCipher>>,
     direct: bool,
     fresh: bool,
     failure: SyncFailure,
@@ -116,6 +119,21 @@ impl CacheDevice {
         path: &Path,
         size: Option<u64>,
         fresh_id: CacheId,
+        host: &str,
+        now_ms: u64,
+    ) -> Result<Self, CacheError> {
+        Self::open_with(path, size, fresh_id, None, host, now_ms)
+    }
+
+    /// As [`CacheDevice::open`]; formatted now, its data are to be encrypted by `fresh_key`, if there is one.
+    ///
+    /// # Errors
+    /// [`CacheError`], each naming the path and what to do.
+    pub fn open_with(
+        path: &Path,
+        size: Option<u64>,
+        fresh_id: CacheId,
+        fresh_key: Option<&CacheKey>,
         host: &str,
         now_ms: u64,
     ) -> Result<Self, CacheError> {
@@ -156,7 +174,7 @@ impl CacheDevice {
             file.read_exact_at(&mut first, 0).map_err(fail("read"))?;
         }
         let blank = first.iter().all(|b| *b == 0);
-        let (id, geometry, fresh) = if blank {
+        let (id, geometry, key, fresh) = if blank {
             let size = if is_device {
                 size.unwrap_or(u64::MAX).min(length)
             } else {
@@ -176,13 +194,14 @@ impl CacheDevice {
                 segment_size: geometry.segment_size,
                 segments: geometry.segments,
                 data_start: geometry.data_start,
+                key: fresh_key.cloned(),
             };
             // Last, and synced: a crash before this line leaves a blank first page, and the next
             // start formats again.
             file.write_all_at(&superblock.encode()[..], 0)
                 .map_err(fail("format"))?;
             file.sync_all().map_err(fail("sync"))?;
-            (fresh_id, geometry, true)
+            (fresh_id, geometry, fresh_key.cloned(), true)
         } else {
             let superblock = Superblock::decode(&first).map_err(|e| CacheError::Foreign {
                 path: path.to_owned(),
@@ -206,7 +225,7 @@ impl CacheDevice {
                 // A copy of a cache may have holes.
                 allocate(&file, needed).map_err(fail("allocate"))?;
             }
-            (superblock.cache, geometry, false)
+            (superblock.cache, geometry, superblock.key, false)
         };
 
         // From here on several of our open files hold it together, each shut out by a lock like the
@@ -228,6 +247,8 @@ impl CacheDevice {
             path: path.to_owned(),
             id,
             geometry,
+            key,
+            cipher: None,
             direct,
             fresh,
             failure: SyncFailure::default(),
@@ -244,6 +265,23 @@ impl CacheDevice {
     #[must_use]
     pub const fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    /// The wrapped key of its data, if they are encrypted.
+    #[must_use]
+    pub const fn key(&self) -> Option<&CacheKey> {
+        self.key.as_ref()
+    }
+
+    /// Gives it what its data are encrypted with. Before that they are not to be read or written.
+    pub fn unlock(&mut self, cipher: SectorCipher) {
+        self.cipher = Some(Arc::new(cipher));
+    }
+
+    /// What its data are encrypted with, if they are; to be shared with the rings.
+    #[must_use]
+    pub const fn cipher(&self) -> Option<&Arc<SectorCipher>> {
+        self.cipher.as_ref()
     }
 
     /// Whether I/O goes around the page cache.
@@ -283,6 +321,18 @@ impl CacheDevice {
         self.file.read_exact_at(buf, offset)
     }
 
+    /// As [`CacheDevice::read_at`], of data in segments: decrypted, if they are encrypted.
+    ///
+    /// # Errors
+    /// What the system says; a short read is an error.
+    pub fn read_data(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+        self.read_at(buf, offset)?;
+        if let Some(cipher) = &self.cipher {
+            cipher.decrypt(offset, buf);
+        }
+        Ok(())
+    }
+
     /// Writes all of `buf`.
     ///
     /// # Errors
@@ -320,6 +370,13 @@ pub trait BlockDevice: Send + Sync {
     /// # Errors
     /// What the system says; a short read is an error.
     fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()>;
+    /// See [`CacheDevice::read_data`]; without encryption it is reading.
+    ///
+    /// # Errors
+    /// What the system says; a short read is an error.
+    fn read_data(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+        self.read_at(buf, offset)
+    }
     /// See [`CacheDevice::write_at`].
     ///
     /// # Errors
@@ -341,6 +398,9 @@ impl BlockDevice for CacheDevice {
     }
     fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
         self.read_at(buf, offset)
+    }
+    fn read_data(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+        self.read_data(buf, offset)
     }
     fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {
         self.write_at(buf, offset)
@@ -468,6 +528,36 @@ fn open_again(file: &File, direct: bool) -> io::Result<File> {
         again.read_exact_at(&mut probe[512..1024], 512)?;
     }
     Ok(again)
+}
+
+/// The superblock that is at `path` now; none if there is no device or it is blank. It is locked for nobody: what
+/// [`CacheDevice::open`] finds may be another.
+///
+/// # Errors
+/// [`CacheError`], as opening it.
+pub fn peek(path: &Path) -> Result<Option<Superblock>, CacheError> {
+    let fail = |source: io::Error| CacheError::Io {
+        action: "look at",
+        path: path.to_owned(),
+        source,
+    };
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(fail)?,
+    };
+    let mut first = vec![0; 4096];
+    match file.read_exact_at(&mut first, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read.map_err(fail)?,
+    }
+    if first.iter().all(|b| *b == 0) {
+        return Ok(None);
+    }
+    let superblock = Superblock::decode(&first);
+    superblock.map(Some).map_err(|error| CacheError::Foreign {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 fn rustix_device_size(file: &File) -> io::Result<u64> {

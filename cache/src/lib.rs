@@ -13,6 +13,7 @@
 
 mod aligned;
 mod branch;
+mod cipher;
 mod clean;
 pub mod device;
 mod extent;
@@ -26,6 +27,7 @@ mod segment;
 
 pub use aligned::AlignedBuf;
 pub use branch::Branch;
+pub use cipher::{CIPHER_KEY_LEN, SectorCipher};
 pub use clean::{CleanIndex, CleanRun};
 pub use device::{BlockDevice, CACHE_FILE_SIZE_DEFAULT, CacheDevice, CacheError};
 pub use extent::{Carried, ExtentMap};

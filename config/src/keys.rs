@@ -488,6 +488,27 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.cache.warm_rate)),
     },
     Key {
+        path: "cache.encrypt",
+        doc: "Whether the data on it are encrypted (AES-256-XTS), so that a disk that is taken away tells nothing of them.\n\
+              It costs zero copy: requests pass through the daemon's memory. For a new cache only: one that is there\n\
+              stays as it was made.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.cache.encrypt = b),
+        get: |c| Some(c.cache.encrypt.to_string()),
+    },
+    Key {
+        path: "cache.key",
+        doc: "Name of the key that wraps the cache's own, had as [keys] says. A cache that is there goes on with the\n\
+              one that it was made with.",
+        expected: TEXT,
+        sample: "\"host-7\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.cache.key = Some(t.to_owned())),
+        get: |c| c.cache.key.as_ref().map(quoted),
+    },
+    Key {
         path: "reactor.threads",
         doc: "How many threads serve I/O; each serves many volumes. By default one a CPU, at most 4.",
         expected: COUNT,

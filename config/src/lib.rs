@@ -218,6 +218,10 @@ pub struct Cache {
     pub hot_set: bool,
     /// Bytes a second that warming fetches, all volumes together.
     pub warm_rate: Size,
+    /// Whether the data on it are encrypted.
+    pub encrypt: bool,
+    /// The name of the key that wraps its own.
+    pub key: Option<String>,
 }
 
 impl Default for Cache {
@@ -229,6 +233,8 @@ impl Default for Cache {
             ram: Size::new(256 << 20),
             hot_set: true,
             warm_rate: Size::new(200 << 20),
+            encrypt: false,
+            key: None,
         }
     }
 }

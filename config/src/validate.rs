@@ -112,6 +112,16 @@ fn check_keys(config: &Config) -> Result<(), ConfigError> {
         let why = format!("{first} is set too");
         return Err(refuse(second, "(set)", why, "keep one of them"));
     }
+    let has_way = keys.keyring.is_some() || keys.command.is_some() || keys.url.is_some();
+    if config.cache.encrypt && config.cache.key.is_none() {
+        let why = "cache.key names no key";
+        return Err(refuse("cache.encrypt", true, why, "set cache.key"));
+    }
+    if config.cache.encrypt && !has_way {
+        let why = "there is no way to any key";
+        let remedy = "set keys.keyring, keys.command or keys.url";
+        return Err(refuse("cache.encrypt", true, why, remedy));
+    }
     let Some(text) = &keys.url else {
         return Ok(());
     };
@@ -519,6 +529,9 @@ mod tests {
             let text = refusal(&format!("[keys]\nurl = \"{url}\""));
             assert!(text.contains(hint), "{text}");
         }
+        assert!(refusal("[cache]\nencrypt = true").contains("names no key"));
+        let nowhere = refusal("[cache]\nencrypt = true\nkey = \"k\"");
+        assert!(nowhere.contains("no way to any key"), "{nowhere}");
         for url in ["https://kms.example.com/q", "http://127.0.0.1:8200/"] {
             Config::parse(&format!("[keys]\nurl = \"{url}\"")).unwrap();
         }

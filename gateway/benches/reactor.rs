@@ -78,6 +78,7 @@ fn main() {
         cache: Arc::new(cache),
         sync_failure: Default::default(),
         buffer_entries: 0,
+        cipher: None,
     };
     let journals = tempfile::tempdir().expect("a folder");
     let volume = Box::new(Served::open(&journals));

@@ -643,7 +643,7 @@ fn make_chunk(
     let mut raw = Vec::with_capacity(raw_sectors as usize * SECTOR_SIZE as usize);
     for (offset, len) in reads {
         let mut buf = AlignedBuf::zeroed(len);
-        device.read_at(&mut buf, offset)?;
+        device.read_data(&mut buf, offset)?;
         raw.extend_from_slice(&buf);
     }
     let params = ChunkParams {

@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::replace::Predecessor;
 use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
-use crate::engine::{Daemon, How};
+use crate::engine::{Daemon, How, prepare_cache_key};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
@@ -59,6 +59,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     let settings = StoreSettings::from(&config.store);
     let store = open_store(&settings)?;
     let lane = Lane::new(store, &LaneSettings::default());
+    let cache_key = prepare_cache_key(&config).await?;
     let (listeners, fitness) = if replace {
         // What this one cannot do must not end the other.
         let fitness = check_store(&settings, &lane).await?;
@@ -74,7 +75,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     let nbd_tls = nbd_certificates(&config.access)?;
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
-    let daemon = Daemon::start(config, lane.clone())?;
+    let daemon = Daemon::start(config, lane.clone(), cache_key)?;
     if let Fitness::Unknown(error) = fitness {
         daemon.set_fit(Err(unchecked(&error)));
         tokio::spawn(check_store_later(

@@ -186,7 +186,7 @@ impl Host {
         config.cache.size = Some(quarry_config::Size::new(cache_bytes));
         let store = open_store(&StoreSettings::from(&config.store))?;
         let lane = Lane::new(Arc::clone(&store), &LaneSettings::default());
-        let daemon = Daemon::start(config, lane.clone())?;
+        let daemon = Daemon::start(config, lane.clone(), None)?;
         let listener = listen_unix(&socket)?;
         let server = NbdServer::new(daemon.exports());
         let nbd = tokio::spawn(async move { server.serve_unix(listener).await });

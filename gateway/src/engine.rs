@@ -11,6 +11,7 @@
 
 pub(crate) mod access;
 mod attach;
+mod cache_key;
 mod chores;
 mod costs;
 mod direct;
@@ -42,12 +43,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use quarry_cache::{Cache, CacheDevice, Journal, Journals, Recovered, Scan};
+use quarry_cache::{Cache, Journal, Journals, Recovered, Scan};
 use quarry_objfmt::{Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Shared, Tuning, Volume};
 
 use self::access::Access as DeviceAccess;
+pub use self::cache_key::{PreparedKey, prepare as prepare_cache_key};
 use self::quota::Wish;
 pub(crate) use self::registry::store_error;
 use self::slot::{Attached, Slot, Stage};
@@ -217,20 +219,22 @@ pub(crate) fn now_ms() -> u64 {
 }
 
 impl Daemon {
-    /// Opens the cache device, recovers what it holds, and starts the reactors.
+    /// Opens the cache device, with what [`prepare_cache_key`] gave, recovers what it holds, and starts the reactors.
     ///
     /// # Errors
     /// If the cache device, an io_uring or the data folder cannot be had.
-    pub fn start(config: quarry_config::Config, lane: Lane) -> anyhow::Result<Arc<Self>> {
+    pub fn start(
+        config: quarry_config::Config,
+        lane: Lane,
+        cache_key: Option<PreparedKey>,
+    ) -> anyhow::Result<Arc<Self>> {
         std::fs::create_dir_all(&config.daemon.data_dir)?;
         let host = rustix::system::uname()
             .nodename()
             .to_string_lossy()
             .into_owned();
         let path = config.cache_path();
-        let size = config.cache.size.map(quarry_config::Size::bytes);
-        let fresh = quarry_objfmt::CacheId::from(uuid::Uuid::new_v4());
-        let device = Arc::new(CacheDevice::open(&path, size, fresh, &host, now_ms())?);
+        let device = Arc::new(cache_key::open(&config, cache_key, &host)?);
         let journal_dir = &config.daemon.journal_dir;
         let journals = Journals::open(journal_dir, device.id()).with_context(|| {
             format!(
@@ -280,12 +284,17 @@ impl Daemon {
                     index,
                     cache: Arc::new(device.reopen()?),
                     sync_failure: device.failure().clone(),
+                    cipher: device.cipher().cloned(),
                     buffer_entries: BUFFER_ENTRIES,
                 })
             })
             .collect::<std::io::Result<Vec<_>>>()?;
         let ublk = ublk::Control::new(PathBuf::from(ublk::LINK_ROOT))
             .no_better_than(config.ublk.mode.into());
+        let ublk = match device.cipher() {
+            Some(_) => ublk.always_copied(),
+            None => ublk,
+        };
         ublk.sweep();
         let (settings, for_direct) = (StoreSettings::from(&config.store), lane.clone());
         let open = move || DirectLane::open(&settings, for_direct).map_err(|why| why.to_string());

@@ -39,7 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use quarry_cache::SyncFailure;
+use quarry_cache::{SectorCipher, SyncFailure};
 use quarry_objfmt::{Generation, Record, Sectors, SegmentId};
 use quarry_volume::{Action, Event, IoId};
 use tokio::sync::{mpsc, oneshot};
@@ -394,6 +394,8 @@ pub struct ReactorConfig {
     pub cache: Arc<File>,
     /// Shared by all reactors of the cache device.
     pub sync_failure: SyncFailure,
+    /// What the data on it are encrypted with, if they are: then no request has registered buffers.
+    pub cipher: Option<Arc<SectorCipher>>,
     /// Entries of the registered buffer table: one for each tag of each ublk queue; 0 for none.
     pub buffer_entries: u16,
 }

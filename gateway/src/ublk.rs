@@ -306,6 +306,14 @@ pub enum UblkError {
         /// The volume's value.
         volume: u64,
     },
+    /// A device that was left gives its requests' pages to the cache device, which must not have them as they are.
+    #[error(
+        "ublk device {id} was made for zero copy, and this host's cache is encrypted: end its users and delete it, or start with the cache that it was made with"
+    )]
+    ZeroCopy {
+        /// The device.
+        id: u32,
+    },
     /// The driver cannot change a device's size.
     #[error(
         "ublk of this kernel cannot resize a device that is there (Linux 6.16 is the first that can)"

@@ -24,6 +24,7 @@ const _: () = assert!(CRC_AT == 8 + 8 + 4 + 4 + 4 && JOURNAL_ENTRY_LEN == CRC_AT
 const HEADER: Kind = Kind {
     magic: *b"QYJN",
     what: "journal header",
+    version: 1,
 };
 const ENTRY: &str = "journal entry";
 

@@ -32,8 +32,8 @@ pub use head::{Deleted, Durability, Head, Lineage, LogRange, Owner, Parent, Root
 pub use journal::{JOURNAL_ENTRY_LEN, JournalHeader};
 pub use keys::{KeyName, NameError, SnapName, TenantName, VolumeName};
 pub use page::{
-    PAGE_SIZE, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,
-    Superblock,
+    CacheKey, PAGE_SIZE, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader,
+    SegmentKind, Superblock,
 };
 pub use prologue::HOST_LEN_MAX;
 pub use record::{

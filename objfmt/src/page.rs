@@ -8,11 +8,13 @@
 //! written.
 
 use crate::error::{FormatError, Result};
+use crate::keys::KeyName;
 use crate::prologue::{cut, read_str};
 use crate::types::{
     CacheId, Epoch, Generation, Lba, SegmentId, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
 };
 use crate::wire::Reader;
+use crate::wrapped::WRAPPED_LEN_MAX;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
@@ -53,6 +55,17 @@ pub struct Superblock {
     pub segments: u32,
     /// Where the first one begins, in bytes.
     pub data_start: u64,
+    /// What the data on it are encrypted with, if they are.
+    pub key: Option<CacheKey>,
+}
+
+/// The key of a cache device's data, wrapped.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CacheKey {
+    /// The name of the key that wraps it.
+    pub by: KeyName,
+    /// What that made of it; 1 to [`WRAPPED_LEN_MAX`] bytes.
+    pub bytes: Vec<u8>,
 }
 
 /// What a segment is for.
@@ -127,19 +140,26 @@ pub struct RecordPage {
 pub(crate) struct Kind {
     pub(crate) magic: [u8; 4],
     pub(crate) what: &'static str,
+    /// The newest version of it that is read.
+    pub(crate) version: u16,
 }
 
 const SUPERBLOCK: Kind = Kind {
     magic: *b"QYSB",
     what: "cache superblock",
+    version: SUPERBLOCK_KEYED,
 };
+/// The version of a superblock with a key; without one it is version 1.
+const SUPERBLOCK_KEYED: u16 = 2;
 const SEGMENT: Kind = Kind {
     magic: *b"QYSG",
     what: "segment header",
+    version: VERSION,
 };
 const RECORDS: Kind = Kind {
     magic: *b"QYRP",
     what: "record page",
+    version: VERSION,
 };
 
 impl Superblock {
@@ -160,6 +180,14 @@ impl Superblock {
         let host = cut(&self.host);
         page.put(&[u8::try_from(host.len()).expect("cut to 255 bytes")]);
         page.put(host.as_bytes());
+        if let Some(key) = &self.key {
+            page.version(SUPERBLOCK_KEYED);
+            page.put(&[u8::try_from(key.by.as_str().len()).expect("names are short")]);
+            page.put(key.by.as_str().as_bytes());
+            let len = u16::try_from(key.bytes.len()).expect("validated");
+            page.put(&len.to_le_bytes());
+            page.put(&key.bytes);
+        }
         page.seal(self.cache)
     }
 
@@ -189,6 +217,10 @@ impl Superblock {
             segments: reader.u32()?,
             data_start: reader.u64()?,
             host: read_str(&mut reader)?,
+            key: match version(bytes) {
+                SUPERBLOCK_KEYED => Some(CacheKey::read(&mut reader)?),
+                _ => None,
+            },
         };
         finish(reader)?;
         superblock.validate()?;
@@ -218,6 +250,13 @@ impl Superblock {
                 "the first segment is not behind whole pages",
             ));
         }
+        let fits = |key: &CacheKey| (1..=WRAPPED_LEN_MAX).contains(&key.bytes.len());
+        if !self.key.as_ref().is_none_or(fits) {
+            return Err(FormatError::invalid(
+                WHAT,
+                "the length of its wrapped key is out of range",
+            ));
+        }
         // The product of two 32-bit numbers fits; file offsets are signed.
         let end = self
             .data_start
@@ -229,6 +268,17 @@ impl Superblock {
             ));
         }
         Ok(())
+    }
+}
+
+impl CacheKey {
+    fn read(reader: &mut Reader<'_>) -> Result<Self> {
+        let what = reader.what();
+        let by = KeyName::new(read_str(reader)?)
+            .map_err(|_| FormatError::invalid(what, "its key's name is not a name"))?;
+        let len = reader.u16()? as usize;
+        let bytes = reader.bytes(len)?.to_vec();
+        Ok(Self { by, bytes })
     }
 }
 
@@ -467,6 +517,11 @@ impl Writer {
         writer
     }
 
+    /// Not the first version of its kind.
+    fn version(&mut self, version: u16) {
+        self.page[4..6].copy_from_slice(&version.to_le_bytes());
+    }
+
     pub(crate) fn put(&mut self, bytes: &[u8]) {
         self.page[self.at..self.at + bytes.len()].copy_from_slice(bytes);
         self.at += bytes.len();
@@ -484,6 +539,11 @@ fn checksum(page: &[u8], cache: CacheId) -> u32 {
     let crc = crc32c::crc32c(&cache.to_bytes());
     let crc = crc32c::crc32c_append(crc, &page[..CRC_AT]);
     crc32c::crc32c_append(crc, &page[BODY_AT..])
+}
+
+/// The version of a page that was opened.
+fn version(page: &[u8]) -> u16 {
+    u16::from_le_bytes([page[4], page[5]])
 }
 
 /// A reader from byte 12 on, and bytes 6 and 7.
@@ -510,11 +570,11 @@ pub(crate) fn open<'a>(kind: &Kind, bytes: &'a [u8], cache: CacheId) -> Result<(
     if reader.u32()? != checksum(bytes, cache) {
         return Err(FormatError::Checksum { what });
     }
-    if version != VERSION {
+    if version == 0 || version > kind.version {
         return Err(FormatError::Version {
             what,
             found: version,
-            supported: VERSION,
+            supported: kind.version,
         });
     }
     Ok((reader, word))
@@ -548,6 +608,7 @@ mod tests {
             segment_size: 8 << 20,
             segments: 128,
             data_start: 1 << 20,
+            key: None,
         }
     }
 
@@ -704,10 +765,10 @@ mod tests {
     #[test]
     fn page_of_a_later_version_is_named_so() {
         let mut page = superblock().encode();
-        page[4] = 2;
+        page[4] = 3;
         reseal(&mut page[..]);
         let refused = Superblock::decode(&page[..]);
-        let (what, found, supported) = ("cache superblock", 2, 1);
+        let (what, found, supported) = ("cache superblock", 3, 2);
         assert_eq!(
             refused,
             Err(FormatError::Version {
@@ -719,8 +780,36 @@ mod tests {
     }
 
     #[test]
+    fn superblock_with_a_key_round_trips_and_any_flip_is_an_error() {
+        let keyed = Superblock {
+            key: Some(CacheKey {
+                by: KeyName::new("host-a").unwrap(),
+                bytes: vec![7; 92],
+            }),
+            ..superblock()
+        };
+        let page = keyed.encode();
+        assert_eq!(Superblock::decode(&page[..]), Ok(keyed));
+        for bit in 0..512 * 8 {
+            let mut bad = page.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(Superblock::decode(&bad[..]).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
     fn superblock_broken_rules_are_named() {
         let cases = [
+            (
+                Superblock {
+                    key: Some(CacheKey {
+                        by: KeyName::new("k").unwrap(),
+                        bytes: Vec::new(),
+                    }),
+                    ..superblock()
+                },
+                "wrapped key",
+            ),
             (
                 Superblock {
                     segment_size: 4096,

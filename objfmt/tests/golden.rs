@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use quarry_objfmt::head::{Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
 use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
 use quarry_objfmt::{
-    CHUNK_PREFIX_LEN, CacheId, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
+    CHUNK_PREFIX_LEN, CacheId, CacheKey, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
     Compression, DataKey, DataKeys, Durability, Encryption, Epoch, ExtentBody, Generation, Head,
     JournalHeader, KeyGeneration, KeyName, KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody,
     RecordPage, Seal, Sectors, SegmentHeader, SegmentId, SegmentKind, Snapshot, Superblock,
@@ -226,6 +226,18 @@ fn superblock() -> Superblock {
         segment_size: 8 << 20,
         segments: 1000,
         data_start: 1 << 20,
+        key: None,
+    }
+}
+
+/// With a key it is of version 2.
+fn keyed_superblock() -> Superblock {
+    Superblock {
+        key: Some(CacheKey {
+            by: KeyName::new("host-a").unwrap(),
+            bytes: vec![0x44; 92],
+        }),
+        ..superblock()
     }
 }
 
@@ -352,6 +364,7 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
             encode_record(NAME_KIND, &name_record()).unwrap(),
         ),
         ("superblock-v1.bin", superblock().encode().to_vec()),
+        ("superblock-v2.bin", keyed_superblock().encode().to_vec()),
         (
             "segment-header-v1.bin",
             segment_header().encode(CACHE).to_vec(),
@@ -429,6 +442,10 @@ fn golden_files_of_the_cache_read_as_ever() {
     assert_eq!(
         Superblock::decode(&golden("superblock-v1.bin")),
         Ok(superblock())
+    );
+    assert_eq!(
+        Superblock::decode(&golden("superblock-v2.bin")),
+        Ok(keyed_superblock())
     );
     let header = SegmentHeader::decode(&golden("segment-header-v1.bin"), CACHE);
     assert_eq!(header, Ok(segment_header()));

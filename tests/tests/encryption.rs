@@ -1,5 +1,5 @@
 //! Encrypted volumes: nothing that was written is to be found in the store, nobody reads it without its key, and
-//! what is put in another place is refused.
+//! what is put in another place is refused. Encrypted caches: nor is it to be found on the cache device.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -309,6 +309,105 @@ fn service_of_keys_that_is_away_at_a_start_is_waited_for() -> Result<()> {
     let found = daemon.connect("acme/db")?.read_vec(0, 4096)?;
     same_bytes("after the restart", &found, &marked(0, 8, 1))?;
     ensure!(daemon.log().contains("gone for lunch"));
+    Ok(())
+}
+
+/// Whether the mark is in the cache's file.
+fn mark_in_cache(site: &Site) -> Result<bool> {
+    let bytes = fs::read(site.cache())?;
+    Ok(bytes.windows(MARK.len()).any(|window| window == MARK))
+}
+
+#[test]
+fn cache_encrypted_holds_no_plaintext_and_what_was_flushed_survives_the_daemon() -> Result<()> {
+    let dir = tempdir()?;
+    let root = dir.path();
+    let plain = Site::with_folder(root, "a")?.cache_size("64MiB");
+    let keys = key(&plain, "host")?;
+    let (site_b, ring) = site(root, "b", &keys)?;
+    let settings = |encrypt: bool, name: &str| {
+        format!(
+            "[keys]\nkeyring = \"{}\"\n[cache]\nencrypt = {encrypt}\nkey = \"{name}\"\n\
+             [writeback]\ndelay = \"1h\"\n",
+            ring.display()
+        )
+    };
+    let encrypted = site_b.cache_size("64MiB").settings(&settings(true, "host"));
+
+    // What is looked for is found where it is not encrypted.
+    let daemon = plain.start()?;
+    let mut nbd = daemon.fresh_volume("acme/plain", SIZE, &[])?;
+    nbd.write(0, &marked(0, 64, 0), true)?;
+    ensure!(mark_in_cache(&plain)?);
+    drop(nbd);
+    detach(&daemon, "acme/plain")?;
+    daemon.stop()?;
+
+    let daemon = encrypted.start()?;
+    ensure!(daemon.json(&["status"])?["cache"]["encrypted"] == true);
+    let mut nbd = daemon.fresh_volume("acme/db", SIZE, &[])?;
+    let shown = daemon.show("acme/db")?;
+    let mode = shown["attached"]["mode"].as_str().context("no mode")?;
+    ensure!(mode.contains("encrypted cache"), "{shown}");
+    let mut image = marked(0, SIZE / 512, 1);
+    nbd.write(0, &image, true)?;
+    // Small, unaligned to pages, over what is there.
+    for sector in (3..SIZE / 512).step_by(701) {
+        let new = marked(sector, 3, 2);
+        nbd.write(sector * 512, &new, false)?;
+        let at = in_memory(sector * 512);
+        let len = new.len().min(image.len() - at);
+        image[at..at + len].copy_from_slice(&new[..len]);
+    }
+    nbd.flush()?;
+    same_bytes("hits", &read_all(&mut nbd)?, &image)?;
+    ensure!(!mark_in_cache(&encrypted)?, "plaintext of what was written");
+    daemon.kill()?;
+    ensure!(!mark_in_cache(&encrypted)?, "plaintext after a crash");
+
+    // Without the key, with another, and by a daemon that is told nothing of it: refused, and nothing is lost.
+    keyring(&ring, &key(&plain, "other")?)?;
+    let refused = encrypted.serve_refused()?;
+    ensure!(refused.stderr.contains("has no key host"), "{refused}");
+    keyring(&ring, &key(&plain, "host")?)?;
+    let refused = encrypted.serve_refused()?;
+    ensure!(
+        refused.stderr.contains("is not opened by key host"),
+        "{refused}"
+    );
+    keyring(&ring, &keys)?;
+    let refused = encrypted
+        .clone()
+        .settings(&settings(false, "host"))
+        .serve_refused()?;
+    ensure!(refused.stderr.contains("is encrypted"), "{refused}");
+    let refused = plain.settings(&settings(true, "host")).serve_refused()?;
+    ensure!(refused.stderr.contains("without encryption"), "{refused}");
+
+    // It goes on with the key that it was made with, whatever cache.key says now.
+    fs::write(&ring, format!("{keys}\n{}", key(&encrypted, "later")?))?;
+    let daemon = encrypted.settings(&settings(true, "later")).start()?;
+    let mut nbd = daemon.connect("acme/db")?;
+    same_bytes("after the crash", &read_all(&mut nbd)?, &image)?;
+    // What is uploaded is read from the cache: it is decrypted there, or the store would have noise.
+    daemon.sync("acme/db")?;
+    daemon.quarry(&["volume", "evict", "acme/db"])?;
+    same_bytes("from the store", &read_all(&mut nbd)?, &image)?;
+    // And fetched data are in the cache.
+    daemon.quarry(&["volume", "warm", "acme/db"])?;
+    let hits = daemon.show("acme/db")?["hit_bytes"]
+        .as_u64()
+        .context("hits")?;
+    same_bytes("from the cache again", &read_all(&mut nbd)?, &image)?;
+    let shown = daemon.show("acme/db")?;
+    ensure!(
+        shown["hit_bytes"].as_u64().context("hits")? >= hits + SIZE,
+        "{shown}"
+    );
+    ensure!(
+        !mark_in_cache(daemon.site())?,
+        "plaintext of what was fetched"
+    );
     Ok(())
 }
 

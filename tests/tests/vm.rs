@@ -116,6 +116,14 @@ fn devices_of_a_dead_daemon_are_taken_over_removed_or_left_alone() -> Result<()>
 }
 
 #[test]
+fn device_of_an_encrypted_cache_goes_by_copies_and_leaves_no_plaintext() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    host.boot(&[], "guest-encrypted.sh", &[])
+}
+
+#[test]
 fn device_has_its_name_owner_and_mode_when_it_is_attached_and_after_a_kill() -> Result<()> {
     let Some(host) = Host::new()? else {
         return Ok(());

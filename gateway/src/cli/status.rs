@@ -36,8 +36,9 @@ fn text(status: &StatusInfo) -> String {
         .map(|e| format!(": {e}"))
         .unwrap_or_default();
     let cache_use = format!(
-        "{}: {} of {} dirty (at most {}), {} clean",
+        "{}{}: {} of {} dirty (at most {}), {} clean",
         cache.path,
+        if cache.encrypted { " (encrypted)" } else { "" },
         bytes(cache.dirty_bytes),
         bytes(cache.size_bytes),
         bytes(cache.dirty_max_bytes),

@@ -799,6 +799,8 @@ pub struct CacheStatus {
     pub dirty_max_bytes: u64,
     /// Data that the store has too.
     pub clean_bytes: u64,
+    /// Whether the data on it are encrypted.
+    pub encrypted: bool,
 }
 
 /// How the daemon does.

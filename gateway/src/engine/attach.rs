@@ -30,7 +30,7 @@ use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
 use crate::store::StoreStats;
 use crate::ublk::{
-    Device, DeviceSpec, Found, Permissions, Stamp, UblkError, past_device, snapshot_device,
+    Device, DeviceSpec, Found, Mode, Permissions, Stamp, UblkError, past_device, snapshot_device,
 };
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
@@ -39,6 +39,9 @@ const FRONT_ENDS_END_MAX: Duration = Duration::from_secs(10);
 
 /// How the data of a volume travel that is attached by NBD.
 const THROUGH_THE_DAEMON: &str = "through the daemon";
+
+/// As [`THROUGH_THE_DAEMON`], where its data on the cache device are encrypted.
+const THROUGH_THE_DAEMON_ENCRYPTED: &str = "through the daemon (encrypted cache)";
 
 impl From<OpenError> for ApiError {
     fn from(error: OpenError) -> Self {
@@ -66,9 +69,10 @@ impl From<UblkError> for ApiError {
         let kind = match &error {
             UblkError::Absent | UblkError::TooOld { .. } => Kind::Unsupported,
             UblkError::Denied(_) | UblkError::Permissions { .. } => Kind::Denied,
-            UblkError::InUse { .. } | UblkError::Served { .. } | UblkError::Shape { .. } => {
-                Kind::Conflict
-            }
+            UblkError::InUse { .. }
+            | UblkError::Served { .. }
+            | UblkError::Shape { .. }
+            | UblkError::ZeroCopy { .. } => Kind::Conflict,
             _ => Kind::Internal,
         };
         Self::new(kind, error.to_string(), "")
@@ -221,7 +225,7 @@ impl Daemon {
                     let link = device.link.as_ref().map(|l| l.display().to_string());
                     attached.info =
                         AttachInfo::ublk(volume, device.node.display().to_string(), link);
-                    attached.mode = device.mode.as_str();
+                    attached.mode = self.mode_text(device.mode);
                     attached.queues = device.queues;
                     attached.shown = AtomicU64::new(device.size.bytes());
                     attached.direct_in(device.mode).await;
@@ -255,6 +259,15 @@ impl Daemon {
         Ok(attached)
     }
 
+    /// How a device's data travel, and why no better.
+    fn mode_text(&self, mode: Mode) -> &'static str {
+        match mode {
+            Mode::UserCopy if self.config.cache.encrypt => "user copy (encrypted cache)",
+            Mode::Plain if self.config.cache.encrypt => "plain (encrypted cache)",
+            mode => mode.as_str(),
+        }
+    }
+
     /// A volume that is served here to nobody.
     pub(super) fn without_front_end(&self, volume: &ImageRef, opening: &Opening) -> Attached {
         let backend = &opening.backend;
@@ -264,7 +277,10 @@ impl Daemon {
             account: Arc::clone(&opening.account),
             gate: Arc::clone(&opening.gate),
             info: AttachInfo::nbd(volume, &self.config.nbd_socket()),
-            mode: THROUGH_THE_DAEMON,
+            mode: match self.config.cache.encrypt {
+                true => THROUGH_THE_DAEMON_ENCRYPTED,
+                false => THROUGH_THE_DAEMON,
+            },
             queues: 0,
             since_ms: now_ms(),
             read_only: false,

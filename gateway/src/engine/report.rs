@@ -191,6 +191,7 @@ impl Daemon {
                 dirty_bytes: bytes(counts.dirty),
                 dirty_max_bytes: bytes(counts.dirty_max),
                 clean_bytes: bytes(counts.clean),
+                encrypted: self.config.cache.encrypt,
             },
             volumes_attached: attached.len() as u64,
             volumes_failing: (failing.count() + self.wanted.failing()) as u64,

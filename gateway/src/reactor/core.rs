@@ -9,13 +9,14 @@ use std::time::Instant;
 use std::{io, mem};
 
 use io_uring::{cqueue, opcode, types};
+use quarry_cache::SectorCipher;
 use quarry_volume::{Action, Event, IoError, StatusRun};
 use slab::Slab;
 use tokio::sync::{mpsc, oneshot};
 
 use super::direct::DirectReads;
 use super::doorbell::Doorbell;
-use super::execute::{FILL_BYTES_MAX, WaitingFills};
+use super::execute::{FILL_BYTES_MAX, SEALED_KEPT_BYTES, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::hold::{Held, Holds};
 use super::memory::Pool;
@@ -85,6 +86,10 @@ pub(super) struct Core {
     pub(super) volumes: Slab<VolumeSlot>,
     pub(super) pages: Pool,
     pub(super) fills: WaitingFills,
+    /// What the data on the cache device are encrypted with.
+    pub(super) cipher: Option<Arc<SectorCipher>>,
+    /// The memory of encrypted writes: no more than the writes under way have.
+    pub(super) sealed: Pool,
     pub(super) syncs: Syncs,
     pub(super) zeroes: File,
     pub(super) holds: Holds,
@@ -121,6 +126,8 @@ impl Core {
             volumes: Slab::new(),
             pages: Pool::new(usize::MAX, PAGES_KEPT_BYTES),
             fills: WaitingFills::new(FILL_BYTES_MAX),
+            cipher: config.cipher.clone(),
+            sealed: Pool::new(usize::MAX, SEALED_KEPT_BYTES),
             syncs: Syncs::new(config.sync_failure.clone()),
             zeroes: File::open("/dev/zero")?,
             holds: Holds::default(),
@@ -240,6 +247,9 @@ impl Core {
             Step::Again => self.submit_op(index),
             Step::Done(result) => {
                 let op = self.ops.remove(index as usize);
+                if result.is_ok() {
+                    self.decrypt(&op);
+                }
                 if let (Err(errno), Code::Write { durable: true }) = (result, op.code) {
                     // It was a sync too.
                     self.syncs.failure().note(errno);

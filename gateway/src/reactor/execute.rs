@@ -9,13 +9,16 @@ use quarry_volume::{Action, Event, IoId, RequestId};
 
 use super::core::{Core, index_of};
 use super::frontend::BufferKind;
-use super::memory::{ALIGNMENT, POOLED_BYTES_MAX, Pool};
+use super::memory::{ALIGNMENT, AlignedBuf, POOLED_BYTES_MAX, Pool};
 use super::op::{CacheOp, Code, Hold};
 use super::ring::File;
 use super::token::Token;
 
 /// Most bytes of aligned copies of fills under way; fills past it wait their turn.
 pub(super) const FILL_BYTES_MAX: usize = 32 << 20;
+
+/// Buffers of encrypted writes kept for reuse, in bytes.
+pub(super) const SEALED_KEPT_BYTES: usize = 2 << 20;
 
 /// Aligned copies kept for reuse, in bytes.
 const FILL_KEPT_BYTES: usize = 2 << 20;
@@ -210,13 +213,18 @@ impl Core {
                     Transfer::FromCache { offset } => {
                         (Code::Read, File::Cache, offset, address, Hold::Nothing)
                     }
-                    Transfer::ToCache { offset } => (
-                        Code::Write { durable: false },
-                        File::Cache,
-                        offset,
-                        address,
-                        Hold::Nothing,
-                    ),
+                    Transfer::ToCache { offset } => {
+                        // SAFETY: as above, and `len` bytes from `at` on are inside the buffer, which its owner
+                        // does not change before its request is completed.
+                        let plain =
+                            unsafe { std::slice::from_raw_parts(ptr.as_ptr(), len as usize) };
+                        let (address, hold) = match self.sealed(offset, plain) {
+                            Some(sealed) => (sealed.ptr().as_ptr() as u64, Hold::Sealed(sealed)),
+                            None => (address, Hold::Nothing),
+                        };
+                        let code = Code::Write { durable: false };
+                        (code, File::Cache, offset, address, hold)
+                    }
                     Transfer::Zeroes => {
                         // SAFETY: as above, and `len` bytes from `at` on are inside the buffer.
                         unsafe { ptr.write_bytes(0, len as usize) };
@@ -242,6 +250,10 @@ impl Core {
                 },
                 what,
             ) => match what {
+                // The kernel would put on the device what nobody has encrypted.
+                Transfer::FromCache { .. } | Transfer::ToCache { .. } if self.cipher.is_some() => {
+                    panic!("a request with registered pages, and an encrypted cache")
+                }
                 Transfer::FromCache { offset } => (
                     Code::ReadFixed { buf_index },
                     File::Cache,
@@ -369,11 +381,35 @@ impl Core {
         self.start_sync();
     }
 
+    /// What is to lie at `offset` of the cache device in place of `plain`, if that is encrypted: a copy, for whoever
+    /// writes may read what it writes.
+    fn sealed(&mut self, offset: u64, plain: &[u8]) -> Option<AlignedBuf> {
+        let cipher = self.cipher.as_ref()?;
+        let buffer = self.sealed.take(plain.len());
+        let mut buffer = buffer.expect("the pool of encrypted writes has no cap");
+        buffer.copy_in(0, plain);
+        cipher.encrypt(offset, buffer.bytes_mut(plain.len()));
+        Some(buffer)
+    }
+
+    /// Decrypts what a request read from the cache device, where it is.
+    pub(super) fn decrypt(&self, op: &CacheOp) {
+        let (Some(cipher), Code::Read, File::Cache) = (&self.cipher, op.code, op.file) else {
+            return;
+        };
+        let address = op.address as *mut u8;
+        // SAFETY: it lies in its request's buffer, by `transfer`, which is given back after this; and the kernel is
+        // done with it.
+        let data = unsafe { std::slice::from_raw_parts_mut(address, op.len as usize) };
+        cipher.decrypt(op.offset, data);
+    }
+
     /// Takes back the memory of an operation that is done.
     pub(super) fn release(&mut self, hold: Hold) {
         match hold {
             Hold::Nothing | Hold::Bytes(_) | Hold::Body(_) => {}
             Hold::Page(page) => self.pages.give(page),
+            Hold::Sealed(sealed) => self.sealed.give(sealed),
             Hold::Fill(copy) => {
                 self.fills.pool.give(copy);
                 self.start_fills();
@@ -386,12 +422,15 @@ impl Core {
         while let Some(fill) = self.fills.waiting.front() {
             let len = fill.data.len();
             let aligned = (fill.data.as_ptr() as usize).is_multiple_of(ALIGNMENT);
-            let copy = if aligned || len > POOLED_BYTES_MAX {
+            let copy = if len > POOLED_BYTES_MAX || (aligned && self.cipher.is_none()) {
                 None
             } else {
                 match self.fills.pool.take(len) {
                     Some(mut copy) => {
                         copy.copy_in(0, &fill.data);
+                        if let Some(cipher) = &self.cipher {
+                            cipher.encrypt(fill.offset, copy.bytes_mut(len));
+                        }
                         Some(copy)
                     }
                     None => return,
@@ -413,6 +452,10 @@ impl Core {
                 );
                 continue;
             }
+            assert!(
+                copy.is_some() || self.cipher.is_none(),
+                "a fill longer than any chunk's data"
+            );
             let (address, hold) = match copy {
                 Some(copy) => (copy.ptr().as_ptr() as u64, Hold::Fill(copy)),
                 None => (fill.data.as_ptr() as u64, Hold::Bytes(fill.data)),
@@ -623,6 +666,7 @@ mod tests {
             cache: file,
             sync_failure: Default::default(),
             buffer_entries: 0,
+            cipher: None,
         };
         let reactor = super::super::Reactor::spawn(config).unwrap();
         let page = Action::WritePage {

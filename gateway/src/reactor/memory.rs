@@ -77,6 +77,16 @@ impl AlignedBuf {
         };
     }
 
+    /// The first `len` bytes, to be changed. No ring operation may be using them.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(crate) fn bytes_mut(&mut self, len: usize) -> &mut [u8] {
+        assert!(len <= self.capacity(), "more bytes than the buffer holds");
+        // SAFETY: as in `bytes`, and `&mut self` is the only way to it.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), len) }
+    }
+
     /// The first `len` bytes. No ring operation may be writing them.
     ///
     /// # Panics

@@ -36,6 +36,8 @@ pub(super) enum Hold {
     Page(AlignedBuf),
     /// An aligned copy of a fill.
     Fill(AlignedBuf),
+    /// What a request writes, encrypted.
+    Sealed(AlignedBuf),
     /// Fetched bytes; held, not read again.
     Bytes(#[expect(dead_code, reason = "kept alive for the kernel")] Bytes),
     /// The connection of a direct read.

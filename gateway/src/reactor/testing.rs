@@ -230,6 +230,7 @@ pub(crate) fn reactor(bytes: u64) -> (Reactor, Arc<File>) {
         sync_failure: Default::default(),
         cache: Arc::clone(&cache),
         buffer_entries: 8,
+        cipher: None,
     };
     (Reactor::spawn(config).unwrap(), cache)
 }

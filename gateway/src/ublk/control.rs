@@ -117,6 +117,8 @@ pub struct Control {
     places: Arc<Semaphore>,
     link_root: Arc<Path>,
     best: Mode,
+    /// Requests' data must pass through this process' memory.
+    copied: bool,
 }
 
 impl Default for Control {
@@ -133,6 +135,7 @@ impl Control {
             places: Arc::new(Semaphore::new(COMMANDS_MAX)),
             link_root: link_root.into(),
             best: Mode::ZeroCopy,
+            copied: false,
         }
     }
 
@@ -140,6 +143,14 @@ impl Control {
     #[must_use]
     pub fn no_better_than(mut self, best: Mode) -> Self {
         self.best = best;
+        self
+    }
+
+    /// The same, but no request's data go around this process' memory, those of devices that are taken over neither.
+    #[must_use]
+    pub fn always_copied(mut self) -> Self {
+        self.best = self.best.max(Mode::UserCopy);
+        self.copied = true;
         self
     }
 
@@ -200,7 +211,9 @@ impl Control {
         host: Host,
     ) -> Result<Device, UblkError> {
         let root = Arc::clone(&self.link_root);
-        self.run(move || recover(id, &spec, host, &root)).await
+        let copied = self.copied;
+        self.run(move || recover(id, &spec, host, &root, copied))
+            .await
     }
 
     /// Grows the device of a volume to `size`; one that is as large already is left as it is. The
@@ -360,12 +373,21 @@ fn make_run_folder() -> io::Result<()> {
     }
 }
 
-fn recover(id: u32, spec: &DeviceSpec, host: Host, link_root: &Path) -> Result<Device, UblkError> {
+fn recover(
+    id: u32,
+    spec: &DeviceSpec,
+    host: Host,
+    link_root: &Path,
+    copied: bool,
+) -> Result<Device, UblkError> {
     probe()?;
     let old = open(id, spec.volume)?;
     let left = params_of(&old)?;
     params::check(id, &left, spec)?;
     let info = old.dev_info();
+    if copied && Mode::of_flags(info.flags) < Mode::UserCopy {
+        return Err(UblkError::ZeroCopy { id });
+    }
     drop(old);
     let ctrl = UblkCtrlBuilder::default()
         .name(TARGET)

@@ -120,6 +120,7 @@ impl Bench {
                 cache: Arc::new(tempfile::tempfile().expect("a temporary file")),
                 sync_failure: Default::default(),
                 buffer_entries: 0,
+                cipher: None,
             };
             let reactor = Reactor::spawn(config).expect("a reactor");
             let add = |geometry| {
