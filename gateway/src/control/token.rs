@@ -152,10 +152,7 @@ pub(super) async fn create(
     spec.check()?;
     let made = whole(async move {
         if let Some(tenant) = &spec.tenant {
-            let all = engine.list_tenants().await?;
-            if !all.iter().any(|info| info.name == tenant.as_str()) {
-                return Err(ApiError::no_tenant(tenant));
-            }
+            engine.show_tenant(tenant).await?;
         }
         access.tokens()?.create(&spec).await
     });
