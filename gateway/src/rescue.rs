@@ -17,6 +17,11 @@
 //! A map that a writer stored without moving the head to it is as good as others: it holds chunks that
 //! were in the log by then. One that names chunks that a later epoch has in other words is passed over.
 //!
+//! Size, logical block, durability, compression and retention are in a map's usage too, and must be given only without
+//! one. The head gets an epoch [`EPOCH_MARGIN`] above all found. Its lineage is lost: writes that a cache had not sent are
+//! then only given up with `--discard-unsent`. A writer that attached after another attach had died half-way, and wrote
+//! nothing since, left no trace outside the head: so all hosts are to be stopped first.
+//!
 //! A clone's map names objects of the volumes that it comes from; what it was cloned from is told by its record there.
 //! Snapshots come back from their copies, those that are whole. An encrypted volume's keys come back from the newest of
 //! their copies that is whole: each has all keys of a head, and none is changed by wrapping it anew.

@@ -277,6 +277,28 @@ fn volume_without_its_key_is_not_attached_and_its_writer_not_disturbed() -> Resu
 }
 
 #[test]
+fn volume_of_a_tenant_with_a_key_is_encrypted_unless_it_is_told_not_to_be() -> Result<()> {
+    let dir = tempdir()?;
+    let keys = key(&Site::with_folder(dir.path(), "a")?, "acme")?;
+    let (site, _) = site(dir.path(), "a", &keys)?;
+    let daemon = site.start()?;
+    daemon.quarry(&["tenant", "create", "acme", "--key", "acme"])?;
+    daemon.create("acme/db", SIZE, &[])?;
+    daemon.create("acme/open", SIZE, &["--no-encryption"])?;
+    ensure!(daemon.show("acme/db")?["key"] == "acme");
+    let open = daemon.show("acme/open")?;
+    ensure!(
+        open["encryption"] == "none" && open["key"].is_null(),
+        "{open}"
+    );
+    // By the tenant's key, when none is named; what is not encrypted has none.
+    daemon.quarry(&["volume", "rekey", "acme/db"])?;
+    let refused = site.quarry_json(&["volume", "rekey", "acme/open"])?;
+    ensure!(refused.refusal()?.mentions("not encrypted"));
+    Ok(())
+}
+
+#[test]
 fn service_of_keys_that_is_away_at_a_start_is_waited_for() -> Result<()> {
     let dir = tempdir()?;
     let root = dir.path();

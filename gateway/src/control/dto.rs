@@ -131,6 +131,9 @@ impl VolumeSpec {
             && self.durability == found.durability
             && self.compression == found.compression
             && self.retain_ms == found.retain_ms
+            && self.rates == found.rates
+            && !(self.no_encryption && found.key.is_some())
+            && (self.key.as_ref()).is_none_or(|key| found.key.as_deref() == Some(key.as_str()))
             && found.parent.is_none()
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use quarry_config::TenantAttach;
-use quarry_objfmt::{Suspended, TenantName, VolumeName};
+use quarry_objfmt::{KeyName, Suspended, TenantName, VolumeName};
 
 use super::super::{
     ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
@@ -17,6 +17,18 @@ use super::super::{
     StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
+
+/// Refuses a key by name: a keyring has other tenants' too. The tenant's own needs no name.
+fn no_key(key: Option<&KeyName>) -> ApiResult<()> {
+    match key {
+        None => Ok(()),
+        Some(_) => Err(ApiError::new(
+            Kind::Denied,
+            "naming a key is for the role operator",
+            "leave it out: the tenant's own is taken",
+        )),
+    }
+}
 
 /// See the module.
 pub(super) struct Tenanted {
@@ -139,6 +151,7 @@ impl Engine for Tenanted {
 
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo> {
         self.own(&spec.tenant)?;
+        no_key(spec.key.as_ref())?;
         self.inner.create_volume(spec).await
     }
 
@@ -177,6 +190,7 @@ impl Engine for Tenanted {
 
     async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
         self.own_volume(volume)?;
+        no_key(spec.key.as_ref())?;
         self.inner.rekey(volume, spec).await
     }
 
