@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use quarry_objfmt::page::Superblock;
 use quarry_objfmt::{CacheId, CacheKey};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::{AlignedBuf, Geometry, SectorCipher, SyncFailure};
 
@@ -186,6 +187,19 @@ impl CacheDevice {
             })?;
             if !is_device {
                 allocate(&file, size).map_err(fail("allocate"))?;
+            }
+            if fresh_key.is_some() {
+                // What an earlier cache left in the clear. Before the superblock: a crash comes back here.
+                let whole = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+                match rustix::fs::fallocate(&file, whole, 0, size) {
+                    Ok(()) => {}
+                    // Of memory, say: what is cut off is gone.
+                    Err(Errno::OPNOTSUPP) if !is_device => {
+                        file.set_len(0).map_err(fail("cut"))?;
+                        allocate(&file, size).map_err(fail("allocate"))?;
+                    }
+                    Err(errno) => return Err(fail("zero")(errno.into())),
+                }
             }
             let superblock = Superblock {
                 cache: fresh_id,

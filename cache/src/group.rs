@@ -11,7 +11,8 @@
 //!
 //! Owns: the groups' limits and counts. Does not own: who a group is, and who waits ([`crate::Cache`]).
 //!
-//! **Invariant:** what is kept for all groups together is no more than half of the budget.
+//! **Invariants:** what is kept for all groups together is no more than half of the budget; and what is reserved for
+//! those here leaves room for all that may be dirty: reservations that come to more are cut in proportion.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +29,8 @@ pub struct GroupLimits {
     pub weight: u32,
     /// Most segments with data that the store lacks; none: no limit of its own. At least 1.
     pub dirty_max: Option<u32>,
-    /// Segments that no other group takes from it once it has them.
+    /// Segments that no other group takes from it once it has them, while a volume of it is here; less where all
+    /// reservations come to more than there is.
     pub reserve: u32,
     /// Most segments of all kinds; none: no limit of its own. At least 4.
     pub space_max: Option<u32>,
@@ -59,8 +61,10 @@ struct Group {
     used: u32,
     /// Segments of all kinds that are its part.
     share: u32,
-    /// Segments that no other group may take from it.
+    /// Dirty segments that no other group may take from it.
     kept: u32,
+    /// Segments of all kinds that none may: of what is reserved, what there is for that.
+    reserved: u32,
 }
 
 impl Group {
@@ -138,6 +142,13 @@ impl Groups {
             writing += weight * u64::from(group.writers > 0);
             here += weight * u64::from(group.writers + group.readers > 0);
         }
+        // What all may have unsent is nobody's to reserve, else who writes would wait for what nobody gives.
+        let reservable = u64::from(self.total.saturating_sub(self.dirty_max + SPACE_MIN));
+        let wanted = |group: &Group| {
+            let is_here = group.writers + group.readers > 0;
+            u64::from(group.limits.reserve) * u64::from(is_here)
+        };
+        let wanted_by_all: u64 = self.groups.values().map(wanted).sum();
         let part = |budget: u64, is_there: bool, weight: u32, weights: u64| {
             let weight = u64::from(weight) * u64::from(is_there);
             let part = (budget * weight).checked_div(weights).unwrap_or(0);
@@ -149,7 +160,12 @@ impl Groups {
             group.kept = part(budget, group.writers > 0, weight, writing).min(group.max());
             let is_here = group.writers + group.readers > 0;
             let share = part(self.total.into(), is_here, weight, here);
-            group.share = share.max(group.limits.reserve).min(group.space_max());
+            let reserved = match wanted(group) {
+                all if wanted_by_all <= reservable => all,
+                some => some * reservable / wanted_by_all,
+            };
+            group.reserved = u32::try_from(reserved).unwrap_or(u32::MAX);
+            group.share = share.max(group.reserved).min(group.space_max());
         }
     }
 
@@ -182,7 +198,7 @@ impl Groups {
     pub(crate) fn most_over(&self, id: u32, of: impl Iterator<Item = u32>) -> Vec<u32> {
         let may = |other: &u32| {
             let group = self.of(*other);
-            *other == id || group.limits.reserve == 0 || group.used > group.limits.reserve
+            *other == id || group.reserved == 0 || group.used > group.reserved
         };
         let mut all: Vec<u32> = of.filter(may).collect();
         all.sort_by_key(|other| {

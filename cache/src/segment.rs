@@ -149,8 +149,10 @@ pub struct CacheCounts {
     pub reclaimed: u64,
 }
 
-/// Most segments being filled, each for another group.
-const FILLS_OPEN_MAX: usize = 8;
+/// Segments being filled, each for another group: at least so many at most, and this part of a larger device's. Past that
+/// who fills closes the one that was not filled for the longest time, full or not.
+const FILLS_OPEN_MIN: usize = 8;
+const FILLS_OPEN_SHARE: usize = 16;
 
 /// In the place of a group, for segments that are nobody's.
 const NOBODY: u32 = u32::MAX;
@@ -517,7 +519,8 @@ impl Cache {
         let mut fill = match fill {
             Some(fill) => fill,
             None => {
-                if self.fills.len() >= FILLS_OPEN_MAX {
+                let open_max = FILLS_OPEN_MIN.max(self.segments.len() / FILLS_OPEN_SHARE);
+                if self.fills.len() >= open_max {
                     let longest_unused = self.fills.remove(0);
                     let _ = self.release(longest_unused.segment);
                 }

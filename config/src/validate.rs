@@ -126,6 +126,10 @@ fn check_keys(config: &Config) -> Result<(), ConfigError> {
         return Ok(());
     };
     let why = match Url::parse(text) {
+        Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+            let why = "a service's URL bears no user or password";
+            return Err(refuse("keys.url", "(hidden)", why, "write it without"));
+        }
         Ok(url) if url.scheme() == "https" => return Ok(()),
         Ok(url) if url.scheme() == "http" && is_loopback(&url) => return Ok(()),
         Ok(url) if url.scheme() == "http" => "keys would travel in the clear",

@@ -9,17 +9,19 @@
 
 mod replace;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use futures::StreamExt as _;
+use quarry_objfmt::TenantName;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::replace::Predecessor;
 use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
 use crate::engine::{Daemon, How, prepare_cache_key};
+use crate::fair::{Gate, Share, plain_share};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
@@ -237,7 +239,9 @@ fn unchecked(error: &ProvisionError) -> ApiError {
     )
 }
 
-/// Attaches what was attached when the last daemon of this data folder ended.
+/// Attaches what was attached when the last daemon of this data folder ended: tenants in turn, and one whose own store
+/// hangs leaves the others their places. The daemon is ready when all is attached, or has been tried and waits for a
+/// tenant's own store.
 async fn attach_again(daemon: Arc<Daemon>) {
     let wanted = daemon.wanted().all();
     let mut left = wanted.len();
@@ -245,44 +249,86 @@ async fn attach_again(daemon: Arc<Daemon>) {
         daemon.set_ready(Err(format!("{left} volumes are being attached again")));
         daemon.look_for_left_devices().await;
     }
-    let mut tries = futures::stream::iter(wanted)
-        .map(|(volume, how)| attach_one_again(&daemon, volume, how))
-        .buffer_unordered(ATTACH_AGAIN_AT_ONCE);
-    while let Some(()) = tries.next().await {
+    let places = Gate::new(ATTACH_AGAIN_AT_ONCE);
+    let mut shares: BTreeMap<TenantName, Arc<Share>> = BTreeMap::new();
+    let (told, mut settled) = tokio::sync::mpsc::unbounded_channel();
+    // Dropped with this task, they end.
+    let mut tries = tokio::task::JoinSet::new();
+    for (volume, how) in wanted {
+        let share = shares.entry(volume.volume.tenant.clone());
+        let share = Arc::clone(share.or_insert_with(plain_share));
+        let again = AttachAgain {
+            daemon: Arc::clone(&daemon),
+            places: places.clone(),
+            share,
+            told: Some(told.clone()),
+        };
+        tries.spawn(again.run(volume, how));
+    }
+    drop(told);
+    // One for each volume.
+    while settled.recv().await.is_some() {
         left -= 1;
         daemon.set_ready(Err(format!("{left} volumes are being attached again")));
     }
     daemon.remove_left_devices().await;
     daemon.set_ready(Ok(()));
+    tries.join_all().await;
 }
 
-/// Tries until it works or cannot.
-async fn attach_one_again(daemon: &Daemon, volume: ImageRef, how: How) {
-    let mut delay = ATTACH_AGAIN_DELAY.0;
-    // Who detaches it meanwhile takes it out of the list.
-    while daemon.wanted().contains(&volume) {
-        match daemon.attach_again(&volume, &how).await {
-            Ok(info) => {
-                tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");
-                return;
-            }
-            Err(error) if error.kind == Kind::NotFound => {
+/// One volume's way back.
+struct AttachAgain {
+    daemon: Arc<Daemon>,
+    places: Gate,
+    share: Arc<Share>,
+    /// Told once, when the daemon's readiness does not wait for it any more.
+    told: Option<tokio::sync::mpsc::UnboundedSender<()>>,
+}
+
+impl AttachAgain {
+    /// Tries until it works or cannot.
+    async fn run(mut self, volume: ImageRef, how: How) {
+        let mut delay = ATTACH_AGAIN_DELAY.0;
+        // Who detaches it meanwhile takes it out of the list.
+        while self.daemon.wanted().contains(&volume) {
+            let place = self.places.enter(&self.share).await;
+            let attached = self.daemon.attach_again(&volume, &how).await;
+            drop(place);
+            let error = match attached {
+                Ok(info) => {
+                    tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");
+                    break;
+                }
+                Err(error) => error,
+            };
+            if error.kind == Kind::NotFound {
                 tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");
-                if let Err(error) = daemon.wanted().remove(&volume) {
+                if let Err(error) = self.daemon.wanted().remove(&volume) {
                     tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
                 }
-                return;
+                break;
             }
-            Err(error) => {
-                daemon.wanted().note(&volume, Some(error.to_string()));
-                if error.kind != Kind::Unavailable {
+            self.daemon.wanted().note(&volume, Some(error.to_string()));
+            match error.kind {
+                Kind::Unavailable if !self.daemon.is_in_own_store(&volume.volume.tenant) => {}
+                // A key may come back, or a right; and a tenant's own store is not waited for by others.
+                Kind::Unavailable | Kind::Denied => self.settle(),
+                _ => {
                     tracing::error!(%volume, %error, "cannot be attached again");
-                    return;
+                    break;
                 }
-                tracing::warn!(%volume, %error, "cannot be attached again yet");
-                tokio::time::sleep(delay).await;
-                delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
             }
+            tracing::warn!(%volume, %error, "cannot be attached again yet");
+            tokio::time::sleep(delay).await;
+            delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
+        }
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        if let Some(told) = self.told.take() {
+            // Nobody listens when the daemon ends.
+            let _ = told.send(());
         }
     }
 }

@@ -478,10 +478,13 @@ impl Engine for Daemon {
     async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
         self.fit()?;
         // Of one of that name which is gone, should a crash have left any.
-        if let Err(error) = tenants::read(&self.home, &spec.name).await
-            && error.kind == Kind::NotFound
-        {
-            self.access.tokens()?.forget(&spec.name).await?;
+        match tenants::read(&self.home, &spec.name).await {
+            Err(error) if error.kind == Kind::NotFound => {
+                self.access.tokens()?.forget(&spec.name).await?;
+            }
+            // Its record is made anew, it is the same.
+            Err(error) if error.kind != Kind::Damaged => return Err(error),
+            _ => {}
         }
         self.create_one_tenant(spec).await
     }
@@ -531,15 +534,9 @@ impl Engine for Daemon {
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
-        let mut all = Vec::new();
-        for volume in self.volumes(tenant).await? {
-            all.push(self.show_volume(&volume.into()).await?);
-        }
-        for image in self.past_images(tenant) {
-            // It may just have been detached, or its volume be deleted.
-            all.extend(self.show_volume(&image).await.ok());
-        }
-        Ok(all)
+        let volumes = self.volumes(tenant).await?.into_iter().map(Into::into);
+        let images = volumes.chain(self.past_images(tenant)).collect();
+        self.show_all(images, tenant.is_some()).await
     }
 
     async fn page_of_volumes(
@@ -552,16 +549,7 @@ impl Engine for Daemon {
         all.append(&mut self.past_images(tenant));
         // Only what is on the page is looked at, which costs a read each.
         let (images, next) = page.cut(all, |image| place_of(&image.to_string()));
-        let mut found = Vec::with_capacity(images.len());
-        for image in images {
-            match self.show_volume(&image).await {
-                Ok(info) => found.push(info),
-                // It may just have been detached, or its volume be deleted.
-                Err(_) if image.is_past() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok((found, next))
+        Ok((self.show_all(images, tenant.is_some()).await?, next))
     }
 
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {

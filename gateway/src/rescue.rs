@@ -42,7 +42,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quarry_objfmt::chunk::encode_seal;
+use quarry_objfmt::chunk::{decode_header, encode_seal, is_encrypted};
 use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, Manifest, MapObjectId};
@@ -61,6 +61,9 @@ use crate::verify;
 /// How far the new epoch is above all that were found: an attach that wrote nothing left no trace of
 /// its epoch but in the head.
 const EPOCH_MARGIN: u32 = 256;
+
+/// Chunks looked at to find out whether a volume is encrypted: most have data.
+const CHUNKS_LOOKED_AT_MAX: usize = 16;
 
 /// Maps passed over that are listed.
 const PASSED_OVER_MAX: usize = 100;
@@ -599,9 +602,50 @@ impl Rescue {
             newest.get_or_insert((object, problem));
         }
         match newest {
-            None => Ok(WrappedKeys::default()),
+            None => match self.encrypted_chunk().await? {
+                None => Ok(WrappedKeys::default()),
+                // Without its keys what is written from now on would be in the clear.
+                Some(object) => Err(RescueError::Keys {
+                    object,
+                    problem: "it is encrypted, and there is no copy of the keys at all".to_owned(),
+                }),
+            },
             Some((object, problem)) => Err(RescueError::Keys { object, problem }),
         }
+    }
+
+    /// An encrypted chunk of the volume's own, if the newest that has data is one.
+    async fn encrypted_chunk(&self) -> Result<Option<String>, StoreError> {
+        let log = self.listed.chunks.iter().rev();
+        let log = log.flat_map(|(epoch, seqs)| seqs.iter().rev().map(|seq| (*epoch, *seq)));
+        let compacted = self.listed.compacted.iter().rev().copied();
+        let looked_at = log.chain(compacted).take(CHUNKS_LOOKED_AT_MAX);
+        let looked_at: Vec<(Epoch, u64)> = looked_at.collect();
+        for (epoch, seq) in looked_at {
+            let chunk = ChunkId {
+                volume: self.id,
+                epoch,
+                seq: ChunkSeq::new(seq),
+            };
+            let object = keys::chunk_key(&self.volume.tenant, chunk);
+            let bytes = match self.store.get(&object).await {
+                Ok((bytes, _)) => bytes,
+                Err(StoreError::NotFound { .. } | StoreError::Invalid { .. }) => continue,
+                Err(error) => return Err(error),
+            };
+            // A seal, a damaged one, or one of zeroes alone says nothing.
+            let Ok(header) = decode_header(&bytes, chunk) else {
+                continue;
+            };
+            let first = header
+                .frames
+                .first()
+                .map(|frame| frame.stored_offset as usize);
+            if let Some(frame) = first.and_then(|at| bytes.get(at..)) {
+                return Ok(is_encrypted(frame).then_some(object));
+            }
+        }
+        Ok(None)
     }
 
     /// The snapshots that are whole, by their copies; the others go to `passed_over`.

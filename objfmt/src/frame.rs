@@ -237,6 +237,12 @@ fn keyed(field: u32, codecs: u8) -> Result<(u32, KeyGeneration)> {
     }
 }
 
+/// Whether the frame that begins with these bytes is encrypted, as far as its header tells; nothing of it is checked.
+#[must_use]
+pub fn is_encrypted(frame: &[u8]) -> bool {
+    frame.get(3).is_some_and(|codecs| codecs >> 4 != 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

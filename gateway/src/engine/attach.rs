@@ -301,6 +301,7 @@ impl Daemon {
         let tenant = self.tenant(&volume.volume.tenant).await?;
         let record = registry::find_record(&tenant.control(), &volume.volume).await?;
         let id = record.volume;
+        self.check_is_its_own(volume, id)?;
         if let Some(name) = &volume.snapshot {
             return self
                 .serve_snapshot(&tenant, volume, id, name, options)
@@ -324,6 +325,19 @@ impl Daemon {
             self.kept.lock().remove(&id);
         }
         Ok(opening)
+    }
+
+    /// Refuses a volume that is served here to another tenant: two stores that say that they have it, one of which must be
+    /// a copy, or made up.
+    fn check_is_its_own(&self, image: &ImageRef, id: VolumeId) -> ApiResult<()> {
+        let others = self.attached().into_iter();
+        let mut others = others.filter(|(other, _)| other.volume.tenant != image.volume.tenant);
+        if others.any(|(_, attached)| attached.backend.volume() == id) {
+            let message = format!("{image} has the id of a volume of another tenant, {id}");
+            let remedy = "a copy of a store is not attached beside what it was copied from";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        Ok(())
     }
 
     /// Reads what the snapshot is. What the cache kept of its volume is no part of it.

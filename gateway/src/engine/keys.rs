@@ -7,14 +7,14 @@
 //!    stay; the next change of keys, or purging the volume, deletes them.*
 //! 3. Earlier copies are deleted.
 //!
-//! Of two at once one finds other keys in the head, and takes its copy back. A clone made meanwhile takes what the
+//! Of two at once one finds other keys in the head, and leaves its copy. A clone made meanwhile takes what the
 //! head had: it is wrapped by the earlier key until it is wrapped anew itself.
 
 use std::sync::Arc;
 
 use quarry_objfmt::{
     DataKeys, Encryption, Head, KeyGeneration, KeyName, TenantName, VolumeId, WrappedKey,
-    WrappedKeys, keys as names,
+    WrappedKeys,
 };
 use quarry_volume::Event;
 
@@ -27,7 +27,6 @@ use crate::control::{
     ApiError, ApiResult, ImageRef, Kind, RekeyInfo, RekeySpec, VolumeRef, VolumeSpec,
 };
 use crate::keys::{self, KeyError};
-use crate::store::Store as _;
 
 impl From<KeyError> for ApiError {
     fn from(error: KeyError) -> Self {
@@ -215,10 +214,8 @@ impl Daemon {
             Err(error) => return Err(registry::head_error(volume, &error).into()),
         };
         if let Some(refused) = refused {
-            let key = names::keys_key(tenant, id, next.revision);
-            if let Err(error) = store.delete(&key).await {
-                tracing::warn!(%volume, %error, "a copy of its keys that no head names stays");
-            }
+            // The copy stays, for a deletion sent twice could meet the next one of this number: the next change of keys
+            // deletes it, or the purge.
             return Err(refused);
         }
         // Step 3.

@@ -85,13 +85,19 @@ impl Daemon {
             return Err(ApiError::new(Kind::Conflict, message, remedy));
         }
         if !has_quota(&settings) {
-            return Ok(Admission(None));
+            if tenant.is_fresh() {
+                return Ok(Admission(None));
+            }
+            let message = format!("what tenant {} may have is not known now", tenant.name);
+            let remedy = "try again when the daemon's own store answers";
+            return Err(ApiError::new(Kind::Unavailable, message, remedy));
         }
         let (id, now_ms) = (uuid::Uuid::new_v4().as_u64_pair().0, now_ms());
         let reserved = self
             .change_tenant(&tenant.name, |record| {
                 let held = &mut record.reservations;
-                held.retain(|r| now_ms.saturating_sub(r.since_ms) < RESERVED_FOR_MS);
+                // Whichever host's clock is ahead.
+                held.retain(|r| now_ms.abs_diff(r.since_ms) < RESERVED_FOR_MS);
                 // Our own try before this one, whose answer was lost.
                 if held.iter().any(|r| r.id == id) {
                     return Ok(());

@@ -6,9 +6,11 @@
 
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use quarry_cache::GroupLimits;
 use quarry_objfmt::record::Rates;
 
+use super::slot::Attached;
 use super::tenants::Tenant;
 use super::{Daemon, registry};
 use crate::control::{ApiResult, ImageRef, LimitsInfo, RatesInfo, RatesSpec, VolumeRef};
@@ -16,6 +18,9 @@ use crate::qos::VolumeGate;
 
 /// Between two looks at the rates of all that is attached: a GET each.
 const LOOK_PAUSE: Duration = Duration::from_secs(300);
+
+/// Records looked at side by side.
+const LOOKS_AT_ONCE: usize = 16;
 
 impl Daemon {
     /// Makes a tenant's record count here, as far as it is about the cache: from the next segment on.
@@ -31,6 +36,12 @@ impl Daemon {
             space_max: settings.cache_bytes_max.map(segments),
         };
         cache.set_group(gate.group(), limits);
+    }
+
+    /// What is reserved for a tenant that is no more is anybody's.
+    pub(super) fn give_up_cache_share(&self, tenant: &Tenant) {
+        let cache = &mut self.shared.lock().cache;
+        cache.set_group(tenant.gate().group(), GroupLimits::default());
     }
 
     pub(super) async fn set_volume_rates(
@@ -61,24 +72,33 @@ impl Daemon {
     pub async fn look_at_rates(&self) {
         loop {
             tokio::time::sleep(LOOK_PAUSE).await;
-            for (image, attached) in self.attached() {
-                if image.is_past() {
-                    continue;
-                }
-                let seen = attached.gate.changes();
-                let store = attached.tenant.control();
-                match registry::find_record(&store, &image.volume).await {
-                    // Set here meanwhile, which may be newer than what was read.
-                    Ok(_) if attached.gate.changes() != seen => {}
-                    // By its id, for the name may have gone to another volume meanwhile.
-                    Ok(record) if record.volume == attached.backend.volume() => {
-                        attached.gate.set_rates(&record.rates);
+            // Side by side: a store that hangs holds up its own only.
+            let looks = self
+                .attached()
+                .into_iter()
+                .map(|(image, attached)| async move {
+                    if !image.is_past() {
+                        look_at_rates_of(&image, &attached).await;
                     }
-                    Ok(_) => {}
-                    Err(error) => tracing::debug!(volume = %image, %error, "its rates stay"),
-                }
-            }
+                });
+            let looks = futures::stream::iter(looks).buffer_unordered(LOOKS_AT_ONCE);
+            looks.collect::<()>().await;
         }
+    }
+}
+
+async fn look_at_rates_of(image: &ImageRef, attached: &Attached) {
+    let seen = attached.gate.changes();
+    let store = attached.tenant.control();
+    match registry::find_record(&store, &image.volume).await {
+        // Set here meanwhile, which may be newer than what was read.
+        Ok(_) if attached.gate.changes() != seen => {}
+        // By its id, for the name may have gone to another volume meanwhile.
+        Ok(record) if record.volume == attached.backend.volume() => {
+            attached.gate.set_rates(&record.rates);
+        }
+        Ok(_) => {}
+        Err(error) => tracing::debug!(volume = %image, %error, "its rates stay"),
     }
 }
 

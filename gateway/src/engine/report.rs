@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use futures::StreamExt as _;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::{TenantName, keys};
 use quarry_volume::VolumeStats;
@@ -16,12 +17,15 @@ use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
-    ApiResult, AttachedInfo, CacheStatus, ImageRef, OwnerInfo, ParentInfo, RatesSpec, State,
+    ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec, State,
     StatusInfo, VolumeInfo, VolumeRef,
 };
 use crate::metrics;
 use crate::reactor::ReactorStats;
 use crate::store::{Lane, Operation, Outcome, StoreState};
+
+/// Volumes shown side by side, each by two reads of its store at most.
+const SHOWN_AT_ONCE: usize = 16;
 
 impl Daemon {
     /// A volume's counters, and the bytes of its requests that passed through the daemon's memory.
@@ -73,7 +77,7 @@ impl Daemon {
             encryption: head.encryption,
             key: head.keys.newest(head.volume).map(|key| key.by.to_string()),
             stored_bytes: head.stored_bytes,
-            parent: self.parent(volume, &head).await,
+            parent: self.parent(volume, &head, attached.as_deref()).await,
             snapshots: head.snapshots.len() as u64,
             retain_ms: head.retain_ms,
             state: match slot.state() {
@@ -123,11 +127,45 @@ impl Daemon {
         Ok(info)
     }
 
+    /// Shows them side by side. Of all tenants' volumes one whose store does not answer is shown with what is wrong.
+    pub(super) async fn show_all(
+        &self,
+        images: Vec<ImageRef>,
+        of_one_tenant: bool,
+    ) -> ApiResult<Vec<VolumeInfo>> {
+        let shows = images.into_iter().map(|image| async move {
+            match self.show(&image).await {
+                Ok(info) => Ok(Some(info)),
+                // It may just have been detached, or its volume be deleted.
+                Err(_) if image.is_past() => Ok(None),
+                Err(error) if of_one_tenant || error.kind == Kind::Internal => Err(error),
+                Err(error) => Ok(Some(VolumeInfo {
+                    tenant: image.volume.tenant.to_string(),
+                    name: image.volume.name.to_string(),
+                    state: State::Unknown,
+                    problem: Some(error.to_string()),
+                    ..VolumeInfo::default()
+                })),
+            }
+        });
+        let shown = futures::stream::iter(shows).buffered(SHOWN_AT_ONCE);
+        let shown: Vec<ApiResult<Option<VolumeInfo>>> = shown.collect().await;
+        shown.into_iter().filter_map(Result::transpose).collect()
+    }
+
     /// The snapshot that a volume was cloned from, by its volume's name if that can be had.
-    async fn parent(&self, volume: &VolumeRef, head: &Head) -> Option<ParentInfo> {
+    async fn parent(
+        &self,
+        volume: &VolumeRef,
+        head: &Head,
+        attached: Option<&Attached>,
+    ) -> Option<ParentInfo> {
         let parent = head.parent.as_ref()?;
         let key = keys::head_key(&volume.tenant, parent.volume);
-        let store = self.control(&volume.tenant).await.ok()?;
+        let store = match attached {
+            Some(attached) => attached.tenant.control(),
+            None => self.control(&volume.tenant).await.ok()?,
+        };
         let name = match HeadCell::read(&store, &key).await {
             Ok((head, _)) => format!("{}/{}", head.tenant, head.name),
             Err(_) => parent.volume.to_string(),

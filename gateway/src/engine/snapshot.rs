@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use quarry_objfmt::{Head, NameRecord, Sectors, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 
@@ -109,6 +110,9 @@ fn info_of(volume: &VolumeRef, snapshot: &quarry_objfmt::SnapshotRef) -> Snapsho
         ..SnapshotInfo::default()
     }
 }
+
+/// Volumes whose snapshots are listed side by side.
+const VOLUMES_AT_ONCE: usize = 16;
 
 impl Daemon {
     /// In this daemon's name, taking nothing from anybody.
@@ -292,18 +296,37 @@ impl Daemon {
             None => self.volumes(None).await?,
         };
         let mut all = Vec::new();
-        for volume in volumes {
-            let store = self.control(&volume.tenant).await?;
-            let head = registry::head(&store, &volume).await?;
-            let unique = self.unique_bytes(&volume, &head).await?;
-            for (number, snapshot) in head.snapshots.iter().enumerate() {
-                let mut info = info_of(&volume, snapshot);
-                info.unique_bytes = unique.as_ref().map(|bytes| bytes[number]);
-                info.attached = self.attached_snapshot(&volume, &snapshot.name);
-                all.push(info);
+        let of_one = volume.is_some();
+        let looks = volumes.into_iter().map(|volume| async move {
+            match self.snapshots_of(&volume).await {
+                Ok(found) => Ok(found),
+                // It hides no other's.
+                Err(error) if !of_one => {
+                    tracing::warn!(%volume, %error, "its snapshots are not in the list");
+                    Ok(Vec::new())
+                }
+                Err(error) => Err(error),
             }
+        });
+        let looks = futures::stream::iter(looks).buffered(VOLUMES_AT_ONCE);
+        let found: Vec<ApiResult<Vec<SnapshotInfo>>> = looks.collect().await;
+        for of in found {
+            all.append(&mut of?);
         }
         Ok(all)
+    }
+
+    async fn snapshots_of(&self, volume: &VolumeRef) -> ApiResult<Vec<SnapshotInfo>> {
+        let store = self.control(&volume.tenant).await?;
+        let head = registry::head(&store, volume).await?;
+        let unique = self.unique_bytes(volume, &head).await?;
+        let told = head.snapshots.iter().enumerate().map(|(number, snapshot)| {
+            let mut info = info_of(volume, snapshot);
+            info.unique_bytes = unique.as_ref().map(|bytes| bytes[number]);
+            info.attached = self.attached_snapshot(volume, &snapshot.name);
+            info
+        });
+        Ok(told.collect())
     }
 
     /// What each snapshot of a head keeps that nothing else needs: as the attachment here knows, else as the newest map
@@ -383,16 +406,16 @@ impl Daemon {
 
     async fn unname(&self, slot: &Slot, snapshot: &SnapRef) -> ApiResult<()> {
         let SnapRef { volume, name } = snapshot;
-        let store = self.control(&volume.tenant).await?;
         let writes = |a: &Arc<Attached>| !a.read_only;
         if let Some(attached) = slot.stage().attached().filter(|a| writes(a)) {
             self.may_change(volume, attached)?;
-            let head = attached.backend.head();
+            let (store, head) = (attached.tenant.control(), attached.backend.head());
             let deleted = snapshot::delete(&store, head, name, now_ms());
             let deleted = self.in_time(volume, deleted).await?;
             let deleted = tell_if_fenced(attached, deleted).await;
             return deleted.map_err(|error| told(volume, error));
         }
+        let store = self.control(&volume.tenant).await?;
         let id = registry::find(&store, volume).await?;
         let held = hold(&store, &volume.tenant, id, &self.claim()).await;
         let (head, was_ours) = held.map_err(|error| not_ours(volume, &error))?;
@@ -483,11 +506,24 @@ impl Daemon {
     }
 
     async fn roll_detached_back(&self, volume: &VolumeRef, name: &SnapName) -> ApiResult<()> {
-        let store = self.control(&volume.tenant).await?;
+        let tenant = self.tenant(&volume.tenant).await?;
+        let store = tenant.control();
         let id = registry::find(&store, volume).await?;
+        let head = registry::head(&store, volume).await?;
         let by = self.claim();
+        // It may have been larger then.
+        let size = size_of(&head, name).map_or(0, Sectors::bytes);
+        let more = size.saturating_sub(head.size.bytes());
+        let admission = match more {
+            0 => None,
+            more => Some(self.admit(&tenant, &Wish::growth(volume, more)).await?),
+        };
         let back = snapshot::roll_back(&store, &volume.tenant, id, name, &by);
-        let back = self.in_time(volume, back).await?;
+        let back = self.in_time(volume, back).await;
+        if let Some(admission) = admission {
+            self.settle(admission).await;
+        }
+        let back = back?;
         back.map(drop).map_err(|error| told(volume, error))
     }
 }

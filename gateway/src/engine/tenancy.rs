@@ -30,6 +30,11 @@ impl Daemon {
                 Ok((record, _)) => Ok(Some(told(record))),
                 // Deleted since.
                 Err(error) if error.kind == Kind::NotFound => Ok(None),
+                // It hides no other; showing it tells.
+                Err(error) if error.kind == Kind::Damaged => Ok(Some(TenantInfo {
+                    name: name.to_string(),
+                    ..TenantInfo::default()
+                })),
                 Err(error) => Err(error),
             }
         });
@@ -61,13 +66,23 @@ impl Daemon {
         let was = before.record().settings.store;
         let wanted = patched(&before.record().settings, patch)?;
         if wanted.store != was {
-            self.may_move(&before, wanted.store.as_ref()).await?;
+            let same_place = |store: &Option<TenantStore>| store.as_ref().map(|s| s.url.clone());
+            if same_place(&wanted.store) == same_place(&was) && wanted.store.is_some() {
+                // Reached in another way: what is attached goes on as it was until it is attached anew.
+                self.check_store_of(name, wanted.store.as_ref()).await?;
+            } else {
+                self.may_move(&before, wanted.store.as_ref()).await?;
+            }
         }
         let record = self
             .change_tenant(name, |record| {
                 // Moved by somebody else meanwhile: what was looked at is not where it is.
                 if record.settings.store != was && wanted.store != record.settings.store {
                     let message = format!("tenant {name} was changed just now by somebody else");
+                    return Err(ApiError::new(Kind::Conflict, message, "try again"));
+                }
+                if wanted.store != was && !record.reservations.is_empty() {
+                    let message = format!("something is being made for tenant {name}");
                     return Err(ApiError::new(Kind::Conflict, message, "try again"));
                 }
                 record.settings = patched(&record.settings, patch)?;
@@ -125,12 +140,11 @@ impl Daemon {
     }
 
     fn attached_of(&self, tenant: &TenantName) -> Vec<VolumeRef> {
-        let slots = self.slots.lock();
-        let of = |image: &&ImageRef| image.volume.tenant == *tenant && !image.is_past();
-        slots
-            .keys()
-            .filter(of)
-            .map(|image| image.volume.clone())
+        let of = |image: &ImageRef| image.volume.tenant == *tenant && !image.is_past();
+        let attached = self.attached().into_iter();
+        attached
+            .filter(|(image, _)| of(image))
+            .map(|(image, _)| image.volume)
             .collect()
     }
 
@@ -139,9 +153,12 @@ impl Daemon {
     pub async fn follow_tenants(self: Arc<Self>) {
         loop {
             tokio::time::sleep(tenants::REFRESH_INTERVAL).await;
+            let has_slots =
+                |name: &TenantName| self.slots.lock().keys().any(|i| i.volume.tenant == *name);
+            self.forget_idle_tenants(has_slots);
             for tenant in self.tenants.all() {
                 let name = &tenant.name;
-                if self.slots.lock().keys().any(|i| i.volume.tenant == *name)
+                if has_slots(name)
                     && let Err(error) = self.read_tenant(name).await
                 {
                     tracing::debug!(tenant = %name, %error, "the tenant's record cannot be read");

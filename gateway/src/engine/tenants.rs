@@ -30,6 +30,15 @@ use crate::store::{
 /// be seen by a control call here.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
 
+/// How long what is known is used when the daemon's store did not answer, before it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+
+/// How old a record may be by which something is made.
+const FRESH_FOR: Duration = Duration::from_secs(60);
+
+/// How long a tenant with nothing attached here is remembered.
+const REMEMBERED_FOR: Duration = Duration::from_secs(10 * 60);
+
 /// How often the records of tenants with something attached here are read: so long does a change made on another host
 /// take to be seen by their devices.
 pub(super) const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
@@ -120,6 +129,8 @@ pub(super) struct Tenant {
 struct Seen {
     record: TenantRecord,
     at: Instant,
+    /// When it is read again.
+    again: Instant,
 }
 
 impl Tenant {
@@ -149,6 +160,11 @@ impl Tenant {
     /// Its record, as it was read last.
     pub(super) fn record(&self) -> TenantRecord {
         self.seen.lock().record.clone()
+    }
+
+    /// Whether its record was read lately: what is made by an older one might be where nobody looks.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.seen.lock().at.elapsed() < FRESH_FOR
     }
 
     /// The way to its store for a control call.
@@ -251,31 +267,37 @@ impl Tenants {
 
     /// Takes up what a record says.
     fn learn(&self, name: &TenantName, record: TenantRecord) -> Result<Arc<Tenant>, OpenError> {
+        if let Some(known) = self.newer(name, &record) {
+            return Ok(known);
+        }
         let site = self.site(record.settings.store.as_ref())?;
         let at = Instant::now();
-        let seen = Seen { record, at };
+        let again = at + KNOWN_FOR;
+        let seen = Seen { record, at, again };
         let mut known = self.known.lock();
-        if let Some(tenant) = known.get(name) {
-            if Arc::ptr_eq(&tenant.site, &site) {
-                let mut held = tenant.seen.lock();
-                // An answer that was overtaken by a change made here says nothing.
-                if held.record.revision <= seen.record.revision
-                    || held.record.created_ms != seen.record.created_ms
-                {
-                    tenant.gate.set(&seen.record.settings);
-                    *held = seen;
-                }
-                drop(held);
+        let kept = match known.get(name) {
+            Some(tenant) if Arc::ptr_eq(&tenant.site, &site) => {
+                tenant.gate.set(&seen.record.settings);
+                *tenant.seen.lock() = seen;
                 return Ok(Arc::clone(tenant));
             }
-            let kept = (Arc::clone(&tenant.account), Arc::clone(&tenant.gate));
-            let moved = Tenant::new(name.clone(), site, kept, seen);
-            known.insert(name.clone(), Arc::clone(&moved));
-            return Ok(moved);
-        }
-        let new = Tenant::new(name.clone(), site, Default::default(), seen);
+            Some(moved) => (Arc::clone(&moved.account), Arc::clone(&moved.gate)),
+            None => Default::default(),
+        };
+        let new = Tenant::new(name.clone(), site, kept, seen);
         known.insert(name.clone(), Arc::clone(&new));
         Ok(new)
+    }
+
+    /// What is known, if it is newer: an answer that was overtaken by a change made here says nothing, least of all
+    /// where the tenant's volumes are.
+    fn newer(&self, name: &TenantName, record: &TenantRecord) -> Option<Arc<Tenant>> {
+        let known = self.known(name)?;
+        let is_newer = {
+            let held = &known.seen.lock().record;
+            held.created_ms == record.created_ms && held.revision > record.revision
+        };
+        is_newer.then_some(known)
     }
 }
 
@@ -378,14 +400,18 @@ impl Daemon {
     pub(super) async fn tenant(&self, name: &TenantName) -> ApiResult<Arc<Tenant>> {
         let known = self.tenants.known(name);
         if let Some(tenant) = &known
-            && tenant.seen.lock().at.elapsed() < KNOWN_FOR
+            && Instant::now() < tenant.seen.lock().again
         {
             tenant.site.check().await?;
             return Ok(Arc::clone(tenant));
         }
-        let tenant = match self.read_tenant(name).await {
-            Err(error) if error.kind == Kind::Unavailable => known.ok_or(error)?,
-            read => read?,
+        let tenant = match (self.read_tenant(name).await, known) {
+            // Its own store may do well while the daemon's does not.
+            (Err(error), Some(known)) if error.kind != Kind::NotFound => {
+                known.seen.lock().again = Instant::now() + ASK_AGAIN;
+                known
+            }
+            (read, _) => read?,
         };
         tenant.site.check().await?;
         Ok(tenant)
@@ -393,15 +419,9 @@ impl Daemon {
 
     /// A tenant, as its record says now.
     pub(super) async fn read_tenant(&self, name: &TenantName) -> ApiResult<Arc<Tenant>> {
-        match read(&self.home, name).await {
-            Ok((record, _)) => self.learn_tenant(name, record),
-            Err(error) => {
-                if error.kind == Kind::NotFound {
-                    self.tenants.known.lock().remove(name);
-                }
-                Err(error)
-            }
-        }
+        // One that is not there is remembered all the same: what is attached of it holds on to what is known.
+        let (record, _) = read(&self.home, name).await?;
+        self.learn_tenant(name, record)
     }
 
     fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
@@ -409,6 +429,12 @@ impl Daemon {
         let tenant = learnt.map_err(|error| cannot_open(name, &error))?;
         self.set_cache_share(&tenant);
         Ok(tenant)
+    }
+
+    /// Whether a tenant is known to have a store of its own.
+    pub fn is_in_own_store(&self, name: &TenantName) -> bool {
+        let known = self.tenants.known(name);
+        known.is_some_and(|tenant| !Arc::ptr_eq(&tenant.site, &self.tenants.home))
     }
 
     /// The way to a tenant's store for a control call.
@@ -479,7 +505,24 @@ impl Daemon {
 
     /// Forgets a tenant that is no more.
     pub(super) fn forget_tenant(&self, name: &TenantName) {
-        self.tenants.known.lock().remove(name);
+        let known = self.tenants.known.lock().remove(name);
+        if let Some(tenant) = known {
+            self.give_up_cache_share(&tenant);
+        }
+    }
+
+    /// Forgets tenants that nothing was wanted of for a while, but for those with something attached here.
+    pub(super) fn forget_idle_tenants(&self, has_slots: impl Fn(&TenantName) -> bool) {
+        let is_idle = |tenant: &Arc<Tenant>| {
+            let seen = tenant.seen.lock().at;
+            seen.elapsed() > REMEMBERED_FOR && !has_slots(&tenant.name)
+        };
+        for tenant in self.tenants.all() {
+            // One in the table, one here.
+            if is_idle(&tenant) && Arc::strong_count(&tenant) == 2 {
+                self.forget_tenant(&tenant.name);
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_objfmt::record::TrashRecord;
 use quarry_objfmt::{Deleted, TenantName, VolumeId, VolumeName, keys};
 use tokio::sync::Notify;
@@ -14,13 +14,13 @@ use tokio::sync::Notify;
 use super::quota::Wish;
 use super::tenants::Tenant;
 use super::{Daemon, now_ms, registry};
-use crate::backend::HeadCell;
+use crate::backend::{HeadCell, HeadError};
 use crate::control::{
     ApiError, ApiResult, ImageRef, Kind, PurgeReport, PurgeSpec, TrashInfo, TrashRef, VolumeInfo,
     VolumeRef,
 };
 use crate::metrics;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::trash::{self, Purged, TrashError, Trashed};
 
 /// Longest and shortest time between two looks into the trash. A look is a LIST a tenant, and a GET for
@@ -202,17 +202,32 @@ impl Daemon {
         &self,
         tenant: Option<&TenantName>,
     ) -> ApiResult<Vec<TrashInfo>> {
-        let grace_ms = self.grace_ms();
-        let mut all = Vec::new();
-        for tenant in self.tenants_of(tenant).await? {
-            let store = self.control(&tenant).await?;
-            let found = trash::list(&store, &tenant).await;
-            let found = found.map_err(|error| trash_error(&tenant, error))?;
-            let mut of: Vec<_> = found.iter().map(|t| tell(&tenant, t, grace_ms)).collect();
-            of.sort_by_key(|info| info.deleted_ms);
-            all.append(&mut of);
-        }
-        Ok(all)
+        let tenants = self.tenants_of(tenant).await?;
+        let looks = tenants.into_iter().map(|name| async move {
+            match self.trash_of(&name).await {
+                Ok(found) => Ok(found),
+                // It hides no other's.
+                Err(error) if tenant.is_none() => {
+                    tracing::warn!(tenant = %name, %error, "its trash is not in the list");
+                    Ok(Vec::new())
+                }
+                Err(error) => Err(error),
+            }
+        });
+        let looks = futures::stream::iter(looks).buffered(TENANTS_AT_ONCE);
+        let all: Vec<Vec<TrashInfo>> = looks.try_collect().await?;
+        Ok(all.into_iter().flatten().collect())
+    }
+
+    async fn trash_of(&self, tenant: &TenantName) -> ApiResult<Vec<TrashInfo>> {
+        let found = trash::list(&self.control(tenant).await?, tenant).await;
+        let found = found.map_err(|error| trash_error(tenant, error))?;
+        let mut of: Vec<_> = found
+            .iter()
+            .map(|t| tell(tenant, t, self.grace_ms()))
+            .collect();
+        of.sort_by_key(|info| info.deleted_ms);
+        Ok(of)
     }
 
     pub(super) async fn restore_volume(
@@ -231,8 +246,14 @@ impl Daemon {
         let of = self.tenant(&tenant).await?;
         let store = of.control();
         // Its size is not in the trash's record.
-        let head = HeadCell::read(&store, &keys::head_key(&tenant, id)).await;
-        let bytes = head.map_or(0, |(head, _)| head.size.bytes());
+        let bytes = match HeadCell::read(&store, &keys::head_key(&tenant, id)).await {
+            Ok((head, _)) => head.size.bytes(),
+            Err(HeadError::Store(error)) if !matches!(error, StoreError::NotFound { .. }) => {
+                return Err(registry::store_error(&error));
+            }
+            // Restoring it will tell.
+            Err(_) => 0,
+        };
         let wish = Wish {
             what: format!("{tenant}/{id}"),
             volumes: 1,
@@ -279,19 +300,32 @@ impl Daemon {
 
     /// The tenant whose trash has this volume.
     async fn whose(&self, id: VolumeId) -> ApiResult<TenantName> {
-        for tenant in self.tenants_of(None).await? {
-            if self.has_in_trash(&tenant, id).await? {
-                return Ok(tenant);
+        let looks = self
+            .tenants_of(None)
+            .await?
+            .into_iter()
+            .map(|tenant| async move {
+                let is_there = self.has_in_trash(&tenant, id).await;
+                is_there.map(|is_there| is_there.then_some(tenant))
+            });
+        let mut looks = futures::stream::iter(looks).buffer_unordered(TENANTS_AT_ONCE);
+        let mut failed = None;
+        while let Some(look) = looks.next().await {
+            match look {
+                Ok(Some(tenant)) => return Ok(tenant),
+                Ok(None) => {}
+                // It may be another's.
+                Err(error) => failed = Some(error),
             }
         }
-        Err(trash_error(&id, TrashError::NotThere))
+        Err(failed.unwrap_or_else(|| trash_error(&id, TrashError::NotThere)))
     }
 
     async fn has_in_trash(&self, tenant: &TenantName, id: VolumeId) -> ApiResult<bool> {
         let key = keys::trash_key(tenant, id);
         match self.control(tenant).await?.get(&key).await {
             Ok(_) => Ok(true),
-            Err(crate::store::StoreError::NotFound { .. }) => Ok(false),
+            Err(StoreError::NotFound { .. }) => Ok(false),
             Err(error) => Err(registry::store_error(&error)),
         }
     }
@@ -350,6 +384,9 @@ impl Daemon {
         if purged == Purged::Gone {
             self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
             self.forget_kept(id);
+            // Nor does this host show it any more.
+            self.shared.lock().cache.evict(id);
+            self.common.fetches.evict(id);
             tracing::info!(tenant = %tenant.name, volume = %id, "purged from the trash");
         }
         Ok(purged)

@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::io::{Read as _, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use quarry_objfmt::KeyName;
+use rustix::process::{Pid, Signal, kill_process_group};
 use zeroize::Zeroizing;
 
 use super::{HOOK_ANSWER_MAX, HOOK_TIME_MAX, KeyError};
@@ -54,7 +56,10 @@ struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended already, which is what is wanted.
+        // With what it started, which may hold its pipes. It may have ended already, which is what is wanted.
+        if let Some(group) = Pid::from_raw(self.0.id().cast_signed()) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -71,6 +76,7 @@ fn run(
     let begun = Instant::now();
     let child = std::process::Command::new(program)
         .args(arguments)
+        .process_group(0)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

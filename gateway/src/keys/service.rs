@@ -14,13 +14,15 @@ use super::{HOOK_ANSWER_MAX, HOOK_TIME_MAX, KeyError};
 #[derive(Clone, Debug)]
 pub(super) struct Service {
     url: String,
+    /// Its scheme and host, for people: who else is in a URL may be a secret.
+    place: String,
     /// Why there is none, if there is not.
     http: Result<reqwest::Client, String>,
 }
 
 impl fmt::Display for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the service {}", self.url)
+        write!(f, "the service {}", self.place)
     }
 }
 
@@ -41,10 +43,16 @@ impl Service {
         crate::store::install_crypto();
         let http = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
+            // Keys go to whom they are asked from, and nobody between.
+            .no_proxy()
             .timeout(HOOK_TIME_MAX)
             .build();
         Self {
             url: url.to_owned(),
+            place: reqwest::Url::parse(url).map_or_else(
+                |_| "of keys".to_owned(),
+                |url| url.origin().ascii_serialization(),
+            ),
             http: http.map_err(|error| format!("the HTTP client cannot start: {error}")),
         }
     }

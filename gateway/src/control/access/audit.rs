@@ -27,6 +27,7 @@ use serde_json::{Map, Value};
 use super::super::api::Refused;
 use super::super::endpoints::Endpoint;
 use super::super::{ApiError, ApiResult, Kind};
+use super::tokens::without_secret;
 use super::{Caller, Peer};
 use crate::engine::now_ms;
 pub use crate::metrics::AuditStats;
@@ -91,6 +92,13 @@ impl Told {
             .uri
             .path_and_query()
             .map_or("", |target| target.as_str());
+        // Somebody may name a token by its whole text.
+        let target = match target.rsplit_once('/') {
+            Some((path, token)) if token.starts_with("qry_") => {
+                format!("{path}/{}", without_secret(token))
+            }
+            _ => target.to_owned(),
+        };
         // A path is ASCII, so that no character is cut.
         let cut = target.len().min(TARGET_BYTES_MAX);
         Self {

@@ -66,7 +66,7 @@ impl<S: Sync> FromRequestParts<S> for Allowed {
 pub(super) struct Calls(Arc<Mutex<HashMap<TenantName, usize>>>);
 
 /// A call under way.
-struct Call {
+pub(super) struct Call {
     of: TenantName,
     all: Arc<Mutex<HashMap<TenantName, usize>>>,
 }
@@ -130,7 +130,7 @@ impl Guard {
         }
         let audit = self.access.audit.as_ref();
         let mut told = Told::new(self.endpoint, &parts);
-        let admitted = match self.admit(&parts, &mut told).await {
+        let mut admitted = match self.admit(&parts, &mut told).await {
             Ok(admitted) => admitted,
             Err(refused) => {
                 if let Some(audit) = audit {
@@ -139,7 +139,10 @@ impl Guard {
                 return Err(refused);
             }
         };
-        parts.extensions.insert(Reach(self.reach(&admitted.caller)));
+        let call = admitted.call.take();
+        parts
+            .extensions
+            .insert(Reach(self.reach(&admitted.caller, call)));
         if matches!(admitted.caller, Caller::Operator { .. }) {
             parts.extensions.insert(Operating(Arc::clone(&self.access)));
         }
@@ -173,14 +176,12 @@ impl Guard {
             None => None,
             Some(tenant) => Some(self.access.calls.begin(tenant).ok_or_else(busy)?),
         };
-        Ok(Admitted {
-            caller,
-            _call: call,
-        })
+        Ok(Admitted { caller, call })
     }
 
-    /// The engine as far as `caller` reaches.
-    fn reach(&self, caller: &Caller) -> Arc<dyn Engine> {
+    /// The engine as far as `caller` reaches. It keeps the place among the calls: what is spawned with it goes on when
+    /// the caller has hung up, and counts for as long.
+    fn reach(&self, caller: &Caller, call: Option<Call>) -> Arc<dyn Engine> {
         let engine = Arc::clone(&self.engine);
         match caller {
             Caller::Operator { .. } => engine,
@@ -188,6 +189,7 @@ impl Guard {
                 engine,
                 tenant.clone(),
                 self.access.tenant_attach,
+                call,
             )),
         }
     }
@@ -196,7 +198,7 @@ impl Guard {
 /// Somebody who may, and the place among the calls under way.
 struct Admitted {
     caller: Caller,
-    _call: Option<Call>,
+    call: Option<Call>,
 }
 
 /// The body of a request, which is small and soon there or refused.

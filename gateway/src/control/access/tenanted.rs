@@ -17,6 +17,7 @@ use super::super::{
     StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
+use super::guard::Call;
 
 /// Refuses a key by name: a keyring has other tenants' too. The tenant's own needs no name.
 fn no_key(key: Option<&KeyName>) -> ApiResult<()> {
@@ -35,14 +36,22 @@ pub(super) struct Tenanted {
     inner: Arc<dyn Engine>,
     tenant: TenantName,
     attach: TenantAttach,
+    /// Given back when the last who holds this engine is done.
+    _call: Option<Call>,
 }
 
 impl Tenanted {
-    pub fn new(inner: Arc<dyn Engine>, tenant: TenantName, attach: TenantAttach) -> Self {
+    pub fn new(
+        inner: Arc<dyn Engine>,
+        tenant: TenantName,
+        attach: TenantAttach,
+        call: Option<Call>,
+    ) -> Self {
         Self {
             inner,
             tenant,
             attach,
+            _call: call,
         }
     }
 
@@ -121,7 +130,15 @@ impl Engine for Tenanted {
 
     async fn show_tenant(&self, tenant: &TenantName) -> ApiResult<TenantInfo> {
         self.own(tenant)?;
-        self.inner.show_tenant(tenant).await
+        let mut info = self.inner.show_tenant(tenant).await?;
+        if let Some(store) = &mut info.store {
+            // The newest failure may be of another's object, and the daemon's own store is its operator's.
+            store.last_error = None;
+            if info.settings.store.is_none() {
+                store.url = String::new();
+            }
+        }
+        Ok(info)
     }
 
     async fn update_tenant(
@@ -138,7 +155,7 @@ impl Engine for Tenanted {
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
         // Of the others nothing is read, so that what is wrong with theirs is not told.
-        match self.inner.show_tenant(&self.tenant).await {
+        match self.show_tenant(&self.tenant).await {
             Ok(own) => Ok(vec![own]),
             Err(error) if error.kind == Kind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),

@@ -319,7 +319,10 @@ impl Tokens {
             }
             Err(error) => {
                 tracing::warn!(%error, "a token cannot be looked up");
-                *self.failed_at.lock() = Some(Instant::now());
+                // One record that is damaged says nothing of the others'.
+                if error.kind == Kind::Unavailable {
+                    *self.failed_at.lock() = Some(Instant::now());
+                }
                 let message = "the store does not say whose token this is";
                 Err(ApiError::new(
                     Kind::Unavailable,
@@ -523,6 +526,8 @@ impl Tokens {
     /// # Errors
     /// [`Kind::NotFound`] if there is none of this id.
     pub async fn revoke(&self, id: &str) -> ApiResult<()> {
+        // The whole token will do: whoever has it by mistake wants it gone.
+        let id = without_secret(id);
         let (holder, serial) = take_apart(id).ok_or_else(|| no_token(id))?;
         let mut was_there = false;
         self.change(&holder, |all| {
@@ -547,6 +552,14 @@ impl Tokens {
         let deleted = self.store.delete(&keys::tokens_key(Some(tenant))).await;
         self.changed(&holder, None);
         deleted.map_err(|error| store_error(&error))
+    }
+}
+
+/// A token's id, of the id or of the whole token.
+pub(super) fn without_secret(text: &str) -> &str {
+    match text.strip_prefix("qry_") {
+        Some(token) => token.rsplit_once('_').map_or(token, |(id, _)| id),
+        None => text,
     }
 }
 
