@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn reclaim_takes_from_who_is_most_over_its_share_and_never_what_is_reserved() {
-        let mut groups = Groups::new(8, 16);
+        let mut groups = Groups::new(6, 16);
         let limits = |reserve, space_max| GroupLimits {
             reserve,
             space_max,
@@ -351,6 +351,30 @@ mod tests {
         // Nobody of it is here any more: it has no share.
         groups.leave(2, false);
         assert_eq!(groups.most_over(3, 1..4)[0], 2);
+    }
+
+    #[test]
+    fn reservations_of_more_than_there_is_leave_what_may_be_dirty_to_all() {
+        let mut groups = Groups::new(8, 16);
+        let reserve = |reserve| GroupLimits {
+            reserve,
+            ..GroupLimits::default()
+        };
+        groups.set(1, reserve(u32::MAX));
+        groups.set(2, reserve(1000));
+        // Of who is not here nothing is reserved.
+        groups.set(4, reserve(1000));
+        (1..4).for_each(|id| groups.join(id, true));
+        (0..16).for_each(|_| groups.took(1, false));
+        let mut left = 0;
+        while groups.most_over(3, 1..2) == [1] {
+            groups.gave(1);
+            left += 1;
+        }
+        assert!(left >= 8, "{left} of 8 that may be dirty");
+        // And what no tenant has any more is nobody's.
+        groups.set(1, GroupLimits::default());
+        assert_eq!(groups.most_over(3, 1..2), [1]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod chores;
 mod config;
 mod copying;
 mod demo;
+mod doctor;
 mod export;
 mod failure;
 mod import;
@@ -149,6 +150,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Command::Volume(command) => wait(volume::run(&client()?, command, console)),
         Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
         Command::Trash(command) => wait(trash::run(&client()?, command, console)),
+        Command::Doctor => wait(doctor::run(&client()?, console)),
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

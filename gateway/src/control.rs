@@ -14,6 +14,7 @@ pub mod access;
 mod api;
 mod chores;
 pub mod client;
+mod doctor;
 pub mod dto;
 mod endpoints;
 mod error;
@@ -42,6 +43,7 @@ pub use access::Access;
 pub(crate) use api::place_of;
 pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
+pub use doctor::{Check, DoctorReport, Verdict};
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
     OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapshotInfo, State,
@@ -173,6 +175,8 @@ pub trait Engine: Send + Sync + 'static {
     async fn restore(&self, which: &TrashRef, name: Option<&VolumeName>) -> ApiResult<VolumeInfo>;
     /// Deletes volumes of the trash and their data for ever; answers when that is done.
     async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport>;
+    /// Looks for what is not as it should be around the daemon.
+    async fn doctor(&self) -> ApiResult<DoctorReport>;
     /// How the daemon does.
     async fn status(&self) -> ApiResult<StatusInfo>;
     /// Whether the daemon can serve; if not, why, in words that end a sentence begun "not ready:".

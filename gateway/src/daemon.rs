@@ -11,17 +11,19 @@ mod replace;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use quarry_objfmt::TenantName;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 use self::replace::Predecessor;
 use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
 use crate::engine::{Daemon, How, prepare_cache_key};
-use crate::fair::{Gate, Share, plain_share};
+use crate::fair::{Gate, Place, Share, plain_share};
 use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
@@ -250,17 +252,17 @@ async fn attach_again(daemon: Arc<Daemon>) {
         daemon.look_for_left_devices().await;
     }
     let places = Gate::new(ATTACH_AGAIN_AT_ONCE);
-    let mut shares: BTreeMap<TenantName, Arc<Share>> = BTreeMap::new();
+    let mut tenants: BTreeMap<TenantName, Arc<Returning>> = BTreeMap::new();
     let (told, mut settled) = tokio::sync::mpsc::unbounded_channel();
     // Dropped with this task, they end.
     let mut tries = tokio::task::JoinSet::new();
     for (volume, how) in wanted {
-        let share = shares.entry(volume.volume.tenant.clone());
-        let share = Arc::clone(share.or_insert_with(plain_share));
+        let tenant = tenants.entry(volume.volume.tenant.clone());
+        let tenant = Arc::clone(tenant.or_default());
         let again = AttachAgain {
             daemon: Arc::clone(&daemon),
             places: places.clone(),
-            share,
+            tenant,
             told: Some(told.clone()),
         };
         tries.spawn(again.run(volume, how));
@@ -276,11 +278,27 @@ async fn attach_again(daemon: Arc<Daemon>) {
     tries.join_all().await;
 }
 
+/// A tenant whose volumes come back.
+struct Returning {
+    share: Arc<Share>,
+    /// Its own store was found away: none of its volumes is waited for.
+    is_away: watch::Sender<bool>,
+}
+
+impl Default for Returning {
+    fn default() -> Self {
+        Self {
+            share: plain_share(),
+            is_away: watch::Sender::new(false),
+        }
+    }
+}
+
 /// One volume's way back.
 struct AttachAgain {
     daemon: Arc<Daemon>,
     places: Gate,
-    share: Arc<Share>,
+    tenant: Arc<Returning>,
     /// Told once, when the daemon's readiness does not wait for it any more.
     told: Option<tokio::sync::mpsc::UnboundedSender<()>>,
 }
@@ -291,7 +309,7 @@ impl AttachAgain {
         let mut delay = ATTACH_AGAIN_DELAY.0;
         // Who detaches it meanwhile takes it out of the list.
         while self.daemon.wanted().contains(&volume) {
-            let place = self.places.enter(&self.share).await;
+            let place = self.place().await;
             let attached = self.daemon.attach_again(&volume, &how).await;
             drop(place);
             let error = match attached {
@@ -312,7 +330,11 @@ impl AttachAgain {
             match error.kind {
                 Kind::Unavailable if !self.daemon.is_in_own_store(&volume.volume.tenant) => {}
                 // A key may come back, or a right; and a tenant's own store is not waited for by others.
-                Kind::Unavailable | Kind::Denied => self.settle(),
+                Kind::Unavailable => {
+                    self.tenant.is_away.send_replace(true);
+                    self.settle();
+                }
+                Kind::Denied => self.settle(),
                 _ => {
                     tracing::error!(%volume, %error, "cannot be attached again");
                     break;
@@ -323,6 +345,20 @@ impl AttachAgain {
             delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
         }
         self.settle();
+    }
+
+    /// Waits for its turn, and does not let the daemon wait for it if its tenant's store is away.
+    async fn place(&mut self) -> Place {
+        let (places, tenant) = (self.places.clone(), Arc::clone(&self.tenant));
+        let mut turn = pin!(places.enter(&tenant.share));
+        let mut is_away = tenant.is_away.subscribe();
+        loop {
+            tokio::select! {
+                place = &mut turn => return place,
+                // Its sender is the tenant's, which lives.
+                _ = is_away.wait_for(|away| *away), if self.told.is_some() => self.settle(),
+            }
+        }
     }
 
     fn settle(&mut self) {

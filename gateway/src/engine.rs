@@ -15,6 +15,7 @@ mod cache_key;
 mod chores;
 mod costs;
 mod direct;
+mod doctor;
 mod handover;
 pub mod kept;
 mod keys;
@@ -57,11 +58,11 @@ use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
-    Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo,
-    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo,
-    RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
-    StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
-    VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
+    Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
+    EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
+    RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
+    SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
 use crate::keys::KeyService;
@@ -691,6 +692,11 @@ impl Engine for Daemon {
 
     async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
         self.purge_now(spec).await
+    }
+
+    async fn doctor(&self) -> ApiResult<DoctorReport> {
+        let checks = self.examine().await;
+        Ok(DoctorReport { checks })
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {

@@ -1,6 +1,7 @@
 //! Makes and checks the place where a store lives, before anything is kept in it.
 //!
-//! Owns: the bucket (made if allowed), the refusal of lifecycle rules that would expire our objects,
+//! Owns: the bucket (made if allowed), the refusal of lifecycle rules that would expire our objects and of versions that are
+//! kept for ever, the rule that ends uploads broken off,
 //! the probe of conditional writes, and the marker object that says a prefix was probed. Does not
 //! own: anything under the prefix but the marker and the probe's own keys.
 //!
@@ -63,6 +64,16 @@ pub enum ProvisionError {
         rule: String,
         /// What it does: `deletes` or `archives`.
         effect: &'static str,
+        /// Our prefix.
+        prefix: String,
+    },
+    /// What is deleted stays for ever.
+    #[error(
+        "the bucket {bucket} keeps the versions of deleted objects for ever, and space that volumes give back would be paid for all the same: suspend its versioning, or add a lifecycle rule that expires noncurrent versions under {prefix:?}"
+    )]
+    Versioning {
+        /// The bucket.
+        bucket: String,
         /// Our prefix.
         prefix: String,
     },
@@ -134,9 +145,56 @@ pub async fn prepare(
         let bucket = bucket::Bucket::open(&s3).await?;
         prepared.made_bucket = bucket.ensure(settings.make_missing).await?;
         prepared.warnings.extend(bucket.check_lifecycle().await?);
+        let is_new = matches!(
+            store.get(MARKER_KEY).await,
+            Err(StoreError::NotFound { .. })
+        );
+        match bucket.check_versioning().await {
+            // What is there already is not shut out for what it costs.
+            Err(error @ ProvisionError::Versioning { .. }) if !is_new => {
+                prepared.warnings.push(error.to_string());
+            }
+            checked => prepared.warnings.extend(checked?),
+        }
+        if is_new {
+            prepared.warnings.extend(bucket.ensure_uploads_end().await);
+        }
     }
     prepared.probed = ensure_probed(store).await?;
     Ok(prepared)
+}
+
+/// Looks at a place anew, whatever was found before; changes nothing but the probe's own keys. What was looked at, and
+/// what was found.
+pub async fn examine(
+    settings: &StoreSettings,
+    store: &dyn Store,
+) -> Vec<(&'static str, Result<String, ProvisionError>)> {
+    let mut looks = Vec::new();
+    match settings.place() {
+        Ok(Place::S3(s3)) => match bucket::Bucket::open(&s3).await {
+            Ok(bucket) => {
+                let there = bucket.ensure(false).await;
+                looks.push(("bucket", there.map(|_| "it is there".to_owned())));
+                let fits = |warning: Option<String>, words: &str| {
+                    warning.unwrap_or_else(|| words.to_owned())
+                };
+                let rules = bucket.check_lifecycle().await;
+                let rules = rules.map(|w| fits(w, "none takes our objects away"));
+                looks.push(("lifecycle rules", rules));
+                let versions = bucket.check_versioning().await;
+                let versions = versions.map(|w| fits(w, "what is deleted is gone"));
+                looks.push(("versioning", versions));
+            }
+            Err(error) => looks.push(("keys", Err(error))),
+        },
+        Ok(Place::Folder(_)) => {}
+        Err(error) => looks.push(("settings", Err(error.into()))),
+    }
+    let probed = probe_conditional_writes(store).await;
+    let probed = probed.map(|()| "two writers are kept apart".to_owned());
+    looks.push(("conditional writes", probed));
+    looks
 }
 
 /// Probes the store if that was not done at this address before; says whether it was done now.

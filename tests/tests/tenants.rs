@@ -360,6 +360,72 @@ fn tenant_whose_store_is_away_hides_and_holds_up_no_other() -> Result<()> {
 }
 
 #[test]
+fn tenant_whose_store_is_away_at_a_start_holds_up_no_other() -> Result<()> {
+    /// More than are attached again at once.
+    const VOLUMES: usize = 10;
+    let dir = tempdir()?;
+    let Some(server) = SeaweedFs::start(dir.path())? else {
+        return Ok(());
+    };
+    let proxy = FaultProxy::start(server.address())?;
+    let mut site = Site::with_folder(dir.path(), "a")?;
+    for (name, value) in server.client_environment(proxy.address()) {
+        site = site.env(&name, &value);
+    }
+    let daemon = site.start()?;
+    // By its name it comes first.
+    daemon.quarry(&["tenant", "create", "afar", "--store", "s3://afar/q"])?;
+    for number in 0..VOLUMES {
+        drop(daemon.fresh_volume(&format!("afar/v{number}"), 16 * MIB, &[])?);
+    }
+    daemon
+        .fresh_volume("near/db", 16 * MIB, &[])?
+        .write(0, &[8; 4096], true)?;
+    daemon.stop()?;
+    proxy.cut();
+    // Ready, though they are not back.
+    let daemon = site.start()?;
+    ensure!(daemon.connect("near/db")?.read_vec(0, 4096)? == [8; 4096]);
+    let doctor = site.quarry(&["doctor"])?;
+    ensure!(doctor.code == Some(1), "{doctor}");
+    ensure!(
+        doctor.stdout.contains("afar") && doctor.stdout.contains("FAILED"),
+        "{doctor}"
+    );
+    proxy.heal();
+    let begun = Instant::now();
+    while daemon.connect("afar/v9").is_err() {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(90),
+            "{}",
+            daemon.log()
+        );
+        thread::sleep(Duration::from_millis(200));
+    }
+    site.quarry(&["doctor"])?.ok()?;
+    daemon.stop()
+}
+
+#[test]
+fn rollback_to_a_larger_size_is_held_to_the_quota() -> Result<()> {
+    let dir = tempdir()?;
+    let daemon = Site::with_folder(dir.path(), "a")?.start()?;
+    daemon.quarry(&["tenant", "create", "acme", "--max-bytes", "64MiB"])?;
+    daemon.create("acme/db", 64 * MIB, &[])?;
+    daemon.quarry(&["snapshot", "create", "acme/db@large"])?;
+    daemon.quarry(&["volume", "resize", "acme/db", "1MiB", "--force"])?;
+    daemon.create("acme/two", 60 * MIB, &[])?;
+    ensure_refused(
+        &daemon,
+        &["volume", "rollback", "acme/db@large"],
+        &["provisioned bytes"],
+    )?;
+    daemon.quarry(&["volume", "delete", "acme/two"])?;
+    daemon.quarry(&["volume", "rollback", "acme/db@large"])?;
+    daemon.stop()
+}
+
+#[test]
 fn tenants_record_damaged_is_named_and_made_anew() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;

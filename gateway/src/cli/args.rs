@@ -119,6 +119,8 @@ pub enum Command {
         after_help = "Example:\n  quarry key generate acme-2026 >> /etc/quarry/keyring"
     )]
     Key(KeyCommand),
+    /// Look for what is not as it should be around the daemon, and say what to change; it changes nothing.
+    Doctor,
     /// Show how the daemon does; fails if it is not ready.
     #[command(after_help = "Example:\n  quarry status --output json")]
     Status,

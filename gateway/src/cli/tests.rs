@@ -74,6 +74,7 @@ fn every_line_of_the_manual_parses() {
         "volume create acme/db --size 1GiB --iops 5000 --bandwidth 200MiB/s",
         "volume limit acme/db --iops 5000 --iops-burst 10000 --bandwidth 200MiB/s --bandwidth-burst 1GiB",
         "volume limit acme/db --none",
+        "doctor",
         "volume create acme/db --size 1GiB --key acme-2026",
         "volume create acme/db --size 1GiB --no-encryption",
         "volume rekey acme/db",

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::chores::{CompactSpec, MoveReport};
+use super::doctor::DoctorReport;
 use super::dto::{
     AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
@@ -698,6 +699,18 @@ impl Client {
     pub async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
         let response = self
             .call(Method::POST, "/v1/trash/purge", Some(spec), Patience::Work)
+            .await?;
+        self.json(response).await
+    }
+
+    /// What is not as it should be around the daemon.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn doctor(&self) -> ApiResult<DoctorReport> {
+        let nothing: Option<&()> = None;
+        let response = self
+            .call(Method::POST, "/v1/doctor", nothing, Patience::Work)
             .await?;
         self.json(response).await
     }

@@ -16,6 +16,7 @@ use super::access::guard::{Reach, guard};
 use super::access::{Access, Caller, Guard, Needs};
 use super::api::{self, BODY_BYTES_MAX};
 use super::chores::{CompactSpec, MoveReport};
+use super::doctor::DoctorReport;
 use super::dto::{
     AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
     SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
@@ -32,7 +33,8 @@ use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{
-    ApiError, Engine, Kind, chores, openapi, rates, rekey, retain, tenant, token, trash, warm,
+    ApiError, Engine, Kind, chores, doctor, openapi, rates, rekey, retain, tenant, token, trash,
+    warm,
 };
 
 /// Something that can be asked for.
@@ -262,6 +264,9 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
             "Take a token back."),
         at(GET, "/v1/openapi.json", Nothing, |m| on(m, openapi::serve), "The API's document.")
             .tells("application/json"),
+        at(POST, "/v1/doctor", Operator, |m| on(m, doctor::doctor),
+            "Look for what is not as it should be, and say what to change.")
+            .gives::<DoctorReport>(),
         at(GET, "/v1/status", Operator, |m| on(m, api::status), "How the daemon does.")
             .gives::<StatusInfo>(),
         at(GET, "/metrics", Operator, |m| on(m, api::metrics), "All metrics, in Prometheus' text format.")

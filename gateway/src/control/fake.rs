@@ -58,7 +58,7 @@ impl Engine for FakeEngine {
             settings,
         } = spec;
         let mut tenants = self.tenants.lock();
-        if tenants.iter().any(|t| *t == tenant) {
+        if tenants.contains(&tenant) {
             return Err(ApiError::new(
                 Kind::Exists,
                 format!("tenant {tenant} exists already"),
@@ -508,6 +508,12 @@ impl Engine for FakeEngine {
             purged: all,
             objects,
             ..PurgeReport::default()
+        })
+    }
+
+    async fn doctor(&self) -> ApiResult<DoctorReport> {
+        Ok(DoctorReport {
+            checks: vec![Check::ok("all", "is well")],
         })
     }
 

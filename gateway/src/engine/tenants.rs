@@ -79,6 +79,11 @@ impl Site {
         }))
     }
 
+    /// How it is reached.
+    pub(super) const fn settings(&self) -> &StoreSettings {
+        &self.settings
+    }
+
     /// Where it is, for people.
     pub(super) fn url(&self) -> String {
         self.lane.describe()

@@ -11,8 +11,9 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::create_bucket::CreateBucketError;
 use aws_sdk_s3::types::{
-    BucketLocationConstraint, CreateBucketConfiguration, ExpirationStatus, LifecycleRule,
-    TransitionStorageClass,
+    AbortIncompleteMultipartUpload, BucketLifecycleConfiguration, BucketLocationConstraint,
+    BucketVersioningStatus, CreateBucketConfiguration, ExpirationStatus, LifecycleRule,
+    LifecycleRuleFilter, TransitionStorageClass,
 };
 use aws_smithy_http_client::tls;
 
@@ -25,6 +26,11 @@ const REQUEST_TIME_MAX: Duration = Duration::from_secs(20);
 const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(8);
 /// The region that a request to make a bucket must not name.
 const REGION_UNNAMED: &str = "us-east-1";
+
+/// After so many days an upload in parts that was not finished is given up.
+const UPLOAD_DAYS_MAX: i32 = 7;
+/// What our rule is called, before the prefix.
+const UPLOADS_RULE: &str = "quarry: end broken-off uploads under";
 
 /// A bucket on its server.
 pub(super) struct Bucket {
@@ -169,6 +175,89 @@ impl Bucket {
         }
     }
 
+    /// Refuses a bucket that keeps deleted objects for ever. What could not be checked is a warning.
+    pub(super) async fn check_versioning(&self) -> Result<Option<String>, ProvisionError> {
+        let asked = self.client.get_bucket_versioning().bucket(&self.name);
+        match asked.send().await {
+            Ok(found) if found.status() == Some(&BucketVersioningStatus::Enabled) => {
+                let rules = self.rules().await.unwrap_or_default();
+                if rules
+                    .iter()
+                    .any(|rule| expires_versions(rule, &self.prefix))
+                {
+                    return Ok(None);
+                }
+                Err(ProvisionError::Versioning {
+                    bucket: self.name.clone(),
+                    prefix: self.prefix.clone(),
+                })
+            }
+            Ok(_) => Ok(None),
+            Err(error) => match status(&error) {
+                // A server that knows no versions.
+                Some(404 | 405 | 501) => Ok(None),
+                Some(200..=299 | 400..=499) => Ok(Some(format!(
+                    "whether the bucket {} keeps versions cannot be read ({}): make sure that it does not, or grant \
+                     s3:GetBucketVersioning",
+                    self.name,
+                    words(&error)
+                ))),
+                _ => Err(self.failed("asked for its versioning", &error, "try again")),
+            },
+        }
+    }
+
+    /// Adds a rule that ends uploads in parts under our prefix which were broken off: other programs' for the most, for we
+    /// make none. What cannot be done is a warning. *Whoever changes the rules at the same moment may undo it, or be undone:
+    /// S3 takes all rules at once, without a condition.*
+    pub(super) async fn ensure_uploads_end(&self) -> Option<String> {
+        let mut rules = self.rules().await?;
+        let ends = |rule: &LifecycleRule| {
+            *rule.status() == ExpirationStatus::Enabled
+                && rule.abort_incomplete_multipart_upload().is_some()
+                && covers(rule, &self.prefix)
+        };
+        if rules.iter().any(ends) {
+            return None;
+        }
+        let abort = AbortIncompleteMultipartUpload::builder()
+            .days_after_initiation(UPLOAD_DAYS_MAX)
+            .build();
+        let rule = LifecycleRule::builder()
+            .id(format!("{UPLOADS_RULE} {}", self.prefix).trim_end())
+            .status(ExpirationStatus::Enabled)
+            .filter(LifecycleRuleFilter::builder().prefix(&self.prefix).build())
+            .abort_incomplete_multipart_upload(abort)
+            .build();
+        rules.push(rule.ok()?);
+        let all = BucketLifecycleConfiguration::builder().set_rules(Some(rules));
+        let request = self.client.put_bucket_lifecycle_configuration();
+        let request = request
+            .bucket(&self.name)
+            .lifecycle_configuration(all.build().ok()?);
+        let error = request.send().await.err()?;
+        match status(&error) {
+            Some(404 | 405 | 501) => None,
+            _ => Some(format!(
+                "the bucket {} did not take a lifecycle rule that ends broken-off uploads under {:?} ({}): add one, or \
+                 grant s3:PutLifecycleConfiguration",
+                self.name,
+                self.prefix,
+                words(&error)
+            )),
+        }
+    }
+
+    /// The lifecycle rules, if they can be read; a bucket without any has none.
+    async fn rules(&self) -> Option<Vec<LifecycleRule>> {
+        let request = self.client.get_bucket_lifecycle_configuration();
+        match request.bucket(&self.name).send().await {
+            Ok(found) => Some(found.rules().to_vec()),
+            Err(error) if status(&error) == Some(404) => Some(Vec::new()),
+            Err(_) => None,
+        }
+    }
+
     fn failed<E>(
         &self,
         action: &'static str,
@@ -215,6 +304,30 @@ where
     }
 }
 
+/// Whether a rule is about all objects under `prefix`, whatever they are.
+fn covers(rule: &LifecycleRule, prefix: &str) -> bool {
+    #[expect(deprecated, reason = "old rules still say their prefix there")]
+    let mut of = rule.prefix();
+    if let Some(filter) = rule.filter() {
+        let is_plain = filter.tag().is_none()
+            && filter.and().is_none()
+            && filter.object_size_greater_than().is_none()
+            && filter.object_size_less_than().is_none();
+        if !is_plain {
+            return false;
+        }
+        of = of.or(filter.prefix());
+    }
+    prefix.starts_with(of.unwrap_or_default())
+}
+
+/// Whether a rule takes away what was deleted under `prefix`.
+fn expires_versions(rule: &LifecycleRule, prefix: &str) -> bool {
+    *rule.status() == ExpirationStatus::Enabled
+        && rule.noncurrent_version_expiration().is_some()
+        && covers(rule, prefix)
+}
+
 /// What a rule does to objects under `prefix` that they do not survive. Our objects have no tags,
 /// and any size.
 fn effect(rule: &LifecycleRule, prefix: &str) -> Option<&'static str> {
@@ -252,9 +365,7 @@ fn effect(rule: &LifecycleRule, prefix: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use aws_sdk_s3::types::{
-        LifecycleExpiration, LifecycleRuleAndOperator, LifecycleRuleFilter, Tag, Transition,
-    };
+    use aws_sdk_s3::types::{LifecycleExpiration, LifecycleRuleAndOperator, Tag, Transition};
 
     use super::*;
     use crate::store::stub::{Answer, stub_settings};
@@ -353,6 +464,45 @@ mod tests {
             text.contains("\"tidy\"") && text.contains("deletes"),
             "{text}"
         );
+    }
+
+    #[tokio::test]
+    async fn versions_kept_for_ever_are_refused_with_what_to_do() {
+        let on = "<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>";
+        let refused = bucket(Answer::new(200, on)).await.check_versioning().await;
+        let text = refused.unwrap_err().to_string();
+        assert!(
+            text.contains("noncurrent") && text.contains("some/prefix"),
+            "{text}"
+        );
+        for off in [
+            "<VersioningConfiguration/>",
+            "<VersioningConfiguration><Status>Suspended</Status></VersioningConfiguration>",
+        ] {
+            let let_be = bucket(Answer::new(200, off)).await.check_versioning().await;
+            assert_eq!(let_be.unwrap(), None);
+        }
+        let unknown = bucket(Answer::error(501, "NotImplemented")).await;
+        assert_eq!(unknown.check_versioning().await.unwrap(), None);
+    }
+
+    #[test]
+    fn rule_that_expires_versions_counts_if_it_covers_the_prefix() {
+        let rule = |prefix: &str| {
+            let versions = aws_sdk_s3::types::NoncurrentVersionExpiration::builder()
+                .noncurrent_days(1)
+                .build();
+            LifecycleRule::builder()
+                .status(ExpirationStatus::Enabled)
+                .filter(LifecycleRuleFilter::builder().prefix(prefix).build())
+                .noncurrent_version_expiration(versions)
+                .build()
+                .unwrap()
+        };
+        assert!(expires_versions(&rule(""), "a/b/"));
+        assert!(expires_versions(&rule("a/"), "a/b/"));
+        assert!(!expires_versions(&rule("a/b/c/"), "a/b/"));
+        assert!(!expires_versions(&rule("x/"), "a/b/"));
     }
 
     #[tokio::test]

@@ -9,9 +9,9 @@ use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef,
-    MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo, RekeySpec,
-    RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
+    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine, EvictInfo,
+    ImageRef, MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo,
+    RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
     StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, patched, routes,
 };
@@ -223,6 +223,10 @@ impl Engine for Strict {
         let said = [spec.id.is_some(), spec.all, spec.older_than_ms.is_some()];
         assert_eq!(said.into_iter().filter(|said| *said).count(), 1);
         Ok(PurgeReport::default())
+    }
+
+    async fn doctor(&self) -> ApiResult<DoctorReport> {
+        Ok(DoctorReport::default())
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {

@@ -11,9 +11,9 @@ use quarry_config::TenantAttach;
 use quarry_objfmt::{KeyName, Suspended, TenantName, VolumeName};
 
 use super::super::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, Engine, EvictInfo, ImageRef, Kind,
-    MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo, RekeySpec,
-    RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
+    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine, EvictInfo,
+    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo,
+    RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
     StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
@@ -347,6 +347,10 @@ impl Engine for Tenanted {
             ..spec.clone()
         };
         self.inner.purge_trash(&spec).await
+    }
+
+    async fn doctor(&self) -> ApiResult<DoctorReport> {
+        operators_only()
     }
 
     async fn status(&self) -> ApiResult<StatusInfo> {

@@ -92,6 +92,7 @@ const TABLE: &[Row] = &[
     ("POST", "/v1/tokens", "/v1/tokens", r#"{"tenant":"acme","role":"read"}"#, [201, 403, 403, 403]),
     ("DELETE", "/v1/tokens/{token}", "/v1/tokens/acme.none", "", [404, 403, 403, 403]),
     ("GET", "/v1/openapi.json", "/v1/openapi.json", "", [200, 200, 200, 200]),
+    ("POST", "/v1/doctor", "/v1/doctor", "", [200, 403, 403, 403]),
     ("GET", "/v1/status", "/v1/status", "", [200, 403, 403, 403]),
     ("GET", "/metrics", "/metrics", "", [200, 403, 403, 403]),
     ("GET", "/readyz", "/readyz", "", [200, 403, 403, 403]),
