@@ -544,34 +544,14 @@ fn open_again(file: &File, direct: bool) -> io::Result<File> {
     Ok(again)
 }
 
-/// The superblock that is at `path` now; none if there is no device or it is blank. It is locked for nobody: what
-/// [`CacheDevice::open`] finds may be another.
-///
-/// # Errors
-/// [`CacheError`], as opening it.
-pub fn peek(path: &Path) -> Result<Option<Superblock>, CacheError> {
-    let fail = |source: io::Error| CacheError::Io {
-        action: "look at",
-        path: path.to_owned(),
-        source,
-    };
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened.map_err(fail)?,
-    };
+/// The superblock that is at `path` now. None if there is no device, it is blank, cannot be read, or holds none: opening
+/// it tells that better, for it may be in use by others. It is locked for nobody: what [`CacheDevice::open`] finds may be
+/// another.
+#[must_use]
+pub fn peek(path: &Path) -> Option<Superblock> {
     let mut first = vec![0; 4096];
-    match file.read_exact_at(&mut first, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        read => read.map_err(fail)?,
-    }
-    if first.iter().all(|b| *b == 0) {
-        return Ok(None);
-    }
-    let superblock = Superblock::decode(&first);
-    superblock.map(Some).map_err(|error| CacheError::Foreign {
-        path: path.to_owned(),
-        reason: error.to_string(),
-    })
+    File::open(path).ok()?.read_exact_at(&mut first, 0).ok()?;
+    Superblock::decode(&first).ok()
 }
 
 fn rustix_device_size(file: &File) -> io::Result<u64> {

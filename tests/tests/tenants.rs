@@ -495,3 +495,47 @@ fn settings_of_a_tenant_are_checked_and_kept() -> Result<()> {
     daemon.create("acme/db", MIB, &[])?;
     daemon.stop()
 }
+
+#[test]
+fn tenant_suspended_reads_only_or_waits_and_goes_on_where_it_was() -> Result<()> {
+    let dir = tempdir()?;
+    let sites = [
+        Site::with_folder(dir.path(), "a")?,
+        Site::with_folder(dir.path(), "b")?,
+    ];
+    let daemon = sites[0].start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 16 * MIB, &[])?;
+    let mut other = daemon.fresh_volume("globex/db", 16 * MIB, &[])?;
+    nbd.write(0, &[7; 4096], true)?;
+
+    daemon.quarry(&["tenant", "suspend", "acme"])?;
+    let refused = nbd.write(4096, &[8; 4096], false);
+    ensure!(refused.is_err(), "a write passed");
+    ensure!(nbd.read_vec(0, 8192)? == [[7; 4096], [0; 4096]].concat());
+    other.write(0, &[9; 4096], true)?;
+
+    daemon.quarry(&["tenant", "suspend", "acme", "--how", "stall"])?;
+    let waiting = thread::spawn(move || {
+        let read = nbd.read_vec(0, 4096);
+        (nbd, read)
+    });
+    thread::sleep(Duration::from_secs(1));
+    ensure!(!waiting.is_finished(), "a request passed");
+    ensure!(other.read_vec(0, 4096)? == [9; 4096]);
+    daemon.quarry(&["tenant", "resume", "acme"])?;
+    let (mut nbd, read) = waiting.join().expect("a reader does not panic");
+    ensure!(read? == [7; 4096]);
+    nbd.write(4096, &[8; 4096], true)?;
+
+    // Said on another host, it is seen here.
+    let far = sites[1].start()?;
+    far.quarry(&["tenant", "suspend", "acme"])?;
+    let begun = Instant::now();
+    while nbd.write(8192, &[1; 4096], false).is_ok() {
+        ensure!(begun.elapsed() < Duration::from_secs(60), "not seen");
+        thread::sleep(Duration::from_millis(500));
+    }
+    far.stop()?;
+    drop((nbd, other));
+    daemon.stop()
+}

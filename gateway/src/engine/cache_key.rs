@@ -29,7 +29,7 @@ pub struct PreparedKey {
 /// If the key cannot be had, or the cache was made the other way.
 pub async fn prepare(config: &quarry_config::Config) -> anyhow::Result<Option<PreparedKey>> {
     let path = config.cache_path();
-    let there = device::peek(&path)?;
+    let there = device::peek(&path);
     check(&path, there.as_ref().map(|s| s.key.is_some()), config)?;
     let Some(name) = config.cache.key.as_ref().filter(|_| config.cache.encrypt) else {
         return Ok(None);

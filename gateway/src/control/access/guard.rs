@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequestParts, Request, State};
+use axum::http::header::{CONNECTION, HeaderValue};
 use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
@@ -136,7 +137,7 @@ impl Guard {
                 if let Some(audit) = audit {
                     audit.denied(told, &refused).await;
                 }
-                return Err(refused);
+                return Ok(turn_away(refused, body).await);
             }
         };
         let call = admitted.call.take();
@@ -146,18 +147,19 @@ impl Guard {
         if matches!(admitted.caller, Caller::Operator { .. }) {
             parts.extensions.insert(Operating(Arc::clone(&self.access)));
         }
+        // All of it, also where no handler looks at it: see `turn_away`.
+        let body = whole_body(body).await?;
         let Some(audit) = audit else {
-            return Ok(next.run(Request::from_parts(parts, body)).await);
+            return Ok(next.run(Request::from_parts(parts, body.into())).await);
         };
         if self.endpoint.method == Method::GET {
-            let response = next.run(Request::from_parts(parts, body)).await;
+            let response = next.run(Request::from_parts(parts, body.into())).await;
             if told.is_of_another(&admitted.caller) {
                 let outcome = Outcome::of(&response);
                 audit.asked_for_anothers(told, outcome).await;
             }
             return Ok(response);
         }
-        let body = whole_body(body).await?;
         told.name_what_is_in(&body);
         let entry = audit.begin(told).await?;
         let response = next.run(Request::from_parts(parts, body.into())).await;
@@ -199,6 +201,22 @@ impl Guard {
 struct Admitted {
     caller: Caller,
     call: Option<Call>,
+}
+
+/// The answer to a call that may not be. With a body left unread the connection would be closed under whoever sends the
+/// next request on it: so that of a caller who is known is read, and a stranger is told that this is the end.
+async fn turn_away(refused: Refused, body: Body) -> Response {
+    let is_stranger = refused.0 == StatusCode::UNAUTHORIZED;
+    if !is_stranger {
+        // What is too long or too late ends the connection all the same.
+        let _ = whole_body(body).await;
+    }
+    let mut response = refused.into_response();
+    if is_stranger {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(CONNECTION, close);
+    }
+    response
 }
 
 /// The body of a request, which is small and soon there or refused.
