@@ -78,6 +78,15 @@ impl Group {
         max.map_or(u32::MAX, |max| max.max(SPACE_MIN))
     }
 
+    /// Its volumes here that take writes, or that do not.
+    const fn volumes(&mut self, writes: bool) -> &mut u32 {
+        if writes {
+            &mut self.writers
+        } else {
+            &mut self.readers
+        }
+    }
+
     /// What of its own is still to be had.
     const fn owed(&self) -> u32 {
         self.kept.saturating_sub(self.dirty)
@@ -110,23 +119,12 @@ impl Groups {
 
     /// One more volume, which takes writes or not.
     pub(crate) fn join(&mut self, id: u32, writes: bool) {
-        let group = self.entry(id);
-        let count = if writes {
-            &mut group.writers
-        } else {
-            &mut group.readers
-        };
-        *count += 1;
+        *self.entry(id).volumes(writes) += 1;
         self.divide();
     }
 
     pub(crate) fn leave(&mut self, id: u32, writes: bool) {
-        let group = self.entry(id);
-        let count = if writes {
-            &mut group.writers
-        } else {
-            &mut group.readers
-        };
+        let count = self.entry(id).volumes(writes);
         *count = count.checked_sub(1).expect("who leaves had joined");
         self.divide();
     }

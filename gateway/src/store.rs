@@ -37,6 +37,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+pub(crate) use credentials::aws_http;
 pub use credentials::{CredentialSource, UnknownSource};
 pub use folder::FolderStore;
 pub use health::{StoreHealth, StoreState};

@@ -1,7 +1,5 @@
 //! `quarry doctor`: what is not as it should be, and what to change; a failure if something does not work.
 
-use serde::Serialize;
-
 use super::Failure;
 use super::output::Console;
 use super::table::table;
@@ -16,24 +14,7 @@ pub(super) async fn run(client: &Client, console: &mut Console<'_>) -> Result<()
     }
     let message = format!("{failed} of {} checks failed", report.checks.len());
     let failure = Failure::new("failed", message, "change what is said beside them");
-    if console.is_json() {
-        // One document: what was found, and that it is a failure.
-        let both = Both {
-            report: &report,
-            error: &failure,
-        };
-        console.show(&both, |_| String::new())?;
-        return Err(failure.told());
-    }
-    console.show(&report, text)?;
-    Err(failure)
-}
-
-#[derive(Serialize)]
-struct Both<'a> {
-    #[serde(flatten)]
-    report: &'a DoctorReport,
-    error: &'a Failure,
+    console.show_failed(&report, text, failure)
 }
 
 fn text(report: &DoctorReport) -> String {

@@ -6,6 +6,14 @@ use serde::Serialize;
 
 use super::{Failure, Format};
 
+/// What was found, and that it is a failure.
+#[derive(Serialize)]
+struct Failed<'a, T> {
+    #[serde(flatten)]
+    found: &'a T,
+    error: &'a Failure,
+}
+
 /// Standard output and its form.
 pub(super) struct Console<'a> {
     format: Format,
@@ -20,6 +28,25 @@ impl<'a> Console<'a> {
     /// Whether programs read it.
     pub fn is_json(&self) -> bool {
         self.format == Format::Json
+    }
+
+    /// Writes what was found, and answers that it is a failure; for programs both are one document.
+    pub fn show_failed<T: Serialize>(
+        &mut self,
+        found: &T,
+        text: impl FnOnce(&T) -> String,
+        failure: Failure,
+    ) -> Result<(), Failure> {
+        if !self.is_json() {
+            self.show(found, text)?;
+            return Err(failure);
+        }
+        let both = Failed {
+            found,
+            error: &failure,
+        };
+        self.show(&both, |_| String::new())?;
+        Err(failure.told())
     }
 
     /// Prints `value` as JSON, or what `text` makes of it.

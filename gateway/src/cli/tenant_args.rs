@@ -4,6 +4,8 @@ use clap::Args;
 use quarry_config::Size;
 use serde_json::{Map, Value, json};
 
+use super::limit::bandwidth;
+
 /// A limit: `none` takes it away.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Limit {
@@ -29,7 +31,7 @@ fn bytes(text: &str) -> Result<Limit, String> {
 
 /// Bytes a second, with or without saying so.
 fn rate(text: &str) -> Result<Limit, String> {
-    bytes(text.strip_suffix("/s").unwrap_or(text))
+    limit(text, |text| bandwidth(text).map(Size::bytes))
 }
 
 fn limit(text: &str, parse: impl Fn(&str) -> Result<u64, String>) -> Result<Limit, String> {

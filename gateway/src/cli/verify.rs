@@ -1,7 +1,5 @@
 //! `quarry volume verify`: what is wrong with a volume in the store; a failure if anything is.
 
-use serde::Serialize;
-
 use super::Failure;
 use super::output::Console;
 use super::progress::verifying;
@@ -36,24 +34,7 @@ pub(super) async fn run(
     };
     let message = format!("{volume} is damaged in the store: {count} findings, {hit}");
     let failure = Failure::new("damaged", message, remedy);
-    if console.is_json() {
-        // One document: what was found, and that it is a failure.
-        let both = Both {
-            report: &report,
-            error: &failure,
-        };
-        console.show(&both, |_| String::new())?;
-        return Err(failure.told());
-    }
-    console.show(&report, text)?;
-    Err(failure)
-}
-
-#[derive(Serialize)]
-struct Both<'a> {
-    #[serde(flatten)]
-    report: &'a VerifyReport,
-    error: &'a Failure,
+    console.show_failed(&report, text, failure)
 }
 
 fn text(report: &VerifyReport) -> String {

@@ -196,27 +196,17 @@ impl Daemon {
             }
         };
         let changed = cell.try_update(store, change);
-        let changed = tokio::time::timeout(HEAD_WAIT_MAX, changed).await;
-        let changed = changed.map_err(|_| {
-            let message = format!("{volume}: the store does not take its head");
-            let remedy = "try again when the store answers";
-            ApiError::new(Kind::Unavailable, message, remedy)
-        })?;
-        let refused = match changed {
-            Ok(Ok(_) | Err(Not::Needed)) => None,
+        // Refused, the copy stays: a deletion sent twice could meet the next one of this number. The next change of keys
+        // deletes it, or the purge.
+        match registry::in_time(volume, HEAD_WAIT_MAX, changed).await? {
+            Ok(Ok(_) | Err(Not::Needed)) => {}
             Ok(Err(Not::Seen)) => {
                 let message = format!("the keys of {volume} were changed just now");
                 let remedy = "see `quarry volume show`, and try again";
-                Some(ApiError::new(Kind::Conflict, message, remedy).into())
+                return Err(ApiError::new(Kind::Conflict, message, remedy).into());
             }
-            Err(HeadError::Fenced { by }) => Some(Wrapping::Fenced(by)),
-            // It may have been written: the copy stays.
+            Err(HeadError::Fenced { by }) => return Err(Wrapping::Fenced(by)),
             Err(error) => return Err(registry::head_error(volume, &error).into()),
-        };
-        if let Some(refused) = refused {
-            // The copy stays, for a deletion sent twice could meet the next one of this number: the next change of keys
-            // deletes it, or the purge.
-            return Err(refused);
         }
         // Step 3.
         let dropped = keys::drop_copies_before(store, tenant, id, next.revision).await;

@@ -4,6 +4,8 @@
 //! its name, and the copy of its keys before that: a crash in between leaves a head that no name leads to, or a copy of
 //! keys alone. Deleting is [`crate::trash`]'s.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{NAME_KIND, NameRecord, Rates, decode_record, encode_record};
@@ -301,6 +303,20 @@ pub(super) fn head_error(volume: &VolumeRef, error: &HeadError) -> ApiError {
             "restore the object from a copy",
         ),
     }
+}
+
+/// Waits for a change of a volume's head, or for what ends with one, for so long. Given up, it is as after a crash.
+pub(super) async fn in_time<T>(
+    volume: &VolumeRef,
+    limit: Duration,
+    change: impl Future<Output = T>,
+) -> ApiResult<T> {
+    let changed = tokio::time::timeout(limit, change).await;
+    changed.map_err(|_| {
+        let message = format!("{volume}: the store does not take its head");
+        let remedy = "try again when the store answers";
+        ApiError::new(Kind::Unavailable, message, remedy)
+    })
 }
 
 /// Somebody else took or changed the volume at the same moment.

@@ -112,14 +112,9 @@ impl Daemon {
             let grown = backend.head().update(&store, |head| {
                 head.size = head.size.max(size);
             });
-            let grown = tokio::time::timeout(HEAD_WAIT_MAX, grown).await;
+            let grown = registry::in_time(volume, HEAD_WAIT_MAX, grown).await;
             self.settle(admission).await;
-            let grown = grown.map_err(|_| {
-                let message = format!("{volume}: the store does not take its head");
-                let remedy = "try again when the store answers";
-                ApiError::new(Kind::Unavailable, message, remedy)
-            })?;
-            match grown {
+            match grown? {
                 Ok(head) => head,
                 Err(HeadError::Fenced { by }) => {
                     backend.tell(Event::Fenced { by: by.clone() }).await;

@@ -7,7 +7,7 @@ use super::resize::HEAD_WAIT_MAX;
 use super::slot::{Attached, Stage};
 use super::{Daemon, registry};
 use crate::backend::HeadError;
-use crate::control::{ApiError, ApiResult, ImageRef, Kind, RetainInfo, VolumeRef};
+use crate::control::{ApiResult, ImageRef, RetainInfo, VolumeRef};
 use quarry_volume::Event;
 
 impl Daemon {
@@ -47,13 +47,7 @@ impl Daemon {
         let backend = &attached.backend;
         let store = attached.tenant.control();
         let changed = backend.set_retention(&store, retain_ms);
-        let changed = tokio::time::timeout(HEAD_WAIT_MAX, changed).await;
-        let changed = changed.map_err(|_| {
-            let message = format!("{volume}: the store does not take its head");
-            let remedy = "try again when the store answers";
-            ApiError::new(Kind::Unavailable, message, remedy)
-        })?;
-        match changed {
+        match registry::in_time(volume, HEAD_WAIT_MAX, changed).await? {
             Ok(_) => Ok(()),
             Err(HeadError::Fenced { by }) => {
                 backend.tell(Event::Fenced { by: by.clone() }).await;

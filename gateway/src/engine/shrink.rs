@@ -149,15 +149,10 @@ impl Daemon {
         }
         let store = self.control(&volume.tenant).await?;
         let smaller = backend.head().update(&store, |head| head.size = size);
-        match tokio::time::timeout(HEAD_WAIT_MAX, smaller).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(HeadError::Fenced { by })) => Err(registry::changed_elsewhere(volume, &by)),
-            Ok(Err(error)) => Err(registry::head_error(volume, &error)),
-            Err(_) => {
-                let message = format!("{volume}: the store does not take its head");
-                let remedy = "try again when the store answers";
-                Err(ApiError::new(Kind::Unavailable, message, remedy))
-            }
+        match registry::in_time(volume, HEAD_WAIT_MAX, smaller).await? {
+            Ok(_) => Ok(()),
+            Err(HeadError::Fenced { by }) => Err(registry::changed_elsewhere(volume, &by)),
+            Err(error) => Err(registry::head_error(volume, &error)),
         }
     }
 }

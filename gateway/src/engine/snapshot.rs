@@ -165,7 +165,7 @@ impl Daemon {
             .admit(&attached.tenant, &Wish::snapshot(snapshot))
             .await?;
         let made = snapshot::create(&store, head, name, acknowledged, now_ms());
-        let made = self.in_time(volume, made).await;
+        let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
         self.settle(admission).await;
         let made = made?;
         let made = tell_if_fenced(attached, made).await;
@@ -238,7 +238,7 @@ impl Daemon {
                     let head = opening.backend.head();
                     let name = &snapshot.name;
                     let made = snapshot::create(&store, head, name, acknowledged, now_ms());
-                    let made = self.in_time(volume, made).await;
+                    let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
                     self.settle(admission).await;
                     made.and_then(|made| made.map_err(|error| told(volume, error)))
                 }
@@ -270,21 +270,6 @@ impl Daemon {
             return Err(ApiError::new(Kind::Conflict, message, remedy));
         }
         Ok(())
-    }
-
-    /// Waits for steps in the store, which none of them waits for without end. Given up in between, they are
-    /// as after a crash.
-    async fn in_time<T>(
-        &self,
-        volume: &VolumeRef,
-        steps: impl Future<Output = Result<T, SnapshotError>>,
-    ) -> ApiResult<Result<T, SnapshotError>> {
-        let done = tokio::time::timeout(STORE_WAIT_MAX, steps).await;
-        done.map_err(|_| {
-            let message = format!("{volume}: the store does not take its head");
-            let remedy = "try again when the store answers";
-            ApiError::new(Kind::Unavailable, message, remedy)
-        })
     }
 
     pub(super) async fn snapshots(
@@ -411,7 +396,7 @@ impl Daemon {
             self.may_change(volume, attached)?;
             let (store, head) = (attached.tenant.control(), attached.backend.head());
             let deleted = snapshot::delete(&store, head, name, now_ms());
-            let deleted = self.in_time(volume, deleted).await?;
+            let deleted = registry::in_time(volume, STORE_WAIT_MAX, deleted).await?;
             let deleted = tell_if_fenced(attached, deleted).await;
             return deleted.map_err(|error| told(volume, error));
         }
@@ -420,7 +405,7 @@ impl Daemon {
         let held = hold(&store, &volume.tenant, id, &self.claim()).await;
         let (head, was_ours) = held.map_err(|error| not_ours(volume, &error))?;
         let deleted = snapshot::delete(&store, &head, name, now_ms());
-        let deleted = self.in_time(volume, deleted).await;
+        let deleted = registry::in_time(volume, STORE_WAIT_MAX, deleted).await;
         if !was_ours && let Err(error) = give_back(&store, &head).await {
             tracing::warn!(%volume, %error, "the store still names this host as the owner");
         }
@@ -519,7 +504,7 @@ impl Daemon {
             more => Some(self.admit(&tenant, &Wish::growth(volume, more)).await?),
         };
         let back = snapshot::roll_back(&store, &volume.tenant, id, name, &by);
-        let back = self.in_time(volume, back).await;
+        let back = registry::in_time(volume, STORE_WAIT_MAX, back).await;
         if let Some(admission) = admission {
             self.settle(admission).await;
         }

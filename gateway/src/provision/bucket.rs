@@ -15,10 +15,9 @@ use aws_sdk_s3::types::{
     BucketVersioningStatus, CreateBucketConfiguration, ExpirationStatus, LifecycleRule,
     LifecycleRuleFilter, TransitionStorageClass,
 };
-use aws_smithy_http_client::tls;
 
 use super::ProvisionError;
-use crate::store::{S3Settings, credentials, install_crypto};
+use crate::store::{S3Settings, aws_http, credentials};
 
 /// How long a request may take, its retries included.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(20);
@@ -43,7 +42,6 @@ pub(super) struct Bucket {
 
 impl Bucket {
     pub(super) async fn open(settings: &S3Settings) -> Result<Self, ProvisionError> {
-        install_crypto();
         let bucket = |reason: String, transient| ProvisionError::Bucket {
             bucket: settings.bucket.clone(),
             action: "reached",
@@ -55,14 +53,9 @@ impl Bucket {
             .await
             .map_err(|_| bucket("nobody gave us keys in time".to_owned(), true))?
             .map_err(|error| bucket(error.to_string(), false))?;
-        let http = aws_smithy_http_client::Builder::new()
-            .tls_provider(tls::Provider::Rustls(
-                tls::rustls_provider::CryptoMode::Ring,
-            ))
-            .build_https();
         let mut config = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::latest())
-            .http_client(http)
+            .http_client(aws_http())
             .region(Region::new(settings.region.clone()))
             .credentials_provider(Credentials::new(
                 &keys.key_id,

@@ -19,7 +19,7 @@ use aws_config::web_identity_token::WebIdentityTokenCredentialsProvider;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
 use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
-use aws_sdk_s3::config::Region;
+use aws_sdk_s3::config::{Region, SharedHttpClient};
 use aws_smithy_http_client::tls;
 use object_store::CredentialProvider;
 use object_store::aws::AwsCredential;
@@ -137,17 +137,21 @@ impl Rotating {
     }
 }
 
+/// What the AWS SDK speaks HTTP by.
+pub(crate) fn aws_http() -> SharedHttpClient {
+    install_crypto();
+    let ring = tls::rustls_provider::CryptoMode::Ring;
+    aws_smithy_http_client::Builder::new()
+        .tls_provider(tls::Provider::Rustls(ring))
+        .build_https()
+}
+
 fn provider(
     source: &CredentialSource,
     profiles: Option<&Path>,
     region: &str,
 ) -> SharedCredentialsProvider {
-    install_crypto();
-    let http = aws_smithy_http_client::Builder::new()
-        .tls_provider(tls::Provider::Rustls(
-            tls::rustls_provider::CryptoMode::Ring,
-        ))
-        .build_https();
+    let http = aws_http();
     let config = ProviderConfig::without_region()
         .with_region(Some(Region::new(region.to_owned())))
         .with_http_client(http);
