@@ -264,7 +264,7 @@ pub(crate) fn control_api(input: &[u8]) {
     RUNTIME.with(|runtime| {
         let runtime = runtime.get_or_init(|| {
             let mut builder = tokio::runtime::Builder::new_current_thread();
-            builder.build().expect("a runtime")
+            builder.enable_time().build().expect("a runtime")
         });
         runtime.block_on(ask(request));
     });

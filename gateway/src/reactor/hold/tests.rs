@@ -232,34 +232,45 @@ fn passed(loads: &[&Loaded], time: Duration) -> (Vec<u64>, f64) {
 }
 
 #[allow(clippy::cast_precision_loss, reason = "counts of seconds")]
-fn rate_is_near(count: u64, took: f64, rate: u64) {
+fn percent_off(count: u64, took: f64, rate: u64) -> f64 {
     let percent = (count as f64 / took / rate as f64 - 1.0) * 100.0;
     println!("{rate}: {count} in {took:.2} s, {percent:+.2} %");
+    percent
+}
+
+fn rate_is_near(count: u64, took: f64, rate: u64) {
+    let percent = percent_off(count, took, rate);
     assert!(percent.abs() < 5.0, "{rate}: {count} in {took:.2} s");
+}
+
+/// That one volume is held to its limit of `rate`, of which each request takes `cost`: never passed, and
+/// reached in one of three windows, since a machine that has other things to do can make it slower, not faster.
+fn rate_holds(limits: &Rates, load: (Op, u32, u32), (rate, cost): (u64, u64), time: Duration) {
+    let (reactor, _cache) = reactor(1 << 20);
+    let load = add(&reactor, &Arc::new(TenantGate::default()), limits, load);
+    let is_reached = (0..3).any(|_| {
+        let (counts, took) = passed(&[&load], time);
+        let percent = percent_off(counts[0] * cost, took, rate);
+        assert!(percent < 5.0, "{rate}: {percent:+.2} %");
+        percent > -5.0
+    });
+    stop(&reactor, &load);
+    reactor.shutdown();
+    assert!(is_reached, "{rate} not reached in three windows");
 }
 
 fn rates_of_volumes_hold(time: Duration) {
     for rate in [100, 1000, 10_000, 100_000] {
-        let (reactor, _cache) = reactor(1 << 20);
-        let tenant = Arc::new(TenantGate::default());
-        let load = add(&reactor, &tenant, &iops(rate), (Op::Read, 4096, 128));
-        let (counts, took) = passed(&[&load], time);
-        stop(&reactor, &load);
-        rate_is_near(counts[0], took, rate);
-        reactor.shutdown();
+        rate_holds(&iops(rate), (Op::Read, 4096, 128), (rate, 1), time);
     }
     for rate in [1 << 20, 100 << 20, 1 << 30] {
-        let (reactor, _cache) = reactor(1 << 20);
-        let tenant = Arc::new(TenantGate::default());
-        let rates = Rates {
+        let limits = Rates {
             bandwidth_bytes: Some(rate),
             ..Rates::default()
         };
-        let load = add(&reactor, &tenant, &rates, (Op::Read, 64 << 10, 32));
-        let (counts, took) = passed(&[&load], time);
-        stop(&reactor, &load);
-        rate_is_near(counts[0] * (64 << 10), took, rate);
-        reactor.shutdown();
+        let bytes = 64 << 10;
+        let load = (Op::Read, bytes, 32);
+        rate_holds(&limits, load, (rate, bytes.into()), time);
     }
 }
 
