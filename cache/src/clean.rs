@@ -1,9 +1,10 @@
 //! Which parts of which chunks are on the cache device, readable without the store.
 //!
 //! Keyed by (chunk, raw sector), not by address in a volume: chunks never change, so an entry can
-//! be missing but never wrong, and snapshots and clones share it.
+//! be missing but never wrong, and snapshots and clones share it. That holds inside a group: what a chunk's name
+//! stands for is said by a tenant's own store, so each group has an index of its own.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasherDefault;
 
 use quarry_objfmt::{ChunkId, SECTOR_SIZE, SegmentId, VolumeId};
@@ -33,6 +34,43 @@ pub struct CleanIndex {
     chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<NameHasher>>,
     /// Sectors of each volume's chunks.
     sectors: HashMap<VolumeId, u64, BuildHasherDefault<NameHasher>>,
+}
+
+/// Of a group of which nothing is on the device.
+static NOTHING: CleanIndex = CleanIndex {
+    chunks: HashMap::with_hasher(BuildHasherDefault::new()),
+    sectors: HashMap::with_hasher(BuildHasherDefault::new()),
+};
+
+/// The groups' indices.
+#[derive(Default, Debug)]
+pub(crate) struct CleanIndices(BTreeMap<u32, CleanIndex>);
+
+impl CleanIndices {
+    pub(crate) fn of(&self, group: u32) -> &CleanIndex {
+        self.0.get(&group).unwrap_or(&NOTHING)
+    }
+
+    pub(crate) fn insert(&mut self, group: u32, chunk: ChunkId, run: CleanRun) {
+        self.0.entry(group).or_default().insert(chunk, run);
+    }
+
+    pub(crate) fn forget(&mut self, group: u32, chunk: &ChunkId, segment: SegmentId) {
+        self.change(group, |index| index.forget(chunk, segment));
+    }
+
+    pub(crate) fn forget_volume(&mut self, group: u32, volume: VolumeId) {
+        self.change(group, |index| index.forget_volume(volume));
+    }
+
+    fn change(&mut self, group: u32, change: impl FnOnce(&mut CleanIndex)) {
+        if let Some(index) = self.0.get_mut(&group) {
+            change(index);
+            if index.chunks.is_empty() {
+                self.0.remove(&group);
+            }
+        }
+    }
 }
 
 impl CleanIndex {

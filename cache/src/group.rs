@@ -1,9 +1,10 @@
 //! Groups of volumes that share the cache: what each may take, and what is kept for it.
 //!
-//! *Dirty*: half of the budget is kept for the groups that have a writer, by weight, used or not; the other half, and all
-//! if there is one group, is for who comes first. So a group whose data the store does not take cannot take the last of
-//! the others', and one that is busy can have most while the others rest. With more groups than half of the budget has
-//! segments, some have nothing that is kept for them.
+//! *Dirty*: half of the budget is kept for the groups that have a writer, by weight, used or not. The other half is for who
+//! comes first, but of it a group has no more than [`COMMON_RATIO`] times what is left (as switches share their memory among
+//! ports, by dynamic thresholds: Choudhury and Hahne, 1998): so a group whose data the store does not take leaves a third to
+//! those that come after it, beside what is kept for them, and one that is busy has two thirds while the others rest. A
+//! group that is alone has all. With more groups than half of the budget has segments, some have nothing that is kept.
 //!
 //! *All else* is reclaimed from the groups that are most over their share, which is by weight among those with a volume
 //! here, or what is reserved for them if that is more. Of a group no other takes what is reserved, and one that has all
@@ -49,6 +50,9 @@ impl Default for GroupLimits {
         }
     }
 }
+
+/// How much of what is nobody's own a group may have, for each part that is left of it.
+const COMMON_RATIO: u32 = 2;
 
 #[derive(Clone, Copy, Default, Debug)]
 struct Group {
@@ -228,10 +232,14 @@ impl Groups {
     ) -> bool {
         let mut owed: u32 = self.groups.values().map(Group::owed).sum();
         let mut taken: BTreeMap<u32, u32> = BTreeMap::new();
+        let is_alone = self.groups.values().filter(|g| g.writers > 0).count() < 2;
         let may = |id: u32, left: u32, owed: u32, taken: u32| {
             let mut group = self.of(id);
             group.dirty += taken;
-            let may = left > owed - group.owed() && group.dirty < group.max();
+            let common = left.saturating_sub(owed);
+            let over = group.dirty.saturating_sub(group.kept);
+            let is_fair = is_alone || group.owed() > 0 || over < common * COMMON_RATIO;
+            let may = left > owed - group.owed() && group.dirty < group.max() && is_fair;
             (may, group.owed().min(1))
         };
         for other in before {
@@ -296,14 +304,15 @@ mod tests {
             groups.set(id, limits);
             groups.join(id, true);
         }
-        // A half is for all, a quarter and an eighth are the others'.
-        assert_eq!(fill(&mut groups, 1, &mut left), 32 - 8 - 4);
-        assert_eq!(fill(&mut groups, 2, &mut left), 4);
-        assert_eq!(fill(&mut groups, 3, &mut left), 8);
+        // Its own eighth, and two thirds of the half that is nobody's.
+        assert_eq!(fill(&mut groups, 1, &mut left), 4 + 11);
+        // And the same of the five that are left of that, and of the one that is left then.
+        assert_eq!(fill(&mut groups, 2, &mut left), 4 + 4);
+        assert_eq!(fill(&mut groups, 3, &mut left), 8 + 1);
         assert_eq!(left, 0);
         // What comes back to who has too much is nobody's own.
         groups.cleaned(1);
-        assert_eq!(fill(&mut groups, 2, &mut 1), 1);
+        assert_eq!(fill(&mut groups, 3, &mut 1), 1);
         groups.leave(3, true);
         groups.leave(2, true);
         assert_eq!(groups.of(1).kept, 16);
@@ -379,6 +388,7 @@ mod tests {
     fn more_groups_than_segments_take_turns_and_nothing_is_kept() {
         let mut groups = Groups::new(8, 16);
         (0..100).for_each(|id| groups.join(id, true));
-        assert_eq!(fill(&mut groups, 7, &mut 8), 8);
+        assert_eq!(fill(&mut groups, 7, &mut 8), 6);
+        assert_eq!(fill(&mut groups, 8, &mut 2), 2);
     }
 }

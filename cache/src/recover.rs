@@ -17,7 +17,7 @@ use std::ops::Range;
 use quarry_objfmt::page::{
     RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader, SegmentKind,
 };
-use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
+use quarry_objfmt::{Epoch, FormatError, Generation, SegmentId, TenantName, VolumeId, WriteSeq};
 
 use crate::segment::PAGE_SIZE;
 use crate::{AlignedBuf, BlockDevice, Branch, Journals, Mutation};
@@ -51,6 +51,8 @@ pub struct Recovered {
     pub segments: Vec<RecoveredSegment>,
     /// What the journal of a daemon that died in this boot says; some of it may be in pages too.
     pub journal: Vec<(SegmentId, Record)>,
+    /// Whose volume it is by the segments that say so: one tenant, unless one's store was copied to another's.
+    pub tenants: BTreeSet<TenantName>,
 }
 
 /// What [`scan`] found.
@@ -94,6 +96,12 @@ impl Scan {
 }
 
 impl Recovered {
+    /// Whether it is of the volume that has its id in this tenant's store.
+    #[must_use]
+    pub fn is_of(&self, tenant: &TenantName) -> bool {
+        self.tenants.iter().all(|of| of == tenant)
+    }
+
     /// Parts with the segments that were opened before `since`, and the journal's records in them.
     #[must_use]
     pub fn split_off_before(&mut self, since: Epoch) -> Self {
@@ -108,6 +116,7 @@ impl Recovered {
         Self {
             segments: old,
             journal: old_journal,
+            tenants: self.tenants.clone(),
         }
     }
 
@@ -243,6 +252,7 @@ impl Recovered {
                 volume,
                 epoch: segment.epoch,
                 kind: SegmentKind::Fill,
+                tenant: None,
             };
             let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
             device.write_at(&page, device.geometry().page_byte(segment.segment, 0))?;
@@ -300,8 +310,8 @@ impl RecoveredSegment {
 /// a large device has a hundred thousand headers, and while they are read nobody is served.
 ///
 /// # Errors
-/// If the device cannot be read. Damaged pages are no error: what they named is missing, and shows
-/// as a gap.
+/// If the device cannot be read, or a newer build has written there: what is not understood may be unsent. Damaged
+/// pages are no error: what they named is missing, and shows as a gap.
 pub fn scan(device: &dyn BlockDevice) -> io::Result<Scan> {
     let segments = device.geometry().segments;
     let share = segments.div_ceil(SCAN_THREADS).max(SCAN_SHARE_MIN);
@@ -327,6 +337,7 @@ pub fn scan(device: &dyn BlockDevice) -> io::Result<Scan> {
         for (volume, mut of_part) in part.volumes {
             let of_volume = found.volumes.entry(volume).or_default();
             of_volume.segments.append(&mut of_part.segments);
+            of_volume.tenants.append(&mut of_part.tenants);
         }
     }
     Ok(found)
@@ -343,8 +354,12 @@ fn scan_part(device: &dyn BlockDevice, part: Range<u32>) -> io::Result<Scan> {
     let mut page = AlignedBuf::zeroed(4096);
     for id in part.map(SegmentId::new) {
         device.read_at(&mut page, device.geometry().page_byte(id, 0))?;
-        let Ok(header) = SegmentHeader::decode(&page, device.id()) else {
-            continue;
+        let header = match SegmentHeader::decode(&page, device.id()) {
+            Ok(header) => header,
+            Err(error @ FormatError::Version { .. }) => {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+            Err(_) => continue,
         };
         if header.segment != id {
             continue;
@@ -353,6 +368,7 @@ fn scan_part(device: &dyn BlockDevice, part: Range<u32>) -> io::Result<Scan> {
         if header.kind == SegmentKind::Write {
             let pages = read_pages(device, &header)?;
             let of_volume = found.volumes.entry(header.volume).or_default();
+            of_volume.tenants.extend(header.tenant);
             of_volume.segments.push(RecoveredSegment {
                 segment: id,
                 generation: header.generation,
@@ -431,6 +447,7 @@ mod tests {
             volume: VOLUME,
             epoch: Epoch::new(1),
             kind: SegmentKind::Write,
+            tenant: None,
         };
         let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
         device
@@ -591,6 +608,7 @@ mod tests {
     #[test]
     fn segments_of_older_epochs_are_split_off_with_their_journal() {
         let mut recovered = Recovered {
+            tenants: BTreeSet::new(),
             segments: [(0, 3), (1, 5)]
                 .map(|(id, epoch)| RecoveredSegment {
                     segment: SegmentId::new(id),
@@ -619,5 +637,48 @@ mod tests {
         let again = scan(&device).unwrap();
         assert!(again.volumes.is_empty());
         assert_eq!(again.next_generation, Generation::new(2));
+    }
+
+    #[test]
+    fn segments_found_are_of_the_tenants_that_they_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        let names = ["acme", "globex"].map(|name| TenantName::new(name).unwrap());
+        write_header(&device, 1, 1);
+        let tenants = scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
+        assert!(names.iter().all(|name| tenants.is_of(name)));
+        for (segment, tenant) in (2..).zip(&names) {
+            let header = SegmentHeader {
+                segment: SegmentId::new(segment),
+                generation: Generation::new(1),
+                volume: VOLUME,
+                epoch: Epoch::new(1),
+                kind: SegmentKind::Write,
+                tenant: Some(tenant.clone()),
+            };
+            let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
+            let at = device.geometry().page_byte(header.segment, 0);
+            device.write_at(&page, at).unwrap();
+            let found = scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
+            assert_eq!(found.is_of(tenant), segment == 2);
+        }
+    }
+
+    #[test]
+    fn scan_of_what_a_newer_build_wrote_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 1, 1);
+        let at = device.geometry().page_byte(SegmentId::new(1), 0);
+        let mut page = AlignedBuf::zeroed(4096);
+        device.read_at(&mut page, at).unwrap();
+        page[4] = 0xff;
+        let crc = crc32c::crc32c(&ID.to_bytes());
+        let crc = crc32c::crc32c_append(crc, &page[..8]);
+        let crc = crc32c::crc32c_append(crc, &page[12..]);
+        page[8..12].copy_from_slice(&crc.to_le_bytes());
+        device.write_at(&page, at).unwrap();
+        let error = scan(&device).unwrap_err();
+        assert!(error.to_string().contains("format version"), "{error}");
     }
 }

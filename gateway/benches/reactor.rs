@@ -22,7 +22,7 @@ use quarry_gateway::reactor::{
 };
 use quarry_objfmt::{
     CacheId, ChunkSeq, Durability, Epoch, Generation, Lba, LbaRange, Record, RecordBody, Sectors,
-    SegmentId, VolumeId, WriteSeq,
+    SegmentId, TenantName, VolumeId, WriteSeq,
 };
 use quarry_volume::map::NodeCache;
 use quarry_volume::{Action, Event, IoError, Op, Opened, Shared, Tuning, Volume, VolumeParams};
@@ -122,6 +122,7 @@ impl Served {
         };
         let params = VolumeParams {
             id: VOLUME,
+            tenant: TenantName::new("acme").unwrap(),
             size: Sectors::new(BLOCKS * BLOCK),
             sector_size: 4096,
             frame_sectors: 128,

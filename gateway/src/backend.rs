@@ -92,6 +92,8 @@ pub struct Common {
     pub fetches: Arc<Fetches>,
     /// For whom the work is.
     pub share: Arc<Share>,
+    /// Whose what is fetched is, in memory and on the cache device.
+    pub group: u32,
     /// Bounds the memory of uploads.
     pub uploads: Gate,
     /// Bounds the memory of compactions.

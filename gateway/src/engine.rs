@@ -169,7 +169,7 @@ pub struct Daemon {
     /// Since when the devices that the last daemon left have been waiting.
     waiting_since: Option<handover::Since>,
     /// Segments with unsent writes of volumes that went, which could not be read again.
-    unsettled: Mutex<BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>>,
+    unsettled: Mutex<BTreeMap<VolumeId, kept::Unsettled>>,
     journals: Journals,
     slots: Mutex<BTreeMap<ImageRef, Arc<Slot>>>,
     wanted: Wanted,
@@ -306,6 +306,7 @@ impl Daemon {
             device,
             fetches: Fetches::new(ram - ram / NODE_SHARE),
             share: plain_share(),
+            group: 0,
             uploads: Gate::new(backend::UPLOADS_MAX),
             compactions: Gate::with_time(backend::COMPACTIONS_MAX, backend::COMPACTION_TIME_MAX),
             reclaim: backend::ReclaimSettings {

@@ -388,6 +388,7 @@ impl Driven {
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
             fetches: Fetches::new(0),
             share: plain_share(),
+            group: 0,
             uploads: Gate::new(1),
             compactions: Gate::new(1),
             reclaim: ReclaimSettings {

@@ -8,7 +8,7 @@
 //! written.
 
 use crate::error::{FormatError, Result};
-use crate::keys::KeyName;
+use crate::keys::{KeyName, TenantName};
 use crate::prologue::{cut, read_str};
 use crate::types::{
     CacheId, Epoch, Generation, Lba, SegmentId, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
@@ -78,7 +78,7 @@ pub enum SegmentKind {
 }
 
 /// What a segment holds: its last page, written before any data.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SegmentHeader {
     /// The segment.
     pub segment: SegmentId,
@@ -90,6 +90,8 @@ pub struct SegmentHeader {
     pub epoch: Epoch,
     /// What for.
     pub kind: SegmentKind,
+    /// Whose volume: what has its id in another tenant's store is not it. `None` before version 2.
+    pub tenant: Option<TenantName>,
 }
 
 /// What a record gives its sectors.
@@ -154,8 +156,10 @@ const SUPERBLOCK_KEYED: u16 = 2;
 const SEGMENT: Kind = Kind {
     magic: *b"QYSG",
     what: "segment header",
-    version: VERSION,
+    version: SEGMENT_OF_TENANT,
 };
+/// The version of a segment header that names the tenant; without one it is version 1.
+const SEGMENT_OF_TENANT: u16 = 2;
 const RECORDS: Kind = Kind {
     magic: *b"QYRP",
     what: "record page",
@@ -295,6 +299,11 @@ impl SegmentHeader {
         page.put(&self.generation.get().to_le_bytes());
         page.put(&self.volume.to_bytes());
         page.put(&self.epoch.get().to_le_bytes());
+        if let Some(tenant) = &self.tenant {
+            page.version(SEGMENT_OF_TENANT);
+            page.put(&[u8::try_from(tenant.as_str().len()).expect("names are short")]);
+            page.put(tenant.as_str().as_bytes());
+        }
         page.seal(cache)
     }
 
@@ -320,6 +329,10 @@ impl SegmentHeader {
         let generation = Generation::new(reader.u64()?);
         let volume = VolumeId::from_bytes(reader.array()?);
         let epoch = Epoch::new(reader.u32()?);
+        let tenant = match version(bytes) {
+            SEGMENT_OF_TENANT => Some(read_tenant(&mut reader)?),
+            _ => None,
+        };
         finish(reader)?;
         Ok(Self {
             segment,
@@ -327,8 +340,15 @@ impl SegmentHeader {
             volume,
             epoch,
             kind,
+            tenant,
         })
     }
+}
+
+fn read_tenant(reader: &mut Reader<'_>) -> Result<TenantName> {
+    let what = reader.what();
+    TenantName::new(read_str(reader)?)
+        .map_err(|_| FormatError::invalid(what, "its tenant's name is not a name"))
 }
 
 impl RecordPage {
@@ -619,6 +639,7 @@ mod tests {
             volume: VolumeId::from_bytes([4; 16]),
             epoch: Epoch::new(5),
             kind: SegmentKind::Fill,
+            tenant: None,
         }
     }
 

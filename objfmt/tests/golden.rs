@@ -13,8 +13,8 @@ use quarry_objfmt::{
     Compression, DataKey, DataKeys, Durability, Encryption, Epoch, ExtentBody, Generation, Head,
     JournalHeader, KeyGeneration, KeyName, KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody,
     RecordPage, Seal, Sectors, SegmentHeader, SegmentId, SegmentKind, Snapshot, Superblock,
-    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame, decode_header,
-    decode_record, encode_chunk, encode_record,
+    TenantName, TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame,
+    decode_header, decode_record, encode_chunk, encode_record,
 };
 
 const VOLUME: VolumeId = VolumeId::from_bytes(*b"golden volume id");
@@ -248,6 +248,14 @@ fn segment_header() -> SegmentHeader {
         volume: VOLUME,
         epoch: Epoch::new(7),
         kind: SegmentKind::Write,
+        tenant: None,
+    }
+}
+
+fn segment_header_of_a_tenant() -> SegmentHeader {
+    SegmentHeader {
+        tenant: Some(TenantName::new("acme").unwrap()),
+        ..segment_header()
     }
 }
 
@@ -369,6 +377,10 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
             "segment-header-v1.bin",
             segment_header().encode(CACHE).to_vec(),
         ),
+        (
+            "segment-header-v2.bin",
+            segment_header_of_a_tenant().encode(CACHE).to_vec(),
+        ),
         ("record-page-v1.bin", record_page().encode(CACHE).to_vec()),
         ("journal-header-v1.bin", journal().encode(CACHE).to_vec()),
         ("journal-entry-v1.bin", {
@@ -449,6 +461,8 @@ fn golden_files_of_the_cache_read_as_ever() {
     );
     let header = SegmentHeader::decode(&golden("segment-header-v1.bin"), CACHE);
     assert_eq!(header, Ok(segment_header()));
+    let header = SegmentHeader::decode(&golden("segment-header-v2.bin"), CACHE);
+    assert_eq!(header, Ok(segment_header_of_a_tenant()));
     let page = RecordPage::decode(&golden("record-page-v1.bin"), CACHE);
     assert_eq!(page, Ok(record_page()));
 }

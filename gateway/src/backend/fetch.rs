@@ -4,8 +4,8 @@
 //! (`quarry-volume`), the clean data on the cache device (`quarry-cache`), retries (the store lane).
 //!
 //! Clones read their parent's chunks by the parent's names, so what one of them fetches is what the others want:
-//! a hundred that boot the same image at once make one GET of each run of it. Names hold the volume's id, and a map
-//! names only chunks of its own tenant, so tenants never meet here.
+//! a hundred that boot the same image at once make one GET of each run of it. What a name stands for is said by the
+//! tenant's own store, so names here are a group's: tenants never meet, whatever ids their maps name.
 //!
 //! A fetch is no volume's own: it goes on to its end when the volume that began it is detached or fenced, and when it
 //! fails the others fail with it, for it has been tried as often as they would. Who waits for somebody waits behind the
@@ -35,14 +35,14 @@ const FRAME_ENTRY_BYTES: usize = 128;
 /// store takes.
 const JOIN_TIME_MAX: Duration = Duration::from_secs(2);
 
-/// A frame's name.
-type FrameName = (ChunkId, u32);
+/// A group's frame.
+type FrameName = (u32, ChunkId, u32);
 
 /// What the daemon has fetched and has in memory, and what it fetches just now; shared by all volumes.
 pub struct Fetches {
     held: moka::sync::Cache<FrameName, Bytes>,
     frames: Flights<FrameName, Bytes>,
-    nodes: Flights<NodeRef, Arc<Node>>,
+    nodes: Flights<(u32, NodeRef), Arc<Node>>,
 }
 
 impl Fetches {
@@ -60,11 +60,11 @@ impl Fetches {
         })
     }
 
-    /// Drops what memory has of a volume's chunks, and answers how many bytes that were.
-    pub fn evict(&self, volume: VolumeId) -> u64 {
+    /// Drops what memory has of a volume's chunks for a group, and answers how many bytes that were.
+    pub fn evict(&self, group: u32, volume: VolumeId) -> u64 {
         let mut bytes = 0;
         for (name, frame) in &self.held {
-            if name.0.volume == volume {
+            if name.0 == group && name.1.volume == volume {
                 self.held.invalidate(&*name);
                 bytes += frame.len() as u64;
             }
@@ -133,7 +133,7 @@ impl VolumeBackend {
             if contents[place].is_some() {
                 continue;
             }
-            let name = (fetch.chunk, frame.index);
+            let name = (self.common.group, fetch.chunk, frame.index);
             match frames.seek(name, || held.get(&name)) {
                 Sought::Held(raw) => {
                     shared_bytes += u64::from(frame.stored_len);
@@ -191,7 +191,7 @@ impl VolumeBackend {
         let landed = landed.map(|((place, frame, flight), content)| {
             if let Ok(raw) = &content {
                 // Before it lands: who looks after that finds it here.
-                let name = (chunk, frame.index);
+                let name = (self.common.group, chunk, frame.index);
                 self.common.fetches.held.insert(name, raw.clone());
             }
             flight.land(content.clone());
@@ -268,9 +268,10 @@ impl VolumeBackend {
         node: NodeRef,
         foreground: bool,
     ) -> Result<(NodeRef, Arc<Node>), DataError> {
+        let name = (self.common.group, node);
         let loaded = loop {
             // What was loaded is kept beside the volumes' state, where this does not look.
-            match self.common.fetches.nodes.seek(node, || None) {
+            match self.common.fetches.nodes.seek(name, || None) {
                 Sought::Held(node) => break Ok(node),
                 Sought::Theirs(waiting) => {
                     let own = async || self.get_node(node, true).await;

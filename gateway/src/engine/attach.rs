@@ -5,11 +5,11 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{Journal, Recovered};
-use quarry_objfmt::{Generation, SegmentId, SnapName, VolumeId, keys};
+use quarry_objfmt::{Generation, SegmentId, SnapName, TenantName, VolumeId, keys};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
-use super::kept::{Taken, settle, take_up};
+use super::kept::{Taken, Unsettled, settle, take_up};
 use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
@@ -311,8 +311,8 @@ impl Daemon {
             return self.serve_past(&tenant, volume, id, at, options).await;
         }
         let unsettled = self.unsettled.lock().remove(&id);
-        if let Some(segments) = unsettled {
-            self.settle_cache(id, segments)
+        if let Some(Unsettled { tenant, segments }) = unsettled {
+            self.settle_cache(id, &tenant, segments)
                 .await
                 .map_err(OpenError::Cache)?;
         }
@@ -327,12 +327,19 @@ impl Daemon {
         Ok(opening)
     }
 
-    /// Refuses a volume that is served here to another tenant: two stores that say that they have it, one of which must be
-    /// a copy, or made up.
+    /// Refuses a volume that is served here to another tenant, or of which the cache keeps unsent writes for one: two
+    /// stores that say that they have it, one of which must be a copy, or made up.
     fn check_is_its_own(&self, image: &ImageRef, id: VolumeId) -> ApiResult<()> {
+        let tenant = &image.volume.tenant;
         let others = self.attached().into_iter();
-        let mut others = others.filter(|(other, _)| other.volume.tenant != image.volume.tenant);
-        if others.any(|(_, attached)| attached.backend.volume() == id) {
+        let mut others = others.filter(|(other, _)| other.volume.tenant != *tenant);
+        let is_served = others.any(|(_, attached)| attached.backend.volume() == id);
+        let is_kept = |found: &Recovered| !found.is_of(tenant);
+        let is_unsettled = |found: &Unsettled| found.tenant != *tenant;
+        if is_served
+            || self.kept.lock().get(&id).is_some_and(is_kept)
+            || self.unsettled.lock().get(&id).is_some_and(is_unsettled)
+        {
             let message = format!("{image} has the id of a volume of another tenant, {id}");
             let remedy = "a copy of a store is not attached beside what it was copied from";
             return Err(ApiError::new(Kind::Conflict, message, remedy));
@@ -450,6 +457,7 @@ impl Daemon {
         let gate = VolumeGate::new(Arc::clone(tenant.gate()));
         let params = VolumeParams {
             id: head.volume,
+            tenant: tenant.name.clone(),
             size: head.size,
             sector_size: head.sector_size,
             frame_sectors: head.frame_sectors,
@@ -551,7 +559,7 @@ impl Daemon {
     ) -> Result<Device, UblkError> {
         let (reactor, key) = backend.place();
         let host = Box::new(add_queue(reactor.clone(), key));
-        match self.left_device(spec.volume).await? {
+        match self.left_device(spec).await? {
             Some(id) => {
                 let device = self.ublk.recover(id, spec.clone(), host).await?;
                 if let Some(left) = &mut *self.left.lock() {
@@ -568,8 +576,8 @@ impl Daemon {
     }
 
     /// The device that a dead daemon left for a volume.
-    async fn left_device(&self, volume: VolumeId) -> Result<Option<u32>, UblkError> {
-        let id_in = |left: &[Found]| Some(left.iter().find(|found| found.is_of(volume))?.id);
+    async fn left_device(&self, spec: &DeviceSpec) -> Result<Option<u32>, UblkError> {
+        let id_in = |left: &[Found]| Some(left.iter().find(|found| found.is_of(spec))?.id);
         if let Some(left) = &*self.left.lock() {
             return Ok(id_in(left));
         }
@@ -741,7 +749,8 @@ impl Daemon {
                 }
             }
         }
-        if let Err(error) = self.settle_cache(backend.volume(), kept).await {
+        let tenant = &attached.tenant.name;
+        if let Err(error) = self.settle_cache(backend.volume(), tenant, kept).await {
             tracing::error!(volume = backend.name(), %error, "the cache device failed; what it has of the volume is looked for again when it is attached");
         }
         Ok(complete)
@@ -760,6 +769,7 @@ impl Daemon {
     async fn settle_cache(
         &self,
         volume: VolumeId,
+        tenant: &TenantName,
         kept: Vec<(SegmentId, Generation)>,
     ) -> std::io::Result<()> {
         let (device, journals) = (Arc::clone(&self.common.device), self.journals.clone());
@@ -774,7 +784,11 @@ impl Daemon {
             Ok(None) => Ok(()),
             Err(error) if kept.is_empty() => Err(error),
             Err(error) => {
-                self.unsettled.lock().insert(volume, kept);
+                let unsettled = Unsettled {
+                    tenant: tenant.clone(),
+                    segments: kept,
+                };
+                self.unsettled.lock().insert(volume, unsettled);
                 Err(error)
             }
         }

@@ -2,7 +2,7 @@
 
 use quarry_cache::{BlockDevice, Journals, Recovered};
 use quarry_objfmt::page::Record;
-use quarry_objfmt::{Epoch, Generation, SegmentId, VolumeId, WriteSeq};
+use quarry_objfmt::{Epoch, Generation, SegmentId, TenantName, VolumeId, WriteSeq};
 
 /// What the device and the journal say of the segments that a volume left; `None` if it left none.
 ///
@@ -36,6 +36,14 @@ pub fn settle(
             "segments with unsent writes cannot be found again on the cache device",
         )),
     }
+}
+
+/// Segments with unsent writes that could not be found again when their volume went.
+pub struct Unsettled {
+    /// Whose volume it was.
+    pub tenant: TenantName,
+    /// Which, held once each.
+    pub segments: Vec<(SegmentId, Generation)>,
 }
 
 /// What was taken up from the cache.

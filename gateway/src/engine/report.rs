@@ -178,8 +178,8 @@ impl Daemon {
 
     /// Clean data of a volume on the cache device.
     fn cached_bytes(&self, attached: &Attached) -> u64 {
-        let volume = attached.backend.volume();
-        self.shared.lock().cache.clean().bytes_of(volume)
+        let (volume, group) = (attached.backend.volume(), attached.tenant.gate().group());
+        self.shared.lock().cache.clean(group).bytes_of(volume)
     }
 
     /// What is attached, or is to be, of volumes as they were at a time.

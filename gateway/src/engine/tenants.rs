@@ -205,6 +205,7 @@ impl Tenant {
             background: Arc::new(lane.background()),
             direct: Arc::clone(&self.direct),
             share: Arc::clone(self.gate.share()),
+            group: self.gate.group(),
             ..all.clone()
         }
     }

@@ -156,7 +156,7 @@ impl Daemon {
     ) -> ApiResult<TrashInfo> {
         let store = self.control(&volume.tenant).await?;
         let id = registry::find(&store, volume).await?;
-        if !discard_unsent && self.keeps(id) {
+        if !discard_unsent && self.keeps(&volume.tenant, id) {
             let message = format!(
                 "{volume}: the cache on this host may hold writes to it that were never sent"
             );
@@ -166,7 +166,7 @@ impl Daemon {
         let cache = self.common.device.id();
         let put = trash::put(&store, volume, id, cache, now_ms()).await;
         let record = put.map_err(|error| trash_error(volume, error))?;
-        self.forget_kept(id);
+        self.forget_kept(&volume.tenant, id);
         self.trash.told.notify_one();
         tracing::info!(%volume, %id, "put into the trash");
         let since_ms = record.deleted_ms;
@@ -178,14 +178,22 @@ impl Daemon {
         ))
     }
 
-    /// Whether the cache has something of a volume that nobody serves.
-    fn keeps(&self, id: VolumeId) -> bool {
-        self.kept.lock().contains_key(&id) || self.unsettled.lock().contains_key(&id)
+    /// Whether the cache has something of a tenant's volume that nobody serves.
+    fn keeps(&self, tenant: &TenantName, id: VolumeId) -> bool {
+        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
+        kept.get(&id).is_some_and(|kept| kept.is_of(tenant))
+            || unsettled
+                .get(&id)
+                .is_some_and(|left| left.tenant == *tenant)
     }
 
-    fn forget_kept(&self, id: VolumeId) {
-        let kept = self.kept.lock().remove(&id);
-        if let Some(kept) = kept {
+    /// What another tenant has of the same id stays.
+    fn forget_kept(&self, tenant: &TenantName, id: VolumeId) {
+        let mut kept = self.kept.lock();
+        let is_its_own = kept.get(&id).is_some_and(|kept| kept.is_of(tenant));
+        let found = is_its_own.then(|| kept.remove(&id)).flatten();
+        drop(kept);
+        if let Some(kept) = found {
             self.forget(id, &kept);
         }
     }
@@ -383,10 +391,11 @@ impl Daemon {
         let purged = purged?;
         if purged == Purged::Gone {
             self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
-            self.forget_kept(id);
+            self.forget_kept(&tenant.name, id);
             // Nor does this host show it any more.
-            self.shared.lock().cache.evict(id);
-            self.common.fetches.evict(id);
+            let group = tenant.gate().group();
+            self.shared.lock().cache.evict(group, id);
+            self.common.fetches.evict(group, id);
             tracing::info!(tenant = %tenant.name, volume = %id, "purged from the trash");
         }
         Ok(purged)

@@ -227,12 +227,14 @@ impl Daemon {
     pub(super) async fn evict_volume(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
         let image = ImageRef::from(volume.clone());
         let slot = self.slots.lock().get(&image).cloned().unwrap_or_default();
+        let tenant = self.tenant(&volume.tenant).await?;
         let id = match slot.stage().attached() {
             Some(attached) => attached.backend.volume(),
-            None => registry::find(&self.control(&volume.tenant).await?, volume).await?,
+            None => registry::find(&tenant.control(), volume).await?,
         };
-        let cache_bytes = self.shared.lock().cache.evict(id);
-        let ram_bytes = self.common.fetches.evict(id);
+        let group = tenant.gate().group();
+        let cache_bytes = self.shared.lock().cache.evict(group, id);
+        let ram_bytes = self.common.fetches.evict(group, id);
         Ok(EvictInfo {
             volume: volume.to_string(),
             cache_bytes,

@@ -95,10 +95,12 @@ pub struct Found {
 }
 
 impl Found {
-    /// Whether it was made for this volume, by the kernel's own word.
+    /// Whether it was made for this volume, by the kernel's own word, and not for one of its id of another tenant's.
     #[must_use]
-    pub fn is_of(&self, volume: VolumeId) -> bool {
-        self.word == stamp::word(volume)
+    pub fn is_of(&self, spec: &DeviceSpec) -> bool {
+        let stamp = self.stamp.as_ref();
+        self.word == stamp::word(spec.volume)
+            && stamp.is_none_or(|stamp| stamp.tenant == spec.tenant)
     }
 
     /// Whether [`Control::recover`] can take it over.

@@ -16,7 +16,7 @@ use quarry_objfmt::map::{MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
     CacheId, ChunkId, ChunkSeq, DataLoc, Durability, Epoch, Generation, JOURNAL_ENTRY_LEN,
     JournalHeader, Lba, LbaRange, Location, MapEntry, MapSeq, Record, RecordBody, Sectors,
-    SegmentId, VolumeId, WriteSeq,
+    SegmentId, TenantName, VolumeId, WriteSeq,
 };
 use quarry_volume::map::{MapRoot, Merger, Node, NodeCache, RunCursor, Step};
 use quarry_volume::{
@@ -149,6 +149,7 @@ impl World {
         };
         let params = VolumeParams {
             id: VOLUME,
+            tenant: TenantName::new("acme").unwrap(),
             size: Sectors::new(BLOCKS_MAP * BLOCK),
             sector_size: 4096,
             frame_sectors: 128,
@@ -341,7 +342,7 @@ fn map(nodes: &mut NodeCache) -> MapRoot {
         let stored = &bytes[place.offset as usize..][..place.len as usize];
         let node = Arc::new(Node::decode(&place, stored).expect("just made"));
         cursor.accept(&node).expect("just made");
-        nodes.insert(place, node);
+        nodes.of(0).insert(place, node);
     }
     root
 }
@@ -421,7 +422,7 @@ fn map_lookup(count: u64) {
     for _ in 0..count {
         found.clear();
         let range = block(numbers.next_below(BLOCKS_MAP));
-        let known = root.lookup_into(range, &mut nodes, &mut found);
+        let known = root.lookup_into(range, &mut nodes.of(0), &mut found);
         known.expect("all nodes are in RAM");
         black_box(&found);
     }

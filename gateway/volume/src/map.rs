@@ -21,7 +21,7 @@ mod merge;
 mod plan;
 mod root;
 
-pub use cache::{NodeCache, NodeCacheStats};
+pub use cache::{NodeCache, NodeCacheStats, Nodes};
 pub use cursor::RunCursor;
 pub use merge::{MergeError, Merger, Step};
 pub use plan::{RUN_ENTRIES_FLOOR, RUN_RATIO, RUNS_TARGET_MAX, plan_merge};
@@ -203,7 +203,7 @@ mod tests {
             &self,
             root: &MapRoot,
             range: LbaRange,
-            nodes: &mut NodeCache,
+            nodes: &mut Nodes<'_>,
         ) -> (Vec<MapEntry>, usize) {
             let mut held = Vec::new();
             for round in 0.. {
@@ -392,7 +392,7 @@ mod tests {
                 .collect();
             let mut nodes = NodeCache::new(budget);
             for range in &ranges {
-                let (found, rounds) = objects.lookup(&root, *range, &mut nodes);
+                let (found, rounds) = objects.lookup(&root, *range, &mut nodes.of(0));
                 assert_reads_as(&found, *range, &model);
                 prop_assert!(rounds <= 2 || budget < 1 << 20);
                 if root.is_hole_quick(*range) {
@@ -413,10 +413,10 @@ mod tests {
                 let all = root.runs().len() == count;
                 prop_assert!(!all || objects.read_run(next.runs().first().unwrap_or(&vec![]))
                     .iter().all(|entry| entry.location != Location::Zero));
-                let (found, _) = objects.lookup(&next, range(0, SPAN), &mut nodes);
+                let (found, _) = objects.lookup(&next, range(0, SPAN), &mut nodes.of(0));
                 assert_reads_as(&found, range(0, SPAN), &model);
                 for range in &ranges {
-                    let (found, _) = objects.lookup(&next, *range, &mut nodes);
+                    let (found, _) = objects.lookup(&next, *range, &mut nodes.of(0));
                     assert_reads_as(&found, *range, &model);
                 }
             }
@@ -460,17 +460,17 @@ mod tests {
         let mut nodes = NodeCache::new(30_000);
         for start in (0..160_000).step_by(997) {
             let part = range(start, start + 2048);
-            let (found, _) = objects.lookup(&root, part, &mut nodes);
+            let (found, _) = objects.lookup(&root, part, &mut nodes.of(0));
             assert_reads_as(&found, part, &model);
         }
-        let (found, _) = objects.lookup(&root, range(0, 200_000), &mut nodes);
+        let (found, _) = objects.lookup(&root, range(0, 200_000), &mut nodes.of(0));
         assert_reads_as(&found, range(0, 200_000), &model);
         assert!(nodes.stats().evictions > 0);
         let merged = objects.merge(&root, &[], 3);
         let tables = objects.store(&merged, 100_000);
         let root = root.with_new_run(3, tables);
         assert_eq!(root.runs().len(), 1);
-        let (found, _) = objects.lookup(&root, range(0, 200_000), &mut nodes);
+        let (found, _) = objects.lookup(&root, range(0, 200_000), &mut nodes.of(0));
         assert_reads_as(&found, range(0, 200_000), &model);
     }
 
@@ -479,7 +479,7 @@ mod tests {
         let mut nodes = NodeCache::new(0);
         let tebibytes_16 = range(100, 100 + (16 << 31));
         assert!(MapRoot::empty().is_hole_quick(tebibytes_16));
-        let Lookup::Found(found) = MapRoot::empty().lookup(tebibytes_16, &mut nodes) else {
+        let Lookup::Found(found) = MapRoot::empty().lookup(tebibytes_16, &mut nodes.of(0)) else {
             panic!("an empty map needs no node");
         };
         assert_eq!(found.len(), 9);
@@ -495,11 +495,11 @@ mod tests {
         let root = MapRoot::empty().with_new_run(0, objects.store(&[zero(10, 10)], 1));
         let mut nodes = NodeCache::new(1 << 20);
         let mut out = vec![zero(0, 5)];
-        let missing = root.lookup_into(range(5, 15), &mut nodes, &mut out);
+        let missing = root.lookup_into(range(5, 15), &mut nodes.of(0), &mut out);
         assert_eq!(missing.unwrap_err().len(), 1);
         assert_eq!(out, [zero(0, 5)]);
-        objects.lookup(&root, range(5, 15), &mut nodes);
-        root.lookup_into(range(5, 15), &mut nodes, &mut out)
+        objects.lookup(&root, range(5, 15), &mut nodes.of(0));
+        root.lookup_into(range(5, 15), &mut nodes.of(0), &mut out)
             .unwrap();
         assert_eq!(out, [zero(0, 5), zero(5, 10)]);
     }
@@ -519,7 +519,7 @@ mod tests {
             let runs = vec![vec![lie(first, end), lie(end, end + 3000)], vec![table]];
             let root = MapRoot::new(Manifest { runs });
             let mut nodes = NodeCache::new(1 << 20);
-            let (found, _) = objects.lookup(&root, range(0, 100_000), &mut nodes);
+            let (found, _) = objects.lookup(&root, range(0, 100_000), &mut nodes.of(0));
             assert_eq!(end_of(found.last().unwrap()), Lba::new(100_000));
             let mut cursor = RunCursor::new(&root.runs()[0]);
             let index = cursor.next_node(Lba::ZERO).unwrap();
@@ -554,8 +554,8 @@ mod tests {
         // Indexes, leaves, answer.
         for _ in 0..3 {
             for (number, range) in asked.iter().enumerate() {
-                nodes.insert_all(held[number].clone());
-                match root.lookup(*range, &mut nodes) {
+                nodes.of(0).insert_all(held[number].clone());
+                match root.lookup(*range, &mut nodes.of(0)) {
                     Lookup::Found(_) => answered[number] = true,
                     Lookup::Missing(missing) => {
                         let load = |place: &NodeRef| (*place, objects.load(place));
@@ -638,7 +638,7 @@ mod tests {
                 root = root.with_new_run(0, objects.store(&entries, 1_000_000));
             }
             let mut nodes = NodeCache::new(1 << 30);
-            objects.lookup(&root, range(0, size * 16), &mut nodes);
+            objects.lookup(&root, range(0, size * 16), &mut nodes.of(0));
             for sectors in [8, 2048] {
                 let mut out = Vec::new();
                 let mut at = 1u64;
@@ -653,7 +653,7 @@ mod tests {
                     at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     let lba = (at >> 20) % (size * 16 - sectors) / 8 * 8;
                     out.clear();
-                    root.lookup_into(range(lba, lba + sectors), &mut nodes, &mut out)
+                    root.lookup_into(range(lba, lba + sectors), &mut nodes.of(0), &mut out)
                         .unwrap();
                     entries += out.len() as u64;
                 }

@@ -36,12 +36,12 @@ use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId,
-    VolumeId, WriteSeq,
+    TenantName, VolumeId, WriteSeq,
 };
 use slab::Slab;
 
 use crate::event::{Action, Event, IoError, IoId, Op, Report, Request};
-use crate::map::{MapRoot, Node, NodeCache, NodeRef};
+use crate::map::{MapRoot, Node, NodeCache, NodeRef, Nodes};
 
 /// What all volumes of a daemon share. The driver locks it once for a batch of events.
 #[derive(Debug)]
@@ -95,6 +95,8 @@ impl Default for Tuning {
 pub struct VolumeParams {
     /// Its name for ever.
     pub id: VolumeId,
+    /// Whose it is.
+    pub tenant: TenantName,
     /// Its size.
     pub size: Sectors,
     /// Bytes of a logical block: 512 or 4096.
@@ -107,7 +109,7 @@ pub struct VolumeParams {
     pub durability: Durability,
     /// Whether it takes writes.
     pub read_only: bool,
-    /// Whose part of the cache it writes to.
+    /// Whose part of the cache it writes to, and who shares with it what is known of the store.
     pub group: u32,
     /// Limits.
     pub tuning: Tuning,
@@ -304,7 +306,7 @@ enum Io {
 /// The driver's side of one step.
 struct Cx<'a> {
     cache: &'a mut Cache,
-    nodes: &'a mut NodeCache,
+    nodes: Nodes<'a>,
     out: &'a mut Vec<Action>,
 }
 
@@ -368,7 +370,7 @@ impl Volume {
         };
         let mut cx = Cx {
             cache: &mut shared.cache,
-            nodes: &mut shared.nodes,
+            nodes: shared.nodes.of(volume.params.group),
             out,
         };
         cx.cache
@@ -386,7 +388,7 @@ impl Volume {
     pub fn apply(&mut self, event: Event, shared: &mut Shared, out: &mut Vec<Action>) {
         let mut cx = Cx {
             cache: &mut shared.cache,
-            nodes: &mut shared.nodes,
+            nodes: shared.nodes.of(self.params.group),
             out,
         };
         let cx = &mut cx;

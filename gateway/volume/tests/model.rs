@@ -22,7 +22,7 @@ use quarry_objfmt::map::{MapObjectBuilder, MapObjectId};
 use quarry_objfmt::page::{Record, RecordBody, RecordPage, SegmentHeader, SegmentKind};
 use quarry_objfmt::{
     CacheId, ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, MapEntry, MapSeq, Sectors,
-    SegmentId, VolumeId, WriteSeq,
+    SegmentId, TenantName, VolumeId, WriteSeq,
 };
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
@@ -178,6 +178,7 @@ struct World {
 fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
     VolumeParams {
         id: VOLUME,
+        tenant: TenantName::new("acme").unwrap(),
         size: Sectors::new(size),
         sector_size: 512,
         frame_sectors: FRAME_SECTORS,
@@ -875,7 +876,7 @@ fn random_request(world: &mut World) {
     let len = world.rng.random_range(1..=200u64).min(size - start);
     match world.rng.random_range(0..60) {
         0..3 => world.warm(range(start, 4 * len)),
-        3 => drop(world.shared.cache.evict(VOLUME)),
+        3 => drop(world.shared.cache.evict(0, VOLUME)),
         _ => {}
     }
     let op = match world.rng.random_range(0..20) {
@@ -1029,7 +1030,7 @@ fn warmed_range_is_read_from_the_cache_alone_and_once_only() {
     world.settle();
     assert_eq!(world.warming, (0, Some((0, WarmEnd::Done))));
     // Dropped, it is had from the store again.
-    assert!(world.shared.cache.evict(VOLUME) > 0);
+    assert!(world.shared.cache.evict(0, VOLUME) > 0);
     world.ask(Op::Read, range(300, 8));
     world.settle();
     assert_eq!(world.volume.stats().miss_bytes, 8 * 512);

@@ -76,6 +76,7 @@ impl Bench {
             device: Arc::new(device),
             fetches: Fetches::new(1 << 20),
             share: plain_share(),
+            group: 0,
             uploads: Gate::new(1),
             compactions: Gate::new(1),
             reclaim: ReclaimSettings {

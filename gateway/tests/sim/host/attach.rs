@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quarry_cache::Journal;
-use quarry_gateway::backend::VolumeBackend;
 use quarry_gateway::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
 };
+use quarry_gateway::backend::{Common, VolumeBackend};
 use quarry_gateway::engine::kept::{Taken, settle, take_up};
 use quarry_gateway::reactor::ReactorHandle;
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::{SnapName, VolumeId};
+use quarry_objfmt::{SnapName, TenantName, VolumeId};
 use quarry_volume::{Opened, Volume, VolumeParams};
 
-use super::{Attach, Host, Opening, Outer, Promise, TUNING};
+use super::{Attach, Host, Opening, Outer, Promise, TUNING, group_of};
 use crate::oracle::Truth;
 use crate::outcome::Crash;
 use crate::session::{Beginning, Died, Session};
@@ -188,15 +188,18 @@ impl Host {
         let head = &claimed.info;
         let epoch = head.epoch;
         let read_only = journal.is_none();
+        let tenant = TenantName::new(&head.tenant).unwrap();
+        let group = group_of(&head.tenant);
         let params = VolumeParams {
             id,
+            tenant,
             size: head.size,
             sector_size: head.sector_size,
             frame_sectors: head.frame_sectors,
             epoch,
             durability: head.durability,
             read_only,
-            group: u32::from(head.tenant != "acme"),
+            group,
             tuning: daemon.tuning,
         };
         let opened = Opened {
@@ -211,7 +214,10 @@ impl Host {
         let volume = Volume::new(params, opened, &mut daemon.shared, &mut first);
         let (reactor, inbox) = ReactorHandle::detached().unwrap();
         let key = reactor.new_key();
-        let common = daemon.common.clone();
+        let common = Common {
+            group,
+            ..daemon.common.clone()
+        };
         let backend = VolumeBackend::new(common, self.name.clone(), claimed, key, reactor);
         if !read_only {
             backend.start_reclaiming();

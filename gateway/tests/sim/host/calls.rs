@@ -16,8 +16,8 @@ use quarry_volume::Event;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::Host;
 use super::attach::CONTROL_DEADLINE;
+use super::{Host, group_of};
 use crate::life::GRACE_MS;
 use crate::oracle::Truth;
 
@@ -213,10 +213,11 @@ impl Host {
     }
 
     /// Drops what the cache has of a volume and the store has too.
-    pub fn evict(&mut self, volume: VolumeId) {
+    pub fn evict(&mut self, truth: &Truth) {
         let daemon = self.daemon.as_mut().unwrap();
-        daemon.shared.cache.evict(volume);
-        daemon.common.fetches.evict(volume);
+        let group = group_of(truth.tenant.as_str());
+        daemon.shared.cache.evict(group, truth.id);
+        daemon.common.fetches.evict(group, truth.id);
     }
 }
 

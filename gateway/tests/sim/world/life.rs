@@ -214,7 +214,7 @@ impl World {
     }
 
     fn evict(&mut self, h: usize, n: usize) {
-        self.hosts[h].evict(self.truths[n].id);
+        self.hosts[h].evict(&self.truths[n]);
     }
 
     fn compact(&mut self, h: usize, n: usize) {

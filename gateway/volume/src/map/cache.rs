@@ -5,7 +5,7 @@
 //!
 //! **Progress.** Room is made before a batch of nodes goes in, never by evicting from the batch
 //! itself: the cache may exceed its budget by one batch until the next one comes. So a lookup that
-//! is retried right after [`NodeCache::insert_all`] finds all of that batch. Who keeps the nodes it
+//! is retried right after [`Nodes::insert_all`] finds all of that batch. Who keeps the nodes it
 //! loaded for a lookup and puts all of them in again before each retry gets further with each
 //! load, however small the budget and however many lookups take turns.
 
@@ -37,9 +37,12 @@ pub struct NodeCacheStats {
     pub evictions: u64,
 }
 
+/// A node's place in the store of the tenants that are one group: which node lies there is their store's word.
+type GroupNode = (u32, NodeRef);
+
 #[derive(Debug)]
 struct Slot {
-    place: NodeRef,
+    place: GroupNode,
     node: Arc<Node>,
     bytes: usize,
     /// Looked at since the hand last passed.
@@ -56,7 +59,7 @@ pub struct NodeCache {
     bytes: usize,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
-    places: HashMap<NodeRef, usize, BuildHasherDefault<NameHasher>>,
+    places: HashMap<GroupNode, usize, BuildHasherDefault<NameHasher>>,
     hand: usize,
     hits: u64,
     misses: u64,
@@ -80,82 +83,12 @@ impl NodeCache {
         }
     }
 
-    /// The node of this place, if it is here.
-    pub fn get(&mut self, place: &NodeRef) -> Option<&Arc<Node>> {
-        let at = self.find(place)?;
-        self.slots[at].as_ref().map(|slot| &slot.node)
+    /// What a group has in it.
+    pub fn of(&mut self, group: u32) -> Nodes<'_> {
+        Nodes { cache: self, group }
     }
 
-    /// The slot of a node, good until the next insertion or change of budget.
-    pub(super) fn find(&mut self, place: &NodeRef) -> Option<usize> {
-        let found = self.places.get(place).copied();
-        match found.and_then(|at| self.slots[at].as_mut()) {
-            Some(slot) => {
-                slot.seen = true;
-                self.hits += 1;
-            }
-            None => self.misses += 1,
-        }
-        found
-    }
-
-    /// The slot of leaf `number` of the index node in slot `parent`; `place` is the leaf's.
-    pub(super) fn find_leaf(
-        &mut self,
-        parent: usize,
-        number: usize,
-        place: &NodeRef,
-    ) -> Option<usize> {
-        let hints = |slot: &Slot| slot.leaves.get(number).copied();
-        let hint = self.slots[parent].as_ref().and_then(hints)? as usize;
-        if let Some(Some(slot)) = self.slots.get_mut(hint)
-            && slot.place == *place
-        {
-            slot.seen = true;
-            self.hits += 1;
-            return Some(hint);
-        }
-        let found = self.find(place)?;
-        let hint = self.slots[parent]
-            .as_mut()
-            .and_then(|slot| slot.leaves.get_mut(number));
-        if let (Some(hint), Ok(found)) = (hint, u32::try_from(found)) {
-            *hint = found;
-        }
-        Some(found)
-    }
-
-    /// The node in a slot that was just found.
-    pub(super) fn node(&self, slot: usize) -> Option<&Node> {
-        self.slots.get(slot)?.as_ref().map(|slot| &*slot.node)
-    }
-
-    /// Puts a node in, making room first.
-    pub fn insert(&mut self, place: NodeRef, node: Arc<Node>) {
-        self.insert_all(vec![(place, node)]);
-    }
-
-    /// Puts the nodes of one load in, making room for all of them first: they are all here until
-    /// the next insertion.
-    pub fn insert_all(&mut self, batch: Vec<(NodeRef, Arc<Node>)>) {
-        let mut room = 0;
-        for (place, node) in &batch {
-            match self.places.get(place) {
-                // Looked at before the hand moves, so that it is not the first to go.
-                Some(&at) => self.slots[at].iter_mut().for_each(|slot| slot.seen = true),
-                None => room += cost(node),
-            }
-        }
-        self.make_room(room);
-        for (place, node) in batch {
-            // A place always holds the same node: what is here stays.
-            if !self.places.contains_key(&place) {
-                self.put(place, node);
-            }
-        }
-    }
-
-    fn put(&mut self, place: NodeRef, node: Arc<Node>) {
+    fn put(&mut self, place: GroupNode, node: Arc<Node>) {
         let bytes = cost(&node);
         let leaves = vec![u32::MAX; leaf_count(&node)].into_boxed_slice();
         let slot = Some(Slot {
@@ -222,6 +155,93 @@ impl NodeCache {
     }
 }
 
+/// The nodes of one group in the cache. It sees no others', and puts none in for them.
+#[derive(Debug)]
+pub struct Nodes<'a> {
+    cache: &'a mut NodeCache,
+    group: u32,
+}
+
+impl Nodes<'_> {
+    /// The node of this place, if it is here.
+    pub fn get(&mut self, place: &NodeRef) -> Option<&Arc<Node>> {
+        let at = self.find(place)?;
+        self.cache.slots[at].as_ref().map(|slot| &slot.node)
+    }
+
+    /// The slot of a node, good until the next insertion or change of budget.
+    pub(super) fn find(&mut self, place: &NodeRef) -> Option<usize> {
+        let found = self.cache.places.get(&(self.group, *place)).copied();
+        match found.and_then(|at| self.cache.slots[at].as_mut()) {
+            Some(slot) => {
+                slot.seen = true;
+                self.cache.hits += 1;
+            }
+            None => self.cache.misses += 1,
+        }
+        found
+    }
+
+    /// The slot of leaf `number` of the index node in slot `parent`; `place` is the leaf's.
+    pub(super) fn find_leaf(
+        &mut self,
+        parent: usize,
+        number: usize,
+        place: &NodeRef,
+    ) -> Option<usize> {
+        let hints = |slot: &Slot| slot.leaves.get(number).copied();
+        let hint = self.cache.slots[parent].as_ref().and_then(hints)? as usize;
+        if let Some(Some(slot)) = self.cache.slots.get_mut(hint)
+            && slot.place == (self.group, *place)
+        {
+            slot.seen = true;
+            self.cache.hits += 1;
+            return Some(hint);
+        }
+        let found = self.find(place)?;
+        let hint = self.cache.slots[parent]
+            .as_mut()
+            .and_then(|slot| slot.leaves.get_mut(number));
+        if let (Some(hint), Ok(found)) = (hint, u32::try_from(found)) {
+            *hint = found;
+        }
+        Some(found)
+    }
+
+    /// The node in a slot that was just found.
+    pub(super) fn node(&self, slot: usize) -> Option<&Node> {
+        self.cache.slots.get(slot)?.as_ref().map(|slot| &*slot.node)
+    }
+
+    /// Puts a node in, making room first.
+    pub fn insert(&mut self, place: NodeRef, node: Arc<Node>) {
+        self.insert_all(vec![(place, node)]);
+    }
+
+    /// Puts the nodes of one load in, making room for all of them first: they are all here until
+    /// the next insertion.
+    pub fn insert_all(&mut self, batch: Vec<(NodeRef, Arc<Node>)>) {
+        let mut room = 0;
+        for (place, node) in &batch {
+            match self.cache.places.get(&(self.group, *place)) {
+                // Looked at before the hand moves, so that it is not the first to go.
+                Some(&at) => self.cache.slots[at]
+                    .iter_mut()
+                    .for_each(|slot| slot.seen = true),
+                None => room += cost(node),
+            }
+        }
+        self.cache.make_room(room);
+        for (place, node) in batch {
+            // A place always holds the same node: what is here stays.
+            let place = (self.group, place);
+            if !self.cache.places.contains_key(&place) {
+                self.cache.put(place, node);
+            }
+        }
+    }
+}
+
 fn leaf_count(node: &Node) -> usize {
     match node {
         Node::Index(index) => index.leaves().len(),
@@ -274,15 +294,15 @@ mod tests {
         let mut cache = NodeCache::new(budget_of(3));
         for seq in 0..4 {
             let (place, node) = node(seq);
-            cache.insert(place, node);
+            cache.of(0).insert(place, node);
         }
         // The first insertion over the budget took all second chances away; these get theirs anew.
-        assert!(cache.get(&node(0).0).is_none());
-        assert!(cache.get(&node(1).0).is_some());
-        cache.insert(node(4).0, node(4).1);
-        assert!(cache.get(&node(2).0).is_none());
+        assert!(cache.of(0).get(&node(0).0).is_none());
+        assert!(cache.of(0).get(&node(1).0).is_some());
+        cache.of(0).insert(node(4).0, node(4).1);
+        assert!(cache.of(0).get(&node(2).0).is_none());
         for seq in [1, 3, 4] {
-            assert!(cache.get(&node(seq).0).is_some(), "{seq}");
+            assert!(cache.of(0).get(&node(seq).0).is_some(), "{seq}");
         }
         let stats = cache.stats();
         assert_eq!((stats.nodes, stats.evictions), (3, 2));
@@ -293,12 +313,16 @@ mod tests {
     #[test]
     fn cache_smaller_than_a_batch_holds_the_batch() {
         let mut cache = NodeCache::new(1);
-        cache.insert(node(9).0, node(9).1);
+        cache.of(0).insert(node(9).0, node(9).1);
         let batch: Vec<_> = (0..5).map(node).collect();
-        cache.insert_all(batch.clone());
-        assert!(batch.iter().all(|(place, _)| cache.get(place).is_some()));
-        assert!(cache.get(&node(9).0).is_none());
-        cache.insert(node(9).0, node(9).1);
+        cache.of(0).insert_all(batch.clone());
+        assert!(
+            batch
+                .iter()
+                .all(|(place, _)| cache.of(0).get(place).is_some())
+        );
+        assert!(cache.of(0).get(&node(9).0).is_none());
+        cache.of(0).insert(node(9).0, node(9).1);
         assert_eq!(cache.stats().nodes, 1);
     }
 
@@ -306,11 +330,15 @@ mod tests {
     fn cache_batch_partly_there_is_all_there_afterwards() {
         let mut cache = NodeCache::new(budget_of(2));
         for seq in 0..2 {
-            cache.insert(node(seq).0, node(seq).1);
+            cache.of(0).insert(node(seq).0, node(seq).1);
         }
         let batch: Vec<_> = (1..4).map(node).collect();
-        cache.insert_all(batch.clone());
-        assert!(batch.iter().all(|(place, _)| cache.get(place).is_some()));
+        cache.of(0).insert_all(batch.clone());
+        assert!(
+            batch
+                .iter()
+                .all(|(place, _)| cache.of(0).get(place).is_some())
+        );
         cache.set_budget(0);
         assert_eq!(cache.stats().bytes, 0);
     }
@@ -318,8 +346,30 @@ mod tests {
     #[test]
     fn cache_same_node_twice_counts_once() {
         let mut cache = NodeCache::new(budget_of(9));
-        cache.insert_all(vec![node(1), node(1)]);
-        cache.insert(node(1).0, node(1).1);
+        cache.of(0).insert_all(vec![node(1), node(1)]);
+        cache.of(0).insert(node(1).0, node(1).1);
         assert_eq!(cache.stats().bytes, budget_of(1));
+    }
+
+    #[test]
+    fn node_of_a_group_is_no_other_groups() {
+        let mut cache = NodeCache::new(budget_of(9));
+        let (place, ours) = node(1);
+        let theirs = node(2).1;
+        cache.of(1).insert(place, Arc::clone(&theirs));
+        assert!(cache.of(0).get(&place).is_none());
+        cache.of(0).insert(place, Arc::clone(&ours));
+        assert!(
+            cache
+                .of(0)
+                .get(&place)
+                .is_some_and(|node| Arc::ptr_eq(node, &ours))
+        );
+        assert!(
+            cache
+                .of(1)
+                .get(&place)
+                .is_some_and(|node| Arc::ptr_eq(node, &theirs))
+        );
     }
 }

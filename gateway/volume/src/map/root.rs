@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use quarry_objfmt::map::{Manifest, MapObjectId, TableRef};
 use quarry_objfmt::{Lba, LbaRange, Location, MapEntry};
 
-use crate::map::{Node, NodeCache, NodeRef, end_of, join, trim};
+use crate::map::{Node, NodeRef, Nodes, end_of, join, trim};
 
 /// The longest entry, in sectors; a longer hole is several.
 const ENTRY_SECTORS_MAX: u64 = u32::MAX as u64;
@@ -126,7 +126,7 @@ impl MapRoot {
     /// What is missing is named in at most two rounds: all index nodes that the range touches,
     /// then all leaves, of older runs too where the node above is not known yet and might hide
     /// them. A cold lookup so waits for two loads, not for two a run; it may load a node too many.
-    pub fn lookup(&self, range: LbaRange, nodes: &mut NodeCache) -> Lookup {
+    pub fn lookup(&self, range: LbaRange, nodes: &mut Nodes<'_>) -> Lookup {
         let mut found = Vec::new();
         match self.lookup_into(range, nodes, &mut found) {
             Ok(()) => Lookup::Found(found),
@@ -142,7 +142,7 @@ impl MapRoot {
     pub fn lookup_into(
         &self,
         range: LbaRange,
-        nodes: &mut NodeCache,
+        nodes: &mut Nodes<'_>,
         out: &mut Vec<MapEntry>,
     ) -> Result<(), Vec<NodeRef>> {
         let from = out.len();
@@ -176,16 +176,16 @@ enum Located {
 }
 
 /// A lookup under way.
-struct Walk<'a> {
+struct Walk<'a, 'c> {
     runs: &'a [Vec<TableRef>],
-    nodes: &'a mut NodeCache,
+    nodes: &'a mut Nodes<'c>,
     out: &'a mut Vec<MapEntry>,
     /// Where the answer starts in `out`.
     from: usize,
     missing: Vec<NodeRef>,
 }
 
-impl Walk<'_> {
+impl Walk<'_, '_> {
     /// Answers `range` from run `depth` and, where it has gaps, from those below. Recursion ends
     /// after the runs of a manifest, which are few.
     fn descend(&mut self, depth: usize, range: LbaRange) {
@@ -251,7 +251,7 @@ impl Walk<'_> {
 
 /// What `run` says of the first sector of `rest`. An answer reaches at least one sector further
 /// and, but for an entry, at most to the end of `rest`, whatever the nodes hold.
-fn locate(run: &[TableRef], rest: LbaRange, nodes: &mut NodeCache) -> Located {
+fn locate(run: &[TableRef], rest: LbaRange, nodes: &mut Nodes<'_>) -> Located {
     let at = rest.start;
     let number = run.partition_point(|table| table.end <= at);
     let Some(table) = run.get(number) else {

@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quarry_cache::{Branch, Cache, CacheLoc, CleanRun};
+use quarry_cache::{Branch, CacheLoc, CleanIndex, CleanRun};
 use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId};
 
 use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
 use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Op, Report};
-use crate::map::{Node, NodeCache, NodeRef};
+use crate::map::{Node, NodeRef, Nodes};
 
 /// Most frames of one fetch: with frames of 64 KiB, GETs of at most 1 MiB, several in flight.
 const FETCH_FRAMES_MAX: usize = 16;
@@ -165,11 +165,11 @@ impl Volume {
     ) -> Result<(), Vec<NodeRef>> {
         let mut plan = Plan {
             base: range.start,
-            cache: cx.cache,
+            clean: cx.cache.clean(self.params.group),
             copies,
             pieces,
         };
-        self.walk_layers(range, cx.nodes, &mut plan)
+        self.walk_layers(range, &mut cx.nodes, &mut plan)
     }
 
     /// Tells `told` what each part of `range` is by the newest layer that knows of it, in order within
@@ -177,7 +177,7 @@ impl Volume {
     pub(super) fn walk_layers(
         &mut self,
         range: LbaRange,
-        nodes: &mut NodeCache,
+        nodes: &mut Nodes<'_>,
         told: &mut impl Layered,
     ) -> Result<(), Vec<NodeRef>> {
         let found = &mut self.reads.found;
@@ -443,12 +443,14 @@ impl Volume {
         let Ok(len) = u32::try_from(raw.len() / 512) else {
             return false;
         };
-        let first = index * self.params.frame_sectors;
-        if cx.cache.clean().holds(&chunk, first, len) || cx.cache.is_filling(chunk, first) {
+        let (group, first) = (self.params.group, index * self.params.frame_sectors);
+        if cx.cache.clean(group).holds(&chunk, first, len)
+            || cx.cache.is_filling(group, chunk, first)
+        {
             Branch::FillNeedless.taken();
             return false;
         }
-        let Some(at) = cx.cache.reserve_fill(self.params.group, chunk, first, len) else {
+        let Some(at) = cx.cache.reserve_fill(group, chunk, first, len) else {
             Branch::FillRefused.taken();
             return false;
         };
@@ -586,7 +588,7 @@ pub(super) trait Layered {
 /// A request being resolved into pieces.
 struct Plan<'a> {
     base: Lba,
-    cache: &'a Cache,
+    clean: &'a CleanIndex,
     copies: bool,
     pieces: &'a mut Vec<Piece>,
 }
@@ -626,20 +628,18 @@ impl Layered for Plan<'_> {
             return self.push(part, Source::Store(at));
         }
         let len = u32::try_from(part.len().get()).expect("a run inside a frame");
-        let cache = self.cache;
-        cache
-            .clean()
-            .visit(&at.chunk, at.raw, len, |raw, len, cached| {
-                let start = part.start.add(Sectors::new(u64::from(raw - at.raw)));
-                let run = LbaRange {
-                    start,
-                    end: start.add(Sectors::new(u64::from(len))),
-                };
-                let source = match cached {
-                    Some(at) => Source::Cache { at, clean: true },
-                    None => Source::Store(at.skip(raw - at.raw)),
-                };
-                self.push(run, source);
-            });
+        let clean = self.clean;
+        clean.visit(&at.chunk, at.raw, len, |raw, len, cached| {
+            let start = part.start.add(Sectors::new(u64::from(raw - at.raw)));
+            let run = LbaRange {
+                start,
+                end: start.add(Sectors::new(u64::from(len))),
+            };
+            let source = match cached {
+                Some(at) => Source::Cache { at, clean: true },
+                None => Source::Store(at.skip(raw - at.raw)),
+            };
+            self.push(run, source);
+        });
     }
 }

@@ -30,7 +30,9 @@ impl Volume {
             let end = at.add(Sectors::new(STEP_SECTORS)).min(request.range.end);
             let before = told.runs.len();
             let last = told.runs.last().copied();
-            if let Err(nodes) = self.walk_layers(LbaRange { start: at, end }, cx.nodes, &mut told) {
+            if let Err(nodes) =
+                self.walk_layers(LbaRange { start: at, end }, &mut cx.nodes, &mut told)
+            {
                 if at == request.range.start {
                     self.active[slot].left = 1;
                     let io = self.io(Io::Nodes { slot: Some(slot) });

@@ -382,6 +382,7 @@ impl Volume {
             volume: self.params.id,
             epoch: self.params.epoch,
             kind,
+            tenant: Some(self.params.tenant.clone()),
         };
         cx.out.push(Action::WritePage {
             io,
