@@ -140,6 +140,8 @@ pub struct CacheCounts {
     pub dirty: u32,
     /// Segments with clean data only (fills included).
     pub clean: u32,
+    /// Those of them that what is fetched is put into now.
+    pub filling: u32,
     /// Most segments that may be dirty.
     pub dirty_max: u32,
     /// All.
@@ -264,6 +266,7 @@ impl Cache {
             free,
             dirty: self.dirty,
             clean: self.geometry.segments - free - self.dirty,
+            filling: u32::try_from(self.fills.len()).unwrap_or(u32::MAX),
             dirty_max: self.dirty_max,
             total: self.geometry.segments,
             segment_size: self.geometry.segment_size,

@@ -26,6 +26,7 @@ mod report;
 mod rescue;
 mod resize;
 mod retain;
+mod scrape;
 mod shrink;
 mod slot;
 mod snapshot;
@@ -66,6 +67,7 @@ use crate::control::{
 };
 use crate::fair::{Gate, plain_share};
 use crate::keys::KeyService;
+use crate::latency::{Latencies, Timed};
 use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
 use crate::qos::VolumeGate;
@@ -97,6 +99,9 @@ pub struct VolumeMachine {
     journal: Option<Journal>,
     /// Bytes of requests that passed through the daemon's memory.
     copied_bytes: u64,
+    /// Bytes of requests that the kernel moved between their pages and the cache device.
+    in_place_bytes: u64,
+    latencies: Latencies,
     /// What the volume asked for when it was made: carried out with the first event.
     first: Vec<quarry_volume::Action>,
 }
@@ -130,6 +135,14 @@ impl Machine for VolumeMachine {
 
     fn copied(&mut self, bytes: u64) {
         self.copied_bytes += bytes;
+    }
+
+    fn moved_in_place(&mut self, bytes: u64) {
+        self.in_place_bytes += bytes;
+    }
+
+    fn took(&mut self, what: Timed, ns: u64) {
+        self.latencies.record(what, ns);
     }
 
     fn geometry(&self) -> Geometry {
@@ -174,7 +187,6 @@ pub struct Daemon {
     slots: Mutex<BTreeMap<ImageRef, Arc<Slot>>>,
     wanted: Wanted,
     ublk: ublk::Control,
-    metrics: metrics::Metrics,
     /// Why the daemon is not ready, if it is not.
     not_ready: Mutex<Option<String>>,
     /// Why nothing is to be kept in the store yet, or ever.
@@ -340,7 +352,6 @@ impl Daemon {
             slots: Mutex::default(),
             wanted: Wanted::load(&config.daemon.data_dir)?,
             ublk,
-            metrics: metrics::Metrics::new(),
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
             exports: Arc::default(),
@@ -709,7 +720,7 @@ impl Engine for Daemon {
     }
 
     async fn metrics_text(&self) -> String {
-        self.metrics.render(&self.snapshot().await)
+        metrics::render(&self.snapshot().await)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod fair;
 pub mod image;
 pub mod keys;
+pub mod latency;
 pub mod metrics;
 pub mod moment;
 pub mod nbd;

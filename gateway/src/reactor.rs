@@ -47,6 +47,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::core::Core;
 use self::direct::Body;
 use self::doorbell::Doorbell;
+use crate::latency::Timed;
 use crate::qos::VolumeGate;
 
 pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
@@ -77,6 +78,13 @@ pub trait Machine: Any + Send {
     /// So many bytes of its requests passed through this process' memory: counted where they do, not
     /// where they should not.
     fn copied(&mut self, _bytes: u64) {}
+
+    /// The kernel moves so many bytes of its requests between their own pages and the cache device.
+    fn moved_in_place(&mut self, _bytes: u64) {}
+
+    /// A request of it that ended well, or its waiting for a limit, took so long: from the batch in which it was
+    /// taken up to the one in which it was done, in nanoseconds.
+    fn took(&mut self, _what: Timed, _ns: u64) {}
 
     /// Its shape; asked once, when the reactor gets it. From then on only its size changes, by
     /// [`Message::Grow`].

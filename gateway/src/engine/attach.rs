@@ -23,6 +23,7 @@ use crate::backend::{HeadCell, HeadError, VolumeBackend};
 use crate::control::{
     ApiError, ApiResult, AttachInfo, AttachOptions, ImageRef, Kind, Via, VolumeRef,
 };
+use crate::latency::Latencies;
 use crate::moment::Moment;
 use crate::nbd::Export;
 use crate::qos::VolumeGate;
@@ -495,6 +496,8 @@ impl Daemon {
             shared: Arc::clone(&self.shared),
             journal,
             copied_bytes: 0,
+            in_place_bytes: 0,
+            latencies: Latencies::default(),
             first: actions,
         };
         let (reactor, key) = self.place()?;

@@ -125,6 +125,7 @@ impl Daemon {
         let fits = counted.and_then(|usage| {
             let before = reserved.reservations.iter().take_while(|r| r.id != id);
             fits(&reserved.settings, &reserved.name, &usage, before, wish)
+                .inspect_err(|_| tenant.note_refusal())
         });
         match fits {
             Ok(()) => Ok(admission),
@@ -189,6 +190,7 @@ impl Daemon {
         while let Some(stored) = heads.next().await {
             usage.stored_bytes = usage.stored_bytes.saturating_add(stored);
         }
+        tenant.note_usage(usage);
         Ok(usage)
     }
 

@@ -1,4 +1,4 @@
-//! What `show`, `status` and `/metrics` tell.
+//! What `show` and `status` tell.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,6 @@ use super::rates::limits_info;
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
 use super::tenancy::status_of;
-use super::tenants::Tenant;
 use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
@@ -20,9 +19,6 @@ use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec, State,
     StatusInfo, VolumeInfo, VolumeRef,
 };
-use crate::metrics;
-use crate::reactor::ReactorStats;
-use crate::store::{Lane, Operation, Outcome, StoreState};
 
 /// Volumes shown side by side, each by two reads of its store at most.
 const SHOWN_AT_ONCE: usize = 16;
@@ -177,7 +173,7 @@ impl Daemon {
     }
 
     /// Clean data of a volume on the cache device.
-    fn cached_bytes(&self, attached: &Attached) -> u64 {
+    pub(super) fn cached_bytes(&self, attached: &Attached) -> u64 {
         let (volume, group) = (attached.backend.volume(), attached.tenant.gate().group());
         self.shared.lock().cache.clean(group).bytes_of(volume)
     }
@@ -236,182 +232,6 @@ impl Daemon {
             ublk,
             nbd_socket: self.config.nbd_socket().display().to_string(),
             audit_problem: None,
-        }
-    }
-
-    pub(super) async fn snapshot(&self) -> metrics::Snapshot {
-        let mut volumes = Vec::new();
-        for (volume, attached) in self.attached() {
-            let requests = self.requests(&attached.account);
-            let (s, copied_bytes) = self.stats(&attached).await;
-            let (space, reclaimed) = (attached.backend.space(), attached.backend.reclaimed());
-            let fetched = attached.backend.fetched();
-            let (limits, rates) = (attached.gate.stats(), attached.gate.rates());
-            let of = metrics::VolumeStats {
-                size_bytes: attached.backend.head().get().size.bytes(),
-                reads: s.reads,
-                read_bytes: s.read_bytes,
-                writes: s.writes,
-                write_bytes: s.write_bytes,
-                flushes: s.flushes,
-                discards: s.discards,
-                errors: s.errors,
-                hit_bytes: s.hit_bytes,
-                miss_bytes: s.miss_bytes,
-                copied_bytes,
-                direct_reads: s.direct_reads,
-                direct_bytes: s.direct_bytes,
-                direct_fallbacks: s.direct_fallbacks,
-                zero_fill_bytes: s.zero_bytes,
-                dirty_bytes: s.dirty_bytes,
-                rpo_ms: s.rpo_ms,
-                cached_bytes: self.cached_bytes(&attached),
-                uploaded_bytes: s.uploaded_bytes,
-                uploaded_chunks: s.uploaded_chunks,
-                checkpoints: s.checkpoints,
-                map_bytes: attached.backend.stored().1,
-                stored_bytes: attached.backend.stored().0,
-                live_bytes: space.live,
-                debt_bytes: space.debt,
-                dead_bytes: space.dead,
-                pinned_bytes: space.pinned,
-                compacted_bytes: reclaimed.moved_bytes,
-                deleted_bytes: reclaimed.deleted_bytes,
-                deleted_objects: reclaimed.deleted_objects,
-                orphans_deleted: attached.backend.orphans_deleted(),
-                fetched_bytes: fetched.bytes + s.direct_bytes,
-                fetches: fetched.gets + s.direct_reads,
-                shared_bytes: fetched.shared_bytes,
-                readahead_bytes: s.readahead_bytes,
-                warmed_bytes: s.warmed_bytes,
-                store_requests: requests.count(),
-                store_cost_micros: requests.cost_micros(),
-                held: limits.held,
-                held_total: limits.held_total,
-                held_ms: limits.held_ms,
-                limit_iops: rates.iops.unwrap_or(0),
-                limit_bytes: rates.bandwidth_bytes.unwrap_or(0),
-                stalled: u64::from(s.stalled),
-                failed: u64::from(attached.backend.condition().problem.is_some()),
-            };
-            volumes.push(metrics::VolumeSample {
-                tenant: volume.volume.tenant.to_string(),
-                volume: volume.short_name(),
-                via: attached.info.via.as_str(),
-                mode: attached.mode,
-                stats: of,
-            });
-        }
-        let reactors = self.reactors.lock();
-        let counts = |stats: &ReactorStats| metrics::ReactorCounts {
-            batches: stats.batches.load(Ordering::Relaxed),
-            requests: stats.requests.load(Ordering::Relaxed),
-            volumes: stats.volumes.load(Ordering::Relaxed),
-        };
-        let reactors = reactors.iter().map(|r| counts(r.stats())).collect();
-        let (counts, nodes) = {
-            let shared = self.shared.lock();
-            (shared.cache.counts(), shared.nodes.stats())
-        };
-        let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
-        let uploads = self.common.uploads.counts();
-        let mut store = self.lane.stats().snapshot();
-        // Each store once, however many tenants are in it.
-        self.tenants
-            .each_own_site(|site| store.add(&site.lane.stats().snapshot()));
-        let tenants = self.tenant_samples();
-        metrics::Snapshot {
-            volumes,
-            tenants,
-            uploads: metrics::UploadStats {
-                in_flight: uploads.held as u64,
-                slow: uploads.slow as u64,
-                waiting: uploads.waiting as u64,
-            },
-            reactors,
-            cache: metrics::CacheStats {
-                size_bytes: bytes(counts.total),
-                dirty_bytes: bytes(counts.dirty),
-                dirty_max_bytes: bytes(counts.dirty_max),
-                clean_bytes: bytes(counts.clean),
-                segments_free: u64::from(counts.free),
-                segments_used: u64::from(counts.total - counts.free),
-                reclaims: counts.reclaimed,
-                node_bytes: nodes.bytes as u64,
-                node_hits: nodes.hits,
-                node_misses: nodes.misses,
-            },
-            trash: self.trash.stats(),
-            audit: self.access.audit_stats(),
-            store: metrics::StoreStats {
-                read_bytes: store.bytes_read,
-                write_bytes: store.bytes_written,
-                retries: store.retries,
-                in_flight: store.in_flight,
-                waiting: store.waiting,
-                failing_ms: failing_ms(&self.lane),
-                calls: Operation::ALL
-                    .iter()
-                    .flat_map(|operation| Outcome::ALL.iter().map(move |o| (*operation, *o)))
-                    .map(|(operation, outcome)| metrics::StoreCall {
-                        operation: operation.as_str(),
-                        outcome: outcome.as_str(),
-                        count: store.attempts(operation, outcome),
-                    })
-                    .filter(|call| call.count > 0)
-                    .collect(),
-                busy: Operation::ALL
-                    .iter()
-                    .map(|operation| (operation.as_str(), store.busy(*operation)))
-                    .collect(),
-            },
-        }
-    }
-}
-
-impl Daemon {
-    fn tenant_samples(&self) -> Vec<metrics::TenantSample> {
-        let sample = |tenant: Arc<Tenant>| {
-            let (gate, requests) = (tenant.gate(), self.requests(tenant.account()));
-            let limits = gate.rates();
-            let (dirty_bytes, cache_bytes) = {
-                let cache = &self.shared.lock().cache;
-                let group = gate.group();
-                (
-                    cache.dirty_bytes_of_group(group),
-                    cache.bytes_of_group(group),
-                )
-            };
-            metrics::TenantSample {
-                tenant: tenant.name.to_string(),
-                calls: vec![
-                    ("put", requests.puts),
-                    ("get", requests.gets),
-                    ("list", requests.lists),
-                    ("delete", requests.deletes),
-                ],
-                stats: metrics::TenantStats {
-                    limit_iops: limits.iops.unwrap_or(0),
-                    limit_bytes: limits.bandwidth_bytes.unwrap_or(0),
-                    dirty_bytes,
-                    cache_bytes,
-                    read_bytes: requests.read_bytes,
-                    write_bytes: requests.written_bytes,
-                    cost_micros: requests.cost_micros(),
-                    failing_ms: failing_ms(&tenant.site.lane),
-                },
-            }
-        };
-        self.tenants.all().into_iter().map(sample).collect()
-    }
-}
-
-/// For how long a way to a store has been failing.
-fn failing_ms(lane: &Lane) -> u64 {
-    match lane.health().state() {
-        StoreState::Healthy => 0,
-        StoreState::Failing { lasting, .. } => {
-            u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX)
         }
     }
 }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::{CONTROL_DEADLINE, Daemon, registry};
 use crate::backend::{Common, DirectWay};
-use crate::control::{ApiError, ApiResult, Kind};
+use crate::control::{ApiError, ApiResult, Kind, TenantUsage};
 use crate::provision;
 use crate::qos::TenantGate;
 use crate::store::direct::DirectLane;
@@ -127,6 +127,16 @@ pub(super) struct Tenant {
     /// Held by who purges of its trash: one volume at a time.
     pub(super) purging: tokio::sync::Mutex<()>,
     seen: Mutex<Seen>,
+    quota_seen: Mutex<QuotaSeen>,
+}
+
+/// What this daemon has seen of a tenant's quotas.
+#[derive(Clone, Copy, Default)]
+pub(super) struct QuotaSeen {
+    /// What the tenant had when that was counted last.
+    pub(super) usage: Option<TenantUsage>,
+    /// What was not made for a quota's sake.
+    pub(super) refusals: u64,
 }
 
 /// A tenant's record as it was read last.
@@ -159,6 +169,7 @@ impl Tenant {
             direct: Arc::new(LazyLock::new(Box::new(open))),
             purging: tokio::sync::Mutex::default(),
             seen: Mutex::new(seen),
+            quota_seen: Mutex::default(),
         })
     }
 
@@ -190,6 +201,21 @@ impl Tenant {
     /// The way around the daemon's memory.
     pub(super) fn direct(&self) -> &Arc<DirectWay> {
         &self.direct
+    }
+
+    /// What was seen of its quotas.
+    pub(super) fn quota_seen(&self) -> QuotaSeen {
+        *self.quota_seen.lock()
+    }
+
+    /// It was counted.
+    pub(super) fn note_usage(&self, usage: TenantUsage) {
+        self.quota_seen.lock().usage = Some(usage);
+    }
+
+    /// Something was not made for a quota's sake.
+    pub(super) fn note_refusal(&self) {
+        self.quota_seen.lock().refusals += 1;
     }
 
     /// What it asked of its store.

@@ -26,7 +26,7 @@ use super::ring::{Completion, Ring};
 use super::sync::Syncs;
 use super::token::Token;
 use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorStats, VolumeKey};
-use crate::qos::VolumeGate;
+use crate::qos::{VolumeGate, now_ns};
 
 /// Time between two ticks, in milliseconds.
 const TICK_MS: u64 = 100;
@@ -105,6 +105,8 @@ pub(super) struct Core {
     rate: Rate,
     started: Instant,
     now_ms: u64,
+    /// When the batch began: of requests' times the beginning or the end.
+    batch_ns: u64,
     timer_armed: bool,
     /// When it was told to end.
     ending_since: Option<u64>,
@@ -147,6 +149,7 @@ impl Core {
             rate: Rate::default(),
             started: Instant::now(),
             now_ms: 0,
+            batch_ns: now_ns(),
             timer_armed: false,
             ending_since: None,
         })
@@ -162,6 +165,7 @@ impl Core {
         while !self.is_over() {
             self.ring.submit(true).expect("io_uring_enter");
             self.ring.completions(&mut completions);
+            self.batch_ns = now_ns();
             self.stats.batches.fetch_add(1, Ordering::Relaxed);
             self.stats
                 .completions
@@ -304,7 +308,12 @@ impl Core {
     }
 
     fn answer(&mut self, volume: u32, request: usize, result: Result<(), IoError>) {
-        let in_flight = self.volumes[volume as usize].inbox.requests.remove(request);
+        let slot = &mut self.volumes[volume as usize];
+        let in_flight = slot.inbox.requests.remove(request);
+        if let (Some(timed), Ok(())) = (in_flight.timed, result) {
+            let ns = self.batch_ns.saturating_sub(in_flight.since_ns);
+            slot.machine.took(timed, ns);
+        }
         self.stats.requests.fetch_add(1, Ordering::Relaxed);
         let slot = &mut self.front_ends[in_flight.front_end as usize];
         slot.pending.requests -= 1;
@@ -342,6 +351,7 @@ impl Core {
             front_end: index,
             pending: &mut slot.pending,
             now_ms: self.now_ms,
+            batch_ns: self.batch_ns,
         };
         call(&mut *slot.front_end, &mut port);
         if !slot.touched {

@@ -13,6 +13,7 @@ use super::memory::{ALIGNMENT, AlignedBuf, POOLED_BYTES_MAX, Pool};
 use super::op::{CacheOp, Code, Hold};
 use super::ring::File;
 use super::token::Token;
+use crate::latency::Timed;
 
 /// Most bytes of aligned copies of fills under way; fills past it wait their turn.
 pub(super) const FILL_BYTES_MAX: usize = 32 << 20;
@@ -166,6 +167,10 @@ impl Core {
             Action::Status { request, runs } => {
                 self.status_told(volume, request_key(request), &runs);
             }
+            Action::Missed { request } => {
+                let requests = &mut self.volumes[volume as usize].inbox.requests;
+                requests[request_key(request)].timed = Some(Timed::ReadMiss);
+            }
             Action::Complete { request, result } => {
                 self.request_done(volume, request_key(request), result)
             }
@@ -254,20 +259,20 @@ impl Core {
                 Transfer::FromCache { .. } | Transfer::ToCache { .. } if self.cipher.is_some() => {
                     panic!("a request with registered pages, and an encrypted cache")
                 }
-                Transfer::FromCache { offset } => (
-                    Code::ReadFixed { buf_index },
-                    File::Cache,
-                    offset,
-                    u64::from(at),
-                    Hold::Nothing,
-                ),
-                Transfer::ToCache { offset } => (
-                    Code::WriteFixed { buf_index },
-                    File::Cache,
-                    offset,
-                    u64::from(at),
-                    Hold::Nothing,
-                ),
+                Transfer::FromCache { offset } => {
+                    self.volumes[volume as usize]
+                        .machine
+                        .moved_in_place(len.into());
+                    let code = Code::ReadFixed { buf_index };
+                    (code, File::Cache, offset, u64::from(at), Hold::Nothing)
+                }
+                Transfer::ToCache { offset } => {
+                    self.volumes[volume as usize]
+                        .machine
+                        .moved_in_place(len.into());
+                    let code = Code::WriteFixed { buf_index };
+                    (code, File::Cache, offset, u64::from(at), Hold::Nothing)
+                }
                 Transfer::Zeroes => {
                     let zeroes = File::Fd(self.zeroes.as_raw_fd());
                     (

@@ -29,6 +29,7 @@ use slab::Slab;
 
 use super::ring::Ring;
 use super::token::Token;
+use crate::latency::Timed;
 
 /// What brings requests. See the module's text for the order of the calls.
 pub trait FrontEnd: Send {
@@ -165,6 +166,10 @@ pub(super) struct InFlight {
     pub(super) ops: u32,
     /// The volume's answer, kept back while `ops` is not zero.
     pub(super) answer: Option<Result<(), IoError>>,
+    /// As what its time counts, if it does.
+    pub(super) timed: Option<Timed>,
+    /// The batch in which it came, or was let through: nanoseconds of [`now_ns`](crate::qos::now_ns).
+    pub(super) since_ns: u64,
 }
 
 /// What a volume is asked and told in the batch at hand, and the requests it works on.
@@ -189,6 +194,8 @@ pub struct Port<'a> {
     pub(super) front_end: u32,
     pub(super) pending: &'a mut Pending,
     pub(super) now_ms: u64,
+    /// When the batch began.
+    pub(super) batch_ns: u64,
 }
 
 impl Port<'_> {
@@ -234,6 +241,8 @@ impl Port<'_> {
             buffer,
             ops: 0,
             answer: None,
+            timed: Timed::of(op),
+            since_ns: self.batch_ns,
         });
         let id = RequestId(key as u64);
         self.inbox

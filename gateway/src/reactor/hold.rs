@@ -22,6 +22,7 @@ use quarry_volume::{Event, IoError, Op, Request};
 use super::core::Core;
 use super::execute::request_key;
 use super::token::Token;
+use crate::latency::Timed;
 use crate::qos::{Passage, VolumeGate, now_ns};
 
 /// How much a volume pays for at once, by the time that its rates take for it, in nanoseconds; one request may be more.
@@ -173,6 +174,11 @@ impl Core {
         for (request, since_ns) in held.queue.drain(..count) {
             bytes += bytes_of(&request);
             held_ns += now_ns - since_ns;
+            if since_ns < now_ns {
+                // What the request itself takes is counted from here on.
+                slot.inbox.requests[request_key(request.id)].since_ns = now_ns;
+                slot.machine.took(Timed::Held, now_ns - since_ns);
+            }
             if passage == Passage::ReadOnly && is_write(request.op) {
                 refused.push(request.id);
             } else {
@@ -213,12 +219,23 @@ impl Core {
         let Some(gate) = slot.gate.as_ref().filter(|_| is_off && !held.is_empty()) else {
             return;
         };
-        let (now_ns, count) = (now_ns(), held.queue.len() as u64);
+        let (now_ns, events) = (now_ns(), &mut slot.inbox.events);
+        // What came in this batch stays behind what came before.
+        for event in events.extract_if(.., |event| matches!(event, Event::Request(_))) {
+            if let Event::Request(request) = event {
+                held.queue.push_back((request, now_ns));
+            }
+        }
+        let count = held.queue.len() as u64;
         let (mut bytes, mut held_ns) = (0, 0);
         for (request, since_ns) in held.queue.drain(..) {
             bytes += bytes_of(&request);
             held_ns += now_ns - since_ns;
-            slot.inbox.events.push(Event::Request(request));
+            if since_ns < now_ns {
+                slot.inbox.requests[request_key(request.id)].since_ns = now_ns;
+                slot.machine.took(Timed::Held, now_ns - since_ns);
+            }
+            events.push(Event::Request(request));
         }
         held.paid = 0;
         gate.note_held(0, 0);

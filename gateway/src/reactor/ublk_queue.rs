@@ -572,6 +572,7 @@ mod tests {
             front_end: 0,
             pending: &mut pending,
             now_ms: 0,
+            batch_ns: 0,
         };
         for (result, stopped) in [(0, false), (0, true), (-libc::EINVAL, true)] {
             let cdev = shared.try_clone()?;

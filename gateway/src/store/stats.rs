@@ -11,6 +11,68 @@ use super::{Operation, StoreError};
 const OPERATIONS: usize = Operation::ALL.len();
 const OUTCOMES: usize = Outcome::ALL.len();
 
+/// The largest time of each bucket but the last, in milliseconds.
+pub const STORE_BOUNDS_MS: [u64; 14] = [
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 15_000, 60_000,
+];
+
+/// One more than there are bounds.
+const BUCKETS: usize = STORE_BOUNDS_MS.len() + 1;
+
+/// How long attempts took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreTimes {
+    counts: [u64; BUCKETS],
+    sum_ns: u64,
+}
+
+impl StoreTimes {
+    /// Those of one attempt.
+    #[cfg(test)]
+    pub(crate) fn of_one(time: Duration) -> Self {
+        let mut times = Self::default();
+        times.counts[bucket_of(time)] = 1;
+        times.sum_ns = u64::try_from(time.as_nanos()).unwrap();
+        times
+    }
+
+    /// How many took no longer than each of [`STORE_BOUNDS_MS`].
+    #[must_use]
+    pub fn cumulative(&self) -> [u64; STORE_BOUNDS_MS.len()] {
+        let (mut n, mut sum) = (0, 0);
+        STORE_BOUNDS_MS.map(|_| {
+            sum += self.counts[n];
+            n += 1;
+            sum
+        })
+    }
+
+    /// How many there were.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// How long all took together.
+    #[must_use]
+    pub const fn sum(&self) -> Duration {
+        Duration::from_nanos(self.sum_ns)
+    }
+
+    /// Adds what another counted.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(other.counts) {
+            *count += more;
+        }
+        self.sum_ns += other.sum_ns;
+    }
+}
+
+/// The bucket of a time: its largest one is in it.
+fn bucket_of(time: Duration) -> usize {
+    STORE_BOUNDS_MS.partition_point(|ms| Duration::from_millis(*ms) < time)
+}
+
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
@@ -77,6 +139,7 @@ impl Outcome {
 #[derive(Debug, Default)]
 pub struct StoreStats {
     attempts: [[AtomicU64; OUTCOMES]; OPERATIONS],
+    times: [[AtomicU64; BUCKETS]; OPERATIONS],
     busy_nanos: [AtomicU64; OPERATIONS],
     retries: AtomicU64,
     bytes_read: AtomicU64,
@@ -89,7 +152,7 @@ pub struct StoreStats {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoreSnapshot {
     attempts: [[u64; OUTCOMES]; OPERATIONS],
-    busy: [Duration; OPERATIONS],
+    times: [StoreTimes; OPERATIONS],
     /// Attempts after a call's first.
     pub retries: u64,
     /// Bytes of objects received.
@@ -116,7 +179,7 @@ impl StoreSnapshot {
             for outcome in Outcome::ALL {
                 self.attempts[of][outcome as usize] += other.attempts[of][outcome as usize];
             }
-            self.busy[of] += other.busy[of];
+            self.times[of].add(&other.times[of]);
         }
         self.retries += other.retries;
         self.bytes_read += other.bytes_read;
@@ -125,10 +188,18 @@ impl StoreSnapshot {
         self.in_flight += other.in_flight;
     }
 
-    /// Time that attempts of `operation` were under way, all together.
+    /// How long attempts of `operation` were under way.
     #[must_use]
-    pub const fn busy(&self, operation: Operation) -> Duration {
-        self.busy[operation as usize]
+    pub const fn times(&self, operation: Operation) -> &StoreTimes {
+        &self.times[operation as usize]
+    }
+
+    /// How long all attempts were under way.
+    #[must_use]
+    pub fn all_times(&self) -> StoreTimes {
+        let mut all = StoreTimes::default();
+        self.times.iter().for_each(|times| all.add(times));
+        all
     }
 }
 
@@ -139,10 +210,10 @@ impl StoreStats {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         StoreSnapshot {
             attempts: self.attempts.each_ref().map(|row| row.each_ref().map(read)),
-            busy: self
-                .busy_nanos
-                .each_ref()
-                .map(|n| Duration::from_nanos(read(n))),
+            times: Operation::ALL.map(|operation| StoreTimes {
+                counts: self.times[operation as usize].each_ref().map(read),
+                sum_ns: read(&self.busy_nanos[operation as usize]),
+            }),
             retries: read(&self.retries),
             bytes_read: read(&self.bytes_read),
             bytes_written: read(&self.bytes_written),
@@ -242,8 +313,11 @@ impl Attempt<'_> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         let operation = self.operation as usize;
-        let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let time = self.begun.elapsed();
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let bucket = bucket_of(time);
         for stats in &*self.accounts.0 {
+            stats.times[operation][bucket].fetch_add(1, Ordering::Relaxed);
             stats.busy_nanos[operation].fetch_add(nanos, Ordering::Relaxed);
             stats.attempts[operation][self.outcome as usize].fetch_add(1, Ordering::Relaxed);
         }
@@ -268,6 +342,38 @@ mod tests {
                 .enumerate()
                 .all(|(i, o)| *o as usize == i)
         );
+    }
+
+    #[test]
+    fn time_counts_below_its_own_bound_and_not_a_nanosecond_later() {
+        for (n, ms) in STORE_BOUNDS_MS.into_iter().enumerate() {
+            let bound = Duration::from_millis(ms);
+            assert_eq!(bucket_of(bound), n);
+            assert_eq!(bucket_of(bound + Duration::from_nanos(1)), n + 1);
+        }
+        assert_eq!(bucket_of(Duration::ZERO), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn times_of_attempts_are_counted_by_operation_and_add_up() {
+        let lane = Accounts::new();
+        for (operation, ms) in [
+            (Operation::Get, 3),
+            (Operation::Get, 90_000),
+            (Operation::List, 1),
+        ] {
+            let attempt = lane.attempt(operation);
+            tokio::time::advance(Duration::from_millis(ms)).await;
+            attempt.end(Outcome::Ok);
+        }
+        let now = lane.own().snapshot();
+        let get = now.times(Operation::Get);
+        assert_eq!((get.count(), get.sum()), (2, Duration::from_millis(90_003)));
+        assert_eq!(get.cumulative()[1..4], [0, 1, 1]);
+        assert_eq!(get.cumulative()[13], 1);
+        let mut twice = now.clone();
+        twice.add(&now);
+        assert_eq!(twice.all_times().count(), 6);
     }
 
     #[tokio::test]

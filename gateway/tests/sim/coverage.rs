@@ -86,6 +86,7 @@ counted! {
         LoadNodesAhead: "LoadNodes, readahead",
         Upload: "Upload",
         Checkpoint: "Checkpoint",
+        Missed: "Missed",
         Complete: "Complete: done",
         CompleteInvalid: "Complete: invalid",
         CompleteReadOnly: "Complete: read-only",
@@ -188,6 +189,7 @@ fn asked(action: &Action) -> Asked {
         } => Asked::LoadNodesAhead,
         Action::Upload(_) => Asked::Upload,
         Action::Checkpoint(_) => Asked::Checkpoint,
+        Action::Missed { .. } => Asked::Missed,
         Action::Complete { result, .. } => match result {
             Ok(()) => Asked::Complete,
             Err(IoError::Invalid) => Asked::CompleteInvalid,

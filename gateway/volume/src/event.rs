@@ -402,6 +402,12 @@ pub enum Action {
         /// no more than [`STATUS_RUNS_MAX`](crate::STATUS_RUNS_MAX).
         runs: Vec<StatusRun>,
     },
+    /// The request, a read, waits for the store: for data, or for map nodes that say where they are. May be said
+    /// more than once, and never after it is done; nothing comes back.
+    Missed {
+        /// Which.
+        request: RequestId,
+    },
     /// The request is done. Its buffer may be given away.
     Complete {
         /// Which.

@@ -206,6 +206,8 @@ pub struct VolumeStats {
     pub dirty_entries: u64,
     /// Entries of the log since the last checkpoint.
     pub log_entries: u64,
+    /// Segments of the cache device that it writes to, or is about to.
+    pub open_segments: u64,
 }
 
 /// What a dirty run reads as.
@@ -506,6 +508,7 @@ impl Volume {
             in_flight: self.active.len() as u64,
             stalled: self.writes.starved(),
             dirty_entries: self.dirty.len() as u64,
+            open_segments: self.writes.open_segments(),
             log_entries: (self.tail.len() + self.frozen.as_ref().map_or(0, ExtentMap::len)) as u64,
             ..self.stats
         }

@@ -123,6 +123,8 @@ struct Asked {
     op: Op,
     range: LbaRange,
     data: Vec<u8>,
+    /// The volume said that it waits for the store.
+    missed: bool,
 }
 
 /// A write, and when it was made and acknowledged.
@@ -160,6 +162,8 @@ struct World {
     journal: BTreeMap<u64, (SegmentId, Generation, Record)>,
     /// What the read that completed last has read.
     last_read: Vec<u8>,
+    /// Whether that one waited for the store.
+    last_missed: bool,
     /// Sectors of which the last status told.
     last_told: u64,
     /// Frames that were asked of the store.
@@ -235,6 +239,7 @@ impl World {
             journal: BTreeMap::new(),
             last_read: Vec::new(),
             last_told: 0,
+            last_missed: false,
             frames_fetched: 0,
             warming: (0, None),
             direct: seed % 2 == 1,
@@ -265,6 +270,12 @@ impl World {
         for action in self.due.split_off(before) {
             match action {
                 Action::Status { request, runs } => self.told(request.0, &runs),
+                Action::Missed { request } => {
+                    let asked = self.asked.get_mut(&request.0);
+                    let asked = asked.expect("only what waits can miss");
+                    assert_eq!(asked.op, Op::Read);
+                    asked.missed = true;
+                }
                 action => self.due.push(action),
             }
         }
@@ -293,7 +304,14 @@ impl World {
             Op::Discard | Op::WriteZeroes { .. } => self.may_read_as(id, range, 0),
             Op::Read | Op::Flush | Op::Status => {}
         }
-        self.asked.insert(id, Asked { op, range, data });
+        let missed = false;
+        let asked = Asked {
+            op,
+            range,
+            data,
+            missed,
+        };
+        self.asked.insert(id, asked);
         self.feed(Event::Request(Request {
             id: RequestId(id),
             op,
@@ -390,6 +408,7 @@ impl World {
                 buffer_offset,
                 data,
             } => {
+                assert!(self.asked[&request.0].missed, "from the store, unsaid");
                 self.put(request, buffer_offset, &data);
                 self.done(io);
             }
@@ -436,6 +455,7 @@ impl World {
                 len,
             } => {
                 assert!(self.direct, "a direct read that nobody allowed");
+                assert!(self.asked[&request.0].missed, "from the store, unsaid");
                 let (from, len) = (object_offset as usize, len as usize);
                 let data = self.store.chunks[&chunk.seq.get()].1[from..from + len].to_vec();
                 match self.rng.random_range(0..4) {
@@ -547,7 +567,9 @@ impl World {
                 self.warming.1 = Some((bytes, end));
             }
             Action::Report(_) => {}
-            Action::Journal { .. } | Action::Status { .. } => unreachable!("done before"),
+            Action::Journal { .. } | Action::Status { .. } | Action::Missed { .. } => {
+                unreachable!("done before")
+            }
         }
         true
     }
@@ -618,6 +640,7 @@ impl World {
                 );
             }
             self.last_read = asked.data;
+            self.last_missed = asked.missed;
         }
     }
 
@@ -1522,4 +1545,18 @@ fn reader_who_jumps_or_stops_stepping_is_not_read_ahead_of() {
         world.settle();
     }
     assert_eq!(world.volume.stats().readahead_bytes, ahead);
+}
+
+#[test]
+fn read_is_a_miss_until_the_cache_has_it_and_then_none() {
+    let mut world = all_stored_and_cold();
+    let mut missed = |at| {
+        world.ask(Op::Read, range(at, 8));
+        world.settle();
+        world.last_missed
+    };
+    assert!(missed(0));
+    assert!(!missed(0));
+    // The map's nodes are there by now, but not the data.
+    assert!(missed(SIZE - 8));
 }

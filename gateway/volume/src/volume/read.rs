@@ -138,11 +138,19 @@ impl Volume {
                 self.issue(slot, &pieces, direct, cx);
                 let missed = |piece: &Piece| matches!(piece.source, Source::Store(_));
                 let missed = pieces.iter().any(missed);
+                if missed {
+                    cx.out.push(Action::Missed {
+                        request: request.id,
+                    });
+                }
                 self.readahead(request.range, missed, cx);
                 self.piece_done(slot, Ok(()), cx);
             }
             Err(missing) => {
                 self.active[slot].left = 1;
+                cx.out.push(Action::Missed {
+                    request: request.id,
+                });
                 let io = self.io(Io::Nodes { slot: Some(slot) });
                 cx.out.push(Action::LoadNodes {
                     io,

@@ -128,6 +128,11 @@ impl Writes {
         self.open.is_some() || self.ready.is_some()
     }
 
+    pub(super) fn open_segments(&self) -> u64 {
+        let open = [self.open, self.ready, self.preparing];
+        open.iter().flatten().count() as u64
+    }
+
     pub(super) fn take_waiting(&mut self) -> Vec<usize> {
         self.waiting.drain(..).collect()
     }
