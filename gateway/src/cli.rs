@@ -1,17 +1,19 @@
 //! The command line: a client of the control plane and nothing more, but for `serve`, `demo`,
 //! `config` and `key`, which need no daemon, and for `import` and `export`, which also read and write volumes by NBD.
 //!
-//! Owns the flags, the form of what is printed, and the exit codes: 0 done, 1 failed, 2 misused.
+//! Owns the flags, the form of what is printed, and the exit codes: 0 done, 1 failed, 2 misused, 78 misconfigured.
 //! Every failure is one sentence on standard error that ends in what to do; with `--output json`
 //! standard output bears it too. What was asked for goes to standard output, progress never.
 
 mod args;
 mod attachment;
+mod background;
 mod chores;
 mod config;
 mod copying;
 mod demo;
 mod doctor;
+mod ensure;
 mod export;
 mod failure;
 mod import;
@@ -51,6 +53,8 @@ use crate::control::Client;
 const FAILED: u8 = 1;
 /// Exit code of a call that makes no sense.
 const MISUSED: u8 = 2;
+/// Exit code of a call whose configuration cannot be used: for service managers, which need not try again. `EX_CONFIG`.
+const MISCONFIGURED: u8 = 78;
 
 /// The program.
 #[must_use]
@@ -81,7 +85,10 @@ pub fn run(
         Ok(()) => 0,
         Err(failure) => {
             console.fail(&failure, err);
-            FAILED
+            match failure.kind.as_str() {
+                Failure::CONFIG => MISCONFIGURED,
+                _ => FAILED,
+            }
         }
     }
 }

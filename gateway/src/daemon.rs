@@ -7,12 +7,14 @@
 //! folded into the map; the volumes stay ours, and their ublk devices stay for the next daemon to
 //! take over.
 
+mod notify;
 mod replace;
+mod watchdog;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -20,6 +22,7 @@ use quarry_objfmt::TenantName;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use self::notify::Manager;
 use self::replace::Predecessor;
 use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
 use crate::engine::{Daemon, How, prepare_cache_key};
@@ -41,6 +44,9 @@ const ATTACH_AGAIN_AT_ONCE: usize = 8;
 /// Between two tries to attach a volume again, at first and at most.
 const ATTACH_AGAIN_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
+/// What a stop takes at most beyond `daemon.stop_time_max`: calls and clients that are given time, and the last writes.
+const STOP_MARGIN: Duration = Duration::from_secs(30);
+
 /// Heaps of the C library at most. By default each of many threads has one of its own, and keeps in it what it has
 /// freed: buffers of megabytes, in whichever thread a chunk was made or read.
 const HEAPS_MAX: libc::c_int = 2;
@@ -60,6 +66,7 @@ pub fn bound_heaps() {
 /// # Errors
 /// If something that serving needs cannot be had; each names what and what to do.
 pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result<()> {
+    let manager = Arc::new(Manager::find(|name| std::env::var_os(name)));
     let settings = StoreSettings::from(&config.store);
     let store = open_store(&settings)?;
     let lane = Lane::new(store, &LaneSettings::default());
@@ -67,7 +74,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     let (listeners, fitness) = if replace {
         // What this one cannot do must not end the other.
         let fitness = check_store(&settings, &lane).await?;
-        take_over(&config.daemon.socket).await?;
+        take_over(&config.daemon.socket, &manager).await?;
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
         (listeners, fitness)
     } else {
@@ -79,7 +86,14 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     let nbd_tls = nbd_certificates(&config.access)?;
     let (nbd_socket, nbd_listen) = (config.nbd_socket(), config.daemon.nbd_listen);
     let stop_time_max = config.daemon.stop_time_max;
+    let watched = Arc::new(OnceLock::new());
+    let watchdog = manager.is_there().then(|| {
+        let pause = watchdog::pause(|name| std::env::var_os(name));
+        let rounds = watchdog::run(Arc::clone(&manager), Arc::clone(&watched), pause);
+        tokio::spawn(rounds)
+    });
     let daemon = Daemon::start(config, lane.clone(), cache_key)?;
+    let _ = watched.set(Arc::clone(&daemon));
     if let Fitness::Unknown(error) = fitness {
         daemon.set_fit(Err(unchecked(&error)));
         tokio::spawn(check_store_later(
@@ -108,10 +122,14 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
 
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-            _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+    let shutdown = {
+        let manager = Arc::clone(&manager);
+        async move {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+                _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+            }
+            manager.stopping(stop_time_max.saturating_add(STOP_MARGIN));
         }
     };
     let again = tokio::spawn(attach_again(Arc::clone(&daemon)));
@@ -125,6 +143,8 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         async move { daemon.look_at_rates().await }
     });
     let engine: Arc<dyn Engine> = Arc::clone(&daemon) as _;
+    // Who calls from now on is answered, and every signal is minded.
+    manager.ready();
     control::serve(engine, daemon.access(), listeners, shutdown).await?;
     again.abort();
     // Wherever it is: the next daemon goes on.
@@ -136,6 +156,9 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         .is_err()
     {
         tracing::warn!("the store did not take everything in time; the rest stays in the cache");
+    }
+    if let Some(watchdog) = watchdog {
+        watchdog.abort();
     }
     daemon.stop().await;
     daemon.stop_asking();
@@ -160,7 +183,7 @@ fn nbd_certificates(access: &quarry_config::Access) -> Result<Option<Arc<Tls>>, 
 }
 
 /// Stops the daemon that serves at `socket`, if there is one, and waits until it has ended.
-async fn take_over(socket: &Path) -> anyhow::Result<()> {
+async fn take_over(socket: &Path, manager: &Manager) -> anyhow::Result<()> {
     let found = Predecessor::find(socket).with_context(|| {
         format!(
             "the daemon at {} cannot be replaced: stop it by hand",
@@ -176,6 +199,7 @@ async fn take_over(socket: &Path) -> anyhow::Result<()> {
         pid,
         "replacing a daemon: it sends what it has to the store, and stops"
     );
+    manager.taking_over();
     tokio::task::spawn_blocking(move || predecessor.stop())
         .await?
         .with_context(|| format!("the daemon to be replaced, process {pid}, cannot be stopped"))
@@ -319,6 +343,10 @@ impl AttachAgain {
                 }
                 Err(error) => error,
             };
+            if error.kind == Kind::Conflict && self.daemon.is_attached(&volume) {
+                tracing::info!(%volume, "attached by somebody else meanwhile");
+                break;
+            }
             if error.kind == Kind::NotFound {
                 tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");
                 if let Err(error) = self.daemon.wanted().remove(&volume) {

@@ -436,6 +436,12 @@ impl Daemon {
         &self.wanted
     }
 
+    /// Whether it is attached here now.
+    pub fn is_attached(&self, image: &ImageRef) -> bool {
+        let slot = self.slots.lock().get(image).cloned();
+        slot.is_some_and(|slot| slot.stage().attached().is_some())
+    }
+
     /// Says whether the daemon is ready, and if not, why.
     pub fn set_ready(&self, ready: Result<(), String>) {
         *self.not_ready.lock() = ready.err();
@@ -467,6 +473,35 @@ impl Daemon {
         // All at once: one that cannot be drained holds up no other.
         let drains = drains.map(|attached| async move { attached.backend.drain(true).await });
         futures::future::join_all(drains).await;
+    }
+
+    /// Answers when every reactor has, and what the control plane needs is not locked for ever; with a line on how the
+    /// daemon does. Asks no store.
+    ///
+    /// # Errors
+    /// If a reactor has come to an end.
+    pub async fn pulse(&self) -> Result<String, ReactorGone> {
+        let handles: Vec<_> = self.reactors.lock().iter().map(Reactor::handle).collect();
+        if handles.is_empty() {
+            return Err(ReactorGone);
+        }
+        for handle in handles {
+            handle.answer().await?;
+        }
+        drop(self.shared.lock());
+        let slots: Vec<Arc<Slot>> = self.slots.lock().values().cloned().collect();
+        let attached = slots
+            .iter()
+            .filter(|slot| slot.stage().attached().is_some());
+        let attached = match attached.count() {
+            1 => "1 volume attached".to_owned(),
+            count => format!("{count} volumes attached"),
+        };
+        Ok(match self.readiness() {
+            Ok(()) => attached,
+            // One line, whatever the store said.
+            Err(why) => format!("{attached}; not ready: {}", why.replace('\n', " ")),
+        })
     }
 
     /// Ends the ways to all stores, as [`Lane::stop`].

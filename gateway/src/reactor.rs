@@ -112,6 +112,9 @@ pub trait BackendSink: Send {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct VolumeKey(u32);
 
+/// A name that no volume gets.
+const NO_VOLUME: VolumeKey = VolumeKey(u32::MAX);
+
 /// A look at a volume, or at its absence.
 pub type Look = Box<dyn FnOnce(Option<&dyn Machine>) + Send>;
 
@@ -263,7 +266,7 @@ impl ReactorHandle {
     #[must_use]
     pub fn new_key(&self) -> VolumeKey {
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        assert!(key != u32::MAX, "a reactor's volume keys are used up");
+        assert!(key != NO_VOLUME.0, "a reactor's volume keys are used up");
         self.stats.volumes.fetch_add(1, Ordering::Relaxed);
         VolumeKey(key)
     }
@@ -381,6 +384,21 @@ impl ReactorHandle {
             // The asker may have gone: then nobody wants the answer.
             let _ = done.send(machine.map(look));
         });
+        self.send(Message::Inspect { key, look }).await?;
+        answer.await.map_err(|_| ReactorGone)
+    }
+
+    /// Answers when the reactor's thread has: it does not hang.
+    ///
+    /// # Errors
+    /// If the reactor has come to an end.
+    pub async fn answer(&self) -> Result<(), ReactorGone> {
+        let (done, answer) = oneshot::channel();
+        let look = Box::new(move |_: Option<&dyn Machine>| {
+            // The asker may have gone.
+            let _ = done.send(());
+        });
+        let key = NO_VOLUME;
         self.send(Message::Inspect { key, look }).await?;
         answer.await.map_err(|_| ReactorGone)
     }

@@ -196,6 +196,9 @@ pub struct ServeFlags {
     /// stopped, and the devices that it served go on here.
     #[arg(long)]
     pub replace: bool,
+    /// With --replace: go on in the background, and answer when the new daemon serves.
+    #[arg(long, requires = "replace")]
+    pub background: bool,
 }
 
 /// What to do with tenants.
@@ -800,6 +803,10 @@ pub struct AttachFlags {
     /// work out, go through the daemon.
     #[arg(long)]
     pub direct_reads: bool,
+    /// See that it is attached: if it is already, leave it as it is; and wait for the daemon, and for the store, if they
+    /// do not answer yet.
+    #[arg(long, conflicts_with_all = ["at", "force", "discard_unsent"])]
+    pub ensure: bool,
 }
 
 /// A span of time, in milliseconds.

@@ -22,6 +22,9 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// The kind of those whose cause is the configuration.
+    pub const CONFIG: &str = "config";
+
     /// A failure of this kind.
     pub fn new(kind: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
@@ -68,7 +71,7 @@ impl From<ApiError> for Failure {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Self::new("config", error.message(), error.remedy())
+        Self::new(Self::CONFIG, error.message(), error.remedy())
     }
 }
 
@@ -79,7 +82,7 @@ impl From<anyhow::Error> for Failure {
             return known.clone().into();
         }
         if let Some(known) = error.downcast_ref::<ConfigError>() {
-            return Self::new("config", known.message(), known.remedy());
+            return Self::new(Self::CONFIG, known.message(), known.remedy());
         }
         if let Some(known) = error.downcast_ref::<ListenError>() {
             return Self::new("conflict", known.to_string(), "");

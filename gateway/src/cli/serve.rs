@@ -10,8 +10,11 @@ use super::{Failure, logging};
 
 /// Runs the daemon until it is told to stop.
 pub(super) fn run(flags: ServeFlags, socket: Option<PathBuf>) -> Result<(), Failure> {
-    let replace = flags.replace;
+    let (replace, background) = (flags.replace, flags.background);
     let config = configure(flags, socket, |name| std::env::var(name).ok())?;
+    if background {
+        return super::background::run(&config.daemon.socket);
+    }
     logging::start(config.daemon.log, &config.daemon.log_filter)?;
     for note in config.notes() {
         tracing::warn!("{note}");
@@ -36,6 +39,7 @@ fn configure(
         nbd_listen,
         journal_dir,
         replace: _,
+        background: _,
     } = flags;
     let file = match config {
         Some(path) => Config::load(&path)?,

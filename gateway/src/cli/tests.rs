@@ -497,7 +497,7 @@ async fn config_example_passes_its_own_check() {
         &format!("config check {} --output json", file.display()),
     )
     .await;
-    assert_eq!(ran.code, FAILED);
+    assert_eq!(ran.code, MISCONFIGURED);
     let error = &ran.json()["error"];
     assert_eq!(
         (&error["kind"], &error["remedy"]),

@@ -6,7 +6,7 @@ use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, chores, export, import, limit, rescue, trash, verify, warm};
+use super::{Failure, chores, ensure, export, import, limit, rescue, trash, verify, warm};
 use crate::control::{
     AttachInfo, AttachOptions, Client, ImageRef, RekeyInfo, RekeySpec, ResizeInfo, ResizeSpec,
     RestoreSpec, RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
@@ -198,6 +198,7 @@ async fn attach(
         owner,
         mode,
         direct_reads,
+        ensure: is_ensured,
     } = flags;
     let volume = image_at(volume, at)?;
     let options = AttachOptions {
@@ -210,7 +211,10 @@ async fn attach(
         device_mode: mode,
         direct_reads,
     };
-    let attached = shown("attaching", &volume, client.attach(&volume, &options)).await?;
+    let attached = match is_ensured {
+        true => ensure::attach(client, &volume, &options).await?,
+        false => shown("attaching", &volume, client.attach(&volume, &options)).await?,
+    };
     if let Some(warning) = &attached.warning {
         eprintln!("quarry: {volume} is attached, with {warning}");
     }
