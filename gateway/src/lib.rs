@@ -14,6 +14,7 @@ pub mod latency;
 pub mod metrics;
 pub mod moment;
 pub mod nbd;
+mod places;
 pub mod provision;
 pub mod qos;
 pub mod reactor;

@@ -19,6 +19,7 @@ mod tests;
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -30,6 +31,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub use self::connection::Connection;
+use crate::places::{self, Places, holder};
 use crate::reactor::{Geometry, Message, ReactorHandle, VolumeKey};
 
 /// Longest time from a connection to its first request.
@@ -37,6 +39,12 @@ const NEGOTIATION_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// Most connections at once, in negotiation or in use.
 const CONNECTIONS_MAX: usize = 1024;
+
+/// Of these, a tenant's: never all.
+const TENANT_CONNECTIONS_MAX: usize = 512;
+
+/// In negotiation, of one address: who has agreed on nothing yet holds up no others.
+const NEGOTIATIONS_MAX: usize = 64;
 
 /// Wait after a failed `accept` (no file descriptors left, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -50,6 +58,8 @@ pub struct Export {
     pub volume: VolumeKey,
     /// The volume's shape.
     pub geometry: Geometry,
+    /// Whose it is: the tenant's group.
+    pub group: u32,
 }
 
 /// Which volumes can be had, by their names `tenant/volume`.
@@ -127,6 +137,8 @@ pub fn listen_unix(path: &Path) -> Result<UnixListener, ListenError> {
 pub struct NbdServer {
     directory: Arc<dyn ExportDirectory>,
     connections: Arc<Semaphore>,
+    of_tenants: Places<u32>,
+    negotiations: Places<IpAddr>,
 }
 
 impl NbdServer {
@@ -136,6 +148,8 @@ impl NbdServer {
         Self {
             directory,
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            of_tenants: Places::default(),
+            negotiations: Places::default(),
         }
     }
 
@@ -145,7 +159,9 @@ impl NbdServer {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    self.welcome(stream, |stream| stream.into_std().and_then(blocking_unix))
+                    self.welcome(stream, None, |stream| {
+                        stream.into_std().and_then(blocking_unix)
+                    });
                 }
                 Err(error) => pause(&error).await,
             }
@@ -156,15 +172,29 @@ impl NbdServer {
     pub async fn serve_tcp(&self, listener: TcpListener) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.welcome_tcp(stream),
+                Ok((stream, from)) => self.welcome_tcp(stream, from.ip()),
                 Err(error) => pause(&error).await,
             }
         }
     }
 
-    fn welcome_tcp(&self, stream: TcpStream) {
+    fn welcome_tcp(&self, stream: TcpStream, from: IpAddr) {
+        let Some(negotiating) = self.negotiating(from) else {
+            return;
+        };
         tune(&stream);
-        self.welcome(stream, |stream| stream.into_std().and_then(blocking_tcp));
+        self.welcome(stream, Some(negotiating), |stream| {
+            stream.into_std().and_then(blocking_tcp)
+        });
+    }
+
+    /// A place for a handshake with this address, until it has ended.
+    fn negotiating(&self, from: IpAddr) -> Option<places::Place<IpAddr>> {
+        let place = self.negotiations.take(&holder(from), NEGOTIATIONS_MAX);
+        if place.is_none() {
+            tracing::debug!(%from, "an NBD connection was refused: its address has too many that agreed on nothing");
+        }
+        place
     }
 
     /// A place for one more connection, if there is one.
@@ -181,14 +211,15 @@ impl NbdServer {
     fn welcome<S>(
         &self,
         mut stream: S,
+        negotiating: Option<places::Place<IpAddr>>,
         into_fd: impl FnOnce(S) -> io::Result<OwnedFd> + Send + 'static,
     ) where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let Some(place) = self.place() else { return };
-        let directory = Arc::clone(&self.directory);
+        let server = self.clone();
         tokio::spawn(async move {
-            let negotiation = negotiate::negotiate(&mut stream, &*directory);
+            let negotiation = negotiate::negotiate(&mut stream, &*server.directory);
             let negotiated = match tokio::time::timeout(NEGOTIATION_TIME_MAX, negotiation).await {
                 Ok(Ok(Some(negotiated))) => negotiated,
                 Ok(Ok(None)) => return,
@@ -204,17 +235,27 @@ impl NbdServer {
                     return;
                 }
             };
+            drop(negotiating);
             match into_fd(stream) {
-                Ok(fd) => Self::hand_on(fd, negotiated, place).await,
+                Ok(fd) => server.hand_on(fd, negotiated, place).await,
                 Err(error) => tracing::warn!(%error, "an NBD socket cannot be handed on"),
             }
         });
     }
 
     /// Gives a socket that is through its handshake to the reactor of its volume.
-    async fn hand_on(fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
+    async fn hand_on(&self, fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
         let export = negotiated.export;
-        let connection = Connection::new(fd, negotiated.replies).with_guard(Box::new(place));
+        let Some(of_tenant) = self.of_tenants.take(&export.group, TENANT_CONNECTIONS_MAX) else {
+            let max = TENANT_CONNECTIONS_MAX;
+            tracing::warn!(
+                max,
+                "an NBD connection was refused: its tenant has too many"
+            );
+            return;
+        };
+        let guard = Box::new((place, of_tenant));
+        let connection = Connection::new(fd, negotiated.replies).with_guard(guard);
         let message = Message::AddFrontEnd {
             key: export.volume,
             front_end: Box::new(connection),

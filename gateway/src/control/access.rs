@@ -31,6 +31,7 @@ use quarry_objfmt::TenantName;
 use self::tokens::Unknown;
 use super::api::Refused;
 use super::{ApiError, ApiResult, Kind};
+use crate::places::Places;
 use crate::store::Store;
 pub use audit::{Audit, AuditStats};
 pub use guard::{Allowed, Guard, Operating};
@@ -128,7 +129,7 @@ pub struct Access {
     tenant_attach: TenantAttach,
     tokens: Option<Tokens>,
     audit: Option<Audit>,
-    calls: guard::Calls,
+    calls: Places<TenantName>,
 }
 
 impl Access {
@@ -148,7 +149,7 @@ impl Access {
             tenant_attach: config.tenant_attach,
             tokens: Some(Tokens::new(store)),
             audit: Some(Audit::open(path, config.audit_required)?),
-            calls: guard::Calls::default(),
+            calls: Places::default(),
         })
     }
 

@@ -4,7 +4,7 @@
 //! - who has no token costs a place for [`HEADER_TIME_MAX`] and a handshake at most;
 //! - plain HTTP is for loopback alone, and only where that is said.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,10 +25,13 @@ use tower::Service as _;
 
 use super::access::Peer;
 use super::serve::{ListenError, stopping};
+use crate::places::{Place, Places, holder};
 use crate::tls::{HANDSHAKE_TIME_MAX, Tls, TlsFiles};
 
 /// Connections at once; more wait to be accepted.
 const CONNECTIONS_MAX: u32 = 256;
+/// Of one address; more are closed. As many as a proxy needs, and never all.
+const ADDRESS_CONNECTIONS_MAX: usize = 128;
 /// How long a connection lives, and so a call by it at most.
 const CONNECTION_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// How long a request's head may take, and how long a connection may rest between two.
@@ -88,6 +91,7 @@ impl Network {
     pub(super) async fn serve(self, routes: Router, stopped: watch::Receiver<bool>) {
         let follow = self.tls.clone().map(|tls| tokio::spawn(tls.follow()));
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX as usize));
+        let of_address = Places::default();
         loop {
             // The semaphore is never closed.
             let accepted = async {
@@ -100,9 +104,22 @@ impl Network {
             };
             match (place, accepted) {
                 (Ok(place), Ok((stream, from))) => {
+                    let Some(of_address) =
+                        of_address.take(&holder(from.ip()), ADDRESS_CONNECTIONS_MAX)
+                    else {
+                        tracing::debug!(%from, "a connection to the API is one too many of its address");
+                        continue;
+                    };
                     let (tls, routes, stopped) =
                         (self.tls.clone(), routes.clone(), stopped.clone());
-                    tokio::spawn(connection(stream, from, tls, routes, stopped, place));
+                    tokio::spawn(connection(
+                        stream,
+                        from,
+                        tls,
+                        routes,
+                        stopped,
+                        (place, of_address),
+                    ));
                 }
                 (_, Err(error)) => {
                     tracing::warn!(%error, "a connection to the API cannot be accepted");
@@ -125,7 +142,7 @@ async fn connection(
     tls: Option<Arc<Tls>>,
     routes: Router,
     stopped: watch::Receiver<bool>,
-    _place: OwnedSemaphorePermit,
+    _places: (OwnedSemaphorePermit, Place<IpAddr>),
 ) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");

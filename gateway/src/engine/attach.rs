@@ -249,6 +249,7 @@ impl Daemon {
                         sector_size: opening.spec.sector_size,
                         read_only: options.read_only,
                     },
+                    group: attached.tenant.gate().group(),
                 };
                 self.exports.0.lock().insert(volume.to_string(), export);
             }

@@ -10,6 +10,7 @@
 //! - the task ends with the reactor's end of the pair, and holds the connection's place until then.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split};
@@ -32,7 +33,7 @@ impl NbdServer {
         let accept = async {
             loop {
                 match listener.accept().await {
-                    Ok((stream, _)) => self.welcome_tls(stream, &tls),
+                    Ok((stream, from)) => self.welcome_tls(stream, from.ip(), &tls),
                     Err(error) => pause(&error).await,
                 }
             }
@@ -40,7 +41,10 @@ impl NbdServer {
         tokio::join!(follow, accept);
     }
 
-    fn welcome_tls(&self, stream: TcpStream, tls: &Tls) {
+    fn welcome_tls(&self, stream: TcpStream, from: IpAddr, tls: &Tls) {
+        let Some(negotiating) = self.negotiating(from) else {
+            return;
+        };
         let Some(place) = self.place() else { return };
         super::tune(&stream);
         let (server, acceptor) = (self.clone(), TlsAcceptor::from(tls.config()));
@@ -56,11 +60,12 @@ impl NbdServer {
                     }
                     Err(_) => return tracing::debug!("an NBD handshake by TLS took too long"),
                 };
+            drop(negotiating);
             let pair = UnixStream::pair()
                 .and_then(|(ours, theirs)| Ok((ours, blocking_unix(theirs.into_std()?)?)));
             match pair {
                 Ok((ours, theirs)) => {
-                    NbdServer::hand_on(theirs, negotiated, place.clone()).await;
+                    server.hand_on(theirs, negotiated, place.clone()).await;
                     copy(stream, ours, place).await;
                 }
                 Err(error) => {

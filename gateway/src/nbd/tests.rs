@@ -69,6 +69,7 @@ impl Bench {
             reactor: handle,
             volume: key,
             geometry: shape,
+            group: 0,
         };
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("nbd");
@@ -103,6 +104,7 @@ impl Bench {
             reactor: self.handle(),
             volume: self.key,
             geometry: geometry(BYTES, 512),
+            group: 0,
         }
     }
 
@@ -822,24 +824,20 @@ fn socket_of_a_dead_daemon_is_replaced_and_of_a_live_one_not() {
     ));
 }
 
+/// A server on loopback, and its address.
+fn over_tcp(bench: &Bench) -> std::net::SocketAddr {
+    let directory = Directory(vec![("acme/db".into(), bench.export())]);
+    let server = NbdServer::new(Arc::new(directory));
+    let listener = bench.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = listener.local_addr().unwrap();
+    bench.spawn(async move { server.serve_tcp(listener).await });
+    address
+}
+
 #[test]
 fn client_over_tcp_is_served() {
     let bench = Bench::new();
-    let handle = bench.handle();
-    let export = Export {
-        reactor: handle,
-        volume: bench.key,
-        geometry: geometry(BYTES, 512),
-    };
-    let server = NbdServer::new(Arc::new(Directory(vec![("acme/db".into(), export)])));
-    let listener = bench.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
-    let address = listener.local_addr().unwrap();
-    bench
-        .runtime
-        .as_ref()
-        .unwrap()
-        .spawn(async move { server.serve_tcp(listener).await });
-    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let mut stream = std::net::TcpStream::connect(over_tcp(&bench)).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
     let mut out = Vec::new();
     out.put_u32(3);
@@ -856,6 +854,23 @@ fn client_over_tcp_is_served() {
     let mut answer = vec![0; 10 + 16 + (1 << 20)];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(wire::Reader::new(&answer).u64(), Some(BYTES));
+}
+
+#[test]
+fn address_that_agrees_on_nothing_has_a_bounded_number_of_connections() {
+    let bench = Bench::new();
+    let address = over_tcp(&bench);
+    let greeted = || {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.read_exact(&mut [0; 18]).map(|()| stream)
+    };
+    let mut idle: Vec<_> = (0..NEGOTIATIONS_MAX).map(|_| greeted().unwrap()).collect();
+    assert!(greeted().is_err());
+    idle.pop();
+    let begun = Instant::now();
+    while greeted().is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
 }
 
 /// Runs a tool; `None`, and a word about it, if it is not installed.

@@ -152,6 +152,7 @@ impl Bench {
             reactor: self.reactor.handle(),
             volume: self.small,
             geometry,
+            group: 0,
         }
     }
 }

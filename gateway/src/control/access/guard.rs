@@ -1,6 +1,5 @@
 //! What stands before every endpoint: who calls, whether they may, and how many calls at once.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +10,6 @@ use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use parking_lot::Mutex;
 use quarry_objfmt::TenantName;
 use tokio::time::timeout;
 
@@ -21,6 +19,7 @@ use super::super::{ApiError, Engine, Kind};
 use super::audit::{Outcome, Told};
 use super::tenanted::Tenanted;
 use super::{Access, Caller, Needs};
+use crate::places::Place;
 
 /// Calls of one tenant at once: some take as long as the store does, and all share the daemon's connections.
 const TENANT_CALLS_MAX: usize = 32;
@@ -59,43 +58,6 @@ impl<S: Sync> FromRequestParts<S> for Allowed {
         reach
             .map(|Reach(engine)| Self(Arc::clone(engine)))
             .ok_or_else(|| ApiError::internal("an endpoint is served without its guard"))
-    }
-}
-
-/// How many calls of each tenant are under way; of those that have any.
-#[derive(Debug, Default)]
-pub(super) struct Calls(Arc<Mutex<HashMap<TenantName, usize>>>);
-
-/// A call under way.
-pub(super) struct Call {
-    of: TenantName,
-    all: Arc<Mutex<HashMap<TenantName, usize>>>,
-}
-
-impl Calls {
-    fn begin(&self, tenant: &TenantName) -> Option<Call> {
-        let mut all = self.0.lock();
-        let count = all.entry(tenant.clone()).or_default();
-        if *count >= TENANT_CALLS_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(Call {
-            of: tenant.clone(),
-            all: Arc::clone(&self.0),
-        })
-    }
-}
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        let mut all = self.all.lock();
-        if let Some(count) = all.get_mut(&self.of) {
-            *count -= 1;
-            if *count == 0 {
-                all.remove(&self.of);
-            }
-        }
     }
 }
 
@@ -176,14 +138,19 @@ impl Guard {
         }
         let call = match caller.tenant() {
             None => None,
-            Some(tenant) => Some(self.access.calls.begin(tenant).ok_or_else(busy)?),
+            Some(tenant) => Some(
+                self.access
+                    .calls
+                    .take(tenant, TENANT_CALLS_MAX)
+                    .ok_or_else(busy)?,
+            ),
         };
         Ok(Admitted { caller, call })
     }
 
     /// The engine as far as `caller` reaches. It keeps the place among the calls: what is spawned with it goes on when
     /// the caller has hung up, and counts for as long.
-    fn reach(&self, caller: &Caller, call: Option<Call>) -> Arc<dyn Engine> {
+    fn reach(&self, caller: &Caller, call: Option<Place<TenantName>>) -> Arc<dyn Engine> {
         let engine = Arc::clone(&self.engine);
         match caller {
             Caller::Operator { .. } => engine,
@@ -200,7 +167,7 @@ impl Guard {
 /// Somebody who may, and the place among the calls under way.
 struct Admitted {
     caller: Caller,
-    call: Option<Call>,
+    call: Option<Place<TenantName>>,
 }
 
 /// The answer to a call that may not be. With a body left unread the connection would be closed under whoever sends the
@@ -248,22 +215,4 @@ fn busy() -> Refused {
     let message = format!("the tenant has {TENANT_CALLS_MAX} calls under way already");
     let error = ApiError::new(Kind::Unavailable, message, "wait for them to end");
     Refused(StatusCode::TOO_MANY_REQUESTS, error)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn calls_of_a_tenant_are_bounded_and_given_back() {
-        let (calls, acme) = (Calls::default(), TenantName::new("acme").unwrap());
-        let mut under_way: Vec<_> = (0..TENANT_CALLS_MAX).map(|_| calls.begin(&acme)).collect();
-        assert!(under_way.iter().all(Option::is_some));
-        assert!(calls.begin(&acme).is_none());
-        assert!(calls.begin(&TenantName::new("other").unwrap()).is_some());
-        under_way.pop();
-        assert!(calls.begin(&acme).is_some());
-        drop(under_way);
-        assert!(calls.0.lock().is_empty());
-    }
 }

@@ -17,7 +17,7 @@ use super::super::{
     StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
     VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
-use super::guard::Call;
+use crate::places::Place;
 
 /// Refuses a key by name: a keyring has other tenants' too. The tenant's own needs no name.
 fn no_key(key: Option<&KeyName>) -> ApiResult<()> {
@@ -37,7 +37,7 @@ pub(super) struct Tenanted {
     tenant: TenantName,
     attach: TenantAttach,
     /// Given back when the last who holds this engine is done.
-    _call: Option<Call>,
+    _call: Option<Place<TenantName>>,
 }
 
 impl Tenanted {
@@ -45,7 +45,7 @@ impl Tenanted {
         inner: Arc<dyn Engine>,
         tenant: TenantName,
         attach: TenantAttach,
-        call: Option<Call>,
+        call: Option<Place<TenantName>>,
     ) -> Self {
         Self {
             inner,
