@@ -10,6 +10,7 @@ mod attachment;
 mod chores;
 mod config;
 mod copying;
+mod data_keys;
 mod demo;
 mod doctor;
 mod export;
