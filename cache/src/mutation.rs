@@ -56,11 +56,13 @@ pub enum Mutation {
     RollbackKeepsLog,
     /// What caches kept of a volume goes on behind a rollback.
     RollbackKeepsLineage,
+    /// A data key is dropped though something may be encrypted with it.
+    DropKeyInUse,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::NoSyncBeforeRecords,
         Self::FlushBeforeRecords,
         Self::FuaAsPlainWrite,
@@ -86,6 +88,7 @@ impl Mutation {
         Self::PurgeEarly,
         Self::RollbackKeepsLog,
         Self::RollbackKeepsLineage,
+        Self::DropKeyInUse,
     ];
 
     /// Whether the invariant is broken on this thread.

@@ -20,6 +20,7 @@ pub mod open;
 mod orphans;
 pub mod past;
 mod reclaim;
+mod renew;
 mod scan;
 mod sound;
 mod warm;
@@ -29,12 +30,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use quarry_cache::{AlignedBuf, BlockDevice, Branch};
-use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
+use quarry_objfmt::chunk::{ChunkExtent, ChunkHeader, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Head, RootRef};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, DataKey, DataKeys, Encryption, MapEntry, SECTOR_SIZE, SnapshotRef, VolumeId,
-    keys,
+    ChunkSeq, DataKey, DataKeys, Encryption, SECTOR_SIZE, SnapshotRef, VolumeId, keys,
 };
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
@@ -52,7 +52,7 @@ use fetch::get_range;
 pub use fetch::{Fetched, Fetches};
 pub use head::{HeadCell, HeadError};
 pub(crate) use objects::unique_bytes;
-pub use objects::{LogChunk, Objects, RETAIN_MS_MAX, Space};
+pub use objects::{LogChunk, Objects, RETAIN_MS_MAX, Sealed, Space};
 pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
 
@@ -148,8 +148,9 @@ pub struct VolumeBackend {
     name: String,
     volume: VolumeId,
     head: HeadCell,
-    /// Of the chunks that its map may name; none if it is not encrypted.
-    keys: Option<Arc<DataKeys>>,
+    /// Of the chunks that its map may name; none if it is not encrypted. What is written is encrypted with its newest.
+    keys: parking_lot::Mutex<Option<Arc<DataKeys>>>,
+    renewal: renew::Renewal,
     /// The map as of the last checkpoint.
     root: parking_lot::Mutex<Arc<MapRoot>>,
     /// Where that is. The head may name a later one: one whose PUT was given up for want of an answer.
@@ -218,7 +219,8 @@ impl VolumeBackend {
             stored_bytes: AtomicU64::new(claimed.info.stored_bytes),
             map_bytes: AtomicU64::new(0),
             head: claimed.head,
-            keys: claimed.keys,
+            keys: parking_lot::Mutex::new(claimed.keys),
+            renewal: renew::Renewal::default(),
             key,
             reactor,
             condition: parking_lot::Mutex::default(),
@@ -260,6 +262,11 @@ impl VolumeBackend {
         let changed = self.head.update(store, |head| head.retain(retain_ms)).await;
         self.reclaim.look_again();
         changed
+    }
+
+    /// A snapshot was deleted: what only it needed can go.
+    pub fn snapshot_is_gone(&self) {
+        self.reclaim.look_again();
     }
 
     /// Bytes of chunks stored over the volume's life, and bytes of map objects since the attach.
@@ -314,8 +321,13 @@ impl VolumeBackend {
             cut_ms,
             frame_sectors: self.head.frame_sectors(),
             compression: self.head.compression(),
-            keys: self.keys.clone(),
+            keys: self.keys(),
         }
+    }
+
+    /// Its data keys, if it is encrypted.
+    fn keys(&self) -> Option<Arc<DataKeys>> {
+        self.keys.lock().clone()
     }
 
     /// Feeds the volume an event.
@@ -358,8 +370,9 @@ impl VolumeBackend {
                 self.tell(Event::NodesLoaded { io, result }).await;
             }
             Action::Upload(plan) => match self.upload(&plan, cut_ms).await {
-                Ok((entries, stored_bytes)) => {
-                    self.log_chunk(plan.id, &entries, stored_bytes, cut_ms);
+                Ok((header, stored_bytes)) => {
+                    self.log_chunk(&header, stored_bytes, cut_ms);
+                    let entries = header.map_entries();
                     self.tell(Event::Uploaded {
                         seq: plan.id.seq,
                         entries,
@@ -447,10 +460,10 @@ impl VolumeBackend {
         }
     }
 
-    /// A chunk of ours is stored; its entries say how much is in it.
-    fn log_chunk(&self, id: ChunkId, entries: &[MapEntry], stored_bytes: u64, cut_ms: u64) {
-        let chunk = LogChunk::new(id, entries, stored_bytes).cut_at(cut_ms);
-        self.log.lock().insert(id.seq, chunk);
+    /// A chunk of ours is stored.
+    fn log_chunk(&self, header: &ChunkHeader, stored_bytes: u64, cut_ms: u64) {
+        let chunk = LogChunk::new(header, stored_bytes).cut_at(cut_ms);
+        self.log.lock().insert(header.id.seq, chunk);
     }
 
     /// The chunks of the log up to and with `upto`.
@@ -476,12 +489,12 @@ impl VolumeBackend {
         self.reclaim.folded(bytes);
     }
 
-    /// Makes the chunk and stores it. `Err` names the newer writer.
+    /// Makes the chunk and stores it. Answers its header and bytes; `Err` names the newer writer.
     ///
     /// The order: the data are on the cache device and stay there until the chunk is committed.
     /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
     /// the chunk; its `last_write` then says what the cache need not send again.*
-    async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(Vec<MapEntry>, u64), String> {
+    async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(ChunkHeader, u64), String> {
         let _memory = self.common.uploads.enter(&self.common.share).await;
         let object = keys::chunk_key(self.head.tenant(), plan.id);
         let encoded = loop {
@@ -521,7 +534,7 @@ impl VolumeBackend {
         }
         self.over(REFUSED);
         self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
-        Ok((encoded.header.map_entries(), stored_bytes))
+        Ok((encoded.header, stored_bytes))
     }
 
     /// Something is at our key already: our own chunk, whose first answer was lost, or a seal.

@@ -11,6 +11,7 @@ mod background;
 mod chores;
 mod config;
 mod copying;
+mod data_keys;
 mod demo;
 mod doctor;
 mod ensure;

@@ -56,7 +56,7 @@ pub use network::Network;
 pub use page::Page;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use rates::{LimitsInfo, RatesInfo, RatesSpec};
-pub use rekey::{RekeyInfo, RekeySpec};
+pub use rekey::{DataKeyInfo, RekeyInfo, RekeySpec};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};

@@ -11,6 +11,7 @@
 
 mod command;
 mod keyring;
+pub mod rotate;
 mod service;
 
 use std::sync::Arc;
@@ -334,8 +335,8 @@ pub async fn put_first_copy(
     crate::store::create_own(store, &key, copy.encode().into()).await
 }
 
-/// Writes the copy of keys that replace those of revision `wrapped.revision`, under the first later number that is
-/// free; answers them with it.
+/// Writes the copy of keys that replace those of revision `wrapped.revision`, all of which some copy has, under a number
+/// above those of all copies; answers them with it.
 ///
 /// # Errors
 /// The store's; [`StoreError::Exists`] if too many numbers are taken.
@@ -345,19 +346,30 @@ pub async fn put_next_copy(
     volume: VolumeId,
     mut wrapped: WrappedKeys,
 ) -> Result<WrappedKeys, StoreError> {
+    let there = copies(store, tenant, volume).await?;
+    wrapped.revision = there.into_iter().fold(wrapped.revision, u32::max);
     let mut tries = 0;
     loop {
         wrapped.revision = wrapped.revision.saturating_add(1);
-        let key = keys::keys_key(tenant, volume, wrapped.revision);
-        let keys = wrapped.clone();
-        let copy = KeysCopy { volume, keys };
-        match store.create(&key, copy.encode().into()).await {
-            Ok(_) => return Ok(wrapped),
+        match put_copy(store, tenant, volume, &wrapped).await {
+            Ok(()) => return Ok(wrapped),
             // Or our own try, whose answer was lost: then one copy more is left, and deleted as an earlier one.
             Err(StoreError::Exists { .. }) if tries < REVISIONS_TRIED_MAX => tries += 1,
             Err(error) => return Err(error),
         }
     }
+}
+
+async fn put_copy(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    wrapped: &WrappedKeys,
+) -> Result<(), StoreError> {
+    let key = keys::keys_key(tenant, volume, wrapped.revision);
+    let keys = wrapped.clone();
+    let copy = KeysCopy { volume, keys };
+    store.create(&key, copy.encode().into()).await.map(drop)
 }
 
 /// The numbers of the copies that are there.

@@ -23,8 +23,9 @@
 //! nothing since, left no trace outside the head: so all hosts are to be stopped first.
 //!
 //! A clone's map names objects of the volumes that it comes from; what it was cloned from is told by its record there.
-//! Snapshots come back from their copies, those that are whole. An encrypted volume's keys come back from the newest of
-//! their copies that is whole: each has all keys of a head, and none is changed by wrapping it anew.
+//! Snapshots come back from their copies, those that are whole. An encrypted volume's keys come back from all of
+//! their copies that are whole, each as the newest has it: one that no head came to name may lack some
+//! (`crate::keys::rotate`).
 //!
 //! The order of making it so, and what a crash between the steps leaves:
 //! 1. Seal the log's end, for an epoch far above all that were found. *Crash: the seal stays, and
@@ -570,20 +571,18 @@ impl Rescue {
         Ok(None)
     }
 
-    /// The volume's keys, by the newest copy that is whole, with the number of the newest of all; none if it is
-    /// not encrypted. Newer ones that are damaged go to `passed_over`.
+    /// The volume's keys, by all copies that are whole, with the number of the newest of all; none if it is
+    /// not encrypted. Those that are damaged go to `passed_over`.
     async fn keys(&self, passed_over: &mut Vec<Finding>) -> Result<WrappedKeys, RescueError> {
         let mut newest: Option<(String, String)> = None;
+        let mut found: Option<WrappedKeys> = None;
         for revision in self.listed.keys.iter().rev() {
             let object = keys::keys_key(&self.volume.tenant, self.id, *revision);
             let problem = match self.store.get(&object).await {
                 Ok((bytes, _)) => match KeysCopy::decode(&bytes, self.id) {
                     Ok(copy) => {
-                        let latest = self.listed.keys.last().copied();
-                        return Ok(WrappedKeys {
-                            revision: latest.unwrap_or(copy.keys.revision),
-                            ..copy.keys
-                        });
+                        found.get_or_insert_default().add_missing(copy.keys.keys);
+                        continue;
                     }
                     Err(error) => error.to_string(),
                 },
@@ -600,6 +599,10 @@ impl Rescue {
                 });
             }
             newest.get_or_insert((object, problem));
+        }
+        if let Some(keys) = found {
+            let revision = self.listed.keys.last().copied().unwrap_or_default();
+            return Ok(WrappedKeys { revision, ..keys });
         }
         match newest {
             None => match self.encrypted_chunk().await? {

@@ -324,6 +324,7 @@ async fn fill(store: &dyn Store, tenant: &TenantName, extents: u64) {
         data_sectors: OLD_SECTORS,
         needed_sectors: u32::try_from(CHUNK_EXTENTS * 8).unwrap(),
         stored_bytes: OLD_SECTORS * 512,
+        generation: quarry_objfmt::KeyGeneration::FIRST,
     };
     head.root_write = WriteSeq::new(extents);
     let usage = Usage {

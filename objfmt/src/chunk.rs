@@ -10,7 +10,7 @@
 
 use bytes::Bytes;
 
-use crate::codec::{Compression, Compressor, DataKey};
+use crate::codec::{Compression, Compressor, DataKey, KeyGeneration};
 use crate::error::{FormatError, Result};
 use crate::frame::{FRAME_HEADER_LEN, FRAME_OVERHEAD_MAX, encode_frame, frame_sectors_valid};
 use crate::prologue::{Format, PROLOGUE_LEN};
@@ -35,8 +35,8 @@ pub const CHUNK_HEADER_LEN_MAX: usize = 8 << 20;
 /// Magic of a chunk.
 pub const CHUNK_MAGIC: [u8; 4] = *b"QYCK";
 
-/// Id, first and last write, frame length, unit, time and number of extents at their longest.
-const FIXED_LEN_MAX: usize = PROLOGUE_LEN + 28 + 1 + 1 + 10 + 10 + 10 + 5;
+/// Id, first and last write, frame length, unit, time, generation and number of extents at their longest.
+const FIXED_LEN_MAX: usize = PROLOGUE_LEN + 28 + 1 + 1 + 10 + 10 + 10 + 3 + 5;
 /// An extent at its longest: start difference (52 bits) and length with kind (34 bits).
 const EXTENT_LEN_MAX: usize = 8 + 5;
 /// A frame's length at its longest (21 bits).
@@ -59,11 +59,16 @@ const _: () = assert!(
 const WHAT: &str = "chunk header";
 const FORMAT: Format = Format {
     magic: CHUNK_MAGIC,
-    version: 2,
+    version: 3,
     what: WHAT,
     len_max: CHUNK_HEADER_LEN_MAX,
 };
-/// Of a chunk that does not say when it was cut.
+/// Of a chunk that no later key than its volume's first encrypts.
+const FORMAT_KEYLESS: Format = Format {
+    version: 2,
+    ..FORMAT
+};
+/// Of one that does not say when it was cut, either.
 const FORMAT_TIMELESS: Format = Format {
     version: 1,
     ..FORMAT
@@ -115,6 +120,8 @@ pub struct ChunkHeader {
     /// When it was cut, in milliseconds since 1970, and never before the chunk before it in the log; 0 if
     /// it does not say, as in version 1.
     pub cut_ms: u64,
+    /// Of the key that encrypts all of its frames; the first, if none does.
+    pub generation: KeyGeneration,
     /// Sectors of raw space in each frame but the last, which may hold fewer.
     pub frame_sectors: u32,
     /// Disjoint; data in the order of the raw space.
@@ -205,6 +212,7 @@ pub fn encode_chunk(params: &ChunkParams<'_>, extents: &[ChunkExtent], raw: &[u8
         first_write: params.first_write,
         last_write: params.last_write,
         cut_ms: params.cut_ms,
+        generation: params.key.map_or(KeyGeneration::FIRST, DataKey::generation),
         frame_sectors: params.frame_sectors,
         extents: extents.to_vec(),
         frames,
@@ -311,9 +319,11 @@ impl ChunkHeader {
     /// If the header was put together by hand and breaks the rules of the module.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
+        let keyed = self.generation > KeyGeneration::FIRST;
         let format = match self.cut_ms {
+            _ if keyed => &FORMAT,
             0 => &FORMAT_TIMELESS,
-            _ => &FORMAT,
+            _ => &FORMAT_KEYLESS,
         };
         let mut out = format.begin();
         out.extend_from_slice(&self.id.volume.to_bytes());
@@ -324,8 +334,11 @@ impl ChunkHeader {
         put_u8(&mut out, shift);
         put_varint(&mut out, self.first_write.get());
         put_varint(&mut out, self.last_write.get() - self.first_write.get());
-        if self.cut_ms > 0 {
+        if self.cut_ms > 0 || keyed {
             put_varint(&mut out, self.cut_ms);
+        }
+        if keyed {
+            put_varint(&mut out, self.generation.get().into());
         }
         put_varint(&mut out, self.extents.len() as u64);
         let mut expected = 0;
@@ -366,9 +379,13 @@ impl ChunkHeader {
             1 => 0,
             _ => reader.varint()?,
         };
-        if version > 1 && cut_ms == 0 {
+        if version == 2 && cut_ms == 0 {
             return Err(FormatError::invalid(WHAT, "it says no time"));
         }
+        let generation = match version {
+            1 | 2 => KeyGeneration::FIRST,
+            _ => KeyGeneration::read_later(&mut reader)?,
+        };
         let extents = read_extents(&mut reader, shift)?;
         let raw_sectors = check_extents(&extents)?;
         let frames = read_frames(&mut reader, header_len, raw_sectors, frame_sectors)?;
@@ -379,6 +396,7 @@ impl ChunkHeader {
             first_write,
             last_write,
             cut_ms,
+            generation,
             frame_sectors,
             extents,
             frames,
@@ -675,10 +693,10 @@ mod tests {
         fn chunk_any_extents_round_trip_and_every_entry_leads_to_its_data(
             extents in any_extents(),
             frame_shift in 0u32..8,
-            encrypted: bool,
+            generation in prop_oneof![0u16..3, any::<u16>()],
             cut_ms in prop_oneof![Just(0), any::<u64>()],
         ) {
-            let key = encrypted.then(|| DataKey::new([1; 32]));
+            let key = KeyGeneration::new(generation).map(|g| DataKey::of_generation([1; 32], g));
             let keys = key.as_ref().map(|key| DataKeys::one(id().volume, key.clone()));
             let raw = content(&extents);
             let params = ChunkParams { key: key.as_ref(), cut_ms, ..params(1 << frame_shift) };

@@ -26,6 +26,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::error::{FormatError, Result};
 use crate::types::{ChunkId, VolumeId};
+use crate::wire::Reader;
 
 /// The level of zstd: its own default, 3.
 pub const ZSTD_LEVEL: i32 = 3;
@@ -265,6 +266,19 @@ impl KeyGeneration {
         self.0
     }
 
+    /// Reads that of a later key than the first, where only such are written.
+    pub(crate) fn read_later(reader: &mut Reader<'_>) -> Result<Self> {
+        let what = reader.what();
+        let number = reader.varint()?;
+        let generation = u16::try_from(number).ok().and_then(Self::new);
+        generation
+            .filter(|later| *later > Self::FIRST)
+            .ok_or(FormatError::invalid(
+                what,
+                "it names a key that its version does not need",
+            ))
+    }
+
     /// The one after it; none after the last that there can be.
     #[must_use]
     pub const fn next(self) -> Option<Self> {
@@ -406,6 +420,19 @@ impl DataKeys {
     /// Adds a key of `volume`.
     pub fn insert(&mut self, volume: VolumeId, key: DataKey) {
         self.0.insert((volume, key.generation), key);
+    }
+
+    /// Adds all of these.
+    pub fn extend(&mut self, others: &Self) {
+        let others = others.0.iter();
+        self.0
+            .extend(others.map(|(name, key)| (*name, key.clone())));
+    }
+
+    /// Keeps those of which `keep` says so, by volume and generation.
+    pub fn retain(&mut self, keep: impl Fn(VolumeId, KeyGeneration) -> bool) {
+        self.0
+            .retain(|(volume, generation), _| keep(*volume, *generation));
     }
 
     /// That key of `volume`.

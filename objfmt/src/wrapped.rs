@@ -76,6 +76,18 @@ impl WrappedKeys {
         }
     }
 
+    /// Adds those of a volume and generation that it has no key of, as many as there is room for.
+    pub fn add_missing(&mut self, keys: Vec<WrappedKey>) {
+        let name = |key: &WrappedKey| (key.volume, key.generation);
+        for key in keys {
+            if let Err(at) = self.keys.binary_search_by_key(&name(&key), name)
+                && self.keys.len() < KEYS_MAX
+            {
+                self.keys.insert(at, key);
+            }
+        }
+    }
+
     /// Checks every rule of them.
     ///
     /// # Errors

@@ -7,6 +7,9 @@
 use std::path::PathBuf;
 
 use quarry_objfmt::head::{Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
+use quarry_objfmt::map::{
+    Basis, ChunkUse, DeadObject, MapObjectBuilder, MapObjectId, ObjectKind, Usage,
+};
 use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
 use quarry_objfmt::{
     CHUNK_PREFIX_LEN, CacheId, CacheKey, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
@@ -194,6 +197,62 @@ fn seal() -> Seal {
     }
 }
 
+fn usage() -> Usage {
+    let chunk = |seq, generation| ChunkUse {
+        epoch: Epoch::new(3),
+        seq: ChunkSeq::new(seq),
+        born: MapSeq::new(5),
+        data_sectors: 16_384,
+        needed_sectors: 9_000,
+        stored_bytes: 7 << 20,
+        generation: KeyGeneration::new(generation).unwrap(),
+    };
+    let dead = |kind, number, generation| DeadObject {
+        kind,
+        epoch: Epoch::new(2),
+        number,
+        born: MapSeq::new(4),
+        died: MapSeq::new(6),
+        died_ms: 1_700_000_000_400,
+        stored_bytes: 4096,
+        generation: KeyGeneration::new(generation).unwrap(),
+    };
+    Usage {
+        basis: Basis {
+            retain_ms: 86_400_000,
+            ..Basis::of(&full_head())
+        },
+        chunks: vec![chunk(20, 1), chunk(21, 2)],
+        dead: vec![
+            dead(ObjectKind::Chunk, 9, 2),
+            dead(ObjectKind::Map, 4, 1),
+            dead(ObjectKind::Chunk, 10, 1),
+        ],
+    }
+}
+
+/// What version 2 could say.
+fn usage_v2() -> Usage {
+    let first = KeyGeneration::FIRST;
+    let mut usage = usage();
+    usage.chunks.iter_mut().for_each(|c| c.generation = first);
+    usage.dead.iter_mut().for_each(|d| d.generation = first);
+    usage
+}
+
+const USAGE_OBJECT: MapObjectId = MapObjectId {
+    volume: VOLUME,
+    epoch: Epoch::new(3),
+    seq: MapSeq::new(9),
+};
+
+/// A node at the beginning of its object.
+fn usage_node(usage: &Usage) -> Vec<u8> {
+    let mut builder = MapObjectBuilder::new(USAGE_OBJECT);
+    builder.finish_usage(usage).unwrap();
+    builder.into_bytes()
+}
+
 fn snapshot() -> Snapshot {
     Snapshot {
         volume: VOLUME,
@@ -361,6 +420,8 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
         ("head-full-v3.bin", full_head().encode()),
         ("head-bare-v3.bin", bare_head().encode()),
         ("keys-v1.bin", keys_copy().encode()),
+        ("usage-v2.bin", usage_node(&usage_v2())),
+        ("usage-v3.bin", usage_node(&usage())),
         ("seal-v1.bin", seal().encode()),
         ("snapshot-v2.bin", snapshot().encode()),
         (
@@ -397,7 +458,7 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
             chunk(Compression::Lz4, Some(&key())),
         ),
         (
-            "chunk-lz4-aes-key2-v2.bin",
+            "chunk-lz4-aes-key2-v3.bin",
             chunk(Compression::Lz4, Some(&second_key())),
         ),
     ]
@@ -435,6 +496,10 @@ fn golden_files_of_the_store_read_as_ever() {
     assert_eq!(head("head-bare-v3.bin"), Ok(bare_head()));
     let keys = KeysCopy::decode(&golden("keys-v1.bin"), VOLUME);
     assert_eq!(keys, Ok(keys_copy()));
+    for (name, expected) in [("usage-v2.bin", usage_v2()), ("usage-v3.bin", usage())] {
+        let read = Usage::decode(USAGE_OBJECT, 0, &golden(name));
+        assert_eq!(read, Ok(expected), "{name}");
+    }
     assert_eq!(Seal::decode(&golden("seal-v1.bin"), chunk_id()), Ok(seal()));
     let v1 = Snapshot {
         root: Some(root_v1()),
@@ -489,7 +554,8 @@ fn golden_chunks_read_as_ever() {
     let versions = [(1, 0), (2, CUT_MS)];
     let cases = cases.iter().flat_map(|case| versions.map(|v| (*case, v)));
     let later = ("chunk-lz4-aes-key2", Some(&keys));
-    for ((name, key), (version, cut_ms)) in cases.chain([(later, (2, CUT_MS))]) {
+    let later = [2, 3].map(|version| (later, (version, CUT_MS)));
+    for ((name, key), (version, cut_ms)) in cases.chain(later) {
         let name = &format!("{name}-v{version}.bin");
         let bytes = golden(name);
         let len = ChunkHeader::encoded_len(&bytes[..CHUNK_PREFIX_LEN]).unwrap();
@@ -498,6 +564,9 @@ fn golden_chunks_read_as_ever() {
         assert_eq!(header.first_write, WriteSeq::new(1000));
         assert_eq!(header.last_write, WriteSeq::new(1003));
         assert_eq!(header.cut_ms, cut_ms, "{name}");
+        // Which key it is, a header says from version 3.
+        let generation = if version < 3 { 1 } else { 2 };
+        assert_eq!(header.generation.get(), generation, "{name}");
         assert_eq!(header.frame_sectors, 16);
         assert_eq!(header.object_len(), bytes.len() as u64);
         let mut read = Vec::new();

@@ -81,10 +81,14 @@ fn keyring(path: &Path, text: &str) -> Result<()> {
 
 /// A site with a keyring of its own.
 fn site(root: &Path, name: &str, keys: &str) -> Result<(Site, PathBuf)> {
+    site_with(root, name, keys, "")
+}
+
+fn site_with(root: &Path, name: &str, keys: &str, settings: &str) -> Result<(Site, PathBuf)> {
     let site = Site::with_folder(root, name)?;
     let path = site.root().join("keyring");
     keyring(&path, keys)?;
-    let settings = format!("[keys]\nkeyring = \"{}\"\n", path.display());
+    let settings = format!("[keys]\nkeyring = \"{}\"\n{settings}", path.display());
     Ok((site.settings(&settings), path))
 }
 
@@ -214,6 +218,198 @@ fn volume_encrypted_leaves_no_plaintext_in_the_store_whatever_is_done_with_it() 
     daemon.sync("acme/db")?;
     daemon.quarry(&["volume", "verify", "acme/db", "--deep"])?;
     assert_no_mark(root, "rescued")
+}
+
+/// Small chunks, which are deleted soon.
+const SOON: &str = "[writeback]\nchunk_size = \"256KiB\"\n[reclaim]\nhorizon = \"1s\"\n";
+
+/// How long a step of a rotation may take.
+const ROTATION_MAX: Duration = Duration::from_secs(150);
+
+/// A volume's data keys, by generation, with the snapshots that need what each encrypts.
+fn data_keys(daemon: &Daemon, volume: &str) -> Result<Vec<(u64, Vec<String>)>> {
+    let shown = daemon.show(volume)?;
+    let keys = shown["data_keys"].as_array().context("no data keys")?;
+    let key = |key: &serde_json::Value| {
+        let named = key["snapshots"].as_array().into_iter().flatten();
+        let named = named.filter_map(|name| Some(name.as_str()?.to_owned()));
+        Some((key["generation"].as_u64()?, named.collect()))
+    };
+    keys.iter().map(|k| key(k).context("a data key")).collect()
+}
+
+/// Bytes in the store of what the earliest of them encrypts.
+fn earliest_bytes(daemon: &Daemon, volume: &str) -> Result<Option<u64>> {
+    Ok(daemon.show(volume)?["data_keys"][0]["stored_bytes"].as_u64())
+}
+
+fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let begun = Instant::now();
+    while !done()? {
+        ensure!(
+            begun.elapsed() < ROTATION_MAX,
+            "{what}: not in {ROTATION_MAX:?}"
+        );
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+/// The only copy of a volume's keys: its first wrapped key, where each is wrapped by one of a name of four characters.
+fn first_wrapped(root: &Path, id: &str) -> Result<Vec<u8>> {
+    let copies = StoreDir::of(root).objects("keys")?;
+    let mut own = copies
+        .iter()
+        .filter(|copy| copy.to_string_lossy().contains(id));
+    let copy = fs::read(own.next().context("no copy of the keys")?)?;
+    ensure!(own.next().is_none(), "more than one copy of the keys");
+    // Prologue, volume, revision, number; volume, generation, name, length.
+    let at = 16 + 16 + 4 + 4 + 16 + 2 + 1 + 4 + 2;
+    Ok(copy.get(at..at + 60).context("cut off")?.to_vec())
+}
+
+/// Objects of the store with these bytes in them.
+fn with_bytes(root: &Path, wanted: &[u8]) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    files(&root.join("store"), &mut all)?;
+    all.retain(|path| {
+        let bytes = fs::read(path).unwrap_or_default();
+        bytes.windows(wanted.len()).any(|window| window == wanted)
+    });
+    Ok(all)
+}
+
+#[test]
+fn data_key_rotated_under_writes_is_dropped_when_nothing_is_encrypted_with_it() -> Result<()> {
+    let dir = tempdir()?;
+    let root = dir.path();
+    let keys = key(&Site::with_folder(root, "a")?, "acme")?;
+    let (site_a, _) = site_with(root, "a", &keys, SOON)?;
+    let daemon = site_a.start()?;
+    let encrypted = [SHAPE, &["--key", "acme"]].concat();
+    let mut nbd = daemon.fresh_volume("acme/db", SIZE, &encrypted)?;
+    let id = daemon.show("acme/db")?["id"]
+        .as_str()
+        .context("id")?
+        .to_owned();
+    let mut image = marked(0, SIZE / 512, 1);
+    nbd.write(0, &image, true)?;
+    daemon.sync("acme/db")?;
+    daemon.quarry(&["snapshot", "create", "acme/db@one"])?;
+    let before = image.clone();
+    daemon.quarry(&["volume", "clone", "acme/db@one", "acme/copy"])?;
+
+    // Written on both sides of the rotation and while it is made.
+    let writer = thread::spawn(move || -> Result<(Nbd, Vec<u8>)> {
+        for round in 2..40 {
+            for sector in (round..SIZE / 512).step_by(641) {
+                let new = marked(sector, 3.min(SIZE / 512 - sector), round);
+                nbd.write(sector * 512, &new, false)?;
+                let at = in_memory(sector * 512);
+                image[at..at + new.len()].copy_from_slice(&new);
+            }
+            nbd.flush()?;
+        }
+        Ok((nbd, image))
+    });
+    let done = daemon.json(&["volume", "rekey", "acme/db", "--data"])?;
+    ensure!(done["keys"] == 2 && done["key"] == "acme", "{done}");
+    ensure!(done["data_keys"][1]["generation"] == 2, "{done}");
+    let wrapped = first_wrapped(root, &id)?;
+    ensure!(
+        with_bytes(root, &wrapped)?.len() == 2,
+        "in the head and its copy"
+    );
+    let (nbd, image) = writer.join().expect("the thread does not panic")?;
+    daemon.quarry(&["volume", "verify", "acme/db", "--deep", "--snapshots"])?;
+
+    // It goes on where the daemon died; what the snapshot needs stays, and its key.
+    drop(nbd);
+    daemon.kill()?;
+    let daemon = site_a.start()?;
+    let mut nbd = daemon.connect("acme/db")?;
+    same_bytes("after the crash", &read_all(&mut nbd)?, &image)?;
+    daemon.sync("acme/db")?;
+    let mut last = None;
+    until("all is encrypted anew but for the snapshot", || {
+        thread::sleep(Duration::from_secs(3));
+        let now = earliest_bytes(&daemon, "acme/db")?;
+        let settled = now == last && daemon.show("acme/db")?["dead_bytes"] == 0;
+        last = now;
+        Ok(settled && now.is_some())
+    })?;
+    let expected = [(1, vec!["one".to_owned()]), (2, Vec::new())];
+    ensure!(data_keys(&daemon, "acme/db")? == expected);
+    daemon.quarry(&["volume", "verify", "acme/db", "--deep", "--snapshots"])?;
+    let mut old = daemon.attach("acme/db@one", &[])?;
+    same_bytes("the snapshot", &read_all(&mut old)?, &before)?;
+    drop(old);
+    detach(&daemon, "acme/db@one")?;
+
+    // A clone made before has the key that it needs, and needs it until it is flattened.
+    let mut copy = daemon.attach("acme/copy", &[])?;
+    same_bytes("the clone", &read_all(&mut copy)?, &before)?;
+    let done = daemon.json(&["volume", "rekey", "acme/copy", "--data"])?;
+    ensure!(done["keys"] == 3, "{done}");
+    until("the clone's own first key is dropped", || {
+        Ok(data_keys(&daemon, "acme/copy")? == [(2, Vec::new())])
+    })?;
+    daemon.quarry(&["volume", "flatten", "acme/copy"])?;
+    let of_parent = uuid_bytes(&id)?;
+    until("its parent's key is dropped", || {
+        let named = with_bytes(root, &of_parent)?;
+        let named = named
+            .iter()
+            .filter(|path| !path.to_string_lossy().contains(&id));
+        Ok(!named.into_iter().any(|path| path.ends_with("head")))
+    })?;
+
+    daemon.quarry(&["snapshot", "delete", "acme/db@one"])?;
+    until("the first key is dropped", || {
+        Ok(data_keys(&daemon, "acme/db")? == [(2, Vec::new())])
+    })?;
+    until("its wrapped form is nowhere", || {
+        Ok(with_bytes(root, &wrapped)?.is_empty())
+    })?;
+    ensure!(StoreDir::of(root).objects("keys")?.len() == 2);
+    let left = daemon.json(&["volume", "rekey", "acme/copy", "--key", "acme"])?;
+    ensure!(left["keys"] == 1, "{left}");
+    assert_no_mark(root, "rotated")?;
+    drop((nbd, copy));
+    for volume in ["acme/db", "acme/copy"] {
+        daemon.quarry(&["volume", "verify", volume, "--deep"])?;
+        detach(&daemon, volume)?;
+    }
+    daemon.stop()?;
+
+    // What is there is all that another host needs; and without a head, what is in the copy.
+    let (site_b, _) = site(root, "b", &keys)?;
+    let daemon = site_b.start()?;
+    let images = [("acme/db", &image), ("acme/copy", &before)];
+    for (volume, expected) in images {
+        let mut nbd = daemon.attach(volume, &[])?;
+        same_bytes(volume, &read_all(&mut nbd)?, expected)?;
+        drop(nbd);
+        detach(&daemon, volume)?;
+    }
+    let heads = StoreDir::of(root).objects("head")?;
+    let head = heads
+        .iter()
+        .find(|head| head.to_string_lossy().contains(&id));
+    fs::remove_file(head.context("no head")?)?;
+    let report = daemon.json(&["volume", "rescue", "acme/db", "--apply"])?;
+    ensure!(report["keys"] == 1, "{report}");
+    let mut nbd = daemon.attach("acme/db", &["--discard-unsent"])?;
+    same_bytes("rescued", &read_all(&mut nbd)?, &image)?;
+    ensure!(data_keys(&daemon, "acme/db")? == [(2, Vec::new())]);
+    daemon.quarry(&["volume", "verify", "acme/db", "--deep"])
+}
+
+/// An id as it stands in the formats.
+fn uuid_bytes(id: &str) -> Result<Vec<u8>> {
+    let digits = id.replace('-', "");
+    let byte = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16);
+    Ok((0..32).step_by(2).map(byte).collect::<Result<_, _>>()?)
 }
 
 #[test]

@@ -55,7 +55,7 @@ const STAGE_PIECES_MAX: usize = 128 << 10;
 const CHUNKS_AT_ONCE: usize = 2;
 
 /// A stop is looked for so often.
-const REST_MAX: Duration = Duration::from_millis(100);
+pub(super) const REST_MAX: Duration = Duration::from_millis(100);
 
 /// What is taken apart.
 pub(super) enum Victims {
@@ -346,7 +346,7 @@ async fn write(
         .fetch_add(stored_bytes, Ordering::Relaxed);
     backend.reclaim.moved(stored_bytes);
     let entries = encoded.header.map_entries();
-    Ok((LogChunk::new(id, &entries, stored_bytes), entries))
+    Ok((LogChunk::new(&encoded.header, stored_bytes), entries))
 }
 
 /// The extents of a chunk of these pieces, neighbours joined.

@@ -231,7 +231,7 @@ impl VolumeBackend {
         stored: Bytes,
     ) -> Result<Vec<Bytes>, String> {
         let (frames, frame_sectors) = (frames.to_vec(), self.head.frame_sectors());
-        let keys = self.keys.clone();
+        let keys = self.keys();
         let decode = move || {
             let base = frames[0].stored_offset;
             let part = |offset: u32, len: u32| {

@@ -12,10 +12,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use quarry_cache::Mutation;
+use quarry_objfmt::chunk::ChunkHeader;
 use quarry_objfmt::map::{Basis, ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE, Sectors, SnapshotRef,
-    VolumeId,
+    ChunkId, ChunkSeq, Epoch, KeyGeneration, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE, Sectors,
+    SnapshotRef, VolumeId,
 };
 use quarry_volume::map::MapRoot;
 use tokio::time::Instant;
@@ -34,19 +35,20 @@ pub struct LogChunk {
     pub stored_bytes: u32,
     /// When it was cut, in milliseconds since 1970; 0 if that is not known.
     pub cut_ms: u64,
+    /// Of the key that encrypts it.
+    pub generation: KeyGeneration,
 }
 
 impl LogChunk {
-    /// The chunk of these entries; when it was cut is not known.
-    pub(super) fn new(id: ChunkId, entries: &[MapEntry], stored_bytes: u64) -> Self {
-        let data = entries
-            .iter()
-            .filter(|entry| entry.location != Location::Zero);
+    /// The chunk with this header; when it was cut is left out.
+    pub(super) fn new(header: &ChunkHeader, stored_bytes: u64) -> Self {
+        let data = header.raw_len().get();
         Self {
-            id,
-            data_sectors: data.map(|entry| entry.len).sum(),
+            id: header.id,
+            data_sectors: u32::try_from(data).unwrap_or(u32::MAX),
             stored_bytes: u32::try_from(stored_bytes).unwrap_or(u32::MAX),
             cut_ms: 0,
+            generation: header.generation,
         }
     }
 
@@ -98,6 +100,17 @@ pub struct Space {
     pub dead: u64,
     /// Dead objects that a snapshot needs.
     pub pinned: u64,
+}
+
+/// What a key encrypts of a volume, needed or not deleted yet.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Sealed {
+    /// Chunks.
+    pub chunks: u64,
+    /// Their bytes in the store.
+    pub stored_bytes: u64,
+    /// Snapshots that need some of them.
+    pub snapshots: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -207,6 +220,7 @@ impl Objects {
             data_sectors: chunk.data_sectors,
             needed_sectors: needed,
             stored_bytes: chunk.stored_bytes,
+            generation: chunk.generation,
         };
         self.chunks.insert(name, used);
         if needed == 0 {
@@ -237,6 +251,7 @@ impl Objects {
             died: map,
             died_ms: now_ms,
             stored_bytes: chunk.stored_bytes.into(),
+            generation: chunk.generation,
         });
     }
 
@@ -265,6 +280,7 @@ impl Objects {
                 died: map,
                 died_ms: now_ms,
                 stored_bytes: own.map(|table| table.stored_bytes).sum(),
+                generation: KeyGeneration::FIRST,
             });
         }
     }
@@ -291,6 +307,7 @@ impl Objects {
                     data_sectors: need.sectors,
                     needed_sectors: need.sectors,
                     stored_bytes: 0,
+                    generation: KeyGeneration::FIRST,
                 })
                 .collect();
             self.chunks
@@ -377,6 +394,52 @@ impl Objects {
         self.counted.then(|| unique_bytes(dead, snapshots))
     }
 
+    /// The earliest generation of the keys that encrypt what is there, needed or dead; none if there is nothing.
+    pub(super) fn earliest_generation(&self) -> Option<KeyGeneration> {
+        let live = self.chunks.values().map(|chunk| chunk.generation);
+        live.chain(self.dead_chunks().map(|dead| dead.generation))
+            .min()
+    }
+
+    /// What the key of this generation encrypts; `None` as long as not all that is dead is known.
+    pub(super) fn sealed_by(
+        &self,
+        generation: KeyGeneration,
+        snapshots: &[SnapshotRef],
+    ) -> Option<Sealed> {
+        if !self.counted {
+            return None;
+        }
+        let mut sealed = Sealed::default();
+        let by_map: BTreeMap<MapSeq, &str> = snapshots
+            .iter()
+            .filter_map(|s| Some((s.root?.seq, s.name.as_str())))
+            .collect();
+        let mut needing: BTreeSet<&str> = BTreeSet::new();
+        let mut born = None;
+        let of_it = self.chunks.values().filter(|c| c.generation == generation);
+        for chunk in of_it {
+            sealed.chunks += 1;
+            sealed.stored_bytes += u64::from(chunk.stored_bytes);
+            born = Some(born.map_or(chunk.born, |b: MapSeq| b.min(chunk.born)));
+        }
+        if let Some(born) = born {
+            needing.extend(by_map.range(born..).map(|(_, name)| *name));
+        }
+        for dead in self.dead_chunks().filter(|d| d.generation == generation) {
+            sealed.chunks += 1;
+            sealed.stored_bytes += dead.stored_bytes;
+            needing.extend(by_map.range(dead.born..dead.died).map(|(_, name)| *name));
+        }
+        sealed.snapshots = needing.into_iter().map(str::to_owned).collect();
+        Some(sealed)
+    }
+
+    fn dead_chunks(&self) -> impl Iterator<Item = &DeadObject> {
+        let dead = self.dead.iter().map(|dead| &dead.object);
+        dead.filter(|object| object.kind == ObjectKind::Chunk)
+    }
+
     pub(super) fn space(&self, snapshots: &[SnapshotRef]) -> Space {
         let mut space = Space::default();
         for chunk in self.chunks.values() {
@@ -451,6 +514,7 @@ mod tests {
             data_sectors: 100,
             stored_bytes: 1000,
             cut_ms: 0,
+            generation: KeyGeneration::FIRST,
         }
     }
 

@@ -462,10 +462,9 @@ async fn replay(
             }
             stored_write = header.last_write;
             end = header.id.seq.next();
-            let entries = header.map_entries();
-            let chunk = LogChunk::new(header.id, &entries, header.object_len());
+            let chunk = LogChunk::new(&header, header.object_len());
             chunks.push(chunk.cut_at(header.cut_ms));
-            log.push(entries);
+            log.push(header.map_entries());
         }
     }
     Ok(Replayed {

@@ -111,11 +111,9 @@ impl State {
         let (mut log, mut chunks) = (Vec::new(), Vec::new());
         let (mut stored_write, mut next_chunk) = (self.root_write, ChunkSeq::new(1));
         for header in &self.headers {
-            let entries = header.map_entries();
-            chunks.push(
-                LogChunk::new(header.id, &entries, header.object_len()).cut_at(header.cut_ms),
-            );
-            log.push(entries);
+            let chunk = LogChunk::new(header, header.object_len());
+            chunks.push(chunk.cut_at(header.cut_ms));
+            log.push(header.map_entries());
             (stored_write, next_chunk) = (header.last_write, header.id.seq.next());
         }
         let info = Head {

@@ -3,7 +3,8 @@
 //! One task for each volume attached for writing, all of it in the background's lane:
 //! 1. *Count.* A scan of the whole map says how much of each chunk it needs. It goes by the map that the head
 //!    names, never by what is only in memory; chunks that it does not need are dead.
-//! 2. *Compact* ([`super::compact`]), while there is too much in chunks that nobody needs.
+//! 2. *Compact* ([`super::compact`]), while there is too much in chunks that nobody needs; and what an earlier data key
+//!    encrypts ([`super::renew`]).
 //! 3. *Sweep.* Dead objects are deleted once no reader can have a map that needs them (the horizon), unless a
 //!    snapshot does. *Crash before the next checkpoint: they are found and deleted again, which is no error.*
 //!
@@ -33,6 +34,7 @@ use super::checkpoint::Stopped;
 use super::chores::{Chores, Order};
 use super::compact::{self, Victims, WINDOW_BYTES_MIN};
 use super::objects::{ChunkName, Need, Needed, Objects, Space, is_held};
+use super::renew::Renewed;
 use super::scan::Scan;
 
 /// The map is read for counting and gathering at most so many bytes for each byte that was uploaded since:
@@ -54,10 +56,10 @@ const DEBT_URGENT_PERCENT: u64 = 40;
 
 /// A compaction takes as many victims apart as give it so much to move, if it must: it reads the whole map
 /// once.
-const MOVED_BYTES_MIN: u64 = 64 << 20;
+pub(super) const MOVED_BYTES_MIN: u64 = 64 << 20;
 
 /// And so many times as much as the map that it reads.
-const MOVED_BYTES_FOR_EACH_READ: u64 = 3;
+pub(super) const MOVED_BYTES_FOR_EACH_READ: u64 = 3;
 
 /// A chunk of which more than this is needed is not taken apart.
 const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
@@ -206,18 +208,35 @@ impl VolumeBackend {
             if let Some(asked) = self.reclaim.chores.take() {
                 self.carry_out_chore(asked).await;
             }
-            match self.tidy().await {
-                Ok(()) => {}
+            let tidied = match self.tidy().await {
+                Ok(()) => self.renew().await,
+                Err(stopped) => Err(stopped),
+            };
+            let renewed = match tidied {
+                Ok(renewed) => renewed,
                 Err(Stopped::Fenced { by }) => {
                     self.tell(Event::Fenced { by }).await;
                     return;
                 }
-                Err(Stopped::Damaged(error)) => self.report(Report::Damaged {
-                    object: error.object,
-                    reason: format!("{}; space is not reclaimed", error.reason),
-                }),
-            }
-            let next = self.sweep().await;
+                Err(Stopped::Damaged(error)) => {
+                    self.report(Report::Damaged {
+                        object: error.object,
+                        reason: format!("{}; space is not reclaimed", error.reason),
+                    });
+                    Renewed::All
+                }
+            };
+            let (next, deleted) = self.sweep().await;
+            let next = match renewed {
+                Renewed::All => next,
+                // There is more to move, or what was deleted was the last that a key encrypts.
+                Renewed::GoesOn => continue,
+                Renewed::Waits if deleted > 0 => continue,
+                Renewed::Waits => {
+                    let later = Instant::now() + LOOK_AGAIN_DELAY;
+                    Some(next.map_or(later, |next| next.min(later)))
+                }
+            };
             let due = async {
                 match next {
                     Some(at) => tokio::time::sleep_until(at).await,
@@ -369,8 +388,8 @@ impl VolumeBackend {
         victims
     }
 
-    /// Deletes what nobody can need any more. Answers when the next may be due.
-    async fn sweep(&self) -> Option<Instant> {
+    /// Deletes what nobody can need any more. Answers when the next may be due, and how many were deleted.
+    async fn sweep(&self) -> (Option<Instant>, usize) {
         let settings = self.common.reclaim;
         let due = {
             let objects = self.objects.lock().await;
@@ -413,13 +432,14 @@ impl VolumeBackend {
         let (next, pinned) =
             objects.next_due(&head.snapshots, settings.horizon, head.retain_ms, now_ms);
         let later = Instant::now() + LOOK_AGAIN_DELAY;
-        match next {
+        let next = match next {
             Some(next) if refused => Some(next.max(later)),
-            // Nobody tells of a snapshot that was deleted.
+            // Of a snapshot that was deleted nobody may have told.
             Some(next) if pinned => Some(next.min(later)),
             None if pinned => Some(later),
             next => next,
-        }
+        };
+        (next, deleted.len())
     }
 
     fn due(&self, objects: &Objects, snapshots: &[SnapshotRef]) -> Vec<DeadObject> {

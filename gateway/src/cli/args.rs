@@ -436,18 +436,27 @@ Examples:
 
 What is not said is not limited any more. Discards, zeroes and flushes count as requests of no bytes.")]
     Limit(LimitFlags),
-    /// Wrap a volume's data key by another key, at once, attached here or nowhere; its data stay as they are.
+    /// Wrap a volume's data key by another key, at once, attached here or nowhere; its data stay as they are. Or give it
+    /// another data key.
     #[command(after_help = "\
-Example:
+Examples:
   quarry volume rekey acme/db --key acme-2027
+  quarry volume rekey acme/db --data
 
-Clones have keys of their own: wrap theirs too before a key is taken out of the keyring.")]
+Clones have keys of their own: wrap theirs too before a key is taken out of the keyring.
+
+With --data, what is written from now on is encrypted with a new data key. While the volume is attached, what is there is encrypted
+anew by compaction, and the earlier key is dropped when nothing is encrypted with it any more (`quarry volume show`). A
+snapshot keeps what it needs, and its key, until it is deleted; a clone what it has of its parent, until it is flattened.")]
     Rekey {
         /// The volume, as tenant/name.
         volume: VolumeRef,
         /// The key; by default the tenant's.
         #[arg(long, value_name = "NAME")]
         key: Option<KeyName>,
+        /// Make a new data key too.
+        #[arg(long)]
+        data: bool,
     },
     /// Wait until all that was written so far is in the object store.
     Sync {

@@ -79,6 +79,7 @@ fn every_line_of_the_manual_parses() {
         "volume create acme/db --size 1GiB --no-encryption",
         "volume rekey acme/db",
         "volume rekey acme/db --key acme-2027",
+        "volume rekey acme/db --data",
         "key generate acme-2026",
         "volume attach acme/db --read-only --at 2026-11-25T03:00:00Z",
         "volume attach acme/db --at -2h",

@@ -6,10 +6,12 @@ use super::args::{AttachFlags, CreateFlags, ShapeFlags, VolumeCommand};
 use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
-use super::{Failure, chores, ensure, export, import, limit, rescue, trash, verify, warm};
+use super::{
+    Failure, chores, data_keys, ensure, export, import, limit, rescue, trash, verify, warm,
+};
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ImageRef, RekeyInfo, RekeySpec, ResizeInfo, ResizeSpec,
-    RestoreSpec, RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ImageRef, RekeySpec, ResizeInfo, ResizeSpec, RestoreSpec,
+    RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::moment::Moment;
 
@@ -44,10 +46,10 @@ pub(super) async fn run(
             console.show(&retained, retain_text)
         }
         VolumeCommand::Limit(flags) => limit::run(client, flags, console).await,
-        VolumeCommand::Rekey { volume, key } => {
-            let spec = RekeySpec { key };
+        VolumeCommand::Rekey { volume, key, data } => {
+            let spec = RekeySpec { key, data };
             let rekeyed = shown("rekeying", &volume, client.rekey(&volume, &spec)).await?;
-            console.show(&rekeyed, rekey_text)
+            console.show(&rekeyed, |rekeyed| data_keys::rekey_text(rekeyed, data))
         }
         VolumeCommand::Clone { snapshot, volume } => {
             clone(client, &snapshot, &volume, console).await
@@ -268,14 +270,6 @@ fn retain_text(retained: &RetainInfo) -> String {
     }
 }
 
-fn rekey_text(rekeyed: &RekeyInfo) -> String {
-    let RekeyInfo { volume, key, keys } = rekeyed;
-    match keys {
-        1 => format!("{volume}: its data key is wrapped by key {key}"),
-        keys => format!("{volume}: its {keys} data keys are wrapped by key {key}"),
-    }
-}
-
 /// Exactly, and as it is said.
 fn span_text(ms: u64) -> String {
     humantime::format_duration(std::time::Duration::from_millis(ms)).to_string()
@@ -381,6 +375,7 @@ fn show_text(v: &VolumeInfo) -> String {
         ("durability", Some(v.durability.to_string())),
         ("compression", Some(v.compression.to_string())),
         ("encryption", encryption),
+        ("data keys", data_keys::data_keys_text(&v.data_keys)),
         (
             "cloned from",
             v.parent

@@ -466,7 +466,7 @@ impl Client {
         self.json(response).await
     }
 
-    /// Wraps a volume's data keys anew.
+    /// Wraps a volume's data keys anew, or gives it a new one.
     ///
     /// # Errors
     /// The daemon's, or that there is none.

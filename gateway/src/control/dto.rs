@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::openapi::{CompressionWord, DurabilityWord, EncryptionWord, Name, Uuid};
 use super::page::listed;
 use super::rates::{LimitsInfo, RatesSpec};
+use super::rekey::DataKeyInfo;
 use super::retain::check_retain;
 use super::tenant::StoreRequests;
 use super::{ApiError, ApiResult, DeviceMode, DeviceOwner, ImageRef, VolumeRef};
@@ -562,6 +563,9 @@ pub struct VolumeInfo {
     /// The key that wraps its data key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// Its data keys: more than one after `rekey --data`, until nothing is encrypted with the earlier ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data_keys: Vec<DataKeyInfo>,
     /// What it was cloned from.
     pub parent: Option<ParentInfo>,
     /// How many snapshots it has.

@@ -201,7 +201,7 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
             "Set how fast a volume may be used.")
             .takes::<RatesSpec>().gives::<RatesInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/rekey", Admin, |m| on(m, rekey::rekey),
-            "Wrap a volume's data keys by another key.")
+            "Wrap a volume's data keys by another key, or give it a new data key.")
             .takes::<RekeySpec>().gives::<RekeyInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/rescue", Operator, |m| on(m, api::rescue), "Make a lost head anew.")
             .takes::<RescueSpec>().gives::<RescueReport>(),

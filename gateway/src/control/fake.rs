@@ -244,6 +244,7 @@ impl Engine for FakeEngine {
             volume: volume.to_string(),
             key: key.to_string(),
             keys: 1,
+            ..RekeyInfo::default()
         })
     }
 

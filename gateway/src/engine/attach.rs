@@ -10,6 +10,7 @@ use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
 use super::kept::{Taken, Unsettled, settle, take_up};
+use super::keys::same_data_keys;
 use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
@@ -416,13 +417,16 @@ impl Daemon {
             opened.keys = self.unlock(name, &opened.info).await?;
             opened
         } else {
-            // First: nobody is fenced by who could not read or write it. Which keys it has changes no more
-            // while it is this daemon's, and what they are wrapped by does not matter here.
+            // First: nobody is fenced by who could not read or write it. What they are wrapped by does not matter here.
             let read = HeadCell::read(store, &keys::head_key(name, id)).await;
             let (head, _) = read.map_err(OpenError::from)?;
             let keys = self.unlock(name, &head).await?;
             let mut claimed = claim(store, name, id, kept.as_ref(), &how).await?;
-            claimed.keys = keys;
+            claimed.keys = match same_data_keys(&head, &claimed.info) {
+                true => keys,
+                // Whoever had it until now gave it a new one meanwhile.
+                false => self.unlock(name, &claimed.info).await?,
+            };
             claimed
         };
         let taken = if read_only {

@@ -1,17 +1,20 @@
-//! The keys of encrypted volumes: which one wraps them, and wrapping them anew.
+//! The keys of encrypted volumes: which one wraps them, wrapping them anew, and new data keys.
 //!
-//! Wrapping anew changes no data: the same data keys, wrapped by another key. The order, and what a crash between
+//! Wrapping anew changes no data: the same data keys, wrapped by another key. A new data key encrypts what is written from then
+//! on; what is there is encrypted anew later ([`crate::backend`]). The order of both, and what a crash between
 //! the steps leaves:
-//! 1. The copy beside the head, under a number that is free. *Crash: a copy more, which opens what the others open.*
-//! 2. The head, by whoever may change it, where the keys that were wrapped anew still stand. *Crash: earlier copies
-//!    stay; the next change of keys, or purging the volume, deletes them.*
-//! 3. Earlier copies are deleted.
+//! 1. The copy beside the head, under a number above those of all copies. *Crash: a copy more, which opens what the others
+//!    open; a new key in it encrypts nothing, and its generation is given to no other ([`crate::keys::rotate`]).*
+//! 2. The head, by whoever may change it, where the keys that were seen still stand. *Crash: earlier copies
+//!    stay; the next change of keys, or purging the volume, deletes them. Whoever attaches the volume has the new key.*
+//! 3. Who has the volume attached here encrypts with the new key; so never before the head names it. Earlier copies are deleted.
 //!
 //! Of two at once one finds other keys in the head, and leaves its copy. A clone made meanwhile takes what the
 //! head had: it is wrapped by the earlier key until it is wrapped anew itself.
 
 use std::sync::Arc;
 
+use quarry_objfmt::wrapped::KEYS_MAX;
 use quarry_objfmt::{
     DataKeys, Encryption, Head, KeyGeneration, KeyName, TenantName, VolumeId, WrappedKey,
     WrappedKeys,
@@ -22,10 +25,11 @@ use super::resize::HEAD_WAIT_MAX;
 use super::slot::Stage;
 use super::tenants::Tenant;
 use super::{Daemon, registry};
-use crate::backend::{HeadCell, HeadError};
+use crate::backend::{HeadCell, HeadError, VolumeBackend};
 use crate::control::{
-    ApiError, ApiResult, ImageRef, Kind, RekeyInfo, RekeySpec, VolumeRef, VolumeSpec,
+    ApiError, ApiResult, DataKeyInfo, ImageRef, Kind, RekeyInfo, RekeySpec, VolumeRef, VolumeSpec,
 };
+use crate::keys::rotate::{Place, RotateError, put_new_key};
 use crate::keys::{self, KeyError};
 
 impl From<KeyError> for ApiError {
@@ -120,11 +124,10 @@ impl Daemon {
             match slot.stage() {
                 Stage::Attached(attached) => match self.may_change(volume, &attached) {
                     Ok(()) => {
-                        let head = attached.backend.head();
-                        let done = self
-                            .wrap_anew(&tenant, volume, head, spec.key.as_ref())
-                            .await;
-                        if let Err(Wrapping::Fenced(by)) = &done {
+                        let (backend, head) = (&*attached.backend, attached.backend.head());
+                        let done = self.change_keys(&tenant, volume, head, spec, Some(backend));
+                        let done = done.await;
+                        if let Err(Changing::Fenced(by)) = &done {
                             let by = by.clone();
                             attached.backend.tell(Event::Fenced { by }).await;
                         }
@@ -141,57 +144,70 @@ impl Daemon {
                 )
                 .await
                 {
-                    Ok((_, head)) => {
-                        self.wrap_anew(&tenant, volume, &head, spec.key.as_ref())
-                            .await
-                    }
+                    Ok((_, head)) => self.change_keys(&tenant, volume, &head, spec, None).await,
                     Err(error) => Err(error.into()),
                 },
             }
         };
         self.forget_idle(&image, &slot);
         answer.map_err(|error| match error {
-            Wrapping::Fenced(by) => registry::changed_elsewhere(volume, &by),
-            Wrapping::Api(error) => error,
+            Changing::Fenced(by) => registry::changed_elsewhere(volume, &by),
+            Changing::Api(error) => error,
         })
     }
 
-    async fn wrap_anew(
+    /// `serving` is who has the volume attached here.
+    async fn change_keys(
         &self,
         of: &Tenant,
         volume: &VolumeRef,
         cell: &HeadCell,
-        key: Option<&KeyName>,
-    ) -> Result<RekeyInfo, Wrapping> {
-        let (tenant, store, head) = (&of.name, &of.control(), cell.get());
+        spec: &RekeySpec,
+        serving: Option<&VolumeBackend>,
+    ) -> Result<RekeyInfo, Changing> {
+        let (store, head) = (&of.control(), cell.get());
         if head.encryption == Encryption::None {
             let message = format!("{volume} is not encrypted");
             let remedy = "copy it into a volume that is";
             return Err(ApiError::new(Kind::Conflict, message, remedy).into());
         }
-        let by = match key {
-            Some(key) => key.clone(),
-            None => key_of(of)?.ok_or_else(|| {
-                let message = format!("tenant {tenant} has no key");
-                ApiError::invalid(message, "name one with --key")
-            })?,
+        let by = match (&spec.key, head.keys.newest(head.volume)) {
+            (Some(key), _) => key.clone(),
+            (None, newest) => {
+                let as_before = newest.filter(|_| spec.data).map(|key| key.by.clone());
+                key_of(of)?.or(as_before).ok_or_else(|| {
+                    let message = format!("tenant {} has no key", of.name);
+                    ApiError::invalid(message, "name one with --key")
+                })?
+            }
         };
-        let (seen, id) = (head.keys, head.volume);
-        let rewrapped = self.keys.rewrap(tenant, &seen.keys, &by).await;
-        let next = WrappedKeys {
-            keys: rewrapped.map_err(ApiError::from)?,
-            revision: seen.revision,
-        };
+        if let Some(backend) = serving
+            && self.take_up_keys(of, &head, backend).await?
+            && spec.data
+        {
+            // What was asked for before, and did not seem to be done.
+            return Ok(rekeyed(volume, by, &head, serving));
+        }
         // Step 1.
-        let next = keys::put_next_copy(store, tenant, id, next).await;
-        let next = next.map_err(|error| registry::store_error(&error))?;
+        let (next, opened) = match spec.data {
+            false => (self.wrap_anew(of, &head, &by).await?, None),
+            true => {
+                let next = self.add_key(of, volume, &head, &by).await?;
+                // Nothing is to be written that could not be read again.
+                let then = Head {
+                    keys: next.clone(),
+                    ..head.clone()
+                };
+                (next, self.unlock(&of.name, &then).await?)
+            }
+        };
         // Step 2.
-        let change = |head: &mut Head| match &head.keys {
+        let change = |now: &mut Head| match &now.keys {
             // A turn before this one, whose answer was lost.
-            now if *now == next => Err(Not::Needed),
-            now if *now != seen => Err(Not::Seen),
+            keys if *keys == next => Err(Not::Needed),
+            keys if *keys != head.keys => Err(Not::Seen),
             _ => {
-                head.keys.clone_from(&next);
+                now.keys.clone_from(&next);
                 Ok(())
             }
         };
@@ -205,23 +221,141 @@ impl Daemon {
                 let remedy = "see `quarry volume show`, and try again";
                 return Err(ApiError::new(Kind::Conflict, message, remedy).into());
             }
-            Err(HeadError::Fenced { by }) => return Err(Wrapping::Fenced(by)),
+            Err(HeadError::Fenced { by }) => return Err(Changing::Fenced(by)),
             Err(error) => return Err(registry::head_error(volume, &error).into()),
         }
+        if let (Some(backend), Some(opened)) = (serving, opened) {
+            backend.add_keys(&opened);
+        }
         // Step 3.
-        let dropped = keys::drop_copies_before(store, tenant, id, next.revision).await;
-        dropped.map_err(|error| {
-            let message = format!(
-                "{volume}: its keys are wrapped by {by}, but earlier copies of them stay: {error}"
-            );
-            ApiError::new(Kind::Unavailable, message, "do it again")
-        })?;
-        Ok(RekeyInfo {
-            volume: volume.to_string(),
-            key: by.to_string(),
-            keys: next.keys.len() as u64,
+        let dropped = keys::drop_copies_before(store, &of.name, head.volume, next.revision).await;
+        match dropped {
+            Ok(()) => {}
+            // Done again, it would be another key; and earlier copies go when keys are dropped.
+            Err(error) if spec.data => {
+                tracing::warn!(%volume, %error, "earlier copies of the keys stay, until these change again");
+            }
+            Err(error) => {
+                let message = format!(
+                    "{volume}: its keys are wrapped by {by}, but earlier copies of them stay: {error}"
+                );
+                return Err(ApiError::new(Kind::Unavailable, message, "do it again").into());
+            }
+        }
+        let head = Head { keys: next, ..head };
+        Ok(rekeyed(volume, by, &head, serving))
+    }
+
+    /// The same keys, wrapped by `by`, and their copy.
+    async fn wrap_anew(&self, of: &Tenant, head: &Head, by: &KeyName) -> ApiResult<WrappedKeys> {
+        let next = WrappedKeys {
+            keys: self.keys.rewrap(&of.name, &head.keys.keys, by).await?,
+            revision: head.keys.revision,
+        };
+        let store = of.control();
+        let put = keys::put_next_copy(&store, &of.name, head.volume, next);
+        put.await.map_err(|error| registry::store_error(&error))
+    }
+
+    /// The keys and a new one, all wrapped by `by`, and their copy.
+    async fn add_key(
+        &self,
+        of: &Tenant,
+        volume: &VolumeRef,
+        head: &Head,
+        by: &KeyName,
+    ) -> ApiResult<WrappedKeys> {
+        let (tenant, id) = (&of.name, head.volume);
+        if head.keys.keys.len() >= KEYS_MAX {
+            let message = format!("{volume} has {KEYS_MAX} data keys, and can have no more");
+            let remedy = "earlier ones go when nothing is encrypted with them: delete snapshots, flatten a clone";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
+        let rewrapped = self.keys.rewrap(tenant, &head.keys.keys, by).await?;
+        let make = async |place: Place| {
+            let mut next = WrappedKeys {
+                revision: place.revision,
+                keys: rewrapped.clone(),
+            };
+            next.insert(self.keys.fresh(tenant, id, place.generation, by).await?);
+            Ok(next)
+        };
+        let store = of.control();
+        let put = put_new_key(&store, tenant, id, &head.keys, make).await;
+        put.map_err(|error| match error {
+            RotateError::Key(error) => error.into(),
+            RotateError::Store(error) => registry::store_error(&error),
+            error @ RotateError::Copy { .. } => {
+                let remedy = "`quarry volume rekey` without --data makes the copies anew";
+                ApiError::new(Kind::Damaged, error.to_string(), remedy)
+            }
+            error @ RotateError::Generations => {
+                let remedy = "copy it into another volume";
+                ApiError::new(Kind::Conflict, error.to_string(), remedy)
+            }
         })
     }
+
+    /// Has keys used that the head came to have, though it did not seem so; false if there are none.
+    async fn take_up_keys(
+        &self,
+        of: &Tenant,
+        head: &Head,
+        backend: &VolumeBackend,
+    ) -> ApiResult<bool> {
+        let newest = head.keys.newest(head.volume).map(|key| key.generation);
+        if newest <= backend.newest_generation() {
+            return Ok(false);
+        }
+        if let Some(opened) = self.unlock(&of.name, head).await? {
+            backend.add_keys(&opened);
+        }
+        Ok(true)
+    }
+}
+
+fn rekeyed(
+    volume: &VolumeRef,
+    by: KeyName,
+    head: &Head,
+    serving: Option<&VolumeBackend>,
+) -> RekeyInfo {
+    RekeyInfo {
+        volume: volume.to_string(),
+        key: by.to_string(),
+        keys: head.keys.keys.len() as u64,
+        data_keys: data_keys(head, serving),
+    }
+}
+
+/// A volume's own data keys, and what is encrypted with each, if it is attached here.
+pub(super) fn data_keys(head: &Head, serving: Option<&VolumeBackend>) -> Vec<DataKeyInfo> {
+    let own = head
+        .keys
+        .keys
+        .iter()
+        .filter(|key| key.volume == head.volume);
+    let info = |key: &WrappedKey| {
+        let sealed = serving.and_then(|b| b.sealed_by(key.generation, &head.snapshots));
+        DataKeyInfo {
+            generation: key.generation.get(),
+            key: key.by.to_string(),
+            chunks: sealed.as_ref().map(|sealed| sealed.chunks),
+            stored_bytes: sealed.as_ref().map(|sealed| sealed.stored_bytes),
+            snapshots: sealed.map(|sealed| sealed.snapshots).unwrap_or_default(),
+        }
+    };
+    own.map(info).collect()
+}
+
+/// Whether two heads of a volume have the same data keys, whatever these are wrapped by.
+pub(super) fn same_data_keys(a: &Head, b: &Head) -> bool {
+    let name = |key: &WrappedKey| (key.volume, key.generation);
+    a.keys
+        .keys
+        .iter()
+        .map(name)
+        .eq(b.keys.keys.iter().map(name))
 }
 
 /// The name of the key that wraps what new volumes of the tenant are encrypted with; none: they are not.
@@ -240,13 +374,13 @@ enum Not {
     Seen,
 }
 
-/// Why keys are not wrapped anew.
-enum Wrapping {
+/// Why keys are not changed.
+enum Changing {
     Fenced(String),
     Api(ApiError),
 }
 
-impl From<ApiError> for Wrapping {
+impl From<ApiError> for Changing {
     fn from(error: ApiError) -> Self {
         Self::Api(error)
     }

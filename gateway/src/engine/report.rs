@@ -8,6 +8,7 @@ use quarry_objfmt::head::Head;
 use quarry_objfmt::{TenantName, keys};
 use quarry_volume::VolumeStats;
 
+use super::keys::data_keys;
 use super::rates::limits_info;
 use super::slot::{Attached, Slot};
 use super::snapshot::no_snapshot;
@@ -72,6 +73,10 @@ impl Daemon {
             },
             encryption: head.encryption,
             key: head.keys.newest(head.volume).map(|key| key.by.to_string()),
+            data_keys: match image.is_past() {
+                true => Vec::new(),
+                false => data_keys(&head, attached.as_ref().map(|a| &*a.backend)),
+            },
             stored_bytes: head.stored_bytes,
             parent: self.parent(volume, &head, attached.as_deref()).await,
             snapshots: head.snapshots.len() as u64,

@@ -398,6 +398,7 @@ impl Daemon {
             let deleted = snapshot::delete(&store, head, name, now_ms());
             let deleted = registry::in_time(volume, STORE_WAIT_MAX, deleted).await?;
             let deleted = tell_if_fenced(attached, deleted).await;
+            attached.backend.snapshot_is_gone();
             return deleted.map_err(|error| told(volume, error));
         }
         let store = self.control(&volume.tenant).await?;

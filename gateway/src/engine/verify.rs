@@ -6,6 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use quarry_objfmt::{DataKeys, VolumeId, keys};
 
+use super::keys::same_data_keys;
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
 use super::{Daemon, registry};
@@ -17,6 +18,9 @@ use crate::verify::{self, Progress};
 
 /// Checks at once in a daemon: each may hold some hundred MiB, and takes its share of the store.
 const VERIFIES_MAX: usize = 2;
+
+/// Times that a volume's keys are read, until they are the same as the time before.
+const KEYS_READ_MAX: usize = 4;
 
 /// The checks under way.
 #[derive(Clone, Default)]
@@ -104,11 +108,20 @@ impl Daemon {
         id: VolumeId,
     ) -> ApiResult<Option<Arc<DataKeys>>> {
         let key = keys::head_key(&tenant.name, id);
-        match HeadCell::read(&tenant.control(), &key).await {
-            Ok((head, _)) => self.unlock(&tenant.name, &head).await,
-            Err(HeadError::Store(error)) => Err(registry::store_error(&error)),
-            Err(_) => Ok(None),
+        let (mut before, mut opened) = (None, None);
+        // Opening them may take a while, in which the volume gets a new one.
+        for _ in 0..KEYS_READ_MAX {
+            match HeadCell::read(&tenant.control(), &key).await {
+                Ok((head, _)) if before.as_ref().is_some_and(|b| same_data_keys(b, &head)) => break,
+                Ok((head, _)) => {
+                    opened = self.unlock(&tenant.name, &head).await?;
+                    before = Some(head);
+                }
+                Err(HeadError::Store(error)) => return Err(registry::store_error(&error)),
+                Err(_) => return Ok(None),
+            }
         }
+        Ok(opened)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::{Head, LogRange, SnapshotRef};
 use quarry_objfmt::map::{Basis, DeadObject, Manifest, MapObjectId, ObjectKind, TableRef, Usage};
-use quarry_objfmt::{Epoch, MapSeq, SnapName, TenantName, VolumeId, keys};
+use quarry_objfmt::{Epoch, KeyGeneration, MapSeq, SnapName, TenantName, VolumeId, keys};
 
 use super::{SnapshotError, find, put_root};
 use crate::backend::open::{Claim, OpenError, TakenOver, give_back, load_map, load_usage, take};
@@ -152,7 +152,7 @@ async fn usage(
     let maps: BTreeSet<(Epoch, MapSeq)> = (manifest.runs.iter().flatten().filter(own))
         .map(|table| (table.object.epoch, table.object.seq))
         .collect();
-    let dead = |kind, epoch, number, born, stored_bytes| DeadObject {
+    let dead = |kind, epoch, number, born, stored_bytes, generation| DeadObject {
         kind,
         epoch,
         number,
@@ -160,12 +160,14 @@ async fn usage(
         died: at,
         died_ms: now_ms,
         stored_bytes,
+        generation,
     };
     let mut left: Vec<DeadObject> = Vec::new();
     // No map ever needed them.
     let chunk = |chunk: &LogChunk| {
         let (epoch, seq) = (chunk.id.epoch, chunk.id.seq.get());
-        dead(ObjectKind::Chunk, epoch, seq, at, chunk.stored_bytes.into())
+        let (bytes, key) = (chunk.stored_bytes.into(), chunk.generation);
+        dead(ObjectKind::Chunk, epoch, seq, at, bytes, key)
     };
     left.extend(taken.log.chunks.iter().map(chunk));
     // A map object is needed by no map before the one of its own number.
@@ -174,7 +176,8 @@ async fn usage(
             .iter()
             .any(|o| (o.kind, o.epoch, o.number) == (ObjectKind::Map, epoch, seq.get()));
         if is_new {
-            left.push(dead(ObjectKind::Map, epoch, seq.get(), seq, bytes));
+            let key = KeyGeneration::FIRST;
+            left.push(dead(ObjectKind::Map, epoch, seq.get(), seq, bytes, key));
         }
     };
     for table in map.runs().iter().flatten().filter(own) {

@@ -7,7 +7,7 @@ use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, ExtentBody, LogObject, classify, decode_frame, decode_header,
 };
 use quarry_objfmt::frame::FRAME_OVERHEAD_MAX;
-use quarry_objfmt::{ChunkId, DataLoc, MapEntry, SECTOR_SIZE, keys};
+use quarry_objfmt::{ChunkId, DataLoc, Encryption, MapEntry, SECTOR_SIZE, WrappedKey, keys};
 
 use super::{Check, add, is_damage};
 use crate::backend::open::HEADER_GUESS;
@@ -176,6 +176,14 @@ impl OneChunk<'_> {
     fn compare(&mut self, header: &ChunkHeader) {
         if header.frame_sectors != self.check.head.frame_sectors {
             let problem = "its frames are not as long as the volume's".to_owned();
+            return self.fault(problem, |_| true);
+        }
+        let (head, generation) = (&self.check.head, header.generation);
+        let is_its =
+            |key: &WrappedKey| (key.volume, key.generation) == (self.id.volume, generation);
+        if head.encryption != Encryption::None && !head.keys.keys.iter().any(is_its) {
+            let problem =
+                format!("it is encrypted with data key {generation}, which the head does not have");
             return self.fault(problem, |_| true);
         }
         // By raw sector, where each data extent starts and how long it is; those that go on from the one

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::codec::Compression;
+use crate::codec::{Compression, KeyGeneration};
 use crate::error::{FormatError, Result};
 use crate::head::{Durability, Head};
 use crate::map::{MapObjectId, NodeKind, open_node};
@@ -17,8 +17,11 @@ use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
 
 const WHAT: &str = "map usage";
 
-/// The version this build writes, and the newest it reads.
-const USAGE_VERSION: u8 = 2;
+/// The newest version this build reads, and the one it writes where a later key than the volume's first encrypts a
+/// chunk.
+const USAGE_VERSION: u8 = 3;
+/// The version this build writes elsewhere.
+const USAGE_VERSION_KEYLESS: u8 = 2;
 
 /// Fewest bytes of a chunk: six varints.
 const CHUNK_LEN_MIN: usize = 6;
@@ -41,6 +44,8 @@ pub struct ChunkUse {
     pub needed_sectors: u32,
     /// Bytes of the object.
     pub stored_bytes: u32,
+    /// Of the key that encrypts it; the first, if none does, or if that is not known.
+    pub generation: KeyGeneration,
 }
 
 /// What an object is.
@@ -70,6 +75,8 @@ pub struct DeadObject {
     pub died_ms: u64,
     /// Bytes of the object.
     pub stored_bytes: u64,
+    /// As of a chunk that the map may need; of a map object, the first.
+    pub generation: KeyGeneration,
 }
 
 impl DeadObject {
@@ -236,6 +243,7 @@ impl Usage {
             died: at,
             died_ms: now_ms,
             stored_bytes: c.stored_bytes.into(),
+            generation: c.generation,
         };
         let mut dead: BTreeMap<Name, DeadObject> = BTreeMap::new();
         let known = self.dead.iter().copied();
@@ -282,12 +290,12 @@ impl Usage {
         let count = reader.count(CHUNK_LEN_MIN)?;
         let mut chunks: Vec<ChunkUse> = Vec::with_capacity(count);
         for _ in 0..count {
-            let chunk = read_chunk(&mut reader, chunks.last())?;
+            let chunk = read_chunk(&mut reader, version, chunks.last())?;
             chunks.push(chunk);
         }
         let count = reader.count(DEAD_LEN_MIN)?;
         let dead = (0..count)
-            .map(|_| read_dead(&mut reader))
+            .map(|_| read_dead(&mut reader, version))
             .collect::<Result<_>>()?;
         reader.finish()?;
         Ok(Self {
@@ -302,7 +310,11 @@ impl Usage {
     /// # Errors
     /// If the chunks are not sorted, or one needs more than it has.
     pub(super) fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
-        put_u8(out, USAGE_VERSION);
+        let version = match self.is_keyed() {
+            true => USAGE_VERSION,
+            false => USAGE_VERSION_KEYLESS,
+        };
+        put_u8(out, version);
         self.basis.encode(out);
         put_varint(out, self.chunks.len() as u64);
         let mut last: Option<&ChunkUse> = None;
@@ -323,6 +335,9 @@ impl Usage {
             put_varint(out, chunk.data_sectors.into());
             put_varint(out, unneeded.into());
             put_varint(out, chunk.stored_bytes.into());
+            if version > USAGE_VERSION_KEYLESS {
+                put_varint(out, chunk.generation.get().into());
+            }
             last = Some(chunk);
         }
         put_varint(out, self.dead.len() as u64);
@@ -337,8 +352,18 @@ impl Usage {
             put_varint(out, life);
             put_varint(out, object.died_ms);
             put_varint(out, object.stored_bytes);
+            if version > USAGE_VERSION_KEYLESS && object.kind == ObjectKind::Chunk {
+                put_varint(out, object.generation.get().into());
+            }
         }
         Ok(())
+    }
+
+    /// Whether a later key than the first encrypts a chunk of it.
+    fn is_keyed(&self) -> bool {
+        let live = self.chunks.iter().map(|chunk| chunk.generation);
+        let mut all = live.chain(self.dead.iter().map(|object| object.generation));
+        all.any(|generation| generation > KeyGeneration::FIRST)
     }
 }
 
@@ -353,7 +378,7 @@ fn before(last: Option<&ChunkUse>) -> (u32, u64, u64) {
     })
 }
 
-fn read_chunk(reader: &mut Reader<'_>, last: Option<&ChunkUse>) -> Result<ChunkUse> {
+fn read_chunk(reader: &mut Reader<'_>, version: u8, last: Option<&ChunkUse>) -> Result<ChunkUse> {
     let overflow = || FormatError::invalid(WHAT, "a number is too large");
     let (before, next, born) = before(last);
     let epoch = before
@@ -378,10 +403,21 @@ fn read_chunk(reader: &mut Reader<'_>, last: Option<&ChunkUse>) -> Result<ChunkU
         data_sectors,
         needed_sectors,
         stored_bytes: reader.varint_u32()?,
+        generation: read_generation(reader, version)?,
     })
 }
 
-fn read_dead(reader: &mut Reader<'_>) -> Result<DeadObject> {
+fn read_generation(reader: &mut Reader<'_>, version: u8) -> Result<KeyGeneration> {
+    if version <= USAGE_VERSION_KEYLESS {
+        return Ok(KeyGeneration::FIRST);
+    }
+    let generation = u16::try_from(reader.varint()?).ok();
+    generation
+        .and_then(KeyGeneration::new)
+        .ok_or_else(|| FormatError::invalid(WHAT, "the generation of a key is out of range"))
+}
+
+fn read_dead(reader: &mut Reader<'_>, version: u8) -> Result<DeadObject> {
     let kind = match reader.u8()? {
         0 => ObjectKind::Chunk,
         1 => ObjectKind::Map,
@@ -407,6 +443,10 @@ fn read_dead(reader: &mut Reader<'_>) -> Result<DeadObject> {
         died: MapSeq::new(died),
         died_ms: reader.varint()?,
         stored_bytes: reader.varint()?,
+        generation: match kind {
+            ObjectKind::Chunk => read_generation(reader, version)?,
+            ObjectKind::Map => KeyGeneration::FIRST,
+        },
     })
 }
 
@@ -455,14 +495,20 @@ mod tests {
             ..basis()
         };
         assert_eq!(Usage::decode_payload(&old).unwrap().basis, expected);
-        payload[0] = 3;
+        payload[0] = 4;
         assert!(Usage::decode_payload(&payload).is_err());
+    }
+
+    fn any_generation() -> impl Strategy<Value = KeyGeneration> {
+        let first = KeyGeneration::FIRST;
+        let any = any::<u16>().prop_map(move |n| KeyGeneration::new(n).unwrap_or(first));
+        prop_oneof![9 => Just(first), 1 => any]
     }
 
     prop_compose! {
         fn any_chunk()(
             epoch in 0u32..4, seq in prop_oneof![0u64..50, any::<u64>()], born: u64,
-            data: u32, needed: u32, stored_bytes: u32,
+            data: u32, needed: u32, stored_bytes: u32, generation in any_generation(),
         ) -> ChunkUse {
             ChunkUse {
                 epoch: Epoch::new(epoch),
@@ -471,6 +517,7 @@ mod tests {
                 data_sectors: data.max(needed),
                 needed_sectors: data.min(needed),
                 stored_bytes,
+                generation,
             }
         }
     }
@@ -478,7 +525,7 @@ mod tests {
     prop_compose! {
         fn any_dead()(
             map: bool, epoch: u32, number: u64, (born, died) in (any::<u64>(), any::<u64>()),
-            died_ms: u64, stored_bytes: u64,
+            died_ms: u64, stored_bytes: u64, generation in any_generation(),
         ) -> DeadObject {
             DeadObject {
                 kind: if map { ObjectKind::Map } else { ObjectKind::Chunk },
@@ -488,6 +535,7 @@ mod tests {
                 died: MapSeq::new(born.max(died)),
                 died_ms,
                 stored_bytes,
+                generation: if map { KeyGeneration::FIRST } else { generation },
             }
         }
     }
@@ -529,6 +577,7 @@ mod tests {
             data_sectors: 100,
             needed_sectors,
             stored_bytes: 7,
+            generation: KeyGeneration::FIRST,
         };
         let dead = |kind, number, born, died| DeadObject {
             kind,
@@ -538,6 +587,7 @@ mod tests {
             died: MapSeq::new(died),
             died_ms: 5,
             stored_bytes: 7,
+            generation: KeyGeneration::FIRST,
         };
         // Map 10 needed chunks 1 and 2 and map object 9; chunk 1 died at 12, chunk 0 before it.
         let to = Usage {
@@ -576,6 +626,38 @@ mod tests {
     }
 
     #[test]
+    fn usage_without_later_keys_is_of_version_2_and_one_with_generation_0_is_refused() {
+        let chunk = |generation| ChunkUse {
+            epoch: Epoch::new(1),
+            seq: ChunkSeq::new(2),
+            born: MapSeq::new(3),
+            data_sectors: 8,
+            needed_sectors: 8,
+            stored_bytes: 9,
+            generation: KeyGeneration::new(generation).unwrap(),
+        };
+        let payload = |generation| {
+            let usage = Usage {
+                basis: basis(),
+                chunks: vec![chunk(generation)],
+                dead: Vec::new(),
+            };
+            let mut payload = Vec::new();
+            usage.encode(&mut payload).unwrap();
+            payload
+        };
+        let (first, mut later) = (payload(1), payload(2));
+        assert_eq!((first[0], later[0]), (2, 3));
+        assert_eq!(later.len(), first.len() + 1);
+        assert_eq!(Usage::decode_payload(&first).unwrap().chunks, [chunk(1)]);
+        assert_eq!(Usage::decode_payload(&later).unwrap().chunks, [chunk(2)]);
+        let at = later.len() - 2;
+        assert_eq!(later[at], 2);
+        later[at] = 0;
+        assert!(Usage::decode_payload(&later).is_err());
+    }
+
+    #[test]
     fn usage_of_a_full_chunk_takes_at_most_12_bytes() {
         let chunks = (0..10_000u64).map(|n| ChunkUse {
             epoch: Epoch::new(3),
@@ -584,6 +666,7 @@ mod tests {
             data_sectors: 16_384,
             needed_sectors: 9_000,
             stored_bytes: 8 << 20,
+            generation: KeyGeneration::FIRST,
         });
         let usage = Usage {
             basis: basis(),

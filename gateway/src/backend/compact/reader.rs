@@ -202,7 +202,7 @@ impl Job<'_> {
     ) -> Result<Vec<(usize, Bytes)>, String> {
         let (window, pieces) = (window.clone(), pieces.to_vec());
         let (chunk, frame_sectors) = (self.chunk, self.backend.head.frame_sectors());
-        let keys = self.backend.keys.clone();
+        let keys = self.backend.keys();
         let cut = move || cut_out(&window, chunk, &pieces, frame_sectors, keys.as_deref());
         aside(cut).await.map_err(|e| e.to_string()).flatten()
     }

@@ -237,7 +237,7 @@ impl Bench {
         let entries = made.header.map_entries();
         let (key, len) = (keys::chunk_key(&self.tenant, id), made.bytes.len());
         self.store.create(&key, made.bytes).await.unwrap();
-        writer.backend.log_chunk(id, &entries, len as u64, cut_ms);
+        writer.backend.log_chunk(&made.header, len as u64, cut_ms);
         writer
             .unfolded
             .extend(entries.iter().map(|e| (e.start, *e)));
