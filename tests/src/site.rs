@@ -121,6 +121,12 @@ impl Site {
         self.root.join("q.sock")
     }
 
+    /// Where it answers for its metrics.
+    #[must_use]
+    pub const fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
     /// What the daemons printed.
     #[must_use]
     pub fn log(&self) -> PathBuf {

@@ -5,8 +5,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{MIB, Site};
-use tempfile::tempdir;
 
 /// The top of the repository.
 fn top() -> &'static Path {
@@ -22,27 +20,65 @@ fn metric_names(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// Below dashboards/.
+fn dashboards(under: &str, extension: &str) -> Result<Vec<PathBuf>> {
+    let files = fs::read_dir(top().join("dashboards").join(under))?;
+    let files: Vec<PathBuf> = files
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<_>>()?;
+    let wanted = |file: &PathBuf| file.extension().is_some_and(|e| e == extension);
+    Ok(files.into_iter().filter(wanted).collect())
+}
+
 #[test]
-fn dashboards_ask_only_for_metrics_that_a_daemon_has() -> Result<()> {
-    let dir = tempdir()?;
-    let site = Site::with_folder(dir.path(), "a")?;
-    let daemon = site.start()?;
-    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
-    nbd.write(0, &[1; 4096], true)?;
-    let there = metric_names(&daemon.metrics()?);
-    daemon.stop()?;
-    let mut seen = 0;
-    for entry in fs::read_dir(top().join("dashboards"))? {
-        let path = entry?.path();
-        let text = fs::read_to_string(&path)?;
-        let _: serde_json::Value =
-            serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+fn dashboards_and_rules_ask_only_for_metrics_that_there_are() -> Result<()> {
+    let mut there = BTreeSet::new();
+    for line in fs::read_to_string(top().join("docs/METRICS.md"))?.lines() {
+        let mut cells = line.split(" | ");
+        let (name, kind) = (cells.next().unwrap_or_default(), cells.next());
+        let name = name.trim_start_matches("| ").trim_matches('`');
+        match kind {
+            Some("histogram") => {
+                there.extend(["_bucket", "_sum", "_count"].map(|suffix| format!("{name}{suffix}")));
+            }
+            _ => {
+                there.insert(name.to_owned());
+            }
+        }
+    }
+    let mut seen = BTreeSet::new();
+    for path in [dashboards("", "json")?, dashboards("rules", "yaml")?].concat() {
+        // Recorded names have a level before the metric, and an operation behind it.
+        let text = fs::read_to_string(&path)?.replace(":quarry_", ":");
         let wanted = metric_names(&text);
         let unknown: Vec<_> = wanted.difference(&there).collect();
         ensure!(unknown.is_empty(), "{}: {unknown:?}", path.display());
-        seen += wanted.len();
+        seen.extend(wanted);
     }
-    ensure!(seen > 20, "only {seen} metrics are on any dashboard");
+    ensure!(seen.len() > 60, "only {} metrics are asked for", seen.len());
+    Ok(())
+}
+
+#[test]
+fn every_alert_has_its_section_in_the_runbook_and_a_test() -> Result<()> {
+    let rules = top().join("dashboards/rules");
+    let alerts = fs::read_to_string(rules.join("alerts.yaml"))?;
+    let tests = fs::read_to_string(rules.join("tests.yaml"))?;
+    let runbook = fs::read_to_string(top().join("docs/RUNBOOK.md"))?;
+    let names: Vec<&str> = alerts
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+        .collect();
+    ensure!(names.len() > 15, "{names:?}");
+    for name in &names {
+        let anchor = format!("docs/RUNBOOK.md#{}\n", name.to_lowercase());
+        ensure!(alerts.contains(&anchor), "{name} does not lead there");
+        let section = format!("\n## {name}\n");
+        ensure!(runbook.contains(&section), "no section of {name}");
+        ensure!(tests.contains(*name), "no test of {name}");
+    }
+    let sections = runbook.matches("\n## ").count();
+    ensure!(sections == names.len(), "sections of no alert");
     Ok(())
 }
 

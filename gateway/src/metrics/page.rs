@@ -8,7 +8,7 @@ use crate::store::STORE_BOUNDS_MS;
 
 const HEAD: &str = "# Metrics
 
-`GET /metrics` on the control socket and, with `metrics.listen` (`quarry serve --listen`), on a TCP port, in Prometheus' text format.
+`GET /metrics` on the control socket and, with `daemon.listen` (`quarry serve --listen`), on a TCP port, in Prometheus' text format.
 [dashboards/](../dashboards) has dashboards, recording rules and alerts made of them.
 
 This page is made from the table in `gateway/src/metrics`: change that, then run
