@@ -324,11 +324,10 @@ impl World {
                     seq: chunk.seq,
                 };
                 let key = keys::chunk_key(tenant, id);
-                let object = self
-                    .core
-                    .bucket
-                    .peek(&key)
-                    .ok_or(format!("{key} is gone"))?;
+                // Listed is what may be needed; when that was counted, it was found that it is not.
+                let Some(object) = self.core.bucket.peek(&key) else {
+                    continue;
+                };
                 let header = decode_header(&object, id).map_err(|error| error.to_string())?;
                 if !has(head.volume, header.generation) || header.generation < chunk.generation {
                     return Err(format!(
