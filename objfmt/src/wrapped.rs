@@ -340,6 +340,24 @@ mod tests {
     }
 
     #[test]
+    fn keys_added_where_missing_take_the_place_of_none() {
+        let mut keys = copy().keys;
+        let other = WrappedKey {
+            bytes: vec![9; 60],
+            ..key(1, 2)
+        };
+        keys.add_missing(vec![other, key(1, 3), key(3, 1)]);
+        let names = keys.keys.iter().map(|k| (k.volume, k.generation.get()));
+        let volume = |byte| VolumeId::from_bytes([byte; 16]);
+        let expected = [(1, 1), (1, 2), (1, 3), (2, 1), (3, 1)];
+        assert!(names.eq(expected.map(|(of, generation)| (volume(of), generation))));
+        assert_eq!(keys.keys[1], key(1, 2));
+        keys.add_missing((1..=300).map(|n| key(9, n)).collect());
+        assert_eq!(keys.keys.len(), KEYS_MAX);
+        assert_eq!(keys.validate("keys"), Ok(()));
+    }
+
+    #[test]
     fn keys_any_flip_or_cut_is_an_error() {
         let (copy, bytes) = (copy(), copy().encode());
         for bit in 0..bytes.len() * 8 {

@@ -584,6 +584,56 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_in_use_until_the_last_chunk_of_theirs_is_deleted() {
+        let generation = |number| KeyGeneration::new(number).unwrap();
+        let sealed = |seq, number| LogChunk {
+            generation: generation(number),
+            ..chunk(seq)
+        };
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        assert_eq!(objects.earliest_generation(), None);
+        let (a, b, c) = (sealed(1, 1), sealed(2, 1), sealed(3, 2));
+        let entries = [entry(0, 100, &a), entry(100, 100, &b), entry(200, 100, &c)];
+        objects.fold(&[a, b, c], &entries, MapSeq::new(3), 0);
+        let snapshots = [snapshot(1), snapshot(4)];
+        let in_use = |objects: &Objects, number, snapshots| {
+            let sealed = objects.sealed_by(generation(number), snapshots).unwrap();
+            (sealed.chunks, sealed.stored_bytes, sealed.snapshots)
+        };
+        let named = || vec!["s4".to_owned()];
+        assert_eq!(in_use(&objects, 1, &snapshots), (2, 2000, named()));
+        assert_eq!(in_use(&objects, 2, &[]), (1, 1000, Vec::new()));
+        // One is moved, and the other overwritten; both are needed by who reads an older map.
+        objects.end_chunk((a.id.epoch, a.id.seq), MapSeq::new(5), 0);
+        objects.end_chunk((b.id.epoch, b.id.seq), MapSeq::new(5), 0);
+        objects.replace_map(
+            &MapRoot::new(Manifest { runs: Vec::new() }),
+            Some(MapObjectId {
+                volume: VOLUME,
+                epoch: Epoch::new(1),
+                seq: MapSeq::new(3),
+            }),
+            &MapRoot::new(Manifest { runs: Vec::new() }),
+            MapSeq::new(5),
+            0,
+        );
+        let mut again = Objects::new(VOLUME, objects.usage(Basis::default()).unwrap());
+        assert_eq!(again.earliest_generation(), Some(generation(1)));
+        assert_eq!(in_use(&again, 1, &snapshots), (2, 2000, named()));
+        assert_eq!(in_use(&again, 1, &snapshots[..1]), (2, 2000, Vec::new()));
+        let dead = again.due(&[], Duration::ZERO, 0, 0);
+        let chunks = dead.iter().filter(|d| d.kind == ObjectKind::Chunk);
+        again.forget(&chunks.copied().collect::<Vec<_>>());
+        // What is left dead is a map object, which no key encrypts.
+        assert_eq!(again.earliest_generation(), Some(generation(2)));
+        assert_eq!(in_use(&again, 1, &snapshots), (0, 0, Vec::new()));
+        assert_eq!(
+            Objects::uncounted(VOLUME).sealed_by(generation(1), &[]),
+            None
+        );
+    }
+
+    #[test]
     fn chunk_overwritten_within_the_log_was_never_needed() {
         let mut objects = Objects::new(VOLUME, Usage::default());
         let (a, b) = (chunk(1), chunk(2));

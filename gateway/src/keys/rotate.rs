@@ -102,3 +102,87 @@ pub async fn put_new_key<F: Future<Output = Result<WrappedKeys, RotateError>> + 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use quarry_objfmt::{KeyName, WrappedKey};
+
+    use super::*;
+    use crate::keys::put_first_copy;
+    use crate::store::FolderStore;
+
+    const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
+
+    fn keys(revision: u32, generations: &[u16]) -> WrappedKeys {
+        let key = |generation: &u16| WrappedKey {
+            volume: VOLUME,
+            generation: KeyGeneration::new(*generation).unwrap(),
+            by: KeyName::new("k").unwrap(),
+            bytes: vec![7; 60],
+        };
+        WrappedKeys {
+            revision,
+            keys: generations.iter().map(key).collect(),
+        }
+    }
+
+    async fn store(dir: &std::path::Path) -> (FolderStore, TenantName) {
+        let store = FolderStore::open(dir, false).unwrap();
+        let tenant = TenantName::new("acme").unwrap();
+        let first = keys(1, &[1]);
+        put_first_copy(&store, &tenant, VOLUME, &first)
+            .await
+            .unwrap();
+        (store, tenant)
+    }
+
+    fn place(generation: u16, revision: u32) -> Place {
+        Place {
+            generation: KeyGeneration::new(generation).unwrap(),
+            revision,
+        }
+    }
+
+    #[tokio::test]
+    async fn new_key_comes_after_all_that_the_head_and_any_copy_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, tenant) = store(dir.path()).await;
+        let next = async |seen: WrappedKeys| next_place(&store, &tenant, VOLUME, &seen).await;
+        assert_eq!(next(keys(1, &[1])).await.unwrap(), place(2, 2));
+        // Of a writer that died before its head, or was fenced.
+        put_copy(&store, &tenant, VOLUME, &keys(5, &[1, 2]))
+            .await
+            .unwrap();
+        assert_eq!(next(keys(1, &[1])).await.unwrap(), place(3, 6));
+        assert_eq!(next(keys(9, &[4])).await.unwrap(), place(5, 10));
+        let last = next(keys(9, &[u16::MAX])).await.unwrap_err();
+        assert!(matches!(last, RotateError::Generations), "{last}");
+        // It may have had any.
+        let object = keys::keys_key(&tenant, VOLUME, 6);
+        store.create(&object, b"damaged"[..].into()).await.unwrap();
+        let refused = next(keys(1, &[1])).await.unwrap_err();
+        assert!(
+            matches!(&refused, RotateError::Copy { object: named, .. } if *named == object),
+            "{refused}"
+        );
+    }
+
+    #[tokio::test]
+    async fn new_key_whose_place_is_taken_meanwhile_gets_another_generation() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, tenant) = store(dir.path()).await;
+        let is_first = AtomicBool::new(true);
+        let make = async |place: Place| {
+            let next = keys(place.revision, &[1, place.generation.get()]);
+            if is_first.swap(false, Ordering::Relaxed) {
+                put_copy(&store, &tenant, VOLUME, &next).await?;
+            }
+            Ok(next)
+        };
+        let made = put_new_key(&store, &tenant, VOLUME, &keys(1, &[1]), make).await;
+        assert_eq!(made.unwrap(), keys(3, &[1, 3]));
+        assert_eq!(copies(&store, &tenant, VOLUME).await.unwrap(), [1, 2, 3]);
+    }
+}

@@ -20,6 +20,7 @@ mod outcome;
 mod panics;
 mod plan;
 mod scenarios;
+mod secrets;
 mod session;
 mod store;
 mod world;

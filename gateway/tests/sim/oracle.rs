@@ -87,6 +87,8 @@ pub struct Truth {
     pub id: VolumeId,
     pub tenant: TenantName,
     pub durability: Durability,
+    /// Whether its data are encrypted.
+    pub encrypted: bool,
     /// Its size at first, and the most that it grows to.
     pub size: u64,
     pub size_max: u64,
@@ -125,6 +127,7 @@ impl Truth {
             id: VolumeId::from_bytes(id),
             tenant,
             durability,
+            encrypted: false,
             size,
             size_max: size + size / 4,
             grown: size,
@@ -141,6 +144,7 @@ impl Truth {
         let size = at.image.len() as u64;
         Self {
             base: at.image.clone(),
+            encrypted: parent.encrypted,
             ..Self::new(index, tenant, durability, size)
         }
     }

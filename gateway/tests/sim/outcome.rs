@@ -27,6 +27,8 @@ counted! {
         Compacted: "a volume was put in order",
         Flattened: "a clone was flattened",
         SnapshotRead: "the whole image of a snapshot was read",
+        Rotated: "a volume was given a new data key",
+        KeyDropped: "a data key was dropped",
     }
 }
 

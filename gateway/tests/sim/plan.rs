@@ -55,6 +55,9 @@ pub struct Plan {
     pub checkpoint_entries: usize,
     /// How long an I/O of the cache device takes at most.
     pub io_ms_max: u64,
+    /// That a volume is encrypted, and that one which is gets a new data key in one step.
+    pub encrypted: f64,
+    pub rotate: f64,
     /// What becomes of volumes beside their writes; none: nothing.
     pub family: Option<Family>,
 }
@@ -75,6 +78,9 @@ pub struct Family {
     pub compact: f64,
     pub flatten: f64,
 }
+
+/// The share of seeds that have encrypted volumes.
+const ENCRYPTED: f64 = 0.4;
 
 /// One seed in so many is one of a family.
 const FAMILY_EVERY: u64 = 4;
@@ -113,6 +119,8 @@ impl Plan {
             chunk_sectors_max: 256,
             checkpoint_entries: 120,
             io_ms_max: 3,
+            encrypted: 0.0,
+            rotate: 0.0,
             family: None,
         }
     }
@@ -181,8 +189,11 @@ impl Plan {
             chunk_sectors_max: 256,
             checkpoint_entries: 120,
             io_ms_max: if rng.random_bool(0.2) { 400 } else { 3 },
+            encrypted: 0.0,
+            rotate: 0.0,
             family: None,
-        };
+        }
+        .keyed();
         if Self::is_family(seed) {
             return plan.family(rng);
         }
@@ -190,6 +201,21 @@ impl Plan {
             0..7 => plan,
             7..10 => plan.relapse(),
             _ => plan.storm(rng),
+        }
+    }
+
+    /// Some seeds have encrypted volumes, by numbers of their own: all else of a seed is the same with them and without.
+    fn keyed(self) -> Self {
+        let rng = &mut SmallRng::seed_from_u64(self.seed ^ 0x6b65_7965);
+        let encrypted = rng.random_bool(ENCRYPTED);
+        Self {
+            encrypted: if encrypted {
+                rng.random_range(0.3..1.0)
+            } else {
+                0.0
+            },
+            rotate: if encrypted { some(rng, 0.8, 0.02) } else { 0.0 },
+            ..self
         }
     }
 

@@ -14,7 +14,7 @@ use quarry_gateway::backend::open::Claim;
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Durability, Head};
 use quarry_objfmt::record::NAME_KIND;
-use quarry_objfmt::{NameRecord, Sectors, TenantName, encode_record, keys};
+use quarry_objfmt::{Encryption, KeysCopy, NameRecord, Sectors, TenantName, encode_record, keys};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
@@ -26,6 +26,7 @@ use super::oracle::{Digest, Truth};
 use super::outcome::{Crash, Outcome};
 use super::panics::{note_panics, take_panic};
 use super::plan::Plan;
+use super::secrets;
 use super::session::{Cx, Died, Session};
 use super::store::{BAD_BODIES_BORNE, SimBucket, Weather};
 
@@ -129,9 +130,22 @@ impl World {
                 )
             })
             .collect::<Vec<_>>();
+        // By themselves: all else of a seed is the same with keys and without.
+        let mut keys_rng = SmallRng::seed_from_u64(plan.seed ^ 0x6b65_7973);
         for truth in &mut truths {
+            truth.encrypted = keys_rng.random_bool(plan.encrypted);
             let key = keys::head_key(&truth.tenant, truth.id);
-            let head = head(truth);
+            let mut head = head(truth);
+            if truth.encrypted {
+                head.encryption = Encryption::Aes256Gcm;
+                head.keys = secrets::first(truth.id, keys_rng.random());
+                let copy = KeysCopy {
+                    volume: truth.id,
+                    keys: head.keys.clone(),
+                };
+                let key = keys::keys_key(&truth.tenant, truth.id, head.keys.revision);
+                bucket.place(&key, copy.encode()).await;
+            }
             bucket.place(&key, head.encode()).await;
             truth.life.head = Some(head);
             if plan.family.is_some() {
@@ -230,7 +244,8 @@ impl World {
     /// An operator asks something of a volume that a host serves.
     fn errand(&mut self, h: usize) {
         let (drains, grows) = (self.chance(self.plan.drain), self.chance(self.plan.grow));
-        if !drains && !grows {
+        let rotates = self.chance(self.plan.rotate);
+        if !drains && !grows && !rotates {
             return;
         }
         let n = self.core.rng.random_range(0..self.truths.len());
@@ -248,6 +263,10 @@ impl World {
         if grows {
             let mut outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
             self.hosts[h].grow(n, &mut outer);
+        }
+        if rotates && self.truths[n].encrypted {
+            let mut outer = self.core.outer(&mut self.truths[n], &mut self.fuses[h]);
+            self.hosts[h].rotate(n, &mut outer);
         }
     }
 

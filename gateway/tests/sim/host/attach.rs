@@ -11,12 +11,13 @@ use quarry_gateway::backend::{Common, VolumeBackend};
 use quarry_gateway::engine::kept::{Taken, settle, take_up};
 use quarry_gateway::reactor::ReactorHandle;
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::{SnapName, TenantName, VolumeId};
+use quarry_objfmt::{Encryption, SnapName, TenantName, VolumeId};
 use quarry_volume::{Opened, Volume, VolumeParams};
 
 use super::{Attach, Host, Opening, Outer, Promise, TUNING, group_of};
 use crate::oracle::Truth;
 use crate::outcome::Crash;
+use crate::secrets;
 use crate::session::{Beginning, Died, Session};
 
 /// How long an attach waits for the store, as in the engine.
@@ -86,7 +87,10 @@ impl Host {
         }
         let opening = daemon.opening.remove(&n).unwrap();
         let claimed = match opening.task.await.expect("a claim does not panic") {
-            Ok(claimed) => claimed,
+            Ok(claimed) => Claimed {
+                keys: secrets::opened(&claimed.info),
+                ..claimed
+            },
             Err(error) => {
                 let ends = |name: &String| world.truth.life.is_ending(name);
                 let kind = match opening.snapshot.as_ref().is_some_and(ends) {
@@ -152,7 +156,9 @@ impl Host {
                 at.image.clone()
             }
         };
-        let direct = world.direct.is_some() && claimed.info.compression == Compression::None;
+        let direct = world.direct.is_some()
+            && claimed.info.compression == Compression::None
+            && claimed.info.encryption == Encryption::None;
         world.digest.add((n, epoch, stored, upto));
         let mut beginning = self.begin(id, claimed, taken, upto, journal);
         beginning.direct = direct;

@@ -11,7 +11,7 @@ use quarry_gateway::backend::{Chore, ChoreError, HeadError, VolumeBackend};
 use quarry_gateway::control::VolumeRef;
 use quarry_gateway::snapshot::{self, CloneSpec, SnapshotError};
 use quarry_gateway::trash::{self, Purged, TrashError};
-use quarry_objfmt::{SnapName, VolumeId, VolumeName};
+use quarry_objfmt::{KeyGeneration, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -20,6 +20,7 @@ use super::attach::CONTROL_DEADLINE;
 use super::{Host, group_of};
 use crate::life::GRACE_MS;
 use crate::oracle::Truth;
+use crate::secrets;
 
 /// How long the steps of a snapshot are waited for, as in the engine.
 const STORE_WAIT_MAX: Duration = Duration::from_secs(60);
@@ -103,12 +104,19 @@ impl super::Daemon {
 }
 
 impl Host {
-    /// Begins what is asked of volume `n`, in the name of `by`. `clone` is the id that a clone gets.
-    pub fn call(&mut self, n: usize, truth: &Truth, ask: Ask, by: Claim, clone: Option<VolumeId>) {
+    /// Begins what is asked of volume `n`, in the name of `by`. `clone` is the id that a clone gets, and the seed of its key.
+    pub fn call(
+        &mut self,
+        n: usize,
+        truth: &Truth,
+        ask: Ask,
+        by: Claim,
+        clone: Option<(VolumeId, u64)>,
+    ) {
         let daemon = self.daemon.as_mut().unwrap();
         let store = daemon.lane.with_deadline(CONTROL_DEADLINE);
         let background = daemon.lane.background();
-        let (tenant, id) = (truth.tenant.clone(), truth.id);
+        let (tenant, id, encrypted) = (truth.tenant.clone(), truth.id, truth.encrypted);
         let serving = daemon.sessions.get(&n).filter(|s| !s.read_only);
         let backend = serving.map(|session| Arc::clone(&session.backend));
         let at_least = serving.map(|session| session.volume.last_acknowledged());
@@ -151,13 +159,14 @@ impl Host {
                     clone: index,
                     taken,
                 } => {
+                    let (clone, seed) = clone.unwrap();
                     let spec = CloneSpec {
                         tenant,
                         parent: id,
                         snapshot: snap(&snapshot),
-                        volume: clone.unwrap(),
+                        volume: clone,
                         name: VolumeName::new(format!("v{index}")).unwrap(),
-                        key: None,
+                        key: encrypted.then(|| secrets::key(clone, KeyGeneration::FIRST, seed)),
                         now_ms: by.now_ms,
                     };
                     snapshot::make_clone(&store, &spec).await?;

@@ -3,9 +3,13 @@
 
 use std::time::Duration;
 
-use quarry_gateway::backend::{HeadError, Warmed};
+use quarry_gateway::backend::{HeadError, VolumeBackend, Warmed};
+use quarry_gateway::keys::drop_copies_before;
+use quarry_gateway::keys::rotate::{Place, put_new_key};
+use quarry_gateway::store::Lane;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{LbaRange, Sectors};
+use quarry_objfmt::wrapped::KEYS_MAX;
+use quarry_objfmt::{LbaRange, Sectors, TenantName, VolumeId, WrappedKeys};
 use quarry_volume::{Event, WarmEnd};
 use rand::RngExt;
 use tokio::task::JoinHandle;
@@ -14,6 +18,8 @@ use tokio::time::timeout;
 use super::attach::CONTROL_DEADLINE;
 use super::{Host, Outer};
 use crate::oracle::range;
+use crate::outcome::Deed;
+use crate::secrets;
 use crate::session::{Died, Session};
 
 /// How long a change of the head is waited for, as in the engine.
@@ -33,6 +39,14 @@ enum What {
     Drain { acked: u64, task: JoinHandle<bool> },
     Grow(JoinHandle<Option<Result<Head, HeadError>>>),
     Warm(LbaRange, JoinHandle<Option<Warmed>>),
+    Rotate(JoinHandle<Result<(), NotRotated>>),
+}
+
+/// Why there is no new key, or it is not known.
+enum NotRotated {
+    Fenced(String),
+    Changed,
+    Store,
 }
 
 impl Errand {
@@ -41,6 +55,7 @@ impl Errand {
             What::Drain { task, .. } => task.abort(),
             What::Grow(task) => task.abort(),
             What::Warm(_, task) => task.abort(),
+            What::Rotate(task) => task.abort(),
         }
     }
 
@@ -49,6 +64,7 @@ impl Errand {
             What::Drain { task, .. } => task.is_finished(),
             What::Grow(task) => task.is_finished(),
             What::Warm(_, task) => task.is_finished(),
+            What::Rotate(task) => task.is_finished(),
         }
     }
 }
@@ -102,6 +118,23 @@ impl Host {
         daemon.errands.push(Errand { n, epoch, what });
     }
 
+    /// Gives volume `n`, which is served here, a new data key.
+    pub fn rotate(&mut self, n: usize, outer: &mut Outer<'_>) {
+        let daemon = self.daemon.as_mut().unwrap();
+        let session = &daemon.sessions[&n];
+        if session.read_only || daemon.has_errand(n) {
+            return;
+        }
+        let seed = outer.rng.random();
+        let backend = session.backend.clone();
+        let store = daemon.lane.with_deadline(CONTROL_DEADLINE);
+        let (tenant, volume) = (outer.truth.tenant.clone(), outer.truth.id);
+        let task =
+            tokio::spawn(async move { rotate(&backend, &store, &tenant, volume, seed).await });
+        let (epoch, what) = (session.epoch, What::Rotate(task));
+        daemon.errands.push(Errand { n, epoch, what });
+    }
+
     /// Ends what is done of volume `n`.
     pub async fn end_errands(&mut self, n: usize, mut outer: Outer<'_>) -> Result<(), Died> {
         let daemon = self.daemon.as_mut().unwrap();
@@ -125,6 +158,14 @@ impl Host {
                     }
                     Some(Err(HeadError::Fenced { by })) => Event::Fenced { by },
                     Some(Err(_)) | None => continue,
+                },
+                What::Rotate(task) => match task.await.expect("a change does not panic") {
+                    Ok(()) => {
+                        outer.outcome.deeds.note(Deed::Rotated);
+                        continue;
+                    }
+                    Err(NotRotated::Fenced(by)) => Event::Fenced { by },
+                    Err(NotRotated::Changed | NotRotated::Store) => continue,
                 },
                 What::Warm(asked, task) => {
                     let Some(warmed) = task.await.expect("a step does not panic") else {
@@ -150,6 +191,58 @@ impl Host {
         }
         Ok(())
     }
+}
+
+/// The steps of the engine.
+async fn rotate(
+    backend: &VolumeBackend,
+    store: &Lane,
+    tenant: &TenantName,
+    volume: VolumeId,
+    seed: u64,
+) -> Result<(), NotRotated> {
+    let head = backend.head().get();
+    let newest = head.keys.newest(volume).map(|key| key.generation);
+    if newest > backend.newest_generation() {
+        // An earlier one, of which it was not known.
+        backend.add_keys(&secrets::opened(&head).unwrap());
+        return Ok(());
+    }
+    if head.keys.keys.len() >= KEYS_MAX {
+        return Err(NotRotated::Changed);
+    }
+    let make = async |place: Place| {
+        let mut next = WrappedKeys {
+            revision: place.revision,
+            keys: head.keys.keys.clone(),
+        };
+        // Made anew each time, as the engine does.
+        let seed = seed ^ u64::from(place.revision) << 32;
+        next.insert(secrets::key(volume, place.generation, seed));
+        Ok(next)
+    };
+    let put = put_new_key(store, tenant, volume, &head.keys, make).await;
+    let next = put.map_err(|_| NotRotated::Store)?;
+    let change = |now: &mut Head| match &now.keys {
+        keys if *keys == next => Err(true),
+        keys if *keys != head.keys => Err(false),
+        _ => {
+            now.keys.clone_from(&next);
+            Ok(())
+        }
+    };
+    let changed = timeout(HEAD_WAIT_MAX, backend.head().try_update(store, change)).await;
+    match changed.map_err(|_| NotRotated::Store)? {
+        Ok(Ok(_) | Err(true)) => {}
+        Ok(Err(false)) => return Err(NotRotated::Changed),
+        Err(HeadError::Fenced { by }) => return Err(NotRotated::Fenced(by)),
+        Err(_) => return Err(NotRotated::Store),
+    }
+    let named = Head { keys: next, ..head };
+    backend.add_keys(&secrets::opened(&named).unwrap());
+    // Copies that stay do no harm.
+    let _ = drop_copies_before(store, tenant, volume, named.keys.revision).await;
+    Ok(())
 }
 
 impl super::Daemon {

@@ -176,18 +176,20 @@ impl World {
             }
         }
         // A writer that was fenced may have left orphans when its volume was gone already, and whoever made a clone that was
-        // given up its first map.
+        // given up its first map and its keys.
         let late = self
             .truths
             .iter()
             .filter(|truth| truth.life.parent.is_some());
-        let late =
-            late.map(|truth| keys::map_key(&truth.tenant, truth.id, Epoch::ZERO, MapSeq::ZERO));
+        let late = late.map(|truth| {
+            let map = keys::map_key(&truth.tenant, truth.id, Epoch::ZERO, MapSeq::ZERO);
+            [map, keys::keys_key(&truth.tenant, truth.id, 1)]
+        });
         let orphans: Vec<String> = gone_before
             .iter()
             .map(|n| keys::volume_prefix(&self.truths[*n].tenant, self.truths[*n].id))
             .flat_map(|prefix| [format!("{prefix}chunk/"), format!("{prefix}map/")])
-            .chain(late)
+            .chain(late.flatten())
             .collect();
         let left = self.core.bucket.keys().into_iter();
         let left: Vec<String> = left

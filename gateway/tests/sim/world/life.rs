@@ -5,8 +5,10 @@ use quarry_gateway::backend::open::{Claim, OpenError};
 use quarry_gateway::backend::{ChoreError, HeadError};
 use quarry_gateway::snapshot::SnapshotError;
 use quarry_gateway::trash::TrashError;
-use quarry_objfmt::head::Head;
-use quarry_objfmt::keys;
+use quarry_objfmt::chunk::decode_header;
+use quarry_objfmt::head::{Deleted, Head};
+use quarry_objfmt::map::{MapObjectId, Usage};
+use quarry_objfmt::{ChunkId, KeyGeneration, VolumeId, keys};
 use rand::RngExt;
 
 use super::World;
@@ -95,7 +97,11 @@ impl World {
     pub(super) fn call(&mut self, h: usize, n: usize, ask: Ask, ahead_ms: u64) {
         let by = self.caller(h, ahead_ms);
         let clone = match ask {
-            Ask::Clone { clone, .. } => Some(self.truths[clone].id),
+            Ask::Clone { clone, .. } => {
+                // One that was never given before, and takes nothing from the run's own numbers.
+                let seed = self.plan.seed.wrapping_mul(VOLUMES_MAX as u64 + 1);
+                Some((self.truths[clone].id, seed.wrapping_add(clone as u64)))
+            }
             _ => None,
         };
         self.core.digest.add((h, n, format!("{ask:?}")));
@@ -251,6 +257,11 @@ impl World {
         let before = self.truths[n].life.head.clone();
         self.core.digest.add((n, head.epoch.get(), now_ms));
         self.truths[n].life.goes_on(&head, now_ms)?;
+        if let Some(before) = &before
+            && head.deleted() != Some(Deleted::Purging)
+        {
+            self.drops_no_key_in_use(n, before, &head)?;
+        }
         if self.truths[n].life.stage == Stage::Never {
             self.truths[n].life.head = Some(head);
             return Ok(());
@@ -267,6 +278,66 @@ impl World {
             self.has_no_clones(n, None)?;
         }
         self.truths[n].life.head = Some(head);
+        Ok(())
+    }
+
+    /// A key leaves the head only when nothing is encrypted with it that the head's map and its snapshots need, or
+    /// may not be deleted yet.
+    fn drops_no_key_in_use(&mut self, n: usize, before: &Head, head: &Head) -> Result<(), String> {
+        let has = |volume: VolumeId, generation: KeyGeneration| {
+            let mut keys = head.keys.keys.iter();
+            keys.any(|key| (key.volume, key.generation) == (volume, generation))
+        };
+        let dropped = before.keys.keys.iter();
+        let mut dropped = dropped.filter(|key| !has(key.volume, key.generation));
+        if dropped.clone().next().is_none() {
+            return Ok(());
+        }
+        if head.parent.is_some() && dropped.any(|key| key.volume != head.volume) {
+            return Err("it drops keys of its parent's".to_owned());
+        }
+        let snapshots = head.snapshots.iter().map(|snapshot| snapshot.root);
+        for root in snapshots.chain([head.root]).flatten() {
+            let tenant = &self.truths[n].tenant;
+            let key = keys::map_key(tenant, head.volume, root.epoch, root.seq);
+            let object = self
+                .core
+                .bucket
+                .peek(&key)
+                .ok_or(format!("{key} is gone"))?;
+            let Some((offset, len)) = root.usage else {
+                return Err(format!(
+                    "a key is dropped, and {key} does not say what is needed"
+                ));
+            };
+            let id = MapObjectId {
+                volume: head.volume,
+                epoch: root.epoch,
+                seq: root.seq,
+            };
+            let node = &object[offset as usize..][..len as usize];
+            let usage = Usage::decode(id, offset, node).map_err(|error| error.to_string())?;
+            for chunk in &usage.chunks {
+                let id = ChunkId {
+                    volume: head.volume,
+                    epoch: chunk.epoch,
+                    seq: chunk.seq,
+                };
+                let key = keys::chunk_key(tenant, id);
+                // Listed is what may be needed; when that was counted, it was found that it is not.
+                let Some(object) = self.core.bucket.peek(&key) else {
+                    continue;
+                };
+                let header = decode_header(&object, id).map_err(|error| error.to_string())?;
+                if !has(head.volume, header.generation) || header.generation < chunk.generation {
+                    return Err(format!(
+                        "{key} is encrypted with key {}, which is dropped, or listed as {}",
+                        header.generation, chunk.generation
+                    ));
+                }
+            }
+        }
+        self.core.outcome.deeds.note(Deed::KeyDropped);
         Ok(())
     }
 
