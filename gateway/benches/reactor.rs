@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 use quarry_cache::{Cache, Journal, Journals};
+use quarry_gateway::latency::{Latencies, Timed};
 use quarry_gateway::reactor::{
     BackendSink, Buffer, FrontEnd, Geometry, Machine, Message, Port, Reactor, ReactorConfig,
     ReactorHandle,
@@ -110,6 +111,7 @@ struct Served {
     volume: Volume,
     shared: Arc<Mutex<Shared>>,
     journal: Journal,
+    latencies: Latencies,
 }
 
 impl Served {
@@ -165,6 +167,7 @@ impl Served {
             volume,
             shared: Arc::new(Mutex::new(shared)),
             journal: journal.expect("there is room"),
+            latencies: Latencies::default(),
         }
     }
 }
@@ -172,6 +175,10 @@ impl Served {
 impl Machine for Served {
     fn apply(&mut self, event: Event, out: &mut Vec<Action>) {
         self.volume.apply(event, &mut self.shared.lock(), out);
+    }
+
+    fn took(&mut self, what: Timed, ns: u64) {
+        self.latencies.record(what, ns);
     }
 
     fn apply_all(&mut self, now_ms: u64, events: &mut Vec<Event>, out: &mut Vec<Action>) {

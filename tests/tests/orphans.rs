@@ -57,6 +57,16 @@ fn swept(daemon: &Daemon) -> Result<Option<f64>> {
     ))
 }
 
+/// They are counted when they are gone.
+fn until_swept(daemon: &Daemon, least: f64) -> Result<()> {
+    let begun = Instant::now();
+    while swept(daemon)?.unwrap_or_default() < least {
+        ensure!(begun.elapsed() < PATIENCE, "{:?}", swept(daemon)?);
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
 #[test]
 fn orphans_of_every_kind_are_swept_and_nothing_that_is_needed() -> Result<()> {
     let (mut random, seed) = seeded("orphans of every kind");
@@ -134,12 +144,14 @@ fn orphans_of_every_kind_are_swept_and_nothing_that_is_needed() -> Result<()> {
         put(path, &chunk)?;
     }
     until_gone(&planted)?;
-    ensure!(swept(&daemon)? == Some(5.0), "{:?}", swept(&daemon)?);
+    // On a busy machine a host that was taken over has left one of its own.
+    until_swept(&daemon, 5.0)?;
+    let before = swept(&daemon)?.unwrap_or_default();
     // What a writer of old puts there late.
     let late = place(volume, "chunk", 1, sealed + 2);
     put(&late, &chunk)?;
     until_gone(&BTreeSet::from([late]))?;
-    ensure!(swept(&daemon)? == Some(6.0), "{:?}", swept(&daemon)?);
+    until_swept(&daemon, before + 1.0)?;
 
     for path in kept.iter().chain(&seals) {
         ensure!(path.exists(), "{} is gone", path.display());

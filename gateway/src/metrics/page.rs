@@ -33,6 +33,9 @@ scrape. The hit ratio of reads, by bytes, is the rate of `quarry_volume_hit_byte
 A scrape shows {VOLUMES_MAX} volumes, those attached for the longest time, and {TENANTS_MAX} tenants; `quarry_left_out` says how many
 more there are. A histogram of a kind of request is there once there was one.
 
+Times of requests go from the round of the reactor's loop in which they were taken up to the one in which they were done: neither
+what they waited in the kernel's or the socket's queue is in them, nor what the last round itself took.
+
 Bounds of the volumes' histograms, in seconds: {volume}.
 
 Bounds of the stores' histograms, in seconds: {store}.

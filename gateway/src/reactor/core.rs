@@ -547,8 +547,8 @@ impl Core {
         }
     }
 
-    /// Time goes on with ticks and messages only: nobody needs it finer, and where a kernel has no
-    /// vDSO the clock is a system call in each batch.
+    /// What volumes and front ends are told of time goes on with ticks and messages only: they need it no
+    /// finer. `batch_ns` is for stopwatches, and read once a batch: a system call where a kernel has no vDSO.
     fn look_at_the_clock(&mut self) {
         self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
     }
