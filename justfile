@@ -17,6 +17,10 @@ test *arguments:
 test-all *arguments:
     bash tests/run {{arguments}}
 
+# The Debian package, in target/debian (needs `cargo install cargo-deb`); with `--version VERSION` for another one
+deb *arguments:
+    gateway/packaging/build-deb {{arguments}}
+
 # The tests on a real ublk device, in the virtual machine
 ublk:
     tests/vm/build-uml.sh

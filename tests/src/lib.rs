@@ -39,7 +39,7 @@ pub use seed::{seeded, test_number};
 pub use site::Site;
 pub use stamp::{History, Stamps};
 pub use store_dir::StoreDir;
-pub use tools::{Tool, free_port, skip, target_dir, tool};
+pub use tools::{Tool, free_port, skip, target_dir, tool, vm_kernel};
 
 /// Bytes of a sector, always.
 pub const SECTOR: u64 = 512;

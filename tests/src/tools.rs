@@ -84,6 +84,27 @@ pub fn target_dir() -> PathBuf {
         .to_path_buf()
 }
 
+/// The kernel of the virtual machines, if `tests/vm/build-uml.sh` has made one.
+#[must_use]
+pub fn vm_kernel() -> Option<PathBuf> {
+    let path = match (
+        env::var_os("QUARRY_VM_KERNEL"),
+        env::var_os("QUARRY_VM_CACHE"),
+    ) {
+        (Some(kernel), _) => PathBuf::from(kernel),
+        (None, Some(cache)) => PathBuf::from(cache).join("linux"),
+        (None, None) => target_dir().join("vm/linux"),
+    };
+    if path.is_file() {
+        return Some(path);
+    }
+    skip(&format!(
+        "no kernel at {} (tests/vm/build-uml.sh makes it)",
+        path.display()
+    ));
+    None
+}
+
 /// A TCP port of the loopback interface that nothing listened on a moment ago, with `port + 10000`
 /// free as well, and never the same one twice in this process.
 ///

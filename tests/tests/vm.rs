@@ -6,31 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{GIB, MIB, Ran, quarry_program, skip, target_dir, test_number, tool};
+use quarry_tests::{GIB, MIB, Ran, quarry_program, skip, target_dir, test_number, tool, vm_kernel};
 use tempfile::{TempDir, tempdir_in};
 
 /// How a script of the guest ends that cannot be run in its kernel.
 const SKIPPED: i32 = 77;
-
-/// The kernel, if `tests/vm/build-uml.sh` has made one.
-fn kernel() -> Option<PathBuf> {
-    let path = match (
-        std::env::var_os("QUARRY_VM_KERNEL"),
-        std::env::var_os("QUARRY_VM_CACHE"),
-    ) {
-        (Some(kernel), _) => PathBuf::from(kernel),
-        (None, Some(cache)) => Path::new(&cache).join("linux"),
-        (None, None) => target_dir().join("vm/linux"),
-    };
-    if path.is_file() {
-        return Some(path);
-    }
-    skip(&format!(
-        "no kernel at {} (tests/vm/build-uml.sh makes it)",
-        path.display()
-    ));
-    None
-}
 
 /// All that a guest needs from the host.
 struct Host {
@@ -43,7 +23,7 @@ struct Host {
 
 impl Host {
     fn new() -> Result<Option<Self>> {
-        let Some(kernel) = kernel() else {
+        let Some(kernel) = vm_kernel() else {
             return Ok(None);
         };
         for program in ["busybox", "mkfs.ext4", "e2fsck", "taskset", "fio"] {

@@ -9,8 +9,6 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
-
 /// The service manager, if one started this process.
 #[derive(Debug, Default)]
 pub(super) struct Manager {
@@ -56,11 +54,9 @@ impl Manager {
     /// This process is about to stop the daemon that the manager knows, and goes on in its place: from now on it is the
     /// service's main process. To be told before the other ends, which would be the service's end.
     pub(super) fn taking_over(&self) {
-        let now = clock_gettime(ClockId::Monotonic);
-        let now_us = now.tv_sec * 1_000_000 + now.tv_nsec / 1000;
         let pid = std::process::id();
         self.tell(&format!(
-            "RELOADING=1\nMONOTONIC_USEC={now_us}\nMAINPID={pid}\nSTATUS=taking over from the daemon before"
+            "RELOADING=1\nMAINPID={pid}\nSTATUS=taking over from the daemon before"
         ));
     }
 
@@ -121,9 +117,7 @@ pub(super) mod tests {
         let told = heard(&listener).unwrap();
         let lines: Vec<&str> = told.lines().collect();
         assert_eq!(lines[0], "RELOADING=1");
-        let at = lines[1].strip_prefix("MONOTONIC_USEC=").unwrap();
-        assert!(at.parse::<u64>().unwrap() > 0);
-        assert_eq!(lines[2], format!("MAINPID={}", std::process::id()));
+        assert_eq!(lines[1], format!("MAINPID={}", std::process::id()));
     }
 
     #[test]
