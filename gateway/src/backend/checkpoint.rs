@@ -66,6 +66,7 @@ pub(super) async fn run(backend: &VolumeBackend, plan: &CheckpointPlan) -> Resul
         backend,
         writer,
         &mut objects,
+        &old,
         root,
         |objects, map, now_ms| objects.fold(&chunks, &plan.entries, map, now_ms),
         move |head| {
@@ -106,7 +107,7 @@ pub(super) async fn merge(
         writer.push(entry).await?;
     }
     let root = old.with_new_run(count, writer.end_tables());
-    let root = publish(backend, writer, objects, root, |_, _, _| {}, change).await?;
+    let root = publish(backend, writer, objects, &old, root, |_, _, _| {}, change).await?;
     backend.note_space(objects);
     // With the right to change the map: the volume hears of its maps in their order.
     backend.tell(Event::Remapped { root }).await;
@@ -114,20 +115,26 @@ pub(super) async fn merge(
 }
 
 /// Writes the manifest of `root` and its usage behind the tables, and moves the head to them. `list` makes
-/// of the objects what they are with the new map, whose number it is given, `change` of the head.
+/// of the objects what they are with the new map, whose number it is given, `change` of the head. `old` is the map that
+/// `root` was made from, with the right to change the map.
 ///
 /// The manifest goes into the newest table's object: one PUT for all of a small change. A head that names another map
 /// than the one that `root` was made from is left as it is: a change before this one was stored after all, though
 /// nobody knew, and has in it what this one has not.
+///
+/// # Panics
+/// If `old` is not the map: what was folded since would be gone with it.
 pub(super) async fn publish(
     backend: &VolumeBackend,
     mut writer: Writer<'_>,
     objects: &mut Objects,
+    old: &Arc<MapRoot>,
     root: MapRoot,
     list: impl FnOnce(&mut Objects, MapSeq, u64),
     change: impl Fn(&mut Head) + Send,
 ) -> Result<Arc<MapRoot>, Stopped> {
-    let old = backend.root.lock().clone();
+    let is_newest = Arc::ptr_eq(old, &backend.root.lock());
+    assert!(is_newest, "a map is made from the one before it");
     let builder = writer.builder();
     let id = builder.id();
     let now_ms = (backend.common.now_ms)();
@@ -139,7 +146,7 @@ pub(super) async fn publish(
         epoch: root.epoch,
         seq: root.seq,
     });
-    next.replace_map(&old, manifest, &root, id.seq, now_ms);
+    next.replace_map(old, manifest, &root, id.seq, now_ms);
     let mut after = backend.head.get();
     change(&mut after);
     let usage = next.usage(Basis::of(&after)).map(|usage| {

@@ -235,7 +235,7 @@ async fn stage(
             }
         }
     };
-    let root = publish(backend, writer, &mut objects, root, list, |_| {}).await?;
+    let root = publish(backend, writer, &mut objects, &now, root, list, |_| {}).await?;
     backend.note_space(&objects);
     // With the right to change the map: the volume hears of its maps in their order.
     backend.tell(Event::Remapped { root }).await;

@@ -232,8 +232,9 @@ impl VolumeBackend {
             return Ok(Renewed::Waits);
         }
         let next = self.copy_of(&seen.keys, needed).await?;
-        let root = self.root.lock().clone().with_new_run(0, Vec::new());
         let mut objects = self.objects.lock().await;
+        let old = self.root.lock().clone();
+        let root = old.with_new_run(0, Vec::new());
         // Whoever changed the keys meanwhile knew nothing of this.
         let change = |head: &mut Head| {
             if head.keys == seen.keys {
@@ -241,7 +242,7 @@ impl VolumeBackend {
             }
         };
         let writer = Writer::new(self);
-        let root = publish(self, writer, &mut objects, root, |_, _, _| {}, change).await?;
+        let root = publish(self, writer, &mut objects, &old, root, |_, _, _| {}, change).await?;
         self.note_space(&objects);
         // With the right to change the map: the volume hears of its maps in their order.
         self.tell(Event::Remapped { root }).await;
