@@ -95,6 +95,15 @@ impl Group {
     const fn owed(&self) -> u32 {
         self.kept.saturating_sub(self.dirty)
     }
+
+    /// Whether one more of `left` segments would be its own, or its fair part of what is nobody's; `owed` are all groups'.
+    /// Who has a part of its own that it did not take may take it, though there be less left than is owed to all: somebody
+    /// took more before the others were here.
+    const fn is_due(&self, left: u32, owed: u32, is_alone: bool) -> bool {
+        let common = left.saturating_sub(owed);
+        let over = self.dirty.saturating_sub(self.kept);
+        self.owed() > 0 || (common > 0 && (is_alone || over < common * COMMON_RATIO))
+    }
 }
 
 /// All groups that were named.
@@ -119,6 +128,7 @@ impl Groups {
     pub(crate) fn set(&mut self, id: u32, limits: GroupLimits) {
         self.entry(id).limits = limits;
         self.divide();
+        self.forget_if_nothing(id);
     }
 
     /// One more volume, which takes writes or not.
@@ -131,6 +141,18 @@ impl Groups {
         let count = self.entry(id).volumes(writes);
         *count = count.checked_sub(1).expect("who leaves had joined");
         self.divide();
+        self.forget_if_nothing(id);
+    }
+
+    /// A group of which nothing is said and nothing is here is as one that was never named.
+    fn forget_if_nothing(&mut self, id: u32) {
+        let is_nothing = |group: &Group| {
+            group.limits == GroupLimits::default()
+                && [group.writers, group.readers, group.dirty, group.used] == [0; 4]
+        };
+        if self.groups.get(&id).is_some_and(is_nothing) {
+            self.groups.remove(&id);
+        }
     }
 
     fn entry(&mut self, id: u32) -> &mut Group {
@@ -188,6 +210,7 @@ impl Groups {
     pub(crate) fn gave(&mut self, id: u32) {
         let group = self.entry(id);
         group.used = group.used.checked_sub(1).expect("what is given was taken");
+        self.forget_if_nothing(id);
     }
 
     /// Whether a group has all the segments that it may have.
@@ -232,14 +255,11 @@ impl Groups {
     ) -> bool {
         let mut owed: u32 = self.groups.values().map(Group::owed).sum();
         let mut taken: BTreeMap<u32, u32> = BTreeMap::new();
-        let is_alone = self.groups.values().filter(|g| g.writers > 0).count() < 2;
+        let is_alone = self.is_alone();
         let may = |id: u32, left: u32, owed: u32, taken: u32| {
             let mut group = self.of(id);
             group.dirty += taken;
-            let common = left.saturating_sub(owed);
-            let over = group.dirty.saturating_sub(group.kept);
-            let is_fair = is_alone || group.owed() > 0 || over < common * COMMON_RATIO;
-            let may = left > owed - group.owed() && group.dirty < group.max() && is_fair;
+            let may = left > 0 && group.dirty < group.max() && group.is_due(left, owed, is_alone);
             (may, group.owed().min(1))
         };
         for other in before {
@@ -257,10 +277,17 @@ impl Groups {
         may(id, left, owed, taken.get(&id).copied().unwrap_or(0)).0
     }
 
-    /// Whether a segment that group `id` gives up can help somebody who waits.
-    pub(crate) fn could_help(&self, id: u32, waiting: u32) -> bool {
+    /// Whether a segment that group `id` gives up can help somebody who waits while `left` are to be had.
+    pub(crate) fn could_help(&self, id: u32, waiting: u32, left: u32) -> bool {
         let (own, other) = (self.of(id), self.of(waiting));
-        id == waiting || (own.dirty > own.kept && other.dirty < other.max())
+        let owed = self.groups.values().map(Group::owed).sum();
+        let would_do = || other.is_due(left + 1, owed, self.is_alone());
+        id == waiting || (own.dirty > own.kept && other.dirty < other.max() && would_do())
+    }
+
+    fn is_alone(&self) -> bool {
+        let mut writing = self.groups.values().filter(|group| group.writers > 0);
+        writing.nth(1).is_none()
     }
 }
 
@@ -332,7 +359,7 @@ mod tests {
         assert!(!groups.may_take(1, 7, std::iter::empty()));
         assert!(groups.may_take(2, 1, [1, 1, 1].into_iter()));
         assert!(!groups.may_take(2, 1, [1, 2].into_iter()));
-        assert!(groups.could_help(1, 1) && !groups.could_help(2, 1));
+        assert!(groups.could_help(1, 1, 7) && !groups.could_help(2, 1, 7));
     }
 
     #[test]
@@ -382,6 +409,55 @@ mod tests {
         // And what no tenant has any more is nobody's.
         groups.set(1, GroupLimits::default());
         assert_eq!(groups.most_over(3, 1..2), [1]);
+    }
+
+    #[test]
+    fn group_that_took_more_before_the_others_came_does_not_keep_them_from_their_own() {
+        let (mut groups, mut left) = (Groups::new(100, 200), 100);
+        groups.join(1, true);
+        (0..65).for_each(|_| groups.took(1, true));
+        left -= 65;
+        (2..12).for_each(|id| groups.join(id, true));
+        // 4 are kept for each, more than are left for all.
+        for id in 2..10 {
+            assert_eq!(fill(&mut groups, id, &mut left), 4, "{id}");
+        }
+        assert_eq!(left, 3);
+        assert!(!groups.may_take(1, left, std::iter::empty()));
+    }
+
+    #[test]
+    fn segment_given_up_helps_nobody_who_has_more_than_its_part() {
+        let (mut groups, mut left) = (Groups::new(64, 128), 64);
+        (1..3).for_each(|id| groups.join(id, true));
+        let hung = fill(&mut groups, 1, &mut left);
+        fill(&mut groups, 2, &mut left);
+        assert!(groups.of(2).dirty > groups.of(2).kept);
+        assert!(!groups.could_help(2, 1, left));
+        (0..hung - 1).for_each(|_| groups.cleaned(1));
+        assert!(groups.could_help(2, 1, left));
+    }
+
+    #[test]
+    fn group_of_which_nothing_is_left_is_forgotten() {
+        let mut groups = Groups::new(8, 16);
+        for id in 0..1000 {
+            let weight = 7;
+            groups.set(
+                id,
+                GroupLimits {
+                    weight,
+                    ..GroupLimits::default()
+                },
+            );
+            groups.join(id, true);
+            groups.took(id, true);
+            groups.cleaned(id);
+            groups.leave(id, true);
+            groups.set(id, GroupLimits::default());
+            groups.gave(id);
+        }
+        assert!(groups.groups.is_empty());
     }
 
     #[test]

@@ -311,8 +311,9 @@ impl Cache {
     /// Whether some volume waits that a segment given up by a volume of this group could help.
     #[must_use]
     pub fn has_line_for(&self, group: u32) -> bool {
+        let left = self.dirty_max.saturating_sub(self.dirty);
         let mut waiting = self.line.iter();
-        waiting.any(|(_, other)| self.groups.could_help(group, *other))
+        waiting.any(|(_, other)| self.groups.could_help(group, *other, left))
     }
 
     /// The volume wants no segment any more.

@@ -19,6 +19,7 @@ mod doctor;
 mod handover;
 pub mod kept;
 mod keys;
+mod owners;
 mod quota;
 mod rates;
 mod registry;
@@ -52,6 +53,7 @@ use quarry_volume::{Shared, Tuning, Volume};
 
 use self::access::Access as DeviceAccess;
 pub use self::cache_key::{PreparedKey, prepare as prepare_cache_key};
+use self::owners::Owners;
 use self::quota::Wish;
 pub(crate) use self::registry::store_error;
 use self::slot::{Attached, Slot, Stage};
@@ -175,6 +177,8 @@ pub struct Daemon {
     common: Common,
     shared: Arc<Mutex<Shared>>,
     reactors: Mutex<Vec<Reactor>>,
+    /// Whose the volumes are that are attached here.
+    owners: Owners,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
     /// The devices that dead daemons left, while what was attached is being attached again.
@@ -344,6 +348,7 @@ impl Daemon {
             common,
             shared,
             reactors: Mutex::new(reactors),
+            owners: Owners::default(),
             kept: Mutex::new(scan.volumes),
             left: Mutex::default(),
             waiting_since: handover::take(&config.daemon.data_dir),

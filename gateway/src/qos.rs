@@ -9,7 +9,7 @@
 
 pub(crate) mod bucket;
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
@@ -85,17 +85,22 @@ pub struct TenantGate {
 
 impl Default for TenantGate {
     fn default() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(1);
+        Self::new(0)
+    }
+}
+
+impl TenantGate {
+    /// Of the tenant that is this group in the cache.
+    #[must_use]
+    pub fn new(group: u32) -> Self {
         Self {
-            group: NEXT.fetch_add(1, Ordering::Relaxed),
+            group,
             buckets: Buckets::default(),
             suspended: AtomicU8::new(0),
             share: Share::new(WEIGHT_DEFAULT),
         }
     }
-}
 
-impl TenantGate {
     /// Makes these its settings, as far as they are about this: at once, for requests that are held too.
     pub fn set(&self, settings: &TenantSettings) {
         self.buckets.set(&settings.rates);

@@ -11,6 +11,7 @@ use quarry_volume::{Event, Opened, Volume, VolumeParams};
 use super::access::Access;
 use super::kept::{Taken, Unsettled, settle, take_up};
 use super::keys::same_data_keys;
+use super::owners::Owned;
 use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
@@ -94,6 +95,8 @@ pub(super) struct Opening {
     spec: DeviceSpec,
     tenant: Arc<Tenant>,
     account: Arc<StoreStats>,
+    /// Kept for as long as it is here.
+    owned: Option<Arc<Owned>>,
 }
 
 impl Daemon {
@@ -276,6 +279,7 @@ impl Daemon {
         let backend = &opening.backend;
         Attached {
             backend: Arc::clone(backend),
+            _owned: opening.owned.clone(),
             tenant: Arc::clone(&opening.tenant),
             account: Arc::clone(&opening.account),
             gate: Arc::clone(&opening.gate),
@@ -304,15 +308,31 @@ impl Daemon {
         let tenant = self.tenant(&volume.volume.tenant).await?;
         let record = registry::find_record(&tenant.control(), &volume.volume).await?;
         let id = record.volume;
-        self.check_is_its_own(volume, id)?;
-        if let Some(name) = &volume.snapshot {
-            return self
-                .serve_snapshot(&tenant, volume, id, name, options)
-                .await;
-        }
-        if let Some(at) = volume.at {
-            return self.serve_past(&tenant, volume, id, at, options).await;
-        }
+        let owned = self.own(volume, id)?;
+        let mut opening = match (&volume.snapshot, volume.at) {
+            (Some(name), _) => {
+                self.serve_snapshot(&tenant, volume, id, name, options)
+                    .await?
+            }
+            (None, Some(at)) => self.serve_past(&tenant, volume, id, at, options).await?,
+            (None, None) => {
+                let opening = self.serve_volume(&tenant, volume, id, options).await?;
+                // There is no front end yet.
+                opening.gate.set_rates(&record.rates);
+                opening
+            }
+        };
+        opening.owned = Some(Arc::new(owned));
+        Ok(opening)
+    }
+
+    async fn serve_volume(
+        &self,
+        tenant: &Arc<Tenant>,
+        volume: &ImageRef,
+        id: VolumeId,
+        options: &AttachOptions,
+    ) -> ApiResult<Opening> {
         let unsettled = self.unsettled.lock().remove(&id);
         if let Some(Unsettled { tenant, segments }) = unsettled {
             self.settle_cache(id, &tenant, segments)
@@ -321,33 +341,27 @@ impl Daemon {
         }
         // It stays known until the volume has taken it up.
         let kept = self.kept.lock().get(&id).cloned();
-        let opening = self.serve_kept(&tenant, volume, id, kept, options).await?;
-        // There is no front end yet.
-        opening.gate.set_rates(&record.rates);
+        let opening = self.serve_kept(tenant, volume, id, kept, options).await?;
         if !options.read_only {
             self.kept.lock().remove(&id);
         }
         Ok(opening)
     }
 
-    /// Refuses a volume that is served here to another tenant, or of which the cache keeps unsent writes for one: two
-    /// stores that say that they have it, one of which must be a copy, or made up.
-    fn check_is_its_own(&self, image: &ImageRef, id: VolumeId) -> ApiResult<()> {
+    /// Refuses a volume that is here for another tenant, or of which the cache keeps unsent writes for one: two stores
+    /// that say that they have it, one of which must be a copy, or made up.
+    fn own(&self, image: &ImageRef, id: VolumeId) -> ApiResult<Owned> {
         let tenant = &image.volume.tenant;
-        let others = self.attached().into_iter();
-        let mut others = others.filter(|(other, _)| other.volume.tenant != *tenant);
-        let is_served = others.any(|(_, attached)| attached.backend.volume() == id);
+        let owned = self.owners.take(id, tenant);
         let is_kept = |found: &Recovered| !found.is_of(tenant);
         let is_unsettled = |found: &Unsettled| found.tenant != *tenant;
-        if is_served
-            || self.kept.lock().get(&id).is_some_and(is_kept)
-            || self.unsettled.lock().get(&id).is_some_and(is_unsettled)
-        {
+        let is_anothers = self.kept.lock().get(&id).is_some_and(is_kept)
+            || self.unsettled.lock().get(&id).is_some_and(is_unsettled);
+        owned.filter(|_| !is_anothers).ok_or_else(|| {
             let message = format!("{image} has the id of a volume of another tenant, {id}");
             let remedy = "a copy of a store is not attached beside what it was copied from";
-            return Err(ApiError::new(Kind::Conflict, message, remedy));
-        }
-        Ok(())
+            ApiError::new(Kind::Conflict, message, remedy)
+        })
     }
 
     /// Reads what the snapshot is. What the cache kept of its volume is no part of it.
@@ -526,6 +540,7 @@ impl Daemon {
             spec,
             tenant: Arc::clone(tenant),
             account,
+            owned: None,
         })
     }
 

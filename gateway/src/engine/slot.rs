@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 use parking_lot::Mutex;
 
 use super::access::Access;
+use super::owners::Owned;
 use super::tenants::Tenant;
 use crate::backend::VolumeBackend;
 use crate::control::{AttachInfo, State};
@@ -16,6 +17,8 @@ use crate::ublk;
 /// A volume attached here.
 pub(super) struct Attached {
     pub(super) backend: Arc<VolumeBackend>,
+    /// Whose it is stays so for as long.
+    pub(super) _owned: Option<Arc<Owned>>,
     /// Whose it is.
     pub(super) tenant: Arc<Tenant>,
     /// What was asked of the store for it.

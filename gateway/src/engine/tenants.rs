@@ -237,10 +237,21 @@ impl Tenant {
     }
 }
 
+/// Whose what is cached is: a tenant's, as long as it is the same one in the same store. It is remembered for as long as
+/// the daemon runs, since what is cached outlives what is known of a tenant that nobody asks for.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct GroupOf {
+    name: TenantName,
+    created_ms: u64,
+    /// The store's URL and its server's, if it has one of its own.
+    place: Option<(String, Option<String>)>,
+}
+
 /// The tenants that were asked for, and the stores that they are in.
 pub(super) struct Tenants {
     home: Arc<Site>,
     known: Mutex<BTreeMap<TenantName, Arc<Tenant>>>,
+    groups: Mutex<BTreeMap<GroupOf, u32>>,
     sites: Mutex<Vec<Arc<Site>>>,
 }
 
@@ -249,6 +260,7 @@ impl Tenants {
         Self {
             home,
             known: Mutex::default(),
+            groups: Mutex::default(),
             sites: Mutex::default(),
         }
     }
@@ -297,6 +309,19 @@ impl Tenants {
         Ok(site)
     }
 
+    /// Which group in the cache a tenant is, as it is in its record.
+    fn group(&self, name: &TenantName, record: &TenantRecord) -> u32 {
+        let place = |store: &TenantStore| (store.url.clone(), store.endpoint.clone());
+        let of = GroupOf {
+            name: name.clone(),
+            created_ms: record.created_ms,
+            place: record.settings.store.as_ref().map(place),
+        };
+        let mut groups = self.groups.lock();
+        let next = u32::try_from(groups.len() + 1).expect("fewer tenants than u32 counts");
+        *groups.entry(of).or_insert(next)
+    }
+
     /// Takes up what a record says.
     fn learn(&self, name: &TenantName, record: TenantRecord) -> Result<Arc<Tenant>, OpenError> {
         if let Some(known) = self.newer(name, &record) {
@@ -307,14 +332,17 @@ impl Tenants {
         let again = at + KNOWN_FOR;
         let seen = Seen { record, at, again };
         let mut known = self.known.lock();
-        let kept = match known.get(name) {
+        let group = self.group(name, &seen.record);
+        let before = known.get(name).filter(|had| had.gate.group() == group);
+        let kept = match before {
             Some(tenant) if Arc::ptr_eq(&tenant.site, &site) => {
                 tenant.gate.set(&seen.record.settings);
                 *tenant.seen.lock() = seen;
                 return Ok(Arc::clone(tenant));
             }
-            Some(moved) => (Arc::clone(&moved.account), Arc::clone(&moved.gate)),
-            None => Default::default(),
+            // Reached in another way.
+            Some(tenant) => (Arc::clone(&tenant.account), Arc::clone(&tenant.gate)),
+            None => (Arc::default(), Arc::new(TenantGate::new(group))),
         };
         let new = Tenant::new(name.clone(), site, kept, seen);
         known.insert(name.clone(), Arc::clone(&new));
