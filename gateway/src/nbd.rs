@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -43,8 +44,13 @@ const CONNECTIONS_MAX: usize = 1024;
 /// Of these, a tenant's: never all.
 const TENANT_CONNECTIONS_MAX: usize = 512;
 
-/// In negotiation, of one address: who has agreed on nothing yet holds up no others.
-const NEGOTIATIONS_MAX: usize = 64;
+/// In negotiation, of one address: who has agreed on nothing yet holds up no others. A host whose volumes all come back at
+/// once has as many.
+const NEGOTIATIONS_MAX: usize = 256;
+
+/// How long a client by TCP may be silent before it is asked whether it is there, how often, and how many times: one whose
+/// host is gone gives its place back.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 6);
 
 /// Wait after a failed `accept` (no file descriptors left, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -198,13 +204,26 @@ impl NbdServer {
     }
 
     /// A place for one more connection, if there is one.
-    fn place(&self) -> Option<Place> {
+    fn place(&self) -> Option<OwnedSemaphorePermit> {
         let place = Arc::clone(&self.connections).try_acquire_owned().ok();
         if place.is_none() {
             let max = CONNECTIONS_MAX;
             tracing::warn!(max, "an NBD connection was refused: there are too many");
         }
-        place.map(Arc::new)
+        place
+    }
+
+    /// The place of a connection that is a tenant's from now on, if that may have one more.
+    fn of_tenant(&self, export: &Export, place: OwnedSemaphorePermit) -> Option<Place> {
+        let max = TENANT_CONNECTIONS_MAX;
+        let of_tenant = self.of_tenants.take(&export.group, max);
+        if of_tenant.is_none() {
+            tracing::warn!(
+                max,
+                "an NBD connection was refused: its tenant has too many"
+            );
+        }
+        Some(Arc::new((place, of_tenant?)))
     }
 
     /// Starts the handshake of a fresh connection.
@@ -236,26 +255,20 @@ impl NbdServer {
                 }
             };
             drop(negotiating);
+            let Some(place) = server.of_tenant(&negotiated.export, place) else {
+                return;
+            };
             match into_fd(stream) {
-                Ok(fd) => server.hand_on(fd, negotiated, place).await,
+                Ok(fd) => Self::hand_on(fd, negotiated, place).await,
                 Err(error) => tracing::warn!(%error, "an NBD socket cannot be handed on"),
             }
         });
     }
 
     /// Gives a socket that is through its handshake to the reactor of its volume.
-    async fn hand_on(&self, fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
+    async fn hand_on(fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
         let export = negotiated.export;
-        let Some(of_tenant) = self.of_tenants.take(&export.group, TENANT_CONNECTIONS_MAX) else {
-            let max = TENANT_CONNECTIONS_MAX;
-            tracing::warn!(
-                max,
-                "an NBD connection was refused: its tenant has too many"
-            );
-            return;
-        };
-        let guard = Box::new((place, of_tenant));
-        let connection = Connection::new(fd, negotiated.replies).with_guard(guard);
+        let connection = Connection::new(fd, negotiated.replies).with_guard(Box::new(place));
         let message = Message::AddFrontEnd {
             key: export.volume,
             front_end: Box::new(connection),
@@ -266,17 +279,26 @@ impl NbdServer {
     }
 }
 
-/// A connection's place among those that there may be, for all who keep it up.
-type Place = Arc<OwnedSemaphorePermit>;
+/// A connection's place among those that there may be, and among its tenant's, for all who keep it up.
+type Place = Arc<(OwnedSemaphorePermit, places::Place<u32>)>;
 
 fn tune(stream: &TcpStream) {
     // Without it a reply waits for the acknowledgement of the one before it.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");
     }
-    if let Err(error) = rustix::net::sockopt::set_socket_keepalive(stream, true) {
+    if let Err(error) = keep_alive(stream) {
         tracing::debug!(%error, "SO_KEEPALIVE was refused");
     }
+}
+
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    let (idle, interval, count) = KEEPALIVE;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, idle)?;
+    sockopt::set_tcp_keepintvl(stream, interval)?;
+    sockopt::set_tcp_keepcnt(stream, count)?;
+    Ok(())
 }
 
 /// The ring waits by itself, if the socket is one that can block.

@@ -181,10 +181,13 @@ impl VolumeBackend {
         let Some(mut earliest) = self.earliest_listed(newest).await else {
             return Ok(None);
         };
+        let own = |key: &&WrappedKey| key.volume == self.volume;
+        let first = head.keys.keys.iter().filter(own).map(|key| key.generation);
+        let first = first.min().unwrap_or(newest);
         // Mostly in the lists too; but the lists may have been lost.
         let (store, tenant) = (&*self.common.background, self.head.tenant());
         for snapshot in &head.snapshots {
-            if snapshot.root.is_none() || earliest == KeyGeneration::FIRST {
+            if snapshot.root.is_none() || earliest <= first {
                 continue;
             }
             let usage = load_usage(store, tenant, self.volume, snapshot.root).await;

@@ -31,7 +31,7 @@ use crate::nbd::Export;
 use crate::qos::VolumeGate;
 use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
-use crate::store::StoreStats;
+use crate::store::{Store, StoreStats};
 use crate::ublk::{
     Device, DeviceSpec, Found, Mode, Permissions, Stamp, UblkError, past_device, snapshot_device,
 };
@@ -439,7 +439,13 @@ impl Daemon {
             claimed.keys = match same_data_keys(&head, &claimed.info) {
                 true => keys,
                 // Whoever had it until now gave it a new one meanwhile.
-                false => self.unlock(name, &claimed.info).await?,
+                false => match self.unlock(name, &claimed.info).await {
+                    Ok(keys) => keys,
+                    Err(error) => {
+                        leave_to_others(store, volume, &claimed.head, kept.is_none()).await;
+                        return Err(error);
+                    }
+                },
             };
             claimed
         };
@@ -450,10 +456,7 @@ impl Daemon {
             match self.take_up(id, kept, &claimed).await {
                 Ok((taken, journal)) => (taken, Some(journal)),
                 Err(error) => {
-                    // With nothing of it here, others need not ask for it by force.
-                    if nothing_kept && let Err(error) = give_back(store, &claimed.head).await {
-                        tracing::warn!(%volume, %error, "not attached, but the store names this host as the owner");
-                    }
+                    leave_to_others(store, volume, &claimed.head, nothing_kept).await;
                     return Err(error);
                 }
             }
@@ -815,6 +818,18 @@ impl Daemon {
                 Err(error)
             }
         }
+    }
+}
+
+/// After an attach that came to nothing: with nothing of the volume here, others need not ask for it by force.
+async fn leave_to_others(
+    store: &dyn Store,
+    volume: &ImageRef,
+    head: &HeadCell,
+    nothing_kept: bool,
+) {
+    if nothing_kept && let Err(error) = give_back(store, head).await {
+        tracing::warn!(%volume, %error, "not attached, but the store names this host as the owner");
     }
 }
 

@@ -12,6 +12,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -22,6 +23,9 @@ use super::negotiate::{Agreement, Negotiated, NegotiationError, Terms, greet, ha
 use super::permit::{Permit, Permitted};
 use super::{NEGOTIATION_TIME_MAX, NbdServer, Place, blocking_unix, pause};
 use crate::tls::Tls;
+
+/// How long a client that sends no more may take for its last answers: one that does not read them keeps its place no longer.
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Bytes copied at once, each way.
 const COPY_BYTES: usize = 128 << 10;
@@ -61,11 +65,14 @@ impl NbdServer {
                     Err(_) => return tracing::debug!("an NBD handshake by TLS took too long"),
                 };
             drop(negotiating);
+            let Some(place) = server.of_tenant(&negotiated.export, place) else {
+                return;
+            };
             let pair = UnixStream::pair()
                 .and_then(|(ours, theirs)| Ok((ours, blocking_unix(theirs.into_std()?)?)));
             match pair {
                 Ok((ours, theirs)) => {
-                    server.hand_on(theirs, negotiated, place.clone()).await;
+                    NbdServer::hand_on(theirs, negotiated, place.clone()).await;
                     copy(stream, ours, place).await;
                 }
                 Err(error) => {
@@ -115,7 +122,8 @@ async fn copy(stream: TlsStream<TcpStream>, pair: UnixStream, _place: Place) {
         if let Err(error) = copied {
             tracing::debug!(%error, "an NBD client by TLS is gone");
         }
-        std::future::pending::<io::Result<()>>().await
+        tokio::time::sleep(CLOSE_TIME_MAX).await;
+        Err(io::Error::from(io::ErrorKind::TimedOut))
     };
     let outward = async {
         let mut to_client = to_client;
