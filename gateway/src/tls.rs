@@ -5,6 +5,8 @@
 //! **Invariant:** what was read and is sound is used until something else that is sound was read: a
 //! certificate that is half written, or does not fit its key, is told of and not used.
 
+pub(crate) mod expiry;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;

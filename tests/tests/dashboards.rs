@@ -8,7 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{Daemon, FaultProxy, KIB, MIB, Nbd, Prometheus, Ran, SeaweedFs, Site, tool};
+use quarry_tests::{
+    Daemon, FaultProxy, KIB, MIB, Nbd, Prometheus, Ran, SeaweedFs, Site, free_port, tool,
+};
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -104,8 +106,27 @@ fn set_up(daemon: &Daemon) -> Result<Vec<(&'static str, Nbd)>> {
         daemon.quarry(&[&["tenant", "create", tenant], &quotas[..]].concat())?;
         volumes.push((volume, daemon.fresh_volume(volume, 64 * MIB, &[])?));
     }
-    daemon.quarry(&["volume", "limit", "acme/db", "--iops", "400"])?;
+    // Less than the slowest machine would ask for.
+    daemon.quarry(&["volume", "limit", "acme/db", "--iops", "20"])?;
     Ok(volumes)
+}
+
+/// Makes a certificate, and the settings with which the daemon uses it.
+fn certificate(dir: &Path) -> Result<Option<String>> {
+    let Some(openssl) = tool("openssl") else {
+        return Ok(None);
+    };
+    let make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=localhost \
+                -addext subjectAltName=DNS:localhost -keyout server.key -out server.pem";
+    let mut command = openssl.command();
+    Ran::run(command.current_dir(dir).args(make.split_whitespace()))?.ok()?;
+    let at = |name: &str| dir.join(name).display().to_string();
+    Ok(Some(format!(
+        "[access]\nlisten = \"127.0.0.1:{}\"\ntls_cert = \"{}\"\ntls_key = \"{}\"\n",
+        free_port(),
+        at("server.pem"),
+        at("server.key"),
+    )))
 }
 
 /// Writes, hits, misses, flushes and discards, until told to stop.
@@ -136,7 +157,10 @@ fn every_expression_has_data_of_a_daemon_under_load() -> Result<()> {
         return Ok(());
     };
     let site = Site::with_s3(dir.path(), "a", &server, server.address(), "volumes")?;
-    let site = site.settings(PRICES);
+    let Some(access) = certificate(dir.path())? else {
+        return Ok(());
+    };
+    let site = site.settings(&format!("{PRICES}{access}"));
     let daemon = site.start()?;
     let prometheus = Prometheus::start(&dir.path().join("prom"), site.listen(), &rules())?;
     let Some(prometheus) = prometheus else {

@@ -20,6 +20,7 @@ use crate::metrics::{
 };
 use crate::reactor::ReactorStats;
 use crate::store::{Lane, Operation, Outcome, StoreSnapshot, StoreState};
+use crate::tls;
 
 /// Volumes looked at side by side.
 const LOOKS_AT_ONCE: usize = 32;
@@ -80,11 +81,17 @@ impl Daemon {
                 ready: u64::from(self.readiness().is_ok()),
                 volumes_attached: volumes_attached as u64,
                 volumes_waiting: waiting as u64,
+                certificate_expiry_s: self.certificate_expiry_s(),
                 volumes_left_out: volumes_attached.saturating_sub(VOLUMES_MAX) as u64,
                 tenants_left_out: tenants_left_out as u64,
             },
             process: ProcessStats::of_this(self.started_ms),
         }
+    }
+
+    /// Of what is in the file: a changed one is in use within seconds, or told of in the log.
+    fn certificate_expiry_s(&self) -> Option<u64> {
+        tls::expiry::of_file(self.config.access.tls_cert.as_ref()?)
     }
 
     /// How much is to be attached and is not.

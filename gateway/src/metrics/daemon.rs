@@ -45,6 +45,8 @@ pub struct DaemonStats {
     pub volumes_attached: u64,
     /// What is to be attached, and is not.
     pub volumes_waiting: u64,
+    /// When the certificate of the API ends, in seconds since 1970, if there is one that can be read.
+    pub certificate_expiry_s: Option<u64>,
     /// Attached volumes that the snapshot tells nothing of.
     pub volumes_left_out: u64,
     /// Tenants that the snapshot tells nothing of.
@@ -164,6 +166,15 @@ pub(super) static TABLE: &[Definition] = &[
         "Version of the daemon, as a label of the constant 1.",
         Source::Own(&["version"], |_, family| {
             family.sample(&[env!("CARGO_PKG_VERSION")], 1.0);
+        }),
+    ),
+    gauge(
+        "quarry_certificate_expiry_timestamp_seconds",
+        "When the certificate of the TCP listeners ends, since 1970; absent without one.",
+        Source::Own(&[], |all, family| {
+            if let Some(seconds) = all.daemon.certificate_expiry_s {
+                family.sample(&[], count(seconds));
+            }
         }),
     ),
     gauge(

@@ -110,6 +110,7 @@ fn snapshot() -> Snapshot {
         },
         daemon: DaemonStats {
             ready: 1,
+            certificate_expiry_s: Some(1_800_000_000),
             volumes_left_out: 5,
             ..DaemonStats::default()
         },
@@ -155,6 +156,7 @@ fn scrape_of_a_snapshot_has_its_values_and_labels() {
         r#"quarry_store_requests_total{operation="get",outcome="ok"} 7"#,
         r#"quarry_left_out{what="volumes"} 5"#,
         "quarry_ready 1",
+        "quarry_certificate_expiry_timestamp_seconds 1800000000",
         "process_cpu_seconds_total 0.25",
         concat!(
             "quarry_build_info{version=\"",
