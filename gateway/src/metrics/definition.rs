@@ -5,6 +5,8 @@ use super::{
     AuditStats, DaemonStats, ProcessStats, TenantStats, TrashStats, UploadStats, VolumeStats,
 };
 use super::{CacheStats, ReactorCounts, Snapshot, StoreStats, TenantSample, VolumeSample};
+use prometheus::proto::MetricType;
+
 use crate::latency::{BOUNDS_US, Timed};
 
 /// What Prometheus calls a metric's type.
@@ -16,11 +18,22 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    #[cfg(test)]
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Counter => "counter",
             Self::Gauge => "gauge",
             Self::Histogram => "histogram",
+        }
+    }
+}
+
+impl From<Kind> for MetricType {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Counter => Self::COUNTER,
+            Kind::Gauge => Self::GAUGE,
+            Kind::Histogram => Self::HISTOGRAM,
         }
     }
 }
@@ -124,9 +137,12 @@ impl Definition {
 
     /// Appends its lines, if it has values.
     pub(super) fn write(&self, snapshot: &Snapshot, out: &mut String) {
-        let mut family =
-            Family::begin(self.name, self.help, self.kind.as_str(), self.labels(), out);
-        let family = &mut family;
+        let mut family = Family::begin(self.name, self.help, self.kind.into(), self.labels(), out);
+        self.fill(&mut family, snapshot);
+        family.end();
+    }
+
+    fn fill(&self, family: &mut Family<'_>, snapshot: &Snapshot) {
         let all = snapshot;
         match self.source {
             Source::Volume(value) => all.volumes.iter().for_each(|v| {
@@ -156,12 +172,11 @@ impl Definition {
             Source::Process(value) => family.sample(&[], value(&all.process)),
             Source::Own(_, write) => write(all, family),
         }
-        family.end();
     }
 }
 
 fn write_latencies(kinds: &[Timed], volumes: &[VolumeSample], family: &mut Family<'_>) {
-    let bounds = BOUNDS_US.map(|us| (count(us) / 1_000_000.0).to_string());
+    let bounds = BOUNDS_US.map(|us| count(us) / 1_000_000.0);
     for v in volumes {
         for kind in kinds {
             let Some(times) = v.latencies.of(*kind) else {

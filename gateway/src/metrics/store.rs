@@ -48,13 +48,13 @@ pub struct StoreStats {
 }
 
 /// The bounds of stores' histograms, as labels.
-pub(super) fn bounds() -> [String; STORE_BOUNDS_MS.len()] {
-    STORE_BOUNDS_MS.map(|ms| (count(ms) / 1000.0).to_string())
+pub(super) fn bounds() -> [f64; STORE_BOUNDS_MS.len()] {
+    STORE_BOUNDS_MS.map(|ms| count(ms) / 1000.0)
 }
 
 impl StoreTimes {
     /// Writes them as a histogram, unless there are none.
-    pub(super) fn write(&self, labels: &[&str], bounds: &[String], family: &mut Family<'_>) {
+    pub(super) fn write(&self, labels: &[&str], bounds: &[f64], family: &mut Family<'_>) {
         let below = self.cumulative();
         if self.count() > 0 {
             family.histogram(

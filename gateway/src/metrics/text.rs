@@ -1,129 +1,94 @@
-//! Prometheus' text format, version 0.0.4.
+//! The values of one metric, and their text in Prometheus' format.
 
-use std::fmt::Write as _;
+use prometheus::TextEncoder;
+use prometheus::proto::{
+    Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
+};
 
-/// The lines of one metric.
+/// One metric. Its values are turned into text, and dropped, before those of the next are gathered.
 pub(super) struct Family<'a> {
-    name: &'static str,
     labels: &'static [&'static str],
+    family: MetricFamily,
     out: &'a mut String,
-    /// Where it begins, and where its first sample does.
-    begin: usize,
-    samples: usize,
 }
 
 impl<'a> Family<'a> {
     pub(super) fn begin(
         name: &'static str,
         help: &str,
-        kind: &str,
+        kind: MetricType,
         labels: &'static [&'static str],
         out: &'a mut String,
     ) -> Self {
-        let begin = out.len();
-        out.extend([
-            "# HELP ",
-            name,
-            " ",
-            help,
-            "\n# TYPE ",
-            name,
-            " ",
-            kind,
-            "\n",
-        ]);
+        let mut family = MetricFamily::default();
+        family.set_name(name.to_owned());
+        family.set_help(help.to_owned());
+        family.set_field_type(kind);
         Self {
-            name,
             labels,
-            begin,
-            samples: out.len(),
+            family,
             out,
         }
     }
 
-    /// A metric without samples is left out.
-    pub(super) fn end(&mut self) {
-        if self.out.len() == self.samples {
-            self.out.truncate(self.begin);
+    /// Appends its text; a metric without values is left out.
+    pub(super) fn end(self) {
+        if self.family.get_metric().is_empty() {
+            return;
+        }
+        if let Err(error) = TextEncoder::new().encode_utf8(&[self.family], self.out) {
+            tracing::error!(%error, "a metric cannot be written");
         }
     }
 
-    /// One sample; `values` are its labels', in the metric's order.
+    /// One value; `values` are its labels', in the metric's order.
     pub(super) fn sample(&mut self, values: &[&str], value: f64) {
-        self.line("", values, None, value);
+        let mut metric = self.metric(values);
+        if self.family.get_field_type() == MetricType::COUNTER {
+            let mut counter = Counter::default();
+            counter.set_value(value);
+            metric.set_counter(counter);
+        } else {
+            let mut gauge = Gauge::default();
+            gauge.set_value(value);
+            metric.set_gauge(gauge);
+        }
+        self.family.mut_metric().push(metric);
     }
 
     /// One histogram: how many were no larger than each bound, how many there were, and their sum.
     pub(super) fn histogram(
         &mut self,
         values: &[&str],
-        bounds: &[String],
+        bounds: &[f64],
         below: &[u64],
         count: u64,
         sum: f64,
     ) {
-        let count = super::definition::count(count);
-        for (bound, below) in bounds.iter().zip(below) {
-            let below = super::definition::count(*below);
-            self.line("_bucket", values, Some(bound), below);
-        }
-        self.line("_bucket", values, Some("+Inf"), count);
-        self.line("_sum", values, None, sum);
-        self.line("_count", values, None, count);
+        let buckets = bounds.iter().zip(below).map(|(bound, below)| {
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(*bound);
+            bucket.set_cumulative_count(*below);
+            bucket
+        });
+        let mut histogram = Histogram::default();
+        histogram.set_bucket(buckets.collect());
+        histogram.set_sample_count(count);
+        histogram.set_sample_sum(sum);
+        let mut metric = self.metric(values);
+        metric.set_histogram(histogram);
+        self.family.mut_metric().push(metric);
     }
 
-    fn line(&mut self, suffix: &str, values: &[&str], le: Option<&str>, value: f64) {
-        let out = &mut *self.out;
-        out.push_str(self.name);
-        out.push_str(suffix);
-        let mut between = '{';
-        let labels = self.labels.iter().zip(values);
-        for (label, value) in labels.chain(le.iter().map(|le| (&"le", le))) {
-            out.push(between);
-            out.push_str(label);
-            out.push_str("=\"");
-            escape(value, out);
-            out.push('"');
-            between = ',';
-        }
-        if between == ',' {
-            out.push('}');
-        }
-        out.push(' ');
-        number(value, out);
-        out.push('\n');
+    fn metric(&self, values: &[&str]) -> Metric {
+        let labels = self.labels.iter().zip(values).map(|(name, value)| {
+            let mut pair = LabelPair::default();
+            pair.set_name((*name).to_owned());
+            pair.set_value((*value).to_owned());
+            pair
+        });
+        Metric::from_label(labels.collect())
     }
-}
-
-fn escape(value: &str, out: &mut String) {
-    if !value.contains(['\\', '"', '\n']) {
-        return out.push_str(value);
-    }
-    for c in value.chars() {
-        match c {
-            '\\' => out.push_str("\\\\"),
-            '"' => out.push_str("\\\""),
-            '\n' => out.push_str("\\n"),
-            c => out.push(c),
-        }
-    }
-}
-
-/// Whole numbers are written several times faster as such.
-fn number(value: f64, out: &mut String) {
-    const EXACT_MAX: f64 = (1_u64 << 53) as f64;
-    let written = if value.fract() == 0.0 && (0.0..EXACT_MAX).contains(&value) {
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "whole, and in the range"
-        )]
-        let whole = value as u64;
-        write!(out, "{whole}")
-    } else {
-        write!(out, "{value}")
-    };
-    written.expect("a string takes everything");
 }
 
 #[cfg(test)]
@@ -133,14 +98,14 @@ mod tests {
     #[test]
     fn family_without_samples_leaves_nothing() {
         let mut out = "before\n".to_owned();
-        Family::begin("x", "X.", "gauge", &[], &mut out).end();
+        Family::begin("x", "X.", MetricType::GAUGE, &[], &mut out).end();
         assert_eq!(out, "before\n");
     }
 
     #[test]
     fn labels_are_escaped_and_numbers_exact() {
         let mut out = String::new();
-        let mut family = Family::begin("x", "X.", "gauge", &["a", "b"], &mut out);
+        let mut family = Family::begin("x", "X.", MetricType::GAUGE, &["a", "b"], &mut out);
         family.sample(&["q\"\\\n", "ok"], 0.25);
         family.sample(&["1", "2"], 9_007_199_254_740_991.0);
         family.end();
@@ -157,9 +122,10 @@ mod tests {
     #[test]
     fn histogram_is_cumulative_and_ends_with_all() {
         let mut out = String::new();
-        let mut family = Family::begin("x", "X.", "histogram", &["a"], &mut out);
-        let bounds = ["0.5".to_owned(), "1".to_owned()];
+        let mut family = Family::begin("x", "X.", MetricType::HISTOGRAM, &["a"], &mut out);
+        let bounds = [0.5, 1.0];
         family.histogram(&["v"], &bounds, &[2, 3], 4, 1.75);
+        family.end();
         let lines: Vec<_> = out.lines().skip(2).collect();
         let expected = [
             r#"x_bucket{a="v",le="0.5"} 2"#,
