@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use self::notify::Manager;
 use self::replace::Predecessor;
-use crate::control::{self, ApiError, Engine, ImageRef, Kind, Listeners, Network};
+use crate::control::{self, ApiError, Engine, ImageRef, Kind, ListenError, Listeners, Network};
 use crate::engine::{Daemon, How, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
 use crate::nbd::{NbdServer, listen_unix};
@@ -74,6 +74,9 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     let (listeners, fitness) = if replace {
         // What this one cannot do must not end the other.
         let fitness = check_store(&settings, &lane).await?;
+        Network::check(&config.access)?;
+        nbd_certificates(&config.access)?;
+        may_listen(&config).await?;
         take_over(&config.daemon.socket, &manager).await?;
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
         (listeners, fitness)
@@ -162,6 +165,29 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     }
     daemon.stop().await;
     daemon.stop_asking();
+    Ok(())
+}
+
+/// That the addresses can be listened on, but for those that somebody has: mostly the daemon that is to be replaced.
+async fn may_listen(config: &quarry_config::Config) -> Result<(), ListenError> {
+    let wanted = [
+        (config.daemon.listen, "daemon.listen"),
+        (config.daemon.nbd_listen, "daemon.nbd_listen"),
+        (config.access.listen, "access.listen"),
+    ];
+    for (address, key) in wanted {
+        let Some(address) = address else { continue };
+        match tokio::net::TcpListener::bind(address).await {
+            Err(source) if source.kind() != std::io::ErrorKind::AddrInUse => {
+                return Err(ListenError::Tcp {
+                    address,
+                    key,
+                    source,
+                });
+            }
+            _ => {}
+        }
+    }
     Ok(())
 }
 
@@ -328,6 +354,13 @@ struct AttachAgain {
 }
 
 impl AttachAgain {
+    /// Whether what is not there is gone for good: where its tenant is not either, the store may be another one, such as
+    /// the folder that a file system is to be mounted on.
+    async fn was_deleted(&self, volume: &ImageRef) -> bool {
+        let tenant = self.daemon.show_tenant(&volume.volume.tenant).await;
+        tenant.is_ok()
+    }
+
     /// Tries until it works or cannot.
     async fn run(mut self, volume: ImageRef, how: How) {
         let mut delay = ATTACH_AGAIN_DELAY.0;
@@ -347,7 +380,7 @@ impl AttachAgain {
                 tracing::info!(%volume, "attached by somebody else meanwhile");
                 break;
             }
-            if error.kind == Kind::NotFound {
+            if error.kind == Kind::NotFound && self.was_deleted(&volume).await {
                 tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");
                 if let Err(error) = self.daemon.wanted().remove(&volume) {
                     tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
@@ -357,12 +390,12 @@ impl AttachAgain {
             self.daemon.wanted().note(&volume, Some(error.to_string()));
             match error.kind {
                 Kind::Unavailable if !self.daemon.is_in_own_store(&volume.volume.tenant) => {}
-                // A key may come back, or a right; and a tenant's own store is not waited for by others.
+                // A key may come back, or a right, or the store that a file system was not mounted over; and a tenant's own store is not waited for by others.
                 Kind::Unavailable => {
                     self.tenant.is_away.send_replace(true);
                     self.settle();
                 }
-                Kind::Denied => self.settle(),
+                Kind::Denied | Kind::NotFound => self.settle(),
                 _ => {
                     tracing::error!(%volume, %error, "cannot be attached again");
                     break;

@@ -70,7 +70,7 @@ install_and_configure() {
         [[ $(cat "/sys/block/$(basename "$(readlink -f "/dev/quarry/acme/$name")")/queue/scheduler") == "[none]"* ]] || fail "it has a scheduler"
         mkfs.ext4 -q "/dev/quarry/acme/$name" || fail "mkfs"
         mkdir "$where"
-        echo "/dev/quarry/acme/$name $where ext4 x-systemd.requires=$unit,_netdev,nofail 0 2" >>/etc/fstab
+        echo "/dev/quarry/acme/$name $where ext4 x-systemd.requires=$unit,_netdev,nofail,x-systemd.device-timeout=16min 0 2" >>/etc/fstab
     done
     cat /etc/fstab
     systemctl daemon-reload

@@ -60,18 +60,7 @@ impl Network {
         let Some(address) = config.listen else {
             return Ok(None);
         };
-        let tls = match (&config.tls_cert, &config.tls_key) {
-            (Some(cert), Some(key)) => {
-                let files = TlsFiles {
-                    cert: cert.clone(),
-                    key: key.clone(),
-                    client_ca: None,
-                };
-                Some(Tls::load(files, &[b"http/1.1"])?)
-            }
-            // The configuration was checked: loopback, and said.
-            _ => None,
-        };
+        let tls = certificate(config)?;
         let bound = TcpListener::bind(address).await;
         let listener = bound.map_err(|source| ListenError::Tcp {
             address,
@@ -79,6 +68,16 @@ impl Network {
             source,
         })?;
         Ok(Some(Self { listener, tls }))
+    }
+
+    /// That [`Self::bind`] finds the certificate that it needs.
+    ///
+    /// # Errors
+    /// If it cannot be used.
+    pub fn check(config: &quarry_config::Access) -> Result<(), ListenError> {
+        config
+            .listen
+            .map_or(Ok(()), |_| certificate(config).map(drop))
     }
 
     /// The address, with its real port.
@@ -134,6 +133,19 @@ impl Network {
         drop(self.listener);
         drop(places.acquire_many(CONNECTIONS_MAX).await);
     }
+}
+
+fn certificate(config: &quarry_config::Access) -> Result<Option<Arc<Tls>>, ListenError> {
+    let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) else {
+        // The configuration was checked: loopback, and said.
+        return Ok(None);
+    };
+    let files = TlsFiles {
+        cert: cert.clone(),
+        key: key.clone(),
+        client_ca: None,
+    };
+    Ok(Some(Tls::load(files, &[b"http/1.1"])?))
 }
 
 async fn connection(

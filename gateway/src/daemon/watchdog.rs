@@ -14,7 +14,7 @@ use crate::reactor::ReactorGone;
 
 /// Between two rounds where the manager did not say how patient it is: a daemon that takes over is started beside the
 /// service, and is not told.
-const PAUSE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Rounds in the time after which the manager gives up.
 const ROUNDS: u32 = 4;
