@@ -183,7 +183,7 @@ pub struct ServeFlags {
     /// How much of it to use, such as 1GiB.
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
-    /// TCP address of /metrics, /healthz and /readyz.
+    /// TCP address of /metrics, /healthz, /readyz and, for this host, the status page.
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
     /// TCP address of the NBD server.
