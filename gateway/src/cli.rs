@@ -31,6 +31,7 @@ mod table;
 mod tenant;
 mod tenant_args;
 mod token;
+mod top;
 mod trash;
 mod verify;
 mod volume;
@@ -159,6 +160,7 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
         Command::Trash(command) => wait(trash::run(&client()?, command, console)),
         Command::Doctor => wait(doctor::run(&client()?, console)),
+        Command::Top(flags) => wait(top::run(&client()?, flags, console)),
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

@@ -13,6 +13,7 @@ use quarry_objfmt::{
 
 use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
+use super::top::TopFlags;
 use super::warm::Span;
 use crate::control::{
     DeviceMode, DeviceOwner, ImageRef, SnapRef, TokenRole, TrashRef, Via, VolumeRef,
@@ -124,6 +125,9 @@ pub enum Command {
     /// Show how the daemon does; fails if it is not ready.
     #[command(after_help = "Example:\n  quarry status --output json")]
     Status,
+    /// Show what the volumes attached to the daemon's host do, again and again; Ctrl-C ends it.
+    #[command(after_help = TOP_EXAMPLES)]
+    Top(TopFlags),
     /// Check a configuration file, or print one to start from.
     #[command(
         subcommand,
@@ -138,6 +142,13 @@ pub enum Command {
         shell: clap_complete::Shell,
     },
 }
+
+const TOP_EXAMPLES: &str = "\
+Examples:
+  quarry top --sort latency
+  quarry top --once --interval 5s --output json
+
+Rates and times are of the interval. By --url and a tenant's token, it shows that tenant's volumes.";
 
 /// What to do with keys.
 #[derive(Debug, Subcommand)]
