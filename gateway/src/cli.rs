@@ -8,6 +8,7 @@
 mod args;
 mod attachment;
 mod background;
+mod bundle;
 mod chores;
 mod config;
 mod copying;
@@ -161,6 +162,10 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Command::Trash(command) => wait(trash::run(&client()?, command, console)),
         Command::Doctor => wait(doctor::run(&client()?, console)),
         Command::Top(flags) => wait(top::run(&client()?, flags, console)),
+        Command::SupportBundle(flags) => {
+            let secrets: Vec<&Path> = token_file.as_deref().into_iter().collect();
+            wait(bundle::run(&client()?, flags, &secrets, console))
+        }
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

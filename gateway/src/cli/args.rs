@@ -11,6 +11,7 @@ use quarry_objfmt::{
     Compression, Durability, KeyName, Suspended, TenantName, VolumeId, VolumeName,
 };
 
+use super::bundle::BundleFlags;
 use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
 use super::top::TopFlags;
@@ -128,6 +129,11 @@ pub enum Command {
     /// Show what the volumes attached to the daemon's host do, again and again; Ctrl-C ends it.
     #[command(after_help = TOP_EXAMPLES)]
     Top(TopFlags),
+    /// Gather what somebody who helps needs to know, without secrets, in one archive; the daemon need not run.
+    #[command(after_help = "\
+Example:
+  journalctl -u quarry --since -1d > quarry.log && quarry support-bundle --log quarry.log")]
+    SupportBundle(BundleFlags),
     /// Check a configuration file, or print one to start from.
     #[command(
         subcommand,

@@ -731,6 +731,17 @@ impl Client {
     pub async fn activity(&self) -> ApiResult<Activity> {
         self.get("/v1/activity").await
     }
+
+    /// All metrics, in Prometheus' text format.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn metrics_text(&self) -> ApiResult<String> {
+        let response = self
+            .call(Method::GET, "/metrics", None::<&()>, Patience::Answer)
+            .await?;
+        response.text().await.map_err(|error| self.lost(&error))
+    }
 }
 
 fn snapshot_path(snapshot: &SnapRef) -> String {
