@@ -95,8 +95,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "daemon.listen",
-        doc: "TCP address that answers /metrics, /healthz and /readyz, and nothing else. Unset: the unix\n\
-              socket alone answers them.",
+        doc: "TCP address that answers /metrics, /healthz and /readyz, and to this host the status page. Unset: the\n\
+              unix socket alone answers them.",
         expected: ADDRESS,
         sample: "\"127.0.0.1:9464\"",
         secret: false,

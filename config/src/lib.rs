@@ -63,7 +63,7 @@ pub struct Daemon {
     pub data_dir: PathBuf,
     /// The control plane's unix socket.
     pub socket: PathBuf,
-    /// TCP address of `/metrics`, `/healthz` and `/readyz`; none: on the unix socket only.
+    /// TCP address of `/metrics`, `/healthz`, `/readyz` and, for this host, the status page; none: on the unix socket only.
     pub listen: Option<SocketAddr>,
     /// The NBD server's unix socket; none: see [`Config::nbd_socket`].
     pub nbd_socket: Option<PathBuf>,

@@ -8,6 +8,7 @@
 mod args;
 mod attachment;
 mod background;
+mod bundle;
 mod chores;
 mod config;
 mod copying;
@@ -31,6 +32,7 @@ mod table;
 mod tenant;
 mod tenant_args;
 mod token;
+mod top;
 mod trash;
 mod verify;
 mod volume;
@@ -159,6 +161,11 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Command::Snapshot(command) => wait(snapshot::run(&client()?, command, console)),
         Command::Trash(command) => wait(trash::run(&client()?, command, console)),
         Command::Doctor => wait(doctor::run(&client()?, console)),
+        Command::Top(flags) => wait(top::run(&client()?, flags, console)),
+        Command::SupportBundle(flags) => {
+            let secrets: Vec<&Path> = token_file.as_deref().into_iter().collect();
+            wait(bundle::run(&client()?, flags, &secrets, console))
+        }
         Command::Status => wait(status::run(&client()?, console)),
     }
 }

@@ -8,9 +8,10 @@
 //! - an engine never sees a tenant's or volume's name, or a geometry, that the rules forbid;
 //! - nobody reaches an endpoint but through the table of them ([`endpoints`]) and the guard before each;
 //! - one daemon a socket: a lock beside it, held for the daemon's life, decides, not the socket file;
-//! - the TCP listener answers health and metrics and knows no other route.
+//! - the TCP listener without tokens answers health and metrics, and to its own host what the status page shows.
 
 pub mod access;
+mod activity;
 mod api;
 mod chores;
 pub mod client;
@@ -28,6 +29,7 @@ mod rekey;
 mod retain;
 mod serve;
 mod socket;
+mod status_page;
 mod tenant;
 mod token;
 mod trash;
@@ -40,14 +42,16 @@ use async_trait::async_trait;
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 
 pub use access::Access;
+pub use activity::{Activity, TimesInfo, VolumeActivity};
 pub(crate) use api::place_of;
 pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use doctor::{Check, DoctorReport, Verdict};
 pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
-    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SnapshotInfo, State,
-    StatusInfo, StoreStatus, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeSpec,
+    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SegmentsInfo,
+    SnapshotInfo, State, StatusInfo, StoreStatus, VerifyProgress, VerifyReport, VerifySpec, Via,
+    VolumeInfo, VolumeSpec,
 };
 pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
@@ -179,6 +183,8 @@ pub trait Engine: Send + Sync + 'static {
     async fn doctor(&self) -> ApiResult<DoctorReport>;
     /// How the daemon does.
     async fn status(&self) -> ApiResult<StatusInfo>;
+    /// What goes on; of one tenant, and nothing of the daemon, if one is named.
+    async fn activity(&self, tenant: Option<&TenantName>) -> ApiResult<Activity>;
     /// Whether the daemon can serve; if not, why, in words that end a sentence begun "not ready:".
     async fn ready(&self) -> Result<(), String>;
     /// All metrics in Prometheus' text format.

@@ -10,6 +10,7 @@
 //! - Looking never waits for changing: a volume that hangs hangs alone.
 
 pub(crate) mod access;
+mod activity;
 mod attach;
 mod cache_key;
 mod chores;
@@ -61,10 +62,10 @@ use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
-    Access, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
-    EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
-    RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
-    SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
+    Access, Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport,
+    Engine, EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo,
+    RatesSpec, RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo,
+    SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
     VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
@@ -753,6 +754,10 @@ impl Engine for Daemon {
 
     async fn status(&self) -> ApiResult<StatusInfo> {
         Ok(self.tell_status().await)
+    }
+
+    async fn activity(&self, tenant: Option<&TenantName>) -> ApiResult<Activity> {
+        Ok(self.tell_activity(tenant).await)
     }
 
     async fn ready(&self) -> Result<(), String> {

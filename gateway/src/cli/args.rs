@@ -11,8 +11,10 @@ use quarry_objfmt::{
     Compression, Durability, KeyName, Suspended, TenantName, VolumeId, VolumeName,
 };
 
+use super::bundle::BundleFlags;
 use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
+use super::top::TopFlags;
 use super::warm::Span;
 use crate::control::{
     DeviceMode, DeviceOwner, ImageRef, SnapRef, TokenRole, TrashRef, Via, VolumeRef,
@@ -124,6 +126,14 @@ pub enum Command {
     /// Show how the daemon does; fails if it is not ready.
     #[command(after_help = "Example:\n  quarry status --output json")]
     Status,
+    /// Show what the volumes attached to the daemon's host do, again and again; Ctrl-C ends it.
+    #[command(after_help = TOP_EXAMPLES)]
+    Top(TopFlags),
+    /// Gather what somebody who helps needs to know, without secrets, in one archive; the daemon need not run.
+    #[command(after_help = "\
+Example:
+  journalctl -u quarry --since -1d > quarry.log && quarry support-bundle --log quarry.log")]
+    SupportBundle(BundleFlags),
     /// Check a configuration file, or print one to start from.
     #[command(
         subcommand,
@@ -138,6 +148,13 @@ pub enum Command {
         shell: clap_complete::Shell,
     },
 }
+
+const TOP_EXAMPLES: &str = "\
+Examples:
+  quarry top --sort latency
+  quarry top --once --interval 5s --output json
+
+Rates and times are of the interval. By --url and a tenant's token, it shows that tenant's volumes.";
 
 /// What to do with keys.
 #[derive(Debug, Subcommand)]
@@ -183,7 +200,7 @@ pub struct ServeFlags {
     /// How much of it to use, such as 1GiB.
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
-    /// TCP address of /metrics, /healthz and /readyz.
+    /// TCP address of /metrics, /healthz, /readyz and, for this host, the status page.
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
     /// TCP address of the NBD server.

@@ -10,6 +10,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::activity::Activity;
 use super::chores::{CompactSpec, MoveReport};
 use super::doctor::DoctorReport;
 use super::dto::{
@@ -721,6 +722,25 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn status(&self) -> ApiResult<StatusInfo> {
         self.get("/v1/status").await
+    }
+
+    /// What goes on.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn activity(&self) -> ApiResult<Activity> {
+        self.get("/v1/activity").await
+    }
+
+    /// All metrics, in Prometheus' text format.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn metrics_text(&self) -> ApiResult<String> {
+        let response = self
+            .call(Method::GET, "/metrics", None::<&()>, Patience::Answer)
+            .await?;
+        response.text().await.map_err(|error| self.lost(&error))
     }
 }
 

@@ -808,6 +808,24 @@ pub struct CacheStatus {
     pub clean_bytes: u64,
     /// Whether the data on it are encrypted.
     pub encrypted: bool,
+    /// Size of a segment.
+    pub segment_bytes: u64,
+    /// Its segments.
+    pub segments: SegmentsInfo,
+}
+
+/// Segments of the cache device by state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct SegmentsInfo {
+    /// Nothing is in them.
+    pub free: u64,
+    /// Written or being written, and the store lacks something of them.
+    pub dirty: u64,
+    /// What was fetched is put into them.
+    pub filling: u64,
+    /// The store has all of them too.
+    pub clean: u64,
 }
 
 /// How the daemon does.
@@ -828,10 +846,23 @@ pub struct StatusInfo {
     pub not_ready: Option<String>,
     /// The object store.
     pub store: StoreStatus,
+    /// Stores of tenants' own that do not answer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tenant_stores: Vec<StoreStatus>,
+    /// Calls to the stores under way.
+    pub store_calls: u64,
+    /// Calls to the stores that wait for a place.
+    pub store_calls_waiting: u64,
+    /// Chunks being uploaded.
+    pub uploads: u64,
+    /// Chunks that wait for that.
+    pub uploads_waiting: u64,
     /// The cache device.
     pub cache: CacheStatus,
     /// Volumes attached here.
     pub volumes_attached: u64,
+    /// What is to be attached here and is not yet.
+    pub volumes_waiting: u64,
     /// Of those, how many have a problem.
     pub volumes_failing: u64,
     /// What the kernel's ublk can do, or why there is none.

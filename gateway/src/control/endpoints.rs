@@ -14,6 +14,7 @@ use schemars::JsonSchema;
 
 use super::access::guard::{Reach, guard};
 use super::access::{Access, Caller, Guard, Needs};
+use super::activity::Activity;
 use super::api::{self, BODY_BYTES_MAX};
 use super::chores::{CompactSpec, MoveReport};
 use super::doctor::DoctorReport;
@@ -28,13 +29,14 @@ use super::page::{PageQuery, TenantPageQuery};
 use super::rates::{RatesInfo, RatesSpec};
 use super::rekey::{RekeyInfo, RekeySpec};
 use super::retain::{RetainInfo, RetainSpec};
+use super::status_page::this_host_only;
 use super::tenant::{SettingsDoc, SuspendSpec, TenantInfo, TenantList, TenantSpec};
 use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{
-    ApiError, Engine, Kind, chores, doctor, openapi, rates, rekey, retain, tenant, token, trash,
-    warm,
+    ApiError, Engine, Kind, activity, chores, doctor, openapi, rates, rekey, retain, status_page,
+    tenant, token, trash, warm,
 };
 
 /// Something that can be asked for.
@@ -269,6 +271,11 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
             .gives::<DoctorReport>(),
         at(GET, "/v1/status", Operator, |m| on(m, api::status), "How the daemon does.")
             .gives::<StatusInfo>(),
+        at(GET, ACTIVITY, Read, |m| on(m, activity::activity),
+            "What goes on: counters of what is attached here, by two of which rates are made; to operators how the daemon does, too.")
+            .gives::<Activity>(),
+        at(GET, "/", Nothing, |m| on(m, status_page::page), "The status page, which asks for the rest itself.")
+            .tells("text/html"),
         at(GET, "/metrics", Operator, |m| on(m, api::metrics), "All metrics, in Prometheus' text format.")
             .tells("text/plain"),
         at(GET, "/readyz", Operator, |m| on(m, api::ready), "Whether the daemon can serve; if not, why.")
@@ -302,11 +309,19 @@ pub fn routes(engine: Arc<dyn Engine>) -> Router {
     guarded(&engine, &Arc::default()).layer(axum::Extension(caller))
 }
 
-/// Health and metrics, for whoever reaches the listener.
+/// What the status page asks for.
+const ACTIVITY: &str = "/v1/activity";
+
+/// Health, metrics and the status page for whoever reaches the listener, and what is in the page for this host.
 pub(super) fn health_routes(engine: Arc<dyn Engine>) -> Router {
     let mut routes = Router::new();
-    for endpoint in ENDPOINTS.iter().filter(|e| !e.path.starts_with("/v1/")) {
-        routes = routes.route(endpoint.path, endpoint.router());
+    for endpoint in ENDPOINTS.iter() {
+        let router = match endpoint.path {
+            ACTIVITY => endpoint.router().route_layer(from_fn(this_host_only)),
+            path if path.starts_with("/v1/") => continue,
+            _ => endpoint.router(),
+        };
+        routes = routes.route(endpoint.path, router);
     }
     finish(routes.layer(from_fn(
         move |mut request: axum::extract::Request, next: axum::middleware::Next| {

@@ -534,6 +534,23 @@ impl Engine for FakeEngine {
         })
     }
 
+    async fn activity(&self, tenant: Option<&TenantName>) -> ApiResult<Activity> {
+        let volumes = self.list_volumes(tenant).await?.into_iter();
+        let volumes = volumes.map(|v| VolumeActivity {
+            volume: v.image(),
+            ..VolumeActivity::default()
+        });
+        let daemon = match tenant {
+            None => Some(self.status().await?),
+            Some(_) => None,
+        };
+        Ok(Activity {
+            daemon,
+            volumes: volumes.collect(),
+            ..Activity::default()
+        })
+    }
+
     async fn ready(&self) -> Result<(), String> {
         self.not_ready.lock().clone().map_or(Ok(()), Err)
     }

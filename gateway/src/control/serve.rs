@@ -147,9 +147,13 @@ pub async fn serve(
             Some(listener) => {
                 let listener =
                     Limited::new(listener, HEALTH_CONNECTIONS_MAX, HEALTH_CONNECTION_LIFE);
-                axum::serve(listener, health_routes(engine))
-                    .with_graceful_shutdown(stopping(tcp_stopped))
-                    .await
+                let routes = health_routes(engine);
+                axum::serve(
+                    listener,
+                    routes.into_make_service_with_connect_info::<Peer>(),
+                )
+                .with_graceful_shutdown(stopping(tcp_stopped))
+                .await
             }
         }
     };

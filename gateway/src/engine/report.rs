@@ -17,8 +17,8 @@ use super::{Daemon, VolumeMachine, not_attached, registry};
 use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
-    ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec, State,
-    StatusInfo, VolumeInfo, VolumeRef,
+    ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec,
+    SegmentsInfo, State, StatusInfo, VolumeInfo, VolumeRef,
 };
 
 /// Volumes shown side by side, each by two reads of its store at most.
@@ -207,7 +207,7 @@ impl Daemon {
         let counts = self.shared.lock().cache.counts();
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
         let ublk = match self.ublk.probe().await {
-            Ok(_) => "available".to_owned(),
+            Ok(features) => format!("available (features {:#x})", features.bits()),
             Err(error) => error.to_string(),
         };
         let attached = self.attached();
@@ -215,6 +215,14 @@ impl Daemon {
             .iter()
             .filter(|(_, a)| a.backend.condition().problem.is_some());
         let not_ready = self.readiness().err();
+        let (store, uploads) = (self.store_counts(), self.common.uploads.counts());
+        let mut tenant_stores = Vec::new();
+        self.tenants.each_own_site(|site| {
+            let status = status_of(site);
+            if !status.healthy {
+                tenant_stores.push(status);
+            }
+        });
         StatusInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             host: self.host.clone(),
@@ -223,6 +231,11 @@ impl Daemon {
             ready: not_ready.is_none(),
             not_ready,
             store: status_of(self.tenants.home()),
+            tenant_stores,
+            store_calls: store.in_flight,
+            store_calls_waiting: store.waiting,
+            uploads: (uploads.held + uploads.slow) as u64,
+            uploads_waiting: uploads.waiting as u64,
             cache: CacheStatus {
                 path: self.config.cache_path().display().to_string(),
                 id: self.common.device.id().to_string(),
@@ -231,8 +244,16 @@ impl Daemon {
                 dirty_max_bytes: bytes(counts.dirty_max),
                 clean_bytes: bytes(counts.clean),
                 encrypted: self.config.cache.encrypt,
+                segment_bytes: counts.segment_size.into(),
+                segments: SegmentsInfo {
+                    free: counts.free.into(),
+                    dirty: counts.dirty.into(),
+                    filling: counts.filling.into(),
+                    clean: counts.clean.saturating_sub(counts.filling).into(),
+                },
             },
             volumes_attached: attached.len() as u64,
+            volumes_waiting: self.waiting(&attached) as u64,
             volumes_failing: (failing.count() + self.wanted.failing()) as u64,
             ublk,
             nbd_socket: self.config.nbd_socket().display().to_string(),

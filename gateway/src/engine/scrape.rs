@@ -23,15 +23,15 @@ use crate::store::{Lane, Operation, Outcome, StoreSnapshot, StoreState};
 use crate::tls;
 
 /// Volumes looked at side by side.
-const LOOKS_AT_ONCE: usize = 32;
+pub(super) const LOOKS_AT_ONCE: usize = 32;
 
 /// What a volume's reactor knows of it.
 #[derive(Default)]
-struct Seen {
-    stats: quarry_volume::VolumeStats,
+pub(super) struct Seen {
+    pub(super) stats: quarry_volume::VolumeStats,
     copied_bytes: u64,
     in_place_bytes: u64,
-    latencies: Latencies,
+    pub(super) latencies: Latencies,
 }
 
 impl Daemon {
@@ -95,7 +95,7 @@ impl Daemon {
     }
 
     /// How much is to be attached and is not.
-    fn waiting(&self, attached: &[(ImageRef, Arc<Attached>)]) -> usize {
+    pub(super) fn waiting(&self, attached: &[(ImageRef, Arc<Attached>)]) -> usize {
         let here: BTreeSet<&ImageRef> = attached.iter().map(|(image, _)| image).collect();
         let wanted = self.wanted.all().into_iter();
         wanted.filter(|(image, _)| !here.contains(image)).count()
@@ -241,11 +241,16 @@ impl Daemon {
         }
     }
 
-    fn store_stats(&self) -> StoreStats {
+    /// What was asked of each store, once, however many tenants are in it.
+    pub(super) fn store_counts(&self) -> StoreSnapshot {
         let mut store = self.lane.stats().snapshot();
-        // Each store once, however many tenants are in it.
         self.tenants
             .each_own_site(|site| store.add(&site.lane.stats().snapshot()));
+        store
+    }
+
+    fn store_stats(&self) -> StoreStats {
+        let store = self.store_counts();
         let times = Operation::ALL.map(|o| (o.as_str(), *store.times(o)));
         StoreStats {
             read_bytes: store.bytes_read,
@@ -261,7 +266,7 @@ impl Daemon {
 }
 
 /// A volume's counters; none if it has just been taken away.
-async fn look_at(attached: &Attached) -> Seen {
+pub(super) async fn look_at(attached: &Attached) -> Seen {
     let (reactor, key) = attached.backend.place();
     let look = |m: &VolumeMachine| Seen {
         stats: m.volume.stats(),

@@ -9,11 +9,12 @@ use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine, EvictInfo,
-    ImageRef, MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo,
-    RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
-    StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
-    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, patched, routes,
+    Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
+    EvictInfo, ImageRef, MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
+    RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
+    SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    patched, routes,
 };
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -231,6 +232,10 @@ impl Engine for Strict {
 
     async fn status(&self) -> ApiResult<StatusInfo> {
         Ok(StatusInfo::default())
+    }
+
+    async fn activity(&self, _tenant: Option<&TenantName>) -> ApiResult<Activity> {
+        Ok(Activity::default())
     }
 
     async fn ready(&self) -> Result<(), String> {

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::http::request::Parts;
 use axum::serve::IncomingStream;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use super::super::ApiResult;
 use super::super::serve::Limited;
@@ -40,7 +40,7 @@ pub enum Peer {
 
 impl Peer {
     /// Who sent a request, as its server says.
-    pub(super) fn of_request(parts: &Parts) -> &Self {
+    pub(in super::super) fn of_request(parts: &Parts) -> &Self {
         let found = parts.extensions.get::<ConnectInfo<Self>>();
         found.map_or(&Self::Unknown, |ConnectInfo(peer)| peer)
     }
@@ -77,6 +77,12 @@ impl Connected<IncomingStream<'_, Limited<UnixListener>>> for Peer {
             tracing::warn!(%error, "the kernel does not say who calls; they are refused");
             Self::Unknown
         })
+    }
+}
+
+impl Connected<IncomingStream<'_, Limited<TcpListener>>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Limited<TcpListener>>) -> Self {
+        Self::Tcp(*stream.remote_addr())
     }
 }
 

@@ -11,11 +11,11 @@ use quarry_config::TenantAttach;
 use quarry_objfmt::{KeyName, Suspended, TenantName, VolumeName};
 
 use super::super::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine, EvictInfo,
-    ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec, RekeyInfo,
-    RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo,
-    StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress, VerifyReport,
-    VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
+    EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
+    RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
+    SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
+    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::places::Place;
 
@@ -355,6 +355,10 @@ impl Engine for Tenanted {
 
     async fn status(&self) -> ApiResult<StatusInfo> {
         operators_only()
+    }
+
+    async fn activity(&self, tenant: Option<&TenantName>) -> ApiResult<Activity> {
+        self.inner.activity(self.only(tenant)?).await
     }
 
     async fn ready(&self) -> Result<(), String> {

@@ -19,7 +19,7 @@ use crate::engine::now_ms;
 const FOREIGN: [&str; 4] = ["zebra", "stripes", "hooves", "mane"];
 
 /// What nobody in particular gets too.
-const OPEN: [&str; 2] = ["/healthz", "/v1/openapi.json"];
+const OPEN: [&str; 3] = ["/", "/healthz", "/v1/openapi.json"];
 
 /// Method, path, body; the status for an operator, an administrator of the tenant, a reader of it, and an
 /// administrator of another tenant.
@@ -94,6 +94,8 @@ const TABLE: &[Row] = &[
     ("GET", "/v1/openapi.json", "/v1/openapi.json", "", [200, 200, 200, 200]),
     ("POST", "/v1/doctor", "/v1/doctor", "", [200, 403, 403, 403]),
     ("GET", "/v1/status", "/v1/status", "", [200, 403, 403, 403]),
+    ("GET", "/v1/activity", "/v1/activity", "", [200, 200, 200, 200]),
+    ("GET", "/", "/", "", [200, 200, 200, 200]),
     ("GET", "/metrics", "/metrics", "", [200, 403, 403, 403]),
     ("GET", "/readyz", "/readyz", "", [200, 403, 403, 403]),
     ("GET", "/healthz", "/healthz", "", [200, 200, 200, 200]),
