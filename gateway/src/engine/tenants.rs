@@ -333,15 +333,22 @@ impl Tenants {
         let seen = Seen { record, at, again };
         let mut known = self.known.lock();
         let group = self.group(name, &seen.record);
-        let before = known.get(name).filter(|had| had.gate.group() == group);
+        let is_same = |had: &&Arc<Tenant>| had.record().created_ms == seen.record.created_ms;
+        let before = known.get(name).filter(is_same);
         let kept = match before {
             Some(tenant) if Arc::ptr_eq(&tenant.site, &site) => {
                 tenant.gate.set(&seen.record.settings);
                 *tenant.seen.lock() = seen;
                 return Ok(Arc::clone(tenant));
             }
-            // Reached in another way.
-            Some(tenant) => (Arc::clone(&tenant.account), Arc::clone(&tenant.gate)),
+            // Reached in another way, or moved.
+            Some(tenant) => {
+                let gate = match tenant.gate.group() == group {
+                    true => Arc::clone(&tenant.gate),
+                    false => Arc::new(TenantGate::new(group)),
+                };
+                (Arc::clone(&tenant.account), gate)
+            }
             None => (Arc::default(), Arc::new(TenantGate::new(group))),
         };
         let new = Tenant::new(name.clone(), site, kept, seen);
@@ -668,5 +675,9 @@ mod tests {
         let moved = all.learn(&one, record(1, None)).unwrap();
         assert!(Arc::ptr_eq(&moved.site, &all.home));
         assert!(Arc::ptr_eq(moved.account(), first.account()));
+        // What it cached is of where it was; and of the one that is there again.
+        assert_ne!(moved.gate().group(), first.gate().group());
+        let back = all.learn(&one, record(2, Some(store(None)))).unwrap();
+        assert_eq!(back.gate().group(), first.gate().group());
     }
 }

@@ -116,7 +116,15 @@ fn run(
             None => std::thread::sleep(LOOK_STEP),
         }
     };
+    let flood = || format!("it answers more than {HOOK_ANSWER_MAX} bytes");
+    let is_flood = |out: &Zeroizing<Vec<u8>>| out.len() > HOOK_ANSWER_MAX;
     if !status.success() {
+        // It may have ended because nobody read on.
+        if let Ok(Ok(out)) = answer.try_recv()
+            && is_flood(&out)
+        {
+            return Err(flood());
+        }
         let words = complaint.recv_timeout(left()).unwrap_or_default();
         let words = String::from_utf8_lossy(&words);
         let first = words.lines().next().unwrap_or_default();
@@ -126,10 +134,10 @@ fn run(
     // Something that it left behind may keep the pipe open.
     let out = answer.recv_timeout(left()).map_err(|_| late())?;
     let out = out.map_err(|error| format!("its answer cannot be read: {error}"))?;
-    if out.len() > HOOK_ANSWER_MAX {
-        return Err(format!("it answers more than {HOOK_ANSWER_MAX} bytes"));
+    match is_flood(&out) {
+        true => Err(flood()),
+        false => Ok(out),
     }
-    Ok(out)
 }
 
 #[cfg(test)]
