@@ -390,11 +390,12 @@ impl AttachAgain {
             self.daemon.wanted().note(&volume, Some(error.to_string()));
             match error.kind {
                 Kind::Unavailable if !self.daemon.is_in_own_store(&volume.volume.tenant) => {}
-                // A key may come back, or a right, or the store that a file system was not mounted over; and a tenant's own store is not waited for by others.
+                // A tenant's own store is not waited for by others.
                 Kind::Unavailable => {
                     self.tenant.is_away.send_replace(true);
                     self.settle();
                 }
+                // A key may come back, or a right, or the file system that the store is on.
                 Kind::Denied | Kind::NotFound => self.settle(),
                 _ => {
                     tracing::error!(%volume, %error, "cannot be attached again");

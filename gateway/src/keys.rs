@@ -14,6 +14,7 @@ mod keyring;
 pub mod rotate;
 mod service;
 
+use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -329,10 +330,8 @@ pub async fn put_first_copy(
     volume: VolumeId,
     wrapped: &WrappedKeys,
 ) -> Result<(), StoreError> {
-    let key = keys::keys_key(tenant, volume, wrapped.revision);
-    let keys = wrapped.clone();
-    let copy = KeysCopy { volume, keys };
-    crate::store::create_own(store, &key, copy.encode().into()).await
+    let (key, copy) = copy_of(tenant, volume, wrapped);
+    crate::store::create_own(store, &key, copy).await
 }
 
 /// Writes the copy of keys that replace those of revision `wrapped.revision`, all of which some copy has, under a number
@@ -366,10 +365,15 @@ async fn put_copy(
     volume: VolumeId,
     wrapped: &WrappedKeys,
 ) -> Result<(), StoreError> {
+    let (key, copy) = copy_of(tenant, volume, wrapped);
+    store.create(&key, copy).await.map(drop)
+}
+
+/// The copy of keys as an object: its name, and what it holds.
+fn copy_of(tenant: &TenantName, volume: VolumeId, wrapped: &WrappedKeys) -> (String, Bytes) {
     let key = keys::keys_key(tenant, volume, wrapped.revision);
     let keys = wrapped.clone();
-    let copy = KeysCopy { volume, keys };
-    store.create(&key, copy.encode().into()).await.map(drop)
+    (key, KeysCopy { volume, keys }.encode().into())
 }
 
 /// The numbers of the copies that are there.

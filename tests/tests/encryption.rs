@@ -205,13 +205,7 @@ fn volume_encrypted_leaves_no_plaintext_in_the_store_whatever_is_done_with_it() 
         .as_str()
         .context("id")?
         .to_owned();
-    let heads = StoreDir::of(root).objects("head")?;
-    let head = heads
-        .iter()
-        .find(|head| head.to_string_lossy().contains(&id));
-    fs::remove_file(head.context("no head")?)?;
-    let report = daemon.json(&["volume", "rescue", "acme/db", "--apply"])?;
-    ensure!(report["keys"] == 1, "{report}");
+    lose_head_and_rescue(&daemon, root, &id)?;
     let mut nbd = daemon.attach("acme/db", &["--discard-unsent"])?;
     same_bytes("rescued", &read_all(&mut nbd)?, &before)?;
     nbd.write(0, &marked(0, 64, 4), true)?;
@@ -392,17 +386,22 @@ fn data_key_rotated_under_writes_is_dropped_when_nothing_is_encrypted_with_it() 
         drop(nbd);
         detach(&daemon, volume)?;
     }
-    let heads = StoreDir::of(root).objects("head")?;
-    let head = heads
-        .iter()
-        .find(|head| head.to_string_lossy().contains(&id));
-    fs::remove_file(head.context("no head")?)?;
-    let report = daemon.json(&["volume", "rescue", "acme/db", "--apply"])?;
-    ensure!(report["keys"] == 1, "{report}");
+    lose_head_and_rescue(&daemon, root, &id)?;
     let mut nbd = daemon.attach("acme/db", &["--discard-unsent"])?;
     same_bytes("rescued", &read_all(&mut nbd)?, &image)?;
     ensure!(data_keys(&daemon, "acme/db")? == [(2, Vec::new())]);
     daemon.quarry(&["volume", "verify", "acme/db", "--deep"])
+}
+
+/// `acme/db`, whose id this is, loses its head, and comes back with the keys of their copy.
+fn lose_head_and_rescue(daemon: &Daemon, root: &Path, id: &str) -> Result<()> {
+    let heads = StoreDir::of(root).objects("head")?;
+    let mut heads = heads.iter();
+    let head = heads.find(|head| head.to_string_lossy().contains(id));
+    fs::remove_file(head.context("no head")?)?;
+    let report = daemon.json(&["volume", "rescue", "acme/db", "--apply"])?;
+    ensure!(report["keys"] == 1, "{report}");
+    Ok(())
 }
 
 /// An id as it stands in the formats.

@@ -335,22 +335,17 @@ impl Tenants {
         let group = self.group(name, &seen.record);
         let is_same = |had: &&Arc<Tenant>| had.record().created_ms == seen.record.created_ms;
         let before = known.get(name).filter(is_same);
-        let kept = match before {
-            Some(tenant) if Arc::ptr_eq(&tenant.site, &site) => {
-                tenant.gate.set(&seen.record.settings);
-                *tenant.seen.lock() = seen;
-                return Ok(Arc::clone(tenant));
-            }
-            // Reached in another way, or moved.
-            Some(tenant) => {
-                let gate = match tenant.gate.group() == group {
-                    true => Arc::clone(&tenant.gate),
-                    false => Arc::new(TenantGate::new(group)),
-                };
-                (Arc::clone(&tenant.account), gate)
-            }
-            None => (Arc::default(), Arc::new(TenantGate::new(group))),
-        };
+        if let Some(tenant) = before.filter(|had| Arc::ptr_eq(&had.site, &site)) {
+            tenant.gate.set(&seen.record.settings);
+            *tenant.seen.lock() = seen;
+            return Ok(Arc::clone(tenant));
+        }
+        // New, reached in another way, or moved, and then with another gate.
+        let account = before.map(|had| Arc::clone(&had.account));
+        let gate = before.map(|had| Arc::clone(&had.gate));
+        let gate = gate.filter(|gate| gate.group() == group);
+        let gate = gate.unwrap_or_else(|| Arc::new(TenantGate::new(group)));
+        let kept = (account.unwrap_or_default(), gate);
         let new = Tenant::new(name.clone(), site, kept, seen);
         known.insert(name.clone(), Arc::clone(&new));
         Ok(new)

@@ -9,35 +9,6 @@ use prometheus::proto::MetricType;
 
 use crate::latency::{BOUNDS_US, Timed};
 
-/// What Prometheus calls a metric's type.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Kind {
-    Counter,
-    Gauge,
-    Histogram,
-}
-
-impl Kind {
-    #[cfg(test)]
-    pub(super) const fn as_str(self) -> &'static str {
-        match self {
-            Self::Counter => "counter",
-            Self::Gauge => "gauge",
-            Self::Histogram => "histogram",
-        }
-    }
-}
-
-impl From<Kind> for MetricType {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Counter => Self::COUNTER,
-            Kind::Gauge => Self::GAUGE,
-            Kind::Histogram => Self::HISTOGRAM,
-        }
-    }
-}
-
 /// Where a metric's values come from.
 #[derive(Clone, Copy)]
 pub(super) enum Source {
@@ -66,11 +37,16 @@ pub(super) enum Source {
 pub(super) struct Definition {
     pub(super) name: &'static str,
     pub(super) help: &'static str,
-    pub(super) kind: Kind,
+    pub(super) kind: MetricType,
     pub(super) source: Source,
 }
 
-const fn of_kind(kind: Kind, name: &'static str, help: &'static str, source: Source) -> Definition {
+const fn of_kind(
+    kind: MetricType,
+    name: &'static str,
+    help: &'static str,
+    source: Source,
+) -> Definition {
     Definition {
         name,
         help,
@@ -80,11 +56,11 @@ const fn of_kind(kind: Kind, name: &'static str, help: &'static str, source: Sou
 }
 
 pub(super) const fn counter(name: &'static str, help: &'static str, source: Source) -> Definition {
-    of_kind(Kind::Counter, name, help, source)
+    of_kind(MetricType::COUNTER, name, help, source)
 }
 
 pub(super) const fn gauge(name: &'static str, help: &'static str, source: Source) -> Definition {
-    of_kind(Kind::Gauge, name, help, source)
+    of_kind(MetricType::GAUGE, name, help, source)
 }
 
 pub(super) const fn histogram(
@@ -92,7 +68,7 @@ pub(super) const fn histogram(
     help: &'static str,
     source: Source,
 ) -> Definition {
-    of_kind(Kind::Histogram, name, help, source)
+    of_kind(MetricType::HISTOGRAM, name, help, source)
 }
 
 /// Exact below 2^53: for bytes, 8 PiB.
@@ -137,7 +113,7 @@ impl Definition {
 
     /// Appends its lines, if it has values.
     pub(super) fn write(&self, snapshot: &Snapshot, out: &mut String) {
-        let mut family = Family::begin(self.name, self.help, self.kind.into(), self.labels(), out);
+        let mut family = Family::begin(self.name, self.help, self.kind, self.labels(), out);
         self.fill(&mut family, snapshot);
         family.end();
     }

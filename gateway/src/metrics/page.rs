@@ -50,7 +50,7 @@ Bounds of the stores' histograms, in seconds: {store}.
         page.push_str("\n| name | type | labels | what |\n|---|---|---|---|\n");
         for d in *definitions {
             let labels: Vec<_> = d.labels().iter().map(|l| format!("`{l}`")).collect();
-            let (labels, kind) = (labels.join(", "), d.kind.as_str());
+            let (labels, kind) = (labels.join(", "), format!("{:?}", d.kind).to_lowercase());
             writeln!(page, "| `{}` | {kind} | {labels} | {} |", d.name, d.help).unwrap();
         }
     }

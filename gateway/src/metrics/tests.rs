@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use super::definition::Kind;
 use super::*;
 use crate::latency::{Latencies, Timed};
 use crate::store::{Operation, Outcome, StoreTimes};
+use prometheus::proto::MetricType;
 
 /// A scrape of [`VOLUMES_MAX`] busy volumes and as many tenants is written within this time, and twenty times that without
 /// optimisation, where it is no measure.
@@ -194,10 +194,10 @@ fn table_keeps_to_the_conventions() {
         assert!(name.starts_with("quarry_") || name.starts_with("process_"));
         assert_eq!(
             name.ends_with("_total"),
-            definition.kind == Kind::Counter,
+            definition.kind == MetricType::COUNTER,
             "{name}"
         );
-        if definition.kind == Kind::Histogram {
+        if definition.kind == MetricType::HISTOGRAM {
             assert!(name.ends_with("_seconds"), "{name}");
         }
         let help = definition.help;
