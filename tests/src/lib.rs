@@ -13,9 +13,11 @@
 
 #![forbid(unsafe_code)]
 
+mod certificates;
 mod command;
 mod daemon;
 mod http;
+mod machine;
 mod nanio;
 mod nbd;
 mod prometheus;
@@ -27,9 +29,11 @@ mod stamp;
 mod store_dir;
 mod tools;
 
+pub use certificates::certificates;
 pub use command::{Ran, Refusal, quarry_program};
 pub use daemon::Daemon;
 pub use http::{HttpAnswer, http_get, metric_sum};
+pub use machine::{Machine, Qemu};
 pub use nanio::Nanio;
 pub use nbd::{BlockSizes, Nbd, NbdError, NbdFlags};
 pub use prometheus::Prometheus;
