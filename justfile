@@ -56,6 +56,11 @@ fuzz seconds="60" *targets:
 sanitize *arguments:
     tests/sanitize/run {{arguments}}
 
+# The book, in target/book (needs `cargo install mdbook`), without a warning
+book:
+    mdbook build docs
+    cargo test -p quarry-tests --test book -- --ignored
+
 # All that must hold before a change goes in
 ci:
     ./.ci/run

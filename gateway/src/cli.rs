@@ -23,6 +23,8 @@ mod key;
 mod limit;
 mod logging;
 mod output;
+#[cfg(test)]
+mod pages;
 mod progress;
 mod rescue;
 mod serve;

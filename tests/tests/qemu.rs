@@ -74,7 +74,10 @@ fn machine_boots_from_its_volume_by_nbd_and_goes_on_over_a_killed_daemon() -> Re
     let site = Site::with_folder(dir.path(), "a")?;
     let daemon = site.start()?;
     machines_volume(&daemon, &qemu)?;
-    let (uri, memory) = (daemon.uri(VOLUME)?, ("-m 2048", "-m 256"));
+    let (uri, memory) = (
+        daemon.uri(VOLUME)?,
+        ("-accel kvm -cpu host -m 2048", "-m 256"),
+    );
     let (_, socket) = uri.split_once("socket=").context("a unix socket")?;
     let place = ("/run/quarry/quarry-nbd.sock", socket);
     let options = Qemu::options("qemu-nbd", &[place, memory])?;
@@ -161,7 +164,7 @@ fn machine_boots_by_nbd_over_tls_and_stops_where_it_may_not_wait_for_the_daemon(
         ("storage1", "localhost"),
         ("server.port=10809", &format!("server.port={port}")),
         ("/etc/quarry/vm1", &at("client")),
-        ("-m 2048", "-m 256"),
+        ("-accel kvm -cpu host -m 2048", "-m 256"),
         // As where libvirt cannot say it.
         ("reconnect-delay=300,", ""),
     ];

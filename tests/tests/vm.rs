@@ -190,7 +190,7 @@ fn machine_boots_from_its_volume_by_ublk_and_goes_on_over_a_kill_and_a_replaceme
     if tool("qemu-nbd").is_none() || tool("debugfs").is_none() {
         return Ok(());
     }
-    let options = Qemu::options("qemu-ublk", &[("-m 2048", "-m 192")])?;
+    let options = Qemu::options("qemu-ublk", &[("-accel kvm -cpu host -m 2048", "-m 192")])?;
     let (program, image) = (qemu.program(), qemu.image());
     let path = |path: &Path| path.to_str().map(str::to_owned).context("a plain path");
     let arguments = [vec![path(&program)?, path(&image)?], options].concat();
