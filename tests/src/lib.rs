@@ -2,7 +2,8 @@
 //! person or a program would, by its command line, its sockets and its object store.
 //!
 //! Owns: starting and killing daemons ([`Site`], [`Daemon`]), object stores ([`SeaweedFs`],
-//! [`StoreDir`]), faults between the two ([`FaultProxy`]), and an NBD client of its own ([`Nbd`]).
+//! [`StoreDir`]), faults between the two ([`FaultProxy`]), an NBD client of its own ([`Nbd`]), and
+//! machines that boot from volumes ([`Qemu`]).
 //! Does not own: any knowledge of formats or of the daemon's inside. It links no other crate of the
 //! workspace, so that a mistake there cannot hide itself here.
 //!
