@@ -26,6 +26,10 @@ ublk:
     tests/vm/build-uml.sh
     bash tests/run --no-install --no-lint --no-fuzz -E 'binary_id(quarry-tests::vm)'
 
+# Quarry beside its peers by NBD, the store and the disk, written to docs/BENCHMARKS.md (needs fio, qemu-utils, nbdkit)
+bench *arguments:
+    tests/bench/run {{arguments}}
+
 # A volume by ublk beside rublk's loop target, in the virtual machine (needs `cargo install rublk`)
 bench-ublk *arguments:
     cargo build --release
