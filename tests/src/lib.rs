@@ -2,7 +2,8 @@
 //! person or a program would, by its command line, its sockets and its object store.
 //!
 //! Owns: starting and killing daemons ([`Site`], [`Daemon`]), object stores ([`SeaweedFs`],
-//! [`StoreDir`]), faults between the two ([`FaultProxy`]), and an NBD client of its own ([`Nbd`]).
+//! [`StoreDir`]), faults between the two ([`FaultProxy`]), a collector of traces ([`Collector`]), and an NBD client of its
+//! own ([`Nbd`]).
 //! Does not own: any knowledge of formats or of the daemon's inside. It links no other crate of the
 //! workspace, so that a mistake there cannot hide itself here.
 //!
@@ -13,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod collector;
 mod command;
 mod daemon;
 mod http;
@@ -27,6 +29,7 @@ mod stamp;
 mod store_dir;
 mod tools;
 
+pub use collector::{Collector, Span, Trace};
 pub use command::{Ran, Refusal, quarry_program};
 pub use daemon::Daemon;
 pub use http::{HttpAnswer, http_get, metric_sum};
