@@ -42,7 +42,7 @@ impl Key {
 }
 
 /// What each section is about, in the file's order.
-pub(crate) const SECTIONS: [(&str, &str); 11] = [
+pub(crate) const SECTIONS: [(&str, &str); 12] = [
     ("daemon", "Where the daemon lives and how it is reached."),
     ("access", "Who may reach what."),
     ("store", "The object store that keeps everything durable."),
@@ -62,6 +62,10 @@ pub(crate) const SECTIONS: [(&str, &str); 11] = [
     (
         "prices",
         "What the store's provider takes, in one currency: what tenants and volumes cost is told by it.",
+    ),
+    (
+        "tracing",
+        "Traces of slow requests, from the queue to the store, sent to an OpenTelemetry collector.",
     ),
 ];
 
@@ -673,6 +677,64 @@ pub(crate) const KEYS: &[Key] = &[
         secret: false,
         set: |c, v, _| price(v).map(|p| c.prices.written_gib = p),
         get: |c| (c.prices.written_gib > 0.0).then(|| c.prices.written_gib.to_string()),
+    },
+    Key {
+        path: "tracing.endpoint",
+        doc: "URL of the collector, which is called by OTLP over HTTP (protobuf) at /v1/traces below it. Unset:\n\
+              OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, else nothing is traced.",
+        expected: "write a URL such as \"http://127.0.0.1:4318\"",
+        sample: "\"http://127.0.0.1:4318\"",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.tracing.endpoint = Some(t.to_owned())),
+        get: |c| c.tracing.endpoint.as_ref().map(quoted),
+    },
+    Key {
+        path: "tracing.slow",
+        doc: "From how long on a request is slow, and traced.",
+        expected: "write a duration such as \"100ms\"",
+        sample: "",
+        secret: false,
+        set: |c, v, _| duration(v).map(|d| c.tracing.slow = d),
+        get: |c| Some(quoted(humantime::format_duration(c.tracing.slow))),
+    },
+    Key {
+        path: "tracing.sample_misses",
+        doc: "The share of the reads that wait for the store which are traced however short they take, 0 to 1.",
+        expected: "write a number such as 0.001",
+        sample: "",
+        secret: false,
+        set: |c, v, _| price(v).map(|p| c.tracing.sample_misses = p),
+        get: |c| Some(c.tracing.sample_misses.to_string()),
+    },
+    Key {
+        path: "tracing.headers_file",
+        doc: "File of headers that go along with each call, `Name: value` a line, an Authorization say. It is read\n\
+              anew for each call, and never shown.",
+        expected: PATH,
+        sample: "\"/etc/quarry/collector-headers\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.tracing.headers_file = Some(p)),
+        get: |c| c.tracing.headers_file.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "tracing.ca",
+        doc: "Authorities, in PEM, of which one must have signed the collector's certificate. Unset: those that the\n\
+              host trusts.",
+        expected: PATH,
+        sample: "\"/etc/quarry/collector-ca.pem\"",
+        secret: false,
+        set: |c, v, base| path(v, base).map(|p| c.tracing.ca = Some(p)),
+        get: |c| c.tracing.ca.as_ref().map(|p| quoted(p.display())),
+    },
+    Key {
+        path: "tracing.service_name",
+        doc: "What the daemon is called in traces (service.name); OTEL_SERVICE_NAME wins over the default. What else\n\
+              is to be said of it, OTEL_RESOURCE_ATTRIBUTES names.",
+        expected: TEXT,
+        sample: "",
+        secret: false,
+        set: |c, v, _| text(v).map(|t| c.tracing.service_name = t.to_owned()),
+        get: |c| Some(quoted(&c.tracing.service_name)),
     },
 ];
 

@@ -54,6 +54,8 @@ pub struct Config {
     pub trash: Trash,
     /// `[prices]`
     pub prices: Prices,
+    /// `[tracing]`
+    pub tracing: Tracing,
 }
 
 /// `[daemon]`: where the daemon lives and how it is reached.
@@ -318,6 +320,39 @@ impl Default for Trash {
     fn default() -> Self {
         Self {
             grace: Duration::from_secs(7 * 24 * 60 * 60),
+        }
+    }
+}
+
+/// `[tracing]`: traces of slow requests, for an OpenTelemetry collector.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tracing {
+    /// The collector's URL; none: nothing is traced.
+    pub endpoint: Option<String>,
+    /// From how long on a request is slow.
+    pub slow: Duration,
+    /// The share of reads that wait for the store which are traced although they are not slow: 0 to 1.
+    pub sample_misses: f64,
+    /// File of headers that go along with each call.
+    pub headers_file: Option<PathBuf>,
+    /// The authorities of the collector's certificate; none: those that the host trusts.
+    pub ca: Option<PathBuf>,
+    /// What the daemon is called.
+    pub service_name: String,
+    /// What else is said of it, by name.
+    pub resource: Vec<(String, String)>,
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Self {
+            endpoint: None,
+            slow: Duration::from_millis(100),
+            sample_misses: 0.0,
+            headers_file: None,
+            ca: None,
+            service_name: "quarry".to_owned(),
+            resource: Vec::new(),
         }
     }
 }

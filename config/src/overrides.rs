@@ -63,6 +63,21 @@ impl Config {
             store.secret_key = var(&["AWS_SECRET_ACCESS_KEY"]).map(Secret::new);
             store.session_token = var(&["AWS_SESSION_TOKEN"]).map(Secret::new);
         }
+        let tracing = &mut self.tracing;
+        if tracing.endpoint.is_none() && var(&["OTEL_SDK_DISABLED"]).as_deref() != Some("true") {
+            tracing.endpoint = var(&[
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+            ]);
+        }
+        if tracing.service_name == crate::Tracing::default().service_name
+            && let Some(name) = var(&["OTEL_SERVICE_NAME"])
+        {
+            tracing.service_name = name;
+        }
+        if let Some(attributes) = var(&["OTEL_RESOURCE_ATTRIBUTES"]) {
+            tracing.resource = resource_attributes(&attributes);
+        }
         validate::check(&self)?;
         if self.store.url.is_none() {
             return Err(ConfigError::Missing {
@@ -108,6 +123,31 @@ impl Config {
             self.daemon.journal_dir = here(path);
         }
     }
+}
+
+/// `name=value,…`, values percent-encoded; what is not of this form is left out, as OpenTelemetry has it.
+fn resource_attributes(text: &str) -> Vec<(String, String)> {
+    let pairs = text.split(',').filter_map(|pair| {
+        let (name, value) = pair.split_once('=')?;
+        let value = percent_decoded(value.trim())?;
+        Some((name.trim().to_owned(), value))
+    });
+    pairs.filter(|(name, _)| !name.is_empty()).collect()
+}
+
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let digits = [rest.next()?, rest.next()?];
+        let digits = std::str::from_utf8(&digits).ok()?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
+    }
+    String::from_utf8(bytes).ok()
 }
 
 fn read_secret(path: &Path) -> Result<Secret, ConfigError> {
@@ -251,5 +291,37 @@ mod tests {
             ..Overrides::default()
         };
         assert!(Config::default().complete(flags, |_| None).is_err());
+    }
+
+    #[test]
+    fn standard_variables_name_the_collector_where_the_file_does_not() {
+        let env = variables(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318"),
+            ("OTEL_SERVICE_NAME", "blocks"),
+            (
+                "OTEL_RESOURCE_ATTRIBUTES",
+                "deployment.environment.name=a%20b,nonsense, rack = 7 ,=x,y=%zz",
+            ),
+        ]);
+        let complete = |text: &str| {
+            let config = Config::parse(&format!("[store]\nurl = \"s3://b\"\n{text}")).unwrap();
+            config.complete(Overrides::default(), &env).unwrap().tracing
+        };
+        let tracing = complete("");
+        assert_eq!(tracing.endpoint.as_deref(), Some("http://127.0.0.1:4318"));
+        assert_eq!(tracing.service_name, "blocks");
+        let resource = [("deployment.environment.name", "a b"), ("rack", "7")];
+        let resource = resource.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(tracing.resource, resource);
+        let own = complete("[tracing]\nendpoint = \"https://own\"\nservice_name = \"mine\"");
+        assert_eq!(own.endpoint.as_deref(), Some("https://own"));
+        assert_eq!(own.service_name, "mine");
+        let off = variables(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318"),
+            ("OTEL_SDK_DISABLED", "true"),
+        ]);
+        let config = Config::parse("[store]\nurl = \"s3://b\"").unwrap();
+        let config = config.complete(Overrides::default(), off).unwrap();
+        assert_eq!(config.tracing.endpoint, None);
     }
 }

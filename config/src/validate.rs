@@ -23,6 +23,8 @@ const CHUNK_BYTES: RangeInclusive<u64> = 64 << 10..=8 << 20;
 /// Chunks hold whole pages of the cache.
 const CHUNK_BYTES_STEP: u64 = 4096;
 const UPLOADS: RangeInclusive<u32> = 1..=256;
+/// Requests that take a millisecond are no exception, which a trace is for.
+const SLOW_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(3600);
 /// What the kernel takes as the path of a unix socket, without the final NUL.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -49,6 +51,7 @@ pub(crate) fn check(config: &Config) -> Result<(), ConfigError> {
     check_store(config)?;
     check_keys(config)?;
     check_cache(config)?;
+    check_tracing(&config.tracing)?;
 
     let threads = config.reactor.threads;
     if !THREADS.contains(&threads) {
@@ -136,6 +139,39 @@ fn check_keys(config: &Config) -> Result<(), ConfigError> {
         _ => "it is not a URL of a service",
     };
     Err(refuse("keys.url", text, why, "write an https URL"))
+}
+
+fn check_tracing(tracing: &crate::Tracing) -> Result<(), ConfigError> {
+    let slow = tracing.slow;
+    if !SLOW_TIMES.contains(&slow) {
+        let (why, remedy) = ("it must be 1ms to 1h", "write \"100ms\" or leave it out");
+        let slow = humantime::format_duration(slow);
+        return Err(refuse("tracing.slow", slow, why, remedy));
+    }
+    let share = tracing.sample_misses;
+    if !(0.0..=1.0).contains(&share) {
+        let (why, remedy) = ("it must be 0 to 1", "write a share such as 0.001");
+        return Err(refuse("tracing.sample_misses", share, why, remedy));
+    }
+    let Some(text) = &tracing.endpoint else {
+        return Ok(());
+    };
+    const KEY: &str = "tracing.endpoint";
+    const REMEDY: &str = "write a URL such as \"http://127.0.0.1:4318\"";
+    let url = Url::parse(text).map_err(|_| refuse(KEY, text, "it is not a URL", REMEDY))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        let why = "a collector's URL bears no user or password";
+        return Err(refuse(KEY, "(hidden)", why, "use tracing.headers_file"));
+    }
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        let why = "it is no http or https URL";
+        return Err(refuse(KEY, text, why, REMEDY));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        let why = "there is something behind its path";
+        return Err(refuse(KEY, "(hidden)", why, REMEDY));
+    }
+    Ok(())
 }
 
 fn check_daemon(config: &Config) -> Result<(), ConfigError> {
@@ -421,6 +457,15 @@ pub(crate) fn notes(config: &Config) -> Vec<String> {
             "store.endpoint = {endpoint} is not encrypted: use https outside a private network"
         ));
     }
+    if let (Some(endpoint), Some(_)) = (&config.tracing.endpoint, &config.tracing.headers_file)
+        && let Ok(url) = Url::parse(endpoint)
+        && url.scheme() == "http"
+        && !is_loopback(&url)
+    {
+        notes.push(format!(
+            "tracing.endpoint = {endpoint} is not encrypted: the headers of tracing.headers_file travel in the clear"
+        ));
+    }
     notes
 }
 
@@ -564,12 +609,44 @@ mod tests {
     }
 
     #[test]
+    fn collectors_that_cannot_be_called_are_refused() {
+        for (text, hint) in [
+            ("endpoint = \"collector\"", "not a URL"),
+            (
+                "endpoint = \"grpc://collector:4317\"",
+                "no http or https URL",
+            ),
+            (
+                "endpoint = \"https://id:hunter2@collector\"",
+                "tracing.headers_file",
+            ),
+            (
+                "endpoint = \"https://collector/?key=hunter2\"",
+                "behind its path",
+            ),
+            ("slow = \"0s\"", "1ms to 1h"),
+            ("sample_misses = 1.5", "0 to 1"),
+        ] {
+            let told = refusal(&format!("[tracing]\n{text}"));
+            assert!(
+                told.contains(hint) && told.starts_with("line 2: "),
+                "{told}"
+            );
+            assert!(!told.contains("hunter2"), "{told}");
+        }
+        for url in ["http://127.0.0.1:4318", "https://collector/otlp/v1/traces"] {
+            Config::parse(&format!("[tracing]\nendpoint = \"{url}\"")).unwrap();
+        }
+    }
+
+    #[test]
     fn notes_warn_of_what_is_open() {
         let config = Config::parse(
-            "[daemon]\nnbd_listen = \"0.0.0.0:10809\"\n[access]\nnbd_insecure = true\n[store]\nendpoint = \"http://10.0.0.1\"",
+            "[daemon]\nnbd_listen = \"0.0.0.0:10809\"\n[access]\nnbd_insecure = true\n[store]\nendpoint = \"http://10.0.0.1\"\n\
+             [tracing]\nendpoint = \"http://10.0.0.2:4318\"\nheaders_file = \"/h\"",
         )
         .unwrap();
-        assert_eq!(config.notes().len(), 3, "{:?}", config.notes());
+        assert_eq!(config.notes().len(), 4, "{:?}", config.notes());
         let quiet = "[daemon]\nnbd_listen = \"127.0.0.1:1\"\n[store]\nurl = \"file:///d\"\nendpoint = \"http://localhost:1\"";
         assert!(Config::parse(quiet).unwrap().notes().is_empty());
     }

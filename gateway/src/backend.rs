@@ -57,9 +57,10 @@ pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
 
 use crate::fair::{Gate, Share};
-use crate::reactor::{BackendSink, ReactorHandle, VolumeKey};
+use crate::reactor::{BackendSink, Message, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
 use crate::store::{Store, StoreError};
+use crate::trace::{self, Recording, Step, Tracer};
 
 /// Most chunks being read, encoded or sent at once, over all volumes: each takes up to 16 MiB. A tenant whose store
 /// hangs may keep as many, beside those of the others ([`Gate`]).
@@ -106,6 +107,8 @@ pub struct Common {
     pub now_ms: fn() -> u64,
     /// Where the work runs.
     pub runtime: Handle,
+    /// Who wants to know what the work takes.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 impl Common {
@@ -330,10 +333,19 @@ impl VolumeBackend {
         self.keys.lock().clone()
     }
 
-    /// Feeds the volume an event.
+    /// Feeds the volume an event, with what the task at hand has recorded.
     pub async fn tell(&self, event: Event) {
+        let key = self.key;
+        let message = match trace::taken() {
+            Some(trail) => Message::Recorded {
+                key,
+                event,
+                trail: Box::new(trail),
+            },
+            None => Message::VolumeEvent { key, event },
+        };
         // The reactor is gone only when the daemon ends.
-        let _ = self.reactor.send_event(self.key, event).await;
+        let _ = self.reactor.send(message).await;
     }
 
     /// The time of a chunk that is cut now: the clock's, but never before the chunk before it, so that
@@ -495,11 +507,14 @@ impl VolumeBackend {
     /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
     /// the chunk; its `last_write` then says what the cache need not send again.*
     async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(ChunkHeader, u64), String> {
+        let waiting = trace::open(Step::UploadPlace, None);
         let _memory = self.common.uploads.enter(&self.common.share).await;
+        drop(waiting);
         let object = keys::chunk_key(self.head.tenant(), plan.id);
         let encoded = loop {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
             let how = self.how(cut_ms);
+            let _encoding = trace::open(Step::Encode, None);
             let encode = move || make_chunk(&*device, &plan, &how);
             match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
@@ -598,8 +613,24 @@ impl BackendSink for Arc<VolumeBackend> {
             Action::Upload(_) => self.cut(),
             _ => 0,
         };
-        runtime.spawn(this.carry_out(action, cut_ms));
+        let recording = this.common.tracer.as_ref().and_then(|_| recorded(&action));
+        let work = this.carry_out(action, cut_ms);
+        match recording {
+            Some(recording) => runtime.spawn(recording.over(work)),
+            None => runtime.spawn(work),
+        };
     }
+}
+
+/// Records what requests may wait for.
+fn recorded(action: &Action) -> Option<Recording> {
+    let (step, count) = match action {
+        Action::Fetch { fetch, .. } => (Step::Fetch, fetch.frames.len()),
+        Action::LoadNodes { nodes, .. } => (Step::Nodes, nodes.len()),
+        Action::Upload(plan) => (Step::Upload, plan.extents.len()),
+        _ => return None,
+    };
+    Some(Recording::begin(step, count as u64))
 }
 
 /// How a volume's chunks are made.

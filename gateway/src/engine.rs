@@ -75,10 +75,11 @@ use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
 use crate::qos::VolumeGate;
 use crate::reactor::{
-    Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, VolumeKey,
+    Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, Traced, VolumeKey,
 };
 use crate::store::direct::DirectLane;
 use crate::store::{Lane, StoreSettings};
+use crate::trace::export::Exporter;
 use crate::ublk;
 
 /// Longest time that a control call waits for the store before it answers with the store's error.
@@ -107,6 +108,7 @@ pub struct VolumeMachine {
     latencies: Latencies,
     /// What the volume asked for when it was made: carried out with the first event.
     first: Vec<quarry_volume::Action>,
+    traced: Option<Traced>,
 }
 
 impl Machine for VolumeMachine {
@@ -160,6 +162,10 @@ impl Machine for VolumeMachine {
         Some(Arc::clone(&self.gate))
     }
 
+    fn traced(&self) -> Option<Traced> {
+        self.traced.clone()
+    }
+
     fn wants_tick(&self) -> bool {
         self.volume.wants_ticks()
     }
@@ -202,6 +208,8 @@ pub struct Daemon {
     access: Arc<Access>,
     pace: Arc<warm::Pace>,
     warms: warm::Warms,
+    /// Sends traces, if there is a collector, until the daemon ends.
+    exporter: Mutex<Option<Exporter>>,
 }
 
 /// The volumes that can be had over NBD: those attached with it.
@@ -314,6 +322,8 @@ impl Daemon {
             None => ublk,
         };
         ublk.sweep();
+        let tracing = Exporter::start(&config.tracing, &host)?;
+        let (tracer, exporter) = tracing.unzip();
         let (settings, for_direct) = (StoreSettings::from(&config.store), lane.clone());
         let open = move || DirectLane::open(&settings, for_direct).map_err(|why| why.to_string());
         let common = Common {
@@ -336,6 +346,7 @@ impl Daemon {
             orphan_interval: config.reclaim.orphan_interval,
             now_ms,
             runtime: tokio::runtime::Handle::current(),
+            tracer,
         };
         let tokens = Arc::new(lane.with_deadline(TOKENS_DEADLINE));
         let access = Access::new(&config.access, tokens, &config.daemon.data_dir)?;
@@ -366,6 +377,7 @@ impl Daemon {
             access: Arc::new(access),
             pace: Arc::new(warm::Pace::new(config.cache.warm_rate.bytes())),
             warms: warm::Warms::default(),
+            exporter: Mutex::new(exporter),
             config,
         }))
     }
@@ -523,6 +535,10 @@ impl Daemon {
         let join = move || reactors.into_iter().for_each(Reactor::shutdown);
         if let Err(error) = tokio::task::spawn_blocking(join).await {
             tracing::error!(%error, "a reactor did not end well");
+        }
+        let exporter = self.exporter.lock().take();
+        if let Some(exporter) = exporter {
+            exporter.end().await;
         }
     }
 }

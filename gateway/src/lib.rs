@@ -22,6 +22,7 @@ pub mod rescue;
 pub mod snapshot;
 pub mod store;
 mod tls;
+pub mod trace;
 pub mod trash;
 pub mod ublk;
 pub mod verify;

@@ -27,6 +27,7 @@ mod rate;
 mod ring;
 mod sync;
 mod token;
+mod trails;
 pub mod ublk_queue;
 
 #[cfg(test)]
@@ -49,8 +50,10 @@ use self::direct::Body;
 use self::doorbell::Doorbell;
 use crate::latency::Timed;
 use crate::qos::VolumeGate;
+use crate::trace::Trail;
 
 pub use self::frontend::{Buffer, FrontEnd, Geometry, Port};
+pub use self::trails::Traced;
 
 /// Messages that wait for a reactor: past it, senders wait.
 const MESSAGES_MAX: usize = 4096;
@@ -92,6 +95,11 @@ pub trait Machine: Any + Send {
 
     /// How fast its requests are taken; asked once, like its shape. None: as fast as can be.
     fn gate(&self) -> Option<Arc<VolumeGate>> {
+        None
+    }
+
+    /// How its requests are traced; asked once, like its shape. None: not at all.
+    fn traced(&self) -> Option<Traced> {
         None
     }
 
@@ -150,6 +158,15 @@ pub enum Message {
         key: VolumeKey,
         /// What.
         event: Event,
+    },
+    /// As [`Message::VolumeEvent`], with what the backend did for it.
+    Recorded {
+        /// Which.
+        key: VolumeKey,
+        /// What.
+        event: Event,
+        /// The spans of it.
+        trail: Box<Trail>,
     },
     /// Give the volume a larger size: feed [`Event::Grown`], and let front ends bring what reaches up
     /// to the new end.

@@ -402,6 +402,7 @@ impl Driven {
             orphan_interval: Duration::from_secs(86_400),
             now_ms: || 1,
             runtime: tokio::runtime::Handle::current(),
+            tracer: None,
         };
         let (next_chunk, epoch) = (claimed.next_chunk, claimed.info.epoch);
         let next_write = claimed.stored_write.next();

@@ -2,8 +2,8 @@
 //! person or a program would, by its command line, its sockets and its object store.
 //!
 //! Owns: starting and killing daemons ([`Site`], [`Daemon`]), object stores ([`SeaweedFs`],
-//! [`StoreDir`]), faults between the two ([`FaultProxy`]), an NBD client of its own ([`Nbd`]), and
-//! machines that boot from volumes ([`Qemu`]).
+//! [`StoreDir`]), faults between the two ([`FaultProxy`]), a collector of traces ([`Collector`]), an NBD client of its
+//! own ([`Nbd`]), and machines that boot from volumes ([`Qemu`]).
 //! Does not own: any knowledge of formats or of the daemon's inside. It links no other crate of the
 //! workspace, so that a mistake there cannot hide itself here.
 //!
@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod certificates;
+mod collector;
 mod command;
 mod daemon;
 mod http;
@@ -31,6 +32,7 @@ mod store_dir;
 mod tools;
 
 pub use certificates::certificates;
+pub use collector::{Collector, Span, Trace};
 pub use command::{Ran, Refusal, quarry_program};
 pub use daemon::Daemon;
 pub use http::{HttpAnswer, http_get, metric_sum};

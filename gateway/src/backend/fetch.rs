@@ -27,6 +27,7 @@ use quarry_volume::{DataError, Fetch, FrameRef};
 use super::flights::{Flight, Flights, Sought, Waiting};
 use super::{Unsound, VolumeBackend, aside, insist};
 use crate::store::Store;
+use crate::trace::{self, Step};
 
 /// What a frame costs in the RAM tier beside its content.
 const FRAME_ENTRY_BYTES: usize = 128;
@@ -249,6 +250,7 @@ impl VolumeBackend {
                 })
                 .collect()
         };
+        let _decoding = trace::open(Step::Decode, None);
         // Milliseconds at most for 1 MiB; yet long enough to hold up other tasks' wake-ups.
         aside(decode).await.map_err(|e| e.to_string())?
     }
@@ -312,12 +314,14 @@ async fn joined<V: Clone, F: Future<Output = Result<V, DataError>>>(
     foreground: bool,
     own: impl FnOnce() -> F,
 ) -> Option<Result<V, DataError>> {
+    let joined = trace::open(Step::Joined, None);
     if !foreground {
         return waiting.await.ok();
     }
     if let Ok(landed) = tokio::time::timeout(JOIN_TIME_MAX, waiting.clone()).await {
         return landed.ok();
     }
+    drop(joined);
     match select(waiting, pin!(own())).await {
         Either::Left((Ok(landed), _)) => Some(landed),
         Either::Left((Err(_), own)) => Some(own.await),

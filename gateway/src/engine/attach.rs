@@ -30,8 +30,9 @@ use crate::moment::Moment;
 use crate::nbd::Export;
 use crate::qos::VolumeGate;
 use crate::reactor::ublk_queue::UblkQueue;
-use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, VolumeKey};
+use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, Traced, VolumeKey};
 use crate::store::{Store, StoreStats};
+use crate::trace::Whose;
 use crate::ublk::{
     Device, DeviceSpec, Found, Mode, Permissions, Stamp, UblkError, past_device, snapshot_device,
 };
@@ -520,6 +521,13 @@ impl Daemon {
             copied_bytes: 0,
             in_place_bytes: 0,
             latencies: Latencies::default(),
+            traced: self.common.tracer.clone().map(|tracer| Traced {
+                tracer,
+                whose: Arc::new(Whose {
+                    tenant: volume.volume.tenant.to_string(),
+                    volume: volume.short_name(),
+                }),
+            }),
             first: actions,
         };
         let (reactor, key) = self.place()?;

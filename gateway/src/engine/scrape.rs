@@ -85,6 +85,7 @@ impl Daemon {
                 volumes_left_out: volumes_attached.saturating_sub(VOLUMES_MAX) as u64,
                 tenants_left_out: tenants_left_out as u64,
             },
+            traces: self.common.tracer.as_ref().map(|tracer| tracer.stats()),
             process: ProcessStats::of_this(self.started_ms),
         }
     }

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::definition::{Definition, Source, count, counter, gauge, of};
+use crate::trace::Lost;
 
 /// What the daemon does with the trash.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -204,6 +205,36 @@ pub(super) static TABLE: &[Definition] = &[
         "quarry_ready",
         "1 while the daemon serves and its store answers, as /readyz says.",
         of!(Daemon.ready),
+    ),
+    counter(
+        "quarry_trace_export_failures_total",
+        "Calls of the collector that failed, those that were tried again too.",
+        Source::Own(&[], |all, family| {
+            if let Some(traces) = all.traces {
+                family.sample(&[], count(traces.failures));
+            }
+        }),
+    ),
+    counter(
+        "quarry_traces_dropped_total",
+        "Traces that the collector did not get: it took none in time (`collector`), too many waited for it (`queue`), or too many requests were traced at once (`in_flight`).",
+        Source::Own(&["reason"], |all, family| {
+            for (why, dropped) in Lost::ALL
+                .iter()
+                .zip(all.traces.iter().flat_map(|t| t.dropped))
+            {
+                family.sample(&[why.as_str()], count(dropped));
+            }
+        }),
+    ),
+    counter(
+        "quarry_traces_exported_total",
+        "Traces that the collector took; like the others of traces absent without one.",
+        Source::Own(&[], |all, family| {
+            if let Some(traces) = all.traces {
+                family.sample(&[], count(traces.exported));
+            }
+        }),
     ),
     counter(
         "quarry_trash_purged_objects_total",

@@ -114,6 +114,11 @@ fn snapshot() -> Snapshot {
             volumes_left_out: 5,
             ..DaemonStats::default()
         },
+        traces: Some(TraceStats {
+            exported: 8,
+            dropped: [0, 4, 0],
+            failures: 1,
+        }),
         process: ProcessStats {
             cpu: Duration::from_millis(250),
             ..ProcessStats::default()
@@ -151,6 +156,9 @@ fn scrape_of_a_snapshot_has_its_values_and_labels() {
         "quarry_cache_size_bytes 1073741824",
         r#"quarry_cache_segments{state="filling"} 3"#,
         "quarry_trash_volumes 2",
+        "quarry_traces_exported_total 8",
+        r#"quarry_traces_dropped_total{reason="queue"} 4"#,
+        "quarry_trace_export_failures_total 1",
         "quarry_audit_lines_total 9",
         "quarry_audit_failures_total 1",
         r#"quarry_store_requests_total{operation="get",outcome="ok"} 7"#,

@@ -561,6 +561,10 @@ impl Outgoing {
 }
 
 impl FrontEnd for Connection {
+    fn name(&self) -> &'static str {
+        "nbd"
+    }
+
     fn start(&mut self, port: &mut Port<'_>) {
         self.receive(port);
     }

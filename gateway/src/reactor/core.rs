@@ -20,13 +20,15 @@ use super::execute::{FILL_BYTES_MAX, SEALED_KEPT_BYTES, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::hold::{Held, Holds};
 use super::memory::Pool;
-use super::op::{CacheOp, Code, Hold, Step};
+use super::op::{CacheOp, Code, Hold, Step as Progress};
 use super::rate::Rate;
-use super::ring::{Completion, Ring};
+use super::ring::{Completion, File as Target, Ring};
 use super::sync::Syncs;
 use super::token::Token;
+use super::trails::Trails;
 use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorStats, VolumeKey};
 use crate::qos::{VolumeGate, now_ns};
+use crate::trace::Step;
 
 /// Time between two ticks, in milliseconds.
 const TICK_MS: u64 = 100;
@@ -54,6 +56,7 @@ pub(super) struct VolumeSlot {
     pub(super) gate: Option<Arc<VolumeGate>>,
     pub(super) held: Held,
     pub(super) direct: DirectReads,
+    pub(super) trails: Trails,
     actions: Vec<Action>,
     /// Cache operations under way or waiting for memory.
     pub(super) ops: u32,
@@ -62,6 +65,29 @@ pub(super) struct VolumeSlot {
     /// Told when the last front end is gone.
     without_front_ends: Vec<oneshot::Sender<()>>,
     touched: bool,
+}
+
+impl VolumeSlot {
+    /// An operation that took long, or is of a request that is traced, has ended.
+    #[cold]
+    fn mark(&mut self, op: &CacheOp, now_ns: u64) {
+        let step = match (op.code, op.file) {
+            (Code::ReceiveFixed { .. }, _) => Step::Receive,
+            (Code::Read | Code::ReadFixed { .. }, Target::Cache) => Step::CacheRead,
+            (Code::Write { .. } | Code::WriteFixed { .. }, Target::Cache) => Step::CacheWrite,
+            _ => Step::Copy,
+        };
+        match (op.request, op.code) {
+            (Some(request), _) => {
+                let in_flight = &mut self.inbox.requests[request];
+                self.trails
+                    .part_done(in_flight, step, op.since_ns, now_ns, op.len);
+            }
+            (None, Code::Write { durable: true }) => self.trails.page_written(op.since_ns, now_ns),
+            // A fill, for which nobody waits.
+            (None, _) => {}
+        }
+    }
 }
 
 struct FrontEndSlot {
@@ -106,7 +132,7 @@ pub(super) struct Core {
     started: Instant,
     now_ms: u64,
     /// When the batch began: of requests' times the beginning or the end.
-    batch_ns: u64,
+    pub(super) batch_ns: u64,
     timer_armed: bool,
     /// When it was told to end.
     ending_since: Option<u64>,
@@ -241,6 +267,7 @@ impl Core {
         let slot = &mut self.volumes[index as usize];
         slot.actions = actions;
         slot.touched = false;
+        slot.trails.settle();
         self.reap_volume(index);
     }
 
@@ -248,8 +275,8 @@ impl Core {
     fn op_done(&mut self, index: u32, result: i32) {
         let op = &mut self.ops[index as usize];
         match op.advance(result) {
-            Step::Again => self.submit_op(index),
-            Step::Done(result) => {
+            Progress::Again => self.submit_op(index),
+            Progress::Done(result) => {
                 let op = self.ops.remove(index as usize);
                 if result.is_ok() {
                     self.decrypt(&op);
@@ -259,6 +286,13 @@ impl Core {
                     self.syncs.failure().note(errno);
                 }
                 let (volume, io, request) = (op.volume, op.io, op.request);
+                let slot = &mut self.volumes[volume as usize];
+                let took_ns = self.batch_ns.saturating_sub(op.since_ns);
+                let is_marked = took_ns >= slot.trails.mark_ns
+                    || request.is_some_and(|key| slot.inbox.requests[key].trail.is_some());
+                if is_marked {
+                    slot.mark(&op, self.batch_ns);
+                }
                 match op.hold {
                     Hold::Body(body) => body.end(result.is_ok()),
                     hold => self.release(hold),
@@ -309,10 +343,14 @@ impl Core {
 
     fn answer(&mut self, volume: u32, request: usize, result: Result<(), IoError>) {
         let slot = &mut self.volumes[volume as usize];
-        let in_flight = slot.inbox.requests.remove(request);
+        let mut in_flight = slot.inbox.requests.remove(request);
+        let ns = self.batch_ns.saturating_sub(in_flight.since_ns);
         if let (Some(timed), Ok(())) = (in_flight.timed, result) {
-            let ns = self.batch_ns.saturating_sub(in_flight.since_ns);
             slot.machine.took(timed, ns);
+        }
+        if ns >= slot.trails.slow_ns || in_flight.trail.is_some() {
+            let front_end = &self.front_ends[in_flight.front_end as usize].front_end;
+            slot.trails.finish(&mut in_flight, result, front_end.name());
         }
         self.stats.requests.fetch_add(1, Ordering::Relaxed);
         let slot = &mut self.front_ends[in_flight.front_end as usize];
@@ -442,6 +480,7 @@ impl Core {
                     requests: Slab::new(),
                     events: Vec::new(),
                 };
+                let trails = Trails::new(machine.traced());
                 let slot = VolumeSlot {
                     key,
                     gate: machine.gate(),
@@ -450,6 +489,7 @@ impl Core {
                     backend,
                     inbox,
                     direct: DirectReads::default(),
+                    trails,
                     actions: Vec::new(),
                     ops: 0,
                     front_ends: 0,
@@ -479,6 +519,14 @@ impl Core {
             },
             Message::VolumeEvent { key, event } => {
                 if let Some(&index) = self.keys.get(&key) {
+                    self.feed(index, event);
+                }
+            }
+            Message::Recorded { key, event, trail } => {
+                if let Some(&index) = self.keys.get(&key) {
+                    let slot = &mut self.volumes[index as usize];
+                    let has_requests = !slot.inbox.requests.is_empty();
+                    slot.trails.heard(&event, *trail, has_requests);
                     self.feed(index, event);
                 }
             }

@@ -31,6 +31,7 @@ use super::frontend::BufferKind;
 use super::memory::{ALIGNMENT, AlignedBuf};
 use super::op::{Code, Hold};
 use super::ring::File;
+use crate::trace::Step;
 
 /// From `linux/io_uring.h`: a receive or send is of a registered buffer, `buf_index`.
 const RECVSEND_FIXED_BUF: u16 = 1 << 2;
@@ -77,6 +78,7 @@ impl Body {
 /// A direct read that the backend is to answer.
 struct Awaited {
     request: usize,
+    since_ns: u64,
     at: u32,
     len: u32,
     buf_index: u16,
@@ -114,6 +116,7 @@ impl Core {
         in_flight.ops += 1;
         let awaited = Awaited {
             request,
+            since_ns: self.batch_ns,
             at,
             len,
             buf_index,
@@ -130,6 +133,11 @@ impl Core {
         let Some(awaited) = self.volumes[volume as usize].direct.0.remove(&io) else {
             return;
         };
+        let (now_ns, slot) = (self.batch_ns, &mut self.volumes[volume as usize]);
+        let in_flight = &mut slot.inbox.requests[awaited.request];
+        let (since_ns, len) = (awaited.since_ns, awaited.len);
+        slot.trails
+            .part_done(in_flight, Step::Ask, since_ns, now_ns, len);
         // One that ends leaves the request to the next daemon, or to the ordinary way.
         match body.filter(|_| !self.is_ending()) {
             Some(body) => {

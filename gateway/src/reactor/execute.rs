@@ -14,6 +14,8 @@ use super::op::{CacheOp, Code, Hold};
 use super::ring::File;
 use super::token::Token;
 use crate::latency::Timed;
+use crate::qos::now_ns;
+use crate::trace::Step;
 
 /// Most bytes of aligned copies of fills under way; fills past it wait their turn.
 pub(super) const FILL_BYTES_MAX: usize = 32 << 20;
@@ -82,6 +84,11 @@ impl Core {
                 offset,
                 len,
             } => {
+                let slot = &mut self.volumes[volume as usize];
+                let in_flight = &mut slot.inbox.requests[request_key(request)];
+                if in_flight.since_ns != self.batch_ns {
+                    slot.trails.placed_late(in_flight, self.batch_ns);
+                }
                 self.transfer(
                     volume,
                     io,
@@ -150,7 +157,9 @@ impl Core {
                 machine.journal(segment, generation, &record);
             }
             Action::Sync { io } => {
-                self.volumes[volume as usize].ops += 1;
+                let slot = &mut self.volumes[volume as usize];
+                slot.ops += 1;
+                slot.trails.sync_asked(self.batch_ns);
                 self.syncs.ask((volume, io));
                 self.start_sync();
             }
@@ -168,8 +177,19 @@ impl Core {
                 self.status_told(volume, request_key(request), &runs);
             }
             Action::Missed { request } => {
-                let requests = &mut self.volumes[volume as usize].inbox.requests;
-                requests[request_key(request)].timed = Some(Timed::ReadMiss);
+                let slot = &mut self.volumes[volume as usize];
+                let in_flight = &mut slot.inbox.requests[request_key(request)];
+                in_flight.timed = Some(Timed::ReadMiss);
+                slot.trails.missed(in_flight);
+            }
+            Action::Waited { request, io } => {
+                let slot = &mut self.volumes[volume as usize];
+                let in_flight = &mut slot.inbox.requests[request_key(request)];
+                slot.trails.waited(in_flight, io);
+            }
+            Action::WritesWait(waits) => {
+                let trails = &mut self.volumes[volume as usize].trails;
+                trails.writes_wait(waits, self.batch_ns);
             }
             Action::Complete { request, result } => {
                 self.request_done(volume, request_key(request), result)
@@ -237,10 +257,18 @@ impl Core {
                         return;
                     }
                     Transfer::Copy(data) => {
+                        let slot = &mut self.volumes[volume as usize];
+                        let in_flight = &mut slot.inbox.requests[key];
+                        let since_ns = in_flight.trail.as_ref().map(|_| now_ns());
                         // SAFETY: as above; `data` holds `len` bytes and is memory of its own.
                         unsafe {
                             std::ptr::copy_nonoverlapping(data.as_ptr(), ptr.as_ptr(), data.len())
                         };
+                        if let Some(since_ns) = since_ns {
+                            let end_ns = now_ns();
+                            slot.trails
+                                .part_done(in_flight, Step::Copy, since_ns, end_ns, len);
+                        }
                         self.feed(volume, Event::IoDone { io, result: Ok(()) });
                         return;
                     }
@@ -339,6 +367,7 @@ impl Core {
             len,
             done: 0,
             tries: 0,
+            since_ns: self.batch_ns,
             hold,
         };
         let index = index_of(self.ops.insert(op));
@@ -380,7 +409,9 @@ impl Core {
     pub(super) fn synced(&mut self, result: i32) {
         let (waiters, result) = self.syncs.end(result);
         for (volume, io) in waiters {
-            self.volumes[volume as usize].ops -= 1;
+            let slot = &mut self.volumes[volume as usize];
+            slot.ops -= 1;
+            slot.trails.synced(self.batch_ns);
             self.feed(volume, Event::IoDone { io, result });
         }
         self.start_sync();

@@ -29,6 +29,7 @@ use slab::Slab;
 
 use super::ring::Ring;
 use super::token::Token;
+use super::trails::RequestTrail;
 use crate::latency::Timed;
 
 /// What brings requests. See the module's text for the order of the calls.
@@ -63,6 +64,11 @@ pub trait FrontEnd: Send {
     /// than once. A front end that cannot end by itself (a ublk queue, whose commands only the
     /// kernel gives back when the device is stopped) does nothing here.
     fn stop(&mut self, port: &mut Port<'_>);
+
+    /// What it is, in a word, for traces.
+    fn name(&self) -> &'static str {
+        "other"
+    }
 
     /// Whether it comes to an end after [`FrontEnd::stop`] without anybody's help.
     fn ends_by_itself(&self) -> bool {
@@ -170,6 +176,11 @@ pub(super) struct InFlight {
     pub(super) timed: Option<Timed>,
     /// The batch in which it came, or was let through: nanoseconds of [`now_ns`](crate::qos::now_ns).
     pub(super) since_ns: u64,
+    /// What was asked for.
+    pub(super) op: Op,
+    pub(super) range: LbaRange,
+    /// Where its time went, once it has left the fast path and is traced.
+    pub(super) trail: Option<Box<RequestTrail>>,
 }
 
 /// What a volume is asked and told in the batch at hand, and the requests it works on.
@@ -243,6 +254,9 @@ impl Port<'_> {
             answer: None,
             timed: Timed::of(op),
             since_ns: self.batch_ns,
+            op,
+            range,
+            trail: None,
         });
         let id = RequestId(key as u64);
         self.inbox

@@ -175,8 +175,10 @@ impl Core {
             bytes += bytes_of(&request);
             held_ns += now_ns - since_ns;
             if since_ns < now_ns {
+                let in_flight = &mut slot.inbox.requests[request_key(request.id)];
+                slot.trails.held(in_flight, since_ns, now_ns);
                 // What the request itself takes is counted from here on.
-                slot.inbox.requests[request_key(request.id)].since_ns = now_ns;
+                in_flight.since_ns = now_ns;
                 slot.machine.took(Timed::Held, now_ns - since_ns);
             }
             if passage == Passage::ReadOnly && is_write(request.op) {
@@ -232,7 +234,9 @@ impl Core {
             bytes += bytes_of(&request);
             held_ns += now_ns - since_ns;
             if since_ns < now_ns {
-                slot.inbox.requests[request_key(request.id)].since_ns = now_ns;
+                let in_flight = &mut slot.inbox.requests[request_key(request.id)];
+                slot.trails.held(in_flight, since_ns, now_ns);
+                in_flight.since_ns = now_ns;
                 slot.machine.took(Timed::Held, now_ns - since_ns);
             }
             events.push(Event::Request(request));

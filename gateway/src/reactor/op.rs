@@ -63,6 +63,8 @@ pub(super) struct CacheOp {
     /// Bytes transferred.
     pub(super) done: u32,
     pub(super) tries: u8,
+    /// The batch in which it was begun: nanoseconds of [`now_ns`](crate::qos::now_ns).
+    pub(super) since_ns: u64,
     pub(super) hold: Hold,
 }
 
@@ -181,6 +183,7 @@ mod tests {
             len,
             done: 0,
             tries: 0,
+            since_ns: 0,
             hold: Hold::Nothing,
         }
     }

@@ -412,6 +412,10 @@ impl UblkQueue {
 }
 
 impl FrontEnd for UblkQueue {
+    fn name(&self) -> &'static str {
+        "ublk"
+    }
+
     fn start(&mut self, port: &mut Port<'_>) {
         self.begun = true;
         if self.mode == Mode::ZeroCopy {

@@ -29,6 +29,7 @@ use super::backoff::Jitter;
 use super::stats::{Accounts, Attempt};
 use super::{Operation, Outcome, Store, StoreError, StoreHealth, StoreStats, Tag};
 use crate::fair::{Gate, Place, Share, plain_share};
+use crate::trace::{self, Open, Step, notes};
 
 /// How long an attempt may take, besides the time for its bytes.
 const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(15);
@@ -203,11 +204,12 @@ impl Lane {
         self.shared.stop.send_replace(true);
     }
 
-    /// Runs `attempt` until it has an answer.
+    /// Runs `attempt`, which is about so many bytes, as far as that is known, until it has an answer.
     async fn run<T, F>(
         &self,
         operation: Operation,
         key: &str,
+        bytes: Option<u64>,
         limit: Duration,
         attempt: impl Fn() -> F + Send + Sync,
     ) -> Result<T, StoreError>
@@ -215,7 +217,14 @@ impl Lane {
         F: Future<Output = Result<T, StoreError>> + Send,
         T: Send,
     {
-        let mut progress = Progress::default();
+        let mut progress = Progress {
+            span: trace::open(Step::Call(operation), None),
+            ..Progress::default()
+        };
+        progress.span.text(notes::OBJECT, key);
+        if let Some(bytes) = bytes {
+            progress.span.count(notes::BYTES, bytes);
+        }
         let mut stop = self.shared.stop.subscribe();
         let due = self.deadline.map(|limit| Instant::now() + limit);
         let answer = tokio::select! {
@@ -226,6 +235,7 @@ impl Lane {
             answer = self.persist(operation, key, limit, &attempt, &mut progress) => Some(answer),
         };
         if let Some(answer) = answer {
+            progress.end(&answer);
             return answer;
         }
         let Some(limit) = self.deadline else {
@@ -320,21 +330,33 @@ impl Lane {
         F: Future<Output = Result<T, StoreError>> + Send,
         T: Send,
     {
+        let waiting = trace::open(Step::Place, Some(&progress.span));
         let place = self.place(operation).await;
+        drop(waiting);
+        progress.attempts += 1;
+        let span = trace::open(Step::Attempt, Some(&progress.span));
         progress.is_under_way = true;
         let ended = timeout(limit, attempt()).await;
         progress.is_under_way = false;
-        match ended {
+        let (result, outcome) = match ended {
             Ok(result) => {
-                place.end(Outcome::of(&result));
-                result
+                let outcome = Outcome::of(&result);
+                (result, outcome)
             }
             Err(_) => {
-                place.end(Outcome::GivenUp);
                 let reason = format!("no answer within {limit:?}");
-                Err(StoreError::unavailable(operation, key, reason))
+                let error = StoreError::unavailable(operation, key, reason);
+                (Err(error), Outcome::GivenUp)
             }
+        };
+        place.end(outcome);
+        note_outcome(&span, outcome);
+        if let Err(error) = &result
+            && span.is_recorded()
+        {
+            span.text(notes::REASON, &error.to_string());
         }
+        result
     }
 
     /// Waits for a place. What is done in it is counted as an attempt.
@@ -386,11 +408,28 @@ impl LanePlace<'_> {
 /// What is known of a call that goes on.
 #[derive(Default)]
 struct Progress {
+    span: Open,
+    attempts: u64,
     last_error: Option<StoreError>,
     /// An attempt ended without an answer, and may have had its effect.
     is_uncertain: bool,
     /// The store was asked and has not answered yet.
     is_under_way: bool,
+}
+
+impl Progress {
+    /// The call has this answer.
+    fn end<T>(&self, answer: &Result<T, StoreError>) {
+        note_outcome(&self.span, Outcome::of(answer));
+        self.span.count(notes::ATTEMPTS, self.attempts);
+    }
+}
+
+fn note_outcome(span: &Open, outcome: Outcome) {
+    span.word(notes::OUTCOME, outcome.as_str());
+    if outcome != Outcome::Ok {
+        span.fail(outcome.as_str());
+    }
 }
 
 async fn sleep_until_some(due: Option<Instant>) {
@@ -406,17 +445,20 @@ impl Store for Lane {
         let limit = self.limit(8 << 20);
         let store = &self.shared.store;
         let got = self
-            .run(Operation::Get, key, limit, || store.get(key))
+            .run(Operation::Get, key, None, limit, || store.get(key))
             .await?;
         self.accounts.read(got.0.len());
         Ok(got)
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        let limit = self.limit(range.end.saturating_sub(range.start));
+        let bytes = range.end.saturating_sub(range.start);
+        let limit = self.limit(bytes);
         let store = &self.shared.store;
         let read = || store.get_range(key, range.clone());
-        let got = self.run(Operation::GetRange, key, limit, read).await?;
+        let got = self
+            .run(Operation::GetRange, key, Some(bytes), limit, read)
+            .await?;
         self.accounts.read(got.len());
         Ok(got)
     }
@@ -425,38 +467,47 @@ impl Store for Lane {
         let limit = self.limit(len);
         let store = &self.shared.store;
         let read = || store.get_prefix(key, len);
-        let got = self.run(Operation::GetRange, key, limit, read).await?;
+        let got = self
+            .run(Operation::GetRange, key, Some(len), limit, read)
+            .await?;
         self.accounts.read(got.len());
         Ok(got)
     }
 
     async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
-        let limit = self.limit(body.len() as u64);
+        let bytes = body.len() as u64;
+        let limit = self.limit(bytes);
         let store = &self.shared.store;
         let write = || store.create(key, body.clone());
-        let tag = self.run(Operation::Create, key, limit, write).await?;
+        let tag = self
+            .run(Operation::Create, key, Some(bytes), limit, write)
+            .await?;
         self.accounts.written(body.len());
         Ok(tag)
     }
 
     async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
-        let limit = self.limit(body.len() as u64);
+        let bytes = body.len() as u64;
+        let limit = self.limit(bytes);
         let store = &self.shared.store;
         let write = || store.replace(key, body.clone(), seen);
-        let tag = self.run(Operation::Replace, key, limit, write).await?;
+        let tag = self
+            .run(Operation::Replace, key, Some(bytes), limit, write)
+            .await?;
         self.accounts.written(body.len());
         Ok(tag)
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         let store = &self.shared.store;
-        self.run(Operation::Delete, key, self.limit(0), || store.delete(key))
+        let limit = self.limit(0);
+        self.run(Operation::Delete, key, None, limit, || store.delete(key))
             .await
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         let store = &self.shared.store;
-        self.run(Operation::List, prefix, LIST_TIME_MAX, || {
+        self.run(Operation::List, prefix, None, LIST_TIME_MAX, || {
             store.list(prefix)
         })
         .await
@@ -464,7 +515,7 @@ impl Store for Lane {
 
     async fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, StoreError> {
         let store = &self.shared.store;
-        self.run(Operation::List, prefix, LIST_TIME_MAX, || {
+        self.run(Operation::List, prefix, None, LIST_TIME_MAX, || {
             store.list_some(prefix, max)
         })
         .await
@@ -477,7 +528,7 @@ impl Store for Lane {
         max: usize,
     ) -> Result<Vec<String>, StoreError> {
         let store = &self.shared.store;
-        self.run(Operation::List, prefix, LIST_TIME_MAX, || {
+        self.run(Operation::List, prefix, None, LIST_TIME_MAX, || {
             store.list_after(prefix, after, max)
         })
         .await

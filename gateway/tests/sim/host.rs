@@ -195,6 +195,7 @@ impl Host {
             orphan_interval: ORPHAN_INTERVAL,
             now_ms: || 0,
             runtime: tokio::runtime::Handle::current(),
+            tracer: None,
         };
         self.daemon = Some(Daemon {
             tuning: Tuning {

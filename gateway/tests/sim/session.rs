@@ -286,7 +286,7 @@ impl Session {
     fn take(&mut self, actions: Vec<Action>, cx: &mut Cx<'_>) -> Result<(), Died> {
         for action in actions {
             cx.outcome.coverage.asks(&action);
-            if let Action::Missed { .. } = action {
+            if let Action::Missed { .. } | Action::Waited { .. } | Action::WritesWait(_) = action {
                 // Said, not asked for: no step at which the host could die.
                 continue;
             }

@@ -280,7 +280,7 @@ impl World {
                 entries: entries_of(&plan),
                 stored_bytes: 8 << 20,
             }),
-            Action::Missed { .. } => {}
+            Action::Missed { .. } | Action::Waited { .. } | Action::WritesWait(_) => {}
             Action::Complete { result, .. } => result.expect("all that is asked for is there"),
             other => panic!("not of these works: {other:?}"),
         }

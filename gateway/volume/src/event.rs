@@ -408,6 +408,17 @@ pub enum Action {
         /// Which.
         request: RequestId,
     },
+    /// A `Fetch` or `LoadNodes` that the request waited for was answered. Said before what comes of it for the
+    /// request; may be said more than once, and nothing comes back.
+    Waited {
+        /// Which.
+        request: RequestId,
+        /// For what.
+        io: IoId,
+    },
+    /// What the oldest write without a place waits for from now on, or that no write waits for one. Nothing comes
+    /// back.
+    WritesWait(Option<WriteWait>),
     /// The request is done. Its buffer may be given away.
     Complete {
         /// Which.
@@ -436,6 +447,19 @@ pub enum Action {
     },
     /// Something the operator must know; the reason is one sentence.
     Report(Report),
+}
+
+/// What a write waits for that has no place on the cache device yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WriteWait {
+    /// A new segment's header is being written.
+    Segment,
+    /// Room on the cache device, which comes when the store has taken something.
+    Space,
+    /// Room in the journal, which comes with a round of record pages.
+    Journal,
+    /// The store lacks as many writes as memory has room for.
+    Unsent,
 }
 
 /// How a step of warming ended.

@@ -12,7 +12,7 @@ mod volume;
 
 pub use event::{
     Action, CheckpointPlan, ChunkPlan, DataError, Event, ExtentSource, Fetch, FrameRef, IoError,
-    IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun, WarmEnd,
+    IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun, WarmEnd, WriteWait,
 };
 pub use volume::{
     Opened, STATUS_RUNS_MAX, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats,

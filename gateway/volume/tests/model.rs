@@ -27,7 +27,7 @@ use quarry_objfmt::{
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
     Action, DataError, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId,
-    STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
+    STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd, WriteWait,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -164,6 +164,8 @@ struct World {
     last_read: Vec<u8>,
     /// Whether that one waited for the store.
     last_missed: bool,
+    /// What writes wait for, as the volume told last.
+    writes_wait: Option<WriteWait>,
     /// Sectors of which the last status told.
     last_told: u64,
     /// Frames that were asked of the store.
@@ -240,6 +242,7 @@ impl World {
             last_read: Vec::new(),
             last_told: 0,
             last_missed: false,
+            writes_wait: None,
             frames_fetched: 0,
             warming: (0, None),
             direct: seed % 2 == 1,
@@ -275,6 +278,14 @@ impl World {
                     let asked = asked.expect("only what waits can miss");
                     assert_eq!(asked.op, Op::Read);
                     asked.missed = true;
+                }
+                Action::Waited { request, io } => {
+                    let asked = self.asked.get(&request.0);
+                    assert!(asked.is_some(), "only what waits has waited for {io:?}");
+                }
+                Action::WritesWait(waits) => {
+                    assert_ne!(self.writes_wait, waits, "told twice");
+                    self.writes_wait = waits;
                 }
                 action => self.due.push(action),
             }
@@ -567,7 +578,11 @@ impl World {
                 self.warming.1 = Some((bytes, end));
             }
             Action::Report(_) => {}
-            Action::Journal { .. } | Action::Status { .. } | Action::Missed { .. } => {
+            Action::Journal { .. }
+            | Action::Status { .. }
+            | Action::Missed { .. }
+            | Action::Waited { .. }
+            | Action::WritesWait(_) => {
                 unreachable!("done before")
             }
         }
@@ -758,6 +773,7 @@ impl World {
             unsent,
             kept_segments: dirty.iter().map(|(s, _)| *s).collect(),
         };
+        self.writes_wait = None;
         self.volume = Volume::new(
             params(self.epoch, self.size(), self.durability),
             opened,

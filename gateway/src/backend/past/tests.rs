@@ -89,6 +89,7 @@ impl Bench {
             orphan_interval: Duration::from_secs(86_400),
             now_ms: || NOW_MS.get(),
             runtime: tokio::runtime::Handle::current(),
+            tracer: None,
         };
         let (tenant, name) = (
             TenantName::new("acme").unwrap(),

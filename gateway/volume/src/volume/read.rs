@@ -418,6 +418,8 @@ impl Volume {
                 .remove(&(chunk, frame.index))
                 .unwrap_or_default();
             for waiter in waiters {
+                let request = self.active[waiter.slot].request.id;
+                cx.out.push(Action::Waited { request, io });
                 let part = content
                     .as_ref()
                     .filter(|raw| raw.len() >= waiter.skip + waiter.len);
@@ -493,6 +495,10 @@ impl Volume {
             }
             _ => panic!("map nodes answered for another I/O"),
         };
+        if let Some(slot) = slot {
+            let request = self.active[slot].request.id;
+            cx.out.push(Action::Waited { request, io });
+        }
         match result {
             Ok(nodes) => match slot {
                 Some(slot) => {

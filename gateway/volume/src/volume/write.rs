@@ -12,7 +12,7 @@ use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordBody, SegmentHeader, S
 use quarry_objfmt::{Generation, Lba, LbaRange, Sectors, SegmentId, WriteSeq};
 
 use super::{Cx, Dirty, Io, Queue, SegmentTable, Volume, VolumeState};
-use crate::event::{Action, IoError, IoId, Op, Report};
+use crate::event::{Action, IoError, IoId, Op, Report, WriteWait};
 
 /// Most sectors of one piece: keeps chunks close to their aimed size.
 const PIECE_SECTORS_MAX: u32 = (1 << 20) / 512;
@@ -85,6 +85,8 @@ pub(super) struct Writes {
     preparing: Option<SegmentId>,
     /// Requests that wait for room, in order of arrival.
     waiting: Queue<usize>,
+    /// For what, as was told last.
+    waits: Option<WriteWait>,
     starved: bool,
     /// Pieces placed and not yet arrived, of all segments.
     in_flight: u64,
@@ -102,6 +104,7 @@ impl Writes {
             ready: None,
             preparing: None,
             waiting: Queue::new(),
+            waits: None,
             starved: false,
             in_flight: 0,
             idle_since: None,
@@ -191,12 +194,18 @@ impl Volume {
 
     /// Places what waits, as far as there is room.
     pub(super) fn pump_writes(&mut self, cx: &mut Cx<'_>) {
+        let mut waits = None;
         while let Some(&slot) = self.writes.waiting.front() {
-            if !self.place(slot, cx) {
+            if let Err(wait) = self.place(slot, cx) {
+                waits = Some(wait);
                 break;
             }
             self.writes.waiting.pop_front();
             self.piece_done(slot, Ok(()), cx);
+        }
+        if self.writes.waits != waits {
+            self.writes.waits = waits;
+            cx.out.push(Action::WritesWait(waits));
         }
         if self.writes.waiting.is_empty() {
             // One that wanted a segment beforehand, and does without, keeps nobody waiting.
@@ -209,25 +218,25 @@ impl Volume {
         self.pump_writeback(cx);
     }
 
-    /// Places as much of a request as there is room for; true if that was all of it.
-    fn place(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
+    /// Places as much of a request as there is room for; if that was not all of it, says what the rest waits for.
+    fn place(&mut self, slot: usize, cx: &mut Cx<'_>) -> Result<(), WriteWait> {
         let segment_sectors = cx.cache.geometry().segment_sectors();
         loop {
             let (request, placed) = (self.active[slot].request, self.active[slot].placed);
             let start = request.range.start.add(placed);
             let left = request.range.end.since(start).get();
             if left == 0 {
-                return true;
+                return Ok(());
             }
             if self.writes.unsent.len() as u64 + self.writes.in_flight >= UNSENT_WRITES_MAX {
                 Branch::UnsentFull.taken();
                 self.starve(cx);
-                return false;
+                return Err(WriteWait::Unsent);
             }
             if self.journal_used() >= u64::from(self.params.tuning.journal_entries) {
                 Branch::JournalFull.taken();
                 self.start_round(cx);
-                return false;
+                return Err(WriteWait::Journal);
             }
             let whole = if matches!(request.op, Op::Write { .. }) && placed == Sectors::ZERO {
                 u32::try_from(left.min(WHOLE_SECTORS_MAX)).expect("bounded just now")
@@ -235,7 +244,10 @@ impl Volume {
                 1
             };
             let Some((id, room)) = self.open_segment(whole, cx) else {
-                return false;
+                return Err(match self.writes.preparing {
+                    Some(_) => WriteWait::Segment,
+                    None => WriteWait::Space,
+                });
             };
             let segment = self
                 .writes
