@@ -35,7 +35,7 @@ fn of_text() -> Fields {
         let words: Vec<&str> = line.split_whitespace().collect();
         if line.ends_with('{') {
             within.push(match words[0] {
-                "message" => Some(snake(words[1])),
+                "message" => Some(snake(words[1].trim_end_matches('{'))),
                 // Its fields are its message's.
                 "oneof" => within.last().cloned().flatten(),
                 _ => None,
