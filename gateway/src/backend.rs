@@ -20,6 +20,7 @@ pub mod open;
 mod orphans;
 pub mod past;
 mod reclaim;
+pub mod release;
 mod renew;
 mod scan;
 mod sound;

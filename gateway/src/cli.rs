@@ -12,6 +12,7 @@ mod bundle;
 mod chores;
 mod config;
 mod copying;
+mod csi;
 mod data_keys;
 mod demo;
 mod doctor;
@@ -26,6 +27,7 @@ mod output;
 #[cfg(test)]
 mod pages;
 mod progress;
+mod release;
 mod rescue;
 mod serve;
 mod snapshot;
@@ -169,6 +171,11 @@ fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
             wait(bundle::run(&client()?, flags, &secrets, console))
         }
         Command::Status => wait(status::run(&client()?, console)),
+        Command::Csi(flags) => {
+            let token = token_file.as_deref().map(read).transpose()?;
+            let ca = ca.as_deref().map(read).transpose()?;
+            csi::run(flags, client()?, token.as_deref(), ca.as_deref())
+        }
     }
 }
 

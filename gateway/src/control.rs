@@ -26,6 +26,7 @@ mod page;
 mod permissions;
 mod rates;
 mod rekey;
+mod release;
 mod retain;
 mod serve;
 mod socket;
@@ -61,6 +62,7 @@ pub use page::Page;
 pub use permissions::{DeviceMode, DeviceOwner};
 pub use rates::{LimitsInfo, RatesInfo, RatesSpec};
 pub use rekey::{DataKeyInfo, RekeyInfo, RekeySpec};
+pub use release::{ReleaseInfo, ReleaseSpec};
 pub use retain::{RetainInfo, RetainSpec};
 pub use serve::{ListenError, Listeners, serve};
 pub use socket::{ControlSocket, SocketError};
@@ -129,6 +131,9 @@ pub trait Engine: Send + Sync + 'static {
     async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo>;
     /// Wraps the data keys of a volume anew; [`Kind::Conflict`] if it is somebody else's or not encrypted.
     async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo>;
+    /// Takes the right to write from the host with this cache, and gives it to nobody; [`Kind::Conflict`] if another
+    /// host has it, or this one.
+    async fn release(&self, volume: &VolumeRef, spec: ReleaseSpec) -> ApiResult<ReleaseInfo>;
     /// Answers when all that was acknowledged before the call is in the object store.
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()>;
     /// Checks a volume or a snapshot in the store, attached or not; what is wrong is in the answer. Ends

@@ -367,6 +367,12 @@ impl AttachAgain {
         // Who detaches it meanwhile takes it out of the list.
         while self.daemon.wanted().contains(&volume) {
             let place = self.place().await;
+            let writes = !how.read_only && !volume.is_past();
+            if writes && matches!(self.daemon.was_taken(&volume).await, Ok(true)) {
+                tracing::error!(%volume, "it was taken from this host: it is not attached again, and a device that it had is removed");
+                self.unlist(&volume);
+                break;
+            }
             let attached = self.daemon.attach_again(&volume, &how).await;
             drop(place);
             let error = match attached {
@@ -382,9 +388,7 @@ impl AttachAgain {
             }
             if error.kind == Kind::NotFound && self.was_deleted(&volume).await {
                 tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");
-                if let Err(error) = self.daemon.wanted().remove(&volume) {
-                    tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
-                }
+                self.unlist(&volume);
                 break;
             }
             self.daemon.wanted().note(&volume, Some(error.to_string()));
@@ -407,6 +411,12 @@ impl AttachAgain {
             delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
         }
         self.settle();
+    }
+
+    fn unlist(&self, volume: &ImageRef) {
+        if let Err(error) = self.daemon.wanted().remove(volume) {
+            tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
+        }
     }
 
     /// Waits for its turn, and does not let the daemon wait for it if its tenant's store is away.

@@ -24,6 +24,7 @@ mod owners;
 mod quota;
 mod rates;
 mod registry;
+mod release;
 mod report;
 mod rescue;
 mod resize;
@@ -64,9 +65,10 @@ use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     Access, Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport,
     Engine, EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo,
-    RatesSpec, RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo,
-    SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
+    RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
+    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
+    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef,
+    VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
 use crate::keys::KeyService;
@@ -654,6 +656,10 @@ impl Engine for Daemon {
     async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
         self.fit()?;
         self.rekey_volume(volume, spec).await
+    }
+
+    async fn release(&self, volume: &VolumeRef, spec: ReleaseSpec) -> ApiResult<ReleaseInfo> {
+        self.release_volume(volume, spec.from).await
     }
 
     async fn sync(&self, volume: &VolumeRef) -> ApiResult<()> {

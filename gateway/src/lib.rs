@@ -4,6 +4,7 @@ pub mod backend;
 pub mod cli;
 mod clones;
 pub mod control;
+pub mod csi;
 pub mod daemon;
 pub mod demo;
 pub mod engine;

@@ -2,10 +2,10 @@
 //! person or a program would, by its command line, its sockets and its object store.
 //!
 //! Owns: starting and killing daemons ([`Site`], [`Daemon`]), object stores ([`SeaweedFs`],
-//! [`StoreDir`]), faults between the two ([`FaultProxy`]), a collector of traces ([`Collector`]), an NBD client of its
-//! own ([`Nbd`]), and machines that boot from volumes ([`Qemu`]).
+//! [`StoreDir`]), CSI drivers ([`csi`]), faults between the two ([`FaultProxy`]), a collector of traces ([`Collector`]),
+//! an NBD client of its own ([`Nbd`]), and machines that boot from volumes ([`Qemu`]).
 //! Does not own: any knowledge of formats or of the daemon's inside. It links no other crate of the
-//! workspace, so that a mistake there cannot hide itself here.
+//! workspace, so that a mistake there cannot hide itself here, but for the protocol of CSI, which is not ours.
 //!
 //! **Invariant:** a harness kills only processes that it started, by their own handle.
 //!
@@ -17,6 +17,7 @@
 mod certificates;
 mod collector;
 mod command;
+pub mod csi;
 mod daemon;
 mod http;
 mod machine;

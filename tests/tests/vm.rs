@@ -319,3 +319,17 @@ fn direct_reads_of_a_real_s3_server_copy_nothing_and_survive_what_happens_to_it(
     let proxy = env!("CARGO_BIN_EXE_moody-proxy");
     host.boot(&[], "guest-direct.sh", &[weed, proxy])
 }
+
+#[test]
+fn kubernetes_volumes_are_made_used_cloned_grown_and_outlive_their_node() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    for program in ["mkfs.xfs", "xfs_growfs", "resize2fs", "blkid"] {
+        if tool(program).is_none() {
+            return Ok(());
+        }
+    }
+    let scenario = env!("CARGO_BIN_EXE_csi-scenario");
+    host.boot(&[], "guest-csi.sh", &[scenario])
+}

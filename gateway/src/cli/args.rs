@@ -12,6 +12,7 @@ use quarry_objfmt::{
 };
 
 use super::bundle::BundleFlags;
+use super::csi::CsiFlags;
 use super::limit::bandwidth;
 use super::tenant_args::TenantArgs;
 use super::top::TopFlags;
@@ -134,6 +135,9 @@ pub enum Command {
 Example:
   journalctl -u quarry --since -1d > quarry.log && quarry support-bundle --log quarry.log")]
     SupportBundle(BundleFlags),
+    /// Serve Kubernetes' Container Storage Interface by this host's daemon; see docs/KUBERNETES.md.
+    #[command(after_help = CSI_EXAMPLES)]
+    Csi(CsiFlags),
     /// Check a configuration file, or print one to start from.
     #[command(
         subcommand,
@@ -148,6 +152,11 @@ Example:
         shell: clap_complete::Shell,
     },
 }
+
+const CSI_EXAMPLES: &str = "\
+Examples:
+  quarry csi --endpoint unix:///csi/csi.sock --services node
+  quarry csi --endpoint unix:///csi/csi.sock --services controller --peers https://{host}:9443 --token-file operator.token";
 
 const TOP_EXAMPLES: &str = "\
 Examples:
@@ -545,6 +554,19 @@ Fails if anything is wrong. What a host has not sent to the store yet is not loo
         /// Check each of its snapshots too.
         #[arg(long)]
         snapshots: bool,
+    },
+    /// Take a volume from a host that is lost, and give it to nobody: who attaches it next needs no --force.
+    #[command(after_help = "\
+Example:
+  quarry volume release acme/db --from node-3
+
+That host can write to it no more, and what it had not sent is not in it. If it comes back, it is to detach the volume.")]
+    Release {
+        /// The volume, as tenant/name.
+        volume: VolumeRef,
+        /// The host that is lost, by its name or its cache's id, as `quarry volume show` tells its owner.
+        #[arg(long, value_name = "HOST")]
+        from: String,
     },
     /// Make a volume's lost or damaged head anew from its other objects; without --apply, say what it would be.
     #[command(after_help = "\

@@ -7,7 +7,7 @@ use super::output::Console;
 use super::progress::{shown, uploading};
 use super::table::{bytes, fields, percent, span_ms, table, time_ms};
 use super::{
-    Failure, chores, data_keys, ensure, export, import, limit, rescue, trash, verify, warm,
+    Failure, chores, data_keys, ensure, export, import, limit, release, rescue, trash, verify, warm,
 };
 use crate::control::{
     AttachInfo, AttachOptions, Client, ImageRef, RekeySpec, ResizeInfo, ResizeSpec, RestoreSpec,
@@ -91,6 +91,9 @@ pub(super) async fn run(
         } => {
             let spec = VerifySpec { deep, snapshots };
             verify::run(client, &volume, spec, console).await
+        }
+        VolumeCommand::Release { volume, from } => {
+            release::run(client, &volume, &from, console).await
         }
         VolumeCommand::Rescue(flags) => rescue::run(client, flags, console).await,
         VolumeCommand::Delete {

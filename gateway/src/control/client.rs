@@ -21,6 +21,7 @@ use super::dto::{
 use super::page::Listed;
 use super::rates::{RatesInfo, RatesSpec};
 use super::rekey::{RekeyInfo, RekeySpec};
+use super::release::{ReleaseInfo, ReleaseSpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::tenant::{SuspendSpec, TenantInfo, TenantList, TenantSpec};
 use super::token::{TokenList, TokenMade, TokenSpec};
@@ -397,6 +398,18 @@ impl Client {
         self.list("/v1/volumes", tenant).await
     }
 
+    /// Up to `limit` volumes behind `after`, and behind what the next are.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn page_of_volumes(
+        &self,
+        limit: usize,
+        after: Option<&str>,
+    ) -> ApiResult<VolumeList> {
+        self.get(&page_path("/v1/volumes", limit, after)).await
+    }
+
     /// One volume.
     ///
     /// # Errors
@@ -479,6 +492,18 @@ impl Client {
         self.json(response).await
     }
 
+    /// Takes the right to write from a host that is lost.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn release(&self, volume: &VolumeRef, spec: ReleaseSpec) -> ApiResult<ReleaseInfo> {
+        let path = format!("/v1/volumes/{volume}/release");
+        let response = self
+            .call(Method::POST, &path, Some(&spec), Patience::Answer)
+            .await?;
+        self.json(response).await
+    }
+
     /// Waits until all that was acknowledged before is in the object store.
     ///
     /// # Errors
@@ -544,6 +569,23 @@ impl Client {
             }
             None => self.list("/v1/snapshots", None).await,
         }
+    }
+
+    /// Up to `limit` snapshots behind `after`, of a volume or of all, and behind what the next are.
+    ///
+    /// # Errors
+    /// The daemon's, or that there is none.
+    pub async fn page_of_snapshots(
+        &self,
+        volume: Option<&VolumeRef>,
+        limit: usize,
+        after: Option<&str>,
+    ) -> ApiResult<SnapshotList> {
+        let path = match volume {
+            Some(volume) => format!("/v1/volumes/{volume}/snapshots"),
+            None => "/v1/snapshots".to_owned(),
+        };
+        self.get(&page_path(&path, limit, after)).await
     }
 
     /// One snapshot.
@@ -716,6 +758,17 @@ impl Client {
         self.json(response).await
     }
 
+    /// That the daemon runs.
+    ///
+    /// # Errors
+    /// That there is none, or that it cannot be reached.
+    pub async fn reach(&self) -> ApiResult<()> {
+        let nothing: Option<&()> = None;
+        self.call(Method::GET, "/healthz", nothing, Patience::Answer)
+            .await
+            .map(drop)
+    }
+
     /// How the daemon does.
     ///
     /// # Errors
@@ -742,6 +795,15 @@ impl Client {
             .await?;
         response.text().await.map_err(|error| self.lost(&error))
     }
+}
+
+fn page_path(path: &str, limit: usize, after: Option<&str>) -> String {
+    let mut query = url::form_urlencoded::Serializer::new(String::new());
+    query.append_pair("limit", &limit.to_string());
+    if let Some(after) = after {
+        query.append_pair("after", after);
+    }
+    format!("{path}?{}", query.finish())
 }
 
 fn snapshot_path(snapshot: &SnapRef) -> String {

@@ -28,6 +28,7 @@ use super::openapi::{MakeSchema, of};
 use super::page::{PageQuery, TenantPageQuery};
 use super::rates::{RatesInfo, RatesSpec};
 use super::rekey::{RekeyInfo, RekeySpec};
+use super::release::{ReleaseInfo, ReleaseSpec};
 use super::retain::{RetainInfo, RetainSpec};
 use super::status_page::this_host_only;
 use super::tenant::{SettingsDoc, SuspendSpec, TenantInfo, TenantList, TenantSpec};
@@ -35,8 +36,8 @@ use super::token::{TokenList, TokenMade, TokenSpec};
 use super::trash::{PurgeReport, PurgeSpec, RestoreSpec, TrashInfo, TrashList};
 use super::warm::{EvictInfo, WarmReport, WarmSpec};
 use super::{
-    ApiError, Engine, Kind, activity, chores, doctor, openapi, rates, rekey, retain, status_page,
-    tenant, token, trash, warm,
+    ApiError, Engine, Kind, activity, chores, doctor, openapi, rates, rekey, release, retain,
+    status_page, tenant, token, trash, warm,
 };
 
 /// Something that can be asked for.
@@ -205,6 +206,9 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
         at(POST, "/v1/volumes/{tenant}/{volume}/rekey", Admin, |m| on(m, rekey::rekey),
             "Wrap a volume's data keys by another key, or give it a new data key.")
             .takes::<RekeySpec>().gives::<RekeyInfo>(),
+        at(POST, "/v1/volumes/{tenant}/{volume}/release", Operator, |m| on(m, release::release),
+            "Take the right to write from a host that is lost, and give it to nobody.")
+            .takes::<ReleaseSpec>().gives::<ReleaseInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/rescue", Operator, |m| on(m, api::rescue), "Make a lost head anew.")
             .takes::<RescueSpec>().gives::<RescueReport>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/sync", Admin, |m| on(m, api::sync),

@@ -236,6 +236,14 @@ impl Engine for FakeEngine {
         })
     }
 
+    async fn release(&self, volume: &VolumeRef, _: ReleaseSpec) -> ApiResult<ReleaseInfo> {
+        self.change(volume, |volume| volume.owner = None)?;
+        Ok(ReleaseInfo {
+            volume: volume.to_string(),
+            released: true,
+        })
+    }
+
     async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
         let key = spec.key.clone();
         let key = key.ok_or_else(|| ApiError::invalid("the tenant has no key", "name one"))?;

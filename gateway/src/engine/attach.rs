@@ -41,6 +41,10 @@ use crate::ublk::{
 /// stopped, which comes first; one whose device could not be recovered never does.
 const FRONT_ENDS_END_MAX: Duration = Duration::from_secs(10);
 
+/// How long a start waits for a device to go that a daemon before it left: as long as somebody has it open, a file
+/// system that is mounted for one, the kernel keeps it, stopped.
+const REMOVED_WAIT_MAX: Duration = Duration::from_secs(5);
+
 /// How the data of a volume travel that is attached by NBD.
 const THROUGH_THE_DAEMON: &str = "through the daemon";
 
@@ -171,7 +175,8 @@ impl Daemon {
             access: access.clone(),
             direct_reads: options.direct_reads,
         };
-        // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it.*
+        // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it if it is ours by
+        // then, or else takes it off the list.*
         let before = self.wanted.add(volume, how).map_err(|error| {
             let message =
                 format!("{volume} cannot be noted as attached for the next start: {error}");
@@ -663,7 +668,12 @@ impl Daemon {
     }
 
     async fn remove_left_device(&self, volume: &ImageRef, device: u32, stamp: Stamp) {
-        match self.ublk.remove_left(device, stamp).await {
+        let removed = self.ublk.remove_left(device, stamp);
+        let Ok(removed) = tokio::time::timeout(REMOVED_WAIT_MAX, removed).await else {
+            tracing::warn!(%volume, device, "a device that an earlier daemon left and nobody wants is stopped, and goes when those who have it open close it");
+            return;
+        };
+        match removed {
             Ok(()) => {
                 tracing::warn!(%volume, device, "removed a device that an earlier daemon left and nobody wants");
             }

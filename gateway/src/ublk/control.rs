@@ -95,12 +95,13 @@ pub struct Found {
 }
 
 impl Found {
-    /// Whether it was made for this volume, by the kernel's own word, and not for one of its id of another tenant's.
+    /// Whether it was made for this volume, by the kernel's own word, and not for one of its id of another tenant's, nor
+    /// by a daemon with another cache, which has what the device's users were told to be written.
     #[must_use]
     pub fn is_of(&self, spec: &DeviceSpec) -> bool {
         let stamp = self.stamp.as_ref();
         self.word == stamp::word(spec.volume)
-            && stamp.is_none_or(|stamp| stamp.tenant == spec.tenant)
+            && stamp.is_none_or(|stamp| stamp.tenant == spec.tenant && stamp.cache == spec.cache)
     }
 
     /// Whether [`Control::recover`] can take it over.

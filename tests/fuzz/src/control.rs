@@ -11,10 +11,10 @@ use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
     Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
     EvictInfo, ImageRef, MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
-    RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
-    SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
-    patched, routes,
+    RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
+    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec,
+    WarmReport, WarmSpec, patched, routes,
 };
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -125,6 +125,10 @@ impl Engine for Strict {
     }
 
     async fn rekey(&self, volume: &VolumeRef, _spec: &RekeySpec) -> ApiResult<RekeyInfo> {
+        Err(ApiError::no_volume(volume))
+    }
+
+    async fn release(&self, volume: &VolumeRef, _: ReleaseSpec) -> ApiResult<ReleaseInfo> {
         Err(ApiError::no_volume(volume))
     }
 

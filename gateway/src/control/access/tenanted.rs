@@ -13,9 +13,10 @@ use quarry_objfmt::{KeyName, Suspended, TenantName, VolumeName};
 use super::super::{
     Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
     EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
-    RekeyInfo, RekeySpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, RetainInfo, SnapRef,
-    SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo, TrashRef, VerifyProgress,
-    VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
+    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec,
+    WarmReport, WarmSpec,
 };
 use crate::places::Place;
 
@@ -209,6 +210,10 @@ impl Engine for Tenanted {
         self.own_volume(volume)?;
         no_key(spec.key.as_ref())?;
         self.inner.rekey(volume, spec).await
+    }
+
+    async fn release(&self, _: &VolumeRef, _: ReleaseSpec) -> ApiResult<ReleaseInfo> {
+        operators_only()
     }
 
     async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {

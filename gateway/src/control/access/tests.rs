@@ -65,6 +65,7 @@ const TABLE: &[Row] = &[
     ("POST", "/v1/volumes/{tenant}/{volume}/rekey", "/v1/volumes/acme/db/rekey", "", [400, 400, 403, 404]),
     ("POST", "/v1/volumes/{tenant}/{volume}/rekey", "/v1/volumes/acme/db/rekey", r#"{"key":"k"}"#, [200, 403, 403, 404]),
     ("POST", "/v1/volumes", "/v1/volumes", r#"{"tenant":"acme","name":"w","size_bytes":512,"key":"k"}"#, [201, 403, 403, 404]),
+    ("POST", "/v1/volumes/{tenant}/{volume}/release", "/v1/volumes/acme/db/release", r#"{"from":"f7a4f3a0-0000-4000-8000-000000000001"}"#, [200, 403, 403, 403]),
     ("POST", "/v1/volumes/{tenant}/{volume}/rescue", "/v1/volumes/acme/db/rescue", "", [200, 403, 403, 403]),
     ("POST", "/v1/volumes/{tenant}/{volume}/sync", "/v1/volumes/acme/db/sync", "", [204, 204, 403, 404]),
     ("POST", "/v1/volumes/{tenant}/{volume}/verify", "/v1/volumes/acme/db/verify", "", [200, 200, 403, 404]),

@@ -1,0 +1,128 @@
+//! Snapshots: made by the host that has their volume, everything that was acknowledged sent before.
+
+use quarry_csi_proto::Timestamp;
+use quarry_csi_proto::v1::Snapshot;
+use quarry_objfmt::SnapName;
+use tonic::Status;
+
+use super::ControllerService;
+use crate::control::{ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef};
+use crate::csi::answer::{Answer, quota};
+use crate::csi::class::bytes;
+use crate::csi::ids;
+
+impl ControllerService {
+    /// `names` are what it may be called, the first what a new one is. `unique`: no other volume can have a
+    /// snapshot of that name.
+    pub(super) async fn snapshot(
+        &self,
+        volume: &VolumeRef,
+        names: &[SnapName],
+        unique: bool,
+    ) -> Answer<Snapshot> {
+        let info = self.show(volume).await?;
+        for name in names {
+            if let Some(there) = self.find(volume, name).await? {
+                return Ok(told(&there));
+            }
+        }
+        if !unique {
+            self.check_no_other_has(volume, names).await?;
+        }
+        let daemon = self.must_at_owner(volume, &info)?;
+        let snapshot = SnapRef {
+            volume: volume.clone(),
+            name: names[0].clone(),
+        };
+        match daemon.create_snapshot(&snapshot).await {
+            Ok(made) => Ok(told(&made)),
+            // By a call before this one, whose answer was lost.
+            Err(error) if error.kind == Kind::Exists => {
+                Ok(told(&self.client.show_snapshot(&snapshot).await?))
+            }
+            Err(error) => Err(quota(error)),
+        }
+    }
+
+    async fn find(&self, volume: &VolumeRef, name: &SnapName) -> Answer<Option<SnapshotInfo>> {
+        let snapshot = SnapRef {
+            volume: volume.clone(),
+            name: name.clone(),
+        };
+        match self.client.show_snapshot(&snapshot).await {
+            Ok(found) if found.deleting => {
+                Err(Status::aborted(format!("{snapshot} is being deleted")))
+            }
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.kind == Kind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// To CSI a name is one of all snapshots, to Quarry one of its volume's. Reads every volume's head: so not
+    /// asked for names that Kubernetes makes.
+    async fn check_no_other_has(&self, volume: &VolumeRef, names: &[SnapName]) -> Answer<()> {
+        let all = self.client.list_snapshots(None).await?.snapshots;
+        let own = volume.to_string();
+        let is_same = |s: &&SnapshotInfo| names.iter().any(|name| name.as_str() == s.name);
+        match all.iter().filter(is_same).find(|s| s.volume != own) {
+            Some(other) => {
+                let message = format!("there is a snapshot {} of {}", other.name, other.volume);
+                Err(Status::already_exists(message))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(super) async fn delete_snapshot_of(&self, snapshot: &SnapRef) -> Answer<()> {
+        let image = ImageRef::from(snapshot.volume.clone());
+        let info = match self.client.show_volume(&image).await {
+            Err(error) if error.kind == Kind::NotFound => return Ok(()),
+            shown => shown?,
+        };
+        if let Err(error) = self.client.show_snapshot(snapshot).await
+            && error.kind == Kind::NotFound
+        {
+            return Ok(());
+        }
+        let daemon = self.must_at_owner(&snapshot.volume, &info)?;
+        match daemon.delete_snapshot(snapshot).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind == Kind::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Deletes what was made to clone a volume and has no clone any more, but for `newest`. What cannot be deleted
+    /// now is the next time.
+    pub(super) async fn sweep(&self, volume: &VolumeRef, newest: &SnapRef) {
+        let Ok(list) = self.client.list_snapshots(Some(volume)).await else {
+            return;
+        };
+        let made = list.snapshots.iter().filter(|s| ids::is_for_clone(&s.name));
+        for snapshot in made.filter(|s| s.name != newest.name.as_str()) {
+            let Ok(snapshot) = format!("{volume}@{}", snapshot.name).parse() else {
+                continue;
+            };
+            if let Err(status) = self.delete_snapshot_of(&snapshot).await {
+                tracing::debug!(%snapshot, error = status.message(), "it stays");
+            }
+        }
+    }
+}
+
+/// A snapshot as CSI tells it: it is made when all that was acknowledged is in the store, so it can be used at once.
+pub(super) fn told(info: &SnapshotInfo) -> Snapshot {
+    let (seconds, rest_ms) = (info.created_ms / 1000, info.created_ms % 1000);
+    Snapshot {
+        size_bytes: bytes(info.size_bytes),
+        snapshot_id: format!("{}@{}", info.volume, info.name),
+        source_volume_id: info.volume.clone(),
+        creation_time: Some(Timestamp {
+            seconds: bytes(seconds),
+            nanos: i32::try_from(rest_ms * 1_000_000).unwrap_or(0),
+        }),
+        ready_to_use: !info.deleting,
+        ..Snapshot::default()
+    }
+}

@@ -1,0 +1,47 @@
+//! Taking a volume from a host that is lost, without attaching it here; and not taking it back when that host is
+//! there again.
+
+use quarry_objfmt::CacheId;
+
+use super::{Daemon, registry};
+use crate::backend::release::release;
+use crate::control::{ApiError, ApiResult, ImageRef, Kind, ReleaseInfo, VolumeRef};
+
+impl Daemon {
+    pub(super) async fn release_volume(
+        &self,
+        volume: &VolumeRef,
+        from: CacheId,
+    ) -> ApiResult<ReleaseInfo> {
+        if from == self.common.device.id() {
+            let message = format!("{volume} cannot be taken from this host by itself");
+            return Err(ApiError::new(
+                Kind::Conflict,
+                message,
+                "detach it, or attach and detach it, which sends what the cache has of it",
+            ));
+        }
+        let store = self.control(&volume.tenant).await?;
+        let id = registry::find(&store, volume).await?;
+        let released = release(&store, &volume.tenant, id, from).await?;
+        if released {
+            tracing::warn!(%volume, %from, "taken from the host with this cache, which can write to it no more");
+        }
+        Ok(ReleaseInfo {
+            volume: volume.to_string(),
+            released,
+        })
+    }
+
+    /// Whether a volume that was attached here is this host's no more: it was taken while the daemon was away, or a
+    /// crash came between the end of its detaching and the note of it. What the cache has of it stays there.
+    ///
+    /// # Errors
+    /// If its head cannot be had.
+    pub async fn was_taken(&self, image: &ImageRef) -> ApiResult<bool> {
+        let volume = &image.volume;
+        let store = self.control(&volume.tenant).await?;
+        let owner = registry::head(&store, volume).await?.owner;
+        Ok(owner.is_none_or(|owner| owner.cache != self.common.device.id()))
+    }
+}
