@@ -26,6 +26,10 @@ ublk:
     tests/vm/build-uml.sh
     bash tests/run --no-install --no-lint --no-fuzz -E 'binary_id(quarry-tests::vm)'
 
+# Quarry beside its peers by NBD, the store and the disk, written to docs/BENCHMARKS.md (needs fio, qemu-utils, nbdkit)
+bench *arguments:
+    tests/bench/run {{arguments}}
+
 # A volume by ublk beside rublk's loop target, in the virtual machine (needs `cargo install rublk`)
 bench-ublk *arguments:
     cargo build --release
@@ -55,6 +59,11 @@ fuzz seconds="60" *targets:
 # The unit tests of what has unsafe code or reads bytes of others, under AddressSanitizer
 sanitize *arguments:
     tests/sanitize/run {{arguments}}
+
+# The book, in target/book (needs `cargo install mdbook`), without a warning
+book:
+    mdbook build docs
+    cargo test -p quarry-tests --test book -- --ignored
 
 # All that must hold before a change goes in
 ci:

@@ -24,6 +24,8 @@ mod key;
 mod limit;
 mod logging;
 mod output;
+#[cfg(test)]
+mod pages;
 mod progress;
 mod release;
 mod rescue;

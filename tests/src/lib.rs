@@ -2,7 +2,8 @@
 //! person or a program would, by its command line, its sockets and its object store.
 //!
 //! Owns: starting and killing daemons ([`Site`], [`Daemon`]), object stores ([`SeaweedFs`],
-//! [`StoreDir`]), CSI drivers ([`csi`]), faults between the two ([`FaultProxy`]), and an NBD client of its own ([`Nbd`]).
+//! [`StoreDir`]), CSI drivers ([`csi`]), faults between the two ([`FaultProxy`]), an NBD client of its own
+//! ([`Nbd`]), and machines that boot from volumes ([`Qemu`]).
 //! Does not own: any knowledge of formats or of the daemon's inside. It links no other crate of the
 //! workspace, so that a mistake there cannot hide itself here, but for the protocol of CSI, which is not ours.
 //!
@@ -13,10 +14,12 @@
 
 #![forbid(unsafe_code)]
 
+mod certificates;
 mod command;
 pub mod csi;
 mod daemon;
 mod http;
+mod machine;
 mod nanio;
 mod nbd;
 mod prometheus;
@@ -28,9 +31,11 @@ mod stamp;
 mod store_dir;
 mod tools;
 
+pub use certificates::certificates;
 pub use command::{Ran, Refusal, quarry_program};
 pub use daemon::Daemon;
 pub use http::{HttpAnswer, http_get, metric_sum};
+pub use machine::{Machine, Qemu};
 pub use nanio::Nanio;
 pub use nbd::{BlockSizes, Nbd, NbdError, NbdFlags};
 pub use prometheus::Prometheus;

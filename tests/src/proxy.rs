@@ -3,7 +3,7 @@
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -15,15 +15,14 @@ struct State {
     delay_ms: AtomicU64,
     /// Requests whose line has this in it are held.
     hung: Mutex<Option<String>>,
+    /// Told of each change of it, and of the end.
+    hung_changed: Condvar,
     upstream_bytes: AtomicU64,
     downstream_bytes: AtomicU64,
     chunk_gets: AtomicU64,
     chunk_bytes: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
 }
-
-/// Between two looks at whether a request is to be held still.
-const HUNG_LOOK: Duration = Duration::from_millis(20);
 
 /// A proxy on a loopback port; it ends when dropped.
 #[derive(Debug)]
@@ -73,11 +72,8 @@ impl FaultProxy {
 
     /// Holds each request whose line has `words` in it (`/t/acme/`, say), with its connection, until it is called anew.
     pub fn hang(&self, words: Option<&str>) {
-        *self
-            .state
-            .hung
-            .lock()
-            .expect("no holder of this lock panics") = words.map(str::to_owned);
+        *self.state.hung() = words.map(str::to_owned);
+        self.state.hung_changed.notify_all();
     }
 
     /// Bytes that went to the store so far, protocol included.
@@ -103,6 +99,10 @@ impl FaultProxy {
 impl Drop for FaultProxy {
     fn drop(&mut self) {
         self.state.stop.store(true, Ordering::SeqCst);
+        // With the lock, so that nobody who looks at both begins to wait in between.
+        let hung = self.state.hung();
+        self.state.hung_changed.notify_all();
+        drop(hung);
         self.state.close_all();
         // Wakes the accepting thread, which then sees that it is to stop.
         drop(TcpStream::connect(self.address));
@@ -118,21 +118,32 @@ impl State {
         }
     }
 
-    fn is_hung(&self, piece: &[u8]) -> bool {
-        let hung = self.hung.lock().expect("no holder of this lock panics");
-        let Some(words) = &*hung else {
-            return false;
-        };
-        let line = piece
-            .split(|byte| *byte == b'\r')
-            .next()
-            .unwrap_or_default();
+    fn hung(&self) -> MutexGuard<'_, Option<String>> {
+        self.hung.lock().expect("no holder of this lock panics")
+    }
+
+    /// Waits for as long as `piece` begins a request that is to be held. Costs others next to nothing, held or not: it is
+    /// asked of every piece of every body, and a stopwatch may run beside.
+    fn hold(&self, piece: &[u8]) {
         // What is in the middle of a body may look like anything, but begins with no method.
         let is_request = ["GET ", "PUT ", "HEAD ", "POST ", "DELETE "];
         let is_request = is_request
             .iter()
-            .any(|method| line.starts_with(method.as_bytes()));
-        is_request && String::from_utf8_lossy(line).contains(words)
+            .any(|method| piece.starts_with(method.as_bytes()));
+        if !is_request {
+            return;
+        }
+        let line = piece
+            .split(|byte| *byte == b'\r')
+            .next()
+            .unwrap_or_default();
+        let line = String::from_utf8_lossy(line);
+        let is_held = |hung: &mut Option<String>| {
+            let is_hung = hung.as_ref().is_some_and(|words| line.contains(words));
+            is_hung && !self.stop.load(Ordering::SeqCst)
+        };
+        let held = self.hung_changed.wait_while(self.hung(), is_held);
+        drop(held.expect("no holder of this lock panics"));
     }
 
     fn remember(&self, stream: &TcpStream) -> io::Result<()> {
@@ -178,9 +189,7 @@ fn join(client: TcpStream, upstream: SocketAddr, state: &Arc<State>) -> io::Resu
                 up.2.chunk_gets.fetch_add(1, Ordering::SeqCst);
                 up.2.chunk_bytes.fetch_add(len, Ordering::SeqCst);
             }
-            while up.2.is_hung(piece) && !up.2.stop.load(Ordering::SeqCst) {
-                thread::sleep(HUNG_LOOK);
-            }
+            up.2.hold(piece);
             let delay = up.2.delay_ms.load(Ordering::SeqCst);
             thread::sleep(Duration::from_millis(delay));
         });

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{Daemon, MIB, Ran, Site, free_port, tool};
+use quarry_tests::{Daemon, MIB, Ran, Site, certificates, free_port, tool};
 use tempfile::{TempDir, tempdir};
 
 /// Names of the other tenant's things, which no answer to the first may have.
@@ -29,7 +29,7 @@ impl Place {
     /// A daemon with the volume of each of two tenants; `None` where openssl is missing.
     fn new() -> Result<Option<Self>> {
         let dir = tempdir()?;
-        if !certificates(dir.path())? {
+        if !certificates(dir.path(), "acme")? {
             return Ok(None);
         }
         let (api, nbd) = (free_port(), free_port());
@@ -78,45 +78,6 @@ impl Place {
             .arg(self.dir.path().join("ca.pem"));
         Ran::run(&mut command)
     }
-}
-
-/// Writes an authority's certificate, one of a server, and one of a client called `acme`; whether openssl is there.
-fn certificates(dir: &Path) -> Result<bool> {
-    let Some(openssl) = tool("openssl") else {
-        return Ok(false);
-    };
-    let run = |args: &str| -> Result<()> {
-        let mut command = openssl.command();
-        command.current_dir(dir).args(args.split_whitespace());
-        Ran::run(&mut command)?.ok().map(drop)
-    };
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
-    run(&format!(
-        "req -x509 {key} -keyout ca.key -out ca.pem -days 2 -subj /CN=authority"
-    ))?;
-    fs::write(
-        dir.join("server.ext"),
-        "subjectAltName=DNS:localhost,IP:127.0.0.1\n",
-    )?;
-    fs::write(dir.join("client.ext"), "extendedKeyUsage=clientAuth\n")?;
-    for (name, subject) in [("server", "localhost"), ("client", "acme")] {
-        run(&format!(
-            "req {key} -keyout {name}.key -out {name}.csr -subj /CN={subject}"
-        ))?;
-        run(&format!(
-            "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {name}.ext -out {name}.pem"
-        ))?;
-    }
-    let client = dir.join("acme");
-    fs::create_dir(&client)?;
-    for (from, to) in [
-        ("ca.pem", "ca-cert.pem"),
-        ("client.pem", "client-cert.pem"),
-        ("client.key", "client-key.pem"),
-    ] {
-        fs::copy(dir.join(from), client.join(to))?;
-    }
-    Ok(true)
 }
 
 #[test]
@@ -204,7 +165,7 @@ fn nbd_client_by_tls_opens_what_its_certificate_names() -> Result<()> {
     };
     drop(place.daemon.attach("acme/db", &[])?);
     drop(place.daemon.attach("zebra/stripes", &[])?);
-    let folder = place.dir.path().join("acme");
+    let folder = place.dir.path().join("client");
     let look = |export: &str| {
         let folder = folder.display();
         let uri = format!(

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{GIB, MIB, Ran, quarry_program, skip, target_dir, test_number, tool, vm_kernel};
+use quarry_tests::{
+    GIB, MIB, Qemu, Ran, quarry_program, skip, target_dir, test_number, tool, vm_kernel,
+};
 use tempfile::{TempDir, tempdir_in};
 
 /// How a script of the guest ends that cannot be run in its kernel.
@@ -178,6 +180,22 @@ fn image_is_exported_from_a_device_in_use_and_not_imported_into_one() -> Result<
         return Ok(());
     };
     host.boot(&[], "guest-images.sh", &[])
+}
+
+#[test]
+fn machine_boots_from_its_volume_by_ublk_and_goes_on_over_a_kill_and_a_replacement() -> Result<()> {
+    let (Some(host), Some(qemu)) = (Host::new()?, Qemu::find()) else {
+        return Ok(());
+    };
+    if tool("qemu-nbd").is_none() || tool("debugfs").is_none() {
+        return Ok(());
+    }
+    let options = Qemu::options("qemu-ublk", &[("-accel kvm -cpu host -m 2048", "-m 192")])?;
+    let (program, image) = (qemu.program(), qemu.image());
+    let path = |path: &Path| path.to_str().map(str::to_owned).context("a plain path");
+    let arguments = [vec![path(&program)?, path(&image)?], options].concat();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    host.boot(&[], "guest-qemu.sh", &arguments)
 }
 
 #[test]

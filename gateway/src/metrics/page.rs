@@ -9,7 +9,7 @@ use crate::store::STORE_BOUNDS_MS;
 const HEAD: &str = "# Metrics
 
 `GET /metrics` on the control socket and, with `daemon.listen` (`quarry serve --listen`), on a TCP port, in Prometheus' text format.
-[dashboards/](../dashboards) has dashboards, recording rules and alerts made of them.
+`dashboards/` has dashboards, recording rules and alerts made of them.
 
 This page is made from the table in `gateway/src/metrics`: change that, then run
 `QUARRY_WRITE_METRICS=1 cargo test -p quarry-gateway --lib page_that_is_checked_in`.

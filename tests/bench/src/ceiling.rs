@@ -1,0 +1,118 @@
+//! The limits of the machine: the store by a bare client that does nothing else, and the disk.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::path::Path;
+use object_store::{ObjectStoreExt as _, PutPayload};
+
+use crate::lab::{Lab, Store};
+use crate::report::{Report, Work};
+use crate::store::{ACCESS_KEY, BUCKET, SECRET_KEY};
+use crate::work::read_fio;
+
+/// The row of the store's own figures.
+pub const STORE: &str = "store";
+/// The row of the disk's.
+pub const DISK: &str = "disk";
+
+/// As large as Quarry's chunks, and as many at once.
+const OBJECT: u64 = 8 << 20;
+const AT_ONCE: usize = 16;
+const RANGES: usize = 500;
+
+pub fn measure(lab: &Lab, report: &mut Report) -> Result<()> {
+    let store = Store::start(lab)?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(of_store(lab, &store, report))?;
+    of_disk(lab, report)
+}
+
+fn client(store: &Store) -> Result<AmazonS3> {
+    let builder = AmazonS3Builder::new()
+        .with_endpoint(format!("http://{}", store.address()))
+        .with_allow_http(true)
+        .with_access_key_id(ACCESS_KEY)
+        .with_secret_access_key(SECRET_KEY)
+        .with_bucket_name(BUCKET);
+    builder.build().context("the store's client")
+}
+
+async fn of_store(lab: &Lab, store: &Store, report: &mut Report) -> Result<()> {
+    let client = Arc::new(client(store)?);
+    let count = lab.size / OBJECT;
+    let path = |n: u64| Path::from(format!("raw/{n}"));
+    let body = Bytes::from(vec![0x5a; usize::try_from(OBJECT)?]);
+    let rate = |begun: Instant| (lab.size >> 20) as f64 / begun.elapsed().as_secs_f64();
+
+    let begun = Instant::now();
+    stream::iter(0..count)
+        .map(|n| {
+            let (client, body) = (Arc::clone(&client), body.clone());
+            async move { client.put(&path(n), PutPayload::from_bytes(body)).await }
+        })
+        .buffer_unordered(AT_ONCE)
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    report.add(Work::SequentialWrite, STORE, rate(begun));
+
+    let begun = Instant::now();
+    stream::iter(0..count)
+        .map(|n| {
+            let client = Arc::clone(&client);
+            async move { client.get(&path(n)).await?.bytes().await }
+        })
+        .buffer_unordered(AT_ONCE)
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    report.add(Work::ColdSequentialRead, STORE, rate(begun));
+
+    let mut times: Vec<Duration> = Vec::with_capacity(RANGES);
+    for n in 0..RANGES as u64 {
+        let from = n * 4096 % OBJECT;
+        let asked = Instant::now();
+        client
+            .get_range(&path(n % count), from..from + 4096)
+            .await?;
+        times.push(asked.elapsed());
+    }
+    times.sort_unstable();
+    report.add(Work::ColdRead, STORE, times[RANGES / 2].as_secs_f64() * 1e6);
+    let p99 = times[RANGES * 99 / 100];
+    report.add(Work::ColdReadP99, STORE, p99.as_secs_f64() * 1e6);
+    Ok(())
+}
+
+fn of_disk(lab: &Lab, report: &mut Report) -> Result<()> {
+    for (work, mode, kind) in [
+        (Work::RandomWrite, "randwrite", "write"),
+        (Work::WarmRead, "randread", "read"),
+    ] {
+        let ran = Command::new("fio")
+            .args([
+                "--name=disk",
+                "--ioengine=io_uring",
+                "--direct=1",
+                "--bs=4k",
+            ])
+            .args([
+                "--iodepth=32",
+                "--output-format=json",
+                "--time_based",
+                "--end_fsync=1",
+            ])
+            .arg(format!("--rw={mode}"))
+            .arg(format!("--filename={}", lab.dir.join("disk").display()))
+            .arg(format!("--size={}", lab.size))
+            .arg(format!("--runtime={}", lab.time.as_secs()))
+            .output()
+            .context("fio (apt-get install fio)")?;
+        report.add(work, DISK, read_fio(&ran, kind)?.0);
+    }
+    Ok(std::fs::remove_file(lab.dir.join("disk"))?)
+}
