@@ -31,7 +31,7 @@ pub(crate) use self::recording::{Open, Recording, open, taken};
 pub(crate) use self::span::{Span, Step, Trail, Value, notes};
 
 /// Requests that have a trail at once, of the daemon: a store that is away may have all of its requests wait. About
-/// 1 KiB each. Those beyond are answered without a trace, and counted.
+/// 1 KiB each. The traces of those beyond have nothing of what they waited for.
 pub const TRAILS_MAX: usize = 4096;
 
 /// Spans of a request, or of one piece of work of the store's side: a read of 1 MiB in many places has some dozens.
@@ -53,8 +53,6 @@ pub struct Whose {
 /// Why a trace was not exported.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lost {
-    /// Too many requests had a trail.
-    InFlight,
     /// Too many traces waited for the collector.
     Queue,
     /// The collector did not take it in time, or at all.
@@ -63,13 +61,12 @@ pub enum Lost {
 
 impl Lost {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 3] = [Self::InFlight, Self::Queue, Self::Collector];
+    pub const ALL: [Self; 2] = [Self::Queue, Self::Collector];
 
     /// Its name, as in a metric's label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
-            Self::InFlight => "in_flight",
             Self::Queue => "queue",
             Self::Collector => "collector",
         }
@@ -183,13 +180,12 @@ impl Tracer {
         (x ^ (x >> 31)) <= self.sample
     }
 
-    /// The right to keep a trail; none: there are too many, which is counted.
+    /// The right to keep a trail; none: there are too many.
     pub(crate) fn ticket(self: &Arc<Self>) -> Option<Ticket> {
         if self.trails.fetch_add(1, Ordering::Relaxed) < TRAILS_MAX {
             return Some(Ticket(Arc::clone(self)));
         }
         self.trails.fetch_sub(1, Ordering::Relaxed);
-        self.counts.dropped(Lost::InFlight, 1);
         None
     }
 
@@ -246,11 +242,10 @@ mod tests {
     }
 
     #[test]
-    fn trails_past_the_most_are_refused_and_counted_until_one_ends() {
+    fn trails_past_the_most_are_refused_until_one_ends() {
         let (tracer, _finished) = Tracer::new(1, 0.0, 1);
         let mut tickets: Vec<_> = (0..TRAILS_MAX).map(|_| tracer.ticket().unwrap()).collect();
         assert!(tracer.ticket().is_none() && tracer.ticket().is_none());
-        assert_eq!(tracer.stats().dropped[Lost::InFlight as usize], 2);
         tickets.pop();
         assert!(tracer.ticket().is_some());
         tickets.clear();

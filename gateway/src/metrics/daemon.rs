@@ -217,7 +217,7 @@ pub(super) static TABLE: &[Definition] = &[
     ),
     counter(
         "quarry_traces_dropped_total",
-        "Traces that the collector did not get: it took none in time (`collector`), too many waited for it (`queue`), or too many requests were traced at once (`in_flight`).",
+        "Traces that the collector did not get: too many waited for it (`queue`), or it did not take them in time, or at all (`collector`).",
         Source::Own(&["reason"], |all, family| {
             for (why, dropped) in Lost::ALL
                 .iter()

@@ -116,7 +116,7 @@ fn snapshot() -> Snapshot {
         },
         traces: Some(TraceStats {
             exported: 8,
-            dropped: [0, 4, 0],
+            dropped: [4, 0],
             failures: 1,
         }),
         process: ProcessStats {
