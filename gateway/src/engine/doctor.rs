@@ -10,7 +10,7 @@ use futures::StreamExt as _;
 use super::{CONTROL_DEADLINE, Daemon, registry};
 use crate::control::{Check, Verdict};
 use crate::provision;
-use crate::store::StoreSettings;
+use crate::store::{Lane, Store as _, StoreSettings};
 
 /// A sync of the cache device that takes longer is told of: each flush waits for one or two.
 const SYNC_TIME_MAX: Duration = Duration::from_millis(50);
@@ -59,19 +59,9 @@ impl Daemon {
             let lane = site.lane.with_deadline(CONTROL_DEADLINE);
             sites.push((site.settings().clone(), lane));
         });
-        let looks = sites.into_iter().map(async |(settings, lane)| {
-            let place = crate::store::Store::describe(&lane);
-            let looks = provision::examine(&settings, &lane).await.into_iter();
-            let told = looks.map(|(what, found)| {
-                let what = format!("store {place}: {what}");
-                match found {
-                    Ok(words) => Check::ok(what, words),
-                    // Its message says what to do.
-                    Err(error) => Check::new(what, Verdict::Failed, error.to_string(), ""),
-                }
-            });
-            told.collect::<Vec<Check>>()
-        });
+        let looks = sites
+            .into_iter()
+            .map(|(settings, lane)| examine_store(settings, lane));
         let looks = futures::stream::iter(looks).buffered(STORES_AT_ONCE);
         let looks: Vec<Vec<Check>> = looks.collect().await;
         checks.extend(looks.into_iter().flatten());
@@ -140,6 +130,21 @@ impl Daemon {
         }
         checks
     }
+}
+
+/// What provisioning would find of a store.
+async fn examine_store(settings: StoreSettings, lane: Lane) -> Vec<Check> {
+    let place = lane.describe();
+    let looks = provision::examine(&settings, &lane).await.into_iter();
+    let told = looks.map(|(what, found)| {
+        let what = format!("store {place}: {what}");
+        match found {
+            Ok(words) => Check::ok(what, words),
+            // Its message says what to do.
+            Err(error) => Check::new(what, Verdict::Failed, error.to_string(), ""),
+        }
+    });
+    told.collect()
 }
 
 /// The journals are best in memory: what is in them outlives the daemon only.
