@@ -141,6 +141,11 @@ fn check_keys(config: &Config) -> Result<(), ConfigError> {
     Err(refuse("keys.url", text, why, "write an https URL"))
 }
 
+/// What cannot be read as a URL may have a password in it all the same.
+fn without_password(text: &str) -> &str {
+    if text.contains('@') { "(hidden)" } else { text }
+}
+
 fn check_tracing(tracing: &crate::Tracing) -> Result<(), ConfigError> {
     let slow = tracing.slow;
     if !SLOW_TIMES.contains(&slow) {
@@ -158,7 +163,8 @@ fn check_tracing(tracing: &crate::Tracing) -> Result<(), ConfigError> {
     };
     const KEY: &str = "tracing.endpoint";
     const REMEDY: &str = "write a URL such as \"http://127.0.0.1:4318\"";
-    let url = Url::parse(text).map_err(|_| refuse(KEY, text, "it is not a URL", REMEDY))?;
+    let url = Url::parse(text)
+        .map_err(|_| refuse(KEY, without_password(text), "it is not a URL", REMEDY))?;
     if !url.username().is_empty() || url.password().is_some() {
         let why = "a collector's URL bears no user or password";
         return Err(refuse(KEY, "(hidden)", why, "use tracing.headers_file"));
@@ -263,8 +269,14 @@ fn check_store(config: &Config) -> Result<(), ConfigError> {
     }
     if let Some(text) = &store.endpoint {
         let remedy = "write a URL such as \"https://s3.example.com\"";
-        let url = Url::parse(text)
-            .map_err(|_| refuse("store.endpoint", text, "it is not a URL", remedy))?;
+        let url = Url::parse(text).map_err(|_| {
+            refuse(
+                "store.endpoint",
+                without_password(text),
+                "it is not a URL",
+                remedy,
+            )
+        })?;
         if !url.username().is_empty() || url.password().is_some() {
             let why = "an endpoint bears no user or password";
             return Err(refuse(
@@ -332,7 +344,8 @@ fn check_store(config: &Config) -> Result<(), ConfigError> {
 fn check_store_url(text: &str) -> Result<(), ConfigError> {
     const KEY: &str = "store.url";
     const REMEDY: &str = "write \"s3://bucket/prefix\" or \"file:///dir\"";
-    let url = Url::parse(text).map_err(|_| refuse(KEY, text, "it is not a URL", REMEDY))?;
+    let url = Url::parse(text)
+        .map_err(|_| refuse(KEY, without_password(text), "it is not a URL", REMEDY))?;
     if !url.username().is_empty() || url.password().is_some() {
         let why = "a store's URL bears no user or password";
         return Err(refuse(

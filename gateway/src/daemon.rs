@@ -31,6 +31,7 @@ use crate::nbd::{NbdServer, listen_unix};
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 use crate::tls::{Tls, TlsError, TlsFiles};
+use crate::trace::export::Exporter;
 
 /// Longest time that a request of the first look at the store waits for an answer.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
@@ -76,6 +77,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let fitness = check_store(&settings, &lane).await?;
         Network::check(&config.access)?;
         nbd_certificates(&config.access)?;
+        Exporter::check(&config.tracing)?;
         may_listen(&config).await?;
         take_over(&config.daemon.socket, &manager).await?;
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
@@ -367,15 +369,9 @@ impl AttachAgain {
         // Who detaches it meanwhile takes it out of the list.
         while self.daemon.wanted().contains(&volume) {
             let place = self.place().await;
-            let writes = !how.read_only && !volume.is_past();
-            if writes && matches!(self.daemon.was_taken(&volume).await, Ok(true)) {
-                tracing::error!(%volume, "it was taken from this host: it is not attached again, and a device that it had is removed");
-                self.unlist(&volume);
-                break;
-            }
             let attached = self.daemon.attach_again(&volume, &how).await;
             drop(place);
-            let error = match attached {
+            let mut error = match attached {
                 Ok(info) => {
                     tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");
                     break;
@@ -385,6 +381,19 @@ impl AttachAgain {
             if error.kind == Kind::Conflict && self.daemon.is_attached(&volume) {
                 tracing::info!(%volume, "attached by somebody else meanwhile");
                 break;
+            }
+            // Its claim has found that out; here is asked why it was refused, which alone decides what becomes of the device.
+            let writes = !how.read_only && !volume.is_past();
+            if error.kind == Kind::Conflict && writes {
+                match self.daemon.was_taken(&volume).await {
+                    Ok(true) => {
+                        tracing::error!(%volume, "it was taken from this host: it is not attached again, and a device that it had is removed");
+                        self.unlist(&volume);
+                        break;
+                    }
+                    Ok(false) => {}
+                    Err(unknown) => error = unknown,
+                }
             }
             if error.kind == Kind::NotFound && self.was_deleted(&volume).await {
                 tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");

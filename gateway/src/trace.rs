@@ -31,7 +31,7 @@ pub(crate) use self::recording::{Open, Recording, open, taken};
 pub(crate) use self::span::{Span, Step, Trail, Value, notes};
 
 /// Requests that have a trail at once, of the daemon: a store that is away may have all of its requests wait. About
-/// 1 KiB each. The traces of those beyond have nothing of what they waited for.
+/// 1 KiB each, and up to 128 spans of what it waited for. The traces of those beyond have nothing of that.
 pub const TRAILS_MAX: usize = 4096;
 
 /// Spans of a request, or of one piece of work of the store's side: a read of 1 MiB in many places has some dozens.

@@ -8,7 +8,7 @@ mod stepped;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, open_read_only};
+use quarry_gateway::backend::open::{Claim, Claimed, OpenError, claim, give_back, open_read_only};
 use quarry_gateway::store::{Store, StoreError};
 use quarry_objfmt::chunk::{LogObject, classify};
 use quarry_objfmt::{
@@ -32,6 +32,7 @@ fn by(host: u8) -> Claim {
         now_ms: u64::from(host),
         force: true,
         discard_unsent: true,
+        must_be_ours: false,
     }
 }
 
@@ -171,6 +172,27 @@ fn take_over(writes: u64, new_writes: u64, reads: bool) {
         fenced.get()
     );
     assert!(orders > 100 && (1..orders).contains(&fenced.get()));
+}
+
+#[test]
+fn claim_of_what_must_be_ours_is_refused_when_it_is_anothers_or_nobodys() {
+    let (store, owner, _) = owned();
+    let ours = |host| Claim {
+        must_be_ours: true,
+        ..by(host)
+    };
+    let claimed = |host| alone(&store, claim(&*store, &tenant(), VOLUME, None, &ours(host)));
+    let before = owner.head.epoch();
+    assert!(matches!(claimed(2), Err(OpenError::Taken)));
+    let again = claimed(1).unwrap();
+    assert_eq!(again.head.epoch(), before.next());
+    alone(&store, give_back(&*store, &again.head)).unwrap();
+    // It may have been another's meanwhile, and had its device's blocks changed.
+    for host in [1, 2] {
+        assert!(matches!(claimed(host), Err(OpenError::Taken)));
+    }
+    let anybodys = alone(&store, claim(&*store, &tenant(), VOLUME, None, &by(2))).unwrap();
+    assert_eq!(anybodys.head.epoch(), again.head.epoch().next());
 }
 
 #[test]

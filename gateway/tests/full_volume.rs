@@ -363,6 +363,7 @@ fn claimant(force: bool) -> Claim {
         now_ms: 1,
         force,
         discard_unsent: false,
+        must_be_ours: false,
     }
 }
 

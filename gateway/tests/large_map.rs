@@ -106,6 +106,7 @@ async fn snapshot_and_clone_of_a_large_map_are_made_at_once() {
         now_ms: 1,
         force: false,
         discard_unsent: false,
+        must_be_ours: false,
     };
     let (cell, _) = hold(&store, &tenant, VOLUME, &by).await.unwrap();
     let before = objects(dir.path());

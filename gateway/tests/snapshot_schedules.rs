@@ -105,6 +105,7 @@ fn attached() -> (Stepped, HeadCell) {
         now_ms: 1,
         force: false,
         discard_unsent: false,
+        must_be_ours: false,
     };
     let (cell, _) = alone(&store, hold(&store, &tenant(), VOLUME, &by)).unwrap();
     let name = snap();
@@ -329,6 +330,7 @@ fn writer_that_was_taken_over_can_neither_make_a_snapshot_nor_delete_one() {
         now_ms: 2,
         force: true,
         discard_unsent: false,
+        must_be_ours: false,
     };
     let (owner, was_owned) = alone(&store, hold(&store, &tenant(), VOLUME, &by)).unwrap();
     assert!(was_owned);

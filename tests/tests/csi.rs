@@ -703,13 +703,13 @@ fn node_without_block_devices_refuses_and_undoes_nothing_that_is_not_there() -> 
     }
     ensure!(staging.is_dir() && daemon.show("acme/db")?["state"] == "detached");
 
-    // Without its daemon it is not ready, and goes on when that is there again.
+    // Without its daemon it refuses calls, is not to be started anew for that, and goes on when that is there again.
     daemon.stop()?;
     let probe = done(
         "probe",
         driver.call(driver.identity().probe(ProbeRequest {})),
     )?;
-    ensure!(probe.ready == Some(false));
+    ensure!(probe.ready == Some(true));
     refused(
         "stage",
         stage("acme/db", &at, Some(writer())),

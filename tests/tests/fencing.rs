@@ -120,6 +120,42 @@ fn volume_taken_over_on_s3_has_one_writer() -> Result<()> {
 }
 
 #[test]
+fn volume_that_went_on_elsewhere_and_is_free_again_is_not_taken_back_at_a_start() -> Result<()> {
+    let dir = tempdir()?;
+    let old = Site::with_folder(dir.path(), "old")?;
+    let new = Site::with_folder(dir.path(), "new")?;
+    let first = old.start()?;
+    let mut nbd = first.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[1; 4096], true)?;
+    first.sync(VOLUME)?;
+    first.kill()?;
+
+    let second = new.start()?;
+    let mut nbd = second.attach(VOLUME, &["--force"])?;
+    nbd.write(0, &[2; 4096], true)?;
+    drop(nbd);
+    second.quarry(&["volume", "detach", VOLUME])?;
+
+    // A device that it had would be under a file system that knows nothing of the other's writes.
+    let first = old.start()?;
+    let shown = first.show(VOLUME)?;
+    ensure!(
+        shown["state"] == "detached" && shown["owner"].is_null(),
+        "{shown}"
+    );
+    ensure!(
+        first.log().contains("was taken from this host"),
+        "{}",
+        first.log()
+    );
+    let mut nbd = second.attach(VOLUME, &[])?;
+    ensure!(nbd.read_vec(0, 4096)? == [2; 4096]);
+    drop(nbd);
+    second.stop()?;
+    first.stop()
+}
+
+#[test]
 fn volume_attached_by_both_in_turn_carries_everything_over() -> Result<()> {
     let dir = tempdir()?;
     let sites = [

@@ -57,6 +57,9 @@ pub enum OpenError {
         /// Since when, for people.
         since: String,
     },
+    /// It is not this host's any more, as it was to be.
+    #[error("the volume was taken from this host, or detached from it")]
+    Taken,
     /// It was deleted, though it still has its name.
     #[error(
         "the volume was deleted: `quarry volume restore` brings it back from the trash, unless it is being purged"
@@ -154,6 +157,8 @@ pub struct Claim {
     pub force: bool,
     /// Give up unsent writes that cannot be merged.
     pub discard_unsent: bool,
+    /// Only if the head names us: nobody has had it since we had it last.
+    pub must_be_ours: bool,
 }
 
 /// A volume as the store has it, ours to write.
@@ -311,8 +316,12 @@ async fn read_head(
     claim: &Claim,
 ) -> Result<(Head, Tag), OpenError> {
     let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
+    let is_ours = |owner: &Owner| owner.cache == claim.cache;
     match &head.owner {
         Some(_) if head.deleted().is_some() => Err(OpenError::Deleted),
+        owner if claim.must_be_ours && !owner.as_ref().is_some_and(is_ours) => {
+            Err(OpenError::Taken)
+        }
         Some(owner) if owner.cache != claim.cache && !claim.force => {
             Branch::OwnedRefused.taken();
             Err(OpenError::Owned {

@@ -4,7 +4,7 @@ use quarry_objfmt::head::Head;
 use quarry_objfmt::{CacheId, TenantName, VolumeId, keys};
 
 use super::head::{HeadCell, put};
-use super::open::{OpenError, since};
+use super::open::OpenError;
 use crate::store::Store;
 
 /// Takes the right to write from the host with the cache `from`, and gives it to nobody; answers whether it had it.
@@ -14,7 +14,7 @@ use crate::store::Store;
 /// is fenced.*
 ///
 /// # Errors
-/// [`OpenError::Owned`] if another host has it; nothing was changed.
+/// [`OpenError`]; nothing was changed.
 pub async fn release(
     store: &dyn Store,
     tenant: &TenantName,
@@ -26,12 +26,7 @@ pub async fn release(
     match &head.owner {
         _ if head.deleted().is_some() => return Err(OpenError::Deleted),
         None => return Ok(false),
-        Some(owner) if owner.cache != from => {
-            return Err(OpenError::Owned {
-                host: owner.host.clone(),
-                since: since(owner.since_ms),
-            });
-        }
+        Some(owner) if owner.cache != from => return Ok(false),
         Some(_) => {}
     }
     let released = Head {

@@ -67,6 +67,13 @@ pub(super) fn run(
         log,
     } = flags;
     logging::start(log, "info")?;
+    if peers.is_some() && token.is_some() && ca.is_none() {
+        // Any of the world's authorities would do else, for a name that comes from an object of a tenant's store.
+        let message =
+            "--peers would send the token to whichever hosts volumes name as their owners";
+        let remedy = "name the authority that made the daemons' certificates, with --ca";
+        return Err(Failure::new("invalid", message, remedy));
+    }
     let reach = |address: String| Peers::new(&address, token.map(str::trim), ca.map(str::as_bytes));
     let settings = Settings {
         endpoint,

@@ -26,7 +26,7 @@ pub(super) async fn run(
     };
     console.show(&released, |released| match released.released {
         true => format!("{volume}: {from} can write to it no more, and nobody has it"),
-        false => format!("{volume}: nobody has it"),
+        false => format!("{volume}: {from} does not have it"),
     })
 }
 

@@ -215,6 +215,7 @@ async fn attach(
         device_owner: owner,
         device_mode: mode,
         direct_reads,
+        again: false,
     };
     let attached = match is_ensured {
         true => ensure::attach(client, &volume, &options).await?,

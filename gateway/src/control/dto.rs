@@ -684,6 +684,11 @@ pub struct AttachOptions {
     pub device_mode: Option<DeviceMode>,
     /// Receive what the cache lacks straight into requests' pages, unverified, where that is possible.
     pub direct_reads: bool,
+    /// As it was before the daemon's start, by itself: only if the volume is this host's still, which it stays if it
+    /// cannot be attached now. None of the API's.
+    #[serde(skip)]
+    #[schemars(skip)]
+    pub again: bool,
 }
 
 impl AttachOptions {

@@ -61,13 +61,14 @@ impl Identity for IdentityService {
         }))
     }
 
-    /// A daemon that is not there is no reason to start the plugin anew, which could not do more then: it is not ready.
+    /// A daemon that is not there is no reason to start the plugin anew, which is what the liveness probe does with one
+    /// that says it is not ready: a formatting that waits for that daemon would be cut off. Calls say what is wrong.
     async fn probe(&self, _: Request<ProbeRequest>) -> Answered<ProbeResponse> {
-        let ready = match self.client.reach().await {
-            Ok(()) => true,
-            Err(error) if error.kind == Kind::Unavailable => false,
-            Err(error) => return Err(tonic::Status::failed_precondition(error.to_string())),
-        };
-        Ok(Response::new(ProbeResponse { ready: Some(ready) }))
+        match self.client.reach().await {
+            Err(error) if error.kind != Kind::Unavailable => {
+                Err(tonic::Status::failed_precondition(error.to_string()))
+            }
+            _ => Ok(Response::new(ProbeResponse { ready: Some(true) })),
+        }
     }
 }

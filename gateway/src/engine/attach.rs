@@ -55,6 +55,7 @@ impl From<OpenError> for ApiError {
     fn from(error: OpenError) -> Self {
         let kind = match &error {
             OpenError::Owned { .. }
+            | OpenError::Taken
             | OpenError::Deleted
             | OpenError::Stale { .. }
             | OpenError::Unsent
@@ -117,6 +118,7 @@ impl Daemon {
             force: how.force,
             queues: how.queues,
             direct_reads: how.direct_reads,
+            again: true,
             ..AttachOptions::default()
         };
         self.attach_volume(volume, &options, how.access.clone())
@@ -245,7 +247,13 @@ impl Daemon {
                 Err(error) => {
                     // As if it had been detached again: what the cache has of it stays findable.
                     let error = ApiError::from(error);
-                    let left = self.let_go(&attached).await.is_err().then_some(attached);
+                    let after = if options.again {
+                        After::Keep
+                    } else {
+                        After::GiveBack
+                    };
+                    let left = self.let_go(&attached, after).await.is_err();
+                    let left = left.then_some(attached);
                     return Err((error, left));
                 }
             },
@@ -429,6 +437,7 @@ impl Daemon {
             now_ms: now_ms(),
             force: options.force,
             discard_unsent: options.discard_unsent,
+            must_be_ours: options.again && !options.read_only,
         };
         let read_only = options.read_only;
         let (store, name) = (&tenant.control(), &tenant.name);
@@ -448,7 +457,8 @@ impl Daemon {
                 false => match self.unlock(name, &claimed.info).await {
                     Ok(keys) => keys,
                     Err(error) => {
-                        leave_to_others(store, volume, &claimed.head, kept.is_none()).await;
+                        let leaves = kept.is_none() && !options.again;
+                        leave_to_others(store, volume, &claimed.head, leaves).await;
                         return Err(error);
                     }
                 },
@@ -458,11 +468,11 @@ impl Daemon {
         let taken = if read_only {
             (Taken::default(), None)
         } else {
-            let nothing_kept = kept.is_none();
+            let leaves = kept.is_none() && !options.again;
             match self.take_up(id, kept, &claimed).await {
                 Ok((taken, journal)) => (taken, Some(journal)),
                 Err(error) => {
-                    leave_to_others(store, volume, &claimed.head, nothing_kept).await;
+                    leave_to_others(store, volume, &claimed.head, leaves).await;
                     return Err(error);
                 }
             }
@@ -724,7 +734,7 @@ impl Daemon {
         }
         // Nobody new comes in from here on.
         self.exports.0.lock().remove(&volume.to_string());
-        let complete = match self.let_go(&attached).await {
+        let complete = match self.let_go(&attached, After::GiveBack).await {
             Ok(complete) => complete,
             Err(error) => {
                 stay();
@@ -752,7 +762,7 @@ impl Daemon {
     ///
     /// The order: no more requests, drain, take apart, say what was hot, give back. *Crash before the giving back: it
     /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
-    pub(super) async fn let_go(&self, attached: &Attached) -> ApiResult<bool> {
+    pub(super) async fn let_go(&self, attached: &Attached, after: After) -> ApiResult<bool> {
         let backend = &attached.backend;
         let (reactor, key) = backend.place();
         let ended = reactor.stop_front_ends(key);
@@ -786,7 +796,11 @@ impl Daemon {
             if let Some(hot) = &hot {
                 self.leave_hot_set(attached, hot).await;
             }
-            match give_back(&attached.tenant.control(), backend.head()).await {
+            let given = match after {
+                After::GiveBack => give_back(&attached.tenant.control(), backend.head()).await,
+                After::Keep => Ok(()),
+            };
+            match given {
                 Ok(()) | Err(HeadError::Fenced { .. }) => {}
                 Err(error) => {
                     tracing::warn!(volume = backend.name(), %error, "detached, but the store still names this host as the owner");
@@ -839,14 +853,19 @@ impl Daemon {
     }
 }
 
-/// After an attach that came to nothing: with nothing of the volume here, others need not ask for it by force.
-async fn leave_to_others(
-    store: &dyn Store,
-    volume: &ImageRef,
-    head: &HeadCell,
-    nothing_kept: bool,
-) {
-    if nothing_kept && let Err(error) = give_back(store, head).await {
+/// What becomes of the right to write to a volume that is not served any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum After {
+    /// Whoever comes may have it, if all is sent.
+    GiveBack,
+    /// It stays this host's.
+    Keep,
+}
+
+/// After an attach that came to nothing: with nothing of the volume here, others need not ask for it by force. One
+/// that was attached before the daemon's start stays this host's: its device waits, and it is tried again.
+async fn leave_to_others(store: &dyn Store, volume: &ImageRef, head: &HeadCell, leaves: bool) {
+    if leaves && let Err(error) = give_back(store, head).await {
         tracing::warn!(%volume, %error, "not attached, but the store names this host as the owner");
     }
 }

@@ -5,7 +5,7 @@ use quarry_objfmt::CacheId;
 
 use super::{Daemon, registry};
 use crate::backend::release::release;
-use crate::control::{ApiError, ApiResult, ImageRef, Kind, ReleaseInfo, VolumeRef};
+use crate::control::{ApiResult, ImageRef, ReleaseInfo, VolumeRef};
 
 impl Daemon {
     pub(super) async fn release_volume(
@@ -13,14 +13,6 @@ impl Daemon {
         volume: &VolumeRef,
         from: CacheId,
     ) -> ApiResult<ReleaseInfo> {
-        if from == self.common.device.id() {
-            let message = format!("{volume} cannot be taken from this host by itself");
-            return Err(ApiError::new(
-                Kind::Conflict,
-                message,
-                "detach it, or attach and detach it, which sends what the cache has of it",
-            ));
-        }
         let store = self.control(&volume.tenant).await?;
         let id = registry::find(&store, volume).await?;
         let released = release(&store, &volume.tenant, id, from).await?;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use quarry_objfmt::head::Head;
@@ -20,6 +21,9 @@ use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec,
     SegmentsInfo, State, StatusInfo, VolumeInfo, VolumeRef,
 };
+
+/// How long the store is waited for whose a volume is, where all else is known here.
+const OWNER_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Volumes shown side by side, each by two reads of its store at most.
 const SHOWN_AT_ONCE: usize = 16;
@@ -52,6 +56,19 @@ impl Daemon {
             let mut all = head.snapshots.iter();
             let found = all.find(|s| s.name == name.as_str());
             head.size = found.ok_or_else(|| no_snapshot(image))?.size;
+        }
+        // Whose it is now, this host was not told: of a volume that it only reads, or that was taken from it.
+        if let Some(attached) = &attached
+            && (attached.read_only || attached.backend.condition().fenced)
+            && !image.is_past()
+        {
+            let asked = async {
+                let store = self.control(&volume.tenant).await?;
+                registry::head(&store, volume).await
+            };
+            if let Ok(Ok(now)) = tokio::time::timeout(OWNER_WAIT_MAX, asked).await {
+                head.owner = now.owner;
+            }
         }
         let owner = head.owner.as_ref().filter(|_| head.deleted().is_none());
         let elsewhere = |o: &quarry_objfmt::Owner| o.cache != self.common.device.id();

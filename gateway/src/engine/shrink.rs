@@ -20,6 +20,7 @@ use quarry_objfmt::{Lba, LbaRange, Owner, Sectors};
 use quarry_volume::{IoError, Op};
 use tokio::sync::oneshot;
 
+use super::attach::After;
 use super::resize::{HEAD_WAIT_MAX, resized};
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, registry};
@@ -92,7 +93,7 @@ impl Daemon {
         let attached = self.without_front_end(&image, &opening);
         let shrunk = self.cut_off(volume, &attached, size).await;
         // Step 4.
-        match self.let_go(&attached).await {
+        match self.let_go(&attached, After::GiveBack).await {
             Ok(_) => slot.set(Stage::Detached),
             Err(error) => {
                 slot.set(Stage::Attached(std::sync::Arc::new(attached)));

@@ -12,6 +12,7 @@ use futures::StreamExt as _;
 use quarry_objfmt::{Head, NameRecord, Sectors, SnapName, VolumeId, VolumeName};
 use quarry_volume::Event;
 
+use super::attach::After;
 use super::quota::Wish;
 use super::report::attached_info;
 use super::slot::{Attached, Slot, Stage};
@@ -123,6 +124,7 @@ impl Daemon {
             now_ms: now_ms(),
             force: false,
             discard_unsent: false,
+            must_be_ours: false,
         }
     }
 
@@ -246,7 +248,7 @@ impl Daemon {
             },
             Err(error) => Err(error),
         };
-        match self.let_go(&attached).await {
+        match self.let_go(&attached, After::GiveBack).await {
             Ok(_) => slot.set(Stage::Detached),
             Err(error) => {
                 slot.set(Stage::Attached(Arc::new(attached)));

@@ -67,6 +67,7 @@ impl Fixture {
             now_ms: 9,
             force: false,
             discard_unsent: false,
+            must_be_ours: false,
         };
         let tenant = &self.name.tenant;
         let claimed = claim(&*self.store, tenant, volume_id(), None, &who).await;

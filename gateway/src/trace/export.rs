@@ -29,7 +29,8 @@ use super::message::{self, text};
 use super::{Counts, Finished, Lost, Tracer};
 use crate::qos::now_ns;
 
-/// Traces that wait for the collector: some seconds of a store's outage; about 10 KiB each, 260 KiB at most.
+/// Traces that wait for the collector: some seconds of a store's outage. About 10 KiB each, more where what they waited
+/// for was tried again and again.
 pub const QUEUED_MAX: usize = 1024;
 
 /// Traces of one call.
@@ -53,8 +54,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// The most bytes of an answer: of a sound one some tens.
 const ANSWER_BYTES_MAX: usize = 64 << 10;
 
-/// How long the daemon's end waits for what is queued.
-const END_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long the daemon's end waits for what is queued. Little: a daemon that takes over waits for that end, and the
+/// devices' users for it.
+const END_TIME_MAX: Duration = Duration::from_millis(250);
 
 /// What is behind the collector's URL, by OpenTelemetry's convention.
 const PATH: &str = "/v1/traces";
@@ -109,6 +111,16 @@ impl Exporter {
         let task = tokio::spawn(work.run());
         tracing::info!(%endpoint, slow = ?config.slow, "slow requests are traced");
         Ok(Some((tracer, Self { ending, task })))
+    }
+
+    /// Whether [`Exporter::start`] could, as far as can be known before.
+    ///
+    /// # Errors
+    /// If a file that `config` names cannot be used.
+    pub fn check(config: &Tracing) -> Result<(), ExportError> {
+        let collector = config.endpoint.as_ref();
+        let collector = collector.map(|endpoint| Collector::new(endpoint, config));
+        collector.transpose().map(|_| ())
     }
 
     /// Sends what is queued, for a moment, and ends.

@@ -513,6 +513,7 @@ async fn volume_attached_elsewhere_is_not_deleted_and_one_deleted_is_not_attache
         now_ms: NOW,
         force: true,
         discard_unsent: true,
+        must_be_ours: false,
     };
     let refused = claim(&store, &volume("mine").tenant, id(4), None, &how).await;
     assert!(matches!(refused, Err(OpenError::Deleted)));

@@ -122,6 +122,7 @@ async fn length_of_a_header_that_is_damaged_on_the_way_is_asked_for_again() {
         now_ms: 0,
         force: false,
         discard_unsent: false,
+        must_be_ours: false,
     };
     for seed in 0..300 {
         let bucket = SimBucket::new(seed, Duration::from_millis(20), Faults::default());

@@ -336,6 +336,7 @@ impl World {
             now_ms: self.core.now_ms(),
             force,
             discard_unsent,
+            must_be_ours: false,
         }
     }
 

@@ -14,7 +14,7 @@ use std::io::{BufRead as _, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 
 use self::lab::Lab;
@@ -38,7 +38,7 @@ struct Arguments {
     /// Before each answer of the S3 server, in milliseconds.
     #[arg(long, default_value_t = 0)]
     delay_ms: u64,
-    /// These targets only: quarry, qemu-nbd, nbdkit, s3backer, zerofs.
+    /// These targets only: quarry, qemu-nbd, nbdkit, s3backer.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Where files are: caches, and what peers serve. A real disk says most.
@@ -85,6 +85,11 @@ fn main() -> Result<()> {
         time: Duration::from_secs(arguments.seconds),
         delay: Duration::from_millis(arguments.delay_ms),
     };
+    let names: Vec<_> = target::all(&lab).iter().map(|t| t.name()).collect();
+    let unknown = arguments.only.iter().find(|only| !names.contains(&only.as_str()));
+    if let Some(unknown) = unknown {
+        bail!("there is no target {unknown}, but {}", names.join(", "));
+    }
     let mut report = Report::default();
     for round in 0..arguments.rounds {
         eprintln!("round {} of {}", round + 1, arguments.rounds);

@@ -120,7 +120,9 @@ impl Target for Quarry {
         let environment = store.environment();
         let site = Site::with_environment(&self.dir, "host", BUCKET, environment)?;
         // Half of it may be unsent: less than the volume, so that a pass over all of it is held to the store's pace.
-        let site = site.cache_size(&format!("{}MiB", (self.size >> 20) * 3 / 2));
+        let site = site
+            .cache_size(&format!("{}MiB", (self.size >> 20) * 3 / 2))
+            .settings("[cache]\ndirty_max = \"50%\"\n");
         self.daemon = Some(site.start()?);
         self.make(VOLUME, "local")
     }

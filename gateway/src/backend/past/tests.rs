@@ -136,6 +136,7 @@ impl Bench {
             now_ms: NOW_MS.get(),
             force: false,
             discard_unsent: true,
+            must_be_ours: false,
         }
     }
 

@@ -69,21 +69,24 @@ impl ControllerService {
             Err(error) if error.kind == Kind::NotFound => return Ok(()),
             shown => shown?,
         };
-        let Some(owner) = info.owner.as_ref().and_then(NodeId::owner) else {
+        let owner = info.owner.as_ref().and_then(NodeId::owner);
+        let named = match node {
+            "" => owner.clone(),
+            // An id that cannot be one is no node that has it.
+            node => NodeId::parse(node).ok(),
+        };
+        let Some(node) = named else {
             return Ok(());
         };
-        // An id that cannot be one is no node that has it.
-        let is_owner = |id: NodeId| id.cache == owner.cache;
-        if !node.is_empty() && !NodeId::parse(node).is_ok_and(is_owner) {
-            return Ok(());
+        // As far as this daemon knows, which may have had the volume itself and not know yet that another has it.
+        if owner.is_some_and(|owner| owner.cache == node.cache) {
+            tracing::warn!(%volume, %node, "the node did not give the volume back: it is taken from it");
+            if let Some(daemon) = self.at_owner(&info)? {
+                in_peace(&daemon, volume).await;
+            }
         }
-        tracing::warn!(%volume, %owner, "the node did not give the volume back: it is taken from it");
-        if let Some(daemon) = self.at_owner(&info)?
-            && in_peace(&daemon, volume).await
-        {
-            return Ok(());
-        }
-        let spec = ReleaseSpec { from: owner.cache };
+        // Whatever came of that: who detaches need not have reached the store, which alone knows whose it is.
+        let spec = ReleaseSpec { from: node.cache };
         match self.client.release(volume, spec).await {
             Ok(_) => Ok(()),
             Err(error) if error.kind == Kind::NotFound => Ok(()),
@@ -92,16 +95,15 @@ impl ControllerService {
     }
 }
 
-/// Has the daemon give the volume back; or, where somebody uses it, send what was written. Answers whether it gave
-/// it back.
-async fn in_peace(daemon: &Client, volume: &VolumeRef) -> bool {
+/// Has the daemon give the volume back; or, where somebody uses it, send what was written.
+async fn in_peace(daemon: &Client, volume: &VolumeRef) {
     let image = ImageRef::from(volume.clone());
     match tokio::time::timeout(PEACE_TIME_MAX, daemon.detach(&image)).await {
-        Ok(Ok(())) => return true,
+        Ok(Ok(())) => return,
         Ok(Err(error)) => tracing::warn!(%volume, %error, "it is not given back"),
         Err(_) => {
             tracing::warn!(%volume, "it is not given back in time");
-            return false;
+            return;
         }
     }
     match tokio::time::timeout(PEACE_TIME_MAX, daemon.sync(volume)).await {
@@ -109,5 +111,4 @@ async fn in_peace(daemon: &Client, volume: &VolumeRef) -> bool {
         Ok(Err(error)) => tracing::warn!(%volume, %error, "what was not sent yet is lost to it"),
         Err(_) => tracing::warn!(%volume, "what is not sent by now is lost to it"),
     }
-    false
 }

@@ -115,6 +115,12 @@ impl ControllerService {
     async fn create_empty(&self, plan: &Plan) -> Answer<VolumeInfo> {
         let size = plan.wanted.size(0)?;
         let spec = plan.class.spec(plan.name.clone(), size);
+        // First: one that is there is not to be counted again against its tenant's quota.
+        if self.is_there(&plan.volume()).await? {
+            let found = self.show(&plan.volume()).await?;
+            fits(&found, plan, None)?;
+            return Ok(found);
+        }
         match self.client.create_volume(&spec).await {
             Ok(made) => Ok(made),
             // Made by a call before this one, or something else.

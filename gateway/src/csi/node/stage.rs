@@ -226,8 +226,14 @@ impl NodeService {
             shown => shown?,
         };
         if info.attached.is_none() {
-            if info.state != State::Detached || info.owner.is_none() {
-                return Ok(());
+            match (info.state, &info.owner) {
+                (State::Detached, Some(_)) => {}
+                (State::Detached | State::AttachedElsewhere | State::Failed, _) => return Ok(()),
+                // By the daemon itself, which has just started and may have to send what is written; or to its end.
+                _ => {
+                    let message = format!("{volume} is {}", info.state.as_str());
+                    return Err(Status::aborted(message));
+                }
             }
             // It was detached, and not all of its writes could be sent: once more, or whoever has it next has it
             // without them.

@@ -313,6 +313,7 @@ impl Host {
 fn kind(error: &OpenError) -> &'static str {
     match error {
         OpenError::Owned { .. } => "owned",
+        OpenError::Taken => "taken",
         OpenError::Deleted => "deleted",
         OpenError::Stale { .. } => "stale",
         OpenError::Unsent => "unsent",

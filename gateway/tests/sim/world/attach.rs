@@ -66,6 +66,7 @@ impl World {
                     now_ms: self.core.now_ms(),
                     force: true,
                     discard_unsent: false,
+                    must_be_ours: false,
                 };
                 host.attach(n, truth, &claim, true);
             }
