@@ -542,6 +542,7 @@ impl Daemon {
                     tenant: volume.volume.tenant.to_string(),
                     volume: volume.short_name(),
                 }),
+                durability: head.durability,
             }),
             first: actions,
         };

@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use quarry_objfmt::Durability;
 use quarry_volume::{Event, IoError, IoId, Op, WriteWait};
 
 use super::frontend::InFlight;
@@ -30,6 +31,8 @@ pub struct Traced {
     pub tracer: Arc<Tracer>,
     /// Whose they are.
     pub whose: Arc<Whose>,
+    /// What a flush waits for.
+    pub durability: Durability,
 }
 
 /// What is known of a request's time so far.
@@ -375,13 +378,20 @@ impl Kept {
         if !has_waited && !is_durable {
             return;
         }
+        // What only went on at the same time is not to be blamed.
+        let waits_for_store = self.traced.durability == Durability::Object;
         for recent in &self.recent {
             if !recent.whole().overlaps(begin_ns, end_ns) {
                 continue;
             }
             match recent {
-                Recent::Span(span) => finished.spans.push(span.clone()),
-                Recent::Trail(trail) => finished.trails.push(Arc::clone(trail)),
+                Recent::Span(span) if has_waited || !waits_for_store => {
+                    finished.spans.push(span.clone());
+                }
+                Recent::Trail(trail) if has_waited || waits_for_store => {
+                    finished.trails.push(Arc::clone(trail));
+                }
+                _ => {}
             }
         }
     }
@@ -402,12 +412,21 @@ mod tests {
     type Handed = mpsc::Receiver<Finished>;
 
     fn trails(sample: f64) -> (Trails, Handed) {
-        let (tracer, handed) = Tracer::new(SLOW, sample, 8);
+        trails_of(SLOW, sample, Durability::Local)
+    }
+
+    fn trails_of(slow_ns: u64, sample: f64, durability: Durability) -> (Trails, Handed) {
+        let (tracer, handed) = Tracer::new(slow_ns, sample, 8);
         let whose = Arc::new(Whose {
             tenant: "acme".to_owned(),
             volume: "db".to_owned(),
         });
-        (Trails::new(Some(Traced { tracer, whose })), handed)
+        let traced = Traced {
+            tracer,
+            whose,
+            durability,
+        };
+        (Trails::new(Some(traced)), handed)
     }
 
     /// A request that came so long ago.
@@ -478,12 +497,7 @@ mod tests {
     #[test]
     fn fast_miss_is_handed_over_as_a_sample_only() {
         for (sample, count) in [(0.0, 0), (1.0, 1)] {
-            let (tracer, mut handed) = Tracer::new(u64::MAX, sample, 8);
-            let whose = Arc::new(Whose {
-                tenant: "acme".to_owned(),
-                volume: "db".to_owned(),
-            });
-            let mut trails = Trails::new(Some(Traced { tracer, whose }));
+            let (mut trails, mut handed) = trails_of(u64::MAX, sample, Durability::Local);
             let mut read = request(Op::Read, 0);
             trails.missed(&mut read);
             trails.finish(&mut read, Ok(()), "nbd");
@@ -540,6 +554,37 @@ mod tests {
         trails.finish(&mut write, Ok(()), "nbd");
         let finished = handed.try_recv().unwrap();
         assert!(finished.trails.is_empty() && finished.spans.is_empty());
+    }
+
+    #[test]
+    fn flush_to_the_store_waited_for_uploads_and_one_to_the_cache_device_for_syncs() {
+        settle_clock();
+        for (durability, has_upload) in [(Durability::Local, false), (Durability::Object, true)] {
+            let (mut trails, mut handed) = trails_of(SLOW, 0.0, durability);
+            let mut flush = request(Op::Flush, 4 * SLOW);
+            let begun = flush.since_ns;
+            let uploaded = Event::Uploaded {
+                seq: quarry_objfmt::ChunkSeq::new(1),
+                entries: Vec::new(),
+                stored_bytes: 0,
+            };
+            let trail = Trail {
+                spans: vec![Span::new(Step::Upload, begun, u64::MAX)],
+                left_out: 0,
+            };
+            trails.heard(&uploaded, trail, true);
+            trails.sync_asked(begun);
+            trails.synced(begun + 2 * SLOW);
+            trails.finish(&mut flush, Ok(()), "nbd");
+            let finished = handed.try_recv().unwrap();
+            assert_eq!(
+                finished.trails.len(),
+                usize::from(has_upload),
+                "{durability:?}"
+            );
+            let syncs = if has_upload { &[][..] } else { &[Step::Sync] };
+            assert_eq!(steps(&finished), syncs, "{durability:?}");
+        }
     }
 
     #[test]
