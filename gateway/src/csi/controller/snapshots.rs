@@ -10,6 +10,10 @@ use crate::control::{ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef};
 use crate::csi::answer::{Answer, quota};
 use crate::csi::class::bytes;
 use crate::csi::ids;
+use crate::engine::now_ms;
+
+/// Longer than a clone takes from its snapshot on, tried again and again; and more than hosts' clocks differ.
+const CLONING_MS_MAX: u64 = 60 * 60 * 1000;
 
 impl ControllerService {
     /// `names` are what it may be called, the first what a new one is. `unique`: no other volume can have a
@@ -93,13 +97,15 @@ impl ControllerService {
         }
     }
 
-    /// Deletes what was made to clone a volume and has no clone any more, but for `newest`. What cannot be deleted
-    /// now is the next time.
+    /// Deletes what was made to clone a volume and has no clone any more, but for `newest` and what may just be about to
+    /// have one, by another call. What cannot be deleted now is the next time.
     pub(super) async fn sweep(&self, volume: &VolumeRef, newest: &SnapRef) {
         let Ok(list) = self.client.list_snapshots(Some(volume)).await else {
             return;
         };
-        let made = list.snapshots.iter().filter(|s| ids::is_for_clone(&s.name));
+        let old_ms = now_ms().saturating_sub(CLONING_MS_MAX);
+        let is_left = |s: &&SnapshotInfo| ids::is_for_clone(&s.name) && s.created_ms < old_ms;
+        let made = list.snapshots.iter().filter(is_left);
         for snapshot in made.filter(|s| s.name != newest.name.as_str()) {
             let Ok(snapshot) = format!("{volume}@{}", snapshot.name).parse() else {
                 continue;
