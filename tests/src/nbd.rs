@@ -446,10 +446,15 @@ mod tests {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        while !socket.exists() {
-            thread::sleep(Duration::from_millis(10));
-        }
-        let mut nbd = Nbd::connect(&socket, "some/volume").unwrap();
+        // Its socket is there a moment before it listens.
+        let mut nbd = loop {
+            match Nbd::connect(&socket, "some/volume") {
+                Err(NbdError::Io(_)) if child.try_wait().unwrap().is_none() => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                connected => break connected.unwrap(),
+            }
+        };
         assert_eq!(nbd.size(), 16 << 20);
         assert!(nbd.flags().all_commands() && !nbd.flags().read_only());
         nbd.write(4096, &[7; 8192], true).unwrap();
