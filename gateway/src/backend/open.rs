@@ -772,7 +772,7 @@ pub async fn give_back(store: &dyn Store, head: &HeadCell) -> Result<(), HeadErr
         .map(|_| ())
 }
 
-pub(super) fn since(ms: u64) -> String {
+fn since(ms: u64) -> String {
     let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms);
     humantime::format_rfc3339_seconds(at).to_string()
 }

@@ -116,8 +116,7 @@ impl ControllerService {
         let size = plan.wanted.size(0)?;
         let spec = plan.class.spec(plan.name.clone(), size);
         // First: one that is there is not to be counted again against its tenant's quota.
-        if self.is_there(&plan.volume()).await? {
-            let found = self.show(&plan.volume()).await?;
+        if let Some(found) = self.there(&plan.volume()).await? {
             fits(&found, plan, None)?;
             return Ok(found);
         }
@@ -144,7 +143,7 @@ impl ControllerService {
             name: ids::clone_snapshot(&plan.name),
         };
         // Else it would be made anew for a clone that is there, and is another's.
-        if !self.is_there(&plan.volume()).await? {
+        if self.there(&plan.volume()).await?.is_none() {
             let daemon = self.must_at_owner(source, &info)?;
             match daemon.create_snapshot(&snapshot).await {
                 Err(error) if error.kind != Kind::Exists => return Err(quota(error)),
@@ -156,10 +155,11 @@ impl ControllerService {
         Ok(made)
     }
 
-    async fn is_there(&self, volume: &VolumeRef) -> Answer<bool> {
+    /// The volume, if there is one.
+    async fn there(&self, volume: &VolumeRef) -> Answer<Option<VolumeInfo>> {
         match self.show(volume).await {
-            Err(status) if status.code() == tonic::Code::NotFound => Ok(false),
-            shown => shown.map(|_| true),
+            Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
+            shown => shown.map(Some),
         }
     }
 
@@ -169,10 +169,7 @@ impl ControllerService {
         same_tenant(plan, &snapshot.volume)?;
         let found = self.client.show_snapshot(snapshot).await;
         let (volume, parent) = (plan.volume(), self.show(&snapshot.volume).await);
-        let there = match self.show(&volume).await {
-            Err(status) if status.code() == tonic::Code::NotFound => None,
-            shown => Some(shown?),
-        };
+        let there = self.there(&volume).await?;
         let mut clone = match (there, found) {
             (Some(there), _) => there,
             (None, Err(error)) => return Err(error.into()),
