@@ -25,6 +25,21 @@ impl AlignedBuf {
         }
     }
 
+    /// Makes it `len` bytes long; what it holds then is of before, or zero.
+    pub fn set_len(&mut self, len: usize) {
+        let pages = len.div_ceil(ALIGNMENT);
+        if pages > self.pages.len() {
+            self.pages.resize(pages, Page([0; ALIGNMENT]));
+        }
+        self.len = len;
+    }
+
+    /// Bytes that it has memory for.
+    #[must_use]
+    pub const fn capacity(&self) -> usize {
+        self.pages.len() * ALIGNMENT
+    }
+
     /// An aligned copy of `bytes`.
     #[must_use]
     pub fn copy_of(bytes: &[u8]) -> Self {

@@ -23,6 +23,7 @@ branches! {
     ReadUnsent,
     /// A run is read from the cache that the store has too.
     ReadClean,
+    ReadKept,
     /// A run that the cache lacks is wanted.
     ReadMissed,
     /// A run is found in the log.

@@ -6,6 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -321,6 +322,23 @@ impl CacheDevice {
         Ok(file)
     }
 
+    /// The device opened once more, for reads through the kernel's page cache, with a share in the lock; `None` if there
+    /// is no other way here, or none that is sure: what is written directly must be dropped there by the kernel before the
+    /// write is told done, so that a read which begins after that finds it.
+    ///
+    /// # Errors
+    /// If the process has too many descriptors.
+    pub fn reopen_buffered(&self) -> io::Result<Option<File>> {
+        if !self.direct || !drops_what_is_written(&self.file)? {
+            return Ok(None);
+        }
+        let file = open_again(&self.file, false)?;
+        share(&file)?;
+        // The hits of many volumes, by extents: nothing is to be read because its neighbour was.
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
+        Ok(Some(file))
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -335,14 +353,20 @@ impl CacheDevice {
         self.file.read_exact_at(buf, offset)
     }
 
-    /// As [`CacheDevice::read_at`], of data in segments: decrypted, if they are encrypted.
+    /// Fills a part of `buf`, sectors that begin at a sector, with data in segments: decrypted, if they are encrypted.
     ///
     /// # Errors
     /// What the system says; a short read is an error.
-    pub fn read_data(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
-        self.read_at(buf, offset)?;
+    pub fn read_data(
+        &self,
+        buf: &mut AlignedBuf,
+        part: Range<usize>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let part = &mut buf[part];
+        self.file.read_exact_at(part, offset)?;
         if let Some(cipher) = &self.cipher {
-            cipher.decrypt(offset, buf);
+            cipher.decrypt(offset, part);
         }
         Ok(())
     }
@@ -388,8 +412,11 @@ pub trait BlockDevice: Send + Sync {
     ///
     /// # Errors
     /// What the system says; a short read is an error.
-    fn read_data(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
-        self.read_at(buf, offset)
+    fn read_data(&self, buf: &mut AlignedBuf, part: Range<usize>, offset: u64) -> io::Result<()> {
+        let mut whole = AlignedBuf::zeroed(part.len());
+        self.read_at(&mut whole, offset)?;
+        buf[part].copy_from_slice(&whole);
+        Ok(())
     }
     /// See [`CacheDevice::write_at`].
     ///
@@ -413,8 +440,8 @@ impl BlockDevice for CacheDevice {
     fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
         self.read_at(buf, offset)
     }
-    fn read_data(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
-        self.read_data(buf, offset)
+    fn read_data(&self, buf: &mut AlignedBuf, part: Range<usize>, offset: u64) -> io::Result<()> {
+        self.read_data(buf, part, offset)
     }
     fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {
         self.write_at(buf, offset)
@@ -542,6 +569,19 @@ fn open_again(file: &File, direct: bool) -> io::Result<File> {
         again.read_exact_at(&mut probe[512..1024], 512)?;
     }
     Ok(again)
+}
+
+/// Whether a direct write drops what the page cache has of its range: so it is on block devices, and on file systems whose
+/// direct I/O is the kernel's common one, or that do it as well.
+fn drops_what_is_written(file: &File) -> io::Result<bool> {
+    const EXT4: u64 = 0xEF53;
+    const XFS: u64 = 0x5846_5342;
+    const BTRFS: u64 = 0x9123_683E;
+    if file.metadata()?.file_type().is_block_device() {
+        return Ok(true);
+    }
+    let kind = u64::try_from(rustix::fs::fstatfs(file)?.f_type).unwrap_or_default();
+    Ok(matches!(kind, EXT4 | XFS | BTRFS))
 }
 
 /// The superblock that is at `path` now. None if there is no device, it is blank, cannot be read, or holds none: opening

@@ -80,6 +80,16 @@ impl Geometry {
         self.data_start + (u64::from(segment.get()) + 1) * u64::from(self.segment_size) - back
     }
 
+    /// Where the segment begins whose header lies at this byte of the device; `None` if no header does.
+    #[must_use]
+    pub const fn segment_of_header(&self, byte: u64) -> Option<u64> {
+        let size = self.segment_size as u64;
+        match (byte + PAGE_SIZE).checked_sub(self.data_start) {
+            Some(end) if end > 0 && end.is_multiple_of(size) => Some(self.data_start + end - size),
+            _ => None,
+        }
+    }
+
     /// Sectors of a segment, pages included.
     #[must_use]
     pub const fn segment_sectors(&self) -> u32 {

@@ -472,6 +472,16 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.cache.ram)),
     },
     Key {
+        path: "cache.page_cache",
+        doc: "Whether reads by NBD may be served from the kernel's page cache, which keeps what was read lately as long\n\
+              as nobody else needs the memory. Block devices read past it, without a copy.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.cache.page_cache = b),
+        get: |c| Some(c.cache.page_cache.to_string()),
+    },
+    Key {
         path: "cache.hot_set",
         doc: "Whether a volume that is detached leaves word of what was read most, and one that is attached has that\n\
               fetched into the cache in the background.",

@@ -216,6 +216,8 @@ pub struct Cache {
     pub dirty_max: Bound,
     /// Memory for cached data and map nodes.
     pub ram: Size,
+    /// Whether reads by NBD may come from the kernel's page cache.
+    pub page_cache: bool,
     /// Whether what is hot goes with a volume to the next host.
     pub hot_set: bool,
     /// Bytes a second that warming fetches, all volumes together.
@@ -233,6 +235,7 @@ impl Default for Cache {
             size: None,
             dirty_max: Bound::Percent(70),
             ram: Size::new(256 << 20),
+            page_cache: true,
             hot_set: true,
             warm_rate: Size::new(200 << 20),
             encrypt: false,

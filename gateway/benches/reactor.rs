@@ -26,7 +26,9 @@ use quarry_objfmt::{
     SegmentId, TenantName, VolumeId, WriteSeq,
 };
 use quarry_volume::map::NodeCache;
-use quarry_volume::{Action, Event, IoError, Op, Opened, Shared, Tuning, Volume, VolumeParams};
+use quarry_volume::{
+    Action, Event, IoError, KeptFrames, Op, Opened, Shared, Tuning, Volume, VolumeParams,
+};
 
 /// Sectors of a block, the unit of all requests: 4 KiB.
 const BLOCK: u64 = 8;
@@ -76,6 +78,7 @@ fn main() {
     cache.set_len(GEOMETRY.data_start + size).expect("a size");
     let config = ReactorConfig {
         index: 0,
+        page_cache: None,
         cache: Arc::new(cache),
         sync_failure: Default::default(),
         buffer_entries: 0,
@@ -159,6 +162,7 @@ impl Served {
         let mut shared = Shared {
             cache: Cache::new(CACHE, GEOMETRY, most, Generation::new(2), &dirty),
             nodes: NodeCache::new(0),
+            kept: KeptFrames::new(1 << 20),
         };
         let volume = Volume::new(params, opened, &mut shared, &mut Vec::new());
         let journals = Journals::open(journals.path(), CACHE).expect("a folder of ours");

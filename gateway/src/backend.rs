@@ -7,6 +7,7 @@
 //! A store that is away is waited for, by the lane, for ever; what is reported here is only what
 //! waiting cannot mend: a damaged object, or a newer writer.
 
+mod buffers;
 mod checkpoint;
 mod chores;
 mod compact;
@@ -30,8 +31,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use quarry_cache::{AlignedBuf, BlockDevice, Branch};
-use quarry_objfmt::chunk::{ChunkExtent, ChunkHeader, ChunkParams, ExtentBody, encode_chunk};
+use quarry_cache::{BlockDevice, Branch};
+use quarry_objfmt::chunk::{
+    ChunkExtent, ChunkHeader, ChunkParams, EncodedChunk, ExtentBody, encode_chunk_in,
+};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Head, RootRef};
 use quarry_objfmt::{
@@ -48,6 +51,7 @@ use open::{Claimed, Entry};
 use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, record, told};
 
+pub use buffers::Buffers;
 pub use chores::{Chore, ChoreError, ChoreProgress};
 use fetch::get_range;
 pub use fetch::{Fetched, Fetches};
@@ -98,6 +102,8 @@ pub struct Common {
     pub group: u32,
     /// Bounds the memory of uploads.
     pub uploads: Gate,
+    /// Theirs, kept for the next ones.
+    pub buffers: Buffers,
     /// Bounds the memory of compactions.
     pub compactions: Gate,
     /// When what the store does not need any more is deleted.
@@ -516,7 +522,8 @@ impl VolumeBackend {
             let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
             let how = self.how(cut_ms);
             let _encoding = trace::open(Step::Encode, None);
-            let encode = move || make_chunk(&*device, &plan, &how);
+            let buffers = self.common.buffers.clone();
+            let encode = move || make_chunk(&*device, &plan, &how, &buffers);
             match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
@@ -660,7 +667,8 @@ fn make_chunk(
     device: &dyn BlockDevice,
     plan: &ChunkPlan,
     how: &How,
-) -> std::io::Result<quarry_objfmt::chunk::EncodedChunk> {
+    buffers: &Buffers,
+) -> std::io::Result<EncodedChunk> {
     let sectors = |len: u64| u32::try_from(len).expect("a chunk's runs are short");
     let mut extents = Vec::with_capacity(plan.extents.len());
     let mut reads: Vec<(u64, usize)> = Vec::new();
@@ -687,11 +695,11 @@ fn make_chunk(
             body,
         });
     }
-    let mut raw = Vec::with_capacity(raw_sectors as usize * SECTOR_SIZE as usize);
+    let mut raw = buffers.raw(raw_sectors as usize * SECTOR_SIZE as usize);
+    let mut at = 0;
     for (offset, len) in reads {
-        let mut buf = AlignedBuf::zeroed(len);
-        device.read_data(&mut buf, offset)?;
-        raw.extend_from_slice(&buf);
+        device.read_data(&mut raw, at..at + len, offset)?;
+        at += len;
     }
     let params = ChunkParams {
         id: plan.id,
@@ -702,5 +710,8 @@ fn make_chunk(
         compression: how.compression,
         key: how.key(),
     };
-    Ok(encode_chunk(&params, &extents, &raw))
+    let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &raw);
+    buffers.give_raw(raw);
+    let bytes = buffers.lend(out, start);
+    Ok(EncodedChunk { bytes, header })
 }

@@ -51,7 +51,7 @@ use parking_lot::Mutex;
 use quarry_cache::{Cache, Journal, Journals, Recovered, Scan};
 use quarry_objfmt::{Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName};
 use quarry_volume::map::NodeCache;
-use quarry_volume::{Shared, Tuning, Volume};
+use quarry_volume::{KeptFrames, Shared, Tuning, Volume};
 
 use self::access::Access as DeviceAccess;
 pub use self::cache_key::{PreparedKey, prepare as prepare_cache_key};
@@ -77,7 +77,8 @@ use crate::metrics;
 use crate::nbd::{Export, ExportDirectory};
 use crate::qos::VolumeGate;
 use crate::reactor::{
-    Geometry, Machine, Reactor, ReactorConfig, ReactorGone, ReactorHandle, Traced, VolumeKey,
+    Geometry, Machine, PageCache, Reactor, ReactorConfig, ReactorGone, ReactorHandle, Traced,
+    VolumeKey,
 };
 use crate::store::direct::DirectLane;
 use crate::store::{Lane, StoreSettings};
@@ -95,6 +96,9 @@ const BUFFER_ENTRIES: u16 = 16_384;
 
 /// Share of the RAM budget that map nodes get; the rest is for fetched frames.
 const NODE_SHARE: u64 = 2;
+
+/// Share of it that what was read ahead gets: two sequential readers at their fastest, by default.
+const KEPT_SHARE: u64 = 8;
 
 /// A volume as the reactor drives it: the state machine, with the lock on what all volumes share.
 pub struct VolumeMachine {
@@ -299,7 +303,8 @@ impl Daemon {
         );
         let ram = config.cache.ram.bytes();
         let nodes = NodeCache::new(usize::try_from(ram / NODE_SHARE)?);
-        let shared = Arc::new(Mutex::new(Shared { cache, nodes }));
+        let kept = KeptFrames::new(usize::try_from(ram / KEPT_SHARE)?);
+        let shared = Arc::new(Mutex::new(Shared { cache, nodes, kept }));
         // What the journals name may be what the device lost.
         device.failure().then({
             let journals = journals.clone();
@@ -311,6 +316,13 @@ impl Daemon {
                 Reactor::spawn(ReactorConfig {
                     index,
                     cache: Arc::new(device.reopen()?),
+                    page_cache: match config.cache.page_cache {
+                        true => device.reopen_buffered()?.map(|file| PageCache {
+                            file: Arc::new(file),
+                            geometry,
+                        }),
+                        false => None,
+                    },
                     sync_failure: device.failure().clone(),
                     cipher: device.cipher().cloned(),
                     buffer_entries: BUFFER_ENTRIES,
@@ -333,9 +345,10 @@ impl Daemon {
             background: Arc::new(lane.background()),
             direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
-            fetches: Fetches::new(ram - ram / NODE_SHARE),
+            fetches: Fetches::new(ram - ram / NODE_SHARE - ram / KEPT_SHARE),
             share: plain_share(),
             group: 0,
+            buffers: backend::Buffers::kept(tokio::runtime::Handle::current()),
             uploads: Gate::new(backend::UPLOADS_MAX),
             compactions: Gate::with_time(backend::COMPACTIONS_MAX, backend::COMPACTION_TIME_MAX),
             reclaim: backend::ReclaimSettings {

@@ -40,7 +40,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use quarry_cache::{SectorCipher, SyncFailure};
+use quarry_cache::{Geometry as CacheGeometry, SectorCipher, SyncFailure};
 use quarry_objfmt::{Generation, Record, Sectors, SegmentId};
 use quarry_volume::{Action, Event, IoId};
 use tokio::sync::{mpsc, oneshot};
@@ -427,6 +427,16 @@ impl ReactorHandle {
     }
 }
 
+/// The cache device through the kernel's page cache: hits that are there cost a copy and no I/O. For requests whose
+/// data pass through memory of ours (NBD's); those with registered pages are served without a copy, past it.
+#[derive(Clone, Debug)]
+pub struct PageCache {
+    /// An open file of this reactor's own.
+    pub file: Arc<File>,
+    /// Where segments begin, whose old pages are dropped when they are written anew.
+    pub geometry: CacheGeometry,
+}
+
 /// How a reactor is set up.
 #[derive(Clone, Debug)]
 pub struct ReactorConfig {
@@ -435,6 +445,8 @@ pub struct ReactorConfig {
     /// The cache device, opened for direct I/O or not: an open file of this reactor's own, for the
     /// kernel tells of a lost write once for each.
     pub cache: Arc<File>,
+    /// The way of reads into memory of ours; none: the same.
+    pub page_cache: Option<PageCache>,
     /// Shared by all reactors of the cache device.
     pub sync_failure: SyncFailure,
     /// What the data on it are encrypted with, if they are: then no request has registered buffers.
@@ -464,6 +476,7 @@ impl Reactor {
             .spawn(move || {
                 let _guard = AbortOnPanic;
                 set_io_flusher();
+                set_priority();
                 match Core::new(&config, receiver, doorbell, stats) {
                     Ok(core) => {
                         let _ = ready.send(Ok(()));
@@ -553,6 +566,17 @@ impl Drop for AbortOnPanic {
 
 /// From `linux/prctl.h`.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// How much more of a contended CPU a reactor gets than others: it works for microseconds, and all requests wait for it.
+const NICE: i32 = -10;
+
+/// Before the threads that compress, encrypt and sign what is uploaded, which else keep a reactor waiting for a time
+/// slice. Where it is not allowed (RLIMIT_NICE) all are equal.
+fn set_priority() {
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!(%error, "reactors get no more of the CPU than other threads");
+    }
+}
 
 /// Keeps the kernel's memory reclaim on this thread from waiting for a device that it serves itself.
 fn set_io_flusher() {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
+use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claim, Claimed, claim};
 use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
 use quarry_gateway::fair::{Gate, plain_share};
@@ -391,6 +392,7 @@ impl Driven {
             fetches: Fetches::new(0),
             share: plain_share(),
             group: 0,
+            buffers: Buffers::default(),
             uploads: Gate::new(1),
             compactions: Gate::new(1),
             reclaim: ReclaimSettings {

@@ -165,6 +165,25 @@ pub struct EncodedChunk {
 /// of it the plan's own mistake.
 #[must_use]
 pub fn encode_chunk(params: &ChunkParams<'_>, extents: &[ChunkExtent], raw: &[u8]) -> EncodedChunk {
+    let (out, start, header) = encode_chunk_in(Vec::new(), params, extents, raw);
+    EncodedChunk {
+        bytes: Bytes::from(out).slice(start..),
+        header,
+    }
+}
+
+/// As [`encode_chunk`], in the memory of `out`, whatever was in it. Answers it, where in it the object begins, which ends
+/// where it ends, and what its header says.
+///
+/// # Panics
+/// As [`encode_chunk`].
+#[must_use]
+pub fn encode_chunk_in(
+    mut out: Vec<u8>,
+    params: &ChunkParams<'_>,
+    extents: &[ChunkExtent],
+    raw: &[u8],
+) -> (Vec<u8>, usize, ChunkHeader) {
     assert!(
         frame_sectors_valid(params.frame_sectors),
         "{} sectors a frame",
@@ -186,7 +205,8 @@ pub fn encode_chunk(params: &ChunkParams<'_>, extents: &[ChunkExtent], raw: &[u8
     let frame_len = params.frame_sectors as usize * SECTOR_SIZE as usize;
     let frame_count = raw.len().div_ceil(frame_len);
     let gap = FIXED_LEN_MAX + extents.len() * EXTENT_LEN_MAX + frame_count * FRAME_ENTRY_LEN_MAX;
-    let mut out = Vec::with_capacity(gap + raw.len() + frame_count * FRAME_OVERHEAD_MAX);
+    out.clear();
+    out.reserve(gap + raw.len() + frame_count * FRAME_OVERHEAD_MAX);
     out.resize(gap, 0);
     let mut compressor = Compressor::new(params.compression);
     let sealer = params.key.map(|key| key.sealer(params.id));
@@ -226,10 +246,7 @@ pub fn encode_chunk(params: &ChunkParams<'_>, extents: &[ChunkExtent], raw: &[u8
     for frame in &mut header.frames {
         frame.stored_offset += header_len;
     }
-    EncodedChunk {
-        bytes: Bytes::from(out).slice(start..),
-        header,
-    }
+    (out, start, header)
 }
 
 /// The header that the chunk `expect` begins with; bytes behind the header are ignored.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# In the guest: fio on a Quarry volume by ublk beside rublk's loop target with zero copy, on files of one tmpfs, in turns.
-# Prints one line a run: WORK TARGET ROUND IOPS; and for reads: switches WORK CONTEXT_SWITCHES_OF_THE_REACTOR_A_READ.
+# In the guest: fio on a Quarry volume by ublk beside rublk's loop target with zero copy, on files of one tmpfs, in turns; and
+# reads of 4 KiB beside the same of another volume by NBD. Prints one line a run: WORK TARGET ROUND IOPS; and for reads: switches WORK CONTEXT_SWITCHES_OF_THE_REACTOR_A_READ.
 # usage: guest-ublk.sh DIRECTORY ROUNDS SECONDS
 dir=$1 rounds=$2 seconds=$3
 # Small enough to be as warm in the CPU's caches as rublk's file, large enough for what is unsent. Without compression:
 # the one chunk that is made while writes are measured would cost the one CPU as much as thousands of writes.
-state=/mnt/state cache=/mnt/cache cache_size=640MiB
+state=/mnt/state cache=/mnt/cache cache_size=960MiB
 # shellcheck source=../vm/guest.sh
 source "$(dirname "$0")/../vm/guest.sh"
 size=256m
@@ -20,6 +20,11 @@ fio_iops() {
 switches() {
     cat /proc/"$daemon"/task/*/status |
         awk '/^Name:/ { mine = $2 ~ /^reactor/ } /ctxt_switches/ && mine { n += $2 } END { print n }'
+}
+
+# By fio's own NBD client, as all else here by fio.
+nbd_iops() {
+    fio_iops --ioengine=nbd --uri="$by_nbd" "$@"
 }
 
 # Both devices written from end to end, so that each is laid out in order.
@@ -51,6 +56,10 @@ for _ in $(seq 100); do
     [[ -b $theirs ]] && break
     sleep 0.1
 done
+quarry volume create acme/nbd --size 256MiB --compression none
+by_nbd=$(quarry volume attach acme/nbd --via nbd)
+nbd_iops --rw=write --bs=1m --iodepth=4 >/dev/null
+quarry volume sync acme/nbd >/dev/null
 say "Quarry is $mine, rublk is $theirs"
 # Quarry takes the scheduler from its devices by itself, which is worth a good deal: here both go without.
 echo none >"/sys/block/${theirs#/dev/}/queue/scheduler"
@@ -73,6 +82,8 @@ for round in $(seq "$rounds"); do
                 awk -v w="$work" -v n=$(($(switches) - before)) -v o="$iops" -v s="$seconds" 'BEGIN { print "switches", w, n / (o * s) }'
         done
         [[ $kind == randwrite ]] && mv "$dir/store.away" "$dir/store"
+        [[ $kind:$block == randread:4k ]] &&
+            echo "$work nbd $round $(nbd_iops --rw=randread --bs=4k --iodepth="$depth" "${length[@]}")"
     done
 done
 shown=$(quarry volume show "$volume" --output json)

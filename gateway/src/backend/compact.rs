@@ -25,7 +25,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use quarry_cache::Mutation;
-use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk_in};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, SECTOR_SIZE, Sectors, VolumeId, WriteSeq,
     keys,
@@ -320,6 +320,7 @@ async fn write(
     };
     let extents = extents(pieces);
     let how = backend.how((backend.common.now_ms)());
+    let buffers = backend.common.buffers.clone();
     let encode = move || {
         let raw = data.concat();
         drop(data);
@@ -332,21 +333,22 @@ async fn write(
             compression: how.compression,
             key: how.key(),
         };
-        encode_chunk(&params, &extents, &raw)
+        let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &raw);
+        (buffers.lend(out, start), header)
     };
-    let encoded = aside(encode).await.expect("encoding does not panic");
+    let (bytes, header) = aside(encode).await.expect("encoding does not panic");
     let object = keys::chunk_key(backend.head.tenant(), id);
-    let stored_bytes = encoded.bytes.len() as u64;
+    let stored_bytes = bytes.len() as u64;
     // Its number is ours alone in our epoch.
-    create_own(&*backend.common.background, &object, encoded.bytes)
+    create_own(&*backend.common.background, &object, bytes)
         .await
         .map_err(|error| refused(&object, &error))?;
     backend
         .stored_bytes
         .fetch_add(stored_bytes, Ordering::Relaxed);
     backend.reclaim.moved(stored_bytes);
-    let entries = encoded.header.map_entries();
-    Ok((LogChunk::new(&encoded.header, stored_bytes), entries))
+    let entries = header.map_entries();
+    Ok((LogChunk::new(&header, stored_bytes), entries))
 }
 
 /// The extents of a chunk of these pieces, neighbours joined.

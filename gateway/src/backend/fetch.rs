@@ -32,6 +32,10 @@ use crate::trace::{self, Step};
 /// What a frame costs in the RAM tier beside its content.
 const FRAME_ENTRY_BYTES: usize = 128;
 
+/// Stored frames up to this size, two of them, are decoded where they arrive: tens of microseconds, as many as it takes to
+/// wake another thread, for which a read that waits would wait.
+const DECODED_HERE_BYTES_MAX: usize = 132 << 10;
+
 /// How long a read that somebody waits for waits for another's fetch, before it asks for itself too: longer than a sound
 /// store takes.
 const JOIN_TIME_MAX: Duration = Duration::from_secs(2);
@@ -233,6 +237,7 @@ impl VolumeBackend {
     ) -> Result<Vec<Bytes>, String> {
         let (frames, frame_sectors) = (frames.to_vec(), self.head.frame_sectors());
         let keys = self.keys();
+        let bytes = stored.len();
         let decode = move || {
             let base = frames[0].stored_offset;
             let part = |offset: u32, len: u32| {
@@ -251,6 +256,9 @@ impl VolumeBackend {
                 .collect()
         };
         let _decoding = trace::open(Step::Decode, None);
+        if bytes <= DECODED_HERE_BYTES_MAX {
+            return decode();
+        }
         // Milliseconds at most for 1 MiB; yet long enough to hold up other tasks' wake-ups.
         aside(decode).await.map_err(|e| e.to_string())?
     }

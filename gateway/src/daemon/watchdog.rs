@@ -91,6 +91,7 @@ mod tests {
         let spawn = |index| {
             Reactor::spawn(ReactorConfig {
                 index,
+                page_cache: None,
                 cache: Arc::new(cache.try_clone().unwrap()),
                 sync_failure: quarry_cache::SyncFailure::default(),
                 cipher: None,

@@ -394,7 +394,7 @@ impl Daemon {
             self.forget_kept(&tenant.name, id);
             // Nor does this host show it any more.
             let group = tenant.gate().group();
-            self.shared.lock().cache.evict(group, id);
+            self.shared.lock().evict(group, id);
             self.common.fetches.evict(group, id);
             tracing::info!(tenant = %tenant.name, volume = %id, "purged from the trash");
         }

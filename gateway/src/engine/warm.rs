@@ -233,8 +233,8 @@ impl Daemon {
             None => registry::find(&tenant.control(), volume).await?,
         };
         let group = tenant.gate().group();
-        let cache_bytes = self.shared.lock().cache.evict(group, id);
-        let ram_bytes = self.common.fetches.evict(group, id);
+        let (cache_bytes, kept_bytes) = self.shared.lock().evict(group, id);
+        let ram_bytes = kept_bytes + self.common.fetches.evict(group, id);
         Ok(EvictInfo {
             volume: volume.to_string(),
             cache_bytes,

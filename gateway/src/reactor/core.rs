@@ -26,7 +26,9 @@ use super::ring::{Completion, File as Target, Ring};
 use super::sync::Syncs;
 use super::token::Token;
 use super::trails::Trails;
-use super::{BackendSink, MESSAGES_MAX, Machine, Message, ReactorConfig, ReactorStats, VolumeKey};
+use super::{
+    BackendSink, MESSAGES_MAX, Machine, Message, PageCache, ReactorConfig, ReactorStats, VolumeKey,
+};
 use crate::qos::{VolumeGate, now_ns};
 use crate::trace::Step;
 
@@ -119,6 +121,7 @@ pub(super) struct Core {
     pub(super) syncs: Syncs,
     pub(super) zeroes: File,
     pub(super) holds: Holds,
+    pub(super) page_cache: Option<PageCache>,
     _cache: Arc<File>,
     pub(super) fixed: Box<Fixed>,
     keys: HashMap<VolumeKey, u32>,
@@ -149,7 +152,14 @@ impl Core {
         let tick =
             types::Timespec::new().nsec(u32::try_from(TICK_MS * 1_000_000).unwrap_or(u32::MAX));
         Ok(Self {
-            ring: Ring::new(config.cache.as_raw_fd(), config.buffer_entries)?,
+            ring: Ring::new(
+                config.cache.as_raw_fd(),
+                config
+                    .page_cache
+                    .as_ref()
+                    .map(|pages| pages.file.as_raw_fd()),
+                config.buffer_entries,
+            )?,
             ops: Slab::with_capacity(1024),
             volumes: Slab::new(),
             pages: Pool::new(usize::MAX, PAGES_KEPT_BYTES),
@@ -159,6 +169,7 @@ impl Core {
             syncs: Syncs::new(config.sync_failure.clone()),
             zeroes: File::open("/dev/zero")?,
             holds: Holds::default(),
+            page_cache: config.page_cache.clone(),
             _cache: Arc::clone(&config.cache),
             fixed: Box::new(Fixed {
                 doorbell_count: 0,
@@ -224,6 +235,7 @@ impl Core {
             Token::Timer => self.tick(),
             Token::Hold => self.hold_is_over(),
             Token::Sync => self.synced(completion.result),
+            Token::Advice => {}
             Token::Unknown => tracing::error!(?completion, "a completion that nobody asked for"),
         }
     }

@@ -128,6 +128,7 @@ impl Core {
                 page,
                 durable,
             } => {
+                self.forget_pages(offset);
                 let mut copy = self
                     .pages
                     .take(page.len())
@@ -236,7 +237,7 @@ impl Core {
                 let address = ptr.as_ptr() as u64;
                 match what {
                     Transfer::FromCache { offset } => {
-                        (Code::Read, File::Cache, offset, address, Hold::Nothing)
+                        (Code::Read, File::CachePages, offset, address, Hold::Nothing)
                     }
                     Transfer::ToCache { offset } => {
                         // SAFETY: as above, and `len` bytes from `at` on are inside the buffer, which its owner
@@ -386,6 +387,31 @@ impl Core {
         unsafe { self.ring.push(entry) };
     }
 
+    /// A segment's header is written first: what the kernel keeps of the segment in its page cache is of no use any more,
+    /// and would make it wait at each write there. A hint, whose outcome nobody asks for.
+    fn forget_pages(&mut self, header: u64) {
+        let Some(pages) = &self.page_cache else {
+            return;
+        };
+        let Some(begin) = pages.geometry.segment_of_header(header) else {
+            return;
+        };
+        let (len, advice) = (pages.geometry.segment_size, libc::POSIX_FADV_DONTNEED);
+        let forget = |fd: types::Fd| {
+            opcode::Fadvise::new(fd, len.into(), advice)
+                .offset(begin)
+                .build()
+        };
+        let fixed = |fd: types::Fixed| {
+            opcode::Fadvise::new(fd, len.into(), advice)
+                .offset(begin)
+                .build()
+        };
+        let entry = self.ring.entry_for(File::CachePages, fixed, forget);
+        // SAFETY: advice points to nothing, and the cache device is open as long as the reactor.
+        unsafe { self.ring.push(entry.user_data(Token::Advice.pack())) };
+    }
+
     fn start_sync(&mut self) {
         if !self.syncs.start() {
             return;
@@ -430,7 +456,9 @@ impl Core {
 
     /// Decrypts what a request read from the cache device, where it is.
     pub(super) fn decrypt(&self, op: &CacheOp) {
-        let (Some(cipher), Code::Read, File::Cache) = (&self.cipher, op.code, op.file) else {
+        let (Some(cipher), Code::Read, File::Cache | File::CachePages) =
+            (&self.cipher, op.code, op.file)
+        else {
             return;
         };
         let address = op.address as *mut u8;
@@ -699,6 +727,7 @@ mod tests {
         let file = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap());
         let config = super::super::ReactorConfig {
             index: 7,
+            page_cache: None,
             cache: file,
             sync_failure: Default::default(),
             buffer_entries: 0,

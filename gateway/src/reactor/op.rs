@@ -135,7 +135,7 @@ impl CacheOp {
             ),
             Code::ReceiveFixed { buf_index } => match self.file {
                 File::Fd(fd) => receive_fixed(fd, buf_index, address, len),
-                File::Cache => unreachable!("the cache device is no socket"),
+                File::Cache | File::CachePages => unreachable!("the cache device is no socket"),
             },
         }
     }

@@ -20,8 +20,9 @@ const COMPLETION_ENTRIES: u32 = 8 * SUBMISSION_ENTRIES;
 /// are copied.
 const LOOSE_ENTRIES: u16 = 1024;
 
-/// Index of the cache device in the ring's table of registered files.
+/// Indexes in the ring's table of registered files: of the cache device, and of its other file.
 const CACHE_FILE: u32 = 0;
+const CACHE_PAGES_FILE: u32 = 1;
 
 /// A completion, copied out of the queue.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +37,8 @@ pub(super) struct Completion {
 pub(super) enum File {
     /// The cache device.
     Cache,
+    /// The cache device through the kernel's page cache, if it is there twice.
+    CachePages,
     /// Any other.
     Fd(RawFd),
 }
@@ -51,13 +54,19 @@ pub(super) struct Ring {
     /// Entries to be taken one by one.
     loose_entries: Vec<u16>,
     cache_fd: RawFd,
+    /// The same as [`Ring::cache_fd`] if there is no other.
+    cache_pages_fd: RawFd,
     cache_registered: bool,
 }
 
 impl Ring {
     /// A ring with `buffer_entries` sparse registered buffers (0: none). Must be called on the
     /// thread that will use it.
-    pub(super) fn new(cache_fd: RawFd, buffer_entries: u16) -> io::Result<Self> {
+    pub(super) fn new(
+        cache_fd: RawFd,
+        cache_pages_fd: Option<RawFd>,
+        buffer_entries: u16,
+    ) -> io::Result<Self> {
         let ring = build()?;
         let (mut taken, mut loose) = (Vec::new(), Vec::new());
         if buffer_entries > 0 {
@@ -75,13 +84,16 @@ impl Ring {
                 }
             }
         }
-        let cache_registered = ring.submitter().register_files(&[cache_fd]).is_ok();
+        let cache_pages_fd = cache_pages_fd.unwrap_or(cache_fd);
+        let files = [cache_fd, cache_pages_fd];
+        let cache_registered = ring.submitter().register_files(&files).is_ok();
         Ok(Self {
             ring,
             backlog: VecDeque::new(),
             buffer_entries: taken,
             loose_entries: loose,
             cache_fd,
+            cache_pages_fd,
             cache_registered,
         })
     }
@@ -96,6 +108,8 @@ impl Ring {
         match file {
             File::Cache if self.cache_registered => fixed(types::Fixed(CACHE_FILE)),
             File::Cache => plain(types::Fd(self.cache_fd)),
+            File::CachePages if self.cache_registered => fixed(types::Fixed(CACHE_PAGES_FILE)),
+            File::CachePages => plain(types::Fd(self.cache_pages_fd)),
             File::Fd(fd) => plain(types::Fd(fd)),
         }
     }
@@ -236,7 +250,7 @@ mod tests {
 
     fn ring() -> (Ring, std::fs::File) {
         let file = std::fs::File::open("/dev/null").unwrap();
-        (Ring::new(file.as_raw_fd(), 16).unwrap(), file)
+        (Ring::new(file.as_raw_fd(), None, 16).unwrap(), file)
     }
 
     #[test]

@@ -227,6 +227,7 @@ pub(crate) fn reactor(bytes: u64) -> (Reactor, Arc<File>) {
     let cache = Arc::new(cache);
     let config = ReactorConfig {
         index: 0,
+        page_cache: None,
         sync_failure: Default::default(),
         cache: Arc::clone(&cache),
         buffer_entries: 8,

@@ -31,6 +31,8 @@ pub(super) enum Token {
     Sync,
     /// The timer of held requests.
     Hold,
+    /// Advice to the kernel about its page cache.
+    Advice,
     /// None of ours: cannot come back from a kernel that works.
     Unknown,
 }
@@ -48,6 +50,7 @@ impl Token {
             Self::Timer => (4, 0, 0),
             Self::Sync => (5, 0, 0),
             Self::Hold => (6, 0, 0),
+            Self::Advice => (7, 0, 0),
             Self::Unknown => (0, 0, 0),
         };
         assert!(index <= INDEX_MAX, "an index that 28 bits do not hold");
@@ -65,6 +68,7 @@ impl Token {
             4 => Self::Timer,
             5 => Self::Sync,
             6 => Self::Hold,
+            7 => Self::Advice,
             _ => Self::Unknown,
         }
     }
@@ -91,6 +95,7 @@ mod tests {
             Token::Timer,
             Token::Sync,
             Token::Hold,
+            Token::Advice,
             Token::Unknown,
         ] {
             assert_eq!(Token::unpack(token.pack()), token);

@@ -559,7 +559,7 @@ mod tests {
         let bytes: [u8; 24] = unsafe { std::mem::transmute(read) };
         rustix::io::pwrite(&shared, &bytes, sys::UBLKSRV_CMD_BUF_OFFSET.into())?;
 
-        let mut ring = Ring::new(shared.as_raw_fd(), 8)?;
+        let mut ring = Ring::new(shared.as_raw_fd(), None, 8)?;
         let mut inbox = Inbox {
             geometry: Geometry {
                 size: quarry_objfmt::Sectors::new(8),

@@ -15,6 +15,7 @@ use std::time::Duration;
 pub use calls::{Ask, Call, Not, name_of};
 pub use errands::Errand;
 use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
+use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claimed, OpenError};
 use quarry_gateway::backend::{
     COMPACTION_TIME_MAX, COMPACTIONS_MAX, Common, Fetches, ReclaimSettings, UPLOADS_MAX,
@@ -23,7 +24,7 @@ use quarry_gateway::fair::{Gate, GateCounts, plain_share};
 use quarry_gateway::store::{Lane, LaneSettings, S3Store};
 use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
 use quarry_volume::map::NodeCache;
-use quarry_volume::{Shared, Tuning};
+use quarry_volume::{KeptFrames, Shared, Tuning};
 use rand::rngs::SmallRng;
 use tokio::task::JoinHandle;
 
@@ -183,6 +184,7 @@ impl Host {
             fetches: Fetches::new(FRAMES_BYTES),
             share: plain_share(),
             group: 0,
+            buffers: Buffers::default(),
             uploads: Gate::new(UPLOADS_MAX),
             compactions: Gate::with_time(COMPACTIONS_MAX, COMPACTION_TIME_MAX),
             reclaim: ReclaimSettings {
@@ -209,6 +211,7 @@ impl Host {
             shared: Shared {
                 cache,
                 nodes: NodeCache::new(16 << 10),
+                kept: KeptFrames::new(1 << 20),
             },
             failure,
             kept: scan.volumes,

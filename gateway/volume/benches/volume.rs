@@ -20,8 +20,8 @@ use quarry_objfmt::{
 };
 use quarry_volume::map::{MapRoot, Merger, Node, NodeCache, RunCursor, Step};
 use quarry_volume::{
-    Action, ChunkPlan, Event, ExtentSource, Op, Opened, Request, RequestId, Shared, Tuning, Volume,
-    VolumeParams,
+    Action, ChunkPlan, Event, ExtentSource, KeptFrames, Op, Opened, Request, RequestId, Shared,
+    Tuning, Volume, VolumeParams,
 };
 
 /// Sectors of a block, the unit of all requests: 4 KiB.
@@ -308,6 +308,7 @@ fn shared(dirty: &[(SegmentId, Generation)]) -> Shared {
             dirty,
         ),
         nodes: NodeCache::new(1 << 30),
+        kept: KeptFrames::new(1 << 20),
     }
 }
 

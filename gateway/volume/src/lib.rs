@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod event;
+mod kept;
 pub mod map;
 mod volume;
 
@@ -14,6 +15,7 @@ pub use event::{
     Action, CheckpointPlan, ChunkPlan, DataError, Event, ExtentSource, Fetch, FrameRef, IoError,
     IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun, WarmEnd, WriteWait,
 };
+pub use kept::KeptFrames;
 pub use volume::{
     Opened, STATUS_RUNS_MAX, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats,
     WARM_SECTORS_MAX,

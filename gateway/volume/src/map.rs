@@ -24,7 +24,7 @@ mod root;
 pub use cache::{NodeCache, NodeCacheStats, Nodes};
 pub use cursor::RunCursor;
 pub use merge::{MergeError, Merger, Step};
-pub use plan::{RUN_ENTRIES_FLOOR, RUN_RATIO, RUNS_TARGET_MAX, plan_merge};
+pub use plan::{RUN_ENTRIES_FLOOR, RUN_RATIO, RUNS_TARGET_MAX, plan_merge, plan_runs};
 pub use root::{Lookup, MapRoot};
 
 use quarry_objfmt::map::{IndexEntry, IndexNode, Leaf, MapObjectId, NodeKind, TableRef, open_node};

@@ -41,6 +41,7 @@ use quarry_objfmt::{
 use slab::Slab;
 
 use crate::event::{Action, Event, IoError, IoId, Op, Report, Request};
+use crate::kept::KeptFrames;
 use crate::map::{MapRoot, Node, NodeCache, NodeRef, Nodes};
 
 /// What all volumes of a daemon share. The driver locks it once for a batch of events.
@@ -50,6 +51,17 @@ pub struct Shared {
     pub cache: Cache,
     /// Decoded map nodes.
     pub nodes: NodeCache,
+    /// What was read ahead.
+    pub kept: KeptFrames,
+}
+
+impl Shared {
+    /// Forgets the copies that are held for `group` of what `volume` has in the store. Answers how many bytes they are, on
+    /// the cache device and in memory.
+    pub fn evict(&mut self, group: u32, volume: VolumeId) -> (u64, u64) {
+        let kept = self.kept.evict(group, volume);
+        (self.cache.evict(group, volume), kept)
+    }
 }
 
 /// The limits of a volume, each with its reason.
@@ -309,6 +321,7 @@ enum Io {
 struct Cx<'a> {
     cache: &'a mut Cache,
     nodes: Nodes<'a>,
+    kept: &'a mut KeptFrames,
     out: &'a mut Vec<Action>,
 }
 
@@ -345,10 +358,13 @@ impl Volume {
         out: &mut Vec<Action>,
     ) -> Self {
         let mut tail = ExtentMap::default();
-        let chunks = opened.log.len() as u64;
+        let mut covered = 0;
         for entry in opened.log.iter().flatten() {
-            tail.insert(entry_range(entry), Committed(entry.location));
+            let range = entry_range(entry);
+            covered += range.len().get();
+            tail.insert(range, Committed(entry.location));
         }
+        let log = (opened.log.len() as u64, covered);
         let mut volume = Self {
             state: if params.read_only {
                 VolumeState::ReadOnly
@@ -367,12 +383,13 @@ impl Volume {
             reads: read::Reads::default(),
             writes: write::Writes::new(opened.stored_write),
             flush: flush::Flush::new(opened.stored_write),
-            writeback: writeback::Writeback::new(opened.next_chunk, opened.stored_write, chunks),
+            writeback: writeback::Writeback::new(opened.next_chunk, opened.stored_write, log),
             params,
         };
         let mut cx = Cx {
             cache: &mut shared.cache,
             nodes: shared.nodes.of(volume.params.group),
+            kept: &mut shared.kept,
             out,
         };
         cx.cache
@@ -391,6 +408,7 @@ impl Volume {
         let mut cx = Cx {
             cache: &mut shared.cache,
             nodes: shared.nodes.of(self.params.group),
+            kept: &mut shared.kept,
             out,
         };
         let cx = &mut cx;

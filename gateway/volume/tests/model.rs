@@ -26,8 +26,9 @@ use quarry_objfmt::{
 };
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
-    Action, DataError, Event, ExtentSource, IoError, IoId, Op, Opened, Request, RequestId,
-    STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd, WriteWait,
+    Action, DataError, Event, ExtentSource, IoError, IoId, KeptFrames, Op, Opened, Request,
+    RequestId, STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
+    WriteWait,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -281,7 +282,9 @@ impl World {
                 }
                 Action::Waited { request, io } => {
                     let asked = self.asked.get(&request.0);
-                    assert!(asked.is_some(), "only what waits has waited for {io:?}");
+                    let asked = asked.expect("only what waits has waited");
+                    let is_told = asked.missed || asked.op == Op::Status;
+                    assert!(is_told, "waited for {io:?}, unsaid");
                 }
                 Action::WritesWait(waits) => {
                     assert_ne!(self.writes_wait, waits, "told twice");
@@ -419,7 +422,6 @@ impl World {
                 buffer_offset,
                 data,
             } => {
-                assert!(self.asked[&request.0].missed, "from the store, unsaid");
                 self.put(request, buffer_offset, &data);
                 self.done(io);
             }
@@ -788,6 +790,7 @@ fn fresh_shared(dirty: &[(SegmentId, Generation)], next: Generation) -> Shared {
     Shared {
         cache: Cache::new(CACHE, GEOMETRY, 12, next, dirty),
         nodes: NodeCache::new(64 << 10),
+        kept: KeptFrames::new(1 << 20),
     }
 }
 

@@ -4,6 +4,7 @@
 //! and ratios are formed within a round. `tests/bench/README.md` says what each work is and what it needs.
 
 mod ceiling;
+mod cost;
 mod lab;
 mod report;
 mod store;
@@ -38,7 +39,7 @@ struct Arguments {
     /// Before each answer of the S3 server, in milliseconds.
     #[arg(long, default_value_t = 0)]
     delay_ms: u64,
-    /// These targets only: quarry, qemu-nbd, nbdkit, s3backer.
+    /// These targets only: quarry, qemu-nbd, nbdkit, s3backer, zerofs.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Where files are: caches, and what peers serve. A real disk says most.
@@ -51,6 +52,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// What a fleet of volumes costs, by shapes of what their users do.
+    Cost(cost::Arguments),
     /// The S3 server: prints its address, and its counts for each line that it reads, until there is none.
     #[command(hide = true)]
     Store {
@@ -61,8 +64,10 @@ enum Command {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Some(Command::Store { delay_ms }) = arguments.command {
-        return serve(Duration::from_millis(delay_ms));
+    match arguments.command {
+        Some(Command::Store { delay_ms }) => return serve(Duration::from_millis(delay_ms)),
+        Some(Command::Cost(arguments)) => return cost::run(&arguments),
+        None => {}
     }
     ensure!(
         std::env::var_os("QUARRY_BIN").is_some(),
@@ -86,7 +91,10 @@ fn main() -> Result<()> {
         delay: Duration::from_millis(arguments.delay_ms),
     };
     let names: Vec<_> = target::all(&lab).iter().map(|t| t.name()).collect();
-    let unknown = arguments.only.iter().find(|only| !names.contains(&only.as_str()));
+    let unknown = arguments
+        .only
+        .iter()
+        .find(|only| !names.contains(&only.as_str()));
     if let Some(unknown) = unknown {
         bail!("there is no target {unknown}, but {}", names.join(", "));
     }

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
 use crate::ceiling::{DISK, STORE};
@@ -67,7 +67,14 @@ impl Work {
     const fn is_cost(self) -> bool {
         matches!(
             self,
-            Flush | PutsAFlush | ColdRead | ColdReadP99 | Amplification | WriteCpu | ReadCpu | Memory
+            Flush
+                | PutsAFlush
+                | ColdRead
+                | ColdReadP99
+                | Amplification
+                | WriteCpu
+                | ReadCpu
+                | Memory
         )
     }
 }
@@ -207,7 +214,7 @@ impl Report {
         json!({
             "volume_bytes": lab.size,
             "seconds": lab.time.as_secs(),
-            "store_delay_ms": lab.delay.as_millis() as u64,
+            "store_delay_ms": lab.delay.as_secs_f64() * 1e3,
             "rounds": self.rounds.iter().map(of_round).collect::<Vec<_>>(),
         })
     }
@@ -245,11 +252,11 @@ impl Report {
             .expect("text takes all");
             for (target, figure) in found {
                 y += ROW;
-                // By its logarithm: a hundredth of the most is a bar still.
-                let part = if most > 0.0 {
-                    1.0 + (figure / most).log10() / 3.0
+                // None at all of a cost is the best that there is.
+                let part = if merit(figure) == best {
+                    1.0
                 } else {
-                    0.0
+                    1.0 + (merit(figure) / best).log10() / DECADES
                 };
                 let width = 460.0 * part.clamp(0.01, 1.0);
                 let class = if target == SELF { "q" } else { "o" };
@@ -277,25 +284,29 @@ impl Report {
     /// # Errors
     /// If a file cannot be written.
     pub fn write(&self, dir: &Path, lab: &Lab) -> Result<()> {
-        let page = dir.join("BENCHMARKS.md");
-        let text = fs::read_to_string(&page)?;
-        let (begin, end) = ("<!-- figures -->\n", "<!-- end of figures -->");
-        let (head, rest) = text
-            .split_once(begin)
-            .ok_or_else(|| anyhow::anyhow!("{} has no line {begin:?}", page.display()))?;
-        let (_, tail) = rest
-            .split_once(end)
-            .ok_or_else(|| anyhow::anyhow!("{} has no line {end:?}", page.display()))?;
-        fs::write(
-            &page,
-            format!("{head}{begin}{}\n{end}{tail}", self.tables()),
-        )?;
+        write_between_marks(&dir.join("BENCHMARKS.md"), &self.tables())?;
         fs::create_dir_all(dir.join("pictures"))?;
         fs::write(dir.join("pictures/benchmarks.svg"), self.plot())?;
         let json = serde_json::to_string_pretty(&self.json(lab))?;
         fs::write(dir.join("benchmarks.json"), json + "\n")?;
         Ok(())
     }
+}
+
+/// Puts figures into a page, in place of those of before.
+///
+/// # Errors
+/// If the page has no place for them, or cannot be written.
+pub fn write_between_marks(page: &Path, figures: &str) -> Result<()> {
+    let text = fs::read_to_string(page).with_context(|| page.display().to_string())?;
+    let (begin, end) = ("<!-- figures -->\n", "<!-- end of figures -->");
+    let missing = |mark: &str| format!("{} has no line {mark:?}", page.display());
+    let (head, rest) = text.split_once(begin).with_context(|| missing(begin))?;
+    let (_, tail) = rest.split_once(end).with_context(|| missing(end))?;
+    Ok(fs::write(
+        page,
+        format!("{head}{begin}{figures}\n{end}{tail}"),
+    )?)
 }
 
 fn promise_row(
@@ -316,8 +327,11 @@ fn promise_row(
         ),
     };
     let name = work.says().0;
-    writeln!(text, "| {name} | {other} | {said} {limit} | {found} | {verdict} |")
-        .expect("text takes all");
+    writeln!(
+        text,
+        "| {name} | {other} | {said} {limit} | {found} | {verdict} |"
+    )
+    .expect("text takes all");
 }
 
 fn median(mut figures: Vec<f64>) -> Option<f64> {

@@ -1,6 +1,7 @@
 //! What is measured: a block device by NBD on a unix socket, by Quarry and by its peers, each as its documents say.
 
 use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -17,6 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const VOLUME: &str = "acme/db";
 /// Of the same size, with flushes to the store.
 const SYNCED: &str = "acme/synced";
+const ZEROFS_DEVICE: &str = "disk";
 
 /// One that serves a volume.
 pub trait Target {
@@ -44,8 +46,8 @@ pub trait Target {
         Ok(())
     }
 
-    /// Serves a volume whose flushes last until the store has the data, if they do not already; until the host is lost.
-    fn flush_to_store(&mut self) -> Result<()> {
+    /// Serves another volume, whose flushes last until the store has the data, if they do not already; or the first again.
+    fn flush_to_store(&mut self, _: bool) -> Result<()> {
         Ok(())
     }
 
@@ -65,6 +67,7 @@ pub fn all(lab: &Lab) -> Vec<Box<dyn Target>> {
         Box::new(Program::new(lab, Kind::QemuNbd)),
         Box::new(Program::new(lab, Kind::NbdkitFile)),
         Box::new(Program::new(lab, Kind::S3backer)),
+        Box::new(Program::new(lab, Kind::ZeroFs)),
     ]
 }
 
@@ -144,9 +147,13 @@ impl Target for Quarry {
         self.daemon()?.sync(self.volume)
     }
 
-    fn flush_to_store(&mut self) -> Result<()> {
-        self.volume = SYNCED;
-        self.make(SYNCED, "object")
+    fn flush_to_store(&mut self, to_store: bool) -> Result<()> {
+        self.volume = VOLUME;
+        if to_store {
+            self.volume = SYNCED;
+            self.make(SYNCED, "object")?;
+        }
+        Ok(())
     }
 
     fn lose_host(&mut self, _: &Store) -> Result<()> {
@@ -155,8 +162,7 @@ impl Target for Quarry {
         daemon.stop()?;
         site.lose_host()?;
         self.daemon = Some(site.start()?);
-        self.volume = VOLUME;
-        self.attach(VOLUME)
+        self.attach(self.volume)
     }
 }
 
@@ -165,6 +171,7 @@ enum Kind {
     QemuNbd,
     NbdkitFile,
     S3backer,
+    ZeroFs,
 }
 
 /// One that is started with a command line and ended by a signal.
@@ -225,8 +232,13 @@ impl Program {
                 .arg(format!("s3b_accessKey={SECRET_KEY}"))
                 .args(["s3b_blockSize=256k", "s3b_force=true"])
                 .arg(format!("s3b_size={}m", self.size >> 20))
-                // All of it in its cache, as the others have it; written back as it sees fit, and at a flush.
+                // All of it in its cache, on the same disk as the others'; written back as it sees fit, and at a flush.
+                .arg(format!("s3b_blockCacheFile={}", self.cache().display()))
                 .arg(format!("s3b_blockCacheSize={}", self.size >> 18)),
+            Kind::ZeroFs => command
+                .args(["run", "--config"])
+                .arg(self.zerofs_config())
+                .envs(store.environment()),
         };
         command
     }
@@ -235,7 +247,59 @@ impl Program {
         match self.kind {
             Kind::QemuNbd => "qemu-nbd",
             Kind::NbdkitFile | Kind::S3backer => "nbdkit",
+            Kind::ZeroFs => "zerofs",
         }
+    }
+
+    /// What it has of the volume on this host.
+    fn cache(&self) -> PathBuf {
+        self.dir.join("cache")
+    }
+
+    fn zerofs_config(&self) -> PathBuf {
+        self.dir.join("zerofs.toml")
+    }
+
+    /// All of the volume in its disk cache, as the others have it; the rest as its documents have it by default, but
+    /// that it reports to nobody.
+    fn configure_zerofs(&self, store: &Store) -> Result<()> {
+        let cache = (self.size as f64 / 1e9 * 2.0).max(1.0);
+        let text = format!(
+            "[cache]\ndir = \"{local}\"\ndisk_size_gb = {cache:.1}\nmemory_size_gb = 1.0\n\
+             [storage]\nurl = \"s3://{BUCKET}/zerofs\"\nencryption_password = \"{SECRET_KEY}\"\n\
+             [filesystem]\ncompression = \"lz4\"\n\
+             [servers.ninep]\nunix_socket = \"{dir}/9p\"\n[servers.nbd]\nunix_socket = \"{nbd}\"\n\
+             [telemetry]\nenabled = false\n\
+             [aws]\naccess_key_id = \"{ACCESS_KEY}\"\nsecret_access_key = \"{SECRET_KEY}\"\n\
+             endpoint = \"http://{address}\"\nallow_http = \"true\"\ndefault_region = \"us-east-1\"\n",
+            dir = self.dir.display(),
+            local = self.cache().display(),
+            nbd = self.socket().display(),
+            address = store.address(),
+        );
+        Ok(fs::write(self.zerofs_config(), text)?)
+    }
+
+    /// A device of ZeroFS is a file in its file system, which is made through a mount.
+    fn make_zerofs_device(&self) -> Result<()> {
+        let mount = self.dir.join("mount");
+        fs::create_dir_all(&mount)?;
+        let mut mounted = Command::new("zerofs")
+            .arg("mount")
+            .arg(format!("unix:{}/9p", self.dir.display()))
+            .arg(&mount)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let devices = mount.join(".nbd");
+        let made = wait_for(|| devices.is_dir())
+            .and_then(|()| Ok(File::create(devices.join(ZEROFS_DEVICE))?.set_len(self.size)?));
+        let unmounted = Command::new("umount").arg(&mount).status();
+        drop(mounted.kill());
+        drop(mounted.wait());
+        made.context("zerofs mount")?;
+        ensure!(unmounted?.success(), "umount {}", mount.display());
+        Ok(())
     }
 
     fn run(&mut self, store: &Store) -> Result<()> {
@@ -248,21 +312,19 @@ impl Program {
             .stdout(log.try_clone()?)
             .stderr(log);
         self.child = Some(command.spawn().with_context(|| format!("{command:?}"))?);
-        let begun = Instant::now();
-        while self.connect().is_err() {
-            let log = || fs::read_to_string(self.dir.join("log")).unwrap_or_default();
-            let ended = self
-                .child
-                .as_mut()
-                .and_then(|child| child.try_wait().ok().flatten());
-            ensure!(
-                ended.is_none() && begun.elapsed() < PATIENCE,
-                "{command:?} does not come up ({ended:?}): {}",
-                log()
-            );
-            thread::sleep(Duration::from_millis(20));
+        let is_up = wait_for(|| self.is_up());
+        is_up.with_context(|| {
+            let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
+            format!("{command:?} does not come up: {log}")
+        })
+    }
+
+    /// Whether it takes connections. ZeroFS has no device to connect to at first.
+    fn is_up(&self) -> bool {
+        match self.kind {
+            Kind::ZeroFs => UnixStream::connect(self.socket()).is_ok(),
+            _ => self.connect().is_ok(),
         }
-        Ok(())
     }
 
     fn end(&mut self) {
@@ -272,6 +334,16 @@ impl Program {
             drop(child.wait());
         }
     }
+}
+
+/// Until `is_so`, for [`PATIENCE`].
+fn wait_for(mut is_so: impl FnMut() -> bool) -> Result<()> {
+    let begun = Instant::now();
+    while !is_so() {
+        ensure!(begun.elapsed() < PATIENCE, "not within {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 impl Drop for Program {
@@ -291,6 +363,7 @@ impl Target for Program {
             Kind::QemuNbd => "qemu-nbd",
             Kind::NbdkitFile => "nbdkit",
             Kind::S3backer => "s3backer",
+            Kind::ZeroFs => "zerofs",
         }
     }
 
@@ -305,11 +378,16 @@ impl Target for Program {
     }
 
     fn has_store(&self) -> bool {
-        self.kind == Kind::S3backer
+        matches!(self.kind, Kind::S3backer | Kind::ZeroFs)
     }
 
     fn start(&mut self, store: &Store) -> Result<()> {
         fs::create_dir_all(&self.dir)?;
+        if self.kind == Kind::ZeroFs {
+            self.configure_zerofs(store)?;
+            self.run(store)?;
+            return self.make_zerofs_device();
+        }
         File::create(self.dir.join("disk"))?.set_len(self.size)?;
         self.run(store)
     }
@@ -319,11 +397,19 @@ impl Target for Program {
     }
 
     fn address(&self) -> Result<(PathBuf, String)> {
-        Ok((self.socket(), String::new()))
+        let export = match self.kind {
+            Kind::ZeroFs => ZEROFS_DEVICE,
+            _ => "",
+        };
+        Ok((self.socket(), export.to_owned()))
     }
 
     fn lose_host(&mut self, store: &Store) -> Result<()> {
         self.end();
+        match self.kind {
+            Kind::ZeroFs => fs::remove_dir_all(self.cache())?,
+            _ => fs::remove_file(self.cache())?,
+        }
         self.run(store)
     }
 }

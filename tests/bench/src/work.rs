@@ -1,10 +1,10 @@
 //! What is done to a target, and what is told of it.
 //!
-//! A session: an empty volume is written from end to end, read and written at random while its host has it all, flushed
-//! in rounds, and read by a host that has nothing of it. Writes do not compress.
+//! A session: an empty volume is written at random and flushed in rounds, then written from end to end, read by hosts
+//! that have nothing of it, and read and written at random while its host has it all. Writes do not compress.
 
 use std::collections::VecDeque;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -41,13 +41,48 @@ pub fn measure(lab: &Lab, target: &mut dyn Target, report: &mut Report) -> Resul
         size: lab.size,
     };
 
-    // Of all its processes: a lost host's is another.
-    let mut most = 0;
+    let rounds = client.flush_rounds(lab, target, &mut store)?;
+    report.add(Work::FlushRounds, name, rounds.writes_a_second);
+    report.add(Work::Flush, name, rounds.flush.as_secs_f64() * 1e3);
+    if target.has_store() {
+        report.add(Work::Amplification, name, rounds.uploaded_a_byte);
+        target.flush_to_store(true)?;
+        client.nbd = target.connect()?;
+        let rounds = client.flush_rounds(lab, target, &mut store)?;
+        report.add(Work::FlushRoundsObject, name, rounds.writes_a_second);
+        report.add(Work::PutsAFlush, name, rounds.puts_a_flush);
+        target.flush_to_store(false)?;
+        client.nbd = target.connect()?;
+    }
+
     let begun = Instant::now();
     client.fill()?;
     target.drain()?;
     report.add(Work::SequentialWrite, name, mib_a_second(lab.size, begun));
 
+    // Of all its processes: a lost host's is another.
+    let mut most = 0;
+    if target.has_store() {
+        most = most.max(peak_memory(target.pid()?)?);
+        target.lose_host(&store)?;
+        client.nbd = target.connect()?;
+        let (median, p99) = client.cold_reads()?;
+        report.add(Work::ColdRead, name, median.as_secs_f64() * 1e6);
+        report.add(Work::ColdReadP99, name, p99.as_secs_f64() * 1e6);
+        most = most.max(peak_memory(target.pid()?)?);
+        target.lose_host(&store)?;
+        client.nbd = target.connect()?;
+        let begun = Instant::now();
+        fio_read_all(lab, target)?;
+        report.add(
+            Work::ColdSequentialRead,
+            name,
+            mib_a_second(lab.size, begun),
+        );
+    }
+
+    // Into whatever caches it has, and the kernel's.
+    fio_read_all(lab, target)?;
     let before = cpu_time(target.pid()?)?;
     let (iops, reads) = fio_warm_reads(lab, target)?;
     report.add(Work::WarmRead, name, iops);
@@ -55,46 +90,14 @@ pub fn measure(lab: &Lab, target: &mut dyn Target, report: &mut Report) -> Resul
     report.add(Work::ReadCpu, name, micros_each(cpu, reads));
 
     let before = cpu_time(target.pid()?)?;
+    let (iops, written) = fio_writes(lab, target)?;
     let begun = Instant::now();
-    let written = client.write_at_random(lab.time)?;
     client.nbd.flush()?;
-    report.add(
-        Work::RandomWrite,
-        name,
-        written as f64 / begun.elapsed().as_secs_f64(),
-    );
+    let took = written as f64 / iops + begun.elapsed().as_secs_f64();
+    report.add(Work::RandomWrite, name, written as f64 / took);
     target.drain()?;
     let cpu = cpu_time(target.pid()?)? - before;
     report.add(Work::WriteCpu, name, micros_each(cpu, written));
-
-    let rounds = client.flush_rounds(lab, target, &mut store)?;
-    report.add(Work::FlushRounds, name, rounds.writes_a_second);
-    report.add(Work::Flush, name, rounds.flush.as_secs_f64() * 1e3);
-    if target.has_store() {
-        report.add(Work::Amplification, name, rounds.uploaded_a_byte);
-        target.flush_to_store()?;
-        client.nbd = target.connect()?;
-        let rounds = client.flush_rounds(lab, target, &mut store)?;
-        report.add(Work::FlushRoundsObject, name, rounds.writes_a_second);
-        report.add(Work::PutsAFlush, name, rounds.puts_a_flush);
-
-        most = most.max(peak_memory(target.pid()?)?);
-        target.lose_host(&store)?;
-        client.nbd = target.connect()?;
-        let begun = Instant::now();
-        client.read_all()?;
-        report.add(
-            Work::ColdSequentialRead,
-            name,
-            mib_a_second(lab.size, begun),
-        );
-        most = most.max(peak_memory(target.pid()?)?);
-        target.lose_host(&store)?;
-        client.nbd = target.connect()?;
-        let (median, p99) = client.cold_reads()?;
-        report.add(Work::ColdRead, name, median.as_secs_f64() * 1e6);
-        report.add(Work::ColdReadP99, name, p99.as_secs_f64() * 1e6);
-    }
     most = most.max(peak_memory(target.pid()?)?);
     report.add(Work::Memory, name, (most >> 10) as f64 / 1024.0);
     Ok(())
@@ -108,24 +111,58 @@ fn micros_each(time: Duration, count: u64) -> f64 {
     time.as_secs_f64() * 1e6 / count.max(1) as f64
 }
 
-/// Reads of a block a second, and how many they were, by fio's own NBD engine.
+/// Reads of a block a second, and how many they were.
 fn fio_warm_reads(lab: &Lab, target: &dyn Target) -> Result<(f64, u64)> {
-    let (socket, export) = target.address()?;
-    let uri = format!("nbd+unix:///{export}?socket={}", socket.display());
-    let ran = Command::new("fio")
-        .args(["--name=warm", "--ioengine=nbd", "--rw=randread", "--bs=4k"])
-        .args(["--output-format=json", "--time_based", "--norandommap"])
-        .arg(format!("--uri={uri}"))
-        .arg(format!("--iodepth={DEPTH}"))
-        .arg(format!("--size={}", lab.size))
-        .arg(format!("--runtime={}", lab.time.as_secs()))
-        .output()
-        .context("fio (apt-get install fio)")?;
+    let ran = fio(
+        lab,
+        target,
+        DEPTH,
+        &["--rw=randread", "--bs=4k", "--norandommap"],
+        true,
+    )?;
     read_fio(&ran, "read")
 }
 
+/// Writes of a block a second, and how many they were; not flushed.
+fn fio_writes(lab: &Lab, target: &dyn Target) -> Result<(f64, u64)> {
+    let job = [
+        "--rw=randwrite",
+        "--bs=4k",
+        "--norandommap",
+        "--randrepeat=0",
+    ];
+    read_fio(&fio(lab, target, DEPTH, &job, true)?, "write")
+}
+
+/// All of the volume, from its start to its end.
+fn fio_read_all(lab: &Lab, target: &dyn Target) -> Result<()> {
+    let ran = fio(lab, target, LARGE_DEPTH, &["--rw=read", "--bs=1m"], false)?;
+    read_fio(&ran, "read").map(drop)
+}
+
+/// A job of fio's own NBD engine, for the lab's time or once over the volume.
+fn fio(lab: &Lab, target: &dyn Target, depth: usize, job: &[&str], timed: bool) -> Result<Output> {
+    let (socket, export) = target.address()?;
+    let mut command = Command::new("fio");
+    command
+        .args(["--name=job", "--ioengine=nbd", "--output-format=json"])
+        .arg(format!(
+            "--uri=nbd+unix:///{export}?socket={}",
+            socket.display()
+        ))
+        .arg(format!("--iodepth={depth}"))
+        .arg(format!("--size={}", lab.size))
+        .args(job);
+    if timed {
+        command
+            .arg("--time_based")
+            .arg(format!("--runtime={}", lab.time.as_secs()));
+    }
+    command.output().context("fio (apt-get install fio)")
+}
+
 /// Operations a second of a job of fio, and how many.
-pub fn read_fio(ran: &std::process::Output, kind: &str) -> Result<(f64, u64)> {
+pub fn read_fio(ran: &Output, kind: &str) -> Result<(f64, u64)> {
     let text = String::from_utf8_lossy(&ran.stdout);
     let complaint = || format!("fio: {text}{}", String::from_utf8_lossy(&ran.stderr));
     ensure!(ran.status.success(), "{}", complaint());
@@ -202,26 +239,10 @@ impl Client {
         Ok(self.nbd.flush()?)
     }
 
-    fn read_all(&mut self) -> Result<()> {
-        let count = self.size / LARGE;
-        self.run(
-            LARGE_DEPTH,
-            |sent| sent < count,
-            |client, sent| Ok(client.nbd.send_read(sent * LARGE, 1 << 20)?),
-        )?;
-        Ok(())
-    }
-
     fn send_random_write(&mut self) -> Result<u64> {
         let at = self.random.random_range(0..self.size / BLOCK) * BLOCK;
         let data = self.cut(BLOCK);
         Ok(self.nbd.send_write(at, &self.noise[data], false)?)
-    }
-
-    fn write_at_random(&mut self, time: Duration) -> Result<u64> {
-        let begun = Instant::now();
-        let is_due = |_| begun.elapsed() < time;
-        self.run(DEPTH, is_due, |client, _| client.send_random_write())
     }
 
     fn flush_rounds(

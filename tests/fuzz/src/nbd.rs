@@ -117,6 +117,7 @@ impl Bench {
         BENCH.get_or_init(|| {
             let config = ReactorConfig {
                 index: 0,
+                page_cache: None,
                 cache: Arc::new(tempfile::tempfile().expect("a temporary file")),
                 sync_failure: Default::default(),
                 buffer_entries: 0,

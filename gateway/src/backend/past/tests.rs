@@ -20,6 +20,7 @@ use super::super::open::{Claim, claim};
 use super::super::scan::Scan;
 use super::super::{Common, Fetches, ReclaimSettings, VolumeBackend};
 use super::*;
+use crate::backend::Buffers;
 use crate::fair::{Gate, plain_share};
 use crate::reactor::ReactorHandle;
 use crate::snapshot;
@@ -77,6 +78,7 @@ impl Bench {
             fetches: Fetches::new(1 << 20),
             share: plain_share(),
             group: 0,
+            buffers: Buffers::default(),
             uploads: Gate::new(1),
             compactions: Gate::new(1),
             reclaim: ReclaimSettings {

@@ -22,11 +22,12 @@ pub const RUN_ENTRIES_FLOOR: u64 = 4096;
 /// If it is all of them, the result is the oldest run, and its entries of zeroes can be dropped.
 #[must_use]
 pub fn plan_merge(root: &MapRoot, new_run_entries: u64) -> usize {
-    plan(root.run_entries(), new_run_entries)
+    plan_runs(root.run_entries(), new_run_entries)
 }
 
 /// The same over the sizes of the runs, newest first.
-fn plan(runs: &[u64], new: u64) -> usize {
+#[must_use]
+pub fn plan_runs(runs: &[u64], new: u64) -> usize {
     let mut merged = new.max(RUN_ENTRIES_FLOOR);
     let mut count = 0;
     for &run in runs {
@@ -55,7 +56,7 @@ mod tests {
         let mut runs = if bulk > 0 { vec![bulk] } else { Vec::new() };
         let (mut brought, mut written, mut runs_max) = (0, 0, 0);
         for new in sizes {
-            let count = plan(&runs, new);
+            let count = plan_runs(&runs, new);
             let merged = new + runs.drain(..count).sum::<u64>();
             runs.insert(0, merged);
             brought += new;
@@ -100,12 +101,12 @@ mod tests {
 
     #[test]
     fn plan_tiny_runs_are_merged_at_once() {
-        assert_eq!(plan(&[5, 90, 1_000_000], 1), 2);
+        assert_eq!(plan_runs(&[5, 90, 1_000_000], 1), 2);
     }
 
     #[test]
     fn plan_big_oldest_run_is_left_alone() {
-        assert_eq!(plan(&[1_000_000], 10_000), 0);
-        assert_eq!(plan(&[1_000_000], 500_001), 1);
+        assert_eq!(plan_runs(&[1_000_000], 10_000), 0);
+        assert_eq!(plan_runs(&[1_000_000], 500_001), 1);
     }
 }

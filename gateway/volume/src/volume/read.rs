@@ -15,6 +15,7 @@ use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors
 
 use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
 use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Op, Report};
+use crate::kept::KeptFrames;
 use crate::map::{Node, NodeRef, Nodes};
 
 /// Most frames of one fetch: with frames of 64 KiB, GETs of at most 1 MiB, several in flight.
@@ -95,7 +96,12 @@ pub(super) struct Piece {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum Source {
     Zero,
-    Cache { at: CacheLoc, clean: bool },
+    Cache {
+        at: CacheLoc,
+        clean: bool,
+    },
+    /// Read ahead, and in memory.
+    Kept(DataLoc),
     Store(DataLoc),
 }
 
@@ -114,7 +120,9 @@ impl Source {
                 at.segment == next.segment && at.offset + len == next.offset && clean == next_clean
             }
             // Of one frame, for both have the frame's place in the object.
-            (Self::Store(at), Self::Store(next)) => at.skip(len) == next,
+            (Self::Store(at), Self::Store(next)) | (Self::Kept(at), Self::Kept(next)) => {
+                at.skip(len) == next
+            }
             _ => false,
         }
     }
@@ -173,6 +181,9 @@ impl Volume {
     ) -> Result<(), Vec<NodeRef>> {
         let mut plan = Plan {
             base: range.start,
+            group: self.params.group,
+            frame_sectors: self.params.frame_sectors,
+            kept: cx.kept,
             clean: cx.cache.clean(self.params.group),
             copies,
             pieces,
@@ -269,6 +280,11 @@ impl Volume {
                         len,
                     });
                 }
+                Source::Kept(at) => {
+                    Branch::ReadKept.taken();
+                    self.stats.hit_bytes += u64::from(len);
+                    self.deliver_kept(slot, piece, at, cx);
+                }
                 Source::Store(at) => {
                     Branch::ReadMissed.taken();
                     self.stats.miss_bytes += u64::from(len);
@@ -278,7 +294,46 @@ impl Volume {
                 }
             }
         }
+        self.forget_kept(pieces, cx);
         self.fetch(&wanted, Why::Requests, cx);
+    }
+
+    /// Forgets what was read ahead and whose end was asked for now. After all pieces: several may be of one frame, in any
+    /// order.
+    fn forget_kept(&self, pieces: &[Piece], cx: &mut Cx<'_>) {
+        for piece in pieces {
+            let Source::Kept(at) = piece.source else {
+                continue;
+            };
+            let name = (
+                self.params.group,
+                at.chunk,
+                at.raw / self.params.frame_sectors,
+            );
+            let end = (at.raw % self.params.frame_sectors + piece.len) as usize * 512;
+            if cx.kept.get(&name).is_some_and(|raw| raw.len() == end) {
+                cx.kept.forget(&name);
+            }
+        }
+    }
+
+    /// Answers a piece from what was read ahead.
+    fn deliver_kept(&mut self, slot: usize, piece: &Piece, at: DataLoc, cx: &mut Cx<'_>) {
+        let name = (
+            self.params.group,
+            at.chunk,
+            at.raw / self.params.frame_sectors,
+        );
+        let raw = cx.kept.get(&name).expect("resolved a moment ago");
+        let from = (at.raw % self.params.frame_sectors) as usize * 512;
+        let data = raw.slice(from..from + piece.len as usize * 512);
+        let io = self.io(Io::Buffer { slot });
+        cx.out.push(Action::CopyToRequest {
+            io,
+            request: self.active[slot].request.id,
+            buffer_offset: piece.buffer_offset,
+            data,
+        });
     }
 
     /// Adds a frame to `wanted`, for nobody yet, unless it is being fetched.
@@ -417,6 +472,13 @@ impl Volume {
                 .fetching
                 .remove(&(chunk, frame.index))
                 .unwrap_or_default();
+            if let (Why::Readahead, Some(raw)) = (why, &content) {
+                let is_end = |waiter: &Waiter| waiter.skip + waiter.len == raw.len();
+                if !waiters.iter().any(is_end) {
+                    let name = (self.params.group, chunk, frame.index);
+                    cx.kept.keep(name, raw.clone());
+                }
+            }
             for waiter in waiters {
                 let request = self.active[waiter.slot].request.id;
                 cx.out.push(Action::Waited { request, io });
@@ -602,12 +664,22 @@ pub(super) trait Layered {
 /// A request being resolved into pieces.
 struct Plan<'a> {
     base: Lba,
+    group: u32,
+    frame_sectors: u32,
+    kept: &'a KeptFrames,
     clean: &'a CleanIndex,
     copies: bool,
     pieces: &'a mut Vec<Piece>,
 }
 
 impl Plan<'_> {
+    /// Whether all of a run lies in a frame that was read ahead.
+    fn has_kept(&self, at: DataLoc, len: u32) -> bool {
+        let name = (self.group, at.chunk, at.raw / self.frame_sectors);
+        let end = ((at.raw % self.frame_sectors) + len) as usize * 512;
+        self.kept.get(&name).is_some_and(|raw| end <= raw.len())
+    }
+
     fn push(&mut self, part: LbaRange, source: Source) {
         let buffer_offset = part.start.since(self.base).bytes();
         let buffer_offset = u32::try_from(buffer_offset).expect("requests with data are short");
@@ -642,6 +714,9 @@ impl Layered for Plan<'_> {
             return self.push(part, Source::Store(at));
         }
         let len = u32::try_from(part.len().get()).expect("a run inside a frame");
+        if !self.kept.is_empty() && self.has_kept(at, len) {
+            return self.push(part, Source::Kept(at));
+        }
         let clean = self.clean;
         clean.visit(&at.chunk, at.raw, len, |raw, len, cached| {
             let start = part.start.add(Sectors::new(u64::from(raw - at.raw)));

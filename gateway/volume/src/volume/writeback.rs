@@ -34,7 +34,8 @@ struct Planned {
     stored: Option<(Vec<MapEntry>, u64)>,
 }
 
-/// A log as large as the volume divided by this starts a checkpoint.
+/// A log that covers as much as the volume divided by this starts a checkpoint before it is long: until it is folded
+/// nobody knows what of the map it has made useless.
 const CHECKPOINT_SHARE: u64 = 32;
 
 /// Fewer chunks of the log than this start none: each costs two PUTs.
@@ -65,19 +66,25 @@ pub(super) struct Writeback {
     wanted: WriteSeq,
     /// Chunks committed since the last checkpoint.
     log_chunks: u64,
+    /// What they cover, each for itself.
+    log_sectors: u64,
     last_chunk: Option<ChunkSeq>,
     checkpoint_upto: Option<ChunkSeq>,
     /// The newest write that the checkpoint under way folds.
     checkpoint_write: WriteSeq,
     /// Chunks that the checkpoint under way folds.
     checkpoint_chunks: u64,
+    /// What they cover.
+    checkpoint_sectors: u64,
     /// The map cannot be read, so that nothing can be folded into it.
     map_damaged: bool,
     drains: Vec<Drain>,
 }
 
 impl Writeback {
-    pub(super) fn new(next_chunk: ChunkSeq, stored: WriteSeq, log_chunks: u64) -> Self {
+    /// `log`: the chunks that are in the log already, and the sectors that they cover together.
+    pub(super) fn new(next_chunk: ChunkSeq, stored: WriteSeq, log: (u64, u64)) -> Self {
+        let (log_chunks, log_sectors) = log;
         Self {
             next_chunk,
             planned: Queue::new(),
@@ -93,6 +100,7 @@ impl Writeback {
             uncut_since: None,
             wanted: WriteSeq::ZERO,
             log_chunks,
+            log_sectors,
             last_chunk: next_chunk
                 .get()
                 .checked_sub(1)
@@ -101,6 +109,7 @@ impl Writeback {
             checkpoint_upto: None,
             checkpoint_write: WriteSeq::ZERO,
             checkpoint_chunks: 0,
+            checkpoint_sectors: 0,
             map_damaged: false,
             drains: Vec::new(),
         }
@@ -319,8 +328,9 @@ impl Volume {
             seq: planned.seq,
         };
         for entry in &entries {
-            self.tail
-                .insert(entry_range(entry), Committed(entry.location));
+            let range = entry_range(entry);
+            self.writeback.log_sectors += range.len().get();
+            self.tail.insert(range, Committed(entry.location));
         }
         for (raw, len, at) in planned.resident {
             cx.cache.add_clean(chunk, CleanRun { raw, len, at });
@@ -341,7 +351,8 @@ impl Volume {
             .drains
             .iter()
             .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
-        let due = wb.log_chunks >= self.checkpoint_chunks()
+        let due = wb.log_chunks >= tuning.checkpoint_chunks
+            || self.log_is_much()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;
         let (Some(upto), true) = (
@@ -365,6 +376,7 @@ impl Volume {
             .collect();
         self.frozen = Some(frozen);
         self.writeback.checkpoint_chunks = std::mem::take(&mut self.writeback.log_chunks);
+        self.writeback.checkpoint_sectors = std::mem::take(&mut self.writeback.log_sectors);
         self.writeback.checkpoint_upto = Some(upto);
         let last_write = self.writeback.committed;
         self.writeback.checkpoint_write = last_write;
@@ -375,13 +387,11 @@ impl Volume {
         }));
     }
 
-    /// Chunks of the log that start a checkpoint: fewer for a small volume, for until they are folded nobody
-    /// knows what of the map they have made useless.
-    fn checkpoint_chunks(&self) -> u64 {
-        let tuning = &self.params.tuning;
-        let chunks = self.params.size.get() / u64::from(tuning.chunk_sectors_max);
-        let share = (chunks / CHECKPOINT_SHARE).max(CHECKPOINT_CHUNKS_MIN);
-        share.min(tuning.checkpoint_chunks)
+    /// Whether the log covers so much of the volume that it is to be folded before it is long.
+    fn log_is_much(&self) -> bool {
+        let wb = &self.writeback;
+        wb.log_chunks >= CHECKPOINT_CHUNKS_MIN
+            && wb.log_sectors >= self.params.size.get() / CHECKPOINT_SHARE
     }
 
     pub(super) fn checkpointed(&mut self, root: Arc<MapRoot>, upto: ChunkSeq, cx: &mut Cx<'_>) {
@@ -407,6 +417,7 @@ impl Volume {
         let wb = &mut self.writeback;
         wb.checkpoint_upto = None;
         wb.log_chunks += std::mem::take(&mut wb.checkpoint_chunks);
+        wb.log_sectors += std::mem::take(&mut wb.checkpoint_sectors);
         wb.map_damaged = true;
         self.finish_drains(cx);
     }
