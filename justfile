@@ -35,6 +35,10 @@ bench-ublk *arguments:
     cargo build --release
     tests/bench/ublk {{arguments}}
 
+# What a fleet of volumes costs, by a model: docs/COST.md.
+bench-cost *arguments:
+    cargo run --release --locked -p quarry-bench -- cost --write docs/COST.md {{arguments}}
+
 # Instructions per operation of the hot paths, counted by callgrind (needs valgrind)
 bench-instructions *arguments:
     tests/bench/instructions {{arguments}}

@@ -4,8 +4,10 @@
 //! **Invariant:** of so many bytes at most; the oldest go first. What a frame holds never changes.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasherDefault;
 
 use bytes::Bytes;
+use quarry_cache::NameHasher;
 use quarry_objfmt::{ChunkId, VolumeId};
 
 /// A group's frame: the group, the chunk, and the frame's index there.
@@ -14,7 +16,7 @@ pub(crate) type FrameName = (u32, ChunkId, u32);
 /// Frames by their names. See the module's words.
 #[derive(Debug)]
 pub struct KeptFrames {
-    frames: HashMap<FrameName, Bytes>,
+    frames: HashMap<FrameName, Bytes, BuildHasherDefault<NameHasher>>,
     /// Names in the order in which they came; some may be gone.
     order: VecDeque<FrameName>,
     bytes: usize,
@@ -26,7 +28,7 @@ impl KeptFrames {
     #[must_use]
     pub fn new(bytes_max: usize) -> Self {
         Self {
-            frames: HashMap::new(),
+            frames: HashMap::default(),
             order: VecDeque::new(),
             bytes: 0,
             bytes_max,
