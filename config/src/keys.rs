@@ -473,8 +473,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "cache.page_cache",
-        doc: "Whether reads by NBD may be served from the kernel's page cache, which keeps what was read lately as long\n\
-              as nobody else needs the memory. Block devices read past it, without a copy.",
+        doc: "Whether reads that pass the daemon's memory (by NBD, and by ublk without zero copy) may come from the\n\
+              kernel's page cache, which keeps what was read lately as long as nobody else needs the memory.",
         expected: "write true or false",
         sample: "",
         secret: false,
