@@ -23,6 +23,7 @@ branches! {
     ReadUnsent,
     /// A run is read from the cache that the store has too.
     ReadClean,
+    /// A run is answered from what was read ahead and is in memory.
     ReadKept,
     /// A run that the cache lacks is wanted.
     ReadMissed,

@@ -216,7 +216,7 @@ pub struct Cache {
     pub dirty_max: Bound,
     /// Memory for cached data and map nodes.
     pub ram: Size,
-    /// Whether reads by NBD may come from the kernel's page cache.
+    /// Whether reads that pass the daemon's memory may come from the kernel's page cache.
     pub page_cache: bool,
     /// Whether what is hot goes with a volume to the next host.
     pub hot_set: bool,

@@ -22,7 +22,7 @@ use futures::future::{Either, join, join_all, select};
 use quarry_objfmt::chunk::decode_frame;
 use quarry_objfmt::{ChunkId, VolumeId, keys};
 use quarry_volume::map::{Node, NodeRef};
-use quarry_volume::{DataError, Fetch, FrameRef};
+use quarry_volume::{DataError, Fetch, FrameName, FrameRef};
 
 use super::flights::{Flight, Flights, Sought, Waiting};
 use super::{Unsound, VolumeBackend, aside, insist};
@@ -39,9 +39,6 @@ const DECODED_HERE_BYTES_MAX: usize = 132 << 10;
 /// How long a read that somebody waits for waits for another's fetch, before it asks for itself too: longer than a sound
 /// store takes.
 const JOIN_TIME_MAX: Duration = Duration::from_secs(2);
-
-/// A group's frame.
-type FrameName = (u32, ChunkId, u32);
 
 /// What the daemon has fetched and has in memory, and what it fetches just now; shared by all volumes.
 pub struct Fetches {

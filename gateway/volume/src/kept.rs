@@ -11,7 +11,7 @@ use quarry_cache::NameHasher;
 use quarry_objfmt::{ChunkId, VolumeId};
 
 /// A group's frame: the group, the chunk, and the frame's index there.
-pub(crate) type FrameName = (u32, ChunkId, u32);
+pub type FrameName = (u32, ChunkId, u32);
 
 /// Frames by their names. See the module's words.
 #[derive(Debug)]

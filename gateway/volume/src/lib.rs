@@ -15,8 +15,8 @@ pub use event::{
     Action, CheckpointPlan, ChunkPlan, DataError, Event, ExtentSource, Fetch, FrameRef, IoError,
     IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun, WarmEnd, WriteWait,
 };
-pub use kept::KeptFrames;
+pub use kept::{FrameName, KeptFrames};
 pub use volume::{
-    Opened, STATUS_RUNS_MAX, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats,
-    WARM_SECTORS_MAX,
+    CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, Opened, STATUS_RUNS_MAX, Shared, Tuning, Volume,
+    VolumeParams, VolumeState, VolumeStats, WARM_SECTORS_MAX,
 };

@@ -25,6 +25,7 @@ mod write;
 mod writeback;
 
 pub use warm::WARM_SECTORS_MAX;
+pub use writeback::{CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE};
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -358,13 +359,15 @@ impl Volume {
         out: &mut Vec<Action>,
     ) -> Self {
         let mut tail = ExtentMap::default();
-        let mut covered = 0;
+        let mut log = writeback::LogLength {
+            chunks: opened.log.len() as u64,
+            sectors: 0,
+        };
         for entry in opened.log.iter().flatten() {
             let range = entry_range(entry);
-            covered += range.len().get();
+            log.sectors += range.len().get();
             tail.insert(range, Committed(entry.location));
         }
-        let log = (opened.log.len() as u64, covered);
         let mut volume = Self {
             state: if params.read_only {
                 VolumeState::ReadOnly

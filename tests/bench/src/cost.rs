@@ -6,14 +6,15 @@ pub mod model;
 pub mod shape;
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use quarry_volume::Tuning;
 
 use self::model::{BLOCK, Bill, Settings, Stock, Volume};
 use self::shape::{Op, Shape, User};
+use crate::report::write_between_marks;
 
 const DAY_MS: u64 = 86_400_000;
 const GIB: f64 = (1_u64 << 30) as f64;
@@ -57,7 +58,7 @@ pub struct Arguments {
     gib_month: f64,
     /// The page whose table is written anew.
     #[arg(long)]
-    write: Option<std::path::PathBuf>,
+    write: Option<PathBuf>,
 }
 
 /// What the volumes of a shape came to.
@@ -92,7 +93,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     print!("{text}");
     match &arguments.write {
-        Some(page) => write(page, &text),
+        Some(page) => write_between_marks(page, &text),
         None => Ok(()),
     }
 }
@@ -118,12 +119,14 @@ fn live(arguments: &Arguments, shape: Shape, delay: u64, flush_to_store: bool) -
         volume.drain();
         let mut user = User::new(shape, size / BLOCK, times, seed);
         let (begin, end) = (arguments.days * DAY_MS / 3, arguments.days * DAY_MS);
-        let mut before = None;
+        let mut is_counted = false;
         loop {
             let (now_ms, op) = user.next();
             volume.at(now_ms.min(end));
-            if now_ms >= begin && before.is_none() {
-                before = Some(volume.bill());
+            if now_ms >= begin && !is_counted {
+                // What came before is not.
+                volume.take_bill();
+                is_counted = true;
             }
             if now_ms >= end {
                 break;
@@ -134,8 +137,7 @@ fn live(arguments: &Arguments, shape: Shape, delay: u64, flush_to_store: bool) -
                 Op::Flush => volume.flush(),
             }
         }
-        let before = before.context("no request in all that time")?;
-        bill += &volume.bill().since(&before);
+        bill += &volume.take_bill();
         stock += &volume.stock();
     }
     Ok(Found {
@@ -164,6 +166,7 @@ fn blocks_of(gib: f64) -> u64 {
 }
 
 /// What a table's row says of the volumes it is about.
+#[derive(Default)]
 struct Row {
     puts: f64,
     gets: f64,
@@ -211,7 +214,7 @@ fn table(arguments: &Arguments, rows: &[Found]) -> String {
         "| a volume | writes a day | PUTs a day | GETs a day | bytes uploaded a byte written | of them map, compaction | stored a byte needed | objects | map, MiB | requests, $ a month | storage, $ a month | PUTs as 256 KiB blocks, times |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
-    let mut fleet: Option<Row> = None;
+    let mut fleet = Row::default();
     for found in rows {
         let one = Row::of(arguments, found, 1.0);
         let written = found.bill.written_bytes.max(1) as f64;
@@ -235,15 +238,8 @@ fn table(arguments: &Arguments, rows: &[Found]) -> String {
             one.block_puts / one.puts.max(1.0),
         )
         .expect("text takes all");
-        let all = Row::of(arguments, found, found.volumes);
-        match &mut fleet {
-            Some(fleet) => fleet.add(&all),
-            None => fleet = Some(all),
-        }
+        fleet.add(&Row::of(arguments, found, found.volumes));
     }
-    let Some(fleet) = fleet else {
-        return text;
-    };
     writeln!(
         text,
         "\nThe fleet, {} volumes of {} GiB: {:.1} million objects, {:.1} TiB stored, of which {:.1} GiB are maps; {:.0} PUTs and {:.0} GETs a second; \
@@ -262,9 +258,4 @@ fn table(arguments: &Arguments, rows: &[Found]) -> String {
     )
     .expect("text takes all");
     text
-}
-
-/// Between the page's marks.
-fn write(page: &Path, table: &str) -> Result<()> {
-    crate::report::write_between_marks(page, table)
 }

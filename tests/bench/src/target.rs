@@ -260,8 +260,8 @@ impl Program {
         self.dir.join("zerofs.toml")
     }
 
-    /// All of the volume in its disk cache, as the others have it; the rest as its documents have it by default, but
-    /// that it reports to nobody.
+    /// All of the volume in its disk cache, as the others have it, and the memory of its package's configuration; the
+    /// quicker of its compressions. It reports to nobody.
     fn configure_zerofs(&self, store: &Store) -> Result<()> {
         let cache = (self.size as f64 / 1e9 * 2.0).max(1.0);
         let text = format!(

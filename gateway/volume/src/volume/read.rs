@@ -15,7 +15,7 @@ use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors
 
 use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
 use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Op, Report};
-use crate::kept::KeptFrames;
+use crate::kept::{FrameName, KeptFrames};
 use crate::map::{Node, NodeRef, Nodes};
 
 /// Most frames of one fetch: with frames of 64 KiB, GETs of at most 1 MiB, several in flight.
@@ -38,6 +38,13 @@ struct Waiter {
     /// Bytes from the frame's start.
     skip: usize,
     len: usize,
+}
+
+impl Waiter {
+    /// Who reads on from there wants nothing of this frame any more.
+    const fn takes_the_end_of(&self, raw: &Bytes) -> bool {
+        self.skip + self.len == raw.len()
+    }
 }
 
 /// A reader who goes on where it stopped.
@@ -294,24 +301,23 @@ impl Volume {
                 }
             }
         }
-        self.forget_kept(pieces, cx);
+        self.forget_kept(slot, pieces, cx);
         self.fetch(&wanted, Why::Requests, cx);
     }
 
     /// Forgets what was read ahead and whose end was asked for now. After all pieces: several may be of one frame, in any
     /// order.
-    fn forget_kept(&self, pieces: &[Piece], cx: &mut Cx<'_>) {
+    fn forget_kept(&self, slot: usize, pieces: &[Piece], cx: &mut Cx<'_>) {
         for piece in pieces {
             let Source::Kept(at) = piece.source else {
                 continue;
             };
-            let name = (
-                self.params.group,
-                at.chunk,
-                at.raw / self.params.frame_sectors,
-            );
-            let end = (at.raw % self.params.frame_sectors + piece.len) as usize * 512;
-            if cx.kept.get(&name).is_some_and(|raw| raw.len() == end) {
+            let (name, waiter) = (self.frame_name(at), self.waiter(slot, piece, at));
+            if cx
+                .kept
+                .get(&name)
+                .is_some_and(|raw| waiter.takes_the_end_of(raw))
+            {
                 cx.kept.forget(&name);
             }
         }
@@ -319,21 +325,23 @@ impl Volume {
 
     /// Answers a piece from what was read ahead.
     fn deliver_kept(&mut self, slot: usize, piece: &Piece, at: DataLoc, cx: &mut Cx<'_>) {
-        let name = (
-            self.params.group,
-            at.chunk,
-            at.raw / self.params.frame_sectors,
-        );
-        let raw = cx.kept.get(&name).expect("resolved a moment ago");
-        let from = (at.raw % self.params.frame_sectors) as usize * 512;
-        let data = raw.slice(from..from + piece.len as usize * 512);
-        let io = self.io(Io::Buffer { slot });
-        cx.out.push(Action::CopyToRequest {
-            io,
-            request: self.active[slot].request.id,
+        let raw = cx.kept.get(&self.frame_name(at)).cloned();
+        let raw = raw.expect("resolved a moment ago");
+        self.deliver(&self.waiter(slot, piece, at), Some(&raw), cx);
+    }
+
+    const fn frame_name(&self, at: DataLoc) -> FrameName {
+        (self.params.group, at.chunk, self.frame_of(at).index)
+    }
+
+    /// Who wants a piece of the frame that has `at`.
+    const fn waiter(&self, slot: usize, piece: &Piece, at: DataLoc) -> Waiter {
+        Waiter {
+            slot,
             buffer_offset: piece.buffer_offset,
-            data,
-        });
+            skip: (at.raw % self.params.frame_sectors) as usize * 512,
+            len: piece.len as usize * 512,
+        }
     }
 
     /// Adds a frame to `wanted`, for nobody yet, unless it is being fetched.
@@ -355,12 +363,7 @@ impl Volume {
         wanted: &mut Vec<(ChunkId, FrameRef)>,
     ) {
         let frame = self.frame_of(at);
-        let waiter = Waiter {
-            slot,
-            buffer_offset: piece.buffer_offset,
-            skip: (at.raw % self.params.frame_sectors) as usize * 512,
-            len: piece.len as usize * 512,
-        };
+        let waiter = self.waiter(slot, piece, at);
         let waiters = self
             .reads
             .fetching
@@ -472,12 +475,11 @@ impl Volume {
                 .fetching
                 .remove(&(chunk, frame.index))
                 .unwrap_or_default();
-            if let (Why::Readahead, Some(raw)) = (why, &content) {
-                let is_end = |waiter: &Waiter| waiter.skip + waiter.len == raw.len();
-                if !waiters.iter().any(is_end) {
-                    let name = (self.params.group, chunk, frame.index);
-                    cx.kept.keep(name, raw.clone());
-                }
+            if let (Why::Readahead, Some(raw)) = (why, &content)
+                && !waiters.iter().any(|waiter| waiter.takes_the_end_of(raw))
+            {
+                let name = (self.params.group, chunk, frame.index);
+                cx.kept.keep(name, raw.clone());
             }
             for waiter in waiters {
                 let request = self.active[waiter.slot].request.id;

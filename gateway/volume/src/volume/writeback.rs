@@ -36,10 +36,18 @@ struct Planned {
 
 /// A log that covers as much as the volume divided by this starts a checkpoint before it is long: until it is folded
 /// nobody knows what of the map it has made useless.
-const CHECKPOINT_SHARE: u64 = 32;
+pub const CHECKPOINT_SHARE: u64 = 32;
 
 /// Fewer chunks of the log than this start none: each costs two PUTs.
-const CHECKPOINT_CHUNKS_MIN: u64 = 8;
+pub const CHECKPOINT_CHUNKS_MIN: u64 = 8;
+
+/// How much a log is.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct LogLength {
+    pub(super) chunks: u64,
+    /// What they cover, each for itself.
+    pub(super) sectors: u64,
+}
 
 #[derive(Debug)]
 struct Drain {
@@ -64,33 +72,28 @@ pub(super) struct Writeback {
     uncut_since: Option<u64>,
     /// Cut up to here at once: someone waits for it.
     wanted: WriteSeq,
-    /// Chunks committed since the last checkpoint.
-    log_chunks: u64,
-    /// What they cover, each for itself.
-    log_sectors: u64,
+    /// What was committed since the last checkpoint.
+    log: LogLength,
     last_chunk: Option<ChunkSeq>,
     checkpoint_upto: Option<ChunkSeq>,
     /// The newest write that the checkpoint under way folds.
     checkpoint_write: WriteSeq,
-    /// Chunks that the checkpoint under way folds.
-    checkpoint_chunks: u64,
-    /// What they cover.
-    checkpoint_sectors: u64,
+    /// What the checkpoint under way folds.
+    checkpoint_log: LogLength,
     /// The map cannot be read, so that nothing can be folded into it.
     map_damaged: bool,
     drains: Vec<Drain>,
 }
 
 impl Writeback {
-    /// `log`: the chunks that are in the log already, and the sectors that they cover together.
-    pub(super) fn new(next_chunk: ChunkSeq, stored: WriteSeq, log: (u64, u64)) -> Self {
-        let (log_chunks, log_sectors) = log;
+    /// `log`: what is in the log already.
+    pub(super) fn new(next_chunk: ChunkSeq, stored: WriteSeq, log: LogLength) -> Self {
         Self {
             next_chunk,
             planned: Queue::new(),
             committed: stored,
             // Where the map ends inside a log is not asked for: a drain folds it all.
-            folded: match log_chunks {
+            folded: match log.chunks {
                 0 => stored,
                 _ => WriteSeq::ZERO,
             },
@@ -99,17 +102,15 @@ impl Writeback {
             uncut_writes: 0,
             uncut_since: None,
             wanted: WriteSeq::ZERO,
-            log_chunks,
-            log_sectors,
+            log,
             last_chunk: next_chunk
                 .get()
                 .checked_sub(1)
-                .filter(|_| log_chunks > 0)
+                .filter(|_| log.chunks > 0)
                 .map(ChunkSeq::new),
             checkpoint_upto: None,
             checkpoint_write: WriteSeq::ZERO,
-            checkpoint_chunks: 0,
-            checkpoint_sectors: 0,
+            checkpoint_log: LogLength::default(),
             map_damaged: false,
             drains: Vec::new(),
         }
@@ -329,14 +330,14 @@ impl Volume {
         };
         for entry in &entries {
             let range = entry_range(entry);
-            self.writeback.log_sectors += range.len().get();
+            self.writeback.log.sectors += range.len().get();
             self.tail.insert(range, Committed(entry.location));
         }
         for (raw, len, at) in planned.resident {
             cx.cache.add_clean(chunk, CleanRun { raw, len, at });
         }
         self.writeback.committed = planned.last_write;
-        self.writeback.log_chunks += 1;
+        self.writeback.log.chunks += 1;
         self.writeback.last_chunk = Some(planned.seq);
         self.stats.uploaded_chunks += 1;
         self.stats.uploaded_bytes += stored_bytes;
@@ -351,17 +352,17 @@ impl Volume {
             .drains
             .iter()
             .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
-        let due = wb.log_chunks >= tuning.checkpoint_chunks
+        let due = wb.log.chunks >= tuning.checkpoint_chunks
             || self.log_is_much()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;
         let (Some(upto), true) = (
             wb.last_chunk,
-            due && serving && !wb.map_damaged && wb.log_chunks > 0 && self.frozen.is_none(),
+            due && serving && !wb.map_damaged && wb.log.chunks > 0 && self.frozen.is_none(),
         ) else {
             return;
         };
-        let why = if wb.log_chunks >= tuning.checkpoint_chunks {
+        let why = if wb.log.chunks >= tuning.checkpoint_chunks {
             Branch::CheckpointByChunks
         } else if asked {
             Branch::CheckpointAsked
@@ -375,8 +376,7 @@ impl Volume {
             .flat_map(|(range, found)| committed_entries(range, found))
             .collect();
         self.frozen = Some(frozen);
-        self.writeback.checkpoint_chunks = std::mem::take(&mut self.writeback.log_chunks);
-        self.writeback.checkpoint_sectors = std::mem::take(&mut self.writeback.log_sectors);
+        self.writeback.checkpoint_log = std::mem::take(&mut self.writeback.log);
         self.writeback.checkpoint_upto = Some(upto);
         let last_write = self.writeback.committed;
         self.writeback.checkpoint_write = last_write;
@@ -389,9 +389,9 @@ impl Volume {
 
     /// Whether the log covers so much of the volume that it is to be folded before it is long.
     fn log_is_much(&self) -> bool {
-        let wb = &self.writeback;
-        wb.log_chunks >= CHECKPOINT_CHUNKS_MIN
-            && wb.log_sectors >= self.params.size.get() / CHECKPOINT_SHARE
+        let log = self.writeback.log;
+        log.chunks >= CHECKPOINT_CHUNKS_MIN
+            && log.sectors >= self.params.size.get() / CHECKPOINT_SHARE
     }
 
     pub(super) fn checkpointed(&mut self, root: Arc<MapRoot>, upto: ChunkSeq, cx: &mut Cx<'_>) {
@@ -416,8 +416,9 @@ impl Volume {
         }
         let wb = &mut self.writeback;
         wb.checkpoint_upto = None;
-        wb.log_chunks += std::mem::take(&mut wb.checkpoint_chunks);
-        wb.log_sectors += std::mem::take(&mut wb.checkpoint_sectors);
+        let back = std::mem::take(&mut wb.checkpoint_log);
+        wb.log.chunks += back.chunks;
+        wb.log.sectors += back.sectors;
         wb.map_damaged = true;
         self.finish_drains(cx);
     }

@@ -4,11 +4,11 @@
 //! chunk is cut, what of it is still needed later, when the log is folded, what of the map a merge rewrites, when
 //! compaction begins and what it moves. The test below holds the result to a real daemon's.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::ops::AddAssign;
 
-use quarry_volume::Tuning;
 use quarry_volume::map::plan_runs;
+use quarry_volume::{CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, Tuning};
 
 /// The grain of writes and of what is needed: 4 KiB.
 pub const BLOCK: u64 = 4096;
@@ -26,9 +26,6 @@ const TABLE_BYTES: u64 = 8 << 20;
 const MAP_READ_BYTES: u64 = 1 << 20;
 const HEAD_BYTES: u64 = 1024;
 
-/// As in `gateway/volume/src/volume/writeback.rs`.
-const CHECKPOINT_SHARE: u64 = 32;
-const CHECKPOINT_CHUNKS_MIN: u64 = 8;
 /// As in `gateway/src/backend/reclaim.rs`.
 const DEBT_START_PERCENT: u64 = 31;
 const DEBT_STOP_PERCENT: u64 = 30;
@@ -67,24 +64,6 @@ impl AddAssign<&Self> for Bill {
         self.written_bytes += other.written_bytes;
         self.writes += other.writes;
         self.block_puts += other.block_puts;
-    }
-}
-
-impl Bill {
-    /// What came since `earlier`.
-    pub const fn since(&self, earlier: &Self) -> Self {
-        Self {
-            puts: self.puts - earlier.puts,
-            gets: self.gets - earlier.gets,
-            deletes: self.deletes - earlier.deletes,
-            put_bytes: self.put_bytes - earlier.put_bytes,
-            got_bytes: self.got_bytes - earlier.got_bytes,
-            map_bytes: self.map_bytes - earlier.map_bytes,
-            moved_bytes: self.moved_bytes - earlier.moved_bytes,
-            written_bytes: self.written_bytes - earlier.written_bytes,
-            writes: self.writes - earlier.writes,
-            block_puts: self.block_puts - earlier.block_puts,
-        }
     }
 }
 
@@ -145,7 +124,7 @@ struct Chunk {
 /// What is written and not cut yet.
 #[derive(Default)]
 struct Batch {
-    blocks: BTreeMap<u64, ()>,
+    blocks: BTreeSet<u64>,
     raw: u64,
     writes: usize,
     since_ms: u64,
@@ -197,8 +176,9 @@ impl Volume {
         }
     }
 
-    pub const fn bill(&self) -> Bill {
-        self.bill
+    /// What was asked of the store since this was last taken.
+    pub fn take_bill(&mut self) -> Bill {
+        std::mem::take(&mut self.bill)
     }
 
     pub fn blocks(&self) -> u64 {
@@ -226,7 +206,7 @@ impl Volume {
             self.batch.since_ms = self.now_ms;
         }
         for block in first..first + count {
-            self.batch.blocks.insert(block, ());
+            self.batch.blocks.insert(block);
         }
         self.cache.keep(first, count);
         self.batch.raw += count * BLOCK;
@@ -324,7 +304,7 @@ impl Volume {
     fn cut(&mut self) {
         self.cut_chunks += 1;
         let batch = std::mem::take(&mut self.batch);
-        let blocks: Vec<u64> = batch.blocks.into_keys().collect();
+        let blocks: Vec<u64> = batch.blocks.into_iter().collect();
         let mut last = None;
         for block in &blocks {
             let object = block / 64;
@@ -424,12 +404,12 @@ impl Volume {
         }
         candidates.sort_unstable();
         let mut room = MOVED_BYTES_MIN.max(3 * self.map_bytes());
-        let mut victims = HashMap::new();
+        let mut victims = HashSet::new();
         for (_, id) in candidates {
             let chunk = self.chunks[id as usize - 1];
             let needed = u64::from(chunk.needed) * BLOCK;
             let gain = u64::from(chunk.data - chunk.needed) * BLOCK;
-            victims.insert(id, ());
+            victims.insert(id);
             let (Some(rest), Some(more)) = (room.checked_sub(needed), left.checked_sub(gain))
             else {
                 break;
@@ -441,7 +421,7 @@ impl Volume {
         }
         let moved: Vec<u64> = (0_u64..)
             .zip(&self.owner)
-            .filter(|(_, owner)| victims.contains_key(owner))
+            .filter(|(_, owner)| victims.contains(owner))
             .map(|(block, _)| block)
             .collect();
         let map = self.map_bytes();
@@ -486,26 +466,26 @@ impl Volume {
 /// Frames on the host, the one least recently asked for leaving first: by two generations, each half of the room.
 struct Cache {
     half: usize,
-    young: HashMap<u64, ()>,
-    old: HashMap<u64, ()>,
+    young: HashSet<u64>,
+    old: HashSet<u64>,
 }
 
 impl Cache {
     fn new(frames: u64) -> Self {
         Self {
             half: usize::try_from(frames / 2).unwrap_or(usize::MAX).max(1),
-            young: HashMap::new(),
-            old: HashMap::new(),
+            young: HashSet::new(),
+            old: HashSet::new(),
         }
     }
 
     /// Whether it is there; it is, after this.
     fn has(&mut self, frame: u64) -> bool {
-        if self.young.contains_key(&frame) {
+        if self.young.contains(&frame) {
             return true;
         }
-        let was_there = self.old.remove(&frame).is_some();
-        self.young.insert(frame, ());
+        let was_there = self.old.remove(&frame);
+        self.young.insert(frame);
         if self.young.len() >= self.half {
             self.old = std::mem::take(&mut self.young);
         }
@@ -643,7 +623,7 @@ mod tests {
             thread::sleep(Duration::from_millis(2500));
         }
         pair.settle()?;
-        let bill = pair.model.bill();
+        let bill = pair.model.take_bill();
         let mine = [
             pair.model.cut_chunks,
             bill.put_bytes - bill.map_bytes - bill.moved_bytes,
