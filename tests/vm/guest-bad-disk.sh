@@ -10,7 +10,8 @@ source "$(dirname "$0")/guest.sh"
 sectors=$((128 << 11))
 record=/mnt/record
 export QUARRY_CONFIG=/mnt/quarry.toml
-# What is unsent stays so until somebody asks.
+# What is unsent stays so until somebody asks: it is not old enough, and all that is written between two uploads is less
+# than a chunk of 8 MiB. What the store has, a flush may promise whatever the cache device does.
 printf '[writeback]\ndelay = "1h"\n' >"$QUARRY_CONFIG"
 
 cache_is() { # sound|writeless|readless|gone|holed
@@ -35,7 +36,7 @@ write_at() { # FILE MIB FLAGS
     timeout 60 dd if="$1" of="$(node raw)" bs=1M seek="$2" conv="notrunc${3:+,$3}" oflag=direct status=none 2>/mnt/said
 }
 read_is() { # FILE MIB
-    timeout 60 dd if="$(node raw)" bs=1M skip="$2" count=4 iflag=direct status=none 2>/mnt/said | cmp -s - "$1"
+    timeout 60 dd if="$(node raw)" bs=1M skip="$2" count=1 iflag=direct status=none 2>/mnt/said | cmp -s - "$1"
 }
 # VOLUME has failed while DOING, a pattern, and everybody can know.
 told() {
@@ -47,7 +48,7 @@ told() {
 }
 
 dmsetup create cache --table "0 $sectors linear /dev/ubda 0" || fail "dmsetup"
-for name in old new newer newest; do head -c 4M /dev/urandom >"/mnt/$name"; done
+for name in old new newer newest; do head -c 1M /dev/urandom >"/mnt/$name"; done
 start_daemon
 quarry tenant create acme
 quarry volume create "$volume" --size 256MiB

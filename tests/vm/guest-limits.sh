@@ -13,12 +13,18 @@ quarry volume attach "$volume" --via ublk
 disk=$(await_device)
 
 fio=(fio --ioengine=libaio --direct=1 --filename="$disk" --size=64m --iodepth=32 --minimal --eta=never --output=/mnt/fio.out --name=a)
-# What comes at once at the start is not counted.
+# What comes at once at the start is not counted. More than the limit is never right; less can be this machine's, which is
+# one of several on a busy host, so that is judged in three windows.
 measure() {
-    "${fio[@]}" --rw=randread --bs=4k --io_size=100g --runtime=5 --ramp_time=1 --time_based || { cat /mnt/fio.out >&2; fail "fio"; }
-    iops=$(grep '^3;' /mnt/fio.out | cut -d';' -f8)
-    echo "$1 IOPS: $iops"
-    ((iops * 100 > $1 * 95 && iops * 100 < $1 * 105)) || fail "$iops IOPS at a limit of $1"
+    local iops
+    for _ in 1 2 3; do
+        "${fio[@]}" --rw=randread --bs=4k --io_size=100g --runtime=5 --ramp_time=1 --time_based || { cat /mnt/fio.out >&2; fail "fio"; }
+        iops=$(grep '^3;' /mnt/fio.out | cut -d';' -f8)
+        say "$1 IOPS: $iops"
+        ((iops * 100 < $1 * 105)) || fail "$iops IOPS at a limit of $1"
+        if ((iops * 100 > $1 * 95)); then return; fi
+    done
+    fail "$iops IOPS at a limit of $1, and no more in three windows"
 }
 measure 500
 quarry volume limit "$volume" --iops 2000
@@ -29,7 +35,15 @@ quarry volume limit "$volume" --iops 200
     --verify_backlog=64 &
 load=$!
 sleep 2
-[[ $(quarry volume show "$volume" --output json) =~ \"held\":\ *[1-9] ]] || fail "nothing is held"
+held=
+for _ in $(seq 100); do
+    if [[ $(quarry volume show "$volume" --output json) =~ \"held\":\ *[1-9] ]]; then
+        held=yes
+        break
+    fi
+    sleep 0.1
+done
+[[ $held ]] || fail "nothing is held"
 replace_daemon
 sleep 2
 kill_daemon
