@@ -25,6 +25,8 @@ branches! {
     ReadClean,
     /// A run is answered from what was read ahead and is in memory.
     ReadKept,
+    /// A frame that was read ahead makes room for newer ones.
+    KeptPushedOut,
     /// A run that the cache lacks is wanted.
     ReadMissed,
     /// A run is found in the log.

@@ -571,14 +571,15 @@ fn open_again(file: &File, direct: bool) -> io::Result<File> {
     Ok(again)
 }
 
-/// Whether a direct write drops what the page cache has of its range: so it is on block devices, and on file systems whose
-/// direct I/O is the kernel's common one, or that do it as well.
+/// Whether the kernel drops what its page cache has of a range when a direct write of it is done, and before that is told:
+/// so it is on file systems whose direct I/O is iomap's. On a block device it drops it before the write only, if the write
+/// is asynchronous: what anybody reads of the page meanwhile (a neighbour's sectors, `blkid` behind a udev event) stays.
 fn drops_what_is_written(file: &File) -> io::Result<bool> {
     const EXT4: u64 = 0xEF53;
     const XFS: u64 = 0x5846_5342;
     const BTRFS: u64 = 0x9123_683E;
-    if file.metadata()?.file_type().is_block_device() {
-        return Ok(true);
+    if !file.metadata()?.is_file() {
+        return Ok(false);
     }
     let kind = u64::try_from(rustix::fs::fstatfs(file)?.f_type).unwrap_or_default();
     Ok(matches!(kind, EXT4 | XFS | BTRFS))

@@ -24,6 +24,8 @@ pub enum Mutation {
     ReclaimPinned,
     /// What a failed fill would have put on the device can be found there.
     TrustFailedFill,
+    /// A frame that was read ahead is found for any chunk of its volume and epoch.
+    KeptOfAnyChunk,
     /// Recovery takes what is behind a gap too.
     IgnoreGap,
     /// Recovery leaves what it cut off on the device.
@@ -62,7 +64,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::NoSyncBeforeRecords,
         Self::FlushBeforeRecords,
         Self::FuaAsPlainWrite,
@@ -72,6 +74,7 @@ impl Mutation {
         Self::DirtyNotCountedDown,
         Self::ReclaimPinned,
         Self::TrustFailedFill,
+        Self::KeptOfAnyChunk,
         Self::IgnoreGap,
         Self::LeaveWhatWasCut,
         Self::MergeStale,

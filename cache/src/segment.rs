@@ -90,6 +90,15 @@ impl Geometry {
         }
     }
 
+    /// Whether a segment begins at this byte of the device.
+    #[must_use]
+    pub const fn begins_segment(&self, byte: u64) -> bool {
+        match byte.checked_sub(self.data_start) {
+            Some(inside) => inside.is_multiple_of(self.segment_size as u64),
+            None => false,
+        }
+    }
+
     /// Sectors of a segment, pages included.
     #[must_use]
     pub const fn segment_sectors(&self) -> u32 {
@@ -663,6 +672,24 @@ mod tests {
     /// The first `len` sectors of a chunk, at `at`.
     fn run(at: CacheLoc, len: u32) -> CleanRun {
         CleanRun { raw: 0, len, at }
+    }
+
+    #[test]
+    fn headers_and_beginnings_of_segments_are_told_from_what_lies_between() {
+        for segment in 0..GEOMETRY.segments {
+            let begin = GEOMETRY.byte_of(CacheLoc {
+                segment: SegmentId::new(segment),
+                offset: 0,
+            });
+            assert!(GEOMETRY.begins_segment(begin));
+            let header = GEOMETRY.page_byte(SegmentId::new(segment), 0);
+            assert_eq!(GEOMETRY.segment_of_header(header), Some(begin));
+            let page = GEOMETRY.page_byte(SegmentId::new(segment), 1);
+            assert_eq!(GEOMETRY.segment_of_header(page), None);
+            assert!(!GEOMETRY.begins_segment(header));
+        }
+        assert!(!GEOMETRY.begins_segment(0));
+        assert_eq!(GEOMETRY.segment_of_header(0), None);
     }
 
     #[test]

@@ -474,7 +474,8 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         path: "cache.page_cache",
         doc: "Whether reads that pass the daemon's memory (by NBD, and by ublk without zero copy) may come from the\n\
-              kernel's page cache, which keeps what was read lately as long as nobody else needs the memory.",
+              kernel's page cache, which keeps what was read lately as long as nobody else needs the memory. Only with\n\
+              a cache that is a file of ext4, XFS or btrfs: a block device's cached pages can be older than the device.",
         expected: "write true or false",
         sample: "",
         secret: false,

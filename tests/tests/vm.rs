@@ -266,6 +266,21 @@ fn cache_device_that_fails_fails_flushes_loses_nothing_flushed_and_shows_nothing
 }
 
 #[test]
+fn sectors_read_beside_a_write_of_their_page_leave_nothing_old_in_the_page_cache() -> Result<()> {
+    let Some(host) = Host::new()? else {
+        return Ok(());
+    };
+    if !["dmsetup", "qemu-io", "mkfs.ext4"]
+        .iter()
+        .all(|name| tool(name).is_some())
+    {
+        return Ok(());
+    }
+    let disk = host.disk("cache.img", 256 * MIB)?;
+    host.boot(&[&disk], "guest-pages.sh", &[])
+}
+
+#[test]
 fn attach_without_room_for_list_journal_or_device_is_undone_and_others_go_on() -> Result<()> {
     let Some(host) = Host::new()? else {
         return Ok(());

@@ -32,8 +32,8 @@ use crate::trace::{self, Step};
 /// What a frame costs in the RAM tier beside its content.
 const FRAME_ENTRY_BYTES: usize = 128;
 
-/// Stored frames up to this size, two of them, are decoded where they arrive: tens of microseconds, as many as it takes to
-/// wake another thread, for which a read that waits would wait.
+/// Frames up to this size together, stored and decoded, are decoded where they arrive: tens of microseconds, as many as it
+/// takes to wake another thread, for which a read that waits would wait. Two, if nobody says otherwise.
 const DECODED_HERE_BYTES_MAX: usize = 132 << 10;
 
 /// How long a read that somebody waits for waits for another's fetch, before it asks for itself too: longer than a sound
@@ -234,7 +234,8 @@ impl VolumeBackend {
     ) -> Result<Vec<Bytes>, String> {
         let (frames, frame_sectors) = (frames.to_vec(), self.head.frame_sectors());
         let keys = self.keys();
-        let bytes = stored.len();
+        let decoded = frames.len() * frame_sectors as usize * 512;
+        let bytes = stored.len().max(decoded);
         let decode = move || {
             let base = frames[0].stored_offset;
             let part = |offset: u32, len: u32| {

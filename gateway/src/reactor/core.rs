@@ -75,7 +75,9 @@ impl VolumeSlot {
     fn mark(&mut self, op: &CacheOp, now_ns: u64) {
         let step = match (op.code, op.file) {
             (Code::ReceiveFixed { .. }, _) => Step::Receive,
-            (Code::Read | Code::ReadFixed { .. }, Target::Cache) => Step::CacheRead,
+            (Code::Read | Code::ReadFixed { .. }, Target::Cache | Target::CachePages) => {
+                Step::CacheRead
+            }
             (Code::Write { .. } | Code::WriteFixed { .. }, Target::Cache) => Step::CacheWrite,
             _ => Step::Copy,
         };
@@ -288,6 +290,8 @@ impl Core {
         let op = &mut self.ops[index as usize];
         match op.advance(result) {
             Progress::Again => self.submit_op(index),
+            // The kernel reads whole pages, for which it needs memory: this may be neither ours nor missing.
+            Progress::Done(Err(_)) if op.goes_around_pages() => self.submit_op(index),
             Progress::Done(result) => {
                 let op = self.ops.remove(index as usize);
                 if result.is_ok() {

@@ -128,7 +128,11 @@ impl Core {
                 page,
                 durable,
             } => {
-                self.forget_pages(offset);
+                // A durable one begins the segment's writes; another only tells that they are in the store, and the
+                // segment is read on.
+                if durable && let Some(pages) = &self.page_cache {
+                    self.forget_pages(pages.geometry.segment_of_header(offset));
+                }
                 let mut copy = self
                     .pages
                     .take(page.len())
@@ -387,13 +391,10 @@ impl Core {
         unsafe { self.ring.push(entry) };
     }
 
-    /// A segment's header is written first: what the kernel keeps of the segment in its page cache is of no use any more,
-    /// and would make it wait at each write there. A hint, whose outcome nobody asks for.
-    fn forget_pages(&mut self, header: u64) {
-        let Some(pages) = &self.page_cache else {
-            return;
-        };
-        let Some(begin) = pages.geometry.segment_of_header(header) else {
+    /// A segment that begins here is to be written anew: what the kernel keeps of it in its page cache is of no use any
+    /// more, and would make it wait at each write there. A hint, whose outcome nobody asks for.
+    fn forget_pages(&mut self, begin: Option<u64>) {
+        let (Some(begin), Some(pages)) = (begin, &self.page_cache) else {
             return;
         };
         let (len, advice) = (pages.geometry.segment_size, libc::POSIX_FADV_DONTNEED);
@@ -503,6 +504,10 @@ impl Core {
             let Some(fill) = self.fills.waiting.pop_front() else {
                 return;
             };
+            if let Some(pages) = &self.page_cache {
+                let begins = pages.geometry.begins_segment(fill.offset);
+                self.forget_pages(begins.then_some(fill.offset));
+            }
             // Counted when it came, and again by `start`.
             self.volumes[fill.volume as usize].ops -= 1;
             let len = u32::try_from(len).unwrap_or(u32::MAX);

@@ -211,7 +211,8 @@ impl Host {
             shared: Shared {
                 cache,
                 nodes: NodeCache::new(16 << 10),
-                kept: KeptFrames::new(1 << 20),
+                // Fewer frames than are read ahead at once.
+                kept: KeptFrames::new(6 * (16 << 10)),
             },
             failure,
             kept: scan.volumes,

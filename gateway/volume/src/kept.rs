@@ -7,18 +7,26 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
 
 use bytes::Bytes;
-use quarry_cache::NameHasher;
-use quarry_objfmt::{ChunkId, VolumeId};
+use quarry_cache::{Branch, Mutation, NameHasher};
+use quarry_objfmt::{ChunkId, ChunkSeq, VolumeId};
 
 /// A group's frame: the group, the chunk, and the frame's index there.
 pub type FrameName = (u32, ChunkId, u32);
 
+#[derive(Debug)]
+struct Kept {
+    raw: Bytes,
+    /// Which coming of this name it is: it may have gone and come again.
+    coming: u64,
+}
+
 /// Frames by their names. See the module's words.
 #[derive(Debug)]
 pub struct KeptFrames {
-    frames: HashMap<FrameName, Bytes, BuildHasherDefault<NameHasher>>,
-    /// Names in the order in which they came; some may be gone.
-    order: VecDeque<FrameName>,
+    frames: HashMap<FrameName, Kept, BuildHasherDefault<NameHasher>>,
+    /// Names in the order in which they came; some of these comings may be over.
+    order: VecDeque<(FrameName, u64)>,
+    comings: u64,
     bytes: usize,
     bytes_max: usize,
 }
@@ -30,6 +38,7 @@ impl KeptFrames {
         Self {
             frames: HashMap::default(),
             order: VecDeque::new(),
+            comings: 0,
             bytes: 0,
             bytes_max,
         }
@@ -40,51 +49,74 @@ impl KeptFrames {
     }
 
     pub(crate) fn get(&self, name: &FrameName) -> Option<&Bytes> {
-        self.frames.get(name)
+        self.frames.get(&found_as(*name)).map(|kept| &kept.raw)
     }
 
     pub(crate) fn keep(&mut self, name: FrameName, raw: Bytes) {
-        let len = raw.len();
+        let (name, len) = (found_as(name), raw.len());
         if len > self.bytes_max || self.frames.contains_key(&name) {
             return;
         }
         while self.bytes + len > self.bytes_max {
             let oldest = self.order.pop_front();
-            self.forget(&oldest.expect("each frame has its name in the order"));
+            let (oldest, coming) = oldest.expect("each frame has its name in the order");
+            if is_there(&self.frames, &oldest, coming) {
+                Branch::KeptPushedOut.taken();
+                self.forget(&oldest);
+            }
         }
-        self.frames.insert(name, raw);
-        self.bytes += len;
-        // Names of frames that are gone are not to outnumber those that are there.
+        // Comings that are over are not to outnumber those that are not.
         if self.order.len() > 2 * self.frames.len() {
             let frames = &self.frames;
-            self.order.retain(|name| frames.contains_key(name));
+            self.order
+                .retain(|(name, coming)| is_there(frames, name, *coming));
         }
-        self.order.push_back(name);
+        self.comings += 1;
+        let coming = self.comings;
+        self.frames.insert(name, Kept { raw, coming });
+        self.order.push_back((name, coming));
+        self.bytes += len;
     }
 
     /// Forgets all of the chunks of `volume` that are kept for `group`. Answers how many bytes they were.
     pub fn evict(&mut self, group: u32, volume: VolumeId) -> u64 {
         let before = self.bytes;
         let bytes = &mut self.bytes;
-        self.frames.retain(|(of, chunk, _), raw| {
+        self.frames.retain(|(of, chunk, _), kept| {
             let stays = *of != group || chunk.volume != volume;
-            *bytes -= if stays { 0 } else { raw.len() };
+            *bytes -= if stays { 0 } else { kept.raw.len() };
             stays
         });
         (before - self.bytes) as u64
     }
 
     pub(crate) fn forget(&mut self, name: &FrameName) {
-        if let Some(raw) = self.frames.remove(name) {
-            self.bytes -= raw.len();
+        if let Some(kept) = self.frames.remove(&found_as(*name)) {
+            self.bytes -= kept.raw.len();
         }
     }
+}
+
+fn is_there(
+    frames: &HashMap<FrameName, Kept, BuildHasherDefault<NameHasher>>,
+    name: &FrameName,
+    coming: u64,
+) -> bool {
+    frames.get(name).is_some_and(|kept| kept.coming == coming)
+}
+
+fn found_as(name: FrameName) -> FrameName {
+    let (group, mut chunk, index) = name;
+    if Mutation::KeptOfAnyChunk.is_on() {
+        chunk.seq = ChunkSeq::new(0);
+    }
+    (group, chunk, index)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use quarry_objfmt::{ChunkSeq, Epoch};
+    use quarry_objfmt::Epoch;
 
     fn name(index: u32) -> FrameName {
         let chunk = ChunkId {
@@ -130,5 +162,31 @@ mod tests {
         assert!(kept.is_empty());
         assert_eq!(kept.bytes, 0);
         assert!(kept.order.len() <= 2, "{}", kept.order.len());
+        // The same few again and again.
+        for index in 0..1000 {
+            kept.keep(name(index % 4), Bytes::from(vec![0; 512]));
+            if index % 4 == 3 {
+                (0..4).for_each(|index| kept.forget(&name(index)));
+            }
+            assert!(kept.order.len() <= 10, "{}", kept.order.len());
+        }
+    }
+
+    #[test]
+    fn frame_that_came_again_is_as_old_as_its_second_coming() {
+        let mut kept = KeptFrames::new(3 * 512);
+        let frame = || Bytes::from(vec![0; 512]);
+        kept.keep(name(0), frame());
+        kept.keep(name(1), frame());
+        kept.forget(&name(0));
+        kept.keep(name(2), frame());
+        kept.keep(name(0), frame());
+        kept.keep(name(3), frame());
+        assert!(kept.get(&name(1)).is_none(), "the oldest");
+        assert!(
+            [0, 2, 3]
+                .iter()
+                .all(|index| kept.get(&name(*index)).is_some())
+        );
     }
 }

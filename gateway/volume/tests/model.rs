@@ -790,7 +790,7 @@ fn fresh_shared(dirty: &[(SegmentId, Generation)], next: Generation) -> Shared {
     Shared {
         cache: Cache::new(CACHE, GEOMETRY, 12, next, dirty),
         nodes: NodeCache::new(64 << 10),
-        kept: KeptFrames::new(1 << 20),
+        kept: KeptFrames::new(6 * (16 << 10)),
     }
 }
 

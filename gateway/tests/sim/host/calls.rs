@@ -225,7 +225,7 @@ impl Host {
     pub fn evict(&mut self, truth: &Truth) {
         let daemon = self.daemon.as_mut().unwrap();
         let group = group_of(truth.tenant.as_str());
-        daemon.shared.cache.evict(group, truth.id);
+        daemon.shared.evict(group, truth.id);
         daemon.common.fetches.evict(group, truth.id);
     }
 }
