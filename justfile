@@ -35,6 +35,10 @@ bench-ublk *arguments:
     cargo build --release
     tests/bench/ublk {{arguments}}
 
+# Memory beside a volume of 1 TiB in scattered pieces, and the time to open after a crash with 10 GiB unsent (needs fio, 30 GB of disk)
+bench-extremes *arguments:
+    tests/bench/run --no-write extremes --write docs/BENCHMARKS.md {{arguments}}
+
 # What a fleet of volumes costs, by a model: docs/COST.md.
 bench-cost *arguments:
     cargo run --release --locked -p quarry-bench -- cost --write docs/COST.md {{arguments}}

@@ -385,6 +385,16 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| c.store.path_style.map(|b| b.to_string()),
     },
     Key {
+        path: "store.sign_payload",
+        doc: "Whether a request's signature covers what is uploaded, which costs a quarter of an upload's work. Unset: true\n\
+              over http://, false over https://, where TLS vouches for it. Some servers take no upload without it.",
+        expected: "write true or false",
+        sample: "true",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.store.sign_payload = Some(b)),
+        get: |c| c.store.sign_payload.map(|b| b.to_string()),
+    },
+    Key {
         path: "store.make_missing",
         doc: "Whether the daemon makes the bucket, or the folder, if there is none. With false a misspelt name is\n\
               refused, and so is the mount point of a folder that is not mounted.",

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
+use quarry_full_volume::{FRAME_SECTORS, FullVolume, HEADER_BYTES, read_frames};
 use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claim, Claimed, claim};
 use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
@@ -21,12 +22,9 @@ use quarry_gateway::reactor::{BackendSink as _, Message, ReactorHandle};
 use quarry_gateway::store::{FolderStore, Store, StoreError, Tag};
 use quarry_objfmt::chunk::ChunkHeader;
 use quarry_objfmt::codec::Compression;
-use quarry_objfmt::map::{
-    Basis, ChunkUse, Manifest, MapObjectBuilder, MapObjectId, TableRef, Usage,
-};
 use quarry_objfmt::{
-    CHUNK_PREFIX_LEN, CacheId, ChunkId, ChunkSeq, DataLoc, Epoch, Head, Lba, LbaRange, Location,
-    MapEntry, MapSeq, RootRef, Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
+    CHUNK_PREFIX_LEN, CacheId, ChunkId, ChunkSeq, Epoch, Head, Lba, LbaRange, Location, MapEntry,
+    Sectors, TenantName, VolumeId, VolumeName, WriteSeq, keys,
 };
 use quarry_volume::{
     Action, CheckpointPlan, ChunkPlan, Event, ExtentSource, PlannedExtent, Tuning,
@@ -39,70 +37,17 @@ const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
 const PAGE: u64 = 4096;
 /// Extents of a chunk, of 8 sectors each.
 const CHUNK_EXTENTS: u64 = 2048;
-const FRAME_SECTORS: u32 = 128;
-const FRAME_HEADER_LEN: usize = 16;
-/// A frame as it is stored: nothing is compressed.
-const FRAME_BYTES: usize = FRAME_SECTORS as usize * 512 + FRAME_HEADER_LEN;
-/// Where the first frame of the chunks begins that were there before.
-const OLD_HEADER: u32 = 16 << 10;
-/// Chunks that were there before have a third of their data from before that.
-const OLD_SECTORS: u32 = 2048 * 8 * 130 / 100;
-/// As checkpoints cut them.
-const TABLE_BYTES: usize = 8 << 20;
 /// How far the store is that the volume is opened from.
 const DISTANCE: Duration = Duration::from_millis(30);
 
-fn chunk(seq: u64) -> ChunkId {
-    ChunkId {
-        volume: VOLUME,
-        epoch: Epoch::new(1),
-        seq: ChunkSeq::new(seq),
+fn full(extents: u64) -> FullVolume {
+    FullVolume {
+        id: VOLUME,
+        extents,
+        extent_sectors: 8,
+        // A third of what the chunks have is from before.
+        dead_sectors: 2048 * 8 * 30 / 100,
     }
-}
-
-/// Which of the old chunks the n-th extent is in: each has one of every so many neighbours, in an order that
-/// looks random.
-fn old_place(n: u64, chunks: u64) -> (u64, u32) {
-    let slot = n / chunks;
-    let mask = chunks - 1;
-    let mut at = (n ^ slot.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) & mask;
-    for round in [0xb55a_4f09_u64, 0x2c1b_3c6d, 0x297a_2d39] {
-        at = (at ^ at >> 5).wrapping_mul(round | 1) & mask;
-    }
-    (at, u32::try_from(slot).unwrap())
-}
-
-fn old_extent(n: u64, chunks: u64) -> MapEntry {
-    let (at, slot) = old_place(n, chunks);
-    let frame = slot / (FRAME_SECTORS / 8);
-    MapEntry {
-        start: Lba::new(n * 8),
-        len: 8,
-        location: Location::Data(DataLoc {
-            chunk: chunk(at),
-            raw: slot * 8,
-            stored_offset: OLD_HEADER + frame * u32::try_from(FRAME_BYTES).unwrap(),
-            stored_len: u32::try_from(FRAME_BYTES).unwrap(),
-        }),
-    }
-}
-
-/// Frame `index` of a chunk, of so many bytes, all zeroes, as FORMAT.md says.
-fn frame(chunk: ChunkId, index: u32, bytes: usize) -> Vec<u8> {
-    let mut out = vec![0; bytes];
-    let content = u32::try_from(bytes - FRAME_HEADER_LEN).unwrap();
-    out[..4].copy_from_slice(b"QF\x01\0");
-    out[4..8].copy_from_slice(&(content / 512).to_le_bytes());
-    out[8..12].copy_from_slice(&content.to_le_bytes());
-    let mut identity = chunk.volume.to_bytes().to_vec();
-    identity.extend(chunk.epoch.get().to_le_bytes());
-    identity.extend(chunk.seq.get().to_le_bytes());
-    identity.extend(index.to_le_bytes());
-    let crc = crc32c::crc32c(&identity);
-    let crc = crc32c::crc32c_append(crc, &out[..12]);
-    let crc = crc32c::crc32c_append(crc, &out[FRAME_HEADER_LEN..]);
-    out[12..16].copy_from_slice(&crc.to_le_bytes());
-    out
 }
 
 /// A folder that holds all but the frames of chunks.
@@ -146,18 +91,8 @@ impl Store for Simulated {
         self.chunk_read_bytes.fetch_add(len, Ordering::Relaxed);
         let name = (chunk.epoch.get(), chunk.seq.get());
         let stored = self.stored.lock().get(&name).copied();
-        let (end, header) = stored.unwrap_or((u64::MAX, OLD_HEADER.into()));
-        let first = (range.start - header) / FRAME_BYTES as u64;
-        let len = usize::try_from(len).unwrap();
-        let skip = usize::try_from(range.start - header).unwrap() % FRAME_BYTES;
-        let needed = (skip + len).div_ceil(FRAME_BYTES);
-        let mut bytes = Vec::with_capacity(needed * FRAME_BYTES);
-        for index in first..first + needed as u64 {
-            let left = end - header - index * FRAME_BYTES as u64;
-            let len = usize::try_from(left).unwrap().min(FRAME_BYTES);
-            bytes.extend(frame(chunk, u32::try_from(index).unwrap(), len));
-        }
-        Ok(Bytes::from(bytes).slice(skip..skip + len))
+        let (end, header) = stored.unwrap_or((u64::MAX, HEADER_BYTES));
+        Ok(Bytes::from(read_frames(chunk, range, header, end).unwrap()))
     }
 
     async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
@@ -285,74 +220,18 @@ impl BlockDevice for Zeroes {
 
 /// Writes the map of the full volume and its head.
 async fn fill(store: &dyn Store, tenant: &TenantName, extents: u64) {
-    let chunks = extents / CHUNK_EXTENTS;
-    let epoch = Epoch::new(1);
-    let size = Sectors::new(extents * 8);
+    let full = full(extents);
     let name = VolumeName::new("db").unwrap();
-    let mut head = Head {
-        epoch,
+    let head = Head {
         compression: Compression::None,
         frame_sectors: FRAME_SECTORS,
-        ..Head::fresh(VOLUME, tenant, &name, size, 1)
+        ..Head::fresh(VOLUME, tenant, &name, Sectors::new(full.sectors()), 1)
     };
-    let (mut tables, mut seq) = (Vec::<TableRef>::new(), MapSeq::ZERO);
-    let new = |seq| {
-        MapObjectBuilder::new(MapObjectId {
-            volume: VOLUME,
-            epoch,
-            seq,
-        })
+    let put = async |seq, body: Vec<u8>| {
+        let key = keys::map_key(tenant, VOLUME, Epoch::new(1), seq);
+        store.create(&key, body.into()).await.map(drop)
     };
-    let put = async |builder: MapObjectBuilder| {
-        let key = keys::map_key(tenant, VOLUME, epoch, builder.id().seq);
-        let body = builder.into_bytes().into();
-        store.create(&key, body).await.unwrap();
-    };
-    let mut builder = new(seq);
-    for n in 0..extents {
-        builder.push(old_extent(n, chunks)).unwrap();
-        if builder.table_bytes() >= TABLE_BYTES {
-            tables.extend(builder.finish_table().unwrap());
-            seq = seq.next();
-            put(std::mem::replace(&mut builder, new(seq))).await;
-        }
-    }
-    tables.extend(builder.finish_table().unwrap());
-    let used = |n| ChunkUse {
-        epoch,
-        seq: ChunkSeq::new(n),
-        born: MapSeq::ZERO,
-        data_sectors: OLD_SECTORS,
-        needed_sectors: u32::try_from(CHUNK_EXTENTS * 8).unwrap(),
-        stored_bytes: OLD_SECTORS * 512,
-        generation: quarry_objfmt::KeyGeneration::FIRST,
-    };
-    head.root_write = WriteSeq::new(extents);
-    let usage = Usage {
-        basis: Basis {
-            log_end: ChunkSeq::new(chunks),
-            ..Basis::of(&head)
-        },
-        chunks: (0..chunks).map(used).collect(),
-        dead: Vec::new(),
-    };
-    let usage = builder.finish_usage(&usage).unwrap();
-    let runs = vec![tables];
-    let (offset, len) = builder.finish_manifest(&Manifest { runs }).unwrap();
-    put(builder).await;
-    head.root = Some(RootRef {
-        epoch,
-        seq,
-        offset,
-        len,
-        usage: Some(usage),
-    });
-    head.next_map = seq.next();
-    head.log = vec![quarry_objfmt::LogRange {
-        epoch,
-        first: ChunkSeq::new(chunks),
-        end: Some(ChunkSeq::new(chunks)),
-    }];
+    let head = full.build(head, put).await.unwrap();
     let key = keys::head_key(tenant, VOLUME);
     store.create(&key, head.encode().into()).await.unwrap();
 }

@@ -24,6 +24,7 @@ use quarry_cache::Mutation;
 
 use super::credentials::Rotating;
 use super::s3_error::Asked;
+use super::settings::is_plain;
 use super::{
     GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, S3Settings, Store, StoreError, Tag,
     check_key, check_list_prefix, check_range,
@@ -119,7 +120,7 @@ impl S3Store {
 pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
     install_crypto();
     let options = ClientOptions::new()
-        .with_allow_http(is_plain(settings))
+        .with_allow_http(is_plain(settings.endpoint.as_deref()))
         .with_connect_timeout(CONNECT_TIME_MAX)
         .with_read_timeout(READ_TIME_MAX)
         .with_timeout(REQUEST_TIME_MAX)
@@ -129,6 +130,7 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
         .with_region(&settings.region)
         .with_virtual_hosted_style_request(!settings.path_style)
         .with_conditional_put(S3ConditionalPut::ETagMatch)
+        .with_unsigned_payload(!settings.sign_payload)
         .with_disable_bulk_delete(true)
         .with_client_options(options)
         .with_retry(RetryConfig {
@@ -166,14 +168,6 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
 /// Where the client gets its keys from: the provisioning client asks the same source.
 pub(crate) fn credentials(settings: &S3Settings) -> Result<AwsCredentialProvider, OpenError> {
     Ok(Arc::clone(client(settings)?.credentials()))
-}
-
-/// Whether the server is spoken to without TLS.
-pub(super) fn is_plain(settings: &S3Settings) -> bool {
-    settings
-        .endpoint
-        .as_ref()
-        .is_some_and(|url| url.starts_with("http://"))
 }
 
 /// The library wants the bucket in the endpoint's host if it goes there.
@@ -434,6 +428,39 @@ pub(crate) mod tests {
         assert!(store("a").get("x/2").await.is_err());
     }
 
+    #[tokio::test]
+    async fn signature_covers_what_is_uploaded_only_if_asked_for() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        for sign_payload in [true, false] {
+            let settings = S3Settings {
+                bucket: "b".to_owned(),
+                prefix: String::new(),
+                endpoint: Some(endpoint.clone()),
+                region: "r".to_owned(),
+                keys: Some(("id".to_owned(), quarry_config::Secret::new("secret"))),
+                session_token: None,
+                source: None,
+                path_style: true,
+                sign_payload,
+            };
+            let store = S3Store::open(&settings).unwrap();
+            let asking = tokio::spawn(async move { store.create("x", Bytes::new()).await });
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = vec![0; 4096];
+            let len = stream.read(&mut head).await.unwrap();
+            let head = String::from_utf8_lossy(&head[..len]).to_lowercase();
+            let is_unsigned = head.contains("x-amz-content-sha256: unsigned-payload");
+            assert_eq!(is_unsigned, !sign_payload, "{head}");
+            assert!(head.contains("x-amz-content-sha256"), "{head}");
+            let answer =
+                b"HTTP/1.1 200 X\r\netag: \"1\"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            stream.write_all(answer).await.unwrap();
+            asking.await.unwrap().unwrap();
+        }
+    }
+
     #[test]
     fn endpoint_has_the_bucket_in_its_host_only_if_asked_for() {
         let settings = |path_style| S3Settings {
@@ -445,6 +472,7 @@ pub(crate) mod tests {
             session_token: None,
             source: None,
             path_style,
+            sign_payload: false,
         };
         assert_eq!(endpoint_of("https://h:1/", &settings(true)), "https://h:1");
         assert_eq!(

@@ -33,7 +33,7 @@ pub fn measure(lab: &Lab, report: &mut Report) -> Result<()> {
     of_disk(lab, report)
 }
 
-fn client(store: &Store) -> Result<AmazonS3> {
+pub fn client(store: &Store) -> Result<AmazonS3> {
     let builder = AmazonS3Builder::new()
         .with_endpoint(format!("http://{}", store.address()))
         .with_allow_http(true)

@@ -93,7 +93,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     print!("{text}");
     match &arguments.write {
-        Some(page) => write_between_marks(page, &text),
+        Some(page) => write_between_marks(page, "figures", &text),
         None => Ok(()),
     }
 }

@@ -39,8 +39,18 @@ pub struct Store {
 
 impl Store {
     pub fn start(lab: &Lab) -> Result<Self> {
+        Self::start_with(lab, &[])
+    }
+
+    /// One that makes up what chunks say that it lacks, of zeroes.
+    pub fn start_making_up(lab: &Lab) -> Result<Self> {
+        Self::start_with(lab, &["--making-up"])
+    }
+
+    fn start_with(lab: &Lab, flags: &[&str]) -> Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .args(["store", "--delay-ms", &lab.delay.as_millis().to_string()])
+            .args(flags)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -58,6 +68,10 @@ impl Store {
             answer,
             address,
         })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub const fn address(&self) -> SocketAddr {

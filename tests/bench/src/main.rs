@@ -5,6 +5,7 @@
 
 mod ceiling;
 mod cost;
+mod extreme;
 mod lab;
 mod report;
 mod store;
@@ -54,20 +55,28 @@ struct Arguments {
 enum Command {
     /// What a fleet of volumes costs, by shapes of what their users do.
     Cost(cost::Arguments),
+    /// A volume of 1 TiB in scattered pieces, and a host that dies with 10 GiB unsent.
+    Extremes(extreme::Arguments),
     /// The S3 server: prints its address, and its counts for each line that it reads, until there is none.
     #[command(hide = true)]
     Store {
         #[arg(long)]
         delay_ms: u64,
+        /// Chunks that are not there are made up, of zeroes.
+        #[arg(long)]
+        making_up: bool,
     },
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    match arguments.command {
-        Some(Command::Store { delay_ms }) => return serve(Duration::from_millis(delay_ms)),
-        Some(Command::Cost(arguments)) => return cost::run(&arguments),
-        None => {}
+    match &arguments.command {
+        Some(Command::Store {
+            delay_ms,
+            making_up,
+        }) => return serve(Duration::from_millis(*delay_ms), *making_up),
+        Some(Command::Cost(arguments)) => return cost::run(arguments),
+        Some(Command::Extremes(_)) | None => {}
     }
     ensure!(
         std::env::var_os("QUARRY_BIN").is_some(),
@@ -90,6 +99,9 @@ fn main() -> Result<()> {
         time: Duration::from_secs(arguments.seconds),
         delay: Duration::from_millis(arguments.delay_ms),
     };
+    if let Some(Command::Extremes(arguments)) = &arguments.command {
+        return extreme::run(arguments, &lab);
+    }
     let names: Vec<_> = target::all(&lab).iter().map(|t| t.name()).collect();
     let unknown = arguments
         .only
@@ -122,8 +134,8 @@ fn main() -> Result<()> {
     }
 }
 
-fn serve(delay: Duration) -> Result<()> {
-    let memory = store::Memory::new(delay);
+fn serve(delay: Duration, making_up: bool) -> Result<()> {
+    let memory = store::Memory::new(delay, making_up);
     let counted = memory.clone();
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.spawn(store::serve(memory, |address| println!("{address}")));

@@ -284,7 +284,7 @@ impl Report {
     /// # Errors
     /// If a file cannot be written.
     pub fn write(&self, dir: &Path, lab: &Lab) -> Result<()> {
-        write_between_marks(&dir.join("BENCHMARKS.md"), &self.tables())?;
+        write_between_marks(&dir.join("BENCHMARKS.md"), "figures", &self.tables())?;
         fs::create_dir_all(dir.join("pictures"))?;
         fs::write(dir.join("pictures/benchmarks.svg"), self.plot())?;
         let json = serde_json::to_string_pretty(&self.json(lab))?;
@@ -293,19 +293,22 @@ impl Report {
     }
 }
 
-/// Puts figures into a page, in place of those of before.
+/// Puts a text into a page between the marks of `what`, in place of the one of before.
 ///
 /// # Errors
 /// If the page has no place for them, or cannot be written.
-pub fn write_between_marks(page: &Path, figures: &str) -> Result<()> {
+pub fn write_between_marks(page: &Path, what: &str, found: &str) -> Result<()> {
     let text = fs::read_to_string(page).with_context(|| page.display().to_string())?;
-    let (begin, end) = ("<!-- figures -->\n", "<!-- end of figures -->");
+    let (begin, end) = (
+        format!("<!-- {what} -->\n"),
+        format!("<!-- end of {what} -->"),
+    );
     let missing = |mark: &str| format!("{} has no line {mark:?}", page.display());
-    let (head, rest) = text.split_once(begin).with_context(|| missing(begin))?;
-    let (_, tail) = rest.split_once(end).with_context(|| missing(end))?;
+    let (head, rest) = text.split_once(&begin).with_context(|| missing(&begin))?;
+    let (_, tail) = rest.split_once(&end).with_context(|| missing(&end))?;
     Ok(fs::write(
         page,
-        format!("{head}{begin}{figures}\n{end}{tail}"),
+        format!("{head}{begin}{found}\n{end}{tail}"),
     )?)
 }
 

@@ -18,6 +18,8 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
+use quarry_full_volume::{CHUNK_BYTES, HEADER_BYTES, read_frames};
+use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, VolumeId};
 use s3s::auth::SimpleAuth;
 use s3s::dto::*;
 use s3s::service::S3ServiceBuilder;
@@ -67,13 +69,16 @@ pub struct Memory {
     next: Arc<AtomicU64>,
     /// Before each answer.
     delay: Duration,
+    /// Chunks that are not there are made up.
+    making_up: bool,
 }
 
 impl Memory {
     /// One with an empty [`BUCKET`], that waits for so long before each answer.
-    pub fn new(delay: Duration) -> Self {
+    pub fn new(delay: Duration, making_up: bool) -> Self {
         let memory = Self {
             delay,
+            making_up,
             ..Self::default()
         };
         let now = SystemTime::now().into();
@@ -169,6 +174,18 @@ fn pieces(bytes: Bytes) -> StreamingBlob {
     StreamingBlob::wrap(pieces)
 }
 
+/// The chunk that a key names.
+fn made_up_chunk(key: &str) -> Option<ChunkId> {
+    let (before, place) = key.split_once("/chunk/")?;
+    let (_, volume) = before.rsplit_once('/')?;
+    let (epoch, seq) = place.split_once('/')?;
+    Some(ChunkId {
+        volume: VolumeId::parse(volume).ok()?,
+        epoch: Epoch::new(u32::from_str_radix(epoch, 16).ok()?),
+        seq: ChunkSeq::new(u64::from_str_radix(seq, 16).ok()?),
+    })
+}
+
 fn length(bytes: &Bytes) -> i64 {
     i64::try_from(bytes.len()).unwrap_or(i64::MAX)
 }
@@ -225,7 +242,23 @@ impl S3 for Memory {
     ) -> S3Result<S3Response<GetObjectOutput>> {
         let input = request.input;
         self.pause(&self.counts.gets).await;
-        let object = self.find(input.bucket, input.key)?;
+        let chunk = made_up_chunk(&input.key).filter(|_| self.making_up);
+        let found = self.find(input.bucket, input.key);
+        if let (Err(_), Some(chunk), Some(range)) = (&found, chunk, &input.range) {
+            let range = range.check(CHUNK_BYTES)?;
+            let told = format!("bytes {}-{}/{CHUNK_BYTES}", range.start, range.end - 1);
+            let bytes = read_frames(chunk, range, HEADER_BYTES, CHUNK_BYTES);
+            let bytes = Bytes::from(bytes.ok_or_else(|| s3_error!(NoSuchKey))?);
+            return Ok(S3Response::new(GetObjectOutput {
+                content_length: Some(length(&bytes)),
+                content_range: Some(told),
+                body: Some(pieces(bytes)),
+                e_tag: Some(ETag::Strong("made-up".to_owned())),
+                last_modified: Some(SystemTime::UNIX_EPOCH.into()),
+                ..GetObjectOutput::default()
+            }));
+        }
+        let object = found?;
         let whole = object.bytes.len();
         let (bytes, content_range) = match input.range {
             None => (object.bytes, None),

@@ -143,22 +143,28 @@ fn fio_read_all(lab: &Lab, target: &dyn Target) -> Result<()> {
 /// A job of fio's own NBD engine, for the lab's time or once over the volume.
 fn fio(lab: &Lab, target: &dyn Target, depth: usize, job: &[&str], timed: bool) -> Result<Output> {
     let (socket, export) = target.address()?;
-    let mut command = Command::new("fio");
-    command
-        .args(["--name=job", "--ioengine=nbd", "--output-format=json"])
-        .arg(format!(
-            "--uri=nbd+unix:///{export}?socket={}",
-            socket.display()
-        ))
-        .arg(format!("--iodepth={depth}"))
-        .arg(format!("--size={}", lab.size))
-        .args(job);
+    let uri = format!("nbd+unix:///{export}?socket={}", socket.display());
+    let runtime = format!("--runtime={}", lab.time.as_secs());
+    let mut job = job.to_vec();
     if timed {
-        command
-            .arg("--time_based")
-            .arg(format!("--runtime={}", lab.time.as_secs()));
+        job.extend(["--time_based", &runtime]);
     }
-    command.output().context("fio (apt-get install fio)")
+    fio_at(&uri, lab.size, depth, &job)
+}
+
+/// A job at the NBD address `uri`, over `size` bytes.
+pub fn fio_at(uri: &str, size: u64, depth: usize, job: &[&str]) -> Result<Output> {
+    let ran = Command::new("fio")
+        .args(["--name=job", "--ioengine=nbd", "--output-format=json"])
+        .arg(format!("--uri={uri}"))
+        .arg(format!("--iodepth={depth}"))
+        .arg(format!("--size={size}"))
+        .args(job)
+        .output()
+        .context("fio (apt-get install fio)")?;
+    let said = String::from_utf8_lossy(&ran.stderr);
+    ensure!(ran.status.success(), "fio: {said}");
+    Ok(ran)
 }
 
 /// Operations a second of a job of fio, and how many.

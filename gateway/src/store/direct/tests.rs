@@ -79,6 +79,7 @@ fn way(address: &str, places: usize) -> (DirectLane, Lane) {
         session_token: None,
         source: None,
         path_style: true,
+        sign_payload: true,
     };
     (
         DirectLane::over(&settings, lane.clone(), SHORT).unwrap(),
