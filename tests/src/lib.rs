@@ -3,7 +3,7 @@
 //!
 //! Owns: starting and killing daemons ([`Site`], [`Daemon`]), object stores ([`SeaweedFs`],
 //! [`StoreDir`]), CSI drivers ([`csi`]), faults between the two ([`FaultProxy`]), a collector of traces ([`Collector`]),
-//! an NBD client of its own ([`Nbd`]), and machines that boot from volumes ([`Qemu`]).
+//! an NBD client of its own ([`Nbd`]), machines that boot from volumes ([`Qemu`]), and pictures of dashboards ([`picture`]).
 //! Does not own: any knowledge of formats or of the daemon's inside. It links no other crate of the
 //! workspace, so that a mistake there cannot hide itself here, but for the protocol of CSI, which is not ours.
 //!
@@ -23,6 +23,7 @@ mod http;
 mod machine;
 mod nanio;
 mod nbd;
+pub mod picture;
 mod prometheus;
 mod proxy;
 mod seaweed;
@@ -40,7 +41,7 @@ pub use http::{HttpAnswer, http_get, metric_sum};
 pub use machine::{Machine, Qemu};
 pub use nanio::Nanio;
 pub use nbd::{BlockSizes, Nbd, NbdError, NbdFlags};
-pub use prometheus::Prometheus;
+pub use prometheus::{Prometheus, Series, Window};
 pub use proxy::FaultProxy;
 pub use seaweed::SeaweedFs;
 pub use seed::{seeded, test_number};

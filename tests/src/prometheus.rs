@@ -1,5 +1,6 @@
 //! A Prometheus that scrapes one daemon, with the rules of this repository.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
@@ -15,6 +16,26 @@ use crate::{free_port, tool};
 
 /// How long it may take to come up, and to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The times that a question is about, in seconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// The first of them.
+    pub from: u64,
+    /// No later than this.
+    pub to: u64,
+    /// From one to the next.
+    pub step: u64,
+}
+
+/// What one set of labels had over a time.
+#[derive(Clone, Debug)]
+pub struct Series {
+    /// Values of labels, by their names.
+    pub labels: BTreeMap<String, String>,
+    /// Seconds since 1970, each with a figure; what is no number is not in it.
+    pub samples: Vec<(f64, f64)>,
+}
 
 /// A running Prometheus, on the loopback interface only; ended with it.
 #[derive(Debug)]
@@ -112,6 +133,21 @@ impl Prometheus {
         values.with_context(|| format!("{expression}: {data}"))
     }
 
+    /// What an expression was over a time.
+    ///
+    /// # Errors
+    /// If it is no expression.
+    pub fn range(&self, expression: &str, window: Window) -> Result<Vec<Series>> {
+        let Window { from, to, step } = window;
+        let query = escaped(expression);
+        let data = self.data(&format!(
+            "/api/v1/query_range?query={query}&start={from}&end={to}&step={step}"
+        ))?;
+        let result = data["result"].as_array().context("a matrix")?;
+        let series = result.iter().map(series).collect::<Option<_>>();
+        series.with_context(|| format!("{expression}: {data}"))
+    }
+
     /// All rules, as it has them.
     ///
     /// # Errors
@@ -142,6 +178,18 @@ impl Drop for Prometheus {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+fn series(answer: &Value) -> Option<Series> {
+    let labels = answer["metric"].as_object()?.iter();
+    let labels = labels.map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
+    let samples = answer["values"].as_array()?.iter();
+    let samples =
+        samples.map(|sample| Some((sample[0].as_f64()?, sample[1].as_str()?.parse().ok()?)));
+    let mut samples: Vec<(f64, f64)> = samples.collect::<Option<_>>()?;
+    samples.retain(|(_, figure)| figure.is_finite());
+    let labels = labels.collect::<Option<_>>()?;
+    Some(Series { labels, samples })
 }
 
 /// As it stands in a URL's query.

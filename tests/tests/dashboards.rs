@@ -1,16 +1,21 @@
 //! Dashboards, rules and alerts against a real Prometheus that scrapes a real daemon under load.
+//!
+//! With `QUARRY_WRITE_PICTURES=1` the load lasts some minutes and changes, and the pictures of the book are drawn of it.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{
-    Daemon, FaultProxy, KIB, MIB, Nbd, Prometheus, Ran, SeaweedFs, Site, free_port, tool,
+    Daemon, FaultProxy, KIB, MIB, Nbd, Prometheus, Ran, SeaweedFs, Site, Window, free_port,
+    in_memory, picture, seeded, tool,
 };
+use rand::RngExt as _;
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -21,7 +26,14 @@ const FILLS: Duration = Duration::from_secs(60);
 const FIRES: Duration = Duration::from_secs(90);
 const CLEARS: Duration = Duration::from_secs(60);
 
-const PRICES: &str = "[prices]\nput = 5.0\nget = 0.4\n";
+/// What a picture's file may have, so that the book stays small.
+const PICTURE_BYTES_MAX: usize = 150 << 10;
+/// Samples of a series in a picture, at most: more could not be told apart.
+const PICTURE_SAMPLES: u64 = 90;
+
+/// So that requests cost something, and a minute shows what is deleted after a while.
+const SETTINGS: &str = "[prices]\nput = 0.005\nget = 0.0004\n\
+    [reclaim]\nhorizon = \"30s\"\ndebt_min = \"4MiB\"\n[trash]\ngrace = \"30s\"\n";
 
 fn dashboards() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -97,9 +109,9 @@ fn set_up(daemon: &Daemon) -> Result<Vec<(&'static str, Nbd)>> {
         "--max-snapshots",
         "9",
         "--max-bytes",
-        "1TiB",
+        "1GiB",
         "--max-stored-bytes",
-        "1TiB",
+        "1GiB",
     ];
     let mut volumes = Vec::new();
     for (tenant, volume) in [("acme", "acme/db"), ("beta", "beta/logs")] {
@@ -131,23 +143,94 @@ fn certificate(dir: &Path) -> Result<Option<String>> {
 
 /// Writes, hits, misses, flushes and discards, until told to stop.
 fn load(daemon: &Daemon, volume: &str, mut nbd: Nbd, stop: &AtomicBool) -> Result<()> {
-    let mut round = 0;
-    while !stop.load(Ordering::SeqCst) {
+    const BLOCK: u64 = 16 * KIB;
+    let (mut random, _) = seeded(volume);
+    let mut noise = vec![0; in_memory(MIB)];
+    random.fill(&mut noise[..]);
+    // A picture shows what comes of use, and no saw of evictions.
+    let (settled_every, rest) = if writes_pictures() { (32, 150) } else { (1, 0) };
+    for round in 1.. {
+        if stop.load(Ordering::SeqCst) {
+            break;
+        }
+        let mut at = 0;
         for n in 0..24 {
-            let at = (n + round) % 256 * 64 * KIB;
-            nbd.write(at, &[u8::try_from(n)?; 64 << 10], n % 8 == 0)?;
+            at = random.random_range(0..16 * MIB / BLOCK) * BLOCK;
+            let from = random.random_range(0..noise.len() / 2);
+            nbd.write(at, &noise[from..][..in_memory(BLOCK)], n % 8 == 0)?;
         }
         nbd.flush()?;
-        nbd.read_vec(0, 64 * KIB)?;
+        nbd.read_vec(at, BLOCK)?;
         nbd.trim(60 * MIB, 1 << 20)?;
-        daemon.sync(volume)?;
-        daemon.quarry(&["volume", "evict", volume])?;
-        for n in 0..24 {
-            nbd.read_vec(n * 64 * KIB, 64 * KIB)?;
+        if round % settled_every == 0 {
+            daemon.sync(volume)?;
+            daemon.quarry(&["volume", "evict", volume])?;
         }
-        round += 1;
+        for _ in 0..24 {
+            nbd.read_vec(random.random_range(0..16 * MIB / BLOCK) * BLOCK, BLOCK)?;
+        }
+        thread::sleep(Duration::from_millis(rest));
     }
     Ok(())
+}
+
+fn writes_pictures() -> bool {
+    env::var_os("QUARRY_WRITE_PICTURES").is_some()
+}
+
+/// What happens beside the load, so that pictures show more than level lines.
+fn changes(daemon: &Daemon, store: &FaultProxy) -> Result<()> {
+    let wait = |seconds| thread::sleep(Duration::from_secs(seconds));
+    wait(30);
+    daemon.quarry(&["volume", "limit", "acme/db", "--iops", "200"])?;
+    daemon.quarry(&["snapshot", "create", "beta/logs@before"])?;
+    wait(40);
+    store.delay(Duration::from_millis(100));
+    wait(30);
+    store.delay(Duration::ZERO);
+    daemon.create("beta/old", 64 * MIB, &[])?;
+    daemon.quarry(&["volume", "delete", "beta/old"])?;
+    wait(40);
+    daemon.quarry(&["volume", "limit", "acme/db", "--iops", "50"])?;
+    daemon.quarry(&["tenant", "update", "beta", "--iops", "150"])?;
+    wait(30);
+    Ok(())
+}
+
+fn picture_of(dashboard: &Path) -> Result<PathBuf> {
+    let name = dashboard.file_stem().context("a name")?.to_string_lossy();
+    let pictures = dashboards().join("../docs/pictures");
+    Ok(pictures.join(format!("dashboards-{name}.svg")))
+}
+
+/// Draws all dashboards with what there was since `from`.
+fn draw(prometheus: &Prometheus, from: u64) -> Result<()> {
+    let to = now()?;
+    let step = (to - from).div_ceil(PICTURE_SAMPLES).max(1);
+    let window = Window { from, to, step };
+    for file in with_extension(&dashboards(), "json")? {
+        let json = serde_json::from_str(&fs::read_to_string(&file)?)?;
+        let ask = |expression: &str, window| prometheus.range(&chosen(expression), window);
+        let picture = picture::dashboard(&json, window, ask)?;
+        let name = file.display();
+        ensure!(!picture.contains("No data"), "{name}: a panel has no data");
+        ensure!(
+            picture.len() <= PICTURE_BYTES_MAX,
+            "{name}: {} bytes",
+            picture.len()
+        );
+        if writes_pictures() {
+            fs::write(picture_of(&file)?, picture)?;
+        }
+    }
+    Ok(())
+}
+
+/// Seconds since 1970.
+fn now() -> Result<u64> {
+    Ok(SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)?
+        .as_secs())
 }
 
 #[test]
@@ -156,17 +239,19 @@ fn every_expression_has_data_of_a_daemon_under_load() -> Result<()> {
     let Some(server) = SeaweedFs::start(dir.path())? else {
         return Ok(());
     };
-    let site = Site::with_s3(dir.path(), "a", &server, server.address(), "volumes")?;
+    let store = FaultProxy::start(server.address())?;
+    let site = Site::with_s3(dir.path(), "a", &server, store.address(), "volumes")?;
     let Some(access) = certificate(dir.path())? else {
         return Ok(());
     };
-    let site = site.settings(&format!("{PRICES}{access}"));
+    let site = site.settings(&format!("{SETTINGS}{access}"));
     let daemon = site.start()?;
     let prometheus = Prometheus::start(&dir.path().join("prom"), site.listen(), &rules())?;
     let Some(prometheus) = prometheus else {
         return Ok(());
     };
     let volumes = set_up(&daemon)?;
+    let begun = now()?;
     let stop = &AtomicBool::new(false);
     let daemon = &daemon;
     thread::scope(|scope| {
@@ -174,13 +259,55 @@ fn every_expression_has_data_of_a_daemon_under_load() -> Result<()> {
         for (volume, nbd) in volumes {
             loads.push(scope.spawn(move || load(daemon, volume, nbd, stop)));
         }
-        let seen = all_have_data(&prometheus);
+        let seen = all_have_data(&prometheus).and_then(|()| {
+            let mut from = begun;
+            if writes_pictures() {
+                from = now()?;
+                changes(daemon, &store)?;
+            }
+            draw(&prometheus, from)
+        });
         stop.store(true, Ordering::SeqCst);
         for load in loads {
             load.join().expect("a load does not panic")?;
         }
         seen
     })
+}
+
+#[test]
+fn pictures_of_the_book_show_every_panel_and_their_page_every_picture() -> Result<()> {
+    let page = fs::read_to_string(dashboards().join("../docs/DASHBOARDS.md"))?;
+    for file in with_extension(&dashboards(), "json")? {
+        let path = picture_of(&file)?;
+        let name = path.file_name().context("a name")?.to_string_lossy();
+        let picture =
+            fs::read_to_string(&path).context("run these tests with QUARRY_WRITE_PICTURES=1")?;
+        ensure!(
+            picture.len() <= PICTURE_BYTES_MAX,
+            "{name}: {} bytes",
+            picture.len()
+        );
+        ensure!(
+            page.contains(&format!("](pictures/{name})")),
+            "{name} is not shown"
+        );
+        let json: Value = serde_json::from_str(&fs::read_to_string(&file)?)?;
+        let panels = json["panels"].as_array().context("panels")?;
+        for title in panels
+            .iter()
+            .map(|panel| &panel["title"])
+            .chain([&json["title"]])
+        {
+            let title = picture::escaped(title.as_str().context("a title")?);
+            let is_there = picture.contains(&format!(">{title}</text>"));
+            ensure!(
+                is_there,
+                "{name} lacks {title}: run these tests with QUARRY_WRITE_PICTURES=1"
+            );
+        }
+    }
+    Ok(())
 }
 
 fn all_have_data(prometheus: &Prometheus) -> Result<()> {
