@@ -28,10 +28,17 @@ impl CleanRun {
     }
 }
 
+/// Memory that a chunk of which something is here takes, its share of a table that was just doubled included.
+const CHUNK_BYTES: u64 = 160;
+/// Memory of a run, its chunk's name in the list of what its segment has included.
+const RUN_BYTES: u64 = 48;
+
 /// The index. Iteration order is never observed, so that a simulation repeats.
 #[derive(Default, Debug)]
 pub struct CleanIndex {
     chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<NameHasher>>,
+    /// Runs of all chunks.
+    runs: u64,
     /// Sectors of each volume's chunks.
     sectors: HashMap<VolumeId, u64, BuildHasherDefault<NameHasher>>,
 }
@@ -39,20 +46,30 @@ pub struct CleanIndex {
 /// Of a group of which nothing is on the device.
 static NOTHING: CleanIndex = CleanIndex {
     chunks: HashMap::with_hasher(BuildHasherDefault::new()),
+    runs: 0,
     sectors: HashMap::with_hasher(BuildHasherDefault::new()),
 };
 
 /// The groups' indices.
 #[derive(Default, Debug)]
-pub(crate) struct CleanIndices(BTreeMap<u32, CleanIndex>);
+pub(crate) struct CleanIndices {
+    groups: BTreeMap<u32, CleanIndex>,
+    /// Memory of all.
+    ram_bytes: u64,
+}
 
 impl CleanIndices {
     pub(crate) fn of(&self, group: u32) -> &CleanIndex {
-        self.0.get(&group).unwrap_or(&NOTHING)
+        self.groups.get(&group).unwrap_or(&NOTHING)
+    }
+
+    pub(crate) const fn ram_bytes(&self) -> u64 {
+        self.ram_bytes
     }
 
     pub(crate) fn insert(&mut self, group: u32, chunk: ChunkId, run: CleanRun) {
-        self.0.entry(group).or_default().insert(chunk, run);
+        self.groups.entry(group).or_default();
+        self.change(group, |index| index.insert(chunk, run));
     }
 
     pub(crate) fn forget(&mut self, group: u32, chunk: &ChunkId, segment: SegmentId) {
@@ -64,10 +81,12 @@ impl CleanIndices {
     }
 
     fn change(&mut self, group: u32, change: impl FnOnce(&mut CleanIndex)) {
-        if let Some(index) = self.0.get_mut(&group) {
+        if let Some(index) = self.groups.get_mut(&group) {
+            self.ram_bytes -= index.ram_bytes();
             change(index);
+            self.ram_bytes += index.ram_bytes();
             if index.chunks.is_empty() {
-                self.0.remove(&group);
+                self.groups.remove(&group);
             }
         }
     }
@@ -76,7 +95,9 @@ impl CleanIndices {
 impl CleanIndex {
     /// Adds a run; parts that are known already stay as they were.
     pub fn insert(&mut self, chunk: ChunkId, run: CleanRun) {
-        let runs = self.chunks.entry(chunk).or_default();
+        // Of many chunks there is one run only.
+        let runs = self.chunks.entry(chunk);
+        let runs = runs.or_insert_with(|| Vec::with_capacity(1));
         let mut gaps = Vec::new();
         visit(runs, run.raw, run.len, |raw, len, at| {
             if at.is_none() {
@@ -94,7 +115,10 @@ impl CleanIndex {
                 Some(before) if before.end() == gap.raw && before.at.skip(before.len) == gap.at => {
                     before.len += gap.len
                 }
-                _ => runs.insert(place, gap),
+                _ => {
+                    runs.insert(place, gap);
+                    self.runs += 1;
+                }
             }
         }
     }
@@ -126,12 +150,13 @@ impl CleanIndex {
     /// Forgets what `segment` holds of `chunk`.
     pub fn forget(&mut self, chunk: &ChunkId, segment: SegmentId) {
         if let Some(runs) = self.chunks.get_mut(chunk) {
-            let mut forgotten = 0;
+            let (mut forgotten, before) = (0, runs.len());
             runs.retain(|run| {
                 let stays = run.at.segment != segment;
                 forgotten += if stays { 0 } else { u64::from(run.len) };
                 stays
             });
+            self.runs -= (before - runs.len()) as u64;
             if let Some(sectors) = self.sectors.get_mut(&chunk.volume) {
                 *sectors -= forgotten;
                 if *sectors == 0 {
@@ -146,7 +171,11 @@ impl CleanIndex {
 
     /// Forgets all of a volume's chunks.
     pub fn forget_volume(&mut self, volume: VolumeId) {
-        self.chunks.retain(|chunk, _| chunk.volume != volume);
+        self.chunks.retain(|chunk, runs| {
+            let stays = chunk.volume != volume;
+            self.runs -= if stays { 0 } else { runs.len() as u64 };
+            stays
+        });
         self.sectors.remove(&volume);
     }
 
@@ -155,6 +184,12 @@ impl CleanIndex {
     pub fn bytes_of(&self, volume: VolumeId) -> u64 {
         let sectors = self.sectors.get(&volume).copied().unwrap_or_default();
         sectors * u64::from(SECTOR_SIZE)
+    }
+
+    /// Memory that it takes, in bytes.
+    #[must_use]
+    pub fn ram_bytes(&self) -> u64 {
+        self.chunks.len() as u64 * CHUNK_BYTES + self.runs * RUN_BYTES
     }
 
     /// Chunks of which something is here.
@@ -274,8 +309,29 @@ mod tests {
         );
         assert!(index.holds(&chunk(), 9, 7));
         assert_eq!(index.bytes_of(chunk().volume), 8 * 512);
+        assert_eq!(index.ram_bytes(), CHUNK_BYTES + RUN_BYTES);
         index.forget(&chunk(), SegmentId::new(1));
         assert_eq!(index.chunks(), 0);
         assert_eq!(index.bytes_of(chunk().volume), 0);
+        assert_eq!(index.ram_bytes(), 0);
+    }
+
+    #[test]
+    fn memory_of_all_groups_is_what_is_left_of_them() {
+        let mut indices = CleanIndices::default();
+        let run = |raw| CleanRun {
+            raw,
+            len: 8,
+            at: at(1, raw),
+        };
+        // Apart, so that they stay two.
+        indices.insert(0, chunk(), run(0));
+        indices.insert(0, chunk(), run(16));
+        indices.insert(1, chunk(), run(0));
+        assert_eq!(indices.ram_bytes(), 2 * CHUNK_BYTES + 3 * RUN_BYTES);
+        indices.forget_volume(0, chunk().volume);
+        assert_eq!(indices.ram_bytes(), CHUNK_BYTES + RUN_BYTES);
+        indices.forget(1, &chunk(), SegmentId::new(1));
+        assert_eq!(indices.ram_bytes(), 0);
     }
 }

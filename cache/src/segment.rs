@@ -478,6 +478,12 @@ impl Cache {
         self.clean.insert(group, chunk, run);
     }
 
+    /// Memory of the index of what the store has too, in bytes.
+    #[must_use]
+    pub const fn index_bytes(&self) -> u64 {
+        self.clean.ram_bytes()
+    }
+
     /// The index of a group's clean data.
     #[must_use]
     pub fn clean(&self, group: u32) -> &CleanIndex {

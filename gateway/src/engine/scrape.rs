@@ -215,9 +215,10 @@ impl Daemon {
     }
 
     fn cache_stats(&self, open: u64) -> CacheStats {
-        let (counts, nodes) = {
+        let (counts, nodes, index_bytes) = {
             let shared = self.shared.lock();
-            (shared.cache.counts(), shared.nodes.stats())
+            let index_bytes = shared.cache.index_bytes();
+            (shared.cache.counts(), shared.nodes.stats(), index_bytes)
         };
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
         // The looks at the volumes are a little older.
@@ -236,6 +237,7 @@ impl Daemon {
                 ("clean", u64::from(counts.clean) - filling),
             ],
             reclaims: counts.reclaimed,
+            index_bytes,
             node_bytes: nodes.bytes as u64,
             node_hits: nodes.hits,
             node_misses: nodes.misses,

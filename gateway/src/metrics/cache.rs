@@ -17,6 +17,8 @@ pub struct CacheStats {
     pub segments: [(&'static str, u64); 5],
     /// Segments reclaimed since the start.
     pub reclaims: u64,
+    /// Memory of the index of what is cached and in the store.
+    pub index_bytes: u64,
     /// Memory of map nodes.
     pub node_bytes: u64,
     /// Lookups of map nodes that memory had.
@@ -41,6 +43,11 @@ pub(super) static TABLE: &[Definition] = &[
         "quarry_cache_dirty_max_bytes",
         "How many bytes may be dirty before writes wait.",
         of!(Cache.dirty_max_bytes),
+    ),
+    gauge(
+        "quarry_cache_index_bytes",
+        "Memory of the index of what is cached and in the store, which the map nodes have that much less of.",
+        of!(Cache.index_bytes),
     ),
     gauge(
         "quarry_cache_node_bytes",

@@ -408,6 +408,7 @@ impl Volume {
 
     /// One step. Feeds one event, appends what is to be done to `out`.
     pub fn apply(&mut self, event: Event, shared: &mut Shared, out: &mut Vec<Action>) {
+        shared.nodes.leave(shared.cache.index_bytes());
         let mut cx = Cx {
             cache: &mut shared.cache,
             nodes: shared.nodes.of(self.params.group),

@@ -17,6 +17,11 @@ use quarry_cache::NameHasher;
 
 use crate::map::{Node, NodeRef};
 
+/// However much else there is in memory, nodes have the budget divided by this.
+const LEAST_SHARE: usize = 4;
+/// The budget is changed by steps of the whole divided by this: a change may evict.
+const BUDGET_STEPS: usize = 64;
+
 /// RAM of a node's slot, its place in the table of places, and its allocations' own overhead.
 const NODE_OVERHEAD: usize = 192;
 
@@ -55,6 +60,8 @@ struct Slot {
 /// The nodes in RAM of all volumes of a daemon.
 #[derive(Debug)]
 pub struct NodeCache {
+    /// The budget if there is nothing else.
+    whole: usize,
     budget: usize,
     bytes: usize,
     slots: Vec<Option<Slot>>,
@@ -71,6 +78,7 @@ impl NodeCache {
     #[must_use]
     pub fn new(budget: usize) -> Self {
         Self {
+            whole: budget,
             budget,
             bytes: 0,
             slots: Vec::new(),
@@ -112,10 +120,16 @@ impl NodeCache {
         self.bytes += bytes;
     }
 
-    /// Changes the budget; a smaller one evicts at once.
-    pub fn set_budget(&mut self, budget: usize) {
-        self.budget = budget;
-        self.make_room(0);
+    /// Leaves so many bytes of its budget to what else is in memory, but for a share that stays; evicts what has no room
+    /// then.
+    pub fn leave(&mut self, bytes: u64) {
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let budget = self.whole.saturating_sub(bytes);
+        let budget = budget.max(self.whole / LEAST_SHARE);
+        if budget.abs_diff(self.budget) > self.whole / BUDGET_STEPS {
+            self.budget = budget;
+            self.make_room(0);
+        }
     }
 
     /// What it holds and how it did.
@@ -339,8 +353,20 @@ mod tests {
                 .iter()
                 .all(|(place, _)| cache.of(0).get(place).is_some())
         );
-        cache.set_budget(0);
-        assert_eq!(cache.stats().bytes, 0);
+    }
+
+    #[test]
+    fn cache_leaves_room_to_others_but_for_its_least_and_takes_it_back() {
+        let mut cache = NodeCache::new(budget_of(256));
+        cache.of(0).insert_all((0..256).map(node).collect());
+        cache.leave(1);
+        assert_eq!(cache.stats().nodes, 256, "too little to move for");
+        cache.leave(budget_of(64) as u64);
+        assert_eq!(cache.stats().nodes, 192);
+        cache.leave(u64::MAX);
+        assert_eq!(cache.stats().nodes, 256 / LEAST_SHARE);
+        cache.leave(0);
+        assert_eq!(cache.stats().budget, budget_of(256));
     }
 
     #[test]
