@@ -26,10 +26,11 @@ fn pages() -> Result<BTreeMap<String, String>> {
             continue;
         }
         let mut text = fs::read_to_string(&path)?;
-        if let Some((_, rest)) = text.split_once("{{#include ") {
-            let (included, _) = rest.split_once("}}").context("an include ends")?;
-            text = fs::read_to_string(top().join("docs").join(included))
+        if let Some((before, rest)) = text.split_once("{{#include ") {
+            let (included, after) = rest.split_once("}}").context("an include ends")?;
+            let inside = fs::read_to_string(top().join("docs").join(included))
                 .with_context(|| format!("{name} includes {included}"))?;
+            text = format!("{before}{inside}{after}");
         }
         pages.insert(name.into_owned(), text);
     }
