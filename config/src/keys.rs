@@ -386,13 +386,14 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "store.sign_payload",
-        doc: "Whether a request's signature covers what is uploaded, which costs a quarter of an upload's work. Unset: true\n\
-              over http://, false over https://, where TLS vouches for it. Some servers take no upload without it.",
+        doc: "Whether a request's signature covers what is uploaded, so that the server checks every byte: a SHA-256 of it, a\n\
+              quarter of an upload's work. Over https:// TLS vouches for the way to where it ends, and false is to be had;\n\
+              some servers and bucket policies take no upload without it. A tenant's own server always gets it.",
         expected: "write true or false",
-        sample: "true",
+        sample: "",
         secret: false,
-        set: |c, v, _| boolean(v).map(|b| c.store.sign_payload = Some(b)),
-        get: |c| c.store.sign_payload.map(|b| b.to_string()),
+        set: |c, v, _| boolean(v).map(|b| c.store.sign_payload = b),
+        get: |c| Some(c.store.sign_payload.to_string()),
     },
     Key {
         path: "store.make_missing",

@@ -147,8 +147,8 @@ pub struct Store {
     pub credentials_file: Option<PathBuf>,
     /// Bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
-    /// Whether signatures cover what is uploaded; none: yes without TLS, else no.
-    pub sign_payload: Option<bool>,
+    /// Whether signatures cover what is uploaded.
+    pub sign_payload: bool,
     /// Whether the daemon makes the bucket or the folder if there is none.
     pub make_missing: bool,
 }
@@ -166,7 +166,7 @@ impl Default for Store {
             credentials: None,
             credentials_file: None,
             path_style: None,
-            sign_payload: None,
+            sign_payload: true,
             make_missing: true,
         }
     }

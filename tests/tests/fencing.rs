@@ -115,7 +115,7 @@ fn volume_taken_over_on_s3_has_one_writer() -> Result<()> {
     };
     let at = server.address();
     let old = Site::with_s3(dir.path(), "old", &server, at, "quarry")?;
-    // Where TLS vouches for what is uploaded, signatures do not cover it: to the store it is the same.
+    // Whether signatures cover what is uploaded is the same to the store.
     let new = Site::with_s3(dir.path(), "new", &server, at, "quarry")?
         .settings("[store]\nsign_payload = false\n");
     take_over(&old, &new)

@@ -393,7 +393,7 @@ fn settings_of(store: &TenantStore, home: &StoreSettings) -> StoreSettings {
         path_style: store
             .path_style
             .or_else(|| home.path_style.filter(|_| !own_server)),
-        sign_payload: home.sign_payload.filter(|_| !own_server),
+        unsigned_payload: home.unsigned_payload && !own_server,
         make_missing: home.make_missing,
     }
 }

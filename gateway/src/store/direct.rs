@@ -39,7 +39,6 @@ use url::{Position, Url};
 pub use head::HeadError;
 
 use super::lane::LanePlace;
-use super::settings::is_plain;
 use super::{
     Lane, OpenError, Operation, Outcome, Place, S3Settings, StoreSettings, check_key, check_range,
     s3,
@@ -189,7 +188,7 @@ impl DirectLane {
         let Place::S3(settings) = settings.place()? else {
             return Err(Unfit::NotS3);
         };
-        if !is_plain(settings.endpoint.as_deref()) {
+        if !s3::is_plain(&settings) {
             return Err(Unfit::NotPlain);
         }
         let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());

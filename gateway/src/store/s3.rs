@@ -24,7 +24,6 @@ use quarry_cache::Mutation;
 
 use super::credentials::Rotating;
 use super::s3_error::Asked;
-use super::settings::is_plain;
 use super::{
     GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, S3Settings, Store, StoreError, Tag,
     check_key, check_list_prefix, check_range,
@@ -120,7 +119,7 @@ impl S3Store {
 pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
     install_crypto();
     let options = ClientOptions::new()
-        .with_allow_http(is_plain(settings.endpoint.as_deref()))
+        .with_allow_http(is_plain(settings))
         .with_connect_timeout(CONNECT_TIME_MAX)
         .with_read_timeout(READ_TIME_MAX)
         .with_timeout(REQUEST_TIME_MAX)
@@ -130,7 +129,7 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
         .with_region(&settings.region)
         .with_virtual_hosted_style_request(!settings.path_style)
         .with_conditional_put(S3ConditionalPut::ETagMatch)
-        .with_unsigned_payload(!settings.sign_payload)
+        .with_unsigned_payload(settings.unsigned_payload)
         .with_disable_bulk_delete(true)
         .with_client_options(options)
         .with_retry(RetryConfig {
@@ -168,6 +167,14 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
 /// Where the client gets its keys from: the provisioning client asks the same source.
 pub(crate) fn credentials(settings: &S3Settings) -> Result<AwsCredentialProvider, OpenError> {
     Ok(Arc::clone(client(settings)?.credentials()))
+}
+
+/// Whether the server is spoken to without TLS.
+pub(super) fn is_plain(settings: &S3Settings) -> bool {
+    settings
+        .endpoint
+        .as_ref()
+        .is_some_and(|url| url.starts_with("http://"))
 }
 
 /// The library wants the bucket in the endpoint's host if it goes there.
@@ -429,11 +436,11 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn signature_covers_what_is_uploaded_only_if_asked_for() {
+    async fn signature_covers_what_is_uploaded_unless_it_is_left_out() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        for sign_payload in [true, false] {
+        for unsigned_payload in [false, true] {
             let settings = S3Settings {
                 bucket: "b".to_owned(),
                 prefix: String::new(),
@@ -443,7 +450,7 @@ pub(crate) mod tests {
                 session_token: None,
                 source: None,
                 path_style: true,
-                sign_payload,
+                unsigned_payload,
             };
             let store = S3Store::open(&settings).unwrap();
             let asking = tokio::spawn(async move { store.create("x", Bytes::new()).await });
@@ -452,7 +459,7 @@ pub(crate) mod tests {
             let len = stream.read(&mut head).await.unwrap();
             let head = String::from_utf8_lossy(&head[..len]).to_lowercase();
             let is_unsigned = head.contains("x-amz-content-sha256: unsigned-payload");
-            assert_eq!(is_unsigned, !sign_payload, "{head}");
+            assert_eq!(is_unsigned, unsigned_payload, "{head}");
             assert!(head.contains("x-amz-content-sha256"), "{head}");
             let answer =
                 b"HTTP/1.1 200 X\r\netag: \"1\"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
@@ -472,7 +479,7 @@ pub(crate) mod tests {
             session_token: None,
             source: None,
             path_style,
-            sign_payload: false,
+            unsigned_payload: false,
         };
         assert_eq!(endpoint_of("https://h:1/", &settings(true)), "https://h:1");
         assert_eq!(

@@ -36,8 +36,8 @@ pub struct StoreSettings {
     pub credentials_file: Option<PathBuf>,
     /// The bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
-    /// Whether signatures cover what is uploaded; none: yes without TLS, else no.
-    pub sign_payload: Option<bool>,
+    /// Whether what is uploaded is left out of signatures.
+    pub unsigned_payload: bool,
     /// Whether a bucket or folder that is missing is made.
     pub make_missing: bool,
 }
@@ -54,7 +54,7 @@ impl From<&quarry_config::Store> for StoreSettings {
             credentials: config.credentials.clone(),
             credentials_file: config.credentials_file.clone(),
             path_style: config.path_style,
-            sign_payload: config.sign_payload,
+            unsigned_payload: !config.sign_payload,
             make_missing: config.make_missing,
         }
     }
@@ -79,8 +79,8 @@ pub struct S3Settings {
     pub source: Option<(CredentialSource, Option<PathBuf>)>,
     /// The bucket in the path rather than in the host name.
     pub path_style: bool,
-    /// Whether signatures cover what is uploaded.
-    pub sign_payload: bool,
+    /// Whether what is uploaded is left out of signatures.
+    pub unsigned_payload: bool,
 }
 
 impl S3Settings {
@@ -98,11 +98,6 @@ impl S3Settings {
         }
         text
     }
-}
-
-/// Whether the server is spoken to without TLS.
-pub(super) fn is_plain(endpoint: Option<&str>) -> bool {
-    endpoint.is_some_and(|url| url.starts_with("http://"))
 }
 
 /// Which kind of store, and where.
@@ -189,9 +184,8 @@ impl StoreSettings {
                 };
                 let prefix = url.path().trim_matches('/');
                 // `..` and its disguises are gone from the parsed path already, and a piece of it.
-                let as_written = !self.url.contains("%") && !self.url.contains("/.");
-                let is_good =
-                    as_written && (prefix.is_empty() || prefix.split('/').all(is_key_part));
+                let is_plain = !self.url.contains("%") && !self.url.contains("/.");
+                let is_good = is_plain && (prefix.is_empty() || prefix.split('/').all(is_key_part));
                 if !is_good || prefix.len() > PREFIX_BYTES_MAX {
                     return Err(refuse(
                         "its prefix is not one",
@@ -225,9 +219,7 @@ impl StoreSettings {
                     session_token: self.session_token.clone(),
                     source: source.map(|source| (source, self.credentials_file.clone())),
                     path_style: self.path_style.unwrap_or(self.endpoint.is_some()),
-                    sign_payload: self
-                        .sign_payload
-                        .unwrap_or_else(|| is_plain(self.endpoint.as_deref())),
+                    unsigned_payload: self.unsigned_payload,
                 }))
             }
             _ => Err(refuse("it is of another kind", FORM)),
@@ -324,27 +316,6 @@ mod tests {
         };
         let error = half.place().unwrap_err().to_string();
         assert!(error.contains("AWS_SECRET_ACCESS_KEY"), "{error}");
-    }
-
-    #[test]
-    fn payload_is_signed_where_no_tls_vouches_for_it_if_nobody_says_otherwise() {
-        let signs = |endpoint: Option<&str>, sign_payload| {
-            let settings = StoreSettings {
-                endpoint: endpoint.map(str::to_owned),
-                region: Some("r".to_owned()),
-                sign_payload,
-                ..settings("s3://b")
-            };
-            let Ok(Place::S3(s3)) = settings.place() else {
-                panic!("{settings:?}")
-            };
-            s3.sign_payload
-        };
-        assert!(signs(Some("http://127.0.0.1:8333"), None));
-        assert!(!signs(Some("https://s3.example.org"), None));
-        assert!(!signs(None, None));
-        assert!(signs(Some("https://s3.example.org"), Some(true)));
-        assert!(!signs(Some("http://127.0.0.1:8333"), Some(false)));
     }
 
     #[test]

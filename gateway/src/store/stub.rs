@@ -102,6 +102,6 @@ pub(crate) async fn stub_settings(answer: Answer) -> S3Settings {
         session_token: None,
         source: None,
         path_style: true,
-        sign_payload: true,
+        unsigned_payload: false,
     }
 }

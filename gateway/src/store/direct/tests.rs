@@ -79,7 +79,7 @@ fn way(address: &str, places: usize) -> (DirectLane, Lane) {
         session_token: None,
         source: None,
         path_style: true,
-        sign_payload: true,
+        unsigned_payload: false,
     };
     (
         DirectLane::over(&settings, lane.clone(), SHORT).unwrap(),
