@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
-use quarry_full_volume::{FRAME_SECTORS, FullVolume, HEADER_BYTES, read_frames};
+use quarry_full_volume::{FRAME_SECTORS, FullVolume, HEADER_BYTES, chunk_of_key, read_frames};
 use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claim, Claimed, claim};
 use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
@@ -45,7 +45,7 @@ fn full(extents: u64) -> FullVolume {
         id: VOLUME,
         extents,
         extent_sectors: 8,
-        // A third of what the chunks have is from before.
+        // Three tenths as much again is from before.
         dead_sectors: 2048 * 8 * 30 / 100,
     }
 }
@@ -64,18 +64,6 @@ struct Simulated {
     chunk_read_bytes: AtomicU64,
 }
 
-impl Simulated {
-    fn chunk_of(key: &str) -> Option<ChunkId> {
-        let (_, place) = key.split_once("/chunk/")?;
-        let (epoch, seq) = place.split_once('/')?;
-        Some(ChunkId {
-            volume: VOLUME,
-            epoch: Epoch::new(u32::from_str_radix(epoch, 16).ok()?),
-            seq: ChunkSeq::new(u64::from_str_radix(seq, 16).ok()?),
-        })
-    }
-}
-
 #[async_trait]
 impl Store for Simulated {
     async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
@@ -84,7 +72,7 @@ impl Store for Simulated {
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         let len = range.end - range.start;
-        let Some(chunk) = Self::chunk_of(key) else {
+        let Some(chunk) = chunk_of_key(key) else {
             self.map_read_bytes.fetch_add(len, Ordering::Relaxed);
             return self.folder.get_range(key, range).await;
         };
@@ -101,7 +89,7 @@ impl Store for Simulated {
 
     async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
         let len = body.len() as u64;
-        let Some(chunk) = Self::chunk_of(key) else {
+        let Some(chunk) = chunk_of_key(key) else {
             if key.contains("/map/") {
                 self.map_bytes.fetch_add(len, Ordering::Relaxed);
             }

@@ -205,15 +205,23 @@ fn picture_of(dashboard: &Path) -> Result<PathBuf> {
 
 /// Draws all dashboards with what there was since `from`.
 fn draw(prometheus: &Prometheus, from: u64) -> Result<()> {
-    let to = now()?;
-    let step = (to - from).div_ceil(PICTURE_SAMPLES).max(1);
-    let window = Window { from, to, step };
     for file in with_extension(&dashboards(), "json")? {
-        let json = serde_json::from_str(&fs::read_to_string(&file)?)?;
-        let ask = |expression: &str, window| prometheus.range(&chosen(expression), window);
-        let picture = picture::dashboard(&json, window, ask)?;
         let name = file.display();
-        ensure!(!picture.contains("No data"), "{name}: a panel has no data");
+        let json = serde_json::from_str(&fs::read_to_string(&file)?)?;
+        let begun = Instant::now();
+        let picture = loop {
+            let to = now()?;
+            let step = (to - from).div_ceil(PICTURE_SAMPLES).max(1);
+            let window = Window { from, to, step };
+            let ask = |expression: &str, window| prometheus.range(&chosen(expression), window);
+            let picture = picture::dashboard(&json, window, ask)?;
+            if !picture.contains("No data") {
+                break picture;
+            }
+            // What an expression had an answer for a moment ago may lie behind the window's last whole step.
+            ensure!(begun.elapsed() < FILLS, "{name}: a panel has no data");
+            thread::sleep(Duration::from_secs(1));
+        };
         ensure!(
             picture.len() <= PICTURE_BYTES_MAX,
             "{name}: {} bytes",

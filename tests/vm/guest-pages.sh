@@ -9,7 +9,10 @@ cache_size=128MiB
 source "$(dirname "$0")/guest.sh"
 sectors=$((256 << 11))
 
-at() { qemu-io -f raw -c "$1" "$uri" >/mnt/said 2>&1 && ! grep -q "Pattern verification failed" /mnt/said; }
+at() { # COMMAND [FILE]
+    local said=${2:-/mnt/said}
+    qemu-io -f raw -c "$1" "$uri" >"$said" 2>&1 && ! grep -q "Pattern verification failed" "$said"
+}
 
 dmsetup create slow --table "0 $sectors delay /dev/ubda 0 0 /dev/ubda 0 0" || fail "dmsetup"
 takes() { # MILLISECONDS
@@ -34,12 +37,12 @@ for kind in device file; do
     # One after the other in the segment, a sector each, far from each other in the volume.
     at "write -P 1 0 512" || fail "the first write: $(cat /mnt/said)"
     for n in 2 3 4; do
-        at "write -P $n $((n << 20)) 512" &
+        at "write -P $n $((n << 20)) 512" /mnt/written &
         write=$!
         sleep 0.25
         kill -0 "$write" || fail "a write ended before its time"
         at "read -P 1 0 512" || fail "a read beside a write: $(cat /mnt/said)"
-        wait "$write" || fail "write $n: $(cat /mnt/said)"
+        wait "$write" || fail "write $n: $(cat /mnt/written)"
         at "read -P $n $((n << 20)) 512" || fail "$kind: write $n is done, and what was there before is read: $(cat /mnt/said)"
     done
     takes 0

@@ -46,7 +46,7 @@ pub(super) static TABLE: &[Definition] = &[
     ),
     gauge(
         "quarry_cache_index_bytes",
-        "Memory of the index of what is cached and in the store, which the map nodes have that much less of.",
+        "Memory of the index of what is cached and in the store, which the map nodes have that much less of, down to a quarter.",
         of!(Cache.index_bytes),
     ),
     gauge(

@@ -14,8 +14,8 @@ use rand::{Rng, RngExt, SeedableRng};
 use super::client::{Ask, Client, ClientError};
 use super::wire::{self, Put, RequestHeader, command, errno, option, reply};
 use super::*;
-use crate::reactor::testing::{Mirror, NoBackend, Seen, geometry, reactor};
-use crate::reactor::{Machine, Reactor, VolumeKey};
+use crate::reactor::testing::{Mirror, NoBackend, Seen, geometry, reactor, reactor_with};
+use crate::reactor::{Machine, PageCache, Reactor, VolumeKey};
 use quarry_objfmt::Sectors;
 use quarry_volume::{Event, IoId};
 
@@ -53,12 +53,20 @@ impl Bench {
     }
 
     fn with(shape: Geometry, change: impl FnOnce(&mut Mirror)) -> Self {
+        let reactor = reactor(shape.size.bytes().min(BYTES));
+        Self::on(reactor, shape, change)
+    }
+
+    fn on(
+        (reactor, cache): (Reactor, Arc<fs::File>),
+        shape: Geometry,
+        change: impl FnOnce(&mut Mirror),
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
-        let (reactor, cache) = reactor(shape.size.bytes().min(BYTES));
         let (mut mirror, seen) = Mirror::new(shape);
         change(&mut mirror);
         let handle = reactor.handle();
@@ -308,6 +316,28 @@ fn volume_grown_takes_requests_of_connected_clients_up_to_its_new_end() {
     refused(client.read_at(BYTES, 512).map(drop), errno::EINVAL);
     let gone = bench.handle().new_key();
     assert!(!bench.block_on(bench.handle().grow(gone, size)).unwrap());
+}
+
+#[test]
+fn read_that_the_page_cache_fails_is_answered_past_it() {
+    let pages = PageCache {
+        // Of any place of it there is nothing to read.
+        file: Arc::new(tempfile::tempfile().unwrap()),
+        geometry: quarry_cache::Geometry {
+            data_start: 0,
+            segment_size: 1 << 20,
+            segments: 64,
+        },
+    };
+    let bench = Bench::on(
+        reactor_with(BYTES, Some(pages)),
+        geometry(BYTES, 512),
+        |_| {},
+    );
+    let mut client = bench.client();
+    let data = noise(1, 64 << 10);
+    client.write_at(512, &data).unwrap();
+    assert!(client.read_at(512, 64 << 10).unwrap() == data);
 }
 
 #[test]

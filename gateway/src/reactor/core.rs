@@ -290,8 +290,13 @@ impl Core {
         let op = &mut self.ops[index as usize];
         match op.advance(result) {
             Progress::Again => self.submit_op(index),
-            // The kernel reads whole pages, for which it needs memory: this may be neither ours nor missing.
-            Progress::Done(Err(_)) if op.goes_around_pages() => self.submit_op(index),
+            // The kernel reads whole pages, for which it needs memory: what is wrong may not concern this read.
+            Progress::Done(Err(_))
+                if op.file == Target::CachePages && self.page_cache.is_some() =>
+            {
+                op.go_around_pages();
+                self.submit_op(index);
+            }
             Progress::Done(result) => {
                 let op = self.ops.remove(index as usize);
                 if result.is_ok() {

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 
 use bytes::Bytes;
 use io_uring::{opcode, types};
+use quarry_cache::Geometry as CacheGeometry;
 use quarry_volume::{Action, Event, IoId, RequestId};
 
 use super::core::{Core, index_of};
@@ -130,8 +131,8 @@ impl Core {
             } => {
                 // A durable one begins the segment's writes; another only tells that they are in the store, and the
                 // segment is read on.
-                if durable && let Some(pages) = &self.page_cache {
-                    self.forget_pages(pages.geometry.segment_of_header(offset));
+                if durable {
+                    self.forget_pages(|geometry| geometry.segment_of_header(offset));
                 }
                 let mut copy = self
                     .pages
@@ -391,10 +392,13 @@ impl Core {
         unsafe { self.ring.push(entry) };
     }
 
-    /// A segment that begins here is to be written anew: what the kernel keeps of it in its page cache is of no use any
+    /// The segment that begins where `begin` says, if it says so, is to be written anew: what the kernel keeps of it in its page cache is of no use any
     /// more, and would make it wait at each write there. A hint, whose outcome nobody asks for.
-    fn forget_pages(&mut self, begin: Option<u64>) {
-        let (Some(begin), Some(pages)) = (begin, &self.page_cache) else {
+    fn forget_pages(&mut self, begin: impl FnOnce(&CacheGeometry) -> Option<u64>) {
+        let Some(pages) = &self.page_cache else {
+            return;
+        };
+        let Some(begin) = begin(&pages.geometry) else {
             return;
         };
         let (len, advice) = (pages.geometry.segment_size, libc::POSIX_FADV_DONTNEED);
@@ -504,10 +508,8 @@ impl Core {
             let Some(fill) = self.fills.waiting.pop_front() else {
                 return;
             };
-            if let Some(pages) = &self.page_cache {
-                let begins = pages.geometry.begins_segment(fill.offset);
-                self.forget_pages(begins.then_some(fill.offset));
-            }
+            let offset = fill.offset;
+            self.forget_pages(|geometry| geometry.begins_segment(offset).then_some(offset));
             // Counted when it came, and again by `start`.
             self.volumes[fill.volume as usize].ops -= 1;
             let len = u32::try_from(len).unwrap_or(u32::MAX);

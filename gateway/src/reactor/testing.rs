@@ -9,7 +9,7 @@ use bytes::Bytes;
 use quarry_objfmt::Sectors;
 use quarry_volume::{Action, Event, IoError, IoId, Op, RequestId, STATUS_RUNS_MAX, StatusRun};
 
-use super::{BackendSink, Geometry, Machine, Reactor, ReactorConfig};
+use super::{BackendSink, Geometry, Machine, PageCache, Reactor, ReactorConfig};
 
 /// What a test can see of a machine from outside.
 #[derive(Default)]
@@ -222,12 +222,17 @@ impl BackendSink for NoBackend {
 
 /// A reactor on a fresh cache file of `bytes`.
 pub(crate) fn reactor(bytes: u64) -> (Reactor, Arc<File>) {
+    reactor_with(bytes, None)
+}
+
+/// The same, whose reads into memory come from the file of a page cache.
+pub(crate) fn reactor_with(bytes: u64, page_cache: Option<PageCache>) -> (Reactor, Arc<File>) {
     let cache = tempfile::tempfile().unwrap();
     cache.set_len(bytes).unwrap();
     let cache = Arc::new(cache);
     let config = ReactorConfig {
         index: 0,
-        page_cache: None,
+        page_cache,
         sync_failure: Default::default(),
         cache: Arc::clone(&cache),
         buffer_entries: 8,

@@ -18,8 +18,7 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
-use quarry_full_volume::{CHUNK_BYTES, HEADER_BYTES, read_frames};
-use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, VolumeId};
+use quarry_full_volume::{CHUNK_BYTES, HEADER_BYTES, chunk_of_key, read_frames};
 use s3s::auth::SimpleAuth;
 use s3s::dto::*;
 use s3s::service::S3ServiceBuilder;
@@ -174,18 +173,6 @@ fn pieces(bytes: Bytes) -> StreamingBlob {
     StreamingBlob::wrap(pieces)
 }
 
-/// The chunk that a key names.
-fn made_up_chunk(key: &str) -> Option<ChunkId> {
-    let (before, place) = key.split_once("/chunk/")?;
-    let (_, volume) = before.rsplit_once('/')?;
-    let (epoch, seq) = place.split_once('/')?;
-    Some(ChunkId {
-        volume: VolumeId::parse(volume).ok()?,
-        epoch: Epoch::new(u32::from_str_radix(epoch, 16).ok()?),
-        seq: ChunkSeq::new(u64::from_str_radix(seq, 16).ok()?),
-    })
-}
-
 fn length(bytes: &Bytes) -> i64 {
     i64::try_from(bytes.len()).unwrap_or(i64::MAX)
 }
@@ -242,13 +229,16 @@ impl S3 for Memory {
     ) -> S3Result<S3Response<GetObjectOutput>> {
         let input = request.input;
         self.pause(&self.counts.gets).await;
-        let chunk = made_up_chunk(&input.key).filter(|_| self.making_up);
+        let chunk = chunk_of_key(&input.key).filter(|_| self.making_up);
         let found = self.find(input.bucket, input.key);
         if let (Err(_), Some(chunk), Some(range)) = (&found, chunk, &input.range) {
             let range = range.check(CHUNK_BYTES)?;
             let told = format!("bytes {}-{}/{CHUNK_BYTES}", range.start, range.end - 1);
             let bytes = read_frames(chunk, range, HEADER_BYTES, CHUNK_BYTES);
             let bytes = Bytes::from(bytes.ok_or_else(|| s3_error!(NoSuchKey))?);
+            self.counts
+                .got_bytes
+                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
             return Ok(S3Response::new(GetObjectOutput {
                 content_length: Some(length(&bytes)),
                 content_range: Some(told),

@@ -111,6 +111,8 @@ impl FullVolume {
         mut head: Head,
         put: impl AsyncFn(MapSeq, Vec<u8>) -> Result<(), E>,
     ) -> Result<Head, E> {
+        let is_right = |n: u64| n.is_power_of_two() && n >= self.chunk_extents();
+        assert!(is_right(self.extents), "{} extents", self.extents);
         let epoch = Epoch::new(1);
         let (mut tables, mut seq) = (Vec::<TableRef>::new(), MapSeq::ZERO);
         let new = |seq| {
@@ -172,6 +174,19 @@ impl FullVolume {
         }];
         Ok(head)
     }
+}
+
+/// The chunk that a key of a store names.
+#[must_use]
+pub fn chunk_of_key(key: &str) -> Option<ChunkId> {
+    let (before, place) = key.split_once("/chunk/")?;
+    let (_, volume) = before.rsplit_once('/')?;
+    let (epoch, seq) = place.split_once('/')?;
+    Some(ChunkId {
+        volume: VolumeId::parse(volume).ok()?,
+        epoch: Epoch::new(u32::from_str_radix(epoch, 16).ok()?),
+        seq: ChunkSeq::new(u64::from_str_radix(seq, 16).ok()?),
+    })
 }
 
 /// What a range of a chunk's bytes says, whose frames, all of zeroes, lie from `header` to `end`; `None` if it begins

@@ -142,8 +142,9 @@ fn legend_rows(lines: &[Line], width: f64) -> Vec<Vec<&str>> {
     rows
 }
 
-/// The last figure of the first series, and its course.
+/// The last figure of its one series, and its course.
 pub(super) fn stat(panel: &Panel, window: Window) -> Result<String> {
+    ensure!(panel.lines.len() < 2, "more than one series");
     let series = &panel.lines.first().context("a series")?.series;
     let ((first, _), (_, last)) = series
         .samples

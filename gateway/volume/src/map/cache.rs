@@ -4,7 +4,7 @@
 //! for another round. Order depends on the calls alone, so that a simulation repeats.
 //!
 //! **Progress.** Room is made before a batch of nodes goes in, never by evicting from the batch
-//! itself: the cache may exceed its budget by one batch until the next one comes. So a lookup that
+//! itself: the cache may exceed its budget by one batch until the next one comes or the budget changes. So a lookup that
 //! is retried right after [`Nodes::insert_all`] finds all of that batch. Who keeps the nodes it
 //! loaded for a lookup and puts all of them in again before each retry gets further with each
 //! load, however small the budget and however many lookups take turns.
@@ -233,7 +233,7 @@ impl Nodes<'_> {
     }
 
     /// Puts the nodes of one load in, making room for all of them first: they are all here until
-    /// the next insertion.
+    /// the next insertion or change of budget.
     pub fn insert_all(&mut self, batch: Vec<(NodeRef, Arc<Node>)>) {
         let mut room = 0;
         for (place, node) in &batch {
