@@ -291,9 +291,7 @@ impl Core {
         match op.advance(result) {
             Progress::Again => self.submit_op(index),
             // The kernel reads whole pages, for which it needs memory: what is wrong may not concern this read.
-            Progress::Done(Err(_))
-                if op.file == Target::CachePages && self.page_cache.is_some() =>
-            {
+            Progress::Done(Err(_)) if op.file == Target::CachePages => {
                 op.go_around_pages();
                 self.submit_op(index);
             }

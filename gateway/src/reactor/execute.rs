@@ -242,7 +242,11 @@ impl Core {
                 let address = ptr.as_ptr() as u64;
                 match what {
                     Transfer::FromCache { offset } => {
-                        (Code::Read, File::CachePages, offset, address, Hold::Nothing)
+                        let file = match self.page_cache {
+                            Some(_) => File::CachePages,
+                            None => File::Cache,
+                        };
+                        (Code::Read, file, offset, address, Hold::Nothing)
                     }
                     Transfer::ToCache { offset } => {
                         // SAFETY: as above, and `len` bytes from `at` on are inside the buffer, which its owner
@@ -392,8 +396,8 @@ impl Core {
         unsafe { self.ring.push(entry) };
     }
 
-    /// The segment that begins where `begin` says, if it says so, is to be written anew: what the kernel keeps of it in its page cache is of no use any
-    /// more, and would make it wait at each write there. A hint, whose outcome nobody asks for.
+    /// The segment that begins where `begin` says, if it says so, is to be written anew: what the kernel keeps of it in its
+    /// page cache is of no use any more, and would make it wait at each write there. A hint, whose outcome nobody asks for.
     fn forget_pages(&mut self, begin: impl FnOnce(&CacheGeometry) -> Option<u64>) {
         let Some(pages) = &self.page_cache else {
             return;

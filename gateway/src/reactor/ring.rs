@@ -37,7 +37,7 @@ pub(super) struct Completion {
 pub(super) enum File {
     /// The cache device.
     Cache,
-    /// The cache device through the kernel's page cache, if it is there twice.
+    /// The cache device through the kernel's page cache; nobody's file if it is not there twice.
     CachePages,
     /// Any other.
     Fd(RawFd),
@@ -54,7 +54,7 @@ pub(super) struct Ring {
     /// Entries to be taken one by one.
     loose_entries: Vec<u16>,
     cache_fd: RawFd,
-    /// The same as [`Ring::cache_fd`] if there is no other.
+    /// The same as [`Ring::cache_fd`] if there is no other: the table has two places either way.
     cache_pages_fd: RawFd,
     cache_registered: bool,
 }

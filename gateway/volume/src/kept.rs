@@ -20,10 +20,12 @@ struct Kept {
     coming: u64,
 }
 
+type Frames = HashMap<FrameName, Kept, BuildHasherDefault<NameHasher>>;
+
 /// Frames by their names. See the module's words.
 #[derive(Debug)]
 pub struct KeptFrames {
-    frames: HashMap<FrameName, Kept, BuildHasherDefault<NameHasher>>,
+    frames: Frames,
     /// Names in the order in which they came; some of these comings may be over.
     order: VecDeque<(FrameName, u64)>,
     comings: u64,
@@ -36,7 +38,7 @@ impl KeptFrames {
     #[must_use]
     pub fn new(bytes_max: usize) -> Self {
         Self {
-            frames: HashMap::default(),
+            frames: Frames::default(),
             order: VecDeque::new(),
             comings: 0,
             bytes: 0,
@@ -97,11 +99,7 @@ impl KeptFrames {
     }
 }
 
-fn is_there(
-    frames: &HashMap<FrameName, Kept, BuildHasherDefault<NameHasher>>,
-    name: &FrameName,
-    coming: u64,
-) -> bool {
+fn is_there(frames: &Frames, name: &FrameName, coming: u64) -> bool {
     frames.get(name).is_some_and(|kept| kept.coming == coming)
 }
 

@@ -4,8 +4,8 @@
 //! for another round. Order depends on the calls alone, so that a simulation repeats.
 //!
 //! **Progress.** Room is made before a batch of nodes goes in, never by evicting from the batch
-//! itself: the cache may exceed its budget by one batch until the next one comes or the budget changes. So a lookup that
-//! is retried right after [`Nodes::insert_all`] finds all of that batch. Who keeps the nodes it
+//! itself: the cache may exceed its budget by one batch until the next one comes or the budget
+//! changes. So a lookup that is retried right after [`Nodes::insert_all`] finds all of that batch. Who keeps the nodes it
 //! loaded for a lookup and puts all of them in again before each retry gets further with each
 //! load, however small the budget and however many lookups take turns.
 
@@ -365,6 +365,7 @@ mod tests {
         assert_eq!(cache.stats().nodes, 192);
         cache.leave(u64::MAX);
         assert_eq!(cache.stats().nodes, 256 / LEAST_SHARE);
+        assert_eq!(cache.stats().bytes, budget_of(256 / LEAST_SHARE));
         cache.leave(0);
         assert_eq!(cache.stats().budget, budget_of(256));
     }
