@@ -412,6 +412,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::store::contract;
+    use crate::store::stub::settings_at;
 
     /// The adapter over a store in memory.
     pub(crate) fn in_memory(prefix: &str) -> S3Store {
@@ -442,15 +443,8 @@ pub(crate) mod tests {
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         for unsigned_payload in [false, true] {
             let settings = S3Settings {
-                bucket: "b".to_owned(),
-                prefix: String::new(),
-                endpoint: Some(endpoint.clone()),
-                region: "r".to_owned(),
-                keys: Some(("id".to_owned(), quarry_config::Secret::new("secret"))),
-                session_token: None,
-                source: None,
-                path_style: true,
                 unsigned_payload,
+                ..settings_at(endpoint.clone())
             };
             let store = S3Store::open(&settings).unwrap();
             let asking = tokio::spawn(async move { store.create("x", Bytes::new()).await });

@@ -93,10 +93,15 @@ pub(crate) async fn stub_settings(answer: Answer) -> S3Settings {
             tokio::spawn(answer.clone().serve(stream));
         }
     });
+    settings_at(format!("http://{address}"))
+}
+
+/// How to reach a server of a test.
+pub(crate) fn settings_at(endpoint: String) -> S3Settings {
     S3Settings {
         bucket: "bucket".to_owned(),
         prefix: "some/prefix".to_owned(),
-        endpoint: Some(format!("http://{address}")),
+        endpoint: Some(endpoint),
         region: "us-east-1".to_owned(),
         keys: Some(("id".to_owned(), Secret::new("secret"))),
         session_token: None,

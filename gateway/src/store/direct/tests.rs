@@ -6,6 +6,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::store::stub::settings_at;
 use crate::store::{FolderStore, LaneSettings};
 
 const RANGE: Range<u64> = 16..16 + 512;
@@ -71,15 +72,9 @@ fn way(address: &str, places: usize) -> (DirectLane, Lane) {
     };
     let lane = Lane::new(store, &settings);
     let settings = S3Settings {
-        bucket: "bucket".to_owned(),
-        prefix: "some/prefix".to_owned(),
-        endpoint: Some(format!("http://{address}")),
         region: "r".to_owned(),
         keys: Some(("id".to_owned(), Secret::new("hunter2"))),
-        session_token: None,
-        source: None,
-        path_style: true,
-        unsigned_payload: false,
+        ..settings_at(format!("http://{address}"))
     };
     (
         DirectLane::over(&settings, lane.clone(), SHORT).unwrap(),
