@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, Geometry};
-use quarry_full_volume::{FRAME_SECTORS, FullVolume, HEADER_BYTES, chunk_of_key, read_frames};
+use quarry_full_volume::{
+    EPOCH, FRAME_SECTORS, FullVolume, HEADER_BYTES, chunk_of_key, read_frames,
+};
 use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claim, Claimed, claim};
 use quarry_gateway::backend::{Common, Fetches, ReclaimSettings, VolumeBackend};
@@ -216,7 +218,7 @@ async fn fill(store: &dyn Store, tenant: &TenantName, extents: u64) {
         ..Head::fresh(VOLUME, tenant, &name, Sectors::new(full.sectors()), 1)
     };
     let put = async |seq, body: Vec<u8>| {
-        let key = keys::map_key(tenant, VOLUME, Epoch::new(1), seq);
+        let key = keys::map_key(tenant, VOLUME, EPOCH, seq);
         store.create(&key, body.into()).await.map(drop)
     };
     let head = full.build(head, put).await.unwrap();

@@ -1,6 +1,5 @@
 //! The limits of the machine: the store by a bare client that does nothing else, and the disk.
 
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use object_store::{ObjectStoreExt as _, PutPayload};
 use crate::lab::{Lab, Store};
 use crate::report::{Report, Work};
 use crate::store::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use crate::work::read_fio;
+use crate::work::{read_fio, run_fio};
 
 /// The row of the store's own figures.
 pub const STORE: &str = "store";
@@ -93,25 +92,18 @@ fn of_disk(lab: &Lab, report: &mut Report) -> Result<()> {
         (Work::RandomWrite, "randwrite", "write"),
         (Work::WarmRead, "randread", "read"),
     ] {
-        let ran = Command::new("fio")
-            .args([
-                "--name=disk",
-                "--ioengine=io_uring",
-                "--direct=1",
-                "--bs=4k",
-            ])
-            .args([
-                "--iodepth=32",
-                "--output-format=json",
-                "--time_based",
-                "--end_fsync=1",
-            ])
-            .arg(format!("--rw={mode}"))
-            .arg(format!("--filename={}", lab.dir.join("disk").display()))
-            .arg(format!("--size={}", lab.size))
-            .arg(format!("--runtime={}", lab.time.as_secs()))
-            .output()
-            .context("fio (apt-get install fio)")?;
+        let ran = run_fio([
+            "--ioengine=io_uring",
+            "--direct=1",
+            "--bs=4k",
+            "--iodepth=32",
+            "--time_based",
+            "--end_fsync=1",
+            &format!("--rw={mode}"),
+            &format!("--filename={}", lab.dir.join("disk").display()),
+            &format!("--size={}", lab.size),
+            &format!("--runtime={}", lab.time.as_secs()),
+        ])?;
         report.add(work, DISK, read_fio(&ran, kind)?.0);
     }
     Ok(std::fs::remove_file(lab.dir.join("disk"))?)

@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use object_store::path::Path;
 use object_store::{ObjectStoreExt as _, PutPayload};
-use quarry_full_volume::FullVolume;
-use quarry_objfmt::{Epoch, Head, TenantName, VolumeId, keys};
-use quarry_tests::{Daemon, GIB, MIB, Site};
+use quarry_full_volume::{EPOCH, FRAME_SECTORS, FullVolume};
+use quarry_objfmt::{Head, TenantName, VolumeId, keys};
+use quarry_tests::{GIB, MIB, SECTOR, Site};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::ceiling;
@@ -25,7 +25,6 @@ const VOLUME: &str = "acme/db";
 const VOLUME_LABEL: &str = "volume=\"db\"";
 /// Sectors of a piece, of 16 KiB.
 const PIECE_SECTORS: u32 = 32;
-const FRAME_BYTES: u64 = 64 << 10;
 /// What is read again and again of the large volume: frames, each for one piece of it.
 const WORKING_SET: u64 = 10 * GIB;
 /// How long a daemon may take to serve a volume again.
@@ -114,7 +113,7 @@ fn memory(lab: &Lab, gib: u64, ram: u64) -> Result<Memory> {
     let without = peak_memory(pid)?;
     daemon.attach(VOLUME, &[])?;
     let attached = peak_memory(pid)?;
-    let reads = WORKING_SET / FRAME_BYTES;
+    let reads = WORKING_SET / (u64::from(FRAME_SECTORS) * SECTOR);
     let pass = || {
         // The same places in each pass, all over the volume.
         let job = [
@@ -128,20 +127,20 @@ fn memory(lab: &Lab, gib: u64, ram: u64) -> Result<Memory> {
         fio_at(&place, gib * GIB, 32, &job)
     };
     let hit_bytes = || daemon.count("quarry_volume_hit_bytes_total", VOLUME_LABEL);
-    let mut hits = 0.0;
+    let (mut hits, mut most) = (0.0, 0);
     for number in 1..=2 {
         let (begun, before) = (Instant::now(), hit_bytes()?);
         pass()?;
-        let read = (reads * u64::from(PIECE_SECTORS) * 512) as f64;
+        let read = (reads * u64::from(PIECE_SECTORS) * SECTOR) as f64;
         hits = (hit_bytes()? - before) as f64 / read;
-        let (seconds, most) = (begun.elapsed().as_secs_f64(), peak_memory(pid)?);
+        most = peak_memory(pid)?;
+        let seconds = begun.elapsed().as_secs_f64();
         eprintln!(
             "  pass {number}: {reads} reads in {seconds:.0} s, {:.1} % hits, {} MiB at most",
             hits * 100.0,
             most / MIB
         );
     }
-    let most = peak_memory(pid)?;
     daemon.stop()?;
     site.lose_host()?;
     Ok(Memory {
@@ -158,7 +157,7 @@ fn fill(store: &Store, id: VolumeId, size: u64) -> Result<()> {
     let tenant = TenantName::new(TENANT)?;
     let full = FullVolume {
         id,
-        extents: size / 512 / u64::from(PIECE_SECTORS),
+        extents: size / SECTOR / u64::from(PIECE_SECTORS),
         extent_sectors: PIECE_SECTORS,
         dead_sectors: 0,
     };
@@ -168,7 +167,7 @@ fn fill(store: &Store, id: VolumeId, size: u64) -> Result<()> {
         let head = path(keys::head_key(&tenant, id));
         let there = client.get(&head).await?.bytes().await?;
         let put = async |seq, body: Vec<u8>| -> Result<()> {
-            let key = path(keys::map_key(&tenant, id, Epoch::new(1), seq));
+            let key = path(keys::map_key(&tenant, id, EPOCH, seq));
             client.put(&key, PutPayload::from(body)).await?;
             Ok(())
         };
@@ -213,11 +212,11 @@ fn crash(lab: &Lab, gib: u64) -> Result<Duration> {
         std::thread::sleep(Duration::from_millis(10));
     }
     let took = begun.elapsed();
-    let unsent = unsent(&daemon)?;
-    // What was sent before the store was gone, and since it is back.
-    if unsent < gib * GIB * 8 / 10 {
-        bail!("{unsent} bytes are unsent after the crash");
-    }
+    let shown = daemon.show(VOLUME)?;
+    let unsent = shown["dirty_bytes"].as_u64().context("no dirty bytes")?;
+    // But for what was sent before the store was gone, and since it is back.
+    let is_there = unsent >= gib * GIB * 8 / 10;
+    ensure!(is_there, "{unsent} bytes are unsent after the crash");
     eprintln!(
         "  {} MiB unsent, {took:.2?} to the first read",
         unsent / MIB
@@ -225,9 +224,4 @@ fn crash(lab: &Lab, gib: u64) -> Result<Duration> {
     daemon.kill()?;
     site.lose_host()?;
     Ok(took)
-}
-
-fn unsent(daemon: &Daemon) -> Result<u64> {
-    let shown = daemon.show(VOLUME)?;
-    shown["dirty_bytes"].as_u64().context("no dirty bytes")
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::ops::Bound;
+use std::ops::{Bound, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -39,6 +39,17 @@ struct Object {
     bytes: Bytes,
     tag: ETag,
     modified: Timestamp,
+}
+
+impl Object {
+    /// What is there of one whose bytes are made up when they are asked for.
+    fn made_up() -> Self {
+        Self {
+            bytes: Bytes::new(),
+            tag: ETag::Strong("made-up".to_owned()),
+            modified: SystemTime::UNIX_EPOCH.into(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -229,35 +240,25 @@ impl S3 for Memory {
     ) -> S3Result<S3Response<GetObjectOutput>> {
         let input = request.input;
         self.pause(&self.counts.gets).await;
-        let chunk = chunk_of_key(&input.key).filter(|_| self.making_up);
+        let made_up = chunk_of_key(&input.key).filter(|_| self.making_up);
         let found = self.find(input.bucket, input.key);
-        if let (Err(_), Some(chunk), Some(range)) = (&found, chunk, &input.range) {
-            let range = range.check(CHUNK_BYTES)?;
-            let told = format!("bytes {}-{}/{CHUNK_BYTES}", range.start, range.end - 1);
-            let bytes = read_frames(chunk, range, HEADER_BYTES, CHUNK_BYTES);
-            let bytes = Bytes::from(bytes.ok_or_else(|| s3_error!(NoSuchKey))?);
-            self.counts
-                .got_bytes
-                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            return Ok(S3Response::new(GetObjectOutput {
-                content_length: Some(length(&bytes)),
-                content_range: Some(told),
-                body: Some(pieces(bytes)),
-                e_tag: Some(ETag::Strong("made-up".to_owned())),
-                last_modified: Some(SystemTime::UNIX_EPOCH.into()),
-                ..GetObjectOutput::default()
-            }));
-        }
-        let object = found?;
-        let whole = object.bytes.len();
-        let (bytes, content_range) = match input.range {
-            None => (object.bytes, None),
-            Some(range) => {
-                let range = range.check(whole as u64)?;
-                let told = format!("bytes {}-{}/{whole}", range.start, range.end - 1);
-                let range = usize::try_from(range.start).unwrap_or(whole)
-                    ..usize::try_from(range.end).unwrap_or(whole);
-                (object.bytes.slice(range), Some(told))
+        let (object, made_up) = match (found, made_up) {
+            (Ok(object), _) => (object, None),
+            (Err(error), None) => return Err(error),
+            (Err(_), chunk) => (Object::made_up(), chunk),
+        };
+        let whole = made_up.map_or(object.bytes.len() as u64, |_| CHUNK_BYTES);
+        let range = input.range.map(|range| range.check(whole)).transpose()?;
+        let told = |range: &Range<u64>| format!("bytes {}-{}/{whole}", range.start, range.end - 1);
+        let content_range = range.as_ref().map(told);
+        let range = range.unwrap_or(0..whole);
+        let bytes = match made_up {
+            Some(chunk) => read_frames(chunk, range, HEADER_BYTES, CHUNK_BYTES)
+                .ok_or_else(|| s3_error!(NoSuchKey))?
+                .into(),
+            None => {
+                let at = |byte| usize::try_from(byte).unwrap_or(object.bytes.len());
+                object.bytes.slice(at(range.start)..at(range.end))
             }
         };
         self.counts

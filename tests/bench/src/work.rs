@@ -154,24 +154,35 @@ fn fio(lab: &Lab, target: &dyn Target, depth: usize, job: &[&str], timed: bool) 
 
 /// A job at the NBD address `uri`, over `size` bytes.
 pub fn fio_at(uri: &str, size: u64, depth: usize, job: &[&str]) -> Result<Output> {
+    let place = [
+        "--ioengine=nbd".to_owned(),
+        format!("--uri={uri}"),
+        format!("--iodepth={depth}"),
+        format!("--size={size}"),
+    ];
+    run_fio(place.iter().map(String::as_str).chain(job.iter().copied()))
+}
+
+/// A job, given all that is its own.
+pub fn run_fio<'a>(job: impl IntoIterator<Item = &'a str>) -> Result<Output> {
     let ran = Command::new("fio")
-        .args(["--name=job", "--ioengine=nbd", "--output-format=json"])
-        .arg(format!("--uri={uri}"))
-        .arg(format!("--iodepth={depth}"))
-        .arg(format!("--size={size}"))
+        .args(["--name=job", "--output-format=json"])
         .args(job)
         .output()
         .context("fio (apt-get install fio)")?;
-    let said = String::from_utf8_lossy(&ran.stderr);
-    ensure!(ran.status.success(), "fio: {said}");
+    ensure!(ran.status.success(), "{}", said(&ran));
     Ok(ran)
+}
+
+fn said(ran: &Output) -> String {
+    let [out, err] = [&ran.stdout, &ran.stderr].map(|text| String::from_utf8_lossy(text));
+    format!("fio: {out}{err}")
 }
 
 /// Operations a second of a job of fio, and how many.
 pub fn read_fio(ran: &Output, kind: &str) -> Result<(f64, u64)> {
     let text = String::from_utf8_lossy(&ran.stdout);
-    let complaint = || format!("fio: {text}{}", String::from_utf8_lossy(&ran.stderr));
-    ensure!(ran.status.success(), "{}", complaint());
+    let complaint = || said(ran);
     let json = &text[text.find('{').with_context(complaint)?..];
     let told: serde_json::Value = serde_json::from_str(json).with_context(complaint)?;
     let job = &told["jobs"][0][kind];

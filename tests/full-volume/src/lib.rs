@@ -27,6 +27,8 @@ pub const HEADER_BYTES: u64 = 16 << 10;
 /// Length of a chunk without dead sectors.
 pub const CHUNK_BYTES: u64 =
     HEADER_BYTES + (CHUNK_SECTORS / FRAME_SECTORS) as u64 * FRAME_BYTES as u64;
+/// In which all of it was written.
+pub const EPOCH: Epoch = Epoch::new(1);
 /// As checkpoints cut them.
 const TABLE_BYTES: usize = 8 << 20;
 
@@ -64,7 +66,7 @@ impl FullVolume {
     const fn chunk(&self, seq: u64) -> ChunkId {
         ChunkId {
             volume: self.id,
-            epoch: Epoch::new(1),
+            epoch: EPOCH,
             seq: ChunkSeq::new(seq),
         }
     }
@@ -113,7 +115,7 @@ impl FullVolume {
     ) -> Result<Head, E> {
         let is_right = |n: u64| n.is_power_of_two() && n >= self.chunk_extents();
         assert!(is_right(self.extents), "{} extents", self.extents);
-        let epoch = Epoch::new(1);
+        let epoch = EPOCH;
         let (mut tables, mut seq) = (Vec::<TableRef>::new(), MapSeq::ZERO);
         let new = |seq| {
             MapObjectBuilder::new(MapObjectId {
