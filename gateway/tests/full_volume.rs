@@ -458,7 +458,9 @@ fn overwritten(dir: &Path, extents: u64, writes: u64) -> Arc<Simulated> {
         let claimed = claim(&*store, &tenant, VOLUME, None, &claimant(false)).await;
         let mut driven = Driven::new(&store, claimed.unwrap(), extents);
         driven.backend.start_reclaiming();
-        let (begun, checkpoint_chunks) = (Instant::now(), Tuning::default().checkpoint_chunks);
+        let (begun, tuning) = (Instant::now(), Tuning::default());
+        // Of chunks as large as these.
+        let checkpoint_chunks = tuning.checkpoint_sectors / (CHUNK_EXTENTS * PAGE / 512);
         let (mut written, mut chunks) = (0, 0);
         while written < writes {
             driven.upload().await;

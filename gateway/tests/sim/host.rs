@@ -55,6 +55,7 @@ const TUNING: Tuning = Tuning {
     checkpoint_entries: 0,
     chunk_writes_max: 64,
     uploads_max: 4,
+    checkpoint_sectors: 2048,
     checkpoint_chunks: 6,
     readahead_sectors_max: 256,
     journal_entries: 24,

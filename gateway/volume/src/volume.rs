@@ -57,6 +57,12 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// What of it is in memory, in bytes: the index, the nodes, the frames.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.cache.index_bytes() + (self.nodes.stats().bytes + self.kept.bytes()) as u64
+    }
+
     /// Forgets the copies that are held for `group` of what `volume` has in the store. Answers how many bytes they are, on
     /// the cache device and in memory.
     pub fn evict(&mut self, group: u32, volume: VolumeId) -> (u64, u64) {
@@ -79,7 +85,9 @@ pub struct Tuning {
     pub uploads_max: usize,
     /// Entries of the log that start a checkpoint: bounds the memory they take.
     pub checkpoint_entries: usize,
-    /// Chunks of the log that start a checkpoint: bounds the time to replay them.
+    /// Sectors that chunks of the log cover, which start a checkpoint: bounds what nobody knows to be useless.
+    pub checkpoint_sectors: u64,
+    /// Chunks of the log that start a checkpoint, however small: bounds the time to replay them.
     pub checkpoint_chunks: u64,
     /// Most sectors that readahead runs before a sequential reader.
     pub readahead_sectors_max: u64,
@@ -96,7 +104,8 @@ impl Default for Tuning {
             chunk_writes_max: 16_384,
             uploads_max: 8,
             checkpoint_entries: 256 << 10,
-            checkpoint_chunks: 128,
+            checkpoint_sectors: (1 << 30) / 512,
+            checkpoint_chunks: 1024,
             readahead_sectors_max: (16 << 20) / 512,
             journal_entries: 8 << 10,
         }

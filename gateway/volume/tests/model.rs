@@ -199,6 +199,7 @@ fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
             chunk_writes_max: 64,
             uploads_max: 4,
             checkpoint_entries: 400,
+            checkpoint_sectors: 2048,
             checkpoint_chunks: 12,
             readahead_sectors_max: 256,
             journal_entries: JOURNAL_ENTRIES,

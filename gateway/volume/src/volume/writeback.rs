@@ -36,7 +36,7 @@ struct Planned {
 
 /// A log that covers as much as the volume divided by this starts a checkpoint before it is long: until it is folded
 /// nobody knows what of the map it has made useless.
-pub const CHECKPOINT_SHARE: u64 = 32;
+pub const CHECKPOINT_SHARE: u64 = 16;
 
 /// Fewer chunks of the log than this start none: each costs two PUTs.
 pub const CHECKPOINT_CHUNKS_MIN: u64 = 8;
@@ -353,6 +353,7 @@ impl Volume {
             .iter()
             .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
         let due = wb.log.chunks >= tuning.checkpoint_chunks
+            || wb.log.sectors >= tuning.checkpoint_sectors
             || self.log_is_much()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;

@@ -319,6 +319,7 @@ impl Volume {
         let much = self.log_chunks >= CHECKPOINT_CHUNKS_MIN
             && self.log_covered >= self.blocks() * SECTORS_A_BLOCK / CHECKPOINT_SHARE;
         if much
+            || self.log_covered >= tuning.checkpoint_sectors
             || self.log_chunks >= tuning.checkpoint_chunks
             || self.log_entries >= tuning.checkpoint_entries as u64
         {
