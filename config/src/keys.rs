@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-use crate::{Bound, Config, LogFormat, Secret, Size, TenantAttach, UblkMode};
+use crate::{Bound, Config, LogFormat, Secret, Size, TenantAttach, UblkMode, UploadCheck};
 
 /// A key of the file.
 pub(crate) struct Key {
@@ -385,15 +385,23 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| c.store.path_style.map(|b| b.to_string()),
     },
     Key {
-        path: "store.sign_payload",
-        doc: "Whether a request's signature covers what is uploaded, so that the server checks every byte: a SHA-256 of it, a\n\
-              quarter of an upload's work. Over https:// TLS vouches for the way to where it ends, and false is to be had;\n\
-              some servers and bucket policies take no upload without it. A tenant's own server always gets it.",
-        expected: "write true or false",
+        path: "store.upload_check",
+        doc: "What vouches for a chunk on its way to the store: \"signature\" (the request's, with a SHA-256 of all of it: a\n\
+              quarter of an upload's work, and as much again for the server), \"crc64nvme\" (a checksum in a header, which\n\
+              the server compares), \"none\" (the connection alone), or \"auto\": crc64nvme if the server refuses a wrong\n\
+              one, as it is asked to with two small objects before the first upload, else signature. Small objects are\n\
+              always signed. A tenant's own server is always asked, unless it is \"signature\".",
+        expected: "write \"auto\", \"signature\", \"crc64nvme\" or \"none\"",
         sample: "",
         secret: false,
-        set: |c, v, _| boolean(v).map(|b| c.store.sign_payload = b),
-        get: |c| Some(c.store.sign_payload.to_string()),
+        set: |c, v, _| {
+            let text = text(v)?;
+            let check = UploadCheck::ALL.into_iter().find(|m| m.as_str() == text);
+            check
+                .map(|m| c.store.upload_check = m)
+                .ok_or_else(|| "there is no such check".to_owned())
+        },
+        get: |c| Some(quoted(c.store.upload_check.as_str())),
     },
     Key {
         path: "store.make_missing",
@@ -475,7 +483,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "cache.ram",
-        doc: "Memory for map nodes and data in front of the cache device.",
+        doc: "Memory for map nodes and data in front of the cache device. Map nodes, half of it, leave room for what else the\n\
+              process keeps in memory, down to a quarter of theirs.",
         expected: SIZE,
         sample: "",
         secret: false,

@@ -27,7 +27,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Place};
 pub use overrides::Overrides;
 pub use paths::client_socket;
-pub use value::{Bound, LogFormat, Secret, Size, SizeError, TenantAttach, UblkMode};
+pub use value::{Bound, LogFormat, Secret, Size, SizeError, TenantAttach, UblkMode, UploadCheck};
 
 /// Everything that the daemon can be told.
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -147,8 +147,8 @@ pub struct Store {
     pub credentials_file: Option<PathBuf>,
     /// Bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
-    /// Whether signatures cover what is uploaded.
-    pub sign_payload: bool,
+    /// What vouches for large uploads on their way.
+    pub upload_check: UploadCheck,
     /// Whether the daemon makes the bucket or the folder if there is none.
     pub make_missing: bool,
 }
@@ -166,7 +166,7 @@ impl Default for Store {
             credentials: None,
             credentials_file: None,
             path_style: None,
-            sign_payload: true,
+            upload_check: UploadCheck::Auto,
             make_missing: true,
         }
     }

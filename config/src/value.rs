@@ -233,6 +233,36 @@ impl UblkMode {
     }
 }
 
+/// What vouches for a large upload on its way to the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum UploadCheck {
+    /// Its CRC-64 if the server shows that it checks it, else the signature.
+    #[default]
+    Auto,
+    /// The request's signature, which covers its SHA-256.
+    Signature,
+    /// Its CRC-64 (CRC-64/NVME, in a header), without asking the server first.
+    Crc64Nvme,
+    /// Nothing but the connection.
+    None,
+}
+
+impl UploadCheck {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Signature, Self::Crc64Nvme, Self::None];
+
+    /// As written in the file.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Signature => "signature",
+            Self::Crc64Nvme => "crc64nvme",
+            Self::None => "none",
+        }
+    }
+}
+
 /// By what a tenant may attach its volumes to the host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum TenantAttach {

@@ -20,6 +20,7 @@ mod doctor;
 mod handover;
 pub mod kept;
 mod keys;
+mod memory;
 mod owners;
 mod quota;
 mod rates;
@@ -363,6 +364,8 @@ impl Daemon {
             runtime: tokio::runtime::Handle::current(),
             tracer,
         };
+        let watch = memory::watch(Arc::downgrade(&shared), Arc::clone(&common.fetches), ram);
+        tokio::spawn(watch);
         let tokens = Arc::new(lane.with_deadline(TOKENS_DEADLINE));
         let access = Access::new(&config.access, tokens, &config.daemon.data_dir)?;
         Ok(Arc::new(Self {

@@ -15,6 +15,7 @@ mod probe;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::store::upload::{self, AskError, Crc64};
 use crate::store::{OpenError, Place, Store, StoreError, StoreSettings};
 
 pub use probe::probe_conditional_writes;
@@ -33,6 +34,9 @@ pub enum ProvisionError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// What it checks uploads by could not be found out.
+    #[error("what the store checks uploads by is not known: {0}")]
+    Uploads(#[from] AskError),
     /// The bucket is not there.
     #[error("the bucket {bucket} does not exist: make it, or check its name")]
     BucketMissing {
@@ -106,6 +110,7 @@ impl ProvisionError {
         match self {
             Self::Store(error) => matches!(error, StoreError::Unavailable { .. }),
             Self::Bucket { transient, .. } => *transient,
+            Self::Uploads(error) => matches!(error, AskError::Store(_)),
             _ => false,
         }
     }
@@ -185,6 +190,11 @@ pub async fn examine(
                 let versions = bucket.check_versioning().await;
                 let versions = versions.map(|w| fits(w, "what is deleted is gone"));
                 looks.push(("versioning", versions));
+                let uploads = upload::ask(&s3).await.map(|crc64| match crc64 {
+                    Crc64::Checked => "the store checks their CRC-64",
+                    Crc64::NotChecked => "the store checks their signature, not their CRC-64",
+                });
+                looks.push(("uploads", uploads.map(str::to_owned).map_err(Into::into)));
             }
             Err(error) => looks.push(("keys", Err(error))),
         },

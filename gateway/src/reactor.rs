@@ -25,6 +25,7 @@ pub(crate) mod memory;
 mod op;
 mod rate;
 mod ring;
+mod runs;
 mod sync;
 mod token;
 mod trails;

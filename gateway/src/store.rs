@@ -23,12 +23,14 @@ pub mod direct;
 mod folder;
 mod health;
 mod lane;
+mod parts;
 mod s3;
 mod s3_error;
 mod settings;
 mod stats;
 #[cfg(test)]
 pub(crate) mod stub;
+pub mod upload;
 
 use std::fmt;
 use std::ops::Range;
@@ -75,6 +77,24 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// [`StoreError::NotFound`] if there is no such object, [`StoreError::WrongLength`] if it ends
     /// before the range does.
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError>;
+
+    /// Reads neighbouring parts of an object, of these lengths from `offset` on, with one request. Where it costs nothing,
+    /// each comes in memory of its own, in which the byte `lead` begins a page.
+    ///
+    /// # Errors
+    /// Those of [`Store::get_range`].
+    async fn get_parts(
+        &self,
+        key: &str,
+        offset: u64,
+        lens: &[usize],
+        _lead: usize,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        let len: usize = lens.iter().sum();
+        let mut whole = self.get_range(key, offset..offset + len as u64).await?;
+        let mut part = |len: &usize| whole.split_to(whole.len().min(*len));
+        Ok(lens.iter().map(&mut part).collect())
+    }
 
     /// Reads the first `len` bytes of an object, or all of it if it is shorter.
     ///
@@ -166,6 +186,15 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         (**self).get_range(key, range).await
+    }
+    async fn get_parts(
+        &self,
+        key: &str,
+        offset: u64,
+        lens: &[usize],
+        lead: usize,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        (**self).get_parts(key, offset, lens, lead).await
     }
     async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
         (**self).get_prefix(key, len).await

@@ -20,7 +20,7 @@ use crate::types::{
 };
 use crate::wire::{Reader, put_u8, put_u32, put_u64, put_varint, unzigzag, zigzag};
 
-pub use crate::frame::{decode_frame, is_encrypted};
+pub use crate::frame::{decode_frame, is_encrypted, open_frame};
 pub use crate::seal::{LogObject, Seal, classify, encode_seal};
 
 /// Bytes from which [`ChunkHeader::encoded_len`] tells the header's length.

@@ -21,10 +21,12 @@ use aes_gcm::aead::Generate;
 use aes_gcm::aes::Aes256;
 use aes_gcm::aes::cipher::BlockCipherEncrypt;
 use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit, Nonce, Tag};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::error::{FormatError, Result};
+use crate::page_vec::PageVec;
 use crate::types::{ChunkId, VolumeId};
 use crate::wire::Reader;
 
@@ -86,23 +88,27 @@ impl Compression {
         }
     }
 
-    /// The `raw_len` bytes that `stored` was made of, allocating that many and no more. Check
+    /// The `raw_len` bytes that `stored` was made of, from a page's beginning, allocating a page more than they are. Check
     /// `raw_len` against a limit first.
     ///
     /// # Errors
     /// If `stored` is no such stream, or gives any other length.
-    pub fn decompress(self, stored: &[u8], raw_len: usize, what: &'static str) -> Result<Vec<u8>> {
-        let raw = match self {
-            Self::None => (stored.len() == raw_len).then(|| stored.to_vec()),
-            Self::Lz4 => {
-                let mut raw = vec![0; raw_len];
-                let done = lz4_flex::block::decompress_into(stored, &mut raw).ok();
-                (done == Some(raw_len)).then_some(raw)
+    pub fn decompress(self, stored: &[u8], raw_len: usize, what: &'static str) -> Result<Bytes> {
+        let mut raw = PageVec::new(raw_len, 0);
+        raw.append_zeroes(raw_len);
+        let made = match self {
+            Self::None if stored.len() == raw_len => {
+                raw.filled_mut().copy_from_slice(stored);
+                Some(raw_len)
             }
-            Self::Zstd => zstd::bulk::decompress(stored, raw_len).ok(),
+            Self::None => None,
+            Self::Lz4 => lz4_flex::block::decompress_into(stored, raw.filled_mut()).ok(),
+            Self::Zstd => zstd::bulk::decompress_to_buffer(stored, raw.filled_mut()).ok(),
         };
-        raw.filter(|raw| raw.len() == raw_len)
-            .ok_or(FormatError::Decompress { what })
+        match made {
+            Some(made) if made == raw_len => Ok(raw.into()),
+            _ => Err(FormatError::Decompress { what }),
+        }
     }
 }
 
@@ -502,7 +508,7 @@ mod tests {
                 let (used, stored) = codec.compress(&raw);
                 prop_assert!(stored.len() <= raw.len());
                 let back = used.decompress(&stored, raw.len(), "test");
-                prop_assert_eq!(back.as_ref(), Ok(&raw));
+                prop_assert_eq!(back.as_deref(), Ok(&raw[..]));
                 if raw.len() > 1 {
                     prop_assert!(used.decompress(&stored, raw.len() - 1, "test").is_err());
                 }

@@ -145,6 +145,48 @@ pub fn decode_frame(
     raw_len_sectors_max: u32,
     keys: Option<&DataKeys>,
 ) -> Result<Bytes> {
+    Ok(
+        match decode(stored, chunk, index, raw_len_sectors_max, keys)? {
+            Content::AsStored(raw) => Bytes::copy_from_slice(raw),
+            Content::Made(raw) => raw,
+        },
+    )
+}
+
+/// As [`decode_frame`]; but content that is stored as it is is a part of `stored`, and no copy of it. What is made anew
+/// begins a page.
+///
+/// # Errors
+/// Those of [`decode_frame`].
+pub fn open_frame(
+    stored: &Bytes,
+    chunk: ChunkId,
+    index: u32,
+    raw_len_sectors_max: u32,
+    keys: Option<&DataKeys>,
+) -> Result<Bytes> {
+    Ok(
+        match decode(stored, chunk, index, raw_len_sectors_max, keys)? {
+            Content::AsStored(raw) => stored.slice_ref(raw),
+            Content::Made(raw) => raw,
+        },
+    )
+}
+
+/// Where a frame's raw content is.
+enum Content<'a> {
+    /// In the frame.
+    AsStored(&'a [u8]),
+    Made(Bytes),
+}
+
+fn decode<'a>(
+    stored: &'a [u8],
+    chunk: ChunkId,
+    index: u32,
+    raw_len_sectors_max: u32,
+    keys: Option<&DataKeys>,
+) -> Result<Content<'a>> {
     let mut reader = Reader::new(stored, WHAT);
     let header = reader.array::<12>()?;
     let crc = reader.u32()?;
@@ -196,8 +238,11 @@ pub fn decode_frame(
     }
     let raw_len = raw_sectors as usize * SECTOR_SIZE as usize;
     let compression = Compression::from_code(codecs & 0xf, WHAT)?;
-    let raw = match (Encryption::from_code(codecs >> 4, WHAT)?, keys) {
-        (Encryption::None, None) => compression.decompress(payload, raw_len, WHAT)?,
+    Ok(match (Encryption::from_code(codecs >> 4, WHAT)?, keys) {
+        (Encryption::None, None) => match compression {
+            Compression::None if payload.len() == raw_len => Content::AsStored(payload),
+            codec => Content::Made(codec.decompress(payload, raw_len, WHAT)?),
+        },
         (Encryption::None, Some(_)) => {
             return Err(FormatError::invalid(
                 WHAT,
@@ -213,13 +258,12 @@ pub fn decode_frame(
                     generation: generation.get(),
                 })?;
             let text = key.open(chunk, &additional_data(&identity, &header), payload, WHAT)?;
-            match compression {
-                Compression::None if text.len() == raw_len => text,
+            Content::Made(match compression {
+                Compression::None if text.len() == raw_len => text.into(),
                 codec => codec.decompress(&text, raw_len, WHAT)?,
-            }
+            })
         }
-    };
-    Ok(raw.into())
+    })
 }
 
 /// The raw length and the key's generation, of the field that version 2 shares between them.

@@ -13,6 +13,7 @@ pub mod journal;
 pub mod keys;
 pub mod map;
 pub mod page;
+pub mod page_vec;
 mod prologue;
 pub mod record;
 pub mod seal;
@@ -27,7 +28,7 @@ pub use chunk::{
 };
 pub use codec::{Compression, DataKey, DataKeys, Encryption, KeyGeneration};
 pub use error::FormatError;
-pub use frame::decode_frame;
+pub use frame::{decode_frame, open_frame};
 pub use head::{Deleted, Durability, Head, Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
 pub use journal::{JOURNAL_ENTRY_LEN, JournalHeader};
 pub use keys::{KeyName, NameError, SnapName, TenantName, VolumeName};
@@ -35,6 +36,7 @@ pub use page::{
     CacheKey, PAGE_SIZE, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentHeader,
     SegmentKind, Superblock,
 };
+pub use page_vec::PageVec;
 pub use prologue::HOST_LEN_MAX;
 pub use record::{
     CloneOf, CloneRecord, NameRecord, Rates, Suspended, TenantRecord, TenantSettings, TenantStore,

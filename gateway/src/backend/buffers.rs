@@ -12,9 +12,9 @@ use parking_lot::Mutex;
 use quarry_cache::AlignedBuf;
 use tokio::runtime::Handle;
 
-/// Buffers of each kind that are kept at most: chunks are made as many at a time as there are CPUs, and on their way to the
-/// store twice that.
-const KEPT_MAX: usize = 4;
+/// Buffers of each kind that are kept at most: as many as a daemon uploads at once. No more are than were in use at once,
+/// so that keeping them never makes the most memory more.
+const KEPT_MAX: usize = 16;
 
 /// A buffer larger than this is not kept: of a chunk as large as they are by default.
 const KEPT_BYTES_MAX: usize = 9 << 20;

@@ -19,18 +19,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::{Either, join, join_all, select};
-use quarry_objfmt::chunk::decode_frame;
+use quarry_objfmt::chunk::open_frame;
+use quarry_objfmt::frame::FRAME_HEADER_LEN;
 use quarry_objfmt::{ChunkId, VolumeId, keys};
 use quarry_volume::map::{Node, NodeRef};
 use quarry_volume::{DataError, Fetch, FrameName, FrameRef};
 
 use super::flights::{Flight, Flights, Sought, Waiting};
 use super::{Unsound, VolumeBackend, aside, insist};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::trace::{self, Step};
 
-/// What a frame costs in the RAM tier beside its content.
-const FRAME_ENTRY_BYTES: usize = 128;
+/// What a frame costs in the RAM tier beside its content: its entry, its header, and what it takes to begin a page.
+const FRAME_ENTRY_BYTES: usize = 128 + 16 + 4096;
 
 /// Frames up to this size together, stored and decoded, are decoded where they arrive: tens of microseconds, as many as it
 /// takes to wake another thread, for which a read that waits would wait. Two, if nobody says otherwise.
@@ -60,6 +61,12 @@ impl Fetches {
             frames: Flights::default(),
             nodes: Flights::default(),
         })
+    }
+
+    /// What the frames in memory take, in bytes; a little behind.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.held.weighted_size()
     }
 
     /// Drops what memory has of a volume's chunks for a group, and answers how many bytes that were.
@@ -210,15 +217,16 @@ impl VolumeBackend {
         foreground: bool,
     ) -> Result<Vec<Bytes>, DataError> {
         let object = keys::chunk_key(self.head.tenant(), chunk);
-        let (first, last) = (frames[0], frames[frames.len() - 1]);
-        let range = u64::from(first.stored_offset)
-            ..u64::from(last.stored_offset) + u64::from(last.stored_len);
+        let offset = u64::from(frames[0].stored_offset);
+        let lens: Vec<usize> = frames.iter().map(|f| f.stored_len as usize).collect();
+        let bytes = lens.iter().sum::<usize>() as u64;
         let store = self.common.reads(foreground);
         let attempt = || async {
             self.fetched.gets.fetch_add(1, Ordering::Relaxed);
-            let bytes = range.end - range.start;
             self.fetched.bytes.fetch_add(bytes, Ordering::Relaxed);
-            let stored = get_range(&**store, &object, &range).await?;
+            // Content that is stored as it is goes to the cache device from where it arrives.
+            let stored = store.get_parts(&object, offset, &lens, FRAME_HEADER_LEN);
+            let stored = stored.await.map_err(unsound)?;
             let decoded = self.decode(chunk, frames, stored).await;
             decoded.map_err(Unsound::Damaged)
         };
@@ -230,28 +238,19 @@ impl VolumeBackend {
         &self,
         chunk: ChunkId,
         frames: &[FrameRef],
-        stored: Bytes,
+        stored: Vec<Bytes>,
     ) -> Result<Vec<Bytes>, String> {
         let (frames, frame_sectors) = (frames.to_vec(), self.head.frame_sectors());
         let keys = self.keys();
         let decoded = frames.len() * frame_sectors as usize * 512;
-        let bytes = stored.len().max(decoded);
+        let bytes = decoded.max(stored.iter().map(Bytes::len).sum());
         let decode = move || {
-            let base = frames[0].stored_offset;
-            let part = |offset: u32, len: u32| {
-                let from = (offset - base) as usize;
-                stored
-                    .get(from..from + len as usize)
-                    .ok_or("the answer is too short")
+            let keys = keys.as_deref();
+            let open = |(frame, stored): (&FrameRef, &Bytes)| {
+                open_frame(stored, chunk, frame.index, frame_sectors, keys)
+                    .map_err(|e| e.to_string())
             };
-            frames
-                .iter()
-                .map(|frame| {
-                    let bytes = part(frame.stored_offset, frame.stored_len)?;
-                    decode_frame(bytes, chunk, frame.index, frame_sectors, keys.as_deref())
-                        .map_err(|e| e.to_string())
-                })
-                .collect()
+            frames.iter().zip(&stored).map(open).collect()
         };
         let _decoding = trace::open(Step::Decode, None);
         if bytes <= DECODED_HERE_BYTES_MAX {
@@ -357,7 +356,11 @@ pub(super) async fn get_range(
     range: &Range<u64>,
 ) -> Result<Bytes, Unsound> {
     let got = store.get_range(object, range.clone()).await;
-    got.map_err(|error| Unsound::Damaged(error.to_string()))
+    got.map_err(unsound)
+}
+
+fn unsound(error: StoreError) -> Unsound {
+    Unsound::Damaged(error.to_string())
 }
 
 pub(super) fn damaged(object: String, unsound: &Unsound) -> DataError {

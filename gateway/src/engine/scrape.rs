@@ -239,6 +239,7 @@ impl Daemon {
             reclaims: counts.reclaimed,
             index_bytes,
             node_bytes: nodes.bytes as u64,
+            node_max_bytes: nodes.budget as u64,
             node_hits: nodes.hits,
             node_misses: nodes.misses,
         }

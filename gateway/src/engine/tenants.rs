@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use quarry_config::UploadCheck;
 use quarry_objfmt::record::{TENANT_KIND, TenantRecord, TenantStore, decode_record, encode_record};
 use quarry_objfmt::{TenantName, TenantSettings, keys};
 use tokio::time::Instant;
@@ -393,7 +394,11 @@ fn settings_of(store: &TenantStore, home: &StoreSettings) -> StoreSettings {
         path_style: store
             .path_style
             .or_else(|| home.path_style.filter(|_| !own_server)),
-        unsigned_payload: home.unsigned_payload && !own_server,
+        // What was set for one server says nothing of another.
+        upload_check: match home.upload_check {
+            UploadCheck::Crc64Nvme | UploadCheck::None if own_server => UploadCheck::Auto,
+            check => check,
+        },
         make_missing: home.make_missing,
     }
 }

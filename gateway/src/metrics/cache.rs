@@ -21,6 +21,8 @@ pub struct CacheStats {
     pub index_bytes: u64,
     /// Memory of map nodes.
     pub node_bytes: u64,
+    /// How much it may be.
+    pub node_max_bytes: u64,
     /// Lookups of map nodes that memory had.
     pub node_hits: u64,
     /// Lookups of map nodes that the store had to give.
@@ -46,13 +48,19 @@ pub(super) static TABLE: &[Definition] = &[
     ),
     gauge(
         "quarry_cache_index_bytes",
-        "Memory of the index of what is cached and in the store, which the map nodes have that much less of, down to a quarter.",
+        "Memory of the index of what is cached and in the store, which the map nodes leave room for.",
         of!(Cache.index_bytes),
     ),
     gauge(
         "quarry_cache_node_bytes",
         "Memory of map nodes.",
         of!(Cache.node_bytes),
+    ),
+    gauge(
+        "quarry_cache_node_max_bytes",
+        "How much memory map nodes may have: half of cache.ram less the index and what the process has in memory for more \
+         than moments, but a quarter of it at least.",
+        of!(Cache.node_max_bytes),
     ),
     counter(
         "quarry_cache_node_hits_total",

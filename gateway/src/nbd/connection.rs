@@ -37,6 +37,9 @@ const BUFFER_BYTES_MAX: usize = 64 << 20;
 /// Memory kept for reuse, in bytes: 256 requests of 4 KiB and more.
 const BUFFER_KEPT_BYTES: usize = 4 << 20;
 
+/// The same as long as there are requests: 16 of 1 MiB, whose pages would else come from the kernel each time, zeroed.
+const BUFFER_KEPT_BUSY_BYTES: usize = 16 << 20;
+
 /// Most requests of a connection under way, replies not sent yet included. Keeps a send below the
 /// kernel's limit of 1024 parts.
 const REQUESTS_MAX: usize = 256;
@@ -155,7 +158,8 @@ impl Connection {
             expect: Expect::Header,
             receiving: Receiving::Idle,
             stalled: false,
-            pool: Pool::new(BUFFER_BYTES_MAX, BUFFER_KEPT_BYTES),
+            pool: Pool::new(BUFFER_BYTES_MAX, BUFFER_KEPT_BYTES)
+                .keeping_while_busy(BUFFER_KEPT_BUSY_BYTES),
             requests: Slab::with_capacity(REQUESTS_MAX),
             outbox: Vec::with_capacity(REQUESTS_MAX),
             outgoing: Outgoing {

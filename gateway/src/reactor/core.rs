@@ -23,6 +23,7 @@ use super::memory::Pool;
 use super::op::{CacheOp, Code, Hold, Step as Progress};
 use super::rate::Rate;
 use super::ring::{Completion, File as Target, Ring};
+use super::runs::Runs;
 use super::sync::Syncs;
 use super::token::Token;
 use super::trails::Trails;
@@ -113,6 +114,7 @@ pub(super) struct Fixed {
 pub(super) struct Core {
     pub(super) ring: Ring,
     pub(super) ops: Slab<CacheOp>,
+    pub(super) runs: Runs,
     pub(super) volumes: Slab<VolumeSlot>,
     pub(super) pages: Pool,
     pub(super) fills: WaitingFills,
@@ -163,6 +165,7 @@ impl Core {
                 config.buffer_entries,
             )?,
             ops: Slab::with_capacity(1024),
+            runs: Runs::default(),
             volumes: Slab::new(),
             pages: Pool::new(usize::MAX, PAGES_KEPT_BYTES),
             fills: WaitingFills::new(FILL_BYTES_MAX),
@@ -220,6 +223,7 @@ impl Core {
     fn complete(&mut self, completion: Completion) {
         match Token::unpack(completion.user_data) {
             Token::Op { index } => self.op_done(index, completion.result),
+            Token::Run { index } => self.run_done(index, completion.result),
             Token::FrontEnd { index, tag } => {
                 if !cqueue::more(completion.flags)
                     && let Some(slot) = self.front_ends.get_mut(index as usize)
@@ -249,6 +253,7 @@ impl Core {
                 self.run_volume(index);
             }
             let Some(index) = self.touched_front_ends.pop() else {
+                self.end_run();
                 return self.arm_holds();
             };
             self.with_front_end(index, FrontEnd::flush);
@@ -286,7 +291,7 @@ impl Core {
     }
 
     /// A cache operation's completion.
-    fn op_done(&mut self, index: u32, result: i32) {
+    pub(super) fn op_done(&mut self, index: u32, result: i32) {
         let op = &mut self.ops[index as usize];
         match op.advance(result) {
             Progress::Again => self.submit_op(index),

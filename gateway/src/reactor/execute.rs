@@ -13,6 +13,7 @@ use super::frontend::BufferKind;
 use super::memory::{ALIGNMENT, AlignedBuf, POOLED_BYTES_MAX, Pool};
 use super::op::{CacheOp, Code, Hold};
 use super::ring::File;
+use super::runs::Runs;
 use super::token::Token;
 use crate::latency::Timed;
 use crate::qos::now_ns;
@@ -380,8 +381,13 @@ impl Core {
             since_ns: self.batch_ns,
             hold,
         };
+        let may_go_along = Runs::may_take(&op);
         let index = index_of(self.ops.insert(op));
-        self.submit_op(index);
+        if may_go_along {
+            self.join_run(index);
+        } else {
+            self.submit_op(index);
+        }
     }
 
     /// Pushes the entry for what is left of an operation.
@@ -820,19 +826,20 @@ mod tests {
         reactor.shutdown();
     }
 
-    /// A front end that makes one read and looks at what it got.
-    struct OneRead {
+    /// A front end that makes one request, and looks at its buffer afterwards.
+    struct OneRequest {
+        op: Op,
         buf: AlignedBuf,
         found: mpsc::Sender<(Result<(), IoError>, u8)>,
         done: bool,
     }
 
-    impl FrontEnd for OneRead {
+    impl FrontEnd for OneRequest {
         fn start(&mut self, port: &mut Port<'_>) {
             // SAFETY: the buffer is ours until our drop, which comes after the request's end.
             let buffer = unsafe { Buffer::user(self.buf.ptr(), 65536) };
             let range = LbaRange::new(Lba::ZERO, Sectors::new(128)).unwrap();
-            port.request(Op::Read, range, buffer, 3);
+            port.request(self.op, range, buffer, 3);
         }
 
         fn op_done(&mut self, _: u32, _: i32, _: u32, _: &mut Port<'_>) {}
@@ -872,7 +879,8 @@ mod tests {
             ]
         });
         let (found, answers) = mpsc::channel();
-        let front_end = Box::new(OneRead {
+        let front_end = Box::new(OneRequest {
+            op: Op::Read,
             buf: AlignedBuf::zeroed(65536),
             found,
             done: false,
@@ -889,6 +897,92 @@ mod tests {
                 result: Ok(())
             }
         ));
+        reactor.shutdown();
+    }
+
+    /// 16 writes of a request, of 4 KiB each, to one place after the other but for a gap behind the fifth.
+    fn write_in_16(request: RequestId) -> Vec<Action> {
+        let write = |n: u32| Action::CacheWrite {
+            io: IoId(n.into()),
+            request,
+            buffer_offset: n * 4096,
+            offset: u64::from(n + u32::from(n >= 5)) * 4096,
+            len: 4096,
+        };
+        let done = Action::Complete {
+            request,
+            result: Ok(()),
+        };
+        (0..16).map(write).chain([done]).collect()
+    }
+
+    /// Makes that request, and answers how each of its writes ended and how many completions there were.
+    fn written_in_16(reactor: &super::super::Reactor) -> (Vec<Result<(), i32>>, u64) {
+        let handle = reactor.handle();
+        let (key, events, _) = add(&handle, Vec::new(), write_in_16);
+        let mut buf = AlignedBuf::zeroed(65536);
+        for n in 0..16 {
+            buf.copy_in(usize::from(n) * 4096, &[n + 1; 4096]);
+        }
+        let before = handle.stats().completions.load(Ordering::Relaxed);
+        let (found, answers) = mpsc::channel();
+        let front_end = Box::new(OneRequest {
+            op: Op::Write { fua: false },
+            buf,
+            found,
+            done: false,
+        });
+        handle
+            .send_blocking(Message::AddFrontEnd { key, front_end })
+            .unwrap();
+        assert_eq!(answers.recv_timeout(LIMIT).unwrap(), (Ok(()), 16));
+        let mut ends: Vec<_> = (0..16)
+            .map(|_| match events.recv_timeout(LIMIT).unwrap() {
+                Event::IoDone { io, result } => (io.0, result),
+                event => panic!("{event:?}"),
+            })
+            .collect();
+        ends.sort_unstable();
+        assert!(ends.iter().map(|(io, _)| *io).eq(0..16));
+        let completions = handle.stats().completions.load(Ordering::Relaxed) - before;
+        (
+            ends.into_iter().map(|(_, result)| result).collect(),
+            completions,
+        )
+    }
+
+    #[test]
+    fn small_writes_that_follow_each_other_go_to_the_device_together() {
+        let (reactor, cache) = reactor(1 << 20);
+        let (ends, completions) = written_in_16(&reactor);
+        assert_eq!(ends, [Ok(()); 16]);
+        let mut page = [0; 4096];
+        for n in 0..16_u8 {
+            let place = u64::from(n) + u64::from(n >= 5);
+            cache.read_exact_at(&mut page, place * 4096).unwrap();
+            assert_eq!(page, [n + 1; 4096], "write {n}");
+        }
+        cache.read_exact_at(&mut page, 5 * 4096).unwrap();
+        assert_eq!(page, [0; 4096], "the gap");
+        // Of 5, 8 and 3 writes; one or two more wake the reactor.
+        assert!((3..=6).contains(&completions), "{completions}");
+        reactor.shutdown();
+    }
+
+    #[test]
+    fn writes_that_fail_together_each_have_their_own_end() {
+        let config = super::super::ReactorConfig {
+            index: 7,
+            page_cache: None,
+            cache: std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap()),
+            sync_failure: Default::default(),
+            buffer_entries: 0,
+            cipher: None,
+        };
+        let reactor = super::super::Reactor::spawn(config).unwrap();
+        let (ends, completions) = written_in_16(&reactor);
+        assert_eq!(ends, [Err(libc::EBADF); 16]);
+        assert!(completions >= 16 + 3, "{completions}");
         reactor.shutdown();
     }
 }

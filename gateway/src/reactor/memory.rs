@@ -114,6 +114,8 @@ pub(crate) struct Pool {
     out_bytes: usize,
     out_bytes_max: usize,
     free_bytes_max: usize,
+    /// The same while some are out.
+    busy_bytes_max: usize,
 }
 
 impl Pool {
@@ -125,7 +127,15 @@ impl Pool {
             out_bytes: 0,
             out_bytes_max,
             free_bytes_max,
+            busy_bytes_max: free_bytes_max,
         }
+    }
+
+    /// As long as some are out, so much is kept: who sends one large request after another has the memory of those before,
+    /// and who is idle holds little.
+    pub(crate) const fn keeping_while_busy(mut self, bytes: usize) -> Self {
+        self.busy_bytes_max = bytes;
+        self
     }
 
     /// A buffer of at least `bytes`; `None` while the cap is reached. With nothing out it always
@@ -157,9 +167,18 @@ impl Pool {
     pub(crate) fn give(&mut self, buf: AlignedBuf) {
         let size = buf.capacity();
         self.out_bytes -= size;
-        if self.free_bytes + size <= self.free_bytes_max {
-            self.free_bytes += size;
-            self.free[class_of(size)].push(buf);
+        self.free_bytes += size;
+        self.free[class_of(size)].push(buf);
+        let kept_max = match self.out_bytes {
+            0 => self.free_bytes_max,
+            _ => self.busy_bytes_max,
+        };
+        for free in self.free.iter_mut().rev() {
+            while self.free_bytes > kept_max
+                && let Some(large) = free.pop()
+            {
+                self.free_bytes -= large.capacity();
+            }
         }
     }
 
@@ -202,6 +221,19 @@ mod tests {
         assert!(pool.take(1).is_none());
         pool.give(a);
         assert!(pool.take(1).is_some());
+    }
+
+    #[test]
+    fn pool_keeps_more_while_some_are_out() {
+        const MIB: usize = 1 << 20;
+        let mut pool = Pool::new(64 * MIB, 2 * MIB).keeping_while_busy(4 * MIB);
+        let out: Vec<_> = (0..8).map(|_| pool.take(MIB).unwrap()).collect();
+        let mut kept = Vec::new();
+        for buf in out {
+            pool.give(buf);
+            kept.push(pool.free_bytes / MIB);
+        }
+        assert_eq!(kept, [1, 2, 3, 4, 4, 4, 4, 2]);
     }
 
     #[test]

@@ -16,6 +16,11 @@ pub(super) enum Token {
         /// The index.
         index: u32,
     },
+    /// Several cache operations as one, by its index in the table of runs.
+    Run {
+        /// The index.
+        index: u32,
+    },
     /// An operation of a front end.
     FrontEnd {
         /// The front end.
@@ -51,6 +56,7 @@ impl Token {
             Self::Sync => (5, 0, 0),
             Self::Hold => (6, 0, 0),
             Self::Advice => (7, 0, 0),
+            Self::Run { index } => (8, index, 0),
             Self::Unknown => (0, 0, 0),
         };
         assert!(index <= INDEX_MAX, "an index that 28 bits do not hold");
@@ -69,6 +75,7 @@ impl Token {
             5 => Self::Sync,
             6 => Self::Hold,
             7 => Self::Advice,
+            8 => Self::Run { index },
             _ => Self::Unknown,
         }
     }
@@ -96,6 +103,7 @@ mod tests {
             Token::Sync,
             Token::Hold,
             Token::Advice,
+            Token::Run { index: INDEX_MAX },
             Token::Unknown,
         ] {
             assert_eq!(Token::unpack(token.pack()), token);

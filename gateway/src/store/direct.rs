@@ -201,10 +201,6 @@ impl DirectLane {
 
     fn over(settings: &S3Settings, lane: Lane, times: Times) -> Result<Self, OpenError> {
         let client = s3::client(settings)?;
-        let prefix = match settings.prefix.as_str() {
-            "" => String::new(),
-            prefix => format!("{prefix}/"),
-        };
         let signed = moka::sync::Cache::builder()
             .max_capacity(SIGNATURES_MAX)
             .time_to_live(SIGNATURE_USED_FOR)
@@ -212,7 +208,7 @@ impl DirectLane {
         Ok(Self {
             lane,
             client,
-            prefix,
+            prefix: s3::key_base(&settings.prefix),
             signed,
             pool: Pool::default(),
             head_bytes: AtomicUsize::new(0),

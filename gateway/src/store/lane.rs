@@ -463,6 +463,24 @@ impl Store for Lane {
         Ok(got)
     }
 
+    async fn get_parts(
+        &self,
+        key: &str,
+        offset: u64,
+        lens: &[usize],
+        lead: usize,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        let bytes = lens.iter().sum::<usize>();
+        let limit = self.limit(bytes as u64);
+        let store = &self.shared.store;
+        let read = || store.get_parts(key, offset, lens, lead);
+        let got = self
+            .run(Operation::GetRange, key, Some(bytes as u64), limit, read)
+            .await?;
+        self.accounts.read(bytes);
+        Ok(got)
+    }
+
     async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
         let limit = self.limit(len);
         let store = &self.shared.store;

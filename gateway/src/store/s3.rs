@@ -12,18 +12,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt as _;
+use hyper::header::HeaderMap;
 use object_store::aws::{
     AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsCredentialProvider, S3ConditionalPut,
 };
 use object_store::path::Path;
 use object_store::{
     BackoffConfig, ClientOptions, GetOptions, GetRange, GetResult, ObjectStore,
-    ObjectStoreExt as _, PutMode, PutOptions, RetryConfig, UpdateVersion,
+    ObjectStoreExt as _, PutMode, PutOptions, PutResult, RetryConfig, UpdateVersion,
 };
 use quarry_cache::Mutation;
 
 use super::credentials::Rotating;
+use super::parts::Parts;
 use super::s3_error::Asked;
+use super::upload::Unsigned;
 use super::{
     GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, S3Settings, Store, StoreError, Tag,
     check_key, check_list_prefix, check_range,
@@ -61,6 +64,8 @@ pub fn install_crypto() {
 #[derive(Clone)]
 pub struct S3Store {
     inner: Arc<dyn ObjectStore>,
+    /// Large uploads, other than signed.
+    unsigned: Option<Arc<Unsigned>>,
     /// What is put before each key: empty, or ends with `/`.
     prefix: String,
     description: String,
@@ -73,23 +78,18 @@ impl S3Store {
     /// [`OpenError::Client`] if the settings are none.
     pub fn open(settings: &S3Settings) -> Result<Self, OpenError> {
         let inner = client(settings)?;
-        Ok(Self::over(
-            Arc::new(inner),
-            &settings.prefix,
-            settings.describe(),
-        ))
+        let unsigned = Unsigned::open(settings, &inner)?.map(Arc::new);
+        let store = Self::over(Arc::new(inner), &settings.prefix, settings.describe());
+        Ok(Self { unsigned, ..store })
     }
 
     /// A store in `inner`, under `prefix`.
     #[must_use]
     pub fn over(inner: Arc<dyn ObjectStore>, prefix: &str, description: String) -> Self {
-        let prefix = match prefix {
-            "" => String::new(),
-            prefix => format!("{prefix}/"),
-        };
         Self {
             inner,
-            prefix,
+            unsigned: None,
+            prefix: key_base(prefix),
             description,
         }
     }
@@ -106,40 +106,45 @@ impl S3Store {
             mode,
             ..PutOptions::default()
         };
-        match self.inner.put_opts(&path, body.into(), options).await {
+        match self.upload(&path, body, options).await {
             Ok(done) => tag(asked, done.e_tag),
             Err(error) => Err(asked.explain(&error).unwrap_or_else(|| {
                 asked.unavailable("the server refuses a range that was not set")
             })),
         }
     }
+
+    async fn upload(
+        &self,
+        path: &Path,
+        body: Bytes,
+        options: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        if let Some(unsigned) = &self.unsigned
+            && let Some(client) = unsigned.client_for(body.len()).await
+        {
+            let put = client.put_opts(path, body.clone().into(), options.clone());
+            match put.await {
+                // It was refused as it came, and nothing was done.
+                Err(error) if unsigned.is_to_be_signed(&error) => {}
+                done => return done,
+            }
+        }
+        self.inner.put_opts(path, body.into(), options).await
+    }
 }
 
-/// The library's client for `settings`.
-pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
-    install_crypto();
-    let options = ClientOptions::new()
-        .with_allow_http(is_plain(settings))
-        .with_connect_timeout(CONNECT_TIME_MAX)
-        .with_read_timeout(READ_TIME_MAX)
-        .with_timeout(REQUEST_TIME_MAX)
-        .with_pool_idle_timeout(IDLE_TIME_MAX);
-    let mut builder = AmazonS3Builder::new()
-        .with_bucket_name(&settings.bucket)
-        .with_region(&settings.region)
-        .with_virtual_hosted_style_request(!settings.path_style)
-        .with_conditional_put(S3ConditionalPut::ETagMatch)
-        .with_unsigned_payload(settings.unsigned_payload)
-        .with_disable_bulk_delete(true)
-        .with_client_options(options)
-        .with_retry(RetryConfig {
-            backoff: BackoffConfig::default(),
-            max_retries: 0,
-            retry_timeout: Duration::ZERO,
-        });
-    if let Some(endpoint) = &settings.endpoint {
-        builder = builder.with_endpoint(endpoint_of(endpoint, settings));
+/// What all keys of a store with that prefix begin with: nothing, or what ends with `/`.
+pub(super) fn key_base(prefix: &str) -> String {
+    match prefix {
+        "" => String::new(),
+        prefix => format!("{prefix}/"),
     }
+}
+
+/// The library's client for `settings`, which signs all of a request.
+pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
+    let mut builder = builder(settings, HeaderMap::new());
     if let Some((source, profiles)) = &settings.source {
         let keys = Rotating::new(source.clone(), profiles.clone(), &settings.region);
         builder = builder.with_credentials(Arc::new(keys));
@@ -158,6 +163,41 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
             }
         }
     }
+    built(builder, settings)
+}
+
+/// What all clients for `settings` have in common, but the keys, with these headers in each request.
+pub(super) fn builder(settings: &S3Settings, headers: HeaderMap) -> AmazonS3Builder {
+    install_crypto();
+    let options = ClientOptions::new()
+        .with_default_headers(headers)
+        .with_allow_http(is_plain(settings))
+        .with_connect_timeout(CONNECT_TIME_MAX)
+        .with_read_timeout(READ_TIME_MAX)
+        .with_timeout(REQUEST_TIME_MAX)
+        .with_pool_idle_timeout(IDLE_TIME_MAX);
+    let builder = AmazonS3Builder::new()
+        .with_bucket_name(&settings.bucket)
+        .with_region(&settings.region)
+        .with_virtual_hosted_style_request(!settings.path_style)
+        .with_conditional_put(S3ConditionalPut::ETagMatch)
+        .with_disable_bulk_delete(true)
+        .with_client_options(options)
+        .with_retry(RetryConfig {
+            backoff: BackoffConfig::default(),
+            max_retries: 0,
+            retry_timeout: Duration::ZERO,
+        });
+    match &settings.endpoint {
+        Some(endpoint) => builder.with_endpoint(endpoint_of(endpoint, settings)),
+        None => builder,
+    }
+}
+
+pub(super) fn built(
+    builder: AmazonS3Builder,
+    settings: &S3Settings,
+) -> Result<AmazonS3, OpenError> {
     builder.build().map_err(|source| OpenError::Client {
         place: settings.describe(),
         source,
@@ -219,6 +259,30 @@ impl Store for S3Store {
         let (bytes, _) = self.read(key, range.clone()).await?;
         match bytes.len() as u64 {
             got if got == range.end - range.start || Mutation::TrustShortRead.is_on() => Ok(bytes),
+            got => Err(StoreError::wrong_length(key, &range, got)),
+        }
+    }
+
+    async fn get_parts(
+        &self,
+        key: &str,
+        offset: u64,
+        lens: &[usize],
+        lead: usize,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        let range = offset..offset + lens.iter().sum::<usize>() as u64;
+        check_range(key, &range)?;
+        let mut parts = Parts::new(lens, lead);
+        if let Some(got) = self.ask(key, range.clone()).await? {
+            let mut pieces = got.into_stream();
+            while parts.received() <= range.end - range.start
+                && let Some(piece) = pieces.try_next().await.map_err(|e| broken_off(key, &e))?
+            {
+                parts.receive(&piece);
+            }
+        }
+        match parts.received() {
+            got if got == range.end - range.start => Ok(parts.into_bytes()),
             got => Err(StoreError::wrong_length(key, &range, got)),
         }
     }
@@ -345,6 +409,18 @@ impl S3Store {
 
     /// What came of a range, and the object's size: nothing, and 0, if the object ends before it begins.
     async fn read(&self, key: &str, range: Range<u64>) -> Result<(Bytes, u64), StoreError> {
+        let Some(got) = self.ask(key, range.clone()).await? else {
+            return Ok((Bytes::new(), 0));
+        };
+        let size = got.meta.size;
+        match collect(got, range.end - range.start).await {
+            Ok(bytes) => Ok((bytes, size)),
+            Err(error) => Err(broken_off(key, &error)),
+        }
+    }
+
+    /// The beginning of an answer with these bytes; none if the object ends before they begin.
+    async fn ask(&self, key: &str, range: Range<u64>) -> Result<Option<GetResult>, StoreError> {
         let path = self.path(key)?;
         let asked = Asked {
             operation: Operation::GetRange,
@@ -356,19 +432,23 @@ impl S3Store {
         };
         let got = match self.inner.get_opts(&path, options).await {
             Ok(got) => got,
-            Err(error) => return asked.explain(&error).map_or(Ok((Bytes::new(), 0)), Err),
+            Err(error) => return asked.explain(&error).map_or(Ok(None), Err),
         };
-        let size = got.meta.size;
         if got.range.start != range.start {
             return Err(asked.unavailable(format!("got bytes from {} on", got.range.start)));
         }
-        match collect(got, range.end - range.start).await {
-            Ok(bytes) => Ok((bytes, size)),
-            Err(error) => Err(asked
-                .explain(&error)
-                .unwrap_or_else(|| asked.unavailable("the answer ended early"))),
-        }
+        Ok(Some(got))
     }
+}
+
+/// An answer that began well was not whole.
+fn broken_off(key: &str, error: &object_store::Error) -> StoreError {
+    let asked = Asked {
+        operation: Operation::GetRange,
+        key,
+    };
+    let explained = asked.explain(error);
+    explained.unwrap_or_else(|| asked.unavailable("the answer ended early"))
 }
 
 impl fmt::Debug for S3Store {
@@ -409,10 +489,10 @@ fn tag(asked: Asked<'_>, e_tag: Option<String>) -> Result<Tag, StoreError> {
 #[cfg(test)]
 pub(crate) mod tests {
     use object_store::memory::InMemory;
+    use quarry_config::UploadCheck;
 
     use super::*;
     use crate::store::contract;
-    use crate::store::stub::settings_at;
 
     /// The adapter over a store in memory.
     pub(crate) fn in_memory(prefix: &str) -> S3Store {
@@ -436,32 +516,6 @@ pub(crate) mod tests {
         assert!(store("a").get("x/2").await.is_err());
     }
 
-    #[tokio::test]
-    async fn signature_covers_what_is_uploaded_unless_it_is_left_out() {
-        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        for unsigned_payload in [false, true] {
-            let settings = S3Settings {
-                unsigned_payload,
-                ..settings_at(endpoint.clone())
-            };
-            let store = S3Store::open(&settings).unwrap();
-            let asking = tokio::spawn(async move { store.create("x", Bytes::new()).await });
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let mut head = vec![0; 4096];
-            let len = stream.read(&mut head).await.unwrap();
-            let head = String::from_utf8_lossy(&head[..len]).to_lowercase();
-            let is_unsigned = head.contains("x-amz-content-sha256: unsigned-payload");
-            assert_eq!(is_unsigned, unsigned_payload, "{head}");
-            assert!(head.contains("x-amz-content-sha256"), "{head}");
-            let answer =
-                b"HTTP/1.1 200 X\r\netag: \"1\"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-            stream.write_all(answer).await.unwrap();
-            asking.await.unwrap().unwrap();
-        }
-    }
-
     #[test]
     fn endpoint_has_the_bucket_in_its_host_only_if_asked_for() {
         let settings = |path_style| S3Settings {
@@ -473,7 +527,7 @@ pub(crate) mod tests {
             session_token: None,
             source: None,
             path_style,
-            unsigned_payload: false,
+            upload_check: UploadCheck::Auto,
         };
         assert_eq!(endpoint_of("https://h:1/", &settings(true)), "https://h:1");
         assert_eq!(

@@ -101,6 +101,15 @@ impl Asked<'_> {
     }
 }
 
+/// Whether the server wants none of what came, as it came: no word on what is there already, and none
+/// that it may take the same a moment later.
+pub(super) fn is_refusal(error: &object_store::Error) -> bool {
+    match status(&error.to_string()) {
+        Some(404 | 408 | 409 | 412 | 429) | None => false,
+        Some(status) => (400..500).contains(&status) || status == 501,
+    }
+}
+
 /// The HTTP status in a text of the library.
 fn status(text: &str) -> Option<u16> {
     let (_, rest) = text.split_once("status code: ")?;

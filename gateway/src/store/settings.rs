@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use quarry_config::Secret;
+use quarry_config::{Secret, UploadCheck};
 use url::Url;
 
 use super::credentials::UnknownSource;
@@ -36,8 +36,8 @@ pub struct StoreSettings {
     pub credentials_file: Option<PathBuf>,
     /// The bucket in the path rather than in the host name; none: yes with an endpoint, else no.
     pub path_style: Option<bool>,
-    /// Whether what is uploaded is left out of signatures.
-    pub unsigned_payload: bool,
+    /// What vouches for large uploads on their way.
+    pub upload_check: UploadCheck,
     /// Whether a bucket or folder that is missing is made.
     pub make_missing: bool,
 }
@@ -54,7 +54,7 @@ impl From<&quarry_config::Store> for StoreSettings {
             credentials: config.credentials.clone(),
             credentials_file: config.credentials_file.clone(),
             path_style: config.path_style,
-            unsigned_payload: !config.sign_payload,
+            upload_check: config.upload_check,
             make_missing: config.make_missing,
         }
     }
@@ -79,8 +79,8 @@ pub struct S3Settings {
     pub source: Option<(CredentialSource, Option<PathBuf>)>,
     /// The bucket in the path rather than in the host name.
     pub path_style: bool,
-    /// Whether what is uploaded is left out of signatures.
-    pub unsigned_payload: bool,
+    /// What vouches for large uploads on their way.
+    pub upload_check: UploadCheck,
 }
 
 impl S3Settings {
@@ -219,7 +219,7 @@ impl StoreSettings {
                     session_token: self.session_token.clone(),
                     source: source.map(|source| (source, self.credentials_file.clone())),
                     path_style: self.path_style.unwrap_or(self.endpoint.is_some()),
-                    unsigned_payload: self.unsigned_payload,
+                    upload_check: self.upload_check,
                 }))
             }
             _ => Err(refuse("it is of another kind", FORM)),

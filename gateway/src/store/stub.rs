@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use quarry_config::Secret;
+use quarry_config::{Secret, UploadCheck};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -107,6 +107,6 @@ pub(crate) fn settings_at(endpoint: String) -> S3Settings {
         session_token: None,
         source: None,
         path_style: true,
-        unsigned_payload: false,
+        upload_check: UploadCheck::Signature,
     }
 }

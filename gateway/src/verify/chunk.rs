@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use quarry_objfmt::chunk::{
-    CHUNK_PREFIX_LEN, ChunkHeader, ExtentBody, LogObject, classify, decode_frame, decode_header,
+    CHUNK_PREFIX_LEN, ChunkHeader, ExtentBody, LogObject, classify, decode_header, open_frame,
 };
 use quarry_objfmt::frame::FRAME_OVERHEAD_MAX;
 use quarry_objfmt::{ChunkId, DataLoc, Encryption, MapEntry, SECTOR_SIZE, WrappedKey, keys};
@@ -350,7 +350,8 @@ impl OneChunk<'_> {
                 let bytes = stored
                     .get(from..from + frame.stored as usize)
                     .ok_or("the answer is too short")?;
-                let raw = decode_frame(bytes, id, frame.index, frame_sectors, keys.as_deref())
+                let bytes = stored.slice_ref(bytes);
+                let raw = open_frame(&bytes, id, frame.index, frame_sectors, keys.as_deref())
                     .map_err(|e| e.to_string())?;
                 if frame.sectors * u64::from(SECTOR_SIZE) > raw.len() as u64 {
                     return Err("it holds less than the map says".to_owned());

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::aws::{AmazonS3, AmazonS3Builder, Checksum};
 use object_store::path::Path;
-use object_store::{ObjectStoreExt as _, PutPayload};
+use object_store::{ObjectStore as _, ObjectStoreExt as _, PutOptions};
 
 use crate::lab::{Lab, Store};
 use crate::report::{Report, Work};
@@ -33,12 +33,23 @@ pub fn measure(lab: &Lab, report: &mut Report) -> Result<()> {
 }
 
 pub fn client(store: &Store) -> Result<AmazonS3> {
-    let builder = AmazonS3Builder::new()
+    builder(store).build().context("the store's client")
+}
+
+fn builder(store: &Store) -> AmazonS3Builder {
+    AmazonS3Builder::new()
         .with_endpoint(format!("http://{}", store.address()))
         .with_allow_http(true)
         .with_access_key_id(ACCESS_KEY)
         .with_secret_access_key(SECRET_KEY)
-        .with_bucket_name(BUCKET);
+        .with_bucket_name(BUCKET)
+}
+
+/// One that has bodies checked as Quarry has them.
+fn by_crc(store: &Store) -> Result<AmazonS3> {
+    let builder = builder(store)
+        .with_unsigned_payload(true)
+        .with_checksum_algorithm(Checksum::CRC64NVME);
     builder.build().context("the store's client")
 }
 
@@ -49,16 +60,22 @@ async fn of_store(lab: &Lab, store: &Store, report: &mut Report) -> Result<()> {
     let body = Bytes::from(vec![0x5a; usize::try_from(OBJECT)?]);
     let rate = |begun: Instant| (lab.size >> 20) as f64 / begun.elapsed().as_secs_f64();
 
-    let begun = Instant::now();
-    stream::iter(0..count)
-        .map(|n| {
-            let (client, body) = (Arc::clone(&client), body.clone());
-            async move { client.put(&path(n), PutPayload::from_bytes(body)).await }
-        })
-        .buffer_unordered(AT_ONCE)
-        .try_for_each(|_| async { Ok(()) })
-        .await?;
-    report.add(Work::SequentialWrite, STORE, rate(begun));
+    let by_crc = by_crc(store)?;
+    for (work, client) in [
+        (Work::CheckedWrite, &by_crc),
+        (Work::SequentialWrite, &*client),
+    ] {
+        let begun = Instant::now();
+        stream::iter(0..count)
+            .map(|n| {
+                let (path, body) = (path(n), body.clone().into());
+                async move { client.put_opts(&path, body, PutOptions::default()).await }
+            })
+            .buffer_unordered(AT_ONCE)
+            .try_for_each(|_| async { Ok(()) })
+            .await?;
+        report.add(work, STORE, rate(begun));
+    }
 
     let begun = Instant::now();
     stream::iter(0..count)

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::store::{ACCESS_KEY, SECRET_KEY};
+use crate::store::{self, ACCESS_KEY, SECRET_KEY};
 
 /// What all targets have in common.
 pub struct Lab {
@@ -51,6 +51,7 @@ impl Store {
         let mut child = Command::new(std::env::current_exe()?)
             .args(["store", "--delay-ms", &lab.delay.as_millis().to_string()])
             .args(flags)
+            .envs(store::MALLOC)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;

@@ -135,6 +135,7 @@ fn main() -> Result<()> {
 }
 
 fn serve(delay: Duration, making_up: bool) -> Result<()> {
+    store::page_in();
     let memory = store::Memory::new(delay, making_up);
     let counted = memory.clone();
     let runtime = tokio::runtime::Runtime::new()?;

@@ -23,6 +23,7 @@ pub enum Work {
     FlushRoundsObject,
     PutsAFlush,
     SequentialWrite,
+    CheckedWrite,
     ColdSequentialRead,
     ColdRead,
     ColdReadP99,
@@ -33,7 +34,7 @@ pub enum Work {
 }
 
 use Work::{
-    Amplification, ColdRead, ColdReadP99, ColdSequentialRead, Flush, FlushRounds,
+    Amplification, CheckedWrite, ColdRead, ColdReadP99, ColdSequentialRead, Flush, FlushRounds,
     FlushRoundsObject, Memory, PutsAFlush, RandomWrite, ReadCpu, SequentialWrite, WarmRead,
     WriteCpu,
 };
@@ -48,6 +49,7 @@ impl Work {
             FlushRoundsObject => ("the same, each flush to the store", "writes/s"),
             PutsAFlush => ("PUTs of such a flush", ""),
             SequentialWrite => ("1 MiB sequential write, until all is in the store", "MiB/s"),
+            CheckedWrite => ("the same, by CRC-64, not signed", "MiB/s"),
             ColdSequentialRead => ("1 MiB sequential read, cold", "MiB/s"),
             ColdRead => ("4 KiB random read, cold, depth 1, median", "us"),
             ColdReadP99 => ("the same, 99th percentile", "us"),

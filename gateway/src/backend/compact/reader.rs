@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, stream};
-use quarry_objfmt::chunk::decode_frame;
+use quarry_objfmt::chunk::open_frame;
 use quarry_objfmt::{ChunkId, DataKeys, SECTOR_SIZE, keys};
 use quarry_volume::DataError;
 
@@ -229,8 +229,10 @@ fn cut_out(
                 let from = from.and_then(|from| usize::try_from(from).ok());
                 let from = from.ok_or("a frame lies before the answer")?;
                 let whole = window.stored.get(from..from + piece.at.stored_len as usize);
-                let whole = whole.ok_or("the answer is too short")?;
-                let raw = decode_frame(whole, chunk, index, frame_sectors, keys);
+                let whole = window
+                    .stored
+                    .slice_ref(whole.ok_or("the answer is too short")?);
+                let raw = open_frame(&whole, chunk, index, frame_sectors, keys);
                 &frame.insert((index, raw.map_err(|e| e.to_string())?)).1
             }
         };

@@ -63,6 +63,8 @@ pub struct NodeCache {
     /// The budget if there is nothing else.
     whole: usize,
     budget: usize,
+    /// What the process has in memory that nobody counts.
+    beside: u64,
     bytes: usize,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
@@ -80,6 +82,7 @@ impl NodeCache {
         Self {
             whole: budget,
             budget,
+            beside: 0,
             bytes: 0,
             slots: Vec::new(),
             free: Vec::new(),
@@ -120,9 +123,16 @@ impl NodeCache {
         self.bytes += bytes;
     }
 
+    /// Says how many bytes the process has in memory beside what it caches and indexes: from the next time on that room is
+    /// left, it is left for them too.
+    pub const fn set_beside(&mut self, bytes: u64) {
+        self.beside = bytes;
+    }
+
     /// Leaves so many bytes of its budget to what else is in memory, but for a share that stays; evicts what has no room
     /// then.
     pub fn leave(&mut self, bytes: u64) {
+        let bytes = bytes.saturating_add(self.beside);
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         let budget = self.whole.saturating_sub(bytes);
         let budget = budget.max(self.whole / LEAST_SHARE);
