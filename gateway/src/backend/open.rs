@@ -42,7 +42,7 @@ pub(crate) const HEADER_GUESS: u64 = 64 << 10;
 pub(super) const REOPENS_MAX: u32 = 3;
 
 /// Chunks of the log looked at side by side.
-pub(super) const REPLAY_CONCURRENCY: usize = 64;
+pub(super) const REPLAY_CONCURRENCY: usize = 16;
 
 /// Why a volume cannot be attached.
 #[derive(Debug, thiserror::Error)]

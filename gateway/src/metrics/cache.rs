@@ -56,16 +56,16 @@ pub(super) static TABLE: &[Definition] = &[
         "Memory of map nodes.",
         of!(Cache.node_bytes),
     ),
+    counter(
+        "quarry_cache_node_hits_total",
+        "Lookups of map nodes that memory had.",
+        of!(Cache.node_hits),
+    ),
     gauge(
         "quarry_cache_node_max_bytes",
         "How much memory map nodes may have: half of cache.ram less the index and what the process has in memory for more \
          than moments, but a quarter of it at least.",
         of!(Cache.node_max_bytes),
-    ),
-    counter(
-        "quarry_cache_node_hits_total",
-        "Lookups of map nodes that memory had.",
-        of!(Cache.node_hits),
     ),
     counter(
         "quarry_cache_node_misses_total",
