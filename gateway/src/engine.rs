@@ -303,7 +303,8 @@ impl Daemon {
             &dirty,
         );
         let ram = config.cache.ram.bytes();
-        let nodes = NodeCache::new(usize::try_from(ram / NODE_SHARE)?);
+        let mut nodes = NodeCache::new(usize::try_from(ram / NODE_SHARE)?);
+        nodes.set_beside(memory::beside(ram));
         let kept = KeptFrames::new(usize::try_from(ram / KEPT_SHARE)?);
         let shared = Arc::new(Mutex::new(Shared { cache, nodes, kept }));
         // What the journals name may be what the device lost.
@@ -364,8 +365,6 @@ impl Daemon {
             runtime: tokio::runtime::Handle::current(),
             tracer,
         };
-        let watch = memory::watch(Arc::downgrade(&shared), Arc::clone(&common.fetches), ram);
-        tokio::spawn(watch);
         let tokens = Arc::new(lane.with_deadline(TOKENS_DEADLINE));
         let access = Access::new(&config.access, tokens, &config.daemon.data_dir)?;
         Ok(Arc::new(Self {

@@ -38,6 +38,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use quarry_objfmt::PageVec;
 
 pub(crate) use credentials::aws_http;
 pub use credentials::{CredentialSource, UnknownSource};
@@ -78,8 +79,8 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// before the range does.
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError>;
 
-    /// Reads neighbouring parts of an object, of these lengths from `offset` on, with one request. Where it costs nothing,
-    /// each comes in memory of its own, in which the byte `lead` begins a page.
+    /// Reads neighbouring parts of an object, of these lengths from `offset` on, with one request: each in memory of its
+    /// own, in which the byte `lead` begins a page.
     ///
     /// # Errors
     /// Those of [`Store::get_range`].
@@ -88,11 +89,16 @@ pub trait Store: fmt::Debug + Send + Sync {
         key: &str,
         offset: u64,
         lens: &[usize],
-        _lead: usize,
+        lead: usize,
     ) -> Result<Vec<Bytes>, StoreError> {
         let len: usize = lens.iter().sum();
         let mut whole = self.get_range(key, offset..offset + len as u64).await?;
-        let mut part = |len: &usize| whole.split_to(whole.len().min(*len));
+        let mut part = |len: &usize| {
+            // Not a slice: whoever keeps a part would keep all of them.
+            let mut part = PageVec::new(*len, lead);
+            part.append(&whole.split_to(whole.len().min(*len)));
+            part.into()
+        };
         Ok(lens.iter().map(&mut part).collect())
     }
 

@@ -35,8 +35,9 @@ struct Pool {
 struct Kept {
     raw: Vec<AlignedBuf>,
     encoded: Vec<Vec<u8>>,
-    /// Since somebody last looked whether they are used.
-    used: bool,
+    /// How many of each were never taken since somebody last looked.
+    idle_raw: usize,
+    idle_encoded: usize,
     /// Somebody looks.
     watched: bool,
 }
@@ -51,7 +52,10 @@ impl Buffers {
 
     /// Memory for what a chunk holds, of this length; its content is of before, or zero.
     pub(super) fn raw(&self, len: usize) -> AlignedBuf {
-        let kept = self.0.as_ref().and_then(|pool| pool.kept.lock().raw.pop());
+        let kept = self.0.as_ref().and_then(|pool| {
+            let kept = &mut *pool.kept.lock();
+            take(&mut kept.raw, &mut kept.idle_raw)
+        });
         match kept {
             Some(mut kept) => {
                 kept.set_len(len);
@@ -69,10 +73,10 @@ impl Buffers {
 
     /// Memory for a chunk.
     pub(super) fn encoded(&self) -> Vec<u8> {
-        let kept = self
-            .0
-            .as_ref()
-            .and_then(|pool| pool.kept.lock().encoded.pop());
+        let kept = self.0.as_ref().and_then(|pool| {
+            let kept = &mut *pool.kept.lock();
+            take(&mut kept.encoded, &mut kept.idle_encoded)
+        });
         kept.unwrap_or_default()
     }
 
@@ -90,7 +94,6 @@ impl Buffers {
             return;
         };
         let mut kept = pool.kept.lock();
-        kept.used = true;
         let is_watched = mem::replace(&mut kept.watched, true);
         let of = of(&mut kept);
         if of.len() < KEPT_MAX {
@@ -103,13 +106,28 @@ impl Buffers {
     }
 }
 
-/// Gives them back once nobody has used them for [`KEPT_TIME`].
+fn take<T>(kept: &mut Vec<T>, idle: &mut usize) -> Option<T> {
+    let taken = kept.pop();
+    *idle = kept.len().min(*idle);
+    taken
+}
+
+/// Gives up the oldest, as many as nobody took.
+fn give_up<T>(kept: &mut Vec<T>, idle: &mut usize) {
+    kept.drain(..*idle);
+    *idle = kept.len();
+}
+
+/// Gives back those that nobody has taken for [`KEPT_TIME`].
 async fn watch(pool: Arc<Pool>) {
     loop {
         tokio::time::sleep(KEPT_TIME).await;
         let mut kept = pool.kept.lock();
-        if !mem::take(&mut kept.used) {
-            drop(mem::take(&mut *kept));
+        let kept = &mut *kept;
+        give_up(&mut kept.raw, &mut kept.idle_raw);
+        give_up(&mut kept.encoded, &mut kept.idle_encoded);
+        if kept.raw.is_empty() && kept.encoded.is_empty() {
+            kept.watched = false;
             return;
         }
     }

@@ -63,12 +63,6 @@ impl Fetches {
         })
     }
 
-    /// What the frames in memory take, in bytes; a little behind.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.held.weighted_size()
-    }
-
     /// Drops what memory has of a volume's chunks for a group, and answers how many bytes that were.
     pub fn evict(&self, group: u32, volume: VolumeId) -> u64 {
         let mut bytes = 0;

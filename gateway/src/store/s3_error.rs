@@ -101,6 +101,13 @@ impl Asked<'_> {
     }
 }
 
+/// Whether the server refuses a body because it is not as its checksum says.
+pub(super) fn is_wrong_checksum(error: &object_store::Error) -> bool {
+    let text = error.to_string();
+    let code = element(&text, "Code").unwrap_or_default();
+    status(&text) == Some(400) && (code.contains("Digest") || code.contains("Checksum"))
+}
+
 /// Whether the server wants none of what came, as it came: no word on what is there already, and none
 /// that it may take the same a moment later.
 pub(super) fn is_refusal(error: &object_store::Error) -> bool {

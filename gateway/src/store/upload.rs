@@ -24,7 +24,7 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use super::s3::{self, builder, built};
-use super::s3_error::is_refusal;
+use super::s3_error::{is_refusal, is_wrong_checksum};
 use super::{OpenError, S3Settings};
 
 /// From so many bytes on it is worth while to spare a body's SHA-256: chunks, and no heads.
@@ -188,30 +188,28 @@ async fn ask_by(settings: &S3Settings, keys: &AwsCredentialProvider) -> Result<C
     let wrong = unsigned(settings, keys, wrong);
     let right = unsigned(settings, keys, HeaderMap::new());
     let right = right.with_checksum_algorithm(Checksum::CRC64NVME);
-    // The wrong one first: nothing is to be learnt of the other if that is taken.
-    for (client, is_right) in [(wrong, false), (right, true)] {
-        if put_probe(&built(client, settings)?, settings).await? != is_right {
-            return Ok(Crc64::NotChecked);
-        }
+    match put_probe(&built(right, settings)?, settings).await {
+        Ok(()) => {}
+        Err(error) if is_refusal(&error) => return Ok(Crc64::NotChecked),
+        Err(error) => return Err(error.into()),
     }
-    Ok(Crc64::Checked)
+    match put_probe(&built(wrong, settings)?, settings).await {
+        Ok(()) => Ok(Crc64::NotChecked),
+        // For that reason: any other says nothing, such as keys that have run out between the two.
+        Err(error) if is_wrong_checksum(&error) => Ok(Crc64::Checked),
+        Err(error) => Err(error.into()),
+    }
 }
 
-/// Whether the server took it.
-async fn put_probe(client: &AmazonS3, settings: &S3Settings) -> object_store::Result<bool> {
+async fn put_probe(client: &AmazonS3, settings: &S3Settings) -> object_store::Result<()> {
     let key = format!("{}probe/{}", s3::key_base(&settings.prefix), Uuid::new_v4());
     let path = Path::from(key);
-    match client.put(&path, Bytes::from_static(PROBE).into()).await {
-        Ok(_) => {
-            // A leftover does no harm.
-            if let Err(error) = client.delete(&path).await {
-                tracing::debug!(%error, "an object of the probe is left");
-            }
-            Ok(true)
-        }
-        Err(error) if is_refusal(&error) => Ok(false),
-        Err(error) => Err(error),
+    client.put(&path, Bytes::from_static(PROBE).into()).await?;
+    // A leftover does no harm.
+    if let Err(error) = client.delete(&path).await {
+        tracing::debug!(%error, "an object of the probe is left");
     }
+    Ok(())
 }
 
 /// A client that leaves bodies unsigned, and has these headers in each request.
@@ -245,6 +243,8 @@ mod tests {
         checks: AtomicBool,
         /// Refuses all checksums.
         knows_none: AtomicBool,
+        /// Refuses what has a wrong one for another reason.
+        keys_run_out: AtomicBool,
         /// Answers nothing but that it has too much to do.
         is_busy: AtomicBool,
         /// Of PUTs: the key, and whether its body was signed.
@@ -272,6 +272,8 @@ mod tests {
         let is_wrong = crc == Some("AAAAAAAAAAA=");
         let (status, code) = if is(&stub.is_busy) {
             (StatusCode::SERVICE_UNAVAILABLE, "<Code>SlowDown</Code>")
+        } else if is(&stub.keys_run_out) && is_wrong {
+            (StatusCode::FORBIDDEN, "<Code>AccessDenied</Code>")
         } else if is(&stub.checks) && is_wrong {
             (StatusCode::BAD_REQUEST, "<Code>BadDigest</Code>")
         } else if is(&stub.knows_none) && crc.is_some() {
@@ -345,8 +347,8 @@ mod tests {
             store.create("c", Bytes::from_static(b"c")).await.unwrap();
             assert_eq!(stub.asked(), 0);
             assert_eq!(stub.signed(), [is_signed, true]);
-            // Nothing of the probe is left that was taken.
-            let taken = usize::from(!knows_none);
+            // Nothing of the two probes is left that was taken: the right one, and the wrong one where none is checked.
+            let taken = usize::from(!knows_none) + usize::from(!knows_none && !checks);
             assert_eq!(stub.deleted.lock().len(), 2 * taken);
         }
     }
@@ -392,6 +394,17 @@ mod tests {
         stub.is_busy.store(false, Ordering::Relaxed);
         store.create("b", large()).await.unwrap();
         assert_eq!(stub.asked(), 0);
+        assert_eq!(stub.signed(), [true]);
+    }
+
+    #[tokio::test]
+    async fn refusal_for_another_reason_proves_nothing() {
+        let (stub, settings) = server().await;
+        stub.keys_run_out.store(true, Ordering::Relaxed);
+        assert!(ask(&settings).await.is_err());
+        stub.signed();
+        let store = store(&settings, UploadCheck::Auto);
+        store.create("a", large()).await.unwrap();
         assert_eq!(stub.signed(), [true]);
     }
 

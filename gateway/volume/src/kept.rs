@@ -34,11 +34,6 @@ pub struct KeptFrames {
 }
 
 impl KeptFrames {
-    /// How many bytes they are.
-    pub(crate) const fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// With room for `bytes_max` bytes.
     #[must_use]
     pub fn new(bytes_max: usize) -> Self {

@@ -57,12 +57,6 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// What of it is in memory, in bytes: the index, the nodes, the frames.
-    #[must_use]
-    pub fn memory_bytes(&self) -> u64 {
-        self.cache.index_bytes() + (self.nodes.stats().bytes + self.kept.bytes()) as u64
-    }
-
     /// Forgets the copies that are held for `group` of what `volume` has in the store. Answers how many bytes they are, on
     /// the cache device and in memory.
     pub fn evict(&mut self, group: u32, volume: VolumeId) -> (u64, u64) {

@@ -353,7 +353,6 @@ impl Volume {
             .iter()
             .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
         let due = wb.log.chunks >= tuning.checkpoint_chunks
-            || wb.log.sectors >= tuning.checkpoint_sectors
             || self.log_is_much()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;
@@ -391,8 +390,9 @@ impl Volume {
     /// Whether the log covers so much of the volume that it is to be folded before it is long.
     fn log_is_much(&self) -> bool {
         let log = self.writeback.log;
+        let much = self.params.size.get() / CHECKPOINT_SHARE;
         log.chunks >= CHECKPOINT_CHUNKS_MIN
-            && log.sectors >= self.params.size.get() / CHECKPOINT_SHARE
+            && log.sectors >= much.min(self.params.tuning.checkpoint_sectors)
     }
 
     pub(super) fn checkpointed(&mut self, root: Arc<MapRoot>, upto: ChunkSeq, cx: &mut Cx<'_>) {

@@ -317,9 +317,10 @@ impl Volume {
         self.log_entries += extents;
         let tuning = &self.settings.tuning;
         let much = self.log_chunks >= CHECKPOINT_CHUNKS_MIN
-            && self.log_covered >= self.blocks() * SECTORS_A_BLOCK / CHECKPOINT_SHARE;
+            && self.log_covered
+                >= (self.blocks() * SECTORS_A_BLOCK / CHECKPOINT_SHARE)
+                    .min(tuning.checkpoint_sectors);
         if much
-            || self.log_covered >= tuning.checkpoint_sectors
             || self.log_chunks >= tuning.checkpoint_chunks
             || self.log_entries >= tuning.checkpoint_entries as u64
         {
