@@ -250,11 +250,8 @@ pub(crate) const KEYS: &[Key] = &[
         sample: "",
         secret: false,
         set: |c, v, _| {
-            let text = text(v)?;
-            let found = TenantAttach::ALL.into_iter().find(|t| t.as_str() == text);
-            found
-                .map(|t| c.access.tenant_attach = t)
-                .ok_or_else(|| "there is no such way".to_owned())
+            one_of(v, TenantAttach::ALL, TenantAttach::as_str, "way")
+                .map(|way| c.access.tenant_attach = way)
         },
         get: |c| Some(quoted(c.access.tenant_attach.as_str())),
     },
@@ -395,11 +392,8 @@ pub(crate) const KEYS: &[Key] = &[
         sample: "",
         secret: false,
         set: |c, v, _| {
-            let text = text(v)?;
-            let check = UploadCheck::ALL.into_iter().find(|m| m.as_str() == text);
-            check
-                .map(|m| c.store.upload_check = m)
-                .ok_or_else(|| "there is no such check".to_owned())
+            one_of(v, UploadCheck::ALL, UploadCheck::as_str, "check")
+                .map(|check| c.store.upload_check = check)
         },
         get: |c| Some(quoted(c.store.upload_check.as_str())),
     },
@@ -561,10 +555,7 @@ pub(crate) const KEYS: &[Key] = &[
         sample: "",
         secret: false,
         set: |c, v, _| {
-            let text = text(v)?;
-            let mode = UblkMode::ALL.into_iter().find(|m| m.as_str() == text);
-            mode.map(|m| c.ublk.mode = m)
-                .ok_or_else(|| "there is no such mode".to_owned())
+            one_of(v, UblkMode::ALL, UblkMode::as_str, "mode").map(|mode| c.ublk.mode = mode)
         },
         get: |c| Some(quoted(c.ublk.mode.as_str())),
     },
@@ -823,6 +814,18 @@ fn list(texts: &[String]) -> String {
 
 fn boolean(value: &DeValue<'_>) -> Result<bool, String> {
     value.as_bool().ok_or_else(|| wrong_type(value))
+}
+
+/// One of `all`, by its word; `kind` says what there is none of.
+fn one_of<T: Copy, const N: usize>(
+    value: &DeValue<'_>,
+    all: [T; N],
+    word: impl Fn(T) -> &'static str,
+    kind: &str,
+) -> Result<T, String> {
+    let text = text(value)?;
+    let found = all.into_iter().find(|one| word(*one) == text);
+    found.ok_or_else(|| format!("there is no such {kind}"))
 }
 
 fn parsed<T: FromStr<Err: Display>>(value: &DeValue<'_>) -> Result<T, String> {

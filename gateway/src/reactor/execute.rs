@@ -739,18 +739,22 @@ mod tests {
         assert!(matches!(events.recv_timeout(LIMIT).unwrap(), Event::Stop));
     }
 
-    #[test]
-    fn cache_write_that_fails_says_its_errno() {
-        let file = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap());
+    /// Its cache device is open for reading alone.
+    fn reactor_that_cannot_write() -> super::super::Reactor {
         let config = super::super::ReactorConfig {
             index: 7,
             page_cache: None,
-            cache: file,
+            cache: std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap()),
             sync_failure: Default::default(),
             buffer_entries: 0,
             cipher: None,
         };
-        let reactor = super::super::Reactor::spawn(config).unwrap();
+        super::super::Reactor::spawn(config).unwrap()
+    }
+
+    #[test]
+    fn cache_write_that_fails_says_its_errno() {
+        let reactor = reactor_that_cannot_write();
         let page = Action::WritePage {
             io: IoId(1),
             offset: 0,
@@ -971,15 +975,7 @@ mod tests {
 
     #[test]
     fn writes_that_fail_together_each_have_their_own_end() {
-        let config = super::super::ReactorConfig {
-            index: 7,
-            page_cache: None,
-            cache: std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap()),
-            sync_failure: Default::default(),
-            buffer_entries: 0,
-            cipher: None,
-        };
-        let reactor = super::super::Reactor::spawn(config).unwrap();
+        let reactor = reactor_that_cannot_write();
         let (ends, completions) = written_in_16(&reactor);
         assert_eq!(ends, [Err(libc::EBADF); 16]);
         assert!(completions >= 16 + 3, "{completions}");
