@@ -26,6 +26,8 @@ pub enum Mutation {
     TrustFailedFill,
     /// A frame that was read ahead is found for any chunk of its volume and epoch.
     KeptOfAnyChunk,
+    /// What was kept of a segment's writes stays when it is begun anew.
+    KeptWritesOfBefore,
     /// Recovery takes what is behind a gap too.
     IgnoreGap,
     /// Recovery leaves what it cut off on the device.
@@ -64,7 +66,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::NoSyncBeforeRecords,
         Self::FlushBeforeRecords,
         Self::FuaAsPlainWrite,
@@ -75,6 +77,7 @@ impl Mutation {
         Self::ReclaimPinned,
         Self::TrustFailedFill,
         Self::KeptOfAnyChunk,
+        Self::KeptWritesOfBefore,
         Self::IgnoreGap,
         Self::LeaveWhatWasCut,
         Self::MergeStale,

@@ -80,6 +80,7 @@ fn main() {
         index: 0,
         page_cache: None,
         cache: Arc::new(cache),
+        kept_writes: Default::default(),
         sync_failure: Default::default(),
         buffer_entries: 0,
         cipher: None,

@@ -31,17 +31,15 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use quarry_cache::{BlockDevice, Branch};
+use quarry_cache::{AlignedBuf, BlockDevice, Branch};
 use quarry_objfmt::chunk::{
     ChunkExtent, ChunkHeader, ChunkParams, EncodedChunk, ExtentBody, encode_chunk_in,
 };
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Head, RootRef};
-use quarry_objfmt::{
-    ChunkSeq, DataKey, DataKeys, Encryption, SECTOR_SIZE, SnapshotRef, VolumeId, keys,
-};
+use quarry_objfmt::{ChunkSeq, DataKey, DataKeys, Encryption, SnapshotRef, VolumeId, keys};
 use quarry_volume::map::MapRoot;
-use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, Report};
+use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, PlannedExtent, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::oneshot;
 use tokio::task::JoinError;
@@ -62,6 +60,7 @@ pub use reclaim::{ReclaimSettings, Reclaimed};
 pub use warm::Warmed;
 
 use crate::fair::{Gate, Share};
+use crate::kept_writes::{KeptWrites, Part};
 use crate::reactor::{BackendSink, Message, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
 use crate::store::{Store, StoreError};
@@ -94,6 +93,8 @@ pub struct Common {
     pub direct: Arc<DirectWay>,
     /// The cache device, for reading what is uploaded.
     pub device: Arc<dyn BlockDevice>,
+    /// What of that is in memory still.
+    pub kept_writes: Arc<KeptWrites>,
     /// The RAM tier, and what is being fetched.
     pub fetches: Arc<Fetches>,
     /// For whom the work is.
@@ -523,7 +524,8 @@ impl VolumeBackend {
             let how = self.how(cut_ms);
             let _encoding = trace::open(Step::Encode, None);
             let buffers = self.common.buffers.clone();
-            let encode = move || make_chunk(&*device, &plan, &how, &buffers);
+            let kept = Arc::clone(&self.common.kept_writes);
+            let encode = move || make_chunk(&*device, &kept, &plan, &how, &buffers);
             match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
@@ -665,23 +667,17 @@ impl How {
 /// Reads the plan's data from the cache device and encodes the chunk. Blocking.
 fn make_chunk(
     device: &dyn BlockDevice,
+    kept: &KeptWrites,
     plan: &ChunkPlan,
     how: &How,
     buffers: &Buffers,
 ) -> std::io::Result<EncodedChunk> {
-    let sectors = |len: u64| u32::try_from(len).expect("a chunk's runs are short");
     let mut extents = Vec::with_capacity(plan.extents.len());
-    let mut reads: Vec<(u64, usize)> = Vec::new();
     let mut raw_sectors = 0;
     for extent in &plan.extents {
-        let len = sectors(extent.range.len().get());
+        let len = u32::try_from(extent.range.len().get()).expect("a chunk's runs are short");
         let body = match extent.source {
-            ExtentSource::Cache { offset } => {
-                let bytes = len as usize * SECTOR_SIZE as usize;
-                match reads.last_mut() {
-                    Some((from, run)) if *from + *run as u64 == offset => *run += bytes,
-                    _ => reads.push((offset, bytes)),
-                }
+            ExtentSource::Cache { .. } => {
                 let raw = raw_sectors;
                 raw_sectors += len;
                 ExtentBody::Data { raw }
@@ -695,12 +691,42 @@ fn make_chunk(
             body,
         });
     }
-    let mut raw = buffers.raw(raw_sectors as usize * SECTOR_SIZE as usize);
+    let runs = || {
+        let run = |extent: &PlannedExtent| match extent.source {
+            ExtentSource::Cache { offset } => Some(offset..offset + extent.range.len().bytes()),
+            ExtentSource::Zero | ExtentSource::Discard => None,
+        };
+        plan.extents.iter().filter_map(run)
+    };
+    let parts = kept.find(runs());
+    let missing = |part: &Part| match part {
+        Part::Kept { .. } => 0,
+        Part::Missing(run) => usize::try_from(run.end - run.start).expect("a chunk is short"),
+    };
+    let mut read = buffers.raw(parts.iter().map(missing).sum());
     let mut at = 0;
-    for (offset, len) in reads {
-        device.read_data(&mut raw, at..at + len, offset)?;
-        at += len;
+    for part in &parts {
+        if let Part::Missing(run) = part {
+            let len = missing(part);
+            device.read_data(&mut read, at..at + len, run.start)?;
+            at += len;
+        }
     }
+    debug_assert!(
+        parts.iter().all(|part| is_on_device(device, part)),
+        "what is kept of a chunk's data is not what the cache device has"
+    );
+    let mut unused = &read[..];
+    let pieces: Vec<&[u8]> = parts
+        .iter()
+        .map(|part| match part {
+            Part::Kept { data, .. } => &data[..],
+            Part::Missing(_) => {
+                let len = missing(part);
+                unused.split_off(..len).expect("so many were read")
+            }
+        })
+        .collect();
     let params = ChunkParams {
         id: plan.id,
         first_write: plan.first_write,
@@ -710,8 +736,20 @@ fn make_chunk(
         compression: how.compression,
         key: how.key(),
     };
-    let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &raw);
-    buffers.give_raw(raw);
+    let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &pieces);
+    drop(pieces);
+    buffers.give_raw(read);
+    kept.forget(runs());
     let bytes = buffers.lend(out, start);
     Ok(EncodedChunk { bytes, header })
+}
+
+/// Whether a part that is kept is what the device has there, as far as it can be read.
+fn is_on_device(device: &dyn BlockDevice, part: &Part) -> bool {
+    let Part::Kept { at, data } = part else {
+        return true;
+    };
+    let mut there = AlignedBuf::zeroed(data.len());
+    let read = device.read_data(&mut there, 0..data.len(), *at);
+    read.is_err() || there[..] == **data
 }

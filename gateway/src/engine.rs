@@ -72,6 +72,7 @@ use crate::control::{
     VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
+use crate::kept_writes::{KEPT_WRITE_AGE_MAX, KEPT_WRITE_BYTES_MAX, KeptWrites};
 use crate::keys::KeyService;
 use crate::latency::{Latencies, Timed};
 use crate::metrics;
@@ -100,6 +101,10 @@ const NODE_SHARE: u64 = 2;
 
 /// Share of it that what was read ahead gets: two sequential readers at their fastest, by default.
 const KEPT_SHARE: u64 = 8;
+
+/// The part of `cache.ram` that large writes may have beside it until their chunk is made, as memory that chunks are made in is
+/// beside it: less than `KEPT_WRITE_BYTES_MAX` where that is small.
+const KEPT_WRITES_SHARE: u64 = 8;
 
 /// A volume as the reactor drives it: the state machine, with the lock on what all volumes share.
 pub struct VolumeMachine {
@@ -312,6 +317,8 @@ impl Daemon {
             let journals = journals.clone();
             move || journals.void()
         });
+        let kept_writes = usize::try_from(ram / KEPT_WRITES_SHARE)?.min(KEPT_WRITE_BYTES_MAX);
+        let kept_writes = Arc::new(KeptWrites::new(geometry, kept_writes, KEPT_WRITE_AGE_MAX));
         let threads = config.reactor.threads.max(1);
         let reactors = (0..threads as usize)
             .map(|index| {
@@ -325,6 +332,7 @@ impl Daemon {
                         }),
                         false => None,
                     },
+                    kept_writes: Arc::clone(&kept_writes),
                     sync_failure: device.failure().clone(),
                     cipher: device.cipher().cloned(),
                     buffer_entries: BUFFER_ENTRIES,
@@ -347,6 +355,7 @@ impl Daemon {
             background: Arc::new(lane.background()),
             direct: Arc::new(LazyLock::new(Box::new(open))),
             device,
+            kept_writes,
             fetches: Fetches::new(ram - ram / NODE_SHARE - ram / KEPT_SHARE),
             share: plain_share(),
             group: 0,

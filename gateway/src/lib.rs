@@ -10,6 +10,7 @@ pub mod demo;
 pub mod engine;
 pub mod fair;
 pub mod image;
+pub mod kept_writes;
 pub mod keys;
 pub mod latency;
 pub mod metrics;

@@ -49,6 +49,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::core::Core;
 use self::direct::Body;
 use self::doorbell::Doorbell;
+use crate::kept_writes::KeptWrites;
 use crate::latency::Timed;
 use crate::qos::VolumeGate;
 use crate::trace::Trail;
@@ -448,6 +449,8 @@ pub struct ReactorConfig {
     pub cache: Arc<File>,
     /// The way of reads into memory of ours; none: the same.
     pub page_cache: Option<PageCache>,
+    /// Where large writes are kept until their chunk is made; shared by all reactors of the cache device.
+    pub kept_writes: Arc<KeptWrites>,
     /// Shared by all reactors of the cache device.
     pub sync_failure: SyncFailure,
     /// What the data on it are encrypted with, if they are: then no request has registered buffers.

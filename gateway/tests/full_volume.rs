@@ -258,6 +258,7 @@ impl Driven {
             background: store.clone(),
             device: Arc::new(Zeroes),
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
+            kept_writes: Default::default(),
             fetches: Fetches::new(0),
             share: plain_share(),
             group: 0,

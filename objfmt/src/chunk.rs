@@ -165,15 +165,15 @@ pub struct EncodedChunk {
 /// of it the plan's own mistake.
 #[must_use]
 pub fn encode_chunk(params: &ChunkParams<'_>, extents: &[ChunkExtent], raw: &[u8]) -> EncodedChunk {
-    let (out, start, header) = encode_chunk_in(Vec::new(), params, extents, raw);
+    let (out, start, header) = encode_chunk_in(Vec::new(), params, extents, &[raw]);
     EncodedChunk {
         bytes: Bytes::from(out).slice(start..),
         header,
     }
 }
 
-/// As [`encode_chunk`], in the memory of `out`, whatever was in it. Answers it, where in it the object begins, which ends
-/// where it ends, and what its header says.
+/// As [`encode_chunk`], in the memory of `out`, whatever was in it, of data in pieces of any length. Answers it, where in it
+/// the object begins, which ends where it ends, and what its header says.
 ///
 /// # Panics
 /// As [`encode_chunk`].
@@ -182,7 +182,7 @@ pub fn encode_chunk_in(
     mut out: Vec<u8>,
     params: &ChunkParams<'_>,
     extents: &[ChunkExtent],
-    raw: &[u8],
+    raw: &[&[u8]],
 ) -> (Vec<u8>, usize, ChunkHeader) {
     assert!(
         frame_sectors_valid(params.frame_sectors),
@@ -194,24 +194,27 @@ pub fn encode_chunk_in(
         "the writes are in the wrong order"
     );
     let raw_sectors = check_extents(extents).unwrap_or_else(|error| panic!("{error}"));
+    let raw_len: usize = raw.iter().map(|piece| piece.len()).sum();
     assert_eq!(
         raw_sectors as usize * SECTOR_SIZE as usize,
-        raw.len(),
+        raw_len,
         "the data are not the extents'"
     );
 
     // Frames are made behind a gap that holds the longest header, the header is then put right in
     // front of them: nothing is copied twice.
     let frame_len = params.frame_sectors as usize * SECTOR_SIZE as usize;
-    let frame_count = raw.len().div_ceil(frame_len);
+    let frame_count = raw_len.div_ceil(frame_len);
     let gap = FIXED_LEN_MAX + extents.len() * EXTENT_LEN_MAX + frame_count * FRAME_ENTRY_LEN_MAX;
     out.clear();
-    out.reserve(gap + raw.len() + frame_count * FRAME_OVERHEAD_MAX);
+    out.reserve(gap + raw_len + frame_count * FRAME_OVERHEAD_MAX);
     out.resize(gap, 0);
     let mut compressor = Compressor::new(params.compression);
     let sealer = params.key.map(|key| key.sealer(params.id));
     let mut frames = Vec::with_capacity(frame_count);
-    for (index, content) in (0..).zip(raw.chunks(frame_len)) {
+    let mut contents = Contents::new(raw);
+    for index in 0..u32::try_from(frame_count).expect("a chunk is below 4 GiB") {
+        let content = contents.next(frame_len);
         let stored_offset = u32::try_from(out.len() - gap).expect("a chunk is below 4 GiB");
         let stored_len = encode_frame(
             &mut out,
@@ -247,6 +250,44 @@ pub fn encode_chunk_in(
         frame.stored_offset += header_len;
     }
     (out, start, header)
+}
+
+/// Data in pieces, taken out by the length of a frame.
+struct Contents<'a> {
+    piece: &'a [u8],
+    behind: std::slice::Iter<'a, &'a [u8]>,
+    /// A frame's content that lies in several pieces, put together.
+    whole: Vec<u8>,
+}
+
+impl<'a> Contents<'a> {
+    fn new(pieces: &'a [&'a [u8]]) -> Self {
+        Self {
+            piece: &[],
+            behind: pieces.iter(),
+            whole: Vec::new(),
+        }
+    }
+
+    /// The next `len` bytes, or as many as there are.
+    fn next(&mut self, len: usize) -> &[u8] {
+        self.whole.clear();
+        loop {
+            let missing = len - self.whole.len();
+            let is_last = self.behind.as_slice().is_empty();
+            let (part, rest) = self.piece.split_at(self.piece.len().min(missing));
+            self.piece = rest;
+            let is_all = part.len() == missing || is_last;
+            if is_all && self.whole.is_empty() {
+                return part;
+            }
+            self.whole.extend_from_slice(part);
+            if is_all {
+                return &self.whole;
+            }
+            self.piece = self.behind.next().copied().unwrap_or_default();
+        }
+    }
 }
 
 /// The header that the chunk `expect` begins with; bytes behind the header are ignored.
@@ -795,6 +836,26 @@ mod tests {
             bad.extend_from_slice(&tail);
             FORMAT.seal(&mut bad);
             let _ = decode_header(&bad, id());
+        }
+    }
+
+    #[test]
+    fn chunk_is_the_same_in_whatever_pieces_its_data_are() {
+        let extents = [data(0, 100, 0), data(200, 33, 100)];
+        let raw = content(&extents);
+        for compression in [Compression::None, Compression::Lz4] {
+            let params = ChunkParams {
+                compression,
+                ..params(8)
+            };
+            let whole = encode_chunk(&params, &extents, &raw);
+            for len in [1, 512, 4096, 5000, 100 * 512, raw.len()] {
+                let mut pieces: Vec<&[u8]> = raw.chunks(len).collect();
+                pieces.insert(pieces.len() / 2, &[]);
+                let (out, start, header) = encode_chunk_in(vec![9; 77], &params, &extents, &pieces);
+                assert_eq!(&out[start..], &whole.bytes[..], "pieces of {len}");
+                assert_eq!(header, whole.header);
+            }
         }
     }
 

@@ -322,13 +322,7 @@ async fn write(
     let how = backend.how((backend.common.now_ms)());
     let buffers = backend.common.buffers.clone();
     let encode = move || {
-        let mut raw = buffers.raw(data.iter().map(Bytes::len).sum());
-        let mut left = &mut raw[..];
-        for piece in data {
-            let (to, behind) = left.split_at_mut(piece.len());
-            to.copy_from_slice(&piece);
-            left = behind;
-        }
+        let pieces: Vec<&[u8]> = data.iter().map(|piece| &piece[..]).collect();
         let params = ChunkParams {
             id,
             first_write: WriteSeq::ZERO,
@@ -338,8 +332,7 @@ async fn write(
             compression: how.compression,
             key: how.key(),
         };
-        let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &raw);
-        buffers.give_raw(raw);
+        let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &pieces);
         (buffers.lend(out, start), header)
     };
     let (bytes, header) = aside(encode).await.expect("encoding does not panic");

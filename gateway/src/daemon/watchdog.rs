@@ -93,6 +93,7 @@ mod tests {
                 index,
                 page_cache: None,
                 cache: Arc::new(cache.try_clone().unwrap()),
+                kept_writes: Default::default(),
                 sync_failure: quarry_cache::SyncFailure::default(),
                 cipher: None,
                 buffer_entries: 0,

@@ -220,6 +220,7 @@ impl Daemon {
             let index_bytes = shared.cache.index_bytes();
             (shared.cache.counts(), shared.nodes.stats(), index_bytes)
         };
+        let kept_writes = self.common.kept_writes.stats();
         let bytes = |segments: u32| u64::from(segments) * u64::from(counts.segment_size);
         // The looks at the volumes are a little older.
         let open = open.min(counts.dirty.into());
@@ -240,6 +241,8 @@ impl Daemon {
             index_bytes,
             node_bytes: nodes.bytes as u64,
             node_max_bytes: nodes.budget as u64,
+            kept_write_bytes: kept_writes.bytes,
+            kept_write_used_bytes: kept_writes.used_bytes,
             node_hits: nodes.hits,
             node_misses: nodes.misses,
         }

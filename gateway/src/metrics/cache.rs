@@ -23,6 +23,10 @@ pub struct CacheStats {
     pub node_bytes: u64,
     /// How much it may be.
     pub node_max_bytes: u64,
+    /// Memory of large writes whose chunk is not made yet.
+    pub kept_write_bytes: u64,
+    /// Bytes of chunks that were made of it.
+    pub kept_write_used_bytes: u64,
     /// Lookups of map nodes that memory had.
     pub node_hits: u64,
     /// Lookups of map nodes that the store had to give.
@@ -50,6 +54,16 @@ pub(super) static TABLE: &[Definition] = &[
         "quarry_cache_index_bytes",
         "Memory of the index of what is cached and in the store, which the map nodes leave room for.",
         of!(Cache.index_bytes),
+    ),
+    gauge(
+        "quarry_cache_kept_write_bytes",
+        "Memory of large writes whose chunk is not made yet, 64 MiB or an eighth of cache.ram at most.",
+        of!(Cache.kept_write_bytes),
+    ),
+    counter(
+        "quarry_cache_kept_write_used_bytes_total",
+        "Bytes of chunks that were in memory still when their chunk was made, and not read back from the cache device.",
+        of!(Cache.kept_write_used_bytes),
     ),
     gauge(
         "quarry_cache_node_bytes",

@@ -16,6 +16,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use bytes::Bytes;
 use io_uring::{opcode, types};
 use quarry_objfmt::{LbaRange, SECTOR_SIZE};
 use quarry_volume::{IoError, Op, StatusRun};
@@ -591,6 +592,12 @@ impl FrontEnd for Connection {
         if let Some(buf) = &mut pending.buf {
             buf.copy_in(0, &bytes);
         }
+    }
+
+    fn give_away(&mut self, tag: u32) -> Option<Bytes> {
+        let pending = &mut self.requests[tag as usize];
+        let buf = pending.buf.take()?;
+        Some(self.pool.lend(buf, pending.len as usize))
     }
 
     fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>) {

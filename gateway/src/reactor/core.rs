@@ -30,6 +30,7 @@ use super::trails::Trails;
 use super::{
     BackendSink, MESSAGES_MAX, Machine, Message, PageCache, ReactorConfig, ReactorStats, VolumeKey,
 };
+use crate::kept_writes::KeptWrites;
 use crate::qos::{VolumeGate, now_ns};
 use crate::trace::Step;
 
@@ -122,6 +123,8 @@ pub(super) struct Core {
     pub(super) cipher: Option<Arc<SectorCipher>>,
     /// The memory of encrypted writes: no more than the writes under way have.
     pub(super) sealed: Pool,
+    /// Large writes, until their chunk is made.
+    pub(super) kept_writes: Arc<KeptWrites>,
     pub(super) syncs: Syncs,
     pub(super) zeroes: File,
     pub(super) holds: Holds,
@@ -171,6 +174,7 @@ impl Core {
             fills: WaitingFills::new(FILL_BYTES_MAX),
             cipher: config.cipher.clone(),
             sealed: Pool::new(usize::MAX, SEALED_KEPT_BYTES),
+            kept_writes: Arc::clone(&config.kept_writes),
             syncs: Syncs::new(config.sync_failure.clone()),
             zeroes: File::open("/dev/zero")?,
             holds: Holds::default(),
@@ -379,6 +383,11 @@ impl Core {
         self.stats.requests.fetch_add(1, Ordering::Relaxed);
         let slot = &mut self.front_ends[in_flight.front_end as usize];
         slot.pending.requests -= 1;
+        if let (Ok(()), Some(place)) = (result, in_flight.placed)
+            && let Some(data) = slot.front_end.give_away(in_flight.tag)
+        {
+            self.kept_writes.keep(place, data);
+        }
         self.with_front_end(in_flight.front_end, |front_end, port| {
             front_end.request_done(in_flight.tag, result, port);
         });

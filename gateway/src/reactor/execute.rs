@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use bytes::Bytes;
 use io_uring::{opcode, types};
 use quarry_cache::Geometry as CacheGeometry;
-use quarry_volume::{Action, Event, IoId, RequestId};
+use quarry_volume::{Action, Event, IoId, Op, RequestId};
 
 use super::core::{Core, index_of};
 use super::frontend::BufferKind;
@@ -134,6 +134,7 @@ impl Core {
                 // segment is read on.
                 if durable {
                     self.forget_pages(|geometry| geometry.segment_of_header(offset));
+                    self.kept_writes.begin(offset);
                 }
                 let mut copy = self
                     .pages
@@ -258,6 +259,16 @@ impl Core {
                             Some(sealed) => (sealed.ptr().as_ptr() as u64, Hold::Sealed(sealed)),
                             None => (address, Hold::Nothing),
                         };
+                        // One in several pieces may have a piece in the store, and its segment begun anew, when the last is
+                        // there and it is answered; and one with FUA is answered when its chunk is made, or will be at once.
+                        let slot = &mut self.volumes[volume as usize];
+                        let in_flight = &mut slot.inbox.requests[key];
+                        if in_flight.op == (Op::Write { fua: false })
+                            && len == buffer.len()
+                            && self.kept_writes.wants(len)
+                        {
+                            in_flight.placed = Some(offset);
+                        }
                         let code = Code::Write { durable: false };
                         (code, File::Cache, offset, address, hold)
                     }
@@ -569,7 +580,7 @@ mod tests {
     use std::time::Duration;
 
     use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Lba, LbaRange, Sectors, VolumeId};
-    use quarry_volume::{Fetch, IoError, Op};
+    use quarry_volume::{Fetch, IoError};
 
     use super::super::memory::AlignedBuf;
     use super::super::testing::{geometry, reactor};
@@ -745,6 +756,7 @@ mod tests {
             index: 7,
             page_cache: None,
             cache: std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap()),
+            kept_writes: Default::default(),
             sync_failure: Default::default(),
             buffer_entries: 0,
             cipher: None,

@@ -22,6 +22,7 @@
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
+use bytes::Bytes;
 use io_uring::squeue;
 use quarry_objfmt::{LbaRange, Sectors};
 use quarry_volume::{Event, IoError, Op, Request, RequestId, StatusRun};
@@ -44,6 +45,12 @@ pub trait FrontEnd: Send {
 
     /// A request it made is done; `tag` as given to [`Port::request`]. Its buffer is its own again.
     fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>);
+
+    /// The memory of a write of its that was carried out, for others to read from now on; asked right before it is done, which
+    /// the memory is then no part of any more. `None` from front ends whose data are not in memory of their own.
+    fn give_away(&mut self, _tag: u32) -> Option<Bytes> {
+        None
+    }
 
     /// What a request for the status of a range is answered with, right before it is done. Only for
     /// front ends that make such requests.
@@ -179,6 +186,8 @@ pub(super) struct InFlight {
     /// What was asked for.
     pub(super) op: Op,
     pub(super) range: LbaRange,
+    /// Where on the cache device its data are, if they are to be kept in memory too.
+    pub(super) placed: Option<u64>,
     /// Where its time went, once it has left the fast path and is traced.
     pub(super) trail: Option<Box<RequestTrail>>,
 }
@@ -256,6 +265,7 @@ impl Port<'_> {
             since_ns: self.batch_ns,
             op,
             range,
+            placed: None,
             trail: None,
         });
         let id = RequestId(key as u64);

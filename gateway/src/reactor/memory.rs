@@ -4,7 +4,13 @@
 //! moving its owner is no matter to a ring operation under way.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::mem;
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
 
 /// Alignment of every buffer, in bytes: what direct I/O needs on any device.
 pub(crate) const ALIGNMENT: usize = 4096;
@@ -105,6 +111,54 @@ impl Drop for AlignedBuf {
     }
 }
 
+/// Where buffers that others have come back to, from whichever thread drops them.
+#[derive(Default)]
+struct Returned {
+    buffers: Mutex<Vec<AlignedBuf>>,
+    /// How many bytes of them are kept.
+    bytes_max: AtomicUsize,
+}
+
+impl Returned {
+    /// From now on no more than so many bytes are kept.
+    fn keep(&self, bytes_max: usize) {
+        self.bytes_max.store(bytes_max, Ordering::Relaxed);
+        self.trim(&mut self.buffers.lock());
+    }
+
+    fn trim(&self, buffers: &mut Vec<AlignedBuf>) {
+        let bytes_max = self.bytes_max.load(Ordering::Relaxed);
+        let mut bytes: usize = buffers.iter().map(AlignedBuf::capacity).sum();
+        while bytes > bytes_max
+            && let Some(buffer) = buffers.pop()
+        {
+            bytes -= buffer.capacity();
+        }
+    }
+}
+
+/// A buffer that others read; its memory goes back to its pool.
+struct Lent {
+    buffer: Option<AlignedBuf>,
+    len: usize,
+    to: Arc<Returned>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        let buffer = self.buffer.as_ref();
+        buffer.map_or(&[], |buffer| buffer.bytes(self.len))
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut buffers = self.to.buffers.lock();
+        buffers.extend(self.buffer.take());
+        self.to.trim(&mut buffers);
+    }
+}
+
 /// Buffers of power-of-two sizes, kept for reuse, with a cap on what is out.
 ///
 /// What a buffer held stays in it: a pool never serves more than one client.
@@ -116,6 +170,10 @@ pub(crate) struct Pool {
     free_bytes_max: usize,
     /// The same while some are out.
     busy_bytes_max: usize,
+    /// Those that were lent come back here; none: none was.
+    returned: Option<Arc<Returned>>,
+    /// How many bytes of those are kept.
+    returned_bytes_max: usize,
 }
 
 impl Pool {
@@ -128,6 +186,8 @@ impl Pool {
             out_bytes_max,
             free_bytes_max,
             busy_bytes_max: free_bytes_max,
+            returned: None,
+            returned_bytes_max: 0,
         }
     }
 
@@ -154,6 +214,9 @@ impl Pool {
             return None;
         }
         self.out_bytes += size;
+        if self.free[class].is_empty() {
+            self.collect();
+        }
         Some(match self.free[class].pop() {
             Some(buf) => {
                 self.free_bytes -= size;
@@ -169,10 +232,49 @@ impl Pool {
         self.out_bytes -= size;
         self.free_bytes += size;
         self.free[class_of(size)].push(buf);
+        self.trim();
+    }
+
+    /// The first `len` bytes of a buffer, for others to read, whoever they are; it is in use no more, and its memory comes back
+    /// when they drop it.
+    ///
+    /// # Panics
+    /// If it is not as long.
+    pub(crate) fn lend(&mut self, buf: AlignedBuf, len: usize) -> Bytes {
+        assert!(len <= buf.capacity(), "more bytes than the buffer holds");
+        self.out_bytes -= buf.capacity();
+        let to = Arc::clone(self.returned.get_or_insert_default());
+        self.trim();
+        Bytes::from_owner(Lent {
+            buffer: Some(buf),
+            len,
+            to,
+        })
+    }
+
+    /// Takes back those that were lent and dropped.
+    fn collect(&mut self) {
+        let Some(returned) = &self.returned else {
+            return;
+        };
+        for buf in mem::take(&mut *returned.buffers.lock()) {
+            self.free_bytes += buf.capacity();
+            self.free[class_of(buf.capacity())].push(buf);
+        }
+    }
+
+    /// Gives up what is more than is kept.
+    fn trim(&mut self) {
         let kept_max = match self.out_bytes {
             0 => self.free_bytes_max,
             _ => self.busy_bytes_max,
         };
+        if let Some(returned) = &self.returned
+            && self.returned_bytes_max != kept_max
+        {
+            self.returned_bytes_max = kept_max;
+            returned.keep(kept_max);
+        }
         for free in self.free.iter_mut().rev() {
             while self.free_bytes > kept_max
                 && let Some(large) = free.pop()
@@ -186,6 +288,15 @@ impl Pool {
     #[cfg(test)]
     pub(crate) fn out_bytes(&self) -> usize {
         self.out_bytes
+    }
+}
+
+impl Drop for Pool {
+    /// What comes back from now on is for nobody.
+    fn drop(&mut self) {
+        if let Some(returned) = &self.returned {
+            returned.keep(0);
+        }
     }
 }
 
@@ -234,6 +345,33 @@ mod tests {
             kept.push(pool.free_bytes / MIB);
         }
         assert_eq!(kept, [1, 2, 3, 4, 4, 4, 4, 2]);
+    }
+
+    #[test]
+    fn buffers_that_are_lent_are_out_no_more_and_come_back_when_they_are_dropped() {
+        const MIB: usize = 1 << 20;
+        let mut pool = Pool::new(4 * MIB, MIB).keeping_while_busy(2 * MIB);
+        let (mut places, mut lent) = (Vec::new(), Vec::new());
+        for n in 0..8 {
+            let mut buf = pool.take(MIB).unwrap();
+            buf.copy_in(0, &[n; 10]);
+            places.push(buf.ptr());
+            lent.push(pool.lend(buf, 10));
+        }
+        assert_eq!(pool.out_bytes(), 0);
+        assert!((0..8).zip(&lent).all(|(n, bytes)| *bytes == [n; 10][..]));
+        let busy = pool.take(MIB).unwrap();
+        std::thread::spawn(move || drop(lent)).join().unwrap();
+        // Two of them were kept.
+        let again: Vec<_> = (0..3).map(|_| pool.take(MIB).unwrap()).collect();
+        let known = |buf: &&AlignedBuf| places.contains(&buf.ptr());
+        assert!(again[..2].iter().all(|buf| known(&buf)));
+        // And one, when nobody is busy any more.
+        let lent: Vec<_> = again.into_iter().map(|buf| pool.lend(buf, MIB)).collect();
+        drop(lent);
+        pool.give(busy);
+        let returned = pool.returned.as_ref().unwrap().buffers.lock().len();
+        assert_eq!(returned, 1);
     }
 
     #[test]

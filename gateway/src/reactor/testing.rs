@@ -233,6 +233,7 @@ pub(crate) fn reactor_with(bytes: u64, page_cache: Option<PageCache>) -> (Reacto
     let config = ReactorConfig {
         index: 0,
         page_cache,
+        kept_writes: Default::default(),
         sync_failure: Default::default(),
         cache: Arc::clone(&cache),
         buffer_entries: 8,

@@ -441,6 +441,7 @@ mod tests {
             since_ns: now_ns() - ago_ns,
             op,
             range: LbaRange::new(Lba::new(0), Sectors::new(8)).unwrap(),
+            placed: None,
             trail: None,
         }
     }

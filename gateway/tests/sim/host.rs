@@ -8,6 +8,7 @@ mod calls;
 mod errands;
 
 use std::collections::BTreeMap;
+use std::iter::once;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use quarry_gateway::backend::{
     COMPACTION_TIME_MAX, COMPACTIONS_MAX, Common, Fetches, ReclaimSettings, UPLOADS_MAX,
 };
 use quarry_gateway::fair::{Gate, GateCounts, plain_share};
+use quarry_gateway::kept_writes::KeptWrites;
 use quarry_gateway::store::{Lane, LaneSettings, S3Store};
 use quarry_objfmt::{CacheId, Epoch, Generation, SegmentId, VolumeId};
 use quarry_volume::map::NodeCache;
@@ -38,6 +40,8 @@ use super::store::SimBucket;
 
 /// Memory of fetched frames: more than a run fetches, for what its cache evicts hangs on the clock.
 const FRAMES_BYTES: u64 = 1 << 30;
+/// More than the writes of a few chunks, less than those of all segments.
+const KEPT_WRITE_BYTES: usize = 1 << 20;
 
 /// Segments that may be dirty.
 const DIRTY_MAX: u32 = 9;
@@ -182,6 +186,12 @@ impl Host {
             background: Arc::new(lane.background()),
             device: Arc::clone(&self.device) as Arc<_>,
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not simulated".to_owned())))),
+            kept_writes: Arc::new(KeptWrites::new(
+                geometry,
+                KEPT_WRITE_BYTES,
+                // No clock but the simulation's own.
+                Duration::ZERO,
+            )),
             fetches: Fetches::new(FRAMES_BYTES),
             share: plain_share(),
             group: 0,
@@ -232,6 +242,8 @@ impl Host {
             return;
         };
         daemon.lane.stop();
+        // Chunks that a task of the dead makes yet reach no store; but the device may not be what it was.
+        daemon.common.kept_writes.forget(once(0..u64::MAX));
         for opening in daemon.opening.into_values() {
             opening.task.abort();
         }
@@ -385,7 +397,13 @@ impl Daemon {
         step: impl FnOnce(&mut Session, &mut Cx<'_>) -> Result<T, Died>,
     ) -> Result<T, Died> {
         let mut session = self.sessions.remove(&n).unwrap();
-        let mut cx = cx(&mut self.shared, &self.failure, device, outer);
+        let mut cx = cx(
+            &mut self.shared,
+            &self.failure,
+            &self.common.kept_writes,
+            device,
+            outer,
+        );
         let done = step(&mut session, &mut cx);
         self.sessions.insert(n, session);
         done
@@ -397,7 +415,13 @@ impl Daemon {
         outer: &mut Outer<'_>,
         step: impl FnOnce(&mut Cx<'_>) -> Result<T, Died>,
     ) -> (Option<T>, bool) {
-        let mut cx = cx(&mut self.shared, &self.failure, device, outer);
+        let mut cx = cx(
+            &mut self.shared,
+            &self.failure,
+            &self.common.kept_writes,
+            device,
+            outer,
+        );
         match step(&mut cx) {
             Ok(value) => (Some(value), false),
             Err(Died) => (None, true),
@@ -413,12 +437,14 @@ fn group_of(tenant: &str) -> u32 {
 fn cx<'a>(
     shared: &'a mut Shared,
     failure: &'a SyncFailure,
+    kept_writes: &'a KeptWrites,
     device: &'a SimDevice,
     outer: &'a mut Outer<'_>,
 ) -> Cx<'a> {
     Cx {
         shared,
         device,
+        kept_writes,
         failure,
         truth: outer.truth,
         rng: outer.rng,

@@ -8,8 +8,10 @@ mod io;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use quarry_cache::{CacheLoc, Journal, SyncFailure};
 use quarry_gateway::backend::VolumeBackend;
+use quarry_gateway::kept_writes::KeptWrites;
 use quarry_gateway::reactor::{BackendSink, Message};
 use quarry_objfmt::head::{Durability, Head};
 use quarry_objfmt::{Generation, LbaRange, Record, RecordBody, SegmentId, keys};
@@ -34,6 +36,7 @@ const SWEEP_SECTORS: u64 = 256;
 pub struct Cx<'a> {
     pub shared: &'a mut Shared,
     pub device: &'a SimDevice,
+    pub kept_writes: &'a KeptWrites,
     pub failure: &'a SyncFailure,
     pub bucket: &'a SimBucket,
     pub outcome: &'a mut Outcome,
@@ -72,6 +75,8 @@ struct Asked {
     /// Writes: sectors that have got a number, and the newest.
     recorded: u64,
     last_seq: u64,
+    /// Where its data are on the cache device, if they are kept in memory too.
+    placed: Option<(u64, Bytes)>,
     /// Flushes: the newest write acknowledged before.
     target: u64,
     /// It must be refused, for this reason.
@@ -89,6 +94,7 @@ impl Asked {
             allowed: Vec::new(),
             recorded: 0,
             last_seq: 0,
+            placed: None,
             target: 0,
             refusal: None,
             of_sweep: false,
@@ -317,6 +323,14 @@ impl Session {
                 | Action::Sync { .. }
                 | Action::FetchDirect { .. }
                 | Action::FillWrite { .. } => {
+                    if let Action::WritePage {
+                        offset,
+                        durable: true,
+                        ..
+                    } = action
+                    {
+                        cx.kept_writes.begin(offset);
+                    }
                     let due_ms = cx.now_ms + cx.rng.random_range(0..=cx.io_ms_max);
                     self.pending.push(Pending { due_ms, action });
                 }
@@ -409,6 +423,9 @@ impl Session {
                 self.epoch, asked.op, asked.range.start
             );
             return;
+        }
+        if let Some((at, data)) = asked.placed {
+            cx.kept_writes.keep(at, data);
         }
         match asked.op {
             Op::Read => {

@@ -119,6 +119,7 @@ impl Bench {
                 index: 0,
                 page_cache: None,
                 cache: Arc::new(tempfile::tempfile().expect("a temporary file")),
+                kept_writes: Default::default(),
                 sync_failure: Default::default(),
                 buffer_entries: 0,
                 cipher: None,

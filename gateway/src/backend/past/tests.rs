@@ -75,6 +75,7 @@ impl Bench {
             background: Arc::clone(&store),
             direct: Arc::new(LazyLock::new(Box::new(|| Err("not here".to_owned())))),
             device: Arc::new(device),
+            kept_writes: Default::default(),
             fetches: Fetches::new(1 << 20),
             share: plain_share(),
             group: 0,
