@@ -33,11 +33,8 @@ struct Pool {
 
 #[derive(Default)]
 struct Kept {
-    raw: Vec<AlignedBuf>,
-    encoded: Vec<Vec<u8>>,
-    /// How many of each were never taken since somebody last looked.
-    idle_raw: usize,
-    idle_encoded: usize,
+    raw: Stack<AlignedBuf>,
+    encoded: Stack<Vec<u8>>,
     /// Somebody looks.
     watched: bool,
 }
@@ -52,10 +49,7 @@ impl Buffers {
 
     /// Memory for what a chunk holds, of this length; its content is of before, or zero.
     pub(super) fn raw(&self, len: usize) -> AlignedBuf {
-        let kept = self.0.as_ref().and_then(|pool| {
-            let kept = &mut *pool.kept.lock();
-            take(&mut kept.raw, &mut kept.idle_raw)
-        });
+        let kept = self.0.as_ref().and_then(|pool| pool.kept.lock().raw.take());
         match kept {
             Some(mut kept) => {
                 kept.set_len(len);
@@ -73,10 +67,8 @@ impl Buffers {
 
     /// Memory for a chunk.
     pub(super) fn encoded(&self) -> Vec<u8> {
-        let kept = self.0.as_ref().and_then(|pool| {
-            let kept = &mut *pool.kept.lock();
-            take(&mut kept.encoded, &mut kept.idle_encoded)
-        });
+        let kept = self.0.as_ref();
+        let kept = kept.and_then(|pool| pool.kept.lock().encoded.take());
         kept.unwrap_or_default()
     }
 
@@ -89,15 +81,15 @@ impl Buffers {
         Bytes::from_owner(lent).slice(start..)
     }
 
-    fn give<T>(&self, of: impl FnOnce(&mut Kept) -> &mut Vec<T>, buffer: T) {
+    fn give<T>(&self, of: impl FnOnce(&mut Kept) -> &mut Stack<T>, buffer: T) {
         let Some(pool) = &self.0 else {
             return;
         };
         let mut kept = pool.kept.lock();
         let is_watched = mem::replace(&mut kept.watched, true);
         let of = of(&mut kept);
-        if of.len() < KEPT_MAX {
-            of.push(buffer);
+        if of.buffers.len() < KEPT_MAX {
+            of.buffers.push(buffer);
         }
         drop(kept);
         if !is_watched {
@@ -106,16 +98,34 @@ impl Buffers {
     }
 }
 
-fn take<T>(kept: &mut Vec<T>, idle: &mut usize) -> Option<T> {
-    let taken = kept.pop();
-    *idle = kept.len().min(*idle);
-    taken
+/// Buffers of a kind, of which the newest is taken first.
+struct Stack<T> {
+    buffers: Vec<T>,
+    /// How many were never taken since somebody last looked.
+    idle: usize,
 }
 
-/// Gives up the oldest, as many as nobody took.
-fn give_up<T>(kept: &mut Vec<T>, idle: &mut usize) {
-    kept.drain(..*idle);
-    *idle = kept.len();
+impl<T> Default for Stack<T> {
+    fn default() -> Self {
+        Self {
+            buffers: Vec::new(),
+            idle: 0,
+        }
+    }
+}
+
+impl<T> Stack<T> {
+    fn take(&mut self) -> Option<T> {
+        let taken = self.buffers.pop();
+        self.idle = self.buffers.len().min(self.idle);
+        taken
+    }
+
+    /// Gives up the oldest, as many as nobody took.
+    fn give_up(&mut self) {
+        self.buffers.drain(..self.idle);
+        self.idle = self.buffers.len();
+    }
 }
 
 /// Gives back those that nobody has taken for [`KEPT_TIME`].
@@ -124,9 +134,9 @@ async fn watch(pool: Arc<Pool>) {
         tokio::time::sleep(KEPT_TIME).await;
         let mut kept = pool.kept.lock();
         let kept = &mut *kept;
-        give_up(&mut kept.raw, &mut kept.idle_raw);
-        give_up(&mut kept.encoded, &mut kept.idle_encoded);
-        if kept.raw.is_empty() && kept.encoded.is_empty() {
+        kept.raw.give_up();
+        kept.encoded.give_up();
+        if kept.raw.buffers.is_empty() && kept.encoded.buffers.is_empty() {
             kept.watched = false;
             return;
         }
@@ -168,7 +178,7 @@ mod tests {
         buffers.give_raw(buffers.raw(8192));
         let count = || {
             let kept = buffers.0.as_ref().unwrap().kept.lock();
-            (kept.raw.len(), kept.encoded.len())
+            (kept.raw.buffers.len(), kept.encoded.buffers.len())
         };
         assert_eq!(count(), (1, KEPT_MAX));
         assert_eq!(buffers.raw(512).len(), 512);

@@ -7,7 +7,6 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::mem;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -111,37 +110,37 @@ impl Drop for AlignedBuf {
     }
 }
 
-/// Where buffers that others have come back to, from whichever thread drops them.
+/// Buffers that others had, which come back from whichever thread drops them.
 #[derive(Default)]
 struct Returned {
-    buffers: Mutex<Vec<AlignedBuf>>,
+    buffers: Vec<AlignedBuf>,
     /// How many bytes of them are kept.
-    bytes_max: AtomicUsize,
+    bytes_max: usize,
 }
 
 impl Returned {
-    /// From now on no more than so many bytes are kept.
-    fn keep(&self, bytes_max: usize) {
-        self.bytes_max.store(bytes_max, Ordering::Relaxed);
-        self.trim(&mut self.buffers.lock());
-    }
-
-    fn trim(&self, buffers: &mut Vec<AlignedBuf>) {
-        let bytes_max = self.bytes_max.load(Ordering::Relaxed);
-        let mut bytes: usize = buffers.iter().map(AlignedBuf::capacity).sum();
-        while bytes > bytes_max
-            && let Some(buffer) = buffers.pop()
+    fn trim(&mut self) {
+        let mut bytes: usize = self.buffers.iter().map(AlignedBuf::capacity).sum();
+        while bytes > self.bytes_max
+            && let Some(buffer) = self.buffers.pop()
         {
             bytes -= buffer.capacity();
         }
     }
 }
 
+/// From now on no more than so many bytes are kept of what comes back.
+fn keep(returned: &Mutex<Returned>, bytes_max: usize) {
+    let mut returned = returned.lock();
+    returned.bytes_max = bytes_max;
+    returned.trim();
+}
+
 /// A buffer that others read; its memory goes back to its pool.
 struct Lent {
     buffer: Option<AlignedBuf>,
     len: usize,
-    to: Arc<Returned>,
+    to: Arc<Mutex<Returned>>,
 }
 
 impl AsRef<[u8]> for Lent {
@@ -153,9 +152,9 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let mut buffers = self.to.buffers.lock();
-        buffers.extend(self.buffer.take());
-        self.to.trim(&mut buffers);
+        let mut returned = self.to.lock();
+        returned.buffers.extend(self.buffer.take());
+        returned.trim();
     }
 }
 
@@ -171,7 +170,7 @@ pub(crate) struct Pool {
     /// The same while some are out.
     busy_bytes_max: usize,
     /// Those that were lent come back here; none: none was.
-    returned: Option<Arc<Returned>>,
+    returned: Option<Arc<Mutex<Returned>>>,
     /// How many bytes of those are kept.
     returned_bytes_max: usize,
 }
@@ -257,7 +256,7 @@ impl Pool {
         let Some(returned) = &self.returned else {
             return;
         };
-        for buf in mem::take(&mut *returned.buffers.lock()) {
+        for buf in mem::take(&mut returned.lock().buffers) {
             self.free_bytes += buf.capacity();
             self.free[class_of(buf.capacity())].push(buf);
         }
@@ -273,7 +272,7 @@ impl Pool {
             && self.returned_bytes_max != kept_max
         {
             self.returned_bytes_max = kept_max;
-            returned.keep(kept_max);
+            keep(returned, kept_max);
         }
         for free in self.free.iter_mut().rev() {
             while self.free_bytes > kept_max
@@ -295,7 +294,7 @@ impl Drop for Pool {
     /// What comes back from now on is for nobody.
     fn drop(&mut self) {
         if let Some(returned) = &self.returned {
-            returned.keep(0);
+            keep(returned, 0);
         }
     }
 }
@@ -370,7 +369,7 @@ mod tests {
         let lent: Vec<_> = again.into_iter().map(|buf| pool.lend(buf, MIB)).collect();
         drop(lent);
         pool.give(busy);
-        let returned = pool.returned.as_ref().unwrap().buffers.lock().len();
+        let returned = pool.returned.as_ref().unwrap().lock().buffers.len();
         assert_eq!(returned, 1);
     }
 

@@ -397,13 +397,7 @@ impl Daemon {
         step: impl FnOnce(&mut Session, &mut Cx<'_>) -> Result<T, Died>,
     ) -> Result<T, Died> {
         let mut session = self.sessions.remove(&n).unwrap();
-        let mut cx = cx(
-            &mut self.shared,
-            &self.failure,
-            &self.common.kept_writes,
-            device,
-            outer,
-        );
+        let mut cx = self.cx(device, outer);
         let done = step(&mut session, &mut cx);
         self.sessions.insert(n, session);
         done
@@ -415,16 +409,29 @@ impl Daemon {
         outer: &mut Outer<'_>,
         step: impl FnOnce(&mut Cx<'_>) -> Result<T, Died>,
     ) -> (Option<T>, bool) {
-        let mut cx = cx(
-            &mut self.shared,
-            &self.failure,
-            &self.common.kept_writes,
-            device,
-            outer,
-        );
+        let mut cx = self.cx(device, outer);
         match step(&mut cx) {
             Ok(value) => (Some(value), false),
             Err(Died) => (None, true),
+        }
+    }
+
+    fn cx<'a>(&'a mut self, device: &'a SimDevice, outer: &'a mut Outer<'_>) -> Cx<'a> {
+        Cx {
+            shared: &mut self.shared,
+            device,
+            kept_writes: &self.common.kept_writes,
+            failure: &self.failure,
+            truth: outer.truth,
+            rng: outer.rng,
+            digest: outer.digest,
+            now_ms: outer.now_ms,
+            io_ms_max: outer.io_ms_max,
+            direct: outer.direct,
+            damage: outer.damage,
+            bucket: outer.bucket,
+            outcome: outer.outcome,
+            fuse: outer.fuse,
         }
     }
 }
@@ -432,29 +439,4 @@ impl Daemon {
 /// Whose part of the cache a tenant's volumes have.
 fn group_of(tenant: &str) -> u32 {
     u32::from(tenant != "acme")
-}
-
-fn cx<'a>(
-    shared: &'a mut Shared,
-    failure: &'a SyncFailure,
-    kept_writes: &'a KeptWrites,
-    device: &'a SimDevice,
-    outer: &'a mut Outer<'_>,
-) -> Cx<'a> {
-    Cx {
-        shared,
-        device,
-        kept_writes,
-        failure,
-        truth: outer.truth,
-        rng: outer.rng,
-        digest: outer.digest,
-        now_ms: outer.now_ms,
-        io_ms_max: outer.io_ms_max,
-        direct: outer.direct,
-        damage: outer.damage,
-        bucket: outer.bucket,
-        outcome: outer.outcome,
-        fuse: outer.fuse,
-    }
 }

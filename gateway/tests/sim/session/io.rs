@@ -58,15 +58,14 @@ impl Session {
             } => {
                 let data = self.part(request, buffer_offset, len);
                 let result = cx.device.write(offset, data, false);
-                let data = Bytes::copy_from_slice(data);
                 let asked = self.requests.get_mut(&request.0);
                 let asked = asked.expect("as above");
                 // As a reactor: of those in one piece. Not of all of these, as not all are long enough.
                 if request.0.is_multiple_of(2)
                     && asked.op == (Op::Write { fua: false })
-                    && data.len() == asked.data.len()
+                    && len as usize == asked.data.len()
                 {
-                    asked.placed = Some((offset, data));
+                    asked.placed = Some((offset, Bytes::copy_from_slice(&asked.data)));
                 }
                 (io, result)
             }
