@@ -109,7 +109,7 @@ fn snapshots_under_a_verifying_load_never_change_and_the_load_finds_what_it_wrot
         return Ok(());
     }
     let size = test_number("QUARRY_TEST_LOAD_MIB", 32) * MIB;
-    let loops = test_number("QUARRY_TEST_LOAD_LOOPS", 8);
+    let loops = test_number("QUARRY_TEST_LOAD_LOOPS", 24);
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?.settings(SETTINGS);
     let daemon = site.start()?;
