@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod cli;
+mod clock;
 mod clones;
 pub mod control;
 pub mod csi;

@@ -9,14 +9,14 @@
 
 pub(crate) mod bucket;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
-use std::time::Instant;
 
 use parking_lot::Mutex;
 use quarry_objfmt::record::{Rates, Suspended, TenantSettings, WEIGHT_DEFAULT};
 
 use self::bucket::Bucket;
+use crate::clock::now_ns;
 use crate::fair::Share;
 
 /// After so long without a request a rate that was measured is 0, in nanoseconds.
@@ -24,12 +24,6 @@ const METER_OLD_NS: u64 = 3_000_000_000;
 
 /// The shortest time over which a rate is measured, in nanoseconds.
 const METER_MIN_NS: u64 = 1_000_000_000;
-
-/// Nanoseconds since the process first asked: one clock for all reactors.
-pub(crate) fn now_ns() -> u64 {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    u64::try_from(START.elapsed().as_nanos()).unwrap_or(u64::MAX)
-}
 
 /// The buckets of a volume or a tenant.
 #[derive(Debug, Default)]

@@ -30,8 +30,9 @@ use super::trails::Trails;
 use super::{
     BackendSink, MESSAGES_MAX, Machine, Message, PageCache, ReactorConfig, ReactorStats, VolumeKey,
 };
+use crate::clock::{self, now_ns};
 use crate::kept_writes::KeptWrites;
-use crate::qos::{VolumeGate, now_ns};
+use crate::qos::VolumeGate;
 use crate::trace::Step;
 
 /// Time between two ticks, in milliseconds.
@@ -637,6 +638,7 @@ impl Core {
     /// Without anybody who waits for time there is no next tick until something happens to a volume or
     /// a front end: an idle reactor sleeps.
     fn tick(&mut self) {
+        clock::check();
         self.look_at_the_clock();
         self.timer_armed = false;
         let requests = self.stats.requests.load(Ordering::Relaxed);

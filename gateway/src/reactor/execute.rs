@@ -15,8 +15,8 @@ use super::op::{CacheOp, Code, Hold};
 use super::ring::File;
 use super::runs::Runs;
 use super::token::Token;
+use crate::clock::now_ns;
 use crate::latency::Timed;
-use crate::qos::now_ns;
 use crate::trace::Step;
 
 /// Most bytes of aligned copies of fills under way; fills past it wait their turn.

@@ -181,7 +181,7 @@ pub(super) struct InFlight {
     pub(super) answer: Option<Result<(), IoError>>,
     /// As what its time counts, if it does.
     pub(super) timed: Option<Timed>,
-    /// The batch in which it came, or was let through: nanoseconds of [`now_ns`](crate::qos::now_ns).
+    /// The batch in which it came, or was let through: nanoseconds of [`now_ns`](crate::clock::now_ns).
     pub(super) since_ns: u64,
     /// What was asked for.
     pub(super) op: Op,

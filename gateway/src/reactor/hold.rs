@@ -22,8 +22,9 @@ use quarry_volume::{Event, IoError, Op, Request};
 use super::core::Core;
 use super::execute::request_key;
 use super::token::Token;
+use crate::clock::now_ns;
 use crate::latency::Timed;
-use crate::qos::{Passage, VolumeGate, now_ns};
+use crate::qos::{Passage, VolumeGate};
 
 /// How much a volume pays for at once, by the time that its rates take for it, in nanoseconds; one request may be more.
 const TURN_NS: u64 = 1_000_000;
@@ -173,13 +174,14 @@ impl Core {
         let (mut bytes, mut held_ns, mut refused) = (0, 0, Vec::new());
         for (request, since_ns) in held.queue.drain(..count) {
             bytes += bytes_of(&request);
-            held_ns += now_ns - since_ns;
+            held_ns += now_ns.saturating_sub(since_ns);
             if since_ns < now_ns {
                 let in_flight = &mut slot.inbox.requests[request_key(request.id)];
                 slot.trails.held(in_flight, since_ns, now_ns);
                 // What the request itself takes is counted from here on.
                 in_flight.since_ns = now_ns;
-                slot.machine.took(Timed::Held, now_ns - since_ns);
+                slot.machine
+                    .took(Timed::Held, now_ns.saturating_sub(since_ns));
             }
             if passage == Passage::ReadOnly && is_write(request.op) {
                 refused.push(request.id);
@@ -232,12 +234,13 @@ impl Core {
         let (mut bytes, mut held_ns) = (0, 0);
         for (request, since_ns) in held.queue.drain(..) {
             bytes += bytes_of(&request);
-            held_ns += now_ns - since_ns;
+            held_ns += now_ns.saturating_sub(since_ns);
             if since_ns < now_ns {
                 let in_flight = &mut slot.inbox.requests[request_key(request.id)];
                 slot.trails.held(in_flight, since_ns, now_ns);
                 in_flight.since_ns = now_ns;
-                slot.machine.took(Timed::Held, now_ns - since_ns);
+                slot.machine
+                    .took(Timed::Held, now_ns.saturating_sub(since_ns));
             }
             events.push(Event::Request(request));
         }

@@ -63,7 +63,7 @@ pub(super) struct CacheOp {
     /// Bytes transferred.
     pub(super) done: u32,
     pub(super) tries: u8,
-    /// The batch in which it was begun: nanoseconds of [`now_ns`](crate::qos::now_ns).
+    /// The batch in which it was begun: nanoseconds of [`now_ns`](crate::clock::now_ns).
     pub(super) since_ns: u64,
     pub(super) hold: Hold,
 }

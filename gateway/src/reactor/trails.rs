@@ -15,7 +15,7 @@ use quarry_objfmt::Durability;
 use quarry_volume::{Event, IoError, IoId, Op, WriteWait};
 
 use super::frontend::InFlight;
-use crate::qos::now_ns;
+use crate::clock::now_ns;
 use crate::trace::{Finished, SPANS_MAX, Span, Step, Ticket, Tracer, Trail, Value, Whose, notes};
 
 /// What a volume did of late that is kept, while it has requests: as many uploads as may be under way, and some rounds.
@@ -147,7 +147,7 @@ impl Trails {
     /// The request was held, and passes now; before its own time is said to begin.
     #[cold]
     pub(super) fn held(&self, request: &mut InFlight, since_ns: u64, now_ns: u64) {
-        if now_ns - since_ns >= self.mark_ns
+        if now_ns.saturating_sub(since_ns) >= self.mark_ns
             && let Some(trail) = self.of(request)
         {
             trail.add(Span::new(Step::Held, since_ns, now_ns));

@@ -27,7 +27,7 @@ use uuid::Uuid;
 use super::headers::{self, HeadersError};
 use super::message::{self, text};
 use super::{Counts, Finished, Lost, Tracer};
-use crate::qos::now_ns;
+use crate::clock::now_ns;
 
 /// Traces that wait for the collector: some seconds of a store's outage. About 10 KiB each, more where what they waited
 /// for was tried again and again.
@@ -318,7 +318,10 @@ impl Work {
         let offset_ns = unix_ns().saturating_sub(now_ns());
         let batch = batch.iter().map(|finished| {
             let trace = message::trace(finished, offset_ns);
-            let (whose, took) = (&finished.whose, finished.end_ns - finished.begin_ns);
+            let (whose, took) = (
+                &finished.whose,
+                finished.end_ns.saturating_sub(finished.begin_ns),
+            );
             tracing::debug!(
                 volume = format_args!("{}/{}", whose.tenant, whose.volume),
                 request = finished.kind,

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::SPANS_MAX;
 use super::span::{Span, Step, Trail, Value, notes};
-use crate::qos::now_ns;
+use crate::clock::now_ns;
 
 tokio::task_local! {
     static RECORDING: Recording;

@@ -108,7 +108,7 @@ pub enum Value {
     Count(u64),
 }
 
-/// A span that has ended. Times are of [`now_ns`](crate::qos::now_ns).
+/// A span that has ended. Times are of [`now_ns`](crate::clock::now_ns).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Span {
     pub(crate) step: Step,
