@@ -24,6 +24,7 @@ mod folder;
 mod health;
 mod lane;
 mod parts;
+mod plain;
 mod s3;
 mod s3_error;
 mod settings;

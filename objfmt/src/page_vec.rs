@@ -1,6 +1,7 @@
 //! Memory that begins a page at a byte of one's choice, so that it can go to a device as it is.
 
-use bytes::Bytes;
+use bytes::buf::Limit;
+use bytes::{BufMut as _, Bytes};
 
 use crate::page::PAGE_SIZE;
 
@@ -44,6 +45,15 @@ impl PageVec {
     pub fn append(&mut self, bytes: &[u8]) {
         self.assert_room(bytes.len());
         self.memory.extend_from_slice(bytes);
+    }
+
+    /// Room for `count` more of them, for whoever has bytes to put there without a copy.
+    ///
+    /// # Panics
+    /// As [`PageVec::append`].
+    pub fn room(&mut self, count: usize) -> Limit<&mut Vec<u8>> {
+        self.assert_room(count);
+        (&mut self.memory).limit(count)
     }
 
     /// Appends so many zeroes.

@@ -1,7 +1,10 @@
 //! Neighbouring parts of an object, each put where it is to lie as the answer comes in.
 
+use std::io;
+
 use bytes::Bytes;
 use quarry_objfmt::PageVec;
+use tokio::net::TcpStream;
 
 /// Parts of which some are there.
 pub(super) struct Parts {
@@ -35,6 +38,28 @@ impl Parts {
             piece = rest;
             self.next += usize::from(part.len() == *len);
         }
+    }
+
+    /// Receives all of them from a connection whose next bytes they are, and nothing behind them.
+    ///
+    /// # Errors
+    /// If the connection breaks or ends before; what came is there.
+    pub(super) async fn receive_all(&mut self, stream: &TcpStream) -> io::Result<()> {
+        while let Some((part, len)) = self.parts.get_mut(self.next) {
+            if part.len() == *len {
+                self.next += 1;
+                continue;
+            }
+            match stream.try_read_buf(&mut part.room(*len - part.len())) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.received += count as u64,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    stream.readable().await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Bytes that came.

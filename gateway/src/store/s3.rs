@@ -25,6 +25,7 @@ use quarry_cache::Mutation;
 
 use super::credentials::Rotating;
 use super::parts::Parts;
+use super::plain::{PlainReads, TIMES, check_plain};
 use super::s3_error::Asked;
 use super::upload::Unsigned;
 use super::{
@@ -66,6 +67,8 @@ pub struct S3Store {
     inner: Arc<dyn ObjectStore>,
     /// Large uploads, other than signed.
     unsigned: Option<Arc<Unsigned>>,
+    /// Reads of parts, other than by the library.
+    plain: Option<Arc<PlainReads>>,
     /// What is put before each key: empty, or ends with `/`.
     prefix: String,
     description: String,
@@ -79,8 +82,16 @@ impl S3Store {
     pub fn open(settings: &S3Settings) -> Result<Self, OpenError> {
         let inner = client(settings)?;
         let unsigned = Unsigned::open(settings, &inner)?.map(Arc::new);
+        let plain = match check_plain(settings) {
+            Ok(()) => Some(Arc::new(PlainReads::open(settings, TIMES)?)),
+            Err(_) => None,
+        };
         let store = Self::over(Arc::new(inner), &settings.prefix, settings.describe());
-        Ok(Self { unsigned, ..store })
+        Ok(Self {
+            unsigned,
+            plain,
+            ..store
+        })
     }
 
     /// A store in `inner`, under `prefix`.
@@ -89,6 +100,7 @@ impl S3Store {
         Self {
             inner,
             unsigned: None,
+            plain: None,
             prefix: key_base(prefix),
             description,
         }
@@ -272,6 +284,12 @@ impl Store for S3Store {
     ) -> Result<Vec<Bytes>, StoreError> {
         let range = offset..offset + lens.iter().sum::<usize>() as u64;
         check_range(key, &range)?;
+        // What goes wrong there is told by the library's answer.
+        if let Some(plain) = &self.plain
+            && let Ok(parts) = plain.get_parts(key, range.clone(), lens, lead).await
+        {
+            return Ok(parts);
+        }
         let mut parts = Parts::new(lens, lead);
         if let Some(got) = self.ask(key, range.clone()).await? {
             let mut pieces = got.into_stream();

@@ -1,85 +1,25 @@
 //! Direct reads of a server that says what a test tells it to.
 
-use quarry_config::Secret;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use std::time::Duration;
 
 use super::*;
-use crate::store::stub::settings_at;
+use crate::store::plain::tests::{RANGE, SHORT, answer, body, server, settings};
 use crate::store::{FolderStore, LaneSettings};
-
-const RANGE: Range<u64> = 16..16 + 512;
-
-const SHORT: Times = Times {
-    head_max: Duration::from_millis(500),
-    body_max: Duration::from_millis(200),
-    rest: Duration::from_millis(300),
-};
-
-fn answer(body: &str) -> String {
-    format!(
-        "HTTP/1.1 206 Partial Content\r\nContent-Length: 512\r\nContent-Range: bytes 16-527/4096\r\n\r\n{body}"
-    )
-}
-
-fn body() -> String {
-    "b".repeat(512)
-}
-
-/// A server that answers each request with the next of `answers`, on whatever connection it comes,
-/// and tells of each request and of each connection (as an empty text). After an empty answer it
-/// closes the connection.
-async fn server(answers: Vec<String>) -> (String, mpsc::UnboundedReceiver<String>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let (heard, told) = mpsc::unbounded_channel();
-    let answers = Arc::new(Mutex::new(answers.into_iter()));
-    tokio::spawn(async move {
-        loop {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let (heard, answers) = (heard.clone(), Arc::clone(&answers));
-            let _ = heard.send(String::new());
-            tokio::spawn(async move {
-                let mut request = Vec::new();
-                while let Ok(byte) = stream.read_u8().await {
-                    request.push(byte);
-                    if !request.ends_with(b"\r\n\r\n") {
-                        continue;
-                    }
-                    let _ = heard.send(String::from_utf8(std::mem::take(&mut request)).unwrap());
-                    let Some(answer) = answers.lock().next() else {
-                        // Says nothing, and keeps the connection.
-                        std::future::pending().await
-                    };
-                    if answer.is_empty() || stream.write_all(answer.as_bytes()).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    (address, told)
-}
 
 fn way(address: &str, places: usize) -> (DirectLane, Lane) {
     let dir = tempfile::tempdir().unwrap();
     let store = Arc::new(FolderStore::open(dir.path(), true).unwrap());
-    let settings = LaneSettings {
+    let limits = LaneSettings {
         requests_max: places,
         foreground_min: places - 1,
         ..LaneSettings::default()
     };
-    let lane = Lane::new(store, &settings);
-    let settings = S3Settings {
-        region: "r".to_owned(),
-        keys: Some(("id".to_owned(), Secret::new("hunter2"))),
-        ..settings_at(format!("http://{address}"))
+    let lane = Lane::new(store, &limits);
+    let direct = DirectLane {
+        lane: lane.clone(),
+        reads: PlainReads::open(&settings(address), SHORT).unwrap(),
     };
-    (
-        DirectLane::over(&settings, lane.clone(), SHORT).unwrap(),
-        lane,
-    )
+    (direct, lane)
 }
 
 /// Receives a body as the reactor does, into memory.
@@ -102,7 +42,7 @@ async fn receive(body: Body) -> bool {
     whole
 }
 
-async fn read(way: &DirectLane) -> Result<(), DirectError> {
+async fn read(way: &DirectLane) -> Result<(), PlainError> {
     let (opening, body) = way.ask("t/key", RANGE).await?;
     let (_, finished) = tokio::join!(receive(body), opening.finish());
     finished
@@ -162,15 +102,15 @@ async fn answer_that_is_not_the_range_is_an_error_and_nothing_is_tried_for_a_mom
     for _ in 0..count {
         assert!(!matches!(
             read(&way).await,
-            Ok(()) | Err(DirectError::Resting)
+            Ok(()) | Err(PlainError::Resting)
         ));
-        assert!(matches!(read(&way).await, Err(DirectError::Resting)));
-        way.rest.lock().until = None;
+        assert!(matches!(read(&way).await, Err(PlainError::Resting)));
+        way.reads.end_rest();
     }
-    assert_eq!(way.rest.lock().failures as usize, count);
+    assert_eq!(way.reads.failures() as usize, count);
     // The next says nothing at all.
     let late = read(&way).await;
-    assert!(matches!(late, Err(DirectError::Late("answer"))), "{late:?}");
+    assert!(matches!(late, Err(PlainError::Late("answer"))), "{late:?}");
     assert_eq!(lane.stats().snapshot().in_flight, 0);
 }
 
@@ -182,7 +122,7 @@ async fn object_that_is_not_there_does_not_hold_up_others() {
     let missing = read(&way).await;
     assert!(matches!(
         missing,
-        Err(DirectError::Head(HeadError::Status(404)))
+        Err(PlainError::Head(HeadError::Status(404)))
     ));
     read(&way).await.unwrap();
     let stats = lane.stats().snapshot();
@@ -194,13 +134,13 @@ async fn rest_doubles_until_a_read_goes_well() {
     let answers = vec![String::new(), String::new(), answer(&body())];
     let (address, _told) = server(answers).await;
     let (way, _) = way(&address, 4);
-    let rest = |way: &DirectLane| way.rest.lock().until.take().unwrap() - Instant::now();
+    let rest = |way: &DirectLane| way.reads.end_rest().unwrap();
     read(&way).await.unwrap_err();
     assert!(rest(&way) <= SHORT.rest);
     read(&way).await.unwrap_err();
     assert!(rest(&way) > SHORT.rest);
     read(&way).await.unwrap();
-    assert_eq!(way.rest.lock().failures, 0);
+    assert_eq!(way.reads.failures(), 0);
 }
 
 #[tokio::test]
@@ -210,7 +150,7 @@ async fn body_cut_short_is_an_error_and_its_connection_not_used_again() {
     let (opening, body) = way.ask("t/key", RANGE).await.unwrap();
     // As the reactor does when it ends.
     body.end(false);
-    assert!(matches!(opening.finish().await, Err(DirectError::Body)));
+    assert!(matches!(opening.finish().await, Err(PlainError::Body)));
     tokio::time::sleep(SHORT.rest).await;
     read(&way).await.unwrap();
     let connections = std::iter::from_fn(|| told.try_recv().ok()).filter(String::is_empty);
@@ -235,7 +175,7 @@ async fn body_that_stalls_is_broken_off_in_time() {
     let (opening, body) = way.ask("t/key", RANGE).await.unwrap();
     let (received, finished) = tokio::join!(receive(body), opening.finish());
     assert!(!received, "the receiving ended");
-    assert!(matches!(finished, Err(DirectError::Late("body"))));
+    assert!(matches!(finished, Err(PlainError::Late("body"))));
     let stats = lane.stats().snapshot();
     assert_eq!(stats.attempts(Operation::GetRange, Outcome::GivenUp), 1);
 }
@@ -269,5 +209,5 @@ fn store_that_is_a_folder_or_speaks_tls_is_unfit() {
     assert!(matches!(unfit, Err(Unfit::NotS3)));
     settings.url = "s3://bucket".to_owned();
     let unfit = DirectLane::open(&settings, lane);
-    assert!(matches!(unfit, Err(Unfit::NotPlain)));
+    assert!(matches!(unfit, Err(Unfit::NotPlain(_))));
 }

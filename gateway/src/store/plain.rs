@@ -1,0 +1,364 @@
+//! Ranged reads of a plain-HTTP S3 server on connections of our own: ask, read the answer's head, and receive the body to
+//! where it is to lie. By the library a body is read into its memory and copied from there, by another task.
+//!
+//! Owns: the connections, the signed requests, and what is believed of an answer. Does not own: what is done when it
+//! fails: every failure is an error at once and no more, for the ordinary way waits and tries again.
+//!
+//! Invariants:
+//! - A connection is used again only if the whole body that was announced, and nothing else, was taken from it.
+//! - A body is taken only if the server says that it is exactly the range asked for, as it is.
+//! - No failure of a server is paid for by every read: after one, none is tried for a while, which doubles with each
+//!   further one until a read goes well.
+
+mod head;
+mod pool;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use object_store::aws::AmazonS3;
+use object_store::path::Path;
+use object_store::signer::{Method, Signer as _};
+use parking_lot::Mutex;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use url::{Position, Url};
+
+pub use head::HeadError;
+
+use super::parts::Parts;
+use super::{OpenError, S3Settings, StoreError, check_key, check_range, s3};
+use pool::{Pool, connect};
+
+/// How long the server may take from the request to the end of the answer's head.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long the body may take, besides the time for its bytes.
+const BODY_TIME_MAX: Duration = Duration::from_secs(5);
+/// The slowest body that is waited for, in bytes a second.
+const RATE_BYTES_MIN: u64 = 256 << 10;
+/// How long nothing is tried after a failure.
+const REST_TIME: Duration = Duration::from_secs(1);
+/// How often that doubles at most: to about a minute.
+const REST_DOUBLINGS_MAX: u32 = 6;
+/// How long a signature holds.
+const SIGNED_FOR: Duration = Duration::from_secs(15 * 60);
+/// How long it is used: shorter than the keys of a role, which the library has renewed when they hold
+/// for less than five minutes.
+const SIGNATURE_USED_FOR: Duration = Duration::from_secs(4 * 60);
+/// Most signed requests kept, about 1 KiB each.
+const SIGNATURES_MAX: u64 = 4096;
+/// Variables that make the ordinary way go through a proxy, to which we do not speak.
+const PROXY_VARIABLES: [&str; 4] = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"];
+
+/// How long is waited.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    pub(super) head_max: Duration,
+    pub(super) body_max: Duration,
+    pub(super) rest: Duration,
+}
+
+impl Times {
+    /// How long a body of `len` bytes may take.
+    pub(super) fn body(&self, len: u64) -> Duration {
+        self.body_max + Duration::from_millis(len.saturating_mul(1000) / RATE_BYTES_MIN)
+    }
+}
+
+pub(super) const TIMES: Times = Times {
+    head_max: HEAD_TIME_MAX,
+    body_max: BODY_TIME_MAX,
+    rest: REST_TIME,
+};
+
+/// Why a store cannot be read so.
+#[derive(Debug, thiserror::Error)]
+pub enum NotPlain {
+    /// TLS.
+    #[error("the store's endpoint is not plain http")]
+    Tls,
+    /// A proxy.
+    #[error("{0} sends requests to the store through a proxy")]
+    Proxy(&'static str),
+}
+
+/// Why a read went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum PlainError {
+    /// Another failed a moment ago.
+    #[error("another read failed a moment ago")]
+    Resting,
+    /// The object's key or the range is none.
+    #[error(transparent)]
+    Invalid(#[from] StoreError),
+    /// The request cannot be signed.
+    #[error("the request cannot be signed: {0}")]
+    Sign(#[source] object_store::Error),
+    /// No connection.
+    #[error("cannot connect to {authority}: {source}")]
+    Connect {
+        /// The server.
+        authority: String,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// No answer that is good for it.
+    #[error(transparent)]
+    Head(#[from] HeadError),
+    /// It took too long.
+    #[error("no {0} in time")]
+    Late(&'static str),
+    /// The body was not whole, or could not be received.
+    #[error("the body was not received")]
+    Body,
+}
+
+/// A request, but for the range.
+pub(super) struct Signed {
+    /// `host:port`, to connect to.
+    authority: String,
+    /// Up to `Range: bytes=`.
+    beginning: String,
+}
+
+/// A connection whose next bytes are a body.
+pub(super) struct Answer {
+    pub(super) stream: TcpStream,
+    /// Whether the connection lives on after them.
+    pub(super) lives: bool,
+}
+
+/// Whether reads are tried.
+#[derive(Default)]
+struct Rest {
+    until: Option<Instant>,
+    /// Since a read went well.
+    failures: u32,
+}
+
+impl Rest {
+    fn lasts(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() < until)
+    }
+}
+
+/// The way to one server.
+pub(super) struct PlainReads {
+    client: AmazonS3,
+    /// What is put before each key: empty, or ends with `/`.
+    prefix: String,
+    signed: moka::sync::Cache<String, Arc<Signed>>,
+    pool: Pool,
+    /// The length of the last head.
+    head_bytes: AtomicUsize,
+    rest: Mutex<Rest>,
+    pub(super) times: Times,
+}
+
+/// Whether a store can be read so.
+pub(super) fn check_plain(settings: &S3Settings) -> Result<(), NotPlain> {
+    if !s3::is_plain(settings) {
+        return Err(NotPlain::Tls);
+    }
+    let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    match PROXY_VARIABLES.into_iter().find(|name| is_set(name)) {
+        Some(name) => Err(NotPlain::Proxy(name)),
+        None => Ok(()),
+    }
+}
+
+impl PlainReads {
+    /// The way to the server that `settings` name, which pass [`check_plain`]. Nothing is asked of it yet.
+    pub(super) fn open(settings: &S3Settings, times: Times) -> Result<Self, OpenError> {
+        let signed = moka::sync::Cache::builder()
+            .max_capacity(SIGNATURES_MAX)
+            .time_to_live(SIGNATURE_USED_FOR)
+            .build();
+        Ok(Self {
+            client: s3::client(settings)?,
+            prefix: s3::key_base(&settings.prefix),
+            signed,
+            pool: Pool::default(),
+            head_bytes: AtomicUsize::new(0),
+            rest: Mutex::default(),
+            times,
+        })
+    }
+
+    /// As [`Store::get_parts`](super::Store::get_parts).
+    ///
+    /// # Errors
+    /// [`PlainError`], without trying twice.
+    pub(super) async fn get_parts(
+        &self,
+        key: &str,
+        range: Range<u64>,
+        lens: &[usize],
+        lead: usize,
+    ) -> Result<Vec<Bytes>, PlainError> {
+        self.awake()?;
+        let signed = self.signed(key).await?;
+        let answer = self.ask(key, &signed, &range).await?;
+        let mut parts = Parts::new(lens, lead);
+        let received = parts.receive_all(&answer.stream);
+        let limit = self.times.body(range.end - range.start);
+        match timeout(limit, received).await {
+            Ok(Ok(())) => self.took(answer.lives.then_some(answer.stream)),
+            Ok(Err(_)) => return Err(self.failed(PlainError::Body)),
+            Err(_) => return Err(self.failed(PlainError::Late("body"))),
+        }
+        Ok(parts.into_bytes())
+    }
+
+    /// Whether anything is tried now.
+    ///
+    /// # Errors
+    /// [`PlainError::Resting`]
+    pub(super) fn awake(&self) -> Result<(), PlainError> {
+        match self.rest.lock().lasts() {
+            true => Err(PlainError::Resting),
+            false => Ok(()),
+        }
+    }
+
+    /// The request for parts of an object.
+    ///
+    /// # Errors
+    /// If it cannot be signed.
+    pub(super) async fn signed(&self, key: &str) -> Result<Arc<Signed>, PlainError> {
+        match self.signed.get(key) {
+            Some(signed) => Ok(signed),
+            None => self.sign(key).await.map_err(|e| self.failed(e)),
+        }
+    }
+
+    async fn sign(&self, key: &str) -> Result<Arc<Signed>, PlainError> {
+        check_key(key)?;
+        let path = Path::from(format!("{}{key}", self.prefix));
+        // The keys of a role may have to be asked for first.
+        let url = self.client.signed_url(Method::GET, &path, SIGNED_FOR);
+        let url = timeout(self.times.head_max, url).await;
+        let url = url.map_err(|_| PlainError::Late("keys"))?;
+        let signed = Arc::new(Signed::new(&url.map_err(PlainError::Sign)?));
+        self.signed.insert(key.to_owned(), Arc::clone(&signed));
+        Ok(signed)
+    }
+
+    /// Asks for the bytes `range` of an object. Whoever takes the body says how that went: [`PlainReads::took`] or
+    /// [`PlainReads::failed`].
+    ///
+    /// # Errors
+    /// If they do not come.
+    pub(super) async fn ask(
+        &self,
+        key: &str,
+        signed: &Signed,
+        range: &Range<u64>,
+    ) -> Result<Answer, PlainError> {
+        check_range(key, range)?;
+        let answer = self.answer(signed, range).await;
+        answer.map_err(|error| {
+            if let PlainError::Head(HeadError::Status(_)) = error {
+                // It may be the signature that the server does not like any more.
+                self.signed.invalidate(key);
+            }
+            match error {
+                // This object's misfortune, and no other's.
+                PlainError::Head(HeadError::Status(404)) => error,
+                error => self.failed(error),
+            }
+        })
+    }
+
+    async fn answer(&self, signed: &Signed, range: &Range<u64>) -> Result<Answer, PlainError> {
+        let (first, last) = (range.start, range.end - 1);
+        let request = format!("{}{first}-{last}\r\n\r\n", signed.beginning);
+        let mut kept = self.pool.take();
+        loop {
+            let was_kept = kept.is_some();
+            let stream = match kept.take() {
+                Some(stream) => stream,
+                None => connect(&signed.authority).await.map_err(|source| {
+                    let authority = signed.authority.clone();
+                    PlainError::Connect { authority, source }
+                })?,
+            };
+            let asked = timeout(self.times.head_max, self.exchange(stream, &request)).await;
+            match asked.map_err(|_| PlainError::Late("answer"))? {
+                Ok((stream, head)) => {
+                    let lives = head::check(&head, range)?;
+                    self.head_bytes.store(head.len(), Ordering::Relaxed);
+                    return Ok(Answer { stream, lives });
+                }
+                // The server gave up an idle connection just now: that is no failure.
+                Err(HeadError::Closed { at_once: true } | HeadError::Io(_)) if was_kept => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    async fn exchange(
+        &self,
+        mut stream: TcpStream,
+        request: &str,
+    ) -> Result<(TcpStream, Vec<u8>), HeadError> {
+        stream.write_all(request.as_bytes()).await?;
+        let guess = self.head_bytes.load(Ordering::Relaxed);
+        let head = head::read(&stream, guess).await?;
+        Ok((stream, head))
+    }
+
+    /// A body was taken; its connection, if it lives.
+    pub(super) fn took(&self, stream: Option<TcpStream>) {
+        self.rest.lock().failures = 0;
+        if let Some(stream) = stream {
+            self.pool.give(stream);
+        }
+    }
+
+    /// A read has failed. Of several at once the first counts.
+    pub(super) fn failed(&self, error: PlainError) -> PlainError {
+        let mut rest = self.rest.lock();
+        if !rest.lasts() {
+            let time = self.times.rest * (1 << rest.failures.min(REST_DOUBLINGS_MAX));
+            rest.until = Some(Instant::now() + time);
+            rest.failures += 1;
+            tracing::warn!(%error, rest = ?time, "a read on a connection of our own failed; those to come are made by the library for a while");
+        }
+        error
+    }
+
+    #[cfg(test)]
+    pub(super) fn end_rest(&self) -> Option<Duration> {
+        let until = self.rest.lock().until.take();
+        until.map(|until| until - Instant::now())
+    }
+
+    #[cfg(test)]
+    pub(super) fn failures(&self) -> u32 {
+        self.rest.lock().failures
+    }
+}
+
+impl Signed {
+    fn new(url: &Url) -> Self {
+        let port = url.port_or_known_default().unwrap_or(80);
+        let host = url.host_str().unwrap_or_default();
+        let signed_host = &url[Position::BeforeHost..Position::AfterPort];
+        let target = &url[Position::BeforePath..Position::AfterQuery];
+        Self {
+            authority: format!("{host}:{port}"),
+            beginning: format!(
+                "GET {target} HTTP/1.1\r\nHost: {signed_host}\r\nUser-Agent: quarry\r\nAccept-Encoding: identity\r\nRange: bytes="
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests;
