@@ -1,4 +1,4 @@
-//! Small writes that come in one batch and follow each other on the cache device, written by one I/O.
+//! Small writes that come in one batch and follow each other on the cache device, written by one I/O; and so fills.
 //!
 //! The log puts the writes of a volume one behind the other, and a device takes one write of 32 KiB in the time and
 //! with the work of one or two of 4 KiB. Nobody waits for more writes to come: what is there when the batch ends goes.
@@ -23,9 +23,22 @@ use super::token::Token;
 /// for all of them.
 const RUN_BYTES_MAX: u32 = 32 << 10;
 
+/// The longest run of fills, in bytes, for which nobody waits: what one fetch brings, in two.
+const FILL_RUN_BYTES_MAX: u32 = 512 << 10;
+
+/// The longest run that a write may be part of.
+const fn longest_with(op: &CacheOp) -> u32 {
+    match op.request {
+        Some(_) => RUN_BYTES_MAX,
+        None => FILL_RUN_BYTES_MAX,
+    }
+}
+
 /// Writes that follow each other.
 #[derive(Default)]
 struct Run {
+    /// Of fills.
+    is_fill: bool,
     begin: u64,
     bytes: u32,
     /// Where their data are.
@@ -37,12 +50,15 @@ struct Run {
 impl Run {
     /// Whether this write follows those in it, and there is room.
     fn takes(&self, op: &CacheOp) -> bool {
-        self.begin + u64::from(self.bytes) == op.offset && op.len <= RUN_BYTES_MAX - self.bytes
+        self.is_fill == op.request.is_none()
+            && self.begin + u64::from(self.bytes) == op.offset
+            && op.len <= longest_with(op) - self.bytes
     }
 
     fn push(&mut self, index: u32, op: &CacheOp) {
         if self.ops.is_empty() {
             self.begin = op.offset;
+            self.is_fill = op.request.is_none();
         }
         self.bytes += op.len;
         self.parts.push(libc::iovec {
@@ -70,12 +86,11 @@ pub(super) struct Runs {
 }
 
 impl Runs {
-    /// Whether such a write may be part of a run: a request's, and not a large one.
+    /// Whether such a write may be part of a run: a request's or a fill, and not a large one.
     pub(super) const fn may_take(op: &CacheOp) -> bool {
         matches!(op.code, Code::Write { durable: false })
             && matches!(op.file, File::Cache)
-            && op.request.is_some()
-            && op.len <= RUN_BYTES_MAX / 2
+            && op.len <= longest_with(op) / 2
     }
 }
 
@@ -131,5 +146,57 @@ impl Core {
         }
         run.clear();
         self.runs.spare.push(run);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_volume::IoId;
+
+    use super::*;
+    use crate::reactor::op::Hold;
+
+    fn write(request: Option<usize>, offset: u64, len: u32) -> CacheOp {
+        CacheOp {
+            volume: 0,
+            io: IoId(0),
+            request,
+            code: Code::Write { durable: false },
+            file: File::Cache,
+            offset,
+            address: 0,
+            len,
+            done: 0,
+            tries: 0,
+            since_ns: 0,
+            hold: Hold::Nothing,
+        }
+    }
+
+    #[test]
+    fn run_is_of_neighbours_of_one_kind_up_to_its_length() {
+        for (request, longest) in [(Some(1), RUN_BYTES_MAX), (None, FILL_RUN_BYTES_MAX)] {
+            let half = longest / 2;
+            assert!(Runs::may_take(&write(request, 0, half)));
+            assert!(!Runs::may_take(&write(request, 0, half + 512)));
+            let mut run = Run::default();
+            run.push(0, &write(request, 4096, half));
+            let next = 4096 + u64::from(half);
+            assert!(run.takes(&write(request, next, half)));
+            assert!(!run.takes(&write(request, next + 512, 512)), "a gap");
+            assert!(!run.takes(&write(request, next, half + 512)), "too long");
+            let other = request.map_or(Some(1), |_| None);
+            assert!(!run.takes(&write(other, next, 512)), "another kind");
+            run.push(1, &write(request, next, half));
+            assert!(
+                !run.takes(&write(request, next + u64::from(half), 512)),
+                "full"
+            );
+        }
+        let flushed = CacheOp {
+            code: Code::Write { durable: true },
+            ..write(None, 0, 4096)
+        };
+        assert!(!Runs::may_take(&flushed));
     }
 }
