@@ -24,6 +24,7 @@ use tokio::sync::watch;
 
 use self::notify::Manager;
 use self::replace::Predecessor;
+use crate::clock;
 use crate::control::{self, ApiError, Engine, ImageRef, Kind, ListenError, Listeners, Network};
 use crate::engine::{Daemon, How, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
@@ -67,6 +68,8 @@ pub fn bound_heaps() {
 /// # Errors
 /// If something that serving needs cannot be had; each names what and what to do.
 pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result<()> {
+    // Its first reading takes some milliseconds, which devices' users would wait for once their daemon has been stopped.
+    clock::now_ns();
     let manager = Arc::new(Manager::find(|name| std::env::var_os(name)));
     let settings = StoreSettings::from(&config.store);
     let store = open_store(&settings)?;

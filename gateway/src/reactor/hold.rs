@@ -29,6 +29,9 @@ use crate::qos::{Passage, VolumeGate};
 /// How much a volume pays for at once, by the time that its rates take for it, in nanoseconds; one request may be more.
 const TURN_NS: u64 = 1_000_000;
 
+/// How much earlier than asked for a timer may end, in nanoseconds: it goes by the kernel's clock, and we by another.
+const EARLY_NS_MAX: u64 = 1_000_000;
+
 /// Longest time before limits are looked at again while requests are held, in nanoseconds: a change of them, or their end,
 /// is seen after so long.
 const LOOK_NS: u64 = 100_000_000;
@@ -255,7 +258,7 @@ impl Core {
         let now_ns = now_ns();
         let holds = &mut self.holds;
         holds.timers -= 1;
-        if holds.timers == 0 || holds.armed_ns <= now_ns {
+        if holds.timers == 0 || holds.armed_ns <= now_ns.saturating_add(EARLY_NS_MAX) {
             holds.armed_ns = u64::MAX;
         }
         (holds.next_ns, holds.now_ns) = (u64::MAX, now_ns);

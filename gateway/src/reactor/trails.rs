@@ -296,7 +296,8 @@ impl Trails {
         let since_ns = trail
             .as_ref()
             .map_or(request.since_ns, |trail| trail.since_ns);
-        let is_slow = end_ns.saturating_sub(since_ns) >= self.slow_ns;
+        let end_ns = end_ns.max(since_ns);
+        let is_slow = end_ns - since_ns >= self.slow_ns;
         if !is_slow && !trail.as_ref().is_some_and(|trail| trail.is_sample) {
             return;
         }

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use super::lane::LanePlace;
 use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, TIMES, check_plain};
-use super::{Lane, OpenError, Operation, Outcome, Place, StoreSettings};
+use super::{Lane, OpenError, Operation, Outcome, Place, StoreSettings, s3};
 use crate::reactor::direct::Body;
 
 /// Why there can be no direct reads of a store.
@@ -58,7 +58,7 @@ impl DirectLane {
         };
         check_plain(&settings)?;
         crate::reactor::direct::probe().map_err(Unfit::Kernel)?;
-        let reads = PlainReads::open(&settings, TIMES)?;
+        let reads = PlainReads::new(s3::client(&settings)?, &settings, TIMES);
         Ok(Self { lane, reads })
     }
 
@@ -72,7 +72,9 @@ impl DirectLane {
         key: &str,
         range: Range<u64>,
     ) -> Result<(Opening<'_>, Body), PlainError> {
-        self.reads.awake()?;
+        if self.reads.is_resting() {
+            return Err(PlainError::Resting);
+        }
         let signed = self.reads.signed(key).await?;
         let place = self.lane.place(Operation::GetRange).await;
         // Those before it in the line may have failed.

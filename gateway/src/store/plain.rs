@@ -8,7 +8,7 @@
 //! - A connection is used again only if the whole body that was announced, and nothing else, was taken from it.
 //! - A body is taken only if the server says that it is exactly the range asked for, as it is.
 //! - No failure of a server is paid for by every read: after one, none is tried for a while, which doubles with each
-//!   further one until a read goes well.
+//!   further one and is the longest at once where time was lost; then one is tried, and the others when that went well.
 
 mod head;
 mod pool;
@@ -20,7 +20,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use object_store::aws::AmazonS3;
+use hyper::Uri;
+use object_store::aws::{AmazonS3, AwsAuthorizer, AwsCredential};
+use object_store::client::{HttpRequest, HttpRequestBody};
 use object_store::path::Path;
 use object_store::signer::{Method, Signer as _};
 use parking_lot::Mutex;
@@ -32,11 +34,12 @@ use url::{Position, Url};
 pub use head::HeadError;
 
 use super::parts::Parts;
-use super::{OpenError, S3Settings, StoreError, check_key, check_range, s3};
+use super::{S3Settings, StoreError, check_key, check_range, s3};
 use pool::{Pool, connect};
 
-/// How long the server may take from the request to the end of the answer's head.
-const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a connection may take to be made, and the server from the request to the end of the answer's head: who takes
+/// longer is left to the library. With the body's time it is less than the lane gives an attempt, of which the library gets the rest.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long the body may take, besides the time for its bytes.
 const BODY_TIME_MAX: Duration = Duration::from_secs(5);
 /// The slowest body that is waited for, in bytes a second.
@@ -139,6 +142,8 @@ struct Rest {
     until: Option<Instant>,
     /// Since a read went well.
     failures: u32,
+    /// It is over, but for the one read that is tried.
+    is_tried: bool,
 }
 
 impl Rest {
@@ -150,6 +155,7 @@ impl Rest {
 /// The way to one server.
 pub(super) struct PlainReads {
     client: AmazonS3,
+    region: String,
     /// What is put before each key: empty, or ends with `/`.
     prefix: String,
     signed: moka::sync::Cache<String, Arc<Signed>>,
@@ -173,21 +179,22 @@ pub(super) fn check_plain(settings: &S3Settings) -> Result<(), NotPlain> {
 }
 
 impl PlainReads {
-    /// The way to the server that `settings` name, which pass [`check_plain`]. Nothing is asked of it yet.
-    pub(super) fn open(settings: &S3Settings, times: Times) -> Result<Self, OpenError> {
+    /// The way to the server of `client`, whose `settings` pass [`check_plain`]. Nothing is asked of it yet.
+    pub(super) fn new(client: AmazonS3, settings: &S3Settings, times: Times) -> Self {
         let signed = moka::sync::Cache::builder()
             .max_capacity(SIGNATURES_MAX)
             .time_to_live(SIGNATURE_USED_FOR)
             .build();
-        Ok(Self {
-            client: s3::client(settings)?,
+        Self {
+            client,
+            region: settings.region.clone(),
             prefix: s3::key_base(&settings.prefix),
             signed,
             pool: Pool::default(),
             head_bytes: AtomicUsize::new(0),
             rest: Mutex::default(),
             times,
-        })
+        }
     }
 
     /// As [`Store::get_parts`](super::Store::get_parts).
@@ -215,15 +222,26 @@ impl PlainReads {
         Ok(parts.into_bytes())
     }
 
-    /// Whether anything is tried now.
+    /// Whether nothing is tried now.
+    pub(super) fn is_resting(&self) -> bool {
+        self.rest.lock().lasts()
+    }
+
+    /// Before a read is tried. Of those that come when a rest is over, the first one is.
     ///
     /// # Errors
     /// [`PlainError::Resting`]
     pub(super) fn awake(&self) -> Result<(), PlainError> {
-        match self.rest.lock().lasts() {
-            true => Err(PlainError::Resting),
-            false => Ok(()),
+        let mut rest = self.rest.lock();
+        if rest.lasts() {
+            return Err(PlainError::Resting);
         }
+        if rest.failures > 0 {
+            // Should it never be heard of again, another is.
+            rest.until = Some(Instant::now() + self.times.head_max);
+            rest.is_tried = true;
+        }
+        Ok(())
     }
 
     /// The request for parts of an object.
@@ -241,10 +259,17 @@ impl PlainReads {
         check_key(key)?;
         let path = Path::from(format!("{}{key}", self.prefix));
         // The keys of a role may have to be asked for first.
-        let url = self.client.signed_url(Method::GET, &path, SIGNED_FOR);
-        let url = timeout(self.times.head_max, url).await;
-        let url = url.map_err(|_| PlainError::Late("keys"))?;
-        let signed = Arc::new(Signed::new(&url.map_err(PlainError::Sign)?));
+        let signing = async {
+            let url = self.client.signed_url(Method::GET, &path, SIGNED_FOR);
+            let mut url = url.await?;
+            // In headers, as the library does by itself: addresses are logged.
+            url.set_query(None);
+            let keys = self.client.credentials().get_credential().await?;
+            Signed::new(&url, &keys, &self.region)
+        };
+        let signed = timeout(self.times.head_max, signing).await;
+        let signed = signed.map_err(|_| PlainError::Late("keys"))?;
+        let signed = Arc::new(signed.map_err(PlainError::Sign)?);
         self.signed.insert(key.to_owned(), Arc::clone(&signed));
         Ok(signed)
     }
@@ -263,13 +288,13 @@ impl PlainReads {
         check_range(key, range)?;
         let answer = self.answer(signed, range).await;
         answer.map_err(|error| {
-            if let PlainError::Head(HeadError::Status(_)) = error {
-                // It may be the signature that the server does not like any more.
-                self.signed.invalidate(key);
+            if let PlainError::Head(HeadError::Status(401 | 403)) = error {
+                // It may be the keys that the server does not like any more.
+                self.signed.invalidate_all();
             }
             match error {
                 // This object's misfortune, and no other's.
-                PlainError::Head(HeadError::Status(404)) => error,
+                PlainError::Head(HeadError::Status(404 | 416)) => error,
                 error => self.failed(error),
             }
         })
@@ -283,10 +308,13 @@ impl PlainReads {
             let was_kept = kept.is_some();
             let stream = match kept.take() {
                 Some(stream) => stream,
-                None => connect(&signed.authority).await.map_err(|source| {
-                    let authority = signed.authority.clone();
-                    PlainError::Connect { authority, source }
-                })?,
+                None => {
+                    let connected = connect(&signed.authority, self.times.head_max).await;
+                    connected.map_err(|source| {
+                        let authority = signed.authority.clone();
+                        PlainError::Connect { authority, source }
+                    })?
+                }
             };
             let asked = timeout(self.times.head_max, self.exchange(stream, &request)).await;
             match asked.map_err(|_| PlainError::Late("answer"))? {
@@ -315,7 +343,7 @@ impl PlainReads {
 
     /// A body was taken; its connection, if it lives.
     pub(super) fn took(&self, stream: Option<TcpStream>) {
-        self.rest.lock().failures = 0;
+        *self.rest.lock() = Rest::default();
         if let Some(stream) = stream {
             self.pool.give(stream);
         }
@@ -324,7 +352,11 @@ impl PlainReads {
     /// A read has failed. Of several at once the first counts.
     pub(super) fn failed(&self, error: PlainError) -> PlainError {
         let mut rest = self.rest.lock();
-        if !rest.lasts() {
+        if !rest.lasts() || rest.is_tried {
+            rest.is_tried = false;
+            if let PlainError::Late(_) | PlainError::Connect { .. } = error {
+                rest.failures = rest.failures.max(REST_DOUBLINGS_MAX);
+            }
             let time = self.times.rest * (1 << rest.failures.min(REST_DOUBLINGS_MAX));
             rest.until = Some(Instant::now() + time);
             rest.failures += 1;
@@ -346,17 +378,29 @@ impl PlainReads {
 }
 
 impl Signed {
-    fn new(url: &Url) -> Self {
+    fn new(url: &Url, keys: &AwsCredential, region: &str) -> object_store::Result<Self> {
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        let uri = url.as_str().parse::<Uri>();
+        *request.uri_mut() = uri.map_err(|error| object_store::Error::Generic {
+            store: "S3",
+            source: Box::new(error),
+        })?;
+        AwsAuthorizer::new(keys, "s3", region).try_authorize(&mut request, None)?;
+        let mut fields = String::new();
+        for (name, value) in request.headers() {
+            let value = String::from_utf8_lossy(value.as_bytes());
+            fields.push_str(&format!("{name}: {value}\r\n"));
+        }
         let port = url.port_or_known_default().unwrap_or(80);
         let host = url.host_str().unwrap_or_default();
         let signed_host = &url[Position::BeforeHost..Position::AfterPort];
         let target = &url[Position::BeforePath..Position::AfterQuery];
-        Self {
+        Ok(Self {
             authority: format!("{host}:{port}"),
             beginning: format!(
-                "GET {target} HTTP/1.1\r\nHost: {signed_host}\r\nUser-Agent: quarry\r\nAccept-Encoding: identity\r\nRange: bytes="
+                "GET {target} HTTP/1.1\r\nHost: {signed_host}\r\nUser-Agent: quarry\r\nAccept-Encoding: identity\r\n{fields}Range: bytes="
             ),
-        }
+        })
     }
 }
 

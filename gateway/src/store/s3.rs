@@ -34,7 +34,7 @@ use super::{
 };
 
 /// How long a connection may take to be made.
-pub(super) const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long nothing may come on a connection that we read from.
 const READ_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long any request may take; a lane's limits are shorter.
@@ -83,7 +83,7 @@ impl S3Store {
         let inner = client(settings)?;
         let unsigned = Unsigned::open(settings, &inner)?.map(Arc::new);
         let plain = match check_plain(settings) {
-            Ok(()) => Some(Arc::new(PlainReads::open(settings, TIMES)?)),
+            Ok(()) => Some(Arc::new(PlainReads::new(inner.clone(), settings, TIMES))),
             Err(_) => None,
         };
         let store = Self::over(Arc::new(inner), &settings.prefix, settings.describe());

@@ -1,7 +1,7 @@
 //! Connections to one server that are kept for the next request.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -9,7 +9,7 @@ use rustix::net::{RecvFlags, recv};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::store::s3::{CONNECT_TIME_MAX, IDLE_TIME_MAX};
+use crate::store::s3::IDLE_TIME_MAX;
 
 /// Most connections kept without use. (In use are no more than the lane has places.)
 const IDLE_MAX: usize = 32;
@@ -38,6 +38,7 @@ impl Pool {
     /// Keeps a connection on which nothing is under way.
     pub(super) fn give(&self, stream: TcpStream) {
         let mut idle = self.0.lock();
+        idle.retain(|(_, since)| since.elapsed() < IDLE_TIME_MAX);
         if idle.len() == IDLE_MAX {
             idle.remove(0);
         }
@@ -46,8 +47,8 @@ impl Pool {
 }
 
 /// Connects to `authority` (`host:port`).
-pub(super) async fn connect(authority: &str) -> io::Result<TcpStream> {
-    let stream = timeout(CONNECT_TIME_MAX, TcpStream::connect(authority)).await??;
+pub(super) async fn connect(authority: &str, time_max: Duration) -> io::Result<TcpStream> {
+    let stream = timeout(time_max, TcpStream::connect(authority)).await??;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
@@ -74,7 +75,7 @@ mod tests {
         let pool = Pool::default();
         let mut there = Vec::new();
         for _ in 0..3 {
-            pool.give(connect(&authority).await.unwrap());
+            pool.give(connect(&authority, Duration::from_secs(5)).await.unwrap());
             there.push(listener.accept().await.unwrap().0);
         }
         there[2].write_all(b"x").await.unwrap();
@@ -92,7 +93,7 @@ mod tests {
         let pool = Pool::default();
         let mut there = Vec::new();
         for _ in 0..IDLE_MAX + 3 {
-            pool.give(connect(&authority).await.unwrap());
+            pool.give(connect(&authority, Duration::from_secs(5)).await.unwrap());
             there.push(listener.accept().await.unwrap().0);
         }
         assert_eq!(pool.0.lock().len(), IDLE_MAX);
