@@ -14,6 +14,7 @@ mod head;
 mod pool;
 
 use std::io;
+use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -119,6 +120,17 @@ pub enum PlainError {
     /// The body was not whole, or could not be received.
     #[error("the body was not received")]
     Body,
+}
+
+impl PlainError {
+    /// Whether time was lost.
+    fn is_late(&self) -> bool {
+        match self {
+            Self::Late(_) => true,
+            Self::Connect { source, .. } => source.kind() == io::ErrorKind::TimedOut,
+            _ => false,
+        }
+    }
 }
 
 /// A request, but for the range.
@@ -343,7 +355,12 @@ impl PlainReads {
 
     /// A body was taken; its connection, if it lives.
     pub(super) fn took(&self, stream: Option<TcpStream>) {
-        *self.rest.lock() = Rest::default();
+        let mut rest = self.rest.lock();
+        rest.failures = 0;
+        if mem::replace(&mut rest.is_tried, false) {
+            rest.until = None;
+        }
+        drop(rest);
         if let Some(stream) = stream {
             self.pool.give(stream);
         }
@@ -354,7 +371,7 @@ impl PlainReads {
         let mut rest = self.rest.lock();
         if !rest.lasts() || rest.is_tried {
             rest.is_tried = false;
-            if let PlainError::Late(_) | PlainError::Connect { .. } = error {
+            if error.is_late() {
                 rest.failures = rest.failures.max(REST_DOUBLINGS_MAX);
             }
             let time = self.times.rest * (1 << rest.failures.min(REST_DOUBLINGS_MAX));
