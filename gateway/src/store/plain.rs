@@ -38,9 +38,9 @@ use super::parts::Parts;
 use super::{S3Settings, StoreError, check_key, check_range, s3};
 use pool::{Pool, connect};
 
-/// How long a connection may take to be made, and the server from the request to the end of the answer's head: who takes
-/// longer is left to the library. With the body's time it is less than the lane gives an attempt, of which the library gets the rest.
-const HEAD_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long a connection may take to be made, and the server from the request to the end of the answer's head. All of a read
+/// has this and the body's time, which is less than the lane gives an attempt: the library has the rest.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long the body may take, besides the time for its bytes.
 const BODY_TIME_MAX: Duration = Duration::from_secs(5);
 /// The slowest body that is waited for, in bytes a second.
@@ -221,17 +221,20 @@ impl PlainReads {
         lead: usize,
     ) -> Result<Vec<Bytes>, PlainError> {
         self.awake()?;
-        let signed = self.signed(key).await?;
-        let answer = self.ask(key, &signed, &range).await?;
-        let mut parts = Parts::new(lens, lead);
-        let received = parts.receive_all(&answer.stream);
-        let limit = self.times.body(range.end - range.start);
-        match timeout(limit, received).await {
-            Ok(Ok(())) => self.took(answer.lives.then_some(answer.stream)),
-            Ok(Err(_)) => return Err(self.failed(PlainError::Body)),
-            Err(_) => return Err(self.failed(PlainError::Late("body"))),
-        }
-        Ok(parts.into_bytes())
+        let body_max = self.times.body(range.end - range.start);
+        let read = async {
+            let signed = self.signed(key).await?;
+            let answer = self.ask(key, &signed, &range).await?;
+            let mut parts = Parts::new(lens, lead);
+            match timeout(body_max, parts.receive_all(&answer.stream)).await {
+                Ok(Ok(())) => self.took(answer.lives.then_some(answer.stream)),
+                Ok(Err(_)) => return Err(self.failed(PlainError::Body)),
+                Err(_) => return Err(self.failed(PlainError::Late("body"))),
+            }
+            Ok(parts.into_bytes())
+        };
+        let read = timeout(self.times.head_max + body_max, read).await;
+        read.unwrap_or_else(|_| Err(self.failed(PlainError::Late("answer"))))
     }
 
     /// Whether nothing is tried now.

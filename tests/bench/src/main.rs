@@ -35,7 +35,7 @@ struct Arguments {
     #[arg(long, default_value_t = 3)]
     seconds: u64,
     /// Size of the volumes, in MiB.
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 2048)]
     mib: u64,
     /// Before each answer of the S3 server, in milliseconds.
     #[arg(long, default_value_t = 0)]
