@@ -173,10 +173,10 @@ impl CacheOp {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn op(code: Code, len: u32) -> CacheOp {
+    pub(in crate::reactor) fn op(code: Code, len: u32) -> CacheOp {
         CacheOp {
             volume: 0,
             io: IoId(1),

@@ -151,25 +151,14 @@ impl Core {
 
 #[cfg(test)]
 mod tests {
-    use quarry_volume::IoId;
-
     use super::*;
-    use crate::reactor::op::Hold;
+    use crate::reactor::op::tests::op;
 
     fn write(request: Option<usize>, offset: u64, len: u32) -> CacheOp {
         CacheOp {
-            volume: 0,
-            io: IoId(0),
             request,
-            code: Code::Write { durable: false },
-            file: File::Cache,
             offset,
-            address: 0,
-            len,
-            done: 0,
-            tries: 0,
-            since_ns: 0,
-            hold: Hold::Nothing,
+            ..op(Code::Write { durable: false }, len)
         }
     }
 

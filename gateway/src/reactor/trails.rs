@@ -290,13 +290,12 @@ impl Trails {
         result: Result<(), IoError>,
         front_end: &'static str,
     ) {
-        let end_ns = now_ns();
         let trail = request.trail.take();
         let Some(kept) = &mut self.kept else { return };
         let since_ns = trail
             .as_ref()
             .map_or(request.since_ns, |trail| trail.since_ns);
-        let end_ns = end_ns.max(since_ns);
+        let end_ns = now_ns().max(since_ns);
         let is_slow = end_ns - since_ns >= self.slow_ns;
         if !is_slow && !trail.as_ref().is_some_and(|trail| trail.is_sample) {
             return;

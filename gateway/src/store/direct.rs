@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::lane::LanePlace;
-use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, TIMES, check_plain};
-use super::{Lane, OpenError, Operation, Outcome, Place, StoreSettings, s3};
+use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, TIMES};
+use super::{Lane, OpenError, Operation, Outcome, Place, StoreSettings, check_range, s3};
 use crate::reactor::direct::Body;
 
 /// Why there can be no direct reads of a store.
@@ -56,9 +56,8 @@ impl DirectLane {
         let Place::S3(settings) = settings.place()? else {
             return Err(Unfit::NotS3);
         };
-        check_plain(&settings)?;
+        let reads = PlainReads::open(&settings, s3::credentials(&settings)?, TIMES)?;
         crate::reactor::direct::probe().map_err(Unfit::Kernel)?;
-        let reads = PlainReads::new(s3::client(&settings)?, &settings, TIMES);
         Ok(Self { lane, reads })
     }
 
@@ -75,11 +74,12 @@ impl DirectLane {
         if self.reads.is_resting() {
             return Err(PlainError::Resting);
         }
+        check_range(key, &range)?;
         let signed = self.reads.signed(key).await?;
         let place = self.lane.place(Operation::GetRange).await;
         // Those before it in the line may have failed.
         self.reads.awake()?;
-        let answer = match self.reads.ask(key, &signed, &range).await {
+        let answer = match self.reads.ask(&signed, &range).await {
             Ok(answer) => answer,
             Err(error) => {
                 place.end(outcome(&error));

@@ -379,9 +379,13 @@ impl Lane {
 
     /// How long an attempt may take that moves `bytes`.
     fn limit(&self, bytes: u64) -> Duration {
-        self.shared.attempt_time_max
-            + Duration::from_millis(bytes.saturating_mul(1000) / RATE_BYTES_MIN)
+        self.shared.attempt_time_max + transfer_time_max(bytes)
     }
+}
+
+/// How long `bytes` may be on their way.
+pub(super) fn transfer_time_max(bytes: u64) -> Duration {
+    Duration::from_millis(bytes.saturating_mul(1000) / RATE_BYTES_MIN)
 }
 
 /// A place in a lane, for one attempt; given up if dropped without an outcome.

@@ -22,10 +22,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::Uri;
-use object_store::aws::{AmazonS3, AwsAuthorizer, AwsCredential};
+use object_store::aws::{AwsAuthorizer, AwsCredential, AwsCredentialProvider};
 use object_store::client::{HttpRequest, HttpRequestBody};
-use object_store::path::Path;
-use object_store::signer::{Method, Signer as _};
 use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -35,7 +33,7 @@ use url::{Position, Url};
 pub use head::HeadError;
 
 use super::parts::Parts;
-use super::{S3Settings, StoreError, check_key, check_range, s3};
+use super::{S3Settings, StoreError, check_key, lane, s3};
 use pool::{Pool, connect};
 
 /// How long a connection may take to be made, and the server from the request to the end of the answer's head. All of a read
@@ -43,16 +41,12 @@ use pool::{Pool, connect};
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long the body may take, besides the time for its bytes.
 const BODY_TIME_MAX: Duration = Duration::from_secs(5);
-/// The slowest body that is waited for, in bytes a second.
-const RATE_BYTES_MIN: u64 = 256 << 10;
 /// How long nothing is tried after a failure.
 const REST_TIME: Duration = Duration::from_secs(1);
 /// How often that doubles at most: to about a minute.
 const REST_DOUBLINGS_MAX: u32 = 6;
-/// How long a signature holds.
-const SIGNED_FOR: Duration = Duration::from_secs(15 * 60);
-/// How long it is used: shorter than the keys of a role, which the library has renewed when they hold
-/// for less than five minutes.
+/// How long a signature is used: shorter than the quarter of an hour for which servers take it, and than the keys of a role,
+/// which the library has renewed when they hold for less than five minutes.
 const SIGNATURE_USED_FOR: Duration = Duration::from_secs(4 * 60);
 /// Most signed requests kept, about 1 KiB each.
 const SIGNATURES_MAX: u64 = 4096;
@@ -70,7 +64,7 @@ pub(super) struct Times {
 impl Times {
     /// How long a body of `len` bytes may take.
     pub(super) fn body(&self, len: u64) -> Duration {
-        self.body_max + Duration::from_millis(len.saturating_mul(1000) / RATE_BYTES_MIN)
+        self.body_max + lane::transfer_time_max(len)
     }
 }
 
@@ -166,10 +160,10 @@ impl Rest {
 
 /// The way to one server.
 pub(super) struct PlainReads {
-    client: AmazonS3,
+    keys: AwsCredentialProvider,
     region: String,
-    /// What is put before each key: empty, or ends with `/`.
-    prefix: String,
+    /// The address of each object up to its key.
+    base: String,
     signed: moka::sync::Cache<String, Arc<Signed>>,
     pool: Pool,
     /// The length of the last head.
@@ -178,35 +172,35 @@ pub(super) struct PlainReads {
     pub(super) times: Times,
 }
 
-/// Whether a store can be read so.
-pub(super) fn check_plain(settings: &S3Settings) -> Result<(), NotPlain> {
-    if !s3::is_plain(settings) {
-        return Err(NotPlain::Tls);
-    }
-    let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    match PROXY_VARIABLES.into_iter().find(|name| is_set(name)) {
-        Some(name) => Err(NotPlain::Proxy(name)),
-        None => Ok(()),
-    }
-}
-
 impl PlainReads {
-    /// The way to the server of `client`, whose `settings` pass [`check_plain`]. Nothing is asked of it yet.
-    pub(super) fn new(client: AmazonS3, settings: &S3Settings, times: Times) -> Self {
+    /// The way to the server that `settings` name, with `keys` to sign with. Nothing is asked of it yet.
+    ///
+    /// # Errors
+    /// [`NotPlain`]
+    pub(super) fn open(
+        settings: &S3Settings,
+        keys: AwsCredentialProvider,
+        times: Times,
+    ) -> Result<Self, NotPlain> {
+        let base = s3::plain_base(settings).ok_or(NotPlain::Tls)?;
+        let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        if let Some(name) = PROXY_VARIABLES.into_iter().find(|name| is_set(name)) {
+            return Err(NotPlain::Proxy(name));
+        }
         let signed = moka::sync::Cache::builder()
             .max_capacity(SIGNATURES_MAX)
             .time_to_live(SIGNATURE_USED_FOR)
             .build();
-        Self {
-            client,
+        Ok(Self {
+            keys,
             region: settings.region.clone(),
-            prefix: s3::key_base(&settings.prefix),
+            base,
             signed,
             pool: Pool::default(),
             head_bytes: AtomicUsize::new(0),
             rest: Mutex::default(),
             times,
-        }
+        })
     }
 
     /// As [`Store::get_parts`](super::Store::get_parts).
@@ -224,7 +218,7 @@ impl PlainReads {
         let body_max = self.times.body(range.end - range.start);
         let read = async {
             let signed = self.signed(key).await?;
-            let answer = self.ask(key, &signed, &range).await?;
+            let answer = self.ask(&signed, &range).await?;
             let mut parts = Parts::new(lens, lead);
             match timeout(body_max, parts.receive_all(&answer.stream)).await {
                 Ok(Ok(())) => self.took(answer.lives.then_some(answer.stream)),
@@ -272,15 +266,10 @@ impl PlainReads {
 
     async fn sign(&self, key: &str) -> Result<Arc<Signed>, PlainError> {
         check_key(key)?;
-        let path = Path::from(format!("{}{key}", self.prefix));
         // The keys of a role may have to be asked for first.
         let signing = async {
-            let url = self.client.signed_url(Method::GET, &path, SIGNED_FOR);
-            let mut url = url.await?;
-            // In headers, as the library does by itself: addresses are logged.
-            url.set_query(None);
-            let keys = self.client.credentials().get_credential().await?;
-            Signed::new(&url, &keys, &self.region)
+            let keys = self.keys.get_credential().await?;
+            Signed::new(&self.address(key), &keys, &self.region)
         };
         let signed = timeout(self.times.head_max, signing).await;
         let signed = signed.map_err(|_| PlainError::Late("keys"))?;
@@ -289,18 +278,20 @@ impl PlainReads {
         Ok(signed)
     }
 
-    /// Asks for the bytes `range` of an object. Whoever takes the body says how that went: [`PlainReads::took`] or
+    fn address(&self, key: &str) -> String {
+        format!("{}{key}", self.base)
+    }
+
+    /// Asks for the bytes `range`, which are some, of an object. Whoever takes the body says how that went: [`PlainReads::took`] or
     /// [`PlainReads::failed`].
     ///
     /// # Errors
     /// If they do not come.
     pub(super) async fn ask(
         &self,
-        key: &str,
         signed: &Signed,
         range: &Range<u64>,
     ) -> Result<Answer, PlainError> {
-        check_range(key, range)?;
         let answer = self.answer(signed, range).await;
         answer.map_err(|error| {
             if let PlainError::Head(HeadError::Status(401 | 403)) = error {
@@ -398,13 +389,16 @@ impl PlainReads {
 }
 
 impl Signed {
-    fn new(url: &Url, keys: &AwsCredential, region: &str) -> object_store::Result<Self> {
-        let mut request = HttpRequest::new(HttpRequestBody::empty());
-        let uri = url.as_str().parse::<Uri>();
-        *request.uri_mut() = uri.map_err(|error| object_store::Error::Generic {
+    fn new(address: &str, keys: &AwsCredential, region: &str) -> object_store::Result<Self> {
+        let failed = |source| object_store::Error::Generic {
             store: "S3",
-            source: Box::new(error),
-        })?;
+            source,
+        };
+        let url = Url::parse(address).map_err(|error| failed(Box::new(error)))?;
+        let uri = url.as_str().parse::<Uri>();
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        *request.uri_mut() = uri.map_err(|error| failed(Box::new(error)))?;
+        // In headers, as the library does by itself: addresses are logged.
         AwsAuthorizer::new(keys, "s3", region).try_authorize(&mut request, None)?;
         let mut fields = String::new();
         for (name, value) in request.headers() {

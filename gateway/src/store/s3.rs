@@ -25,7 +25,7 @@ use quarry_cache::Mutation;
 
 use super::credentials::Rotating;
 use super::parts::Parts;
-use super::plain::{PlainReads, TIMES, check_plain};
+use super::plain::{PlainReads, TIMES};
 use super::s3_error::Asked;
 use super::upload::Unsigned;
 use super::{
@@ -82,10 +82,8 @@ impl S3Store {
     pub fn open(settings: &S3Settings) -> Result<Self, OpenError> {
         let inner = client(settings)?;
         let unsigned = Unsigned::open(settings, &inner)?.map(Arc::new);
-        let plain = match check_plain(settings) {
-            Ok(()) => Some(Arc::new(PlainReads::new(inner.clone(), settings, TIMES))),
-            Err(_) => None,
-        };
+        let plain = PlainReads::open(settings, Arc::clone(inner.credentials()), TIMES);
+        let plain = plain.ok().map(Arc::new);
         let store = Self::over(Arc::new(inner), &settings.prefix, settings.describe());
         Ok(Self {
             unsigned,
@@ -221,8 +219,20 @@ pub(crate) fn credentials(settings: &S3Settings) -> Result<AwsCredentialProvider
     Ok(Arc::clone(client(settings)?.credentials()))
 }
 
+/// What the addresses of all objects begin with, up to the key, as the library makes them of `settings`: buckets, prefixes
+/// and keys have nothing that it would encode. None if the server is spoken to by TLS.
+pub(super) fn plain_base(settings: &S3Settings) -> Option<String> {
+    let endpoint = settings.endpoint.as_ref();
+    let endpoint = endpoint_of(endpoint.filter(|_| is_plain(settings))?, settings);
+    let prefix = key_base(&settings.prefix);
+    Some(match settings.path_style {
+        true => format!("{endpoint}/{}/{prefix}", settings.bucket),
+        false => format!("{endpoint}/{prefix}"),
+    })
+}
+
 /// Whether the server is spoken to without TLS.
-pub(super) fn is_plain(settings: &S3Settings) -> bool {
+fn is_plain(settings: &S3Settings) -> bool {
     settings
         .endpoint
         .as_ref()

@@ -318,10 +318,7 @@ impl Work {
         let offset_ns = unix_ns().saturating_sub(now_ns());
         let batch = batch.iter().map(|finished| {
             let trace = message::trace(finished, offset_ns);
-            let (whose, took) = (
-                &finished.whose,
-                finished.end_ns.saturating_sub(finished.begin_ns),
-            );
+            let (whose, took) = (&finished.whose, finished.end_ns - finished.begin_ns);
             tracing::debug!(
                 volume = format_args!("{}/{}", whose.tenant, whose.volume),
                 request = finished.kind,

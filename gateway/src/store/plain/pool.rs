@@ -68,19 +68,24 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn pool_gives_no_connection_that_was_closed_or_has_something_to_read() {
+    /// A pool that was given so many connections, and their other ends.
+    async fn pool_of(count: usize) -> (Pool, Vec<TcpStream>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let authority = listener.local_addr().unwrap().to_string();
-        let pool = Pool::default();
-        let mut there = Vec::new();
-        for _ in 0..3 {
+        let (pool, mut there) = (Pool::default(), Vec::new());
+        for _ in 0..count {
             pool.give(connect(&authority, Duration::from_secs(5)).await.unwrap());
             there.push(listener.accept().await.unwrap().0);
         }
+        (pool, there)
+    }
+
+    #[tokio::test]
+    async fn pool_gives_no_connection_that_was_closed_or_has_something_to_read() {
+        let (pool, mut there) = pool_of(3).await;
         there[2].write_all(b"x").await.unwrap();
         drop(there.remove(1));
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
         let good = pool.take().expect("the oldest is good");
         assert_eq!(good.local_addr().unwrap(), there[0].peer_addr().unwrap());
         assert!(pool.take().is_none());
@@ -88,14 +93,7 @@ mod tests {
 
     #[tokio::test]
     async fn pool_keeps_no_more_than_its_bound() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let authority = listener.local_addr().unwrap().to_string();
-        let pool = Pool::default();
-        let mut there = Vec::new();
-        for _ in 0..IDLE_MAX + 3 {
-            pool.give(connect(&authority, Duration::from_secs(5)).await.unwrap());
-            there.push(listener.accept().await.unwrap().0);
-        }
+        let (pool, _there) = pool_of(IDLE_MAX + 3).await;
         assert_eq!(pool.0.lock().len(), IDLE_MAX);
     }
 }

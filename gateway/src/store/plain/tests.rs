@@ -1,5 +1,7 @@
 //! Reads of a server that says what a test tells it to.
 
+use object_store::path::Path;
+use object_store::signer::{Method, Signer as _};
 use quarry_config::Secret;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
@@ -72,9 +74,12 @@ pub(in crate::store) fn settings(address: &str) -> S3Settings {
     }
 }
 
+fn open(settings: &S3Settings) -> Result<PlainReads, NotPlain> {
+    PlainReads::open(settings, s3::credentials(settings).unwrap(), SHORT)
+}
+
 pub(in crate::store) fn reads(address: &str) -> PlainReads {
-    let settings = settings(address);
-    PlainReads::new(s3::client(&settings).unwrap(), &settings, SHORT)
+    open(&settings(address)).unwrap()
 }
 
 async fn read(reads: &PlainReads) -> Result<Vec<Bytes>, PlainError> {
@@ -186,5 +191,26 @@ async fn keys_that_the_server_refuses_are_asked_for_anew() {
 #[test]
 fn store_behind_tls_is_not_plain() {
     let settings = settings_at("https://127.0.0.1:1".to_owned());
-    assert!(matches!(check_plain(&settings), Err(NotPlain::Tls)));
+    assert!(matches!(open(&settings), Err(NotPlain::Tls)));
+}
+
+#[tokio::test]
+async fn address_of_an_object_is_the_librarys() {
+    for path_style in [true, false] {
+        for prefix in ["", "some/prefix"] {
+            let settings = S3Settings {
+                path_style,
+                prefix: prefix.to_owned(),
+                ..settings("store.example:80/")
+            };
+            let key = "t-1/v.2/chunk_3";
+            let path = Path::from(format!("{prefix}/{key}"));
+            let client = s3::client(&settings).unwrap();
+            let url = client.signed_url(Method::GET, &path, Duration::from_secs(1));
+            let mut url = url.await.unwrap();
+            url.set_query(None);
+            let address = open(&settings).unwrap().address(key);
+            assert_eq!(Url::parse(&address).unwrap(), url);
+        }
+    }
 }
