@@ -61,6 +61,7 @@ pub use warm::Warmed;
 
 use crate::fair::{Gate, Share};
 use crate::kept_writes::{KeptWrites, Part};
+use crate::reactor::errand::Errand;
 use crate::reactor::{BackendSink, Message, ReactorHandle, VolumeKey};
 use crate::store::direct::DirectLane;
 use crate::store::{Store, StoreError};
@@ -343,17 +344,21 @@ impl VolumeBackend {
 
     /// Feeds the volume an event, with what the task at hand has recorded.
     pub async fn tell(&self, event: Event) {
+        // The reactor is gone only when the daemon ends.
+        let _ = self.reactor.send(self.message(event)).await;
+    }
+
+    /// The event as it is told, with what the task at hand has recorded.
+    fn message(&self, event: Event) -> Message {
         let key = self.key;
-        let message = match trace::taken() {
+        match trace::taken() {
             Some(trail) => Message::Recorded {
                 key,
                 event,
                 trail: Box::new(trail),
             },
             None => Message::VolumeEvent { key, event },
-        };
-        // The reactor is gone only when the daemon ends.
-        let _ = self.reactor.send(message).await;
+        }
     }
 
     /// The time of a chunk that is cut now: the clock's, but never before the chunk before it, so that
@@ -629,6 +634,33 @@ impl BackendSink for Arc<VolumeBackend> {
             Some(recording) => runtime.spawn(recording.over(work)),
             None => runtime.spawn(work),
         };
+    }
+
+    /// A fetch from a store that is asked on connections of our own can be gone for by the reactor.
+    fn begin(&self, action: Action) -> Option<Errand> {
+        if !self.common.store.has_plain_reads() {
+            self.submit(action);
+            return None;
+        }
+        let recording = self.common.tracer.as_ref().and_then(|_| recorded(&action));
+        let Action::Fetch {
+            io,
+            fetch,
+            foreground,
+        } = action
+        else {
+            unreachable!("only fetches are begun")
+        };
+        let this = Self::clone(self);
+        let (runtime, reactor) = (self.common.runtime.clone(), self.reactor.clone());
+        let work = async move {
+            let frames = this.fetch(&fetch, foreground).await;
+            this.message(Event::Fetched { io, frames })
+        };
+        Some(match recording {
+            Some(recording) => Errand::new(recording.over(work), runtime, reactor),
+            None => Errand::new(work, runtime, reactor),
+        })
     }
 }
 

@@ -18,6 +18,7 @@
 mod core;
 pub mod direct;
 mod doorbell;
+pub(crate) mod errand;
 mod execute;
 pub mod frontend;
 mod hold;
@@ -49,6 +50,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::core::Core;
 use self::direct::Body;
 use self::doorbell::Doorbell;
+use self::errand::Errand;
 use crate::kept_writes::KeptWrites;
 use crate::latency::Timed;
 use crate::qos::VolumeGate;
@@ -116,6 +118,13 @@ pub trait Machine: Any + Send {
 pub trait BackendSink: Send {
     /// Takes the action; must not block. The volume itself bounds how many are under way.
     fn submit(&self, action: Action);
+
+    /// As [`BackendSink::submit`] for a fetch of a single frame that somebody waits for, or gives the work for the reactor
+    /// to go on it by itself.
+    fn begin(&self, action: Action) -> Option<Errand> {
+        self.submit(action);
+        None
+    }
 }
 
 /// A volume's name on its reactor; never used again.
@@ -240,6 +249,10 @@ pub struct ReactorStats {
     pub rate: AtomicU64,
     /// Volumes that it serves or is about to.
     pub volumes: AtomicU64,
+    /// Errands that it began.
+    pub errands: AtomicU64,
+    /// Those of them that it handed over.
+    pub errands_handed_over: AtomicU64,
 }
 
 impl ReactorStats {

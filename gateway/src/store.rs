@@ -80,6 +80,11 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// before the range does.
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError>;
 
+    /// Whether [`Store::get_parts`] asks on a connection of our own: little work, and no wait for another thread.
+    fn has_plain_reads(&self) -> bool {
+        false
+    }
+
     /// Reads neighbouring parts of an object, of these lengths from `offset` on, with one request: each in memory of its
     /// own, in which the byte `lead` begins a page.
     ///
@@ -193,6 +198,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         (**self).get_range(key, range).await
+    }
+    fn has_plain_reads(&self) -> bool {
+        (**self).has_plain_reads()
     }
     async fn get_parts(
         &self,

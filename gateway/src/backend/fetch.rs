@@ -27,6 +27,7 @@ use quarry_volume::{DataError, Fetch, FrameName, FrameRef};
 
 use super::flights::{Flight, Flights, Sought, Waiting};
 use super::{Unsound, VolumeBackend, aside, insist};
+use crate::reactor::errand;
 use crate::store::{Store, StoreError};
 use crate::trace::{self, Step};
 
@@ -246,6 +247,7 @@ impl VolumeBackend {
                 false => frame.len().max(raw_len),
             })
             .sum();
+        let are_raw = stored.iter().all(is_raw);
         let decode = move || {
             let keys = keys.as_deref();
             let open = |(frame, stored): (&FrameRef, &Bytes)| {
@@ -255,6 +257,10 @@ impl VolumeBackend {
             frames.iter().zip(&stored).map(open).collect()
         };
         let _decoding = trace::open(Step::Decode, None);
+        if !are_raw {
+            // A reactor has others to serve in that time.
+            errand::elsewhere().await;
+        }
         if bytes <= DECODED_HERE_BYTES_MAX {
             return decode();
         }

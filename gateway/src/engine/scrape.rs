@@ -62,6 +62,8 @@ impl Daemon {
             batches: stats.batches.load(Ordering::Relaxed),
             requests: stats.requests.load(Ordering::Relaxed),
             volumes: stats.volumes.load(Ordering::Relaxed),
+            fetches: stats.errands.load(Ordering::Relaxed),
+            fetches_handed_over: stats.errands_handed_over.load(Ordering::Relaxed),
         };
         let reactors = self.reactors.lock();
         Snapshot {

@@ -35,6 +35,10 @@ pub struct ReactorCounts {
     pub requests: u64,
     /// Volumes on it.
     pub volumes: u64,
+    /// Fetches that it began by itself.
+    pub fetches: u64,
+    /// Those of them that it handed over.
+    pub fetches_handed_over: u64,
 }
 
 /// How the daemon is.
@@ -190,6 +194,16 @@ pub(super) static TABLE: &[Definition] = &[
         "quarry_reactor_batches_total",
         "Rounds of the reactor's loop: one submission each.",
         of!(Reactor.batches),
+    ),
+    counter(
+        "quarry_reactor_fetches_handed_over_total",
+        "Of the reactor's own fetches, those that another thread brought to their end: no connection was there, or the answer took long.",
+        of!(Reactor.fetches_handed_over),
+    ),
+    counter(
+        "quarry_reactor_fetches_total",
+        "Fetches of a single frame that the reactor began on its own thread.",
+        of!(Reactor.fetches),
     ),
     counter(
         "quarry_reactor_requests_total",

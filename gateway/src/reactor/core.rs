@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::direct::DirectReads;
 use super::doorbell::Doorbell;
+use super::errand::{ERRAND_TIME_MAX_MS, Errands};
 use super::execute::{FILL_BYTES_MAX, SEALED_KEPT_BYTES, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::hold::{Held, Holds};
@@ -127,6 +128,7 @@ pub(super) struct Core {
     /// Large writes, until their chunk is made.
     pub(super) kept_writes: Arc<KeptWrites>,
     pub(super) syncs: Syncs,
+    pub(super) errands: Errands,
     pub(super) zeroes: File,
     pub(super) holds: Holds,
     pub(super) page_cache: Option<PageCache>,
@@ -138,10 +140,10 @@ pub(super) struct Core {
     touched_front_ends: Vec<u32>,
     messages: mpsc::Receiver<Message>,
     doorbell: Arc<Doorbell>,
-    stats: Arc<ReactorStats>,
+    pub(super) stats: Arc<ReactorStats>,
     rate: Rate,
     started: Instant,
-    now_ms: u64,
+    pub(super) now_ms: u64,
     /// When the batch began: of requests' times the beginning or the end.
     pub(super) batch_ns: u64,
     timer_armed: bool,
@@ -177,6 +179,7 @@ impl Core {
             sealed: Pool::new(usize::MAX, SEALED_KEPT_BYTES),
             kept_writes: Arc::clone(&config.kept_writes),
             syncs: Syncs::new(config.sync_failure.clone()),
+            errands: Errands::default(),
             zeroes: File::open("/dev/zero")?,
             holds: Holds::default(),
             page_cache: config.page_cache.clone(),
@@ -246,7 +249,8 @@ impl Core {
             Token::Timer => self.tick(),
             Token::Hold => self.hold_is_over(),
             Token::Sync => self.synced(completion.result),
-            Token::Advice => {}
+            Token::Errand => self.errand_woken(),
+            Token::Advice | Token::GivenUp => {}
             Token::Unknown => tracing::error!(?completion, "a completion that nobody asked for"),
         }
     }
@@ -498,7 +502,7 @@ impl Core {
         }
     }
 
-    fn hear(&mut self, message: Message) {
+    pub(super) fn hear(&mut self, message: Message) {
         match message {
             Message::AddVolume {
                 key,
@@ -654,7 +658,11 @@ impl Core {
         let wants =
             |(n, slot): (usize, &FrontEndSlot)| slot.front_end.wants_tick().then(|| index_of(n));
         let front_ends: Vec<u32> = self.front_ends.iter().filter_map(wants).collect();
-        let waits = !volumes.is_empty() || !front_ends.is_empty() || self.ending_since.is_some();
+        self.hand_over_errand(ERRAND_TIME_MAX_MS);
+        let waits = !volumes.is_empty()
+            || !front_ends.is_empty()
+            || self.errands.is_on()
+            || self.ending_since.is_some();
         // A rate that is not seen to fall would stand for ever.
         if waits || rate > 0 {
             self.arm_timer();
@@ -671,6 +679,7 @@ impl Core {
     fn end(&mut self) {
         self.ending_since = Some(self.now_ms);
         self.cut_direct();
+        self.hand_over_errand(0);
         let volumes: Vec<u32> = self.volumes.iter().map(|(n, _)| index_of(n)).collect();
         for index in volumes {
             self.leave(index, None);

@@ -203,6 +203,11 @@ impl Core {
                 self.request_done(volume, request_key(request), result)
             }
             action @ Action::FetchDirect { .. } => self.ask_direct(volume, action),
+            Action::Fetch {
+                ref fetch,
+                foreground: true,
+                ..
+            } if fetch.frames.len() == 1 && self.may_go() => self.go(volume, action),
             action @ (Action::Fetch { .. }
             | Action::LoadNodes { .. }
             | Action::Upload(_)

@@ -4,12 +4,19 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
-use quarry_objfmt::Sectors;
-use quarry_volume::{Action, Event, IoError, IoId, Op, RequestId, STATUS_RUNS_MAX, StatusRun};
+use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Sectors, VolumeId};
+use quarry_volume::{
+    Action, Event, Fetch, FrameRef, IoError, IoId, Op, RequestId, STATUS_RUNS_MAX, StatusRun,
+};
 
-use super::{BackendSink, Geometry, Machine, PageCache, Reactor, ReactorConfig};
+use super::errand::Errand;
+use super::{
+    BackendSink, Geometry, Machine, Message, PageCache, Reactor, ReactorConfig, ReactorHandle,
+    VolumeKey,
+};
 
 /// What a test can see of a machine from outside.
 #[derive(Default)]
@@ -217,6 +224,133 @@ pub(crate) struct NoBackend;
 impl BackendSink for NoBackend {
     fn submit(&self, action: Action) {
         panic!("a mirror asks the store for {action:?}");
+    }
+}
+
+/// A machine that has a frame fetched whenever it is drained, and tells what came.
+struct Fetching(std::sync::mpsc::Sender<Bytes>);
+
+impl Machine for Fetching {
+    fn apply(&mut self, event: Event, out: &mut Vec<Action>) {
+        match event {
+            Event::Drain { io, .. } => out.push(Action::Fetch {
+                io,
+                fetch: Fetch {
+                    chunk: ChunkId {
+                        volume: VolumeId::from_bytes([1; 16]),
+                        epoch: Epoch::ZERO,
+                        seq: ChunkSeq::ZERO,
+                    },
+                    frames: vec![FrameRef {
+                        index: 0,
+                        stored_offset: 0,
+                        stored_len: 512,
+                    }],
+                },
+                foreground: true,
+            }),
+            // Nobody may listen any more.
+            Event::Fetched { mut frames, .. } => drop(self.0.send(frames.remove(0).unwrap())),
+            _ => {}
+        }
+    }
+
+    fn geometry(&self) -> Geometry {
+        geometry(1 << 20, 512)
+    }
+}
+
+/// A backend whose fetches are errands, on which is done what it makes.
+struct Begins<W> {
+    work: Box<dyn Fn() -> W + Send>,
+    key: VolumeKey,
+    runtime: tokio::runtime::Handle,
+    reactor: ReactorHandle,
+}
+
+impl<W: Future<Output = Bytes> + Send + 'static> Begins<W> {
+    fn errand(&self, action: Action) -> Errand {
+        let Action::Fetch { io, .. } = action else {
+            panic!("{action:?} is no fetch")
+        };
+        let (work, key) = ((self.work)(), self.key);
+        let work = async move {
+            let frames = vec![Ok(work.await)];
+            let event = Event::Fetched { io, frames };
+            Message::VolumeEvent { key, event }
+        };
+        Errand::new(work, self.runtime.clone(), self.reactor.clone())
+    }
+}
+
+impl<W: Future<Output = Bytes> + Send + 'static> BackendSink for Begins<W> {
+    fn submit(&self, action: Action) {
+        self.errand(action).hand_over();
+    }
+
+    fn begin(&self, action: Action) -> Option<Errand> {
+        Some(self.errand(action))
+    }
+}
+
+/// A volume for which a reactor goes on errands.
+pub(crate) struct Goer {
+    reactor: Reactor,
+    key: VolumeKey,
+    brought: std::sync::mpsc::Receiver<Bytes>,
+    // After the reactor, which polls with it.
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Goer {
+    /// Each errand is what `work` makes, handed over to `runtime`.
+    pub(crate) fn new<W: Future<Output = Bytes> + Send + 'static>(
+        runtime: tokio::runtime::Runtime,
+        work: impl Fn() -> W + Send + 'static,
+    ) -> Self {
+        let (reactor, _cache) = reactor(1 << 20);
+        let handle = reactor.handle();
+        let (tell, brought) = std::sync::mpsc::channel();
+        let key = handle.new_key();
+        let backend = Begins {
+            work: Box::new(work),
+            key,
+            runtime: runtime.handle().clone(),
+            reactor: handle.clone(),
+        };
+        let add = Message::AddVolume {
+            key,
+            machine: Box::new(Fetching(tell)),
+            backend: Box::new(backend),
+        };
+        handle.send_blocking(add).unwrap();
+        Self {
+            reactor,
+            key,
+            brought,
+            _runtime: runtime,
+        }
+    }
+
+    /// Sends it.
+    pub(crate) fn send(&self) {
+        let event = Event::Drain {
+            io: IoId(1),
+            checkpoint: false,
+        };
+        let key = self.key;
+        let message = Message::VolumeEvent { key, event };
+        self.reactor.handle().send_blocking(message).unwrap();
+    }
+
+    /// What it brings; none: nothing for so long.
+    pub(crate) fn wait(&self, limit: Duration) -> Option<Bytes> {
+        self.brought.recv_timeout(limit).ok()
+    }
+
+    /// Ends the reactor.
+    pub(crate) fn shutdown(self) {
+        self.reactor.shutdown();
     }
 }
 

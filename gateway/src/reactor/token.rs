@@ -38,6 +38,10 @@ pub(super) enum Token {
     Hold,
     /// Advice to the kernel about its page cache.
     Advice,
+    /// The socket of the errand.
+    Errand,
+    /// No more waiting for that.
+    GivenUp,
     /// None of ours: cannot come back from a kernel that works.
     Unknown,
 }
@@ -57,6 +61,8 @@ impl Token {
             Self::Hold => (6, 0, 0),
             Self::Advice => (7, 0, 0),
             Self::Run { index } => (8, index, 0),
+            Self::Errand => (9, 0, 0),
+            Self::GivenUp => (10, 0, 0),
             Self::Unknown => (0, 0, 0),
         };
         assert!(index <= INDEX_MAX, "an index that 28 bits do not hold");
@@ -76,6 +82,8 @@ impl Token {
             6 => Self::Hold,
             7 => Self::Advice,
             8 => Self::Run { index },
+            9 => Self::Errand,
+            10 => Self::GivenUp,
             _ => Self::Unknown,
         }
     }
@@ -104,6 +112,8 @@ mod tests {
             Token::Hold,
             Token::Advice,
             Token::Run { index: INDEX_MAX },
+            Token::Errand,
+            Token::GivenUp,
             Token::Unknown,
         ] {
             assert_eq!(Token::unpack(token.pack()), token);

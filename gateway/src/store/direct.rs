@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::lane::LanePlace;
-use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, TIMES};
+use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, Socket, TIMES};
 use super::{Lane, OpenError, Operation, Outcome, Place, StoreSettings, check_range, s3};
 use crate::reactor::direct::Body;
 
@@ -79,15 +79,19 @@ impl DirectLane {
         let place = self.lane.place(Operation::GetRange).await;
         // Those before it in the line may have failed.
         self.reads.awake()?;
-        let answer = match self.reads.ask(&signed, &range).await {
-            Ok(answer) => answer,
+        let asked = self.reads.ask(&signed, &range).await;
+        let watched = asked.and_then(|Answer { socket, lives }| {
+            let stream = socket.into_watched();
+            let stream = stream.map_err(|error| self.reads.failed(HeadError::Io(error).into()))?;
+            Ok((Arc::new(stream), lives))
+        });
+        let (stream, lives) = match watched {
+            Ok(watched) => watched,
             Err(error) => {
                 place.end(outcome(&error));
                 return Err(error);
             }
         };
-        let Answer { stream, lives } = answer;
-        let stream = Arc::new(stream);
         let (body, heard) = Body::new(Arc::clone(&stream));
         let opening = Opening {
             reads: &self.reads,
@@ -144,7 +148,8 @@ impl Opening<'_> {
         self.place
             .received(usize::try_from(self.len).unwrap_or(usize::MAX));
         let stream = self.stream.into_inner();
-        self.reads.took(stream.filter(|_| self.lives));
+        let kept = stream.filter(|_| self.lives).map(Socket::Watched);
+        self.reads.took(kept);
         Ok(())
     }
 }

@@ -467,6 +467,10 @@ impl Store for Lane {
         Ok(got)
     }
 
+    fn has_plain_reads(&self) -> bool {
+        self.shared.store.has_plain_reads()
+    }
+
     async fn get_parts(
         &self,
         key: &str,

@@ -4,7 +4,8 @@ use std::io;
 
 use bytes::Bytes;
 use quarry_objfmt::PageVec;
-use tokio::net::TcpStream;
+
+use super::plain::Socket;
 
 /// Parts of which some are there.
 pub(super) struct Parts {
@@ -44,19 +45,14 @@ impl Parts {
     ///
     /// # Errors
     /// If the connection breaks or ends before; what came is there.
-    pub(super) async fn receive_all(&mut self, stream: &TcpStream) -> io::Result<()> {
+    pub(super) async fn receive_all(&mut self, socket: &mut Socket) -> io::Result<()> {
         while let Some((part, len)) = self.parts.get_mut(self.next) {
-            if part.len() == *len {
-                self.next += 1;
-                continue;
-            }
-            match stream.try_read_buf(&mut part.room(*len - part.len())) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => self.received += count as u64,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    stream.readable().await?;
-                }
-                Err(error) => return Err(error),
+            match *len - part.len() {
+                0 => self.next += 1,
+                missing => match socket.receive(&mut part.room(missing)).await? {
+                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    count => self.received += count as u64,
+                },
             }
         }
         Ok(())

@@ -12,6 +12,7 @@
 
 mod head;
 mod pool;
+mod socket;
 
 use std::io;
 use std::mem;
@@ -25,12 +26,11 @@ use hyper::Uri;
 use object_store::aws::{AwsAuthorizer, AwsCredential, AwsCredentialProvider};
 use object_store::client::{HttpRequest, HttpRequestBody};
 use parking_lot::Mutex;
-use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use url::{Position, Url};
 
 pub use head::HeadError;
+pub(super) use socket::Socket;
 
 use super::parts::Parts;
 use super::{S3Settings, StoreError, check_key, lane, s3};
@@ -137,7 +137,7 @@ pub(super) struct Signed {
 
 /// A connection whose next bytes are a body.
 pub(super) struct Answer {
-    pub(super) stream: TcpStream,
+    pub(super) socket: Socket,
     /// Whether the connection lives on after them.
     pub(super) lives: bool,
 }
@@ -218,10 +218,10 @@ impl PlainReads {
         let body_max = self.times.body(range.end - range.start);
         let read = async {
             let signed = self.signed(key).await?;
-            let answer = self.ask(&signed, &range).await?;
+            let mut answer = self.ask(&signed, &range).await?;
             let mut parts = Parts::new(lens, lead);
-            match timeout(body_max, parts.receive_all(&answer.stream)).await {
-                Ok(Ok(())) => self.took(answer.lives.then_some(answer.stream)),
+            match timeout(body_max, parts.receive_all(&mut answer.socket)).await {
+                Ok(Ok(())) => self.took(answer.lives.then_some(answer.socket)),
                 Ok(Err(_)) => return Err(self.failed(PlainError::Body)),
                 Err(_) => return Err(self.failed(PlainError::Late("body"))),
             }
@@ -312,8 +312,8 @@ impl PlainReads {
         let mut kept = self.pool.take();
         loop {
             let was_kept = kept.is_some();
-            let stream = match kept.take() {
-                Some(stream) => stream,
+            let socket = match kept.take() {
+                Some(socket) => socket,
                 None => {
                     let connected = connect(&signed.authority, self.times.head_max).await;
                     connected.map_err(|source| {
@@ -322,12 +322,12 @@ impl PlainReads {
                     })?
                 }
             };
-            let asked = timeout(self.times.head_max, self.exchange(stream, &request)).await;
+            let asked = timeout(self.times.head_max, self.exchange(socket, &request)).await;
             match asked.map_err(|_| PlainError::Late("answer"))? {
-                Ok((stream, head)) => {
+                Ok((socket, head)) => {
                     let lives = head::check(&head, range)?;
                     self.head_bytes.store(head.len(), Ordering::Relaxed);
-                    return Ok(Answer { stream, lives });
+                    return Ok(Answer { socket, lives });
                 }
                 // The server gave up an idle connection just now: that is no failure.
                 Err(HeadError::Closed { at_once: true } | HeadError::Io(_)) if was_kept => {}
@@ -338,25 +338,26 @@ impl PlainReads {
 
     async fn exchange(
         &self,
-        mut stream: TcpStream,
+        socket: Socket,
         request: &str,
-    ) -> Result<(TcpStream, Vec<u8>), HeadError> {
-        stream.write_all(request.as_bytes()).await?;
+    ) -> Result<(Socket, Vec<u8>), HeadError> {
+        let mut socket = socket.for_this_thread()?;
+        socket.send_all(request.as_bytes()).await?;
         let guess = self.head_bytes.load(Ordering::Relaxed);
-        let head = head::read(&stream, guess).await?;
-        Ok((stream, head))
+        let head = head::read(&mut socket, guess).await?;
+        Ok((socket, head))
     }
 
     /// A body was taken; its connection, if it lives.
-    pub(super) fn took(&self, stream: Option<TcpStream>) {
+    pub(super) fn took(&self, socket: Option<Socket>) {
         let mut rest = self.rest.lock();
         rest.failures = 0;
         if mem::replace(&mut rest.is_tried, false) {
             rest.until = None;
         }
         drop(rest);
-        if let Some(stream) = stream {
-            self.pool.give(stream);
+        if let Some(socket) = socket {
+            self.pool.give(socket);
         }
     }
 

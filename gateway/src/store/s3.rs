@@ -285,6 +285,10 @@ impl Store for S3Store {
         }
     }
 
+    fn has_plain_reads(&self) -> bool {
+        self.plain.as_ref().is_some_and(|plain| !plain.is_resting())
+    }
+
     async fn get_parts(
         &self,
         key: &str,

@@ -3,7 +3,9 @@
 use std::io;
 use std::ops::Range;
 
-use tokio::net::TcpStream;
+use bytes::BufMut as _;
+
+use super::Socket;
 
 /// The longest head that is read.
 const HEAD_BYTES_MAX: usize = 8 << 10;
@@ -41,7 +43,7 @@ pub enum HeadError {
 }
 
 /// Reads a head and leaves what follows it in the socket. `guess` is the length of the last one.
-pub(super) async fn read(stream: &TcpStream, guess: usize) -> Result<Vec<u8>, HeadError> {
+pub(super) async fn read(socket: &mut Socket, guess: usize) -> Result<Vec<u8>, HeadError> {
     let mut head = Vec::new();
     loop {
         let before = head.len();
@@ -51,7 +53,7 @@ pub(super) async fn read(stream: &TcpStream, guess: usize) -> Result<Vec<u8>, He
             return Err(HeadError::Garbage);
         }
         head.resize(before + step, 0);
-        let seen = stream.peek(&mut head[before..]).await?;
+        let seen = socket.peek(&mut head[before..]).await?;
         if seen == 0 {
             let at_once = before == 0;
             return Err(HeadError::Closed { at_once });
@@ -62,7 +64,7 @@ pub(super) async fn read(stream: &TcpStream, guess: usize) -> Result<Vec<u8>, He
         let mut ends = head[from..].windows(END.len());
         let end = ends.position(|w| w == END).map(|at| from + at + END.len());
         head.truncate(end.unwrap_or(head.len()));
-        take(stream, &mut head[before..]).await?;
+        take(socket, &mut head[before..]).await?;
         if end.is_some() {
             return Ok(head);
         }
@@ -70,13 +72,10 @@ pub(super) async fn read(stream: &TcpStream, guess: usize) -> Result<Vec<u8>, He
 }
 
 /// Takes bytes that were seen to be there.
-async fn take(stream: &TcpStream, mut into: &mut [u8]) -> Result<(), HeadError> {
-    while !into.is_empty() {
-        match stream.try_read(into) {
-            Ok(0) => return Err(HeadError::Closed { at_once: false }),
-            Ok(taken) => into = &mut into[taken..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
-            Err(error) => return Err(error.into()),
+async fn take(socket: &mut Socket, mut into: &mut [u8]) -> Result<(), HeadError> {
+    while into.has_remaining_mut() {
+        if socket.receive(&mut into).await? == 0 {
+            return Err(HeadError::Closed { at_once: false });
         }
     }
     Ok(())
@@ -149,7 +148,7 @@ mod tests {
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -211,7 +210,7 @@ mod tests {
     }
 
     /// A connection whose other end sends `pieces`, each on its own, and closes.
-    async fn sending(pieces: Vec<Vec<u8>>) -> TcpStream {
+    async fn sending(pieces: Vec<Vec<u8>>) -> Socket {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
@@ -222,7 +221,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         });
-        TcpStream::connect(address).await.unwrap()
+        Socket::Watched(TcpStream::connect(address).await.unwrap())
     }
 
     #[tokio::test]
@@ -236,10 +235,15 @@ mod tests {
             for guess in [0, GOOD.len() - 5, GOOD.len(), GOOD.len() + 100] {
                 let pieces = vec![whole[..cut].to_vec(), whole[cut..].to_vec()];
                 let mut stream = sending(pieces).await;
-                let head = read(&stream, guess).await.unwrap();
+                let head = read(&mut stream, guess).await.unwrap();
                 assert_eq!(head, GOOD.as_bytes(), "cut at {cut}, guess {guess}");
                 let mut rest = Vec::new();
-                stream.read_to_end(&mut rest).await.unwrap();
+                stream
+                    .into_watched()
+                    .unwrap()
+                    .read_to_end(&mut rest)
+                    .await
+                    .unwrap();
                 assert_eq!(rest, b"body\r\n\r\n", "cut at {cut}, guess {guess}");
             }
         }
@@ -247,12 +251,15 @@ mod tests {
 
     #[tokio::test]
     async fn head_that_ends_early_or_never_is_an_error() {
-        let closed = read(&sending(Vec::new()).await, 0).await;
+        let closed = read(&mut sending(Vec::new()).await, 0).await;
         assert!(matches!(closed, Err(HeadError::Closed { at_once: true })));
         let half = GOOD.as_bytes()[..40].to_vec();
-        let closed = read(&sending(vec![half]).await, 300).await;
+        let closed = read(&mut sending(vec![half]).await, 300).await;
         assert!(matches!(closed, Err(HeadError::Closed { at_once: false })));
-        let endless = sending(vec![vec![b'a'; HEAD_BYTES_MAX + 1]]).await;
-        assert!(matches!(read(&endless, 0).await, Err(HeadError::Garbage)));
+        let mut endless = sending(vec![vec![b'a'; HEAD_BYTES_MAX + 1]]).await;
+        assert!(matches!(
+            read(&mut endless, 0).await,
+            Err(HeadError::Garbage)
+        ));
     }
 }

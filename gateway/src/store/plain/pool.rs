@@ -9,6 +9,7 @@ use rustix::net::{RecvFlags, recv};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::Socket;
 use crate::store::s3::IDLE_TIME_MAX;
 
 /// Most connections kept without use. (In use are no more than the lane has places.)
@@ -16,49 +17,49 @@ const IDLE_MAX: usize = 32;
 
 /// The connections without use, the newest last.
 #[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<Vec<(TcpStream, Instant)>>);
+pub(super) struct Pool(Mutex<Vec<(Socket, Instant)>>);
 
 impl Pool {
     /// One that is still good, as far as can be seen.
-    pub(super) fn take(&self) -> Option<TcpStream> {
+    pub(super) fn take(&self) -> Option<Socket> {
         let mut idle = self.0.lock();
-        while let Some((stream, since)) = idle.pop() {
+        while let Some((socket, since)) = idle.pop() {
             if since.elapsed() >= IDLE_TIME_MAX {
                 // All below it are older.
                 idle.clear();
                 return None;
             }
-            if is_quiet(&stream) {
-                return Some(stream);
+            if is_quiet(&socket) {
+                return Some(socket);
             }
         }
         None
     }
 
     /// Keeps a connection on which nothing is under way.
-    pub(super) fn give(&self, stream: TcpStream) {
+    pub(super) fn give(&self, socket: Socket) {
         let mut idle = self.0.lock();
         idle.retain(|(_, since)| since.elapsed() < IDLE_TIME_MAX);
         if idle.len() == IDLE_MAX {
             idle.remove(0);
         }
-        idle.push((stream, Instant::now()));
+        idle.push((socket, Instant::now()));
     }
 }
 
 /// Connects to `authority` (`host:port`).
-pub(super) async fn connect(authority: &str, time_max: Duration) -> io::Result<TcpStream> {
+pub(super) async fn connect(authority: &str, time_max: Duration) -> io::Result<Socket> {
     let stream = timeout(time_max, TcpStream::connect(authority)).await??;
     stream.set_nodelay(true)?;
-    Ok(stream)
+    Ok(Socket::Watched(stream))
 }
 
 /// Whether nothing has come that nobody asked for: neither the other end's closing, nor more of an
 /// answer than it had announced, which the next one would be taken from.
-fn is_quiet(stream: &TcpStream) -> bool {
+fn is_quiet(socket: &Socket) -> bool {
     let mut byte = [0_u8; 1];
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    recv(stream, &mut byte, flags).is_err_and(|error| error == Errno::AGAIN)
+    recv(socket, &mut byte, flags).is_err_and(|error| error == Errno::AGAIN)
 }
 
 #[cfg(test)]
@@ -87,7 +88,10 @@ mod tests {
         drop(there.remove(1));
         tokio::time::sleep(Duration::from_millis(20)).await;
         let good = pool.take().expect("the oldest is good");
-        assert_eq!(good.local_addr().unwrap(), there[0].peer_addr().unwrap());
+        assert_eq!(
+            good.into_watched().unwrap().local_addr().unwrap(),
+            there[0].peer_addr().unwrap()
+        );
         assert!(pool.take().is_none());
     }
 
