@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::direct::DirectReads;
 use super::doorbell::Doorbell;
-use super::errand::{ERRAND_TIME_MAX_MS, Errands};
+use super::errand::{ERRAND_TIME_MAX_NS, Errands};
 use super::execute::{FILL_BYTES_MAX, SEALED_KEPT_BYTES, WaitingFills};
 use super::frontend::{FrontEnd, Inbox, Pending, Port};
 use super::hold::{Held, Holds};
@@ -143,7 +143,7 @@ pub(super) struct Core {
     pub(super) stats: Arc<ReactorStats>,
     rate: Rate,
     started: Instant,
-    pub(super) now_ms: u64,
+    now_ms: u64,
     /// When the batch began: of requests' times the beginning or the end.
     pub(super) batch_ns: u64,
     timer_armed: bool,
@@ -658,7 +658,7 @@ impl Core {
         let wants =
             |(n, slot): (usize, &FrontEndSlot)| slot.front_end.wants_tick().then(|| index_of(n));
         let front_ends: Vec<u32> = self.front_ends.iter().filter_map(wants).collect();
-        self.hand_over_errand(ERRAND_TIME_MAX_MS);
+        self.hand_over_errand(ERRAND_TIME_MAX_NS);
         let waits = !volumes.is_empty()
             || !front_ends.is_empty()
             || self.errands.is_on()

@@ -7,10 +7,12 @@
 //! Owns: the errand under way, and the entry that waits for it. Does not own: what is done on it.
 //!
 //! Invariants:
-//! - A reactor goes on one errand at a time, so that it takes no more of its time than a request: the others' are done by
-//!   the runtime's threads, which then have time for them.
-//! - What waits for anything but its socket, or for long ([`ERRAND_TIME_MAX_MS`]), is handed over to the runtime: nothing
+//! - A reactor goes on one errand at a time, and begins none after one that it had to hand over in the same batch, so that
+//!   it takes no more of its time than a request: the others' are done by the runtime's threads, which then have time for them.
+//! - What waits for anything but its socket, or for long ([`ERRAND_TIME_MAX_NS`]), is handed over to the runtime: nothing
 //!   else would wake it here.
+//! - What may take long, or block (decoding, connecting, asking for keys, telling of a failure), says so ([`elsewhere`])
+//!   before it does. Locks of what is fetched, and of the way to the store, are taken here, each for moments.
 //! - A panic on it ends the errand and not the reactor, as it would end a task of the runtime.
 
 use std::cell::Cell;
@@ -32,7 +34,7 @@ use super::{Message, ReactorHandle};
 
 /// How long an errand is waited for here: longer than a store that is near takes. Looked at with each tick, so it may be as
 /// long again.
-pub(super) const ERRAND_TIME_MAX_MS: u64 = 100;
+pub(super) const ERRAND_TIME_MAX_NS: u64 = 100_000_000;
 
 /// A piece of work whose end is a message to the reactor that goes on it.
 pub struct Errand {
@@ -151,13 +153,15 @@ impl fmt::Debug for Errand {
 pub(super) struct Errands {
     /// With the time since which it is.
     under_way: Option<(Errand, u64)>,
+    /// The beginning of the last batch in which one waited for something else than a socket.
+    stuck_ns: u64,
     /// The ring waits for a socket: that of the errand, or of one that was handed over.
     is_awaited: bool,
 }
 
 impl Errands {
-    const fn is_free(&self) -> bool {
-        self.under_way.is_none() && !self.is_awaited
+    const fn may_begin(&self, batch_ns: u64) -> bool {
+        self.under_way.is_none() && !self.is_awaited && self.stuck_ns != batch_ns
     }
 
     /// Whether one is under way.
@@ -169,7 +173,7 @@ impl Errands {
 impl Core {
     /// Whether an errand may be begun.
     pub(super) fn may_go(&self) -> bool {
-        self.errands.is_free() && !self.is_ending()
+        self.errands.may_begin(self.batch_ns) && !self.is_ending()
     }
 
     /// Has the volume's backend fetch, or goes by itself.
@@ -177,25 +181,26 @@ impl Core {
         let backend = &self.volumes[volume as usize].backend;
         if let Some(errand) = backend.begin(action) {
             self.stats.errands.fetch_add(1, Ordering::Relaxed);
-            self.go_on(errand, self.now_ms);
+            self.go_on(errand, self.batch_ns);
         }
     }
 
     /// Goes on this errand, of which there is no other, as far as it comes.
-    fn go_on(&mut self, mut errand: Errand, since_ms: u64) {
+    fn go_on(&mut self, mut errand: Errand, since_ns: u64) {
         match errand.poll() {
             Polled::Done(message) => self.hear(message),
             Polled::Waits(fd) => {
-                self.errands = Errands {
-                    under_way: Some((errand, since_ms)),
-                    is_awaited: true,
-                };
+                self.errands.under_way = Some((errand, since_ns));
+                self.errands.is_awaited = true;
                 let events = u32::from(libc::POLLIN.cast_unsigned());
                 let entry = opcode::PollAdd::new(types::Fd(fd), events).build();
                 // SAFETY: it points to nothing.
                 unsafe { self.ring.push(entry.user_data(Token::Errand.pack())) };
             }
-            Polled::Stuck => self.hand_over(errand),
+            Polled::Stuck => {
+                self.errands.stuck_ns = self.batch_ns;
+                self.hand_over(errand);
+            }
             Polled::Panicked => tracing::error!("what was to be fetched is not: a panic"),
         }
     }
@@ -203,8 +208,8 @@ impl Core {
     /// There is something on the errand's socket, or it was given up.
     pub(super) fn errand_woken(&mut self) {
         self.errands.is_awaited = false;
-        if let Some((errand, since_ms)) = self.errands.under_way.take() {
-            self.go_on(errand, since_ms);
+        if let Some((errand, since_ns)) = self.errands.under_way.take() {
+            self.go_on(errand, since_ns);
         }
     }
 
@@ -215,11 +220,13 @@ impl Core {
     }
 
     /// Hands over an errand that is so old.
-    pub(super) fn hand_over_errand(&mut self, older_than_ms: u64) {
-        let is_due = |(_, since_ms): &mut (Errand, u64)| self.now_ms - *since_ms >= older_than_ms;
+    pub(super) fn hand_over_errand(&mut self, age_ns: u64) {
+        let is_due =
+            |(_, since_ns): &mut (Errand, u64)| self.batch_ns.saturating_sub(*since_ns) >= age_ns;
         if let Some((errand, _)) = self.errands.under_way.take_if(is_due) {
             self.hand_over(errand);
-            let entry = opcode::PollRemove::new(Token::Errand.pack()).build();
+            // Not `PollRemove`: it leaves alone one that is just being woken, which then may not end.
+            let entry = opcode::AsyncCancel::new(Token::Errand.pack()).build();
             // SAFETY: it points to nothing.
             unsafe { self.ring.push(entry.user_data(Token::GivenUp.pack())) };
         }
@@ -270,10 +277,8 @@ mod tests {
             elsewhere().await;
             thread()
         });
-        // The second while the first is waited for: it is no errand any more.
-        goer.send();
-        goer.send();
         for _ in 0..2 {
+            goer.send();
             assert_eq!(goer.wait(LIMIT).unwrap(), "runtime");
         }
         goer.shutdown();

@@ -34,6 +34,7 @@ pub(super) use socket::Socket;
 
 use super::parts::Parts;
 use super::{S3Settings, StoreError, check_key, lane, s3};
+use crate::reactor::errand;
 use pool::{Pool, connect};
 
 /// How long a connection may take to be made, and the server from the request to the end of the answer's head. All of a read
@@ -48,6 +49,8 @@ const REST_DOUBLINGS_MAX: u32 = 6;
 /// How long a signature is used: shorter than the quarter of an hour for which servers take it, and than the keys of a role,
 /// which the library has renewed when they hold for less than five minutes.
 const SIGNATURE_USED_FOR: Duration = Duration::from_secs(4 * 60);
+/// How long keys are used before they are asked for again: with [`SIGNATURE_USED_FOR`] still less than those five minutes.
+const KEYS_USED_FOR: Duration = Duration::from_secs(30);
 /// Most signed requests kept, about 1 KiB each.
 const SIGNATURES_MAX: u64 = 4096;
 /// Variables that make the ordinary way go through a proxy, to which we do not speak.
@@ -161,6 +164,8 @@ impl Rest {
 /// The way to one server.
 pub(super) struct PlainReads {
     keys: AwsCredentialProvider,
+    /// Those that were asked for last, and when.
+    known_keys: Mutex<Option<(Arc<AwsCredential>, Instant)>>,
     region: String,
     /// The address of each object up to its key.
     base: String,
@@ -193,6 +198,7 @@ impl PlainReads {
             .build();
         Ok(Self {
             keys,
+            known_keys: Mutex::default(),
             region: settings.region.clone(),
             base,
             signed,
@@ -220,12 +226,17 @@ impl PlainReads {
             let signed = self.signed(key).await?;
             let mut answer = self.ask(&signed, &range).await?;
             let mut parts = Parts::new(lens, lead);
-            match timeout(body_max, parts.receive_all(&mut answer.socket)).await {
-                Ok(Ok(())) => self.took(answer.lives.then_some(answer.socket)),
-                Ok(Err(_)) => return Err(self.failed(PlainError::Body)),
-                Err(_) => return Err(self.failed(PlainError::Late("body"))),
-            }
-            Ok(parts.into_bytes())
+            let error = match timeout(body_max, parts.receive_all(&mut answer.socket)).await {
+                Ok(Ok(())) => {
+                    self.took(answer.lives.then_some(answer.socket));
+                    return Ok(parts.into_bytes());
+                }
+                Ok(Err(_)) => PlainError::Body,
+                Err(_) => PlainError::Late("body"),
+            };
+            // What is told of it may have to wait for whoever reads the log.
+            errand::elsewhere().await;
+            Err(self.failed(error))
         };
         let read = timeout(self.times.head_max + body_max, read).await;
         read.unwrap_or_else(|_| Err(self.failed(PlainError::Late("answer"))))
@@ -266,16 +277,27 @@ impl PlainReads {
 
     async fn sign(&self, key: &str) -> Result<Arc<Signed>, PlainError> {
         check_key(key)?;
-        // The keys of a role may have to be asked for first.
-        let signing = async {
-            let keys = self.keys.get_credential().await?;
-            Signed::new(&self.address(key), &keys, &self.region)
-        };
-        let signed = timeout(self.times.head_max, signing).await;
-        let signed = signed.map_err(|_| PlainError::Late("keys"))?;
+        let keys = self.current_keys().await?;
+        let signed = Signed::new(&self.address(key), &keys, &self.region);
         let signed = Arc::new(signed.map_err(PlainError::Sign)?);
         self.signed.insert(key.to_owned(), Arc::clone(&signed));
         Ok(signed)
+    }
+
+    async fn current_keys(&self) -> Result<Arc<AwsCredential>, PlainError> {
+        let known = self.known_keys.lock().clone();
+        if let Some((keys, since)) = known
+            && since.elapsed() < KEYS_USED_FOR
+        {
+            return Ok(keys);
+        }
+        // Those of a role may have to be asked for, and others be read from a file.
+        errand::elsewhere().await;
+        let keys = timeout(self.times.head_max, self.keys.get_credential()).await;
+        let keys = keys.map_err(|_| PlainError::Late("keys"))?;
+        let keys = keys.map_err(PlainError::Sign)?;
+        *self.known_keys.lock() = Some((Arc::clone(&keys), Instant::now()));
+        Ok(keys)
     }
 
     fn address(&self, key: &str) -> String {
@@ -292,17 +314,20 @@ impl PlainReads {
         signed: &Signed,
         range: &Range<u64>,
     ) -> Result<Answer, PlainError> {
-        let answer = self.answer(signed, range).await;
-        answer.map_err(|error| {
-            if let PlainError::Head(HeadError::Status(401 | 403)) = error {
-                // It may be the keys that the server does not like any more.
-                self.signed.invalidate_all();
-            }
-            match error {
-                // This object's misfortune, and no other's.
-                PlainError::Head(HeadError::Status(404 | 416)) => error,
-                error => self.failed(error),
-            }
+        let error = match self.answer(signed, range).await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        errand::elsewhere().await;
+        if let PlainError::Head(HeadError::Status(401 | 403)) = error {
+            // It may be the keys that the server does not like any more.
+            *self.known_keys.lock() = None;
+            self.signed.invalidate_all();
+        }
+        Err(match error {
+            // This object's misfortune, and no other's.
+            PlainError::Head(HeadError::Status(404 | 416)) => error,
+            error => self.failed(error),
         })
     }
 
@@ -315,6 +340,8 @@ impl PlainReads {
             let socket = match kept.take() {
                 Some(socket) => socket,
                 None => {
+                    // A name is looked up by a thread, which is not to be one of a reactor's.
+                    errand::elsewhere().await;
                     let connected = connect(&signed.authority, self.times.head_max).await;
                     connected.map_err(|source| {
                         let authority = signed.authority.clone();
