@@ -296,6 +296,22 @@ mod tests {
     }
 
     #[test]
+    fn none_is_begun_behind_one_that_was_handed_over_in_the_same_batch() {
+        let goer = Goer::new(runtime(), || async {
+            let here = is_here();
+            elsewhere().await;
+            Bytes::from(here.to_string())
+        });
+        for _ in 0..3 {
+            goer.send_twice();
+            let mut here = [(); 2].map(|()| goer.wait(LIMIT).unwrap());
+            here.sort_unstable();
+            assert_eq!(here, ["false", "true"]);
+        }
+        goer.shutdown();
+    }
+
+    #[test]
     fn panic_ends_the_errand_and_not_the_reactor() {
         let count = Arc::new(AtomicUsize::new(0));
         let goer = Goer::new(runtime(), move || {

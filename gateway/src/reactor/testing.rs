@@ -227,28 +227,32 @@ impl BackendSink for NoBackend {
     }
 }
 
-/// A machine that has a frame fetched whenever it is drained, and tells what came.
+/// A machine that has a frame fetched whenever it is drained, or two of them with a checkpoint, and tells what came.
 struct Fetching(std::sync::mpsc::Sender<Bytes>);
 
 impl Machine for Fetching {
     fn apply(&mut self, event: Event, out: &mut Vec<Action>) {
         match event {
-            Event::Drain { io, .. } => out.push(Action::Fetch {
-                io,
-                fetch: Fetch {
-                    chunk: ChunkId {
-                        volume: VolumeId::from_bytes([1; 16]),
-                        epoch: Epoch::ZERO,
-                        seq: ChunkSeq::ZERO,
-                    },
-                    frames: vec![FrameRef {
-                        index: 0,
-                        stored_offset: 0,
-                        stored_len: 512,
-                    }],
-                },
-                foreground: true,
-            }),
+            Event::Drain { io, checkpoint } => {
+                let chunk = ChunkId {
+                    volume: VolumeId::from_bytes([1; 16]),
+                    epoch: Epoch::ZERO,
+                    seq: ChunkSeq::ZERO,
+                };
+                let frames = vec![FrameRef {
+                    index: 0,
+                    stored_offset: 0,
+                    stored_len: 512,
+                }];
+                let fetch = Fetch { chunk, frames };
+                for _ in 0..1 + usize::from(checkpoint) {
+                    out.push(Action::Fetch {
+                        io,
+                        fetch: fetch.clone(),
+                        foreground: true,
+                    });
+                }
+            }
             // Nobody may listen any more.
             Event::Fetched { mut frames, .. } => drop(self.0.send(frames.remove(0).unwrap())),
             _ => {}
@@ -334,9 +338,18 @@ impl Goer {
 
     /// Sends it.
     pub(crate) fn send(&self) {
+        self.drain(false);
+    }
+
+    /// Sends it twice in one batch.
+    pub(crate) fn send_twice(&self) {
+        self.drain(true);
+    }
+
+    fn drain(&self, checkpoint: bool) {
         let event = Event::Drain {
             io: IoId(1),
-            checkpoint: false,
+            checkpoint,
         };
         let key = self.key;
         let message = Message::VolumeEvent { key, event };
