@@ -29,6 +29,7 @@ use super::backoff::Jitter;
 use super::stats::{Accounts, Attempt};
 use super::{Operation, Outcome, Store, StoreError, StoreHealth, StoreStats, Tag};
 use crate::fair::{Gate, Place, Share, plain_share};
+use crate::reactor::errand;
 use crate::trace::{self, Open, Step, notes};
 
 /// How long an attempt may take, besides the time for its bytes.
@@ -275,6 +276,10 @@ impl Lane {
             let tried = self.attempt(operation, key, limit, attempt, progress).await;
             let mut error = match tried {
                 Ok(value) => {
+                    if !shared.health.is_healthy() {
+                        // That it is again is told.
+                        errand::elsewhere().await;
+                    }
                     shared.health.answered();
                     return Ok(value);
                 }

@@ -238,8 +238,13 @@ impl PlainReads {
             errand::elsewhere().await;
             Err(self.failed(error))
         };
-        let read = timeout(self.times.head_max + body_max, read).await;
-        read.unwrap_or_else(|_| Err(self.failed(PlainError::Late("answer"))))
+        match timeout(self.times.head_max + body_max, read).await {
+            Ok(read) => read,
+            Err(_) => {
+                errand::elsewhere().await;
+                Err(self.failed(PlainError::Late("answer")))
+            }
+        }
     }
 
     /// Whether nothing is tried now.
@@ -325,8 +330,11 @@ impl PlainReads {
             self.signed.invalidate_all();
         }
         Err(match error {
-            // This object's misfortune, and no other's.
-            PlainError::Head(HeadError::Status(404 | 416)) => error,
+            // This object's misfortune, and no other's: the server is well.
+            PlainError::Head(HeadError::Status(404 | 416) | HeadError::Short) => {
+                self.took(None);
+                error
+            }
             error => self.failed(error),
         })
     }
@@ -375,7 +383,7 @@ impl PlainReads {
         Ok((socket, head))
     }
 
-    /// A body was taken; its connection, if it lives.
+    /// The server answered as it should; the connection, if it lives and nothing is left on it.
     pub(super) fn took(&self, socket: Option<Socket>) {
         let mut rest = self.rest.lock();
         rest.failures = 0;
@@ -390,18 +398,27 @@ impl PlainReads {
 
     /// A read has failed. Of several at once the first counts.
     pub(super) fn failed(&self, error: PlainError) -> PlainError {
-        let mut rest = self.rest.lock();
-        if !rest.lasts() || rest.is_tried {
-            rest.is_tried = false;
-            if error.is_late() {
-                rest.failures = rest.failures.max(REST_DOUBLINGS_MAX);
-            }
-            let time = self.times.rest * (1 << rest.failures.min(REST_DOUBLINGS_MAX));
-            rest.until = Some(Instant::now() + time);
-            rest.failures += 1;
+        let begun = self.begin_rest(error.is_late());
+        if let Some(time) = begun {
             tracing::warn!(%error, rest = ?time, "a read on a connection of our own failed; those to come are made by the library for a while");
         }
         error
+    }
+
+    /// How long nothing is tried from now on; none, if that was so already.
+    fn begin_rest(&self, is_late: bool) -> Option<Duration> {
+        let mut rest = self.rest.lock();
+        if rest.lasts() && !rest.is_tried {
+            return None;
+        }
+        rest.is_tried = false;
+        if is_late {
+            rest.failures = rest.failures.max(REST_DOUBLINGS_MAX);
+        }
+        let time = self.times.rest * (1 << rest.failures.min(REST_DOUBLINGS_MAX));
+        rest.until = Some(Instant::now() + time);
+        rest.failures += 1;
+        Some(time)
     }
 
     #[cfg(test)]

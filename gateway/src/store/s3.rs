@@ -42,6 +42,9 @@ const READ_TIME_MAX: Duration = Duration::from_secs(30);
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(300);
 /// How long a connection is kept without use: shorter than servers and load balancers do.
 pub(super) const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+/// The longest range that is read in one piece on a connection of our own: map nodes and headers. There is no limit there to how
+/// long nothing may come, which would take long for long ones.
+const PLAIN_BYTES_MAX: usize = 1 << 20;
 /// Variables that say how to get the machine's or container's role.
 const ROLE_VARIABLES: [&str; 9] = [
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -280,7 +283,9 @@ impl Store for S3Store {
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         check_range(key, &range)?;
         let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-        if let Some(mut parts) = self.read_plain(key, &range, &[len], 0).await {
+        if len <= PLAIN_BYTES_MAX
+            && let Some(mut parts) = self.read_plain(key, &range, &[len], 0).await
+        {
             return Ok(parts.remove(0));
         }
         let (bytes, _) = self.read(key, range.clone()).await?;

@@ -37,6 +37,9 @@ pub enum HeadError {
     /// Another status than 206.
     #[error("the server answers with status {0}")]
     Status(u16),
+    /// The object ends before the range does, and its end is the body.
+    #[error("the object is shorter")]
+    Short,
     /// The body is not the bytes asked for, one by one.
     #[error("the server's answer has {0}")]
     Field(&'static str),
@@ -115,27 +118,26 @@ pub(super) fn check(head: &[u8], range: &Range<u64>) -> Result<bool, HeadError> 
             lives = false;
         }
     }
-    let len = range.end - range.start;
-    if length.and_then(number) != Some(len) {
-        return Err(HeadError::Field("another length than was asked for"));
+    let place = place.and_then(place_of);
+    let (part, whole) = place.ok_or(HeadError::Field("no range"))?;
+    if length.and_then(number) != part.end.checked_sub(part.start) {
+        return Err(HeadError::Field("another length than its range"));
     }
-    if !place.is_some_and(|place| is_at(place, range)) {
-        return Err(HeadError::Field("another range than was asked for"));
+    match part {
+        part if part == *range && whole >= range.end => Ok(lives),
+        part if part == (range.start..whole) && whole < range.end => Err(HeadError::Short),
+        _ => Err(HeadError::Field("another range than was asked for")),
     }
-    Ok(lives)
 }
 
-/// Whether a `Content-Range` is `range`, of an object that reaches so far.
-fn is_at(value: &[u8], range: &Range<u64>) -> bool {
-    let parse = || {
-        let value = std::str::from_utf8(value).ok()?.strip_prefix("bytes ")?;
-        let (part, whole) = value.split_once('/')?;
-        let (first, last) = part.split_once('-')?;
-        let first = number(first.as_bytes())?;
-        let last = number(last.as_bytes())?;
-        Some((first..last.checked_add(1)?, number(whole.as_bytes())?))
-    };
-    parse().is_some_and(|(part, whole)| part == *range && whole >= range.end)
+/// What a `Content-Range` says: which bytes, of an object of which size.
+fn place_of(value: &[u8]) -> Option<(Range<u64>, u64)> {
+    let value = std::str::from_utf8(value).ok()?.strip_prefix("bytes ")?;
+    let (part, whole) = value.split_once('/')?;
+    let (first, last) = part.split_once('-')?;
+    let first = number(first.as_bytes())?;
+    let last = number(last.as_bytes())?;
+    Some((first..last.checked_add(1)?, number(whole.as_bytes())?))
 }
 
 fn number(digits: &[u8]) -> Option<u64> {

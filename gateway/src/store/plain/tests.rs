@@ -175,6 +175,35 @@ async fn one_read_is_tried_when_a_rest_is_over_and_the_others_when_it_went_well(
 }
 
 #[tokio::test]
+async fn object_that_is_shorter_or_not_there_is_no_failure_of_the_server() {
+    let short = "HTTP/1.1 206 Partial Content\r\nContent-Length: 100\r\nContent-Range: bytes 16-115/116\r\n\r\n";
+    let gone = answer("").replace("206 Partial Content", "404 Not Found");
+    // The first fails, so that the next is the one that is tried.
+    let answers = vec![
+        "nonsense\r\n\r\n".to_owned(),
+        format!("{short}{}", "b".repeat(100)),
+        gone,
+        answer(&body()),
+    ];
+    let (address, _told) = server(answers).await;
+    let reads = reads(&address);
+    read(&reads).await.unwrap_err();
+    reads.end_rest();
+    let cut = read(&reads).await;
+    assert!(
+        matches!(cut, Err(PlainError::Head(HeadError::Short))),
+        "{cut:?}"
+    );
+    assert_eq!(reads.failures(), 0);
+    let gone = read(&reads).await;
+    assert!(
+        matches!(gone, Err(PlainError::Head(HeadError::Status(404)))),
+        "{gone:?}"
+    );
+    read(&reads).await.unwrap();
+}
+
+#[tokio::test]
 async fn keys_that_the_server_refuses_are_asked_for_anew() {
     let refused = answer("").replace("206 Partial Content", "403 Forbidden");
     let answers = vec![answer(&body()), refused, answer(&body())];
