@@ -258,14 +258,19 @@ mod tests {
         Bytes::from(thread.name().unwrap_or_default().to_owned())
     }
 
+    /// Has errands brought one after another, each by this thread.
+    fn assert_brought_by(goer: Goer, thread: &str) {
+        for _ in 0..3 {
+            goer.send();
+            assert_eq!(goer.wait(LIMIT).unwrap(), thread);
+        }
+        goer.shutdown();
+    }
+
     #[test]
     fn errand_that_waits_for_nothing_is_done_at_once_and_here() {
         let goer = Goer::new(runtime(), || async { thread() });
-        for _ in 0..3 {
-            goer.send();
-            assert_eq!(goer.wait(LIMIT).unwrap(), "reactor-0");
-        }
-        goer.shutdown();
+        assert_brought_by(goer, "reactor-0");
     }
 
     #[test]
@@ -277,11 +282,7 @@ mod tests {
             elsewhere().await;
             thread()
         });
-        for _ in 0..2 {
-            goer.send();
-            assert_eq!(goer.wait(LIMIT).unwrap(), "runtime");
-        }
-        goer.shutdown();
+        assert_brought_by(goer, "runtime");
     }
 
     #[test]
@@ -290,9 +291,7 @@ mod tests {
             elsewhere().await;
             thread()
         });
-        goer.send();
-        assert_eq!(goer.wait(LIMIT).unwrap(), "runtime");
-        goer.shutdown();
+        assert_brought_by(goer, "runtime");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::lane::LanePlace;
-use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, Socket, TIMES};
+use super::plain::{Answer, HeadError, NotPlain, PlainError, PlainReads, Signed, Socket, TIMES};
 use super::{Lane, OpenError, Operation, Outcome, Place, StoreSettings, check_range, s3};
 use crate::reactor::direct::Body;
 
@@ -79,14 +79,8 @@ impl DirectLane {
         let place = self.lane.place(Operation::GetRange).await;
         // Those before it in the line may have failed.
         self.reads.awake()?;
-        let asked = self.reads.ask(&signed, &range).await;
-        let watched = asked.and_then(|Answer { socket, lives }| {
-            let stream = socket.into_watched();
-            let stream = stream.map_err(|error| self.reads.failed(HeadError::Io(error).into()))?;
-            Ok((Arc::new(stream), lives))
-        });
-        let (stream, lives) = match watched {
-            Ok(watched) => watched,
+        let (stream, lives) = match self.ask_watched(&signed, &range).await {
+            Ok((stream, lives)) => (Arc::new(stream), lives),
             Err(error) => {
                 place.end(outcome(&error));
                 return Err(error);
@@ -102,6 +96,19 @@ impl DirectLane {
             lives,
         };
         Ok((opening, body))
+    }
+
+    /// Asks; the connection is the runtime's, and this is whether it lives on.
+    async fn ask_watched(
+        &self,
+        signed: &Signed,
+        range: &Range<u64>,
+    ) -> Result<(TcpStream, bool), PlainError> {
+        let Answer { socket, lives } = self.reads.ask(signed, range).await?;
+        match socket.into_watched() {
+            Ok(stream) => Ok((stream, lives)),
+            Err(error) => Err(self.reads.failed(HeadError::Io(error).into()).await),
+        }
     }
 }
 
@@ -143,7 +150,7 @@ impl Opening<'_> {
         };
         if heard != Ok(true) {
             self.place.end(outcome);
-            return Err(self.reads.failed(error));
+            return Err(self.reads.failed(error).await);
         }
         self.place
             .received(usize::try_from(self.len).unwrap_or(usize::MAX));

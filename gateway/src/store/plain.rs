@@ -234,16 +234,11 @@ impl PlainReads {
                 Ok(Err(_)) => PlainError::Body,
                 Err(_) => PlainError::Late("body"),
             };
-            // What is told of it may have to wait for whoever reads the log.
-            errand::elsewhere().await;
-            Err(self.failed(error))
+            Err(self.failed(error).await)
         };
         match timeout(self.times.head_max + body_max, read).await {
             Ok(read) => read,
-            Err(_) => {
-                errand::elsewhere().await;
-                Err(self.failed(PlainError::Late("answer")))
-            }
+            Err(_) => Err(self.failed(PlainError::Late("answer")).await),
         }
     }
 
@@ -274,9 +269,12 @@ impl PlainReads {
     /// # Errors
     /// If it cannot be signed.
     pub(super) async fn signed(&self, key: &str) -> Result<Arc<Signed>, PlainError> {
-        match self.signed.get(key) {
-            Some(signed) => Ok(signed),
-            None => self.sign(key).await.map_err(|e| self.failed(e)),
+        if let Some(signed) = self.signed.get(key) {
+            return Ok(signed);
+        }
+        match self.sign(key).await {
+            Ok(signed) => Ok(signed),
+            Err(error) => Err(self.failed(error).await),
         }
     }
 
@@ -323,7 +321,6 @@ impl PlainReads {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
-        errand::elsewhere().await;
         if let PlainError::Head(HeadError::Status(401 | 403)) = error {
             // It may be the keys that the server does not like any more.
             *self.known_keys.lock() = None;
@@ -335,7 +332,7 @@ impl PlainReads {
                 self.took(None);
                 error
             }
-            error => self.failed(error),
+            error => self.failed(error).await,
         })
     }
 
@@ -397,7 +394,9 @@ impl PlainReads {
     }
 
     /// A read has failed. Of several at once the first counts.
-    pub(super) fn failed(&self, error: PlainError) -> PlainError {
+    pub(super) async fn failed(&self, error: PlainError) -> PlainError {
+        // Telling of it may have to wait for whoever reads the log.
+        errand::elsewhere().await;
         let begun = self.begin_rest(error.is_late());
         if let Some(time) = begun {
             tracing::warn!(%error, rest = ?time, "a read on a connection of our own failed; those to come are made by the library for a while");
