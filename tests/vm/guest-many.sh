@@ -98,6 +98,8 @@ for _ in $(seq 600); do
 done
 each read || fail "read after a kill"
 say "all taken over after $((SECONDS - started)) s"
+# Each at once, and none because a call to the store ran out of time.
+! grep "cannot be attached again yet" "$log" || fail "a volume did not come back at its first try"
 (($(sum_of quarry_volume_copied_bytes_total) == 0)) || fail "data were copied after a kill"
 stop_daemon
 say "passed"

@@ -11,6 +11,9 @@
 //!    under its old epoch; step 2 is done anew.*
 //! 4. Serve.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -522,42 +525,76 @@ pub(super) async fn replay_range(
         seq: ChunkSeq::new(seq),
     };
     let last = range.end.map_or(u64::MAX, ChunkSeq::get);
-    let mut found = Vec::new();
-    let mut entries = Box::pin(
-        futures::stream::iter(range.first.get()..last)
-            .map(|seq| async move { (seq, log_entry(store, tenant, id(seq)).await) })
-            .buffered(REPLAY_CONCURRENCY),
-    );
-    while let Some((seq, entry)) = entries.next().await {
-        match entry? {
-            Some(Entry::Chunk(header)) => found.push(header),
-            None if range.end.is_some() => {
+    let (mut found, mut at) = (Vec::new(), range.first.get());
+    loop {
+        let (mut headers, stop) = stretch(store, tenant, id(at), last).await?;
+        at += headers.len() as u64;
+        found.append(&mut headers);
+        match stop {
+            Stop::Whole => return Ok(found),
+            Stop::Sealed(_) => {
+                Branch::SealFound.taken();
+                return Ok(found);
+            }
+            Stop::Missing if range.end.is_some() => {
                 let reason = "a chunk of the log is missing".to_owned();
                 return Err(OpenError::Damaged {
-                    object: keys::chunk_key(tenant, id(seq)),
+                    object: keys::chunk_key(tenant, id(at)),
                     reason,
                 });
             }
-            Some(Entry::Seal(_)) => {
-                Branch::SealFound.taken();
-                break;
-            }
-            None => {
-                let Some(claim) = claim else { break };
-                if Mutation::NoSeal.is_on() {
-                    break;
-                }
-                match seal(store, tenant, id(seq), head, claim).await? {
-                    // The old writer was quicker: its chunk belongs to the log.
-                    Some(header) => found.push(header),
-                    None => break,
-                }
-            }
+            Stop::Missing => {}
+        }
+        let Some(claim) = claim else { return Ok(found) };
+        if Mutation::NoSeal.is_on() {
+            return Ok(found);
+        }
+        match seal(store, tenant, id(at), head, claim).await? {
+            // The old writer was quicker: its chunk belongs to the log, and more may follow.
+            Some(header) => found.push(header),
+            None => return Ok(found),
+        }
+        at += 1;
+    }
+}
+
+/// Where a stretch of a log ends.
+pub(super) enum Stop {
+    /// At the number that was asked for.
+    Whole,
+    /// At a seal.
+    Sealed(Seal),
+    /// At a place that has nothing.
+    Missing,
+}
+
+/// The headers of an epoch's chunks from `first` on, up to the number `end` or what ends them before it.
+///
+/// Several are asked for at once, and none is when this returns: a request that nobody polls keeps its place in the
+/// [`Lane`](crate::store::Lane), where what is asked for next may wait for one.
+pub(super) async fn stretch(
+    store: &dyn Store,
+    tenant: &TenantName,
+    first: ChunkId,
+    end: u64,
+) -> Result<(Vec<ChunkHeader>, Stop), OpenError> {
+    let mut found = Vec::new();
+    let mut looks = Box::pin(
+        futures::stream::iter(first.seq.get()..end)
+            .map(|seq| {
+                let seq = ChunkSeq::new(seq);
+                log_entry(store, tenant, ChunkId { seq, ..first })
+            })
+            .buffered(REPLAY_CONCURRENCY),
+    );
+    while let Some(entry) = looks.next().await {
+        match entry? {
+            Some(Entry::Chunk(header)) => found.push(header),
+            Some(Entry::Seal(seal)) => return Ok((found, Stop::Sealed(seal))),
+            None => return Ok((found, Stop::Missing)),
         }
     }
-    // Behind a late chunk the stream's look-ahead may be out of date: what it called missing was
-    // sealed just now, or turned out to be there.
-    Ok(found)
+    Ok((found, Stop::Whole))
 }
 
 /// What lies at a place of the log.

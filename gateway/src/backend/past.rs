@@ -35,8 +35,8 @@ use super::HeadCell;
 use super::map_end::MapEnd;
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::open::{
-    Claimed, Entry, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, load_map, load_usage, log_entry,
-    replay_range,
+    Claimed, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, load_map, load_usage, log_entry,
+    replay_range, stretch,
 };
 use super::sound::Unsound;
 use crate::moment::Moment;
@@ -144,16 +144,6 @@ struct Base {
     /// `None` of the first of all.
     end: Option<MapEnd>,
     basis: Basis,
-}
-
-/// Where a stretch of a log ends.
-enum Stop {
-    /// All of it is there.
-    Whole,
-    /// It is sealed by this epoch.
-    Sealed(Epoch),
-    /// Nothing is there.
-    Missing,
 }
 
 /// How large a volume was that had these sizes before and after, and these chunks in between: as large as it
@@ -382,7 +372,8 @@ impl Past<'_> {
                 },
             };
             let end = above.log_end.get().min(at.get() + STRETCH);
-            let (headers, stop) = self.stretch(of, at.get()..end).await?;
+            let first = self.chunk(of, at.get());
+            let (headers, stop) = stretch(self.store, self.tenant, first, end).await?;
             if let Some(newest) = headers.last() {
                 at = newest.id.seq.next();
             }
@@ -399,7 +390,7 @@ impl Past<'_> {
             match stop {
                 _ if is_cut => break,
                 Stop::Whole => {}
-                Stop::Sealed(by) => (epoch, sealed_by) = (None, by),
+                Stop::Sealed(seal) => (epoch, sealed_by) = (None, seal.by),
                 Stop::Missing => return Ok(Err(format!("chunk {at} of its log is gone"))),
             }
         }
@@ -424,28 +415,6 @@ impl Past<'_> {
             }
         }
         Ok(None)
-    }
-
-    /// The headers of an epoch's chunks.
-    async fn stretch(
-        &self,
-        epoch: Epoch,
-        seqs: std::ops::Range<u64>,
-    ) -> Result<(Vec<ChunkHeader>, Stop), OpenError> {
-        let mut found = Vec::new();
-        let mut looks = Box::pin(
-            futures::stream::iter(seqs)
-                .map(|seq| log_entry(self.store, self.tenant, self.chunk(epoch, seq)))
-                .buffered(REPLAY_CONCURRENCY),
-        );
-        while let Some(entry) = looks.next().await {
-            match entry? {
-                Some(Entry::Chunk(header)) => found.push(header),
-                Some(Entry::Seal(seal)) => return Ok((found, Stop::Sealed(seal.by))),
-                None => return Ok((found, Stop::Missing)),
-            }
-        }
-        Ok((found, Stop::Whole))
     }
 
     const fn chunk(&self, epoch: Epoch, seq: u64) -> ChunkId {

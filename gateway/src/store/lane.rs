@@ -10,6 +10,8 @@
 //!   [`StoreError::Denied`]: it waits, and [`StoreHealth`] says so. After [`Lane::stop`] it never
 //!   answers them either: it just waits, to be dropped with its runtime.
 //! - No place is held while waiting to try again.
+//! - A call that nobody polls keeps its place. So who has several under way drops them, or has them answered, before
+//!   asking for anything else: with enough of such callers none would ever have the place that it waits for.
 //! - Requests of the background never fill the lane: some are the foreground's alone.
 //! - A tenant whose requests hang leaves the others the places.
 
