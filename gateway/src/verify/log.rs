@@ -34,7 +34,7 @@ pub(super) async fn walk(check: &Check, findings: &mut Findings) -> Result<Log, 
     let head = &check.head;
     let mut walk = LogWalk {
         check,
-        size: head.size,
+        reached: Lba::ZERO,
         last_write: head.root_write,
         gap: false,
         chunks: Vec::new(),
@@ -43,20 +43,27 @@ pub(super) async fn walk(check: &Check, findings: &mut Findings) -> Result<Log, 
     for range in &head.log {
         end = walk.range(range, findings).await?;
     }
+    let mut size = head.size;
+    if walk.reached.get() > size.get() {
+        let key = keys::head_key(&check.tenant, head.volume);
+        if let Ok(now) = read_head(&check.store, &key).await? {
+            size = size.max(now.size);
+        }
+    }
     // The newest first.
     walk.chunks.reverse();
     Ok(Log {
         entries: fold(walk.chunks),
         end,
         last_write: walk.last_write,
-        size: walk.size,
+        size,
     })
 }
 
 struct LogWalk<'a> {
     check: &'a Check,
-    /// Larger than the head's, if the volume has grown since.
-    size: Sectors,
+    /// Where what it gives ends: behind the head's size, if the volume has grown since.
+    reached: Lba,
     last_write: WriteSeq,
     /// A chunk before could not be read: where the next begins is not known.
     gap: bool,
@@ -64,42 +71,65 @@ struct LogWalk<'a> {
 }
 
 impl LogWalk<'_> {
+    /// Answers the number behind the last chunk.
     async fn range(
         &mut self,
         range: &LogRange,
         findings: &mut Findings,
     ) -> Result<ChunkSeq, StoreError> {
-        let check = self.check;
-        let id = |seq: u64| ChunkId {
-            volume: check.head.volume,
-            epoch: range.epoch,
-            seq: ChunkSeq::new(seq),
+        let open_end = self.headers(range, findings).await?;
+        let Some(end) = range.end else {
+            return Ok(open_end.unwrap_or(range.first));
         };
-        let key = |seq: u64| keys::chunk_key(&check.tenant, id(seq));
+        let check = self.check;
+        let id = chunk_id(check, range, end.get());
+        let problem = match log_place(&check.store, &check.tenant, id).await? {
+            Ok(Some(Entry::Seal(seal))) if seal.by <= check.head.epoch => return Ok(end),
+            Ok(Some(Entry::Seal(seal))) => {
+                format!("it was sealed by epoch {}, later than the head's", seal.by)
+            }
+            Ok(Some(Entry::Chunk(_))) => "a chunk lies where the log was sealed".to_owned(),
+            Ok(None) => "the seal of the log is missing".to_owned(),
+            Err(reason) => reason,
+        };
+        findings.add(
+            &keys::chunk_key(&check.tenant, id),
+            format!("{problem}; reads do not need it, but it keeps a writer of old out"),
+        );
+        Ok(end)
+    }
+
+    /// Answers where an open range ends. Nothing is asked for any more when this returns: what follows may need the
+    /// places that it had.
+    async fn headers(
+        &mut self,
+        range: &LogRange,
+        findings: &mut Findings,
+    ) -> Result<Option<ChunkSeq>, StoreError> {
+        let check = self.check;
         let last = range.end.map_or(u64::MAX, ChunkSeq::get);
-        let mut found =
-            Box::pin(
-                futures::stream::iter(range.first.get()..last)
-                    .map(|seq| async move {
-                        (seq, log_place(&check.store, &check.tenant, id(seq)).await)
-                    })
-                    .buffered(HEADERS_AT_ONCE),
-            );
-        while let Some((seq, at)) = found.next().await {
+        let mut found = Box::pin(
+            futures::stream::iter(range.first.get()..last)
+                .map(|seq| async move {
+                    let id = chunk_id(check, range, seq);
+                    (id, log_place(&check.store, &check.tenant, id).await)
+                })
+                .buffered(HEADERS_AT_ONCE),
+        );
+        while let Some((id, at)) = found.next().await {
+            let key = keys::chunk_key(&check.tenant, id);
             let problem = match at? {
                 Ok(Some(Entry::Chunk(header))) => {
-                    self.chunk(&key(seq), &header, findings).await?;
+                    self.chunk(&key, &header, findings);
                     continue;
                 }
                 // As far as an open range goes.
-                Ok(None | Some(Entry::Seal(_))) if range.end.is_none() => {
-                    return Ok(ChunkSeq::new(seq));
-                }
+                Ok(None | Some(Entry::Seal(_))) if range.end.is_none() => return Ok(Some(id.seq)),
                 Ok(None) => "a chunk of the log is missing".to_owned(),
                 Ok(Some(Entry::Seal(_))) => "a seal lies inside the log".to_owned(),
                 Err(reason) => reason,
             };
-            let finding = findings.add(&key(seq), format!("{problem}; {UNATTACHABLE}"));
+            let finding = findings.add(&key, format!("{problem}; {UNATTACHABLE}"));
             findings.hit_all(finding, check.whole());
             self.gap = true;
             // A head that names a row of nothing is not followed to its end.
@@ -107,31 +137,10 @@ impl LogWalk<'_> {
                 break;
             }
         }
-        if let Some(end) = range.end {
-            let problem = match log_place(&check.store, &check.tenant, id(end.get())).await? {
-                Ok(Some(Entry::Seal(seal))) if seal.by <= check.head.epoch => return Ok(end),
-                Ok(Some(Entry::Seal(seal))) => {
-                    format!("it was sealed by epoch {}, later than the head's", seal.by)
-                }
-                Ok(Some(Entry::Chunk(_))) => "a chunk lies where the log was sealed".to_owned(),
-                Ok(None) => "the seal of the log is missing".to_owned(),
-                Err(reason) => reason,
-            };
-            findings.add(
-                &key(end.get()),
-                format!("{problem}; reads do not need it, but it keeps a writer of old out"),
-            );
-            return Ok(end);
-        }
-        Ok(range.first)
+        Ok(None)
     }
 
-    async fn chunk(
-        &mut self,
-        key: &str,
-        header: &ChunkHeader,
-        findings: &mut Findings,
-    ) -> Result<(), StoreError> {
+    fn chunk(&mut self, key: &str, header: &ChunkHeader, findings: &mut Findings) {
         let before = header.first_write.get().checked_sub(1);
         if before != Some(self.last_write.get()) && !self.gap {
             let (first, last) = (header.first_write, self.last_write);
@@ -143,19 +152,17 @@ impl LogWalk<'_> {
         self.last_write = header.last_write;
         let mut entries = header.map_entries();
         entries.sort_unstable_by_key(|entry| entry.start);
-        if entries.last().map_or(Lba::ZERO, end_of).get() > self.size.get() {
-            self.look_whether_it_has_grown().await?;
-        }
+        let end = entries.last().map_or(Lba::ZERO, end_of);
+        self.reached = self.reached.max(end);
         self.chunks.push(entries);
-        Ok(())
     }
+}
 
-    async fn look_whether_it_has_grown(&mut self) -> Result<(), StoreError> {
-        let key = keys::head_key(&self.check.tenant, self.check.head.volume);
-        if let Ok(now) = read_head(&self.check.store, &key).await? {
-            self.size = self.size.max(now.size);
-        }
-        Ok(())
+fn chunk_id(check: &Check, range: &LogRange, seq: u64) -> ChunkId {
+    ChunkId {
+        volume: check.head.volume,
+        epoch: range.epoch,
+        seq: ChunkSeq::new(seq),
     }
 }
 

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use quarry_objfmt::map::Manifest;
 use quarry_objfmt::{Epoch, Lba, Location, Sectors};
 
@@ -5,6 +7,25 @@ use super::fixture::{
     Fixture, PIECE, SIZE, chunk_id, extent, make_chunk, make_chunk_of, map_id, piece, volume_id,
 };
 use super::*;
+use crate::store::{Lane, LaneSettings};
+
+/// A lane to `store` with fewer places than anything that is looked at side by side would take: who waits for one while
+/// it holds the others waits for ever.
+fn narrow_lane(store: Arc<dyn Store>) -> Arc<dyn Store> {
+    let settings = LaneSettings {
+        requests_max: 2,
+        foreground_min: 1,
+        ..LaneSettings::default()
+    };
+    Arc::new(Lane::new(store, &settings))
+}
+
+async fn in_time(
+    run: impl Future<Output = Result<Option<VerifyReport>, StoreError>>,
+) -> VerifyReport {
+    let run = tokio::time::timeout(Duration::from_secs(60), run).await;
+    run.expect("it waits for ever").unwrap().unwrap()
+}
 
 /// Sectors that a report calls unreadable.
 fn unreadable(report: &VerifyReport) -> Vec<(u64, u64)> {
@@ -18,14 +39,14 @@ fn unreadable(report: &VerifyReport) -> Vec<(u64, u64)> {
 impl Fixture {
     async fn verify_with(&self, deep: bool, refs_max: usize) -> VerifyReport {
         let progress = Arc::<Progress>::default();
-        let store = Arc::clone(&self.store);
+        let store = narrow_lane(Arc::clone(&self.store));
         let image = self.name.clone().into();
         let spec = VerifySpec {
             deep,
             snapshots: true,
         };
         let run = run_with(store, &image, volume_id(), spec, None, progress, refs_max);
-        run.await.unwrap().unwrap()
+        in_time(run).await
     }
 
     async fn verify(&self, deep: bool) -> VerifyReport {
@@ -399,15 +420,15 @@ async fn volume_that_grew_since_its_head_was_read_is_no_finding() {
 
     let mut grown = fixture.head.clone();
     grown.size = Sectors::new(SIZE * 2);
-    let store: Arc<dyn Store> = Arc::new(Grows {
+    let store = narrow_lane(Arc::new(Grows {
         store: Arc::clone(&fixture.store),
         key: fixture.head_key(),
         first: parking_lot::Mutex::new(true),
         grown: grown.encode().into(),
-    });
+    }));
     let (image, spec) = (fixture.name.clone().into(), VerifySpec::default());
     let run = run(store, &image, volume_id(), spec, None, Arc::default());
-    assert_eq!(run.await.unwrap().unwrap().findings, []);
+    assert_eq!(in_time(run).await.findings, []);
 }
 
 #[tokio::test]
