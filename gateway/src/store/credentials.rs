@@ -23,7 +23,8 @@ use aws_sdk_s3::config::{Region, SharedHttpClient};
 use aws_smithy_http_client::tls;
 use object_store::CredentialProvider;
 use object_store::aws::AwsCredential;
-use tokio::sync::Mutex;
+use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::install_crypto;
@@ -34,6 +35,9 @@ const USED_FOR: Duration = Duration::from_secs(60);
 const RENEWED_BEFORE: Duration = Duration::from_secs(5 * 60);
 /// How long whoever knows the keys may take to tell them.
 const ASK_TIME_MAX: Duration = Duration::from_secs(20);
+/// How long whoever finds that keys are to be asked for again waits for newer ones, while the old ones hold: a file is
+/// read by then, and a service that hangs holds up one call.
+const NEWER_WAITED_FOR: Duration = Duration::from_secs(1);
 /// How long is waited after a failure before asking again, while older keys still hold.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -93,12 +97,30 @@ impl fmt::Display for CredentialSource {
 }
 
 /// Gives the newest keys of a source.
+///
+/// The source is asked by a task of its own, one at a time: neither does it matter to the others what becomes of the call
+/// that was the first to find the keys old, nor is a source that takes longer than a call may never heard. Nobody waits
+/// for it but calls that have no keys otherwise and, for a moment, the first.
 pub(super) struct Rotating {
-    source: CredentialSource,
-    profiles: Option<PathBuf>,
-    region: String,
-    newest: Mutex<Option<Newest>>,
+    source: Arc<Source>,
+    state: Arc<Mutex<State>>,
 }
+
+/// Who is asked.
+struct Source {
+    name: CredentialSource,
+    /// Makes what asks: the SDK's own providers read a file once.
+    provider: Box<dyn Fn() -> SharedCredentialsProvider + Send + Sync>,
+}
+
+#[derive(Default)]
+struct State {
+    newest: Option<Newest>,
+    /// What the task that asks, or asked last, has told; closed when it has ended.
+    told: Option<watch::Receiver<Option<Told>>>,
+}
+
+type Told = Result<Arc<AwsCredential>, String>;
 
 struct Newest {
     keys: Arc<AwsCredential>,
@@ -108,32 +130,122 @@ struct Newest {
     ends: Option<SystemTime>,
 }
 
+impl Newest {
+    fn hold(&self) -> bool {
+        self.ends.is_none_or(|ends| SystemTime::now() < ends)
+    }
+}
+
+/// How keys are come by.
+enum Way {
+    /// These.
+    Held(Arc<AwsCredential>),
+    /// What is being told, or these if that takes too long.
+    Told(watch::Receiver<Option<Told>>, Option<Arc<AwsCredential>>),
+}
+
 impl Rotating {
     /// Keys from `source`; profiles are looked for in `profiles`, or where AWS programs do.
     pub(super) fn new(source: CredentialSource, profiles: Option<PathBuf>, region: &str) -> Self {
+        let (name, region) = (source.clone(), region.to_owned());
+        Self::of(name, move || {
+            provider(&source, profiles.as_deref(), &region)
+        })
+    }
+
+    fn of(
+        name: CredentialSource,
+        provider: impl Fn() -> SharedCredentialsProvider + Send + Sync + 'static,
+    ) -> Self {
+        let source = Source {
+            name,
+            provider: Box::new(provider),
+        };
         Self {
-            source,
-            profiles,
-            region: region.to_owned(),
-            newest: Mutex::default(),
+            source: Arc::new(source),
+            state: Arc::default(),
         }
     }
 
-    /// Asks anew, files and all: the SDK's own providers read a file once.
+    fn way(&self) -> Way {
+        let mut state = self.state.lock();
+        let newest = state.newest.as_ref();
+        let held = newest
+            .filter(|newest| newest.hold())
+            .map(|newest| Arc::clone(&newest.keys));
+        let is_due = newest.is_none_or(|newest| newest.asked_again <= Instant::now());
+        match (held, &state.told) {
+            (Some(held), _) if !is_due => Way::Held(held),
+            (held, Some(told)) if told.has_changed().is_ok() => match held {
+                Some(held) => Way::Held(held),
+                None => Way::Told(told.clone(), None),
+            },
+            (held, _) => {
+                let (tell, told) = watch::channel(None);
+                state.told = Some(told.clone());
+                let (source, state) = (Arc::clone(&self.source), Arc::clone(&self.state));
+                tokio::spawn(async move {
+                    let found = source.ask().await;
+                    tell.send_replace(Some(state.lock().settle(found)));
+                });
+                Way::Told(told, held)
+            }
+        }
+    }
+}
+
+impl Source {
     async fn ask(&self) -> Result<Credentials, String> {
-        let provider = provider(&self.source, self.profiles.as_deref(), &self.region);
+        let provider = (self.provider)();
         match timeout(ASK_TIME_MAX, provider.provide_credentials()).await {
             Ok(Ok(keys)) => Ok(keys),
             Ok(Err(error)) => Err(format!(
                 "{} gives no keys: {}",
-                self.source,
+                self.name,
                 aws_sdk_s3::error::DisplayErrorContext(error)
             )),
             Err(_) => Err(format!(
                 "{} gave no keys within {ASK_TIME_MAX:?}",
-                self.source
+                self.name
             )),
         }
+    }
+}
+
+impl State {
+    /// Takes what the source has said.
+    fn settle(&mut self, found: Result<Credentials, String>) -> Told {
+        match found {
+            Ok(found) => {
+                let keys = Arc::new(AwsCredential {
+                    key_id: found.access_key_id().to_owned(),
+                    secret_key: found.secret_access_key().to_owned(),
+                    token: found.session_token().map(ToOwned::to_owned),
+                });
+                let ends = found.expiry();
+                self.newest = Some(Newest {
+                    keys: Arc::clone(&keys),
+                    asked_again: Instant::now() + used_for(ends, SystemTime::now()),
+                    ends,
+                });
+                Ok(keys)
+            }
+            Err(reason) => {
+                // A file that is just being replaced, a service that is away: what holds is used.
+                let held = self.newest.as_mut().filter(|newest| newest.hold());
+                let held = held.ok_or_else(|| reason.clone())?;
+                tracing::warn!(%reason, "the newest keys of a store are used on");
+                held.asked_again = Instant::now() + ASK_AGAIN;
+                Ok(Arc::clone(&held.keys))
+            }
+        }
+    }
+}
+
+async fn hear(mut told: watch::Receiver<Option<Told>>) -> Told {
+    match told.wait_for(Option::is_some).await {
+        Ok(told) => told.clone().expect("just seen"),
+        Err(_) => Err("whoever asked for keys has ended".to_owned()),
     }
 }
 
@@ -188,43 +300,18 @@ impl CredentialProvider for Rotating {
     type Credential = AwsCredential;
 
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
-        // One asks for all that wait.
-        let mut newest = self.newest.lock().await;
-        if let Some(newest) = &*newest
-            && Instant::now() < newest.asked_again
-        {
-            return Ok(Arc::clone(&newest.keys));
-        }
-        match self.ask().await {
-            Ok(found) => {
-                let keys = Arc::new(AwsCredential {
-                    key_id: found.access_key_id().to_owned(),
-                    secret_key: found.secret_access_key().to_owned(),
-                    token: found.session_token().map(ToOwned::to_owned),
-                });
-                let ends = found.expiry();
-                *newest = Some(Newest {
-                    keys: Arc::clone(&keys),
-                    asked_again: Instant::now() + used_for(ends, SystemTime::now()),
-                    ends,
-                });
-                Ok(keys)
-            }
-            Err(reason) => {
-                // A file that is just being replaced, a service that is away: what holds is used.
-                if let Some(held) = newest.as_mut()
-                    && held.ends.is_none_or(|ends| SystemTime::now() < ends)
-                {
-                    tracing::warn!(%reason, "the newest keys of a store are used on");
-                    held.asked_again = Instant::now() + ASK_AGAIN;
-                    return Ok(Arc::clone(&held.keys));
-                }
-                Err(object_store::Error::Generic {
-                    store: "credentials",
-                    source: reason.into(),
-                })
-            }
-        }
+        let told = match self.way() {
+            Way::Held(keys) => return Ok(keys),
+            Way::Told(told, None) => hear(told).await,
+            Way::Told(told, Some(held)) => match timeout(NEWER_WAITED_FOR, hear(told)).await {
+                Ok(Ok(keys)) => Ok(keys),
+                Ok(Err(_)) | Err(_) => Ok(held),
+            },
+        };
+        told.map_err(|reason| object_store::Error::Generic {
+            store: "credentials",
+            source: reason.into(),
+        })
     }
 }
 
@@ -239,12 +326,16 @@ fn used_for(ends: Option<SystemTime>, now: SystemTime) -> Duration {
 
 impl fmt::Debug for Rotating {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Rotating({})", self.source)
+        write!(f, "Rotating({})", self.source.name)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use aws_credential_types::credential_fn::provide_credentials_fn;
+
     use super::*;
 
     #[test]
@@ -288,6 +379,60 @@ mod tests {
         write("three");
         tokio::time::advance(ASK_AGAIN).await;
         assert_eq!(id().await.unwrap(), "three");
+    }
+
+    /// A source that takes its time, and counts how often it is asked.
+    fn slow(takes: Duration) -> (Rotating, Arc<AtomicU32>) {
+        let asked = Arc::<AtomicU32>::default();
+        let count = Arc::clone(&asked);
+        let provider = move || {
+            let n = count.fetch_add(1, Ordering::Relaxed);
+            SharedCredentialsProvider::new(provide_credentials_fn(move || async move {
+                tokio::time::sleep(takes).await;
+                Ok(Credentials::new(
+                    format!("key{n}"),
+                    "hidden",
+                    None,
+                    None,
+                    "test",
+                ))
+            }))
+        };
+        (Rotating::of(CredentialSource::Environment, provider), asked)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn source_slower_than_any_call_is_heard_and_asked_once_for_all() {
+        let (keys, asked) = slow(Duration::from_secs(15));
+        for _ in 0..14 {
+            let call = timeout(Duration::from_secs(1), keys.get_credential());
+            assert!(call.await.is_err());
+        }
+        let mut left_alone = Box::pin(keys.get_credential());
+        assert!(futures::poll!(&mut left_alone).is_pending());
+        let (one, other) = tokio::join!(keys.get_credential(), keys.get_credential());
+        assert_eq!(
+            (&*one.unwrap().key_id, &*other.unwrap().key_id),
+            ("key0", "key0")
+        );
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_hold_are_used_while_newer_ones_are_asked_for() {
+        let (keys, asked) = slow(Duration::from_secs(15));
+        let id = async || keys.get_credential().await.unwrap().key_id.clone();
+        assert_eq!(id().await, "key0");
+        tokio::time::advance(USED_FOR).await;
+        let begun = Instant::now();
+        // The first waits for a moment, the others for none.
+        assert_eq!(id().await, "key0");
+        assert_eq!(begun.elapsed(), NEWER_WAITED_FOR);
+        assert_eq!(id().await, "key0");
+        assert_eq!(begun.elapsed(), NEWER_WAITED_FOR);
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        assert_eq!(id().await, "key1");
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test]
