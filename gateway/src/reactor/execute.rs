@@ -203,6 +203,7 @@ impl Core {
                 self.request_done(volume, request_key(request), result)
             }
             action @ Action::FetchDirect { .. } => self.ask_direct(volume, action),
+            // Of one frame alone: a set of futures polls again only those that were woken, and here nothing wakes.
             Action::Fetch {
                 ref fetch,
                 foreground: true,
