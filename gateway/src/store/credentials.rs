@@ -38,7 +38,9 @@ const ASK_TIME_MAX: Duration = Duration::from_secs(20);
 /// How long whoever finds that keys are to be asked for again waits for newer ones, while the old ones hold: a file is
 /// read by then, and a service that hangs holds up one call.
 const NEWER_WAITED_FOR: Duration = Duration::from_secs(1);
-/// How long is waited after a failure before asking again, while older keys still hold.
+/// How long a source that has failed, and of which no keys hold, is not asked again.
+const FAILED_FOR: Duration = Duration::from_secs(1);
+/// How long is waited after a failure before asking again, while older keys still hold, and at least after a success.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Who is asked for keys.
@@ -100,7 +102,7 @@ impl fmt::Display for CredentialSource {
 ///
 /// The source is asked by a task of its own, one at a time: neither does it matter to the others what becomes of the call
 /// that was the first to find the keys old, nor is a source that takes longer than a call may never heard. Nobody waits
-/// for it but calls that have no keys otherwise and, for a moment, the first.
+/// for it but who has no keys otherwise, or only such as were long due, and for a moment the first.
 pub(super) struct Rotating {
     source: Arc<Source>,
     state: Arc<Mutex<State>>,
@@ -116,12 +118,15 @@ struct Source {
 #[derive(Default)]
 struct State {
     newest: Option<Newest>,
+    /// Why there are no keys, and since when that is known.
+    failed: Option<(Instant, String)>,
     /// What the task that asks, or asked last, has told; closed when it has ended.
     told: Option<watch::Receiver<Option<Told>>>,
 }
 
 type Told = Result<Arc<AwsCredential>, String>;
 
+#[derive(Clone)]
 struct Newest {
     keys: Arc<AwsCredential>,
     /// When they are asked for again.
@@ -134,14 +139,18 @@ impl Newest {
     fn hold(&self) -> bool {
         self.ends.is_none_or(|ends| SystemTime::now() < ends)
     }
+
+    fn is_due(&self, overdue: Duration) -> bool {
+        self.asked_again + overdue <= Instant::now()
+    }
 }
 
 /// How keys are come by.
 enum Way {
-    /// These.
-    Held(Arc<AwsCredential>),
+    /// That is known.
+    Known(Told),
     /// What is being told, or these if that takes too long.
-    Told(watch::Receiver<Option<Told>>, Option<Arc<AwsCredential>>),
+    Told(watch::Receiver<Option<Told>>, Option<Newest>),
 }
 
 impl Rotating {
@@ -169,29 +178,40 @@ impl Rotating {
 
     fn way(&self) -> Way {
         let mut state = self.state.lock();
-        let newest = state.newest.as_ref();
-        let held = newest
-            .filter(|newest| newest.hold())
-            .map(|newest| Arc::clone(&newest.keys));
-        let is_due = newest.is_none_or(|newest| newest.asked_again <= Instant::now());
-        match (held, &state.told) {
-            (Some(held), _) if !is_due => Way::Held(held),
-            (held, Some(told)) if told.has_changed().is_ok() => match held {
-                Some(held) => Way::Held(held),
-                None => Way::Told(told.clone(), None),
-            },
-            (held, _) => {
-                let (tell, told) = watch::channel(None);
-                state.told = Some(told.clone());
-                let (source, state) = (Arc::clone(&self.source), Arc::clone(&self.state));
-                tokio::spawn(async move {
-                    let found = source.ask().await;
-                    tell.send_replace(Some(state.lock().settle(found)));
-                });
-                Way::Told(told, held)
-            }
+        let held = state.newest.clone().filter(Newest::hold);
+        if let Some(held) = held.as_ref().filter(|held| !held.is_due(Duration::ZERO)) {
+            return Way::Known(Ok(Arc::clone(&held.keys)));
         }
+        // Others may be long gone: nobody has asked since.
+        let held = held.filter(|held| !held.is_due(ASK_TIME_MAX));
+        let is_asked = |told: &&watch::Receiver<_>| told.has_changed().is_ok();
+        if let Some(told) = state.told.as_ref().filter(is_asked) {
+            return match held {
+                Some(held) => Way::Known(Ok(held.keys)),
+                None => Way::Told(told.clone(), None),
+            };
+        }
+        if let Some((since, reason)) = &state.failed
+            && since.elapsed() < FAILED_FOR
+        {
+            return Way::Known(Err(reason.clone()));
+        }
+        let (tell, told) = watch::channel(None);
+        state.told = Some(told.clone());
+        tokio::spawn(ask(Arc::clone(&self.source), Arc::clone(&self.state), tell));
+        Way::Told(told, held)
     }
+}
+
+/// Asks, and tells whoever waits.
+async fn ask(source: Arc<Source>, state: Arc<Mutex<State>>, tell: watch::Sender<Option<Told>>) {
+    let found = source.ask().await;
+    let reason = found.as_ref().err().cloned();
+    let told = state.lock().settle(found);
+    if let (Some(reason), Ok(_)) = (reason, &told) {
+        tracing::warn!(reason, "the newest keys of a store are used on");
+    }
+    tell.send_replace(Some(told));
 }
 
 impl Source {
@@ -213,8 +233,9 @@ impl Source {
 }
 
 impl State {
-    /// Takes what the source has said.
+    /// Takes what the source has said, and answers what is used now.
     fn settle(&mut self, found: Result<Credentials, String>) -> Told {
+        let now = Instant::now();
         match found {
             Ok(found) => {
                 let keys = Arc::new(AwsCredential {
@@ -223,26 +244,29 @@ impl State {
                     token: found.session_token().map(ToOwned::to_owned),
                 });
                 let ends = found.expiry();
+                self.failed = None;
                 self.newest = Some(Newest {
                     keys: Arc::clone(&keys),
-                    asked_again: Instant::now() + used_for(ends, SystemTime::now()),
+                    // A source may go on giving the same ones until they end.
+                    asked_again: now + used_for(ends, SystemTime::now()).max(ASK_AGAIN),
                     ends,
                 });
                 Ok(keys)
             }
             Err(reason) => {
                 // A file that is just being replaced, a service that is away: what holds is used.
-                let held = self.newest.as_mut().filter(|newest| newest.hold());
-                let held = held.ok_or_else(|| reason.clone())?;
-                tracing::warn!(%reason, "the newest keys of a store are used on");
-                held.asked_again = Instant::now() + ASK_AGAIN;
-                Ok(Arc::clone(&held.keys))
+                if let Some(held) = self.newest.as_mut().filter(|newest| newest.hold()) {
+                    held.asked_again = now + ASK_AGAIN;
+                    return Ok(Arc::clone(&held.keys));
+                }
+                self.failed = Some((now, reason.clone()));
+                Err(reason)
             }
         }
     }
 }
 
-async fn hear(mut told: watch::Receiver<Option<Told>>) -> Told {
+async fn hear(told: &mut watch::Receiver<Option<Told>>) -> Told {
     match told.wait_for(Option::is_some).await {
         Ok(told) => told.clone().expect("just seen"),
         Err(_) => Err("whoever asked for keys has ended".to_owned()),
@@ -301,12 +325,16 @@ impl CredentialProvider for Rotating {
 
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
         let told = match self.way() {
-            Way::Held(keys) => return Ok(keys),
-            Way::Told(told, None) => hear(told).await,
-            Way::Told(told, Some(held)) => match timeout(NEWER_WAITED_FOR, hear(told)).await {
-                Ok(Ok(keys)) => Ok(keys),
-                Ok(Err(_)) | Err(_) => Ok(held),
-            },
+            Way::Known(told) => told,
+            Way::Told(mut told, None) => hear(&mut told).await,
+            Way::Told(mut told, Some(held)) => {
+                match timeout(NEWER_WAITED_FOR, hear(&mut told)).await {
+                    Ok(Ok(keys)) => Ok(keys),
+                    _ if held.hold() => Ok(held.keys),
+                    Ok(Err(reason)) => Err(reason),
+                    Err(_) => hear(&mut told).await,
+                }
+            }
         };
         told.map_err(|reason| object_store::Error::Generic {
             store: "credentials",
@@ -335,6 +363,7 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use aws_credential_types::credential_fn::provide_credentials_fn;
+    use aws_credential_types::provider::error::CredentialsError;
 
     use super::*;
 
@@ -433,6 +462,56 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(15)).await;
         assert_eq!(id().await, "key1");
         assert_eq!(asked.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_nobody_asked_for_in_a_long_time_are_not_used_before_the_source_has_told() {
+        let (keys, _) = slow(Duration::from_secs(15));
+        let id = async || keys.get_credential().await.unwrap().key_id.clone();
+        assert_eq!(id().await, "key0");
+        tokio::time::advance(USED_FOR + ASK_TIME_MAX).await;
+        let (one, other) = tokio::join!(id(), id());
+        assert_eq!((&*one, &*other), ("key1", "key1"));
+    }
+
+    /// A source that gives each of these in turn, and then fails by a panic.
+    fn scripted(answers: Vec<Result<Credentials, &'static str>>) -> Rotating {
+        let answers = Arc::new(Mutex::new(answers.into_iter()));
+        Rotating::of(CredentialSource::Environment, move || {
+            let answers = Arc::clone(&answers);
+            SharedCredentialsProvider::new(provide_credentials_fn(move || {
+                let next = answers.lock().next();
+                async move {
+                    next.expect("the script is over")
+                        .map_err(CredentialsError::provider_error)
+                }
+            }))
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_have_ended_are_used_no_more_and_a_source_that_fails_is_left_alone() {
+        let keys = |id: &str, ends| Ok(Credentials::new(id, "hidden", None, ends, "test"));
+        let over = Some(SystemTime::now() - Duration::from_secs(1));
+        let source = scripted(vec![
+            keys("one", over),
+            Err("it is away"),
+            keys("two", None),
+            Err("it is away"),
+        ]);
+        let id = async || source.get_credential().await.map(|k| k.key_id.clone());
+        assert_eq!(id().await.unwrap(), "one");
+        for _ in 0..3 {
+            let error = id().await.unwrap_err().to_string();
+            assert!(error.contains("it is away"), "{error}");
+        }
+        tokio::time::advance(FAILED_FOR).await;
+        assert_eq!(id().await.unwrap(), "two");
+        // It fails, and then whoever asks it dies.
+        for wait in [USED_FOR, ASK_AGAIN] {
+            tokio::time::advance(wait).await;
+            assert_eq!(id().await.unwrap(), "two");
+        }
     }
 
     #[tokio::test]

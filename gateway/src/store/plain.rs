@@ -46,8 +46,8 @@ const BODY_TIME_MAX: Duration = Duration::from_secs(5);
 const REST_TIME: Duration = Duration::from_secs(1);
 /// How often that doubles at most: to about a minute.
 const REST_DOUBLINGS_MAX: u32 = 6;
-/// How long a signature is used: shorter than the quarter of an hour for which servers take it, and than the keys of a role,
-/// which the library has renewed when they hold for less than five minutes.
+/// How long a signature is used: shorter than the quarter of an hour for which servers take it, and than the keys of a role
+/// hold, which are asked for again five minutes before their end and may be used on for 20 seconds while that lasts.
 const SIGNATURE_USED_FOR: Duration = Duration::from_secs(4 * 60);
 /// How long keys are used before they are asked for again: with [`SIGNATURE_USED_FOR`] still less than those five minutes.
 const KEYS_USED_FOR: Duration = Duration::from_secs(30);
@@ -321,8 +321,8 @@ impl PlainReads {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
-        if let PlainError::Head(HeadError::Status(401 | 403)) = error {
-            // It may be the keys that the server does not like any more.
+        if let PlainError::Head(HeadError::Status(400 | 401 | 403)) = error {
+            // It may be the keys that the server does not like any more; AWS answers 400 for those that have ended.
             *self.known_keys.lock() = None;
             self.signed.invalidate_all();
         }
