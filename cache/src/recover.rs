@@ -19,7 +19,7 @@ use quarry_objfmt::page::{
 };
 use quarry_objfmt::{Epoch, FormatError, Generation, SegmentId, TenantName, VolumeId, WriteSeq};
 
-use crate::segment::PAGE_SIZE;
+use crate::segment::{Geometry, PAGE_SIZE};
 use crate::{AlignedBuf, BlockDevice, Branch, Journals, Mutation};
 
 /// A record page found on the device.
@@ -236,10 +236,10 @@ impl Recovered {
         Ok(cut)
     }
 
-    /// Marks the given segments on the device as holding nothing unsent.
+    /// Marks the given segments on the device as holding nothing unsent. Only then may others' data be put there.
     ///
     /// # Errors
-    /// If a header cannot be written.
+    /// If a header cannot be written or synced: any of them may be found as it was.
     pub fn forget(
         device: &dyn BlockDevice,
         volume: VolumeId,
@@ -257,7 +257,7 @@ impl Recovered {
             let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
             device.write_at(&page, device.geometry().page_byte(segment.segment, 0))?;
         }
-        Ok(())
+        device.sync()
     }
 }
 
@@ -402,7 +402,8 @@ fn read_pages(device: &dyn BlockDevice, header: &SegmentHeader) -> io::Result<Ve
                     if page.segment == header.segment
                         && page.generation == header.generation
                         && page.volume == header.volume
-                        && page.page == index =>
+                        && page.page == index
+                        && page.records.iter().all(|r| lies_below(r, index, geometry)) =>
                 {
                     misses = 0;
                     let records = page.records;
@@ -418,6 +419,18 @@ fn read_pages(device: &dyn BlockDevice, header: &SegmentHeader) -> io::Result<Ve
     Ok(pages)
 }
 
+/// Whether a record's data lie below its page, as all do that were ever written: where pages may lie there may be a user's
+/// data, which look as they like.
+fn lies_below(record: &Record, page: u32, geometry: Geometry) -> bool {
+    let pages_begin = geometry.segment_size / 512 - (page + 1) * SECTORS_PER_PAGE;
+    match record.body {
+        RecordBody::Data { offset } => {
+            u64::from(offset) + u64::from(record.len) <= pages_begin.into()
+        }
+        RecordBody::Zero | RecordBody::Discard => true,
+    }
+}
+
 /// Record pages that are read at once.
 const BLOCK_PAGES: u32 = 64;
 
@@ -425,9 +438,12 @@ const BLOCK_PAGES: u32 = 64;
 /// of one round, which are written at once.
 const MISSING_PAGES_MAX: u32 = 64;
 
+const SECTORS_PER_PAGE: u32 = 8;
+
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::page::RecordBody;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use quarry_objfmt::{CacheId, Lba};
 
     use super::*;
@@ -623,6 +639,67 @@ mod tests {
         assert_eq!((seqs(&old, 0), seqs(&recovered, 0)), (vec![1], vec![2]));
         assert_eq!(old.segments.len(), 1);
         assert_eq!(old.data_bytes(), 4096);
+    }
+
+    #[test]
+    fn page_whose_records_lie_among_the_pages_or_behind_them_is_no_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 0, 1);
+        write_page(&device, 0, 1, 1, &[1]);
+        // Page 2 begins three pages from the end.
+        let last = u64::from(device.geometry().segment_size / 4096) - 4;
+        write_page(&device, 0, 1, 2, &[last]);
+        let device = reopen(device, &dir);
+        assert_eq!(seqs(&scan(&device).unwrap().volumes[&VOLUME], 0), [1, last]);
+        for behind in [last + 1, last + 3, last + 4, u64::from(u32::MAX / 8) - 1] {
+            write_page(&device, 0, 1, 2, &[behind]);
+            assert_eq!(
+                seqs(&scan(&device).unwrap().volumes[&VOLUME], 0),
+                [1],
+                "{behind}"
+            );
+        }
+    }
+
+    /// Counts what was written since the last sync.
+    struct Watched(CacheDevice, AtomicU32);
+
+    impl BlockDevice for Watched {
+        fn id(&self) -> CacheId {
+            self.0.id()
+        }
+
+        fn geometry(&self) -> Geometry {
+            self.0.geometry()
+        }
+
+        fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+            self.0.read_at(buf, offset)
+        }
+
+        fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.write_at(buf, offset)
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            self.1.store(0, Ordering::Relaxed);
+            self.0.sync()
+        }
+    }
+
+    #[test]
+    fn segments_are_forgotten_for_good_before_others_may_have_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 0, 1);
+        write_header(&device, 1, 2);
+        let device = reopen(device, &dir);
+        let found = scan(&device).unwrap();
+        let device = Watched(device, AtomicU32::new(0));
+        Recovered::forget(&device, VOLUME, &found.volumes[&VOLUME].segments).unwrap();
+        assert_eq!(device.1.load(Ordering::Relaxed), 0);
     }
 
     #[test]

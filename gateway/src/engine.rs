@@ -304,7 +304,7 @@ impl Daemon {
             device.id(),
             geometry,
             u32::try_from(dirty_max).unwrap_or(u32::MAX),
-            scan.next_generation,
+            unguessed(scan.next_generation),
             &dirty,
         );
         let ram = config.cache.ram.bytes();
@@ -450,18 +450,26 @@ impl Daemon {
         Ok((handle, key))
     }
 
-    /// Gives up what the cache kept of a volume that is no more. What cannot be noted on the device
-    /// is found again at the next start, and does no harm but for the room that it takes.
-    fn forget(&self, volume: VolumeId, kept: &Recovered) {
-        let device = &*self.common.device;
-        let noted = Recovered::forget(device, volume, &kept.segments)
-            .and_then(|()| self.journals.remove(volume));
-        if let Err(error) = noted {
-            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there");
-        }
-        let mut shared = self.shared.lock();
-        for segment in &kept.segments {
-            shared.cache.part_with(segment.segment, false);
+    /// Gives up what the cache kept of a volume that is no more. The order: the device says so, for good; the journal goes;
+    /// others may have the room. *Crash, or an error, before that: it is found again at the next start, and has its room
+    /// until then.*
+    async fn forget(&self, volume: VolumeId, kept: Recovered) {
+        let (device, journals) = (Arc::clone(&self.common.device), self.journals.clone());
+        let shared = Arc::clone(&self.shared);
+        // To its end, whether or not anybody waits for it.
+        let forget = move || -> std::io::Result<()> {
+            Recovered::forget(&*device, volume, &kept.segments)?;
+            journals.remove(volume)?;
+            let mut shared = shared.lock();
+            for segment in &kept.segments {
+                shared.cache.part_with(segment.segment, false);
+            }
+            Ok(())
+        };
+        let forgotten = tokio::task::spawn_blocking(forget).await;
+        let forgotten = forgotten.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        if let Err(error) = forgotten {
+            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there until the next start");
         }
     }
 
@@ -813,6 +821,13 @@ impl Engine for Daemon {
     async fn metrics_text(&self) -> String {
         metrics::render(&self.snapshot().await)
     }
+}
+
+/// A generation behind `next`, by a number that nobody knows: recovery believes a record page by its generation, among
+/// other things, and a volume's users can write what looks like a page to where one may lie.
+fn unguessed(next: Generation) -> Generation {
+    let (_, random) = uuid::Uuid::new_v4().as_u64_pair();
+    Generation::new(next.get() + (random & u64::from(u32::MAX)))
 }
 
 fn not_attached(volume: &ImageRef) -> ApiError {

@@ -673,6 +673,8 @@ pub async fn restore(
     let cell = HeadCell::new(tenant.clone(), *head, tag);
     let revived = |head: &mut Head| {
         revive(head);
+        // What a cache had kept of it was given up with it, and may be found there again all the same.
+        head.lineage = None;
         head.name = volume.name.to_string();
     };
     cell.update(store, revived).await?;

@@ -347,6 +347,11 @@ fn writer_that_was_taken_over_can_neither_make_a_snapshot_nor_delete_one() {
     let made = alone(&store, made).unwrap();
     let head = head_of(&store, VOLUME).unwrap();
     assert_eq!(head.snapshots[1], made);
+    // The stalled one knows of no snapshot of that name, but finds its copy, which is the other's.
+    let deleted = delete(&store, &stalled, &late, 10);
+    assert!(fenced(&alone(&store, deleted).unwrap_err()));
+    let copy = keys::snap_key(&tenant(), VOLUME, &late);
+    assert!(store.objects.lock().contains_key(&copy));
     let behind = create(&store, &owner, &other, WriteSeq::new(4), 11);
     assert!(matches!(alone(&store, behind), Err(SnapshotError::Behind)));
     let twice = create(&store, &owner, &late, WriteSeq::ZERO, 12);

@@ -218,7 +218,8 @@ async fn replace(
     }
 }
 
-fn fenced(now: &Head) -> HeadError {
+/// The error of who finds another's head in the store.
+pub(crate) fn fenced(now: &Head) -> HeadError {
     let owner = now.owner.as_ref();
     HeadError::Fenced {
         by: owner.map_or_else(

@@ -166,7 +166,7 @@ impl Daemon {
         let cache = self.common.device.id();
         let put = trash::put(&store, volume, id, cache, now_ms()).await;
         let record = put.map_err(|error| trash_error(volume, error))?;
-        self.forget_kept(&volume.tenant, id);
+        self.forget_kept(&volume.tenant, id).await;
         self.trash.told.notify_one();
         tracing::info!(%volume, %id, "put into the trash");
         let since_ms = record.deleted_ms;
@@ -188,13 +188,14 @@ impl Daemon {
     }
 
     /// What another tenant has of the same id stays.
-    fn forget_kept(&self, tenant: &TenantName, id: VolumeId) {
-        let mut kept = self.kept.lock();
-        let is_its_own = kept.get(&id).is_some_and(|kept| kept.is_of(tenant));
-        let found = is_its_own.then(|| kept.remove(&id)).flatten();
-        drop(kept);
+    async fn forget_kept(&self, tenant: &TenantName, id: VolumeId) {
+        let found = {
+            let mut kept = self.kept.lock();
+            let is_its_own = kept.get(&id).is_some_and(|kept| kept.is_of(tenant));
+            is_its_own.then(|| kept.remove(&id)).flatten()
+        };
         if let Some(kept) = found {
-            self.forget(id, &kept);
+            self.forget(id, kept).await;
         }
     }
 
@@ -391,7 +392,7 @@ impl Daemon {
         let purged = purged?;
         if purged == Purged::Gone {
             self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
-            self.forget_kept(&tenant.name, id);
+            self.forget_kept(&tenant.name, id).await;
             // Nor does this host show it any more.
             let group = tenant.gate().group();
             self.shared.lock().evict(group, id);

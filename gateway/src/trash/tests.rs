@@ -3,9 +3,11 @@ use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
 
 use async_trait::async_trait;
-use quarry_objfmt::head::{Owner, Parent, SnapshotRef};
+use quarry_objfmt::head::{Lineage, Owner, Parent, SnapshotRef};
 use quarry_objfmt::record::CLONE_KIND;
-use quarry_objfmt::{ChunkId, ChunkSeq, KeyGeneration, KeyName, MapSeq, WrappedKey, WriteSeq};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, Epoch, KeyGeneration, KeyName, MapSeq, WrappedKey, WriteSeq,
+};
 
 use super::*;
 use crate::store::{FolderStore, Operation};
@@ -517,6 +519,22 @@ async fn volume_attached_elsewhere_is_not_deleted_and_one_deleted_is_not_attache
     };
     let refused = claim(&store, &volume("mine").tenant, id(4), None, &how).await;
     assert!(matches!(refused, Err(OpenError::Deleted)));
+}
+
+#[tokio::test]
+async fn restored_volume_takes_up_nothing_that_a_cache_has_of_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), false).unwrap();
+    let lineage = |head: &mut Head| {
+        head.lineage = Some(Lineage {
+            cache: HOST,
+            since: Epoch::new(1),
+        });
+    };
+    make(&store, &volume("db"), id(1), lineage).await;
+    delete(&store).await.unwrap();
+    bring_back(&store).await.unwrap();
+    assert_eq!(head(&store, id(1)).await.lineage, None);
 }
 
 fn snapshots(head: &mut Head) {
