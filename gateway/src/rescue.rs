@@ -55,8 +55,10 @@ use quarry_objfmt::{
 use self::log::{Followed, Start, follow};
 use crate::backend::open::{Entry, log_place};
 use crate::backend::{DAMAGE_RETRIES_MAX, MapEnd, told};
+use crate::clones::{self, Fate};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
 use crate::store::{Store, StoreError, Tag};
+use crate::trash::TrashError;
 use crate::verify;
 
 /// How far the new epoch is above all that were found: an attach that wrote nothing left no trace of
@@ -115,6 +117,16 @@ pub enum RescueError {
         min: u64,
         /// Its logical block.
         sector_size: u32,
+    },
+    /// A clone was made of a snapshot that is not whole, or not there.
+    #[error(
+        "{clone} was cloned from snapshot {snapshot}, which the new head would not have: what only that keeps would be deleted"
+    )]
+    Clone {
+        /// The snapshot.
+        snapshot: String,
+        /// The clone, or why it cannot be told.
+        clone: String,
     },
     /// Somebody writes to the volume, or makes its head anew too.
     #[error("{object} was written just now")]
@@ -290,6 +302,7 @@ pub async fn run(
     if !spec.apply {
         return Ok(report);
     }
+    rescue.no_clone_is_left(&snapshots).await?;
     let mut head = rescue.head(&found, spec)?;
     head.epoch = epoch;
     head.snapshots = snapshots;
@@ -678,6 +691,36 @@ impl Rescue {
         whole.sort_by_key(|s| s.root.map(|root| root.seq));
         whole.truncate(SNAPSHOTS_MAX);
         Ok(whole)
+    }
+
+    /// That no clone needs a snapshot that a head with these alone would not have.
+    async fn no_clone_is_left(&self, whole: &[SnapshotRef]) -> Result<(), RescueError> {
+        let tenant = &self.volume.tenant;
+        let prefix = keys::all_clones_prefix(tenant, self.id);
+        let records = self.store.list(&prefix).await?;
+        let snapshots = records
+            .iter()
+            .filter_map(|key| key.strip_prefix(&prefix)?.split('/').next());
+        let mut left: BTreeSet<&str> = snapshots.collect();
+        for kept in whole {
+            left.remove(&*kept.name);
+        }
+        for snapshot in left {
+            let prefix = format!("{prefix}{snapshot}/");
+            let clone = match clones::fates(&*self.store, tenant, &prefix, None).await {
+                Ok(fates) => fates.into_iter().find_map(|(_, fate)| match fate {
+                    Fate::Live(clone) | Fate::Begun(clone) => Some(clone),
+                    Fate::Gone => None,
+                }),
+                Err(TrashError::Store(error)) => return Err(error.into()),
+                Err(error) => Some(format!("something ({error})")),
+            };
+            if let Some(clone) = clone {
+                let snapshot = snapshot.to_owned();
+                return Err(RescueError::Clone { snapshot, clone });
+            }
+        }
+        Ok(())
     }
 
     async fn snapshot(

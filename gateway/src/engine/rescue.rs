@@ -31,6 +31,10 @@ impl From<RescueError> for ApiError {
                 "give what the volume was made with; a size that is too large does no harm",
             ),
             RescueError::Size { .. } => (Kind::Invalid, "give another --size"),
+            RescueError::Clone { .. } => (
+                Kind::Conflict,
+                "flatten or delete that clone first, or restore the snapshot's objects from a copy",
+            ),
             RescueError::Raced { .. } => (
                 Kind::Conflict,
                 "stop whoever has the volume attached, and try again",

@@ -2,6 +2,7 @@ use quarry_objfmt::CacheId;
 use quarry_objfmt::head::Lineage;
 use quarry_objfmt::map::Manifest;
 
+use quarry_objfmt::record::{CLONE_KIND, CloneRecord, encode_record};
 use quarry_objfmt::{Compression, Durability};
 
 use super::*;
@@ -229,6 +230,33 @@ async fn state_that_lacks_a_chunk_is_not_whole() {
     let words = error.to_string();
     assert!(words.contains(&fixture.chunk_key(1, 1)), "{words}");
     assert!(fixture.store.get(&fixture.head_key()).await.is_err());
+}
+
+#[tokio::test]
+async fn snapshot_that_a_clone_needs_is_not_left_out_of_the_new_head() {
+    let fixture = Fixture::new().await;
+    fixture.remove(&fixture.head_key());
+    let (tenant, clone) = (&fixture.name.tenant, VolumeId::from_bytes([9; 16]));
+    let lost = SnapName::new("lost").unwrap();
+    let record = CloneRecord {
+        volume: clone,
+        name: "copy".to_owned(),
+        created_ms: 1,
+    };
+    let record = encode_record(CLONE_KIND, &record).unwrap();
+    let key = keys::clone_key(tenant, volume_id(), &lost, clone);
+    fixture.store.create(&key, record.into()).await.unwrap();
+    fixture.look().await.unwrap();
+    let before = fixture.store.list("").await.unwrap();
+    let refused = fixture.rescue(&flags()).await.unwrap_err().to_string();
+    assert!(
+        refused.contains("acme/copy was cloned from snapshot lost"),
+        "{refused}"
+    );
+    assert_eq!(fixture.store.list("").await.unwrap(), before);
+    // Without the clone nothing is in the way.
+    fixture.store.delete(&key).await.unwrap();
+    assert!(fixture.rescue(&flags()).await.unwrap().applied);
 }
 
 #[tokio::test]
