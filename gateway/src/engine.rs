@@ -450,16 +450,17 @@ impl Daemon {
         Ok((handle, key))
     }
 
-    /// Gives up what the cache kept of a volume that is no more. The order: the device says so, for good; the journal goes;
-    /// others may have the room. *Crash, or an error, before that: it is found again at the next start, and has its room
-    /// until then.*
+    /// Gives up what the cache kept of a volume that is no more. The order: the journal goes, at once, for should the volume
+    /// be restored and attached meanwhile the next one is not this; the device says so, for good; others may have the room.
+    /// *Crash, or an error, before that: what is left is found again at the next start.*
     async fn forget(&self, volume: VolumeId, kept: Recovered) {
-        let (device, journals) = (Arc::clone(&self.common.device), self.journals.clone());
+        let removed = self.journals.remove(volume);
+        let device = Arc::clone(&self.common.device);
         let shared = Arc::clone(&self.shared);
         // To its end, whether or not anybody waits for it.
         let forget = move || -> std::io::Result<()> {
+            removed?;
             Recovered::forget(&*device, volume, &kept.segments)?;
-            journals.remove(volume)?;
             let mut shared = shared.lock();
             for segment in &kept.segments {
                 shared.cache.part_with(segment.segment, false);
@@ -469,7 +470,7 @@ impl Daemon {
         let forgotten = tokio::task::spawn_blocking(forget).await;
         let forgotten = forgotten.unwrap_or_else(|error| Err(std::io::Error::other(error)));
         if let Err(error) = forgotten {
-            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there until the next start");
+            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there");
         }
     }
 

@@ -260,8 +260,7 @@ enum Lost {
 /// Makes a head anew, or says what it would be.
 ///
 /// # Errors
-/// [`RescueError`]; but after [`RescueError::Store`], [`RescueError::Raced`] nothing was changed but
-/// the log's end sealed.
+/// [`RescueError`]; nothing was changed then but the log's end sealed, and clones given up that never came to be.
 pub async fn run(
     store: Arc<dyn Store>,
     volume: &VolumeRef,
@@ -302,7 +301,7 @@ pub async fn run(
     if !spec.apply {
         return Ok(report);
     }
-    rescue.no_clone_is_left(&snapshots).await?;
+    rescue.no_clone_is_left(&snapshots, now_ms).await?;
     let mut head = rescue.head(&found, spec)?;
     head.epoch = epoch;
     head.snapshots = snapshots;
@@ -694,7 +693,12 @@ impl Rescue {
     }
 
     /// That no clone needs a snapshot that a head with these alone would not have.
-    async fn no_clone_is_left(&self, whole: &[SnapshotRef]) -> Result<(), RescueError> {
+    /// One that was begun long ago and never came to be is given up.
+    async fn no_clone_is_left(
+        &self,
+        whole: &[SnapshotRef],
+        now_ms: u64,
+    ) -> Result<(), RescueError> {
         let tenant = &self.volume.tenant;
         let prefix = keys::all_clones_prefix(tenant, self.id);
         let records = self.store.list(&prefix).await?;
@@ -707,7 +711,7 @@ impl Rescue {
         }
         for snapshot in left {
             let prefix = format!("{prefix}{snapshot}/");
-            let clone = match clones::fates(&*self.store, tenant, &prefix, None).await {
+            let clone = match clones::fates(&*self.store, tenant, &prefix, Some(now_ms)).await {
                 Ok(fates) => fates.into_iter().find_map(|(_, fate)| match fate {
                     Fate::Live(clone) | Fate::Begun(clone) => Some(clone),
                     Fate::Gone => None,

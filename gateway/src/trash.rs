@@ -332,13 +332,19 @@ async fn mark(
             }
             // Most refusals are had without changing anything.
             no_clones(store, tenant, &head, now_ms).await?;
-            cell.update(store, |head| bury(head, now_ms)).await?
+            let bury = |head: &mut Head| {
+                bury(head, now_ms);
+                // What our cache kept of it is given up next, and may be found there again all the same.
+                head.lineage = head.lineage.filter(|lineage| lineage.cache != cache);
+            };
+            cell.update(store, bury).await?
         }
     };
     if let Err(refusal) = no_clones(store, tenant, &marked, now_ms).await {
         let back = |head: &mut Head| {
             head.epoch = head.epoch.next();
             head.owner.clone_from(&before.owner);
+            head.lineage = before.lineage;
             head.snapshots.clone_from(&before.snapshots);
         };
         Branch::DeletionUndone.taken();
@@ -673,8 +679,6 @@ pub async fn restore(
     let cell = HeadCell::new(tenant.clone(), *head, tag);
     let revived = |head: &mut Head| {
         revive(head);
-        // What a cache had kept of it was given up with it, and may be found there again all the same.
-        head.lineage = None;
         head.name = volume.name.to_string();
     };
     cell.update(store, revived).await?;

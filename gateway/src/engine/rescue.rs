@@ -33,7 +33,7 @@ impl From<RescueError> for ApiError {
             RescueError::Size { .. } => (Kind::Invalid, "give another --size"),
             RescueError::Clone { .. } => (
                 Kind::Conflict,
-                "flatten or delete that clone first, or restore the snapshot's objects from a copy",
+                "flatten that clone, or delete and purge it, first; or restore the snapshot's objects from a copy",
             ),
             RescueError::Raced { .. } => (
                 Kind::Conflict,

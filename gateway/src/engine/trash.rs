@@ -392,11 +392,11 @@ impl Daemon {
         let purged = purged?;
         if purged == Purged::Gone {
             self.trash.purged_volumes.fetch_add(1, Ordering::Relaxed);
-            self.forget_kept(&tenant.name, id).await;
-            // Nor does this host show it any more.
+            // This host does not show it any more.
             let group = tenant.gate().group();
             self.shared.lock().evict(group, id);
             self.common.fetches.evict(group, id);
+            self.forget_kept(&tenant.name, id).await;
             tracing::info!(tenant = %tenant.name, volume = %id, "purged from the trash");
         }
         Ok(purged)

@@ -120,8 +120,9 @@ struct State {
     newest: Option<Newest>,
     /// Why there are no keys, and since when that is known.
     failed: Option<(Instant, String)>,
-    /// What the task that asks, or asked last, has told; closed when it has ended.
-    told: Option<watch::Receiver<Option<Told>>>,
+    /// What the task that asks, or asked last, has told, closed when it has ended; and whether the keys of before were just
+    /// due when it began.
+    told: Option<(watch::Receiver<Option<Told>>, bool)>,
 }
 
 type Told = Result<Arc<AwsCredential>, String>;
@@ -182,22 +183,23 @@ impl Rotating {
         if let Some(held) = held.as_ref().filter(|held| !held.is_due(Duration::ZERO)) {
             return Way::Known(Ok(Arc::clone(&held.keys)));
         }
-        // Others may be long gone: nobody has asked since.
-        let held = held.filter(|held| !held.is_due(ASK_TIME_MAX));
-        let is_asked = |told: &&watch::Receiver<_>| told.has_changed().is_ok();
-        if let Some(told) = state.told.as_ref().filter(is_asked) {
-            return match held {
+        if let Some((told, were_just_due)) = &state.told
+            && told.has_changed().is_ok()
+        {
+            return match held.filter(|_| *were_just_due) {
                 Some(held) => Way::Known(Ok(held.keys)),
                 None => Way::Told(told.clone(), None),
             };
         }
+        // Others may be long gone: nobody has asked since.
+        let held = held.filter(|held| !held.is_due(ASK_TIME_MAX));
         if let Some((since, reason)) = &state.failed
             && since.elapsed() < FAILED_FOR
         {
             return Way::Known(Err(reason.clone()));
         }
         let (tell, told) = watch::channel(None);
-        state.told = Some(told.clone());
+        state.told = Some((told.clone(), held.is_some()));
         tokio::spawn(ask(Arc::clone(&self.source), Arc::clone(&self.state), tell));
         Way::Told(told, held)
     }
@@ -461,7 +463,16 @@ mod tests {
         assert_eq!(begun.elapsed(), NEWER_WAITED_FOR);
         tokio::time::sleep(Duration::from_secs(15)).await;
         assert_eq!(id().await, "key1");
-        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        // Asked late, but in time: they are used until that has told, though they are long due by then.
+        tokio::time::advance(USED_FOR + ASK_TIME_MAX - Duration::from_secs(5)).await;
+        assert_eq!(id().await, "key1");
+        tokio::time::advance(Duration::from_secs(10)).await;
+        let begun = Instant::now();
+        assert_eq!(id().await, "key1");
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        assert_eq!(id().await, "key2");
+        assert_eq!(asked.load(Ordering::Relaxed), 3);
     }
 
     #[tokio::test(start_paused = true)]

@@ -522,19 +522,19 @@ async fn volume_attached_elsewhere_is_not_deleted_and_one_deleted_is_not_attache
 }
 
 #[tokio::test]
-async fn restored_volume_takes_up_nothing_that_a_cache_has_of_before() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
-    let lineage = |head: &mut Head| {
-        head.lineage = Some(Lineage {
-            cache: HOST,
-            since: Epoch::new(1),
-        });
-    };
-    make(&store, &volume("db"), id(1), lineage).await;
-    delete(&store).await.unwrap();
-    bring_back(&store).await.unwrap();
-    assert_eq!(head(&store, id(1)).await.lineage, None);
+async fn restored_volume_takes_up_nothing_that_the_cache_has_of_which_it_was_given_up() {
+    // What another host's cache has was not given up.
+    let other = CacheId::from_bytes([8; 16]);
+    for (cache, is_kept) in [(HOST, false), (other, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), false).unwrap();
+        let since = Epoch::new(1);
+        let lineage = |head: &mut Head| head.lineage = Some(Lineage { cache, since });
+        make(&store, &volume("db"), id(1), lineage).await;
+        delete(&store).await.unwrap();
+        bring_back(&store).await.unwrap();
+        assert_eq!(head(&store, id(1)).await.lineage.is_some(), is_kept);
+    }
 }
 
 fn snapshots(head: &mut Head) {
