@@ -245,6 +245,9 @@ impl Recovered {
         volume: VolumeId,
         segments: &[RecoveredSegment],
     ) -> io::Result<()> {
+        if segments.is_empty() {
+            return Ok(());
+        }
         for segment in segments {
             let header = SegmentHeader {
                 segment: segment.segment,
@@ -266,11 +269,8 @@ impl RecoveredSegment {
     /// between those and the data are left out: a gap, behind which is cut off.
     fn pages_for(&self, records: &[Record], segment_size: u32) -> Vec<RecoveredPage> {
         let in_pages = self.pages.iter().flat_map(|p| &p.records);
-        let data_end = in_pages.chain(records).filter_map(|r| match r.body {
-            RecordBody::Data { offset } => Some((u64::from(offset) + u64::from(r.len)) * 512),
-            RecordBody::Zero | RecordBody::Discard => None,
-        });
-        let room = u64::from(segment_size) - data_end.max().unwrap_or(0).min(segment_size.into());
+        let data_end = in_pages.chain(records).map(data_end).max().unwrap_or(0);
+        let room = u64::from(segment_size) - data_end.min(segment_size.into());
         let places = 1..u32::try_from(room / PAGE_SIZE).unwrap_or(0);
         let free = places.filter(|index| self.pages.iter().all(|p| p.index != *index));
         let pages = free
@@ -422,12 +422,15 @@ fn read_pages(device: &dyn BlockDevice, header: &SegmentHeader) -> io::Result<Ve
 /// Whether a record's data lie below its page, as all do that were ever written: where pages may lie there may be a user's
 /// data, which look as they like.
 fn lies_below(record: &Record, page: u32, geometry: Geometry) -> bool {
-    let pages_begin = geometry.segment_size / 512 - (page + 1) * SECTORS_PER_PAGE;
+    let pages = (u64::from(page) + 1) * PAGE_SIZE;
+    data_end(record) + pages <= u64::from(geometry.segment_size)
+}
+
+/// The byte of its segment at which a record's data end; 0 of one without data.
+fn data_end(record: &Record) -> u64 {
     match record.body {
-        RecordBody::Data { offset } => {
-            u64::from(offset) + u64::from(record.len) <= pages_begin.into()
-        }
-        RecordBody::Zero | RecordBody::Discard => true,
+        RecordBody::Data { offset } => (u64::from(offset) + u64::from(record.len)) * 512,
+        RecordBody::Zero | RecordBody::Discard => 0,
     }
 }
 
@@ -437,8 +440,6 @@ const BLOCK_PAGES: u32 = 64;
 /// Pages that may be missing in a row before the rest of a segment is taken for unwritten: those
 /// of one round, which are written at once.
 const MISSING_PAGES_MAX: u32 = 64;
-
-const SECTORS_PER_PAGE: u32 = 8;
 
 #[cfg(test)]
 mod tests {

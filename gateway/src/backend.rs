@@ -53,7 +53,6 @@ pub use buffers::Buffers;
 pub use chores::{Chore, ChoreError, ChoreProgress};
 use fetch::get_range;
 pub use fetch::{Fetched, Fetches};
-pub(crate) use head::fenced;
 pub use head::{HeadCell, HeadError};
 pub(crate) use objects::unique_bytes;
 pub use objects::{LogChunk, Objects, RETAIN_MS_MAX, Sealed, Space};

@@ -29,7 +29,7 @@ use quarry_objfmt::{
 
 pub use self::rollback::roll_back;
 use crate::backend::open::{OpenError, load_map};
-use crate::backend::{HeadCell, HeadError, fenced};
+use crate::backend::{HeadCell, HeadError};
 use crate::clones::{Fate, fates};
 use crate::keys::{FIRST_REVISION, first, put_first_copy};
 use crate::store::{Store, StoreError, create_own};
@@ -231,22 +231,12 @@ async fn put_copy(
         return Ok(());
     }
     // After the copy was read: one that is written later has another tag.
-    still_ours(store, cell).await?;
+    cell.still_ours(store).await?;
     match store.replace(&key, bytes.clone(), &tag).await {
         Ok(_) => Ok(()),
         Err(StoreError::Changed { .. }) if store.get(&key).await?.0 == bytes => Ok(()),
         Err(StoreError::Changed { .. }) => Err(SnapshotError::Busy { object: key }),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// That nobody has taken the volume over, by the head as it is in the store now.
-async fn still_ours(store: &dyn Store, cell: &HeadCell) -> Result<(), HeadError> {
-    let key = keys::head_key(cell.tenant(), cell.get().volume);
-    let (now, _) = HeadCell::read(store, &key).await?;
-    match now.epoch == cell.epoch() {
-        true => Ok(()),
-        false => Err(fenced(&now)),
     }
 }
 
@@ -277,7 +267,7 @@ pub async fn delete(
         Ok(_) | Err(Not::Needed) => {}
         Err(_) => {
             // We know of none of that name; whoever has taken the volume over may have made one since.
-            still_ours(store, cell).await?;
+            cell.still_ours(store).await?;
             return match store.get(&copy).await {
                 Ok(_) => {
                     Branch::SnapshotCopyLeft.taken();

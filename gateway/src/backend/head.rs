@@ -134,6 +134,18 @@ impl HeadCell {
         Ok(head)
     }
 
+    /// That nobody has taken the volume over, by the head as it is in the store now.
+    ///
+    /// # Errors
+    /// [`HeadError::Fenced`] if somebody has.
+    pub async fn still_ours(&self, store: &dyn Store) -> Result<(), HeadError> {
+        let (now, _) = Self::read(store, &self.key).await?;
+        match now.epoch == self.epoch() {
+            true => Ok(()),
+            false => Err(fenced(&now)),
+        }
+    }
+
     /// As [`HeadCell::update`], for a change that may find that it cannot be: then nothing is written by
     /// this turn of it.
     ///
@@ -218,8 +230,7 @@ async fn replace(
     }
 }
 
-/// The error of who finds another's head in the store.
-pub(crate) fn fenced(now: &Head) -> HeadError {
+fn fenced(now: &Head) -> HeadError {
     let owner = now.owner.as_ref();
     HeadError::Fenced {
         by: owner.map_or_else(

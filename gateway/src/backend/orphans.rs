@@ -29,7 +29,7 @@ use quarry_objfmt::{ChunkSeq, Epoch, Head, RootRef, VolumeId, keys};
 use tokio::task::JoinHandle;
 
 use super::open::{OpenError, load_map, load_usage};
-use super::{HeadCell, HeadError, VolumeBackend};
+use super::{HeadError, VolumeBackend};
 use crate::store::StoreError;
 
 /// Keys listed at once: a page of S3.
@@ -60,8 +60,6 @@ enum NotNow {
     /// Not all that names objects is known.
     #[error("{0} is not counted yet")]
     Uncounted(String),
-    #[error("the volume is another writer's")]
-    NotOurs,
     #[error(transparent)]
     Head(#[from] HeadError),
     #[error(transparent)]
@@ -165,11 +163,7 @@ impl VolumeBackend {
             .intersection(&seen)
             .cloned()
             .collect();
-        let key = keys::head_key(self.head.tenant(), self.volume);
-        let (now, _) = HeadCell::read(&*self.common.background, &key).await?;
-        if now.epoch != self.head.epoch() {
-            return Err(NotNow::NotOurs);
-        }
+        self.head.still_ours(&*self.common.background).await?;
         let before = self.orphans_deleted();
         let deletes = futures::stream::iter(orphans)
             .map(|key| async move { self.common.background.delete(&key).await })

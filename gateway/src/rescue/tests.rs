@@ -1,7 +1,6 @@
 use quarry_objfmt::CacheId;
 use quarry_objfmt::head::Lineage;
 use quarry_objfmt::map::Manifest;
-
 use quarry_objfmt::record::{CLONE_KIND, CloneRecord, encode_record};
 use quarry_objfmt::{Compression, Durability};
 
@@ -27,8 +26,12 @@ fn range(epoch: u32, first: u64, end: u64) -> LogRangeInfo {
 
 impl Fixture {
     async fn rescue(&self, spec: &RescueSpec) -> Result<RescueReport, RescueError> {
+        self.rescue_at(spec, 5).await
+    }
+
+    async fn rescue_at(&self, spec: &RescueSpec, now_ms: u64) -> Result<RescueReport, RescueError> {
         let store = Arc::clone(&self.store);
-        run(store, &self.name, volume_id(), spec, "rescuer", 5).await
+        run(store, &self.name, volume_id(), spec, "rescuer", now_ms).await
     }
 
     /// What would come of it, and that asking changes nothing.
@@ -246,28 +249,16 @@ async fn snapshot_that_a_clone_needs_is_not_left_out_of_the_new_head() {
     let record = encode_record(CLONE_KIND, &record).unwrap();
     let key = keys::clone_key(tenant, volume_id(), &lost, clone);
     fixture.store.create(&key, record.into()).await.unwrap();
-    let rescue = async |now_ms| {
-        let store = Arc::clone(&fixture.store);
-        run(
-            store,
-            &fixture.name,
-            volume_id(),
-            &flags(),
-            "rescuer",
-            now_ms,
-        )
-        .await
-    };
     fixture.look().await.unwrap();
     let before = fixture.store.list("").await.unwrap();
-    let refused = rescue(5).await.unwrap_err().to_string();
+    let refused = fixture.rescue(&flags()).await.unwrap_err().to_string();
     assert!(
         refused.contains("acme/copy was cloned from snapshot lost"),
         "{refused}"
     );
     assert_eq!(fixture.store.list("").await.unwrap(), before);
     // Of a clone that was begun long ago and never made nothing is left.
-    assert!(rescue(1 << 40).await.unwrap().applied);
+    assert!(fixture.rescue_at(&flags(), 1 << 40).await.unwrap().applied);
 }
 
 #[tokio::test]

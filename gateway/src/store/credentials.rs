@@ -120,9 +120,15 @@ struct State {
     newest: Option<Newest>,
     /// Why there are no keys, and since when that is known.
     failed: Option<(Instant, String)>,
-    /// What the task that asks, or asked last, has told, closed when it has ended; and whether the keys of before were just
-    /// due when it began.
-    told: Option<(watch::Receiver<Option<Told>>, bool)>,
+    /// The task that asks, or asked last.
+    asking: Option<Asking>,
+}
+
+struct Asking {
+    /// Closed when it has ended.
+    told: watch::Receiver<Option<Told>>,
+    /// The keys of before were just due when it began: while they hold they are used until it has told.
+    were_just_due: bool,
 }
 
 type Told = Result<Arc<AwsCredential>, String>;
@@ -151,7 +157,7 @@ enum Way {
     /// That is known.
     Known(Told),
     /// What is being told, or these if that takes too long.
-    Told(watch::Receiver<Option<Told>>, Option<Newest>),
+    Asked(watch::Receiver<Option<Told>>, Option<Newest>),
 }
 
 impl Rotating {
@@ -183,12 +189,12 @@ impl Rotating {
         if let Some(held) = held.as_ref().filter(|held| !held.is_due(Duration::ZERO)) {
             return Way::Known(Ok(Arc::clone(&held.keys)));
         }
-        if let Some((told, were_just_due)) = &state.told
-            && told.has_changed().is_ok()
+        if let Some(asking) = &state.asking
+            && asking.told.has_changed().is_ok()
         {
-            return match held.filter(|_| *were_just_due) {
+            return match held.filter(|_| asking.were_just_due) {
                 Some(held) => Way::Known(Ok(held.keys)),
-                None => Way::Told(told.clone(), None),
+                None => Way::Asked(asking.told.clone(), None),
             };
         }
         // Others may be long gone: nobody has asked since.
@@ -199,9 +205,12 @@ impl Rotating {
             return Way::Known(Err(reason.clone()));
         }
         let (tell, told) = watch::channel(None);
-        state.told = Some((told.clone(), held.is_some()));
+        state.asking = Some(Asking {
+            told: told.clone(),
+            were_just_due: held.is_some(),
+        });
         tokio::spawn(ask(Arc::clone(&self.source), Arc::clone(&self.state), tell));
-        Way::Told(told, held)
+        Way::Asked(told, held)
     }
 }
 
@@ -328,8 +337,8 @@ impl CredentialProvider for Rotating {
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
         let told = match self.way() {
             Way::Known(told) => told,
-            Way::Told(mut told, None) => hear(&mut told).await,
-            Way::Told(mut told, Some(held)) => {
+            Way::Asked(mut told, None) => hear(&mut told).await,
+            Way::Asked(mut told, Some(held)) => {
                 match timeout(NEWER_WAITED_FOR, hear(&mut told)).await {
                     Ok(Ok(keys)) => Ok(keys),
                     _ if held.hold() => Ok(held.keys),

@@ -124,6 +124,18 @@ impl Lane {
         Self::over(store, places, settings)
     }
 
+    /// For tests: a lane with fewer places than anything that is looked at side by side would take. Who waits for one
+    /// while it holds the others waits for ever.
+    #[cfg(test)]
+    pub(crate) fn narrow(store: Arc<dyn Store>) -> Self {
+        let settings = LaneSettings {
+            requests_max: 2,
+            foreground_min: 1,
+            ..LaneSettings::default()
+        };
+        Self::new(store, &settings)
+    }
+
     /// A lane to another store of the same server.
     #[must_use]
     pub fn beside(&self, store: Arc<dyn Store>, settings: &LaneSettings) -> Self {

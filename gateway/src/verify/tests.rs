@@ -7,18 +7,7 @@ use super::fixture::{
     Fixture, PIECE, SIZE, chunk_id, extent, make_chunk, make_chunk_of, map_id, piece, volume_id,
 };
 use super::*;
-use crate::store::{Lane, LaneSettings};
-
-/// A lane to `store` with fewer places than anything that is looked at side by side would take: who waits for one while
-/// it holds the others waits for ever.
-fn narrow_lane(store: Arc<dyn Store>) -> Arc<dyn Store> {
-    let settings = LaneSettings {
-        requests_max: 2,
-        foreground_min: 1,
-        ..LaneSettings::default()
-    };
-    Arc::new(Lane::new(store, &settings))
-}
+use crate::store::Lane;
 
 async fn in_time(
     run: impl Future<Output = Result<Option<VerifyReport>, StoreError>>,
@@ -39,7 +28,7 @@ fn unreadable(report: &VerifyReport) -> Vec<(u64, u64)> {
 impl Fixture {
     async fn verify_with(&self, deep: bool, refs_max: usize) -> VerifyReport {
         let progress = Arc::<Progress>::default();
-        let store = narrow_lane(Arc::clone(&self.store));
+        let store = Arc::new(Lane::narrow(Arc::clone(&self.store)));
         let image = self.name.clone().into();
         let spec = VerifySpec {
             deep,
@@ -420,14 +409,21 @@ async fn volume_that_grew_since_its_head_was_read_is_no_finding() {
 
     let mut grown = fixture.head.clone();
     grown.size = Sectors::new(SIZE * 2);
-    let store = narrow_lane(Arc::new(Grows {
+    let store = Lane::narrow(Arc::new(Grows {
         store: Arc::clone(&fixture.store),
         key: fixture.head_key(),
         first: parking_lot::Mutex::new(true),
         grown: grown.encode().into(),
     }));
     let (image, spec) = (fixture.name.clone().into(), VerifySpec::default());
-    let run = run(store, &image, volume_id(), spec, None, Arc::default());
+    let run = run(
+        Arc::new(store),
+        &image,
+        volume_id(),
+        spec,
+        None,
+        Arc::default(),
+    );
     assert_eq!(in_time(run).await.findings, []);
 }
 
@@ -458,7 +454,14 @@ async fn snapshot_is_hit_where_newer_writes_hide_the_damage_from_its_volume() {
     assert_eq!(unreadable(&report.snapshots[0]), [(256, 384)]);
     let of = async |image: &str, spec| {
         let (store, image) = (Arc::clone(&fixture.store), image.parse().unwrap());
-        let run = run(store, &image, volume_id(), spec, None, Arc::default());
+        let run = run(
+            Arc::new(store),
+            &image,
+            volume_id(),
+            spec,
+            None,
+            Arc::default(),
+        );
         run.await.unwrap()
     };
     let deep = VerifySpec {

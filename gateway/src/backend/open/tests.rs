@@ -3,19 +3,14 @@ use std::time::Duration;
 use quarry_objfmt::{Sectors, VolumeName};
 
 use super::*;
-use crate::store::{FolderStore, Lane, LaneSettings};
+use crate::store::{FolderStore, Lane};
 
 /// Looks ahead in the log take all places of this lane, and the seal behind it needs one.
 #[tokio::test(start_paused = true)]
 async fn log_is_sealed_through_a_lane_with_fewer_places_than_looks_ahead() {
     let dir = tempfile::tempdir().unwrap();
     let store = Arc::new(FolderStore::open(dir.path(), false).unwrap());
-    let settings = LaneSettings {
-        requests_max: REPLAY_CONCURRENCY / 4,
-        foreground_min: 1,
-        ..LaneSettings::default()
-    };
-    let lane = Lane::new(store, &settings);
+    let lane = Lane::narrow(store);
     let tenant = TenantName::new("acme").unwrap();
     let name = VolumeName::new("db").unwrap();
     let volume = VolumeId::from_bytes([7; 16]);

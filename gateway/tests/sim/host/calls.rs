@@ -214,8 +214,8 @@ impl Host {
         let Some(kept) = daemon.kept.remove(&volume) else {
             return;
         };
-        Recovered::forget(&*self.device, volume, &kept.segments).unwrap();
         self.journals.remove(volume).unwrap();
+        Recovered::forget(&*self.device, volume, &kept.segments).unwrap();
         for segment in &kept.segments {
             daemon.shared.cache.part_with(segment.segment, false);
         }
