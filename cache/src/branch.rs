@@ -123,6 +123,10 @@ branches! {
     JournalWithoutRoom,
     /// Recovery cuts off records behind a gap.
     GapCut,
+    /// Less was found than had been durable.
+    LossRefused,
+    /// What was durable and is not there is not missed any more.
+    LossGivenUp,
     /// Segments of a history that the volume has left are split off.
     StaleSplitOff,
     /// Attaching is refused because of them.

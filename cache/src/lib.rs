@@ -36,5 +36,5 @@ pub use group::GroupLimits;
 pub use hash::NameHasher;
 pub use journal::{Journal, Journals};
 pub use mutation::Mutation;
-pub use recover::{Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
+pub use recover::{CutError, Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
 pub use segment::{Cache, CacheCounts, CacheLoc, Geometry, NoSpace, OpenedSegment};

@@ -7,6 +7,9 @@
 //! record without an earlier one's; no flush that covers either was acknowledged. Such records are
 //! cut off ([`Recovered::cut`]), for the volume must stay a prefix of its writes.
 //!
+//! A gap further back is no crash's: headers and pages say what was durable before them. Then the device has lost what a flush
+//! had promised, and the volume is refused, unless somebody gives up what came after the gap.
+//!
 //! If only the daemon died, not the host, the journal holds the records that had no page yet. Their
 //! data are on the device, perhaps not stable: recovery does for them what a flush would have done.
 
@@ -27,6 +30,8 @@ use crate::{AlignedBuf, BlockDevice, Branch, Journals, Mutation};
 pub struct RecoveredPage {
     /// Its index in the segment, from 1.
     pub index: u32,
+    /// What was durable before it was written, if it says so.
+    pub durable: Option<WriteSeq>,
     /// Its records.
     pub records: Vec<Record>,
 }
@@ -40,6 +45,10 @@ pub struct RecoveredSegment {
     pub generation: Generation,
     /// The epoch in which it was opened.
     pub epoch: Epoch,
+    /// Whose volume's, if it says so.
+    pub tenant: Option<TenantName>,
+    /// What was durable before it was opened, if it says so.
+    pub durable: Option<WriteSeq>,
     /// Its record pages, in order.
     pub pages: Vec<RecoveredPage>,
 }
@@ -53,6 +62,22 @@ pub struct Recovered {
     pub journal: Vec<(SegmentId, Record)>,
     /// Whose volume it is by the segments that say so: one tenant, unless one's store was copied to another's.
     pub tenants: BTreeSet<TenantName>,
+}
+
+/// Why what the device holds of a volume is not taken up.
+#[derive(Debug, thiserror::Error)]
+pub enum CutError {
+    /// It holds less than it had made durable.
+    #[error("write {missing} is missing, and all up to {durable} were durable")]
+    Lost {
+        /// The first write that is not there.
+        missing: WriteSeq,
+        /// The newest that is known to have been durable.
+        durable: WriteSeq,
+    },
+    /// It cannot be read, written or synced.
+    #[error(transparent)]
+    Io(#[from] io::Error),
 }
 
 /// What [`scan`] found.
@@ -196,36 +221,48 @@ impl Recovered {
     /// Cuts off all records behind the first gap after `stored`, here and on the device, so that a
     /// second crash cannot find them again among the writes that will take their numbers. Returns
     /// how many were cut. Done before the volume serves; a crash in between repeats it, with the
-    /// same gap.
+    /// same gap. With `give_up` also if the gap is before what was durable.
     ///
     /// # Errors
-    /// If a page cannot be written or synced.
+    /// [`CutError::Lost`], and nothing was changed; or if a page cannot be written or synced.
     pub fn cut(
         &mut self,
         device: &dyn BlockDevice,
         volume: VolumeId,
         stored: WriteSeq,
-    ) -> io::Result<usize> {
-        self.write_journal(device, volume, stored)?;
-        let mut last = stored;
-        for (_, record) in self.unsent(stored) {
-            if record.seq != last.next() && !Mutation::IgnoreGap.is_on() {
-                break;
-            }
-            last = record.seq;
+        give_up: bool,
+    ) -> Result<usize, CutError> {
+        let (durable, last) = (self.durable(), self.end_of_row(stored));
+        if last < durable && !give_up {
+            Branch::LossRefused.taken();
+            let missing = last.next();
+            return Err(CutError::Lost { missing, durable });
         }
+        self.write_journal(device, volume, stored)?;
+        let last = self.end_of_row(stored);
         let mut cut = 0;
         for segment in &mut self.segments {
+            // It is not to be missed again.
+            if segment.durable.is_some_and(|durable| durable > last) {
+                segment.durable = Some(last);
+                segment.write_header(SegmentKind::Write, device, volume)?;
+            }
             let mut pages = std::mem::take(&mut segment.pages);
             for page in &mut pages {
                 let before = page.records.len();
                 page.records.retain(|r| r.seq <= last);
-                if page.records.len() != before {
+                let is_cut = page.records.len() != before;
+                if is_cut {
                     Branch::GapCut.taken();
                     cut += before - page.records.len();
-                    if !Mutation::LeaveWhatWasCut.is_on() {
-                        segment.write(page, device, volume)?;
-                    }
+                }
+                let is_missed = page.durable.is_some_and(|durable| durable > last);
+                if is_missed {
+                    Branch::LossGivenUp.taken();
+                    page.durable = Some(last);
+                }
+                if (is_cut || is_missed) && !Mutation::LeaveWhatWasCut.is_on() {
+                    segment.write(page, device, volume)?;
                 }
             }
             segment.pages = pages;
@@ -234,6 +271,31 @@ impl Recovered {
         // stable, and from here on it counts as durable.
         device.sync()?;
         Ok(cut)
+    }
+
+    /// The newest write that any header or page says was durable.
+    fn durable(&self) -> WriteSeq {
+        let of_segment = |segment: &RecoveredSegment| {
+            let pages = segment.pages.iter().map(|page| page.durable);
+            pages.chain([segment.durable]).max().flatten()
+        };
+        self.segments
+            .iter()
+            .filter_map(of_segment)
+            .max()
+            .unwrap_or_default()
+    }
+
+    /// The last write before the first gap after `stored`.
+    fn end_of_row(&self, stored: WriteSeq) -> WriteSeq {
+        let mut last = stored;
+        for (_, record) in self.unsent(stored) {
+            if record.seq != last.next() && !Mutation::IgnoreGap.is_on() {
+                break;
+            }
+            last = record.seq;
+        }
+        last
     }
 
     /// Marks the given segments on the device as holding nothing unsent. Only then may others' data be put there.
@@ -249,16 +311,7 @@ impl Recovered {
             return Ok(());
         }
         for segment in segments {
-            let header = SegmentHeader {
-                segment: segment.segment,
-                generation: segment.generation,
-                volume,
-                epoch: segment.epoch,
-                kind: SegmentKind::Fill,
-                tenant: None,
-            };
-            let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
-            device.write_at(&page, device.geometry().page_byte(segment.segment, 0))?;
+            segment.write_header(SegmentKind::Fill, device, volume)?;
         }
         device.sync()
     }
@@ -277,6 +330,8 @@ impl RecoveredSegment {
             .zip(records.chunks(RECORDS_PER_PAGE))
             .map(|(index, records)| RecoveredPage {
                 index,
+                // A segment of an older build has no pages that say so.
+                durable: None,
                 records: records.to_vec(),
             });
         let pages: Vec<_> = pages.collect();
@@ -284,6 +339,25 @@ impl RecoveredSegment {
             Branch::JournalWithoutRoom.taken();
         }
         pages
+    }
+
+    fn write_header(
+        &self,
+        kind: SegmentKind,
+        device: &dyn BlockDevice,
+        volume: VolumeId,
+    ) -> io::Result<()> {
+        let header = SegmentHeader {
+            segment: self.segment,
+            generation: self.generation,
+            volume,
+            epoch: self.epoch,
+            kind,
+            tenant: self.tenant.clone(),
+            durable: self.durable.filter(|_| kind == SegmentKind::Write),
+        };
+        let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
+        device.write_at(&page, device.geometry().page_byte(self.segment, 0))
     }
 
     fn write(
@@ -298,6 +372,7 @@ impl RecoveredSegment {
             volume,
             epoch: self.epoch,
             page: page.index,
+            durable: page.durable,
             records: page.records.clone(),
         }
         .encode(device.id());
@@ -368,11 +443,13 @@ fn scan_part(device: &dyn BlockDevice, part: Range<u32>) -> io::Result<Scan> {
         if header.kind == SegmentKind::Write {
             let pages = read_pages(device, &header)?;
             let of_volume = found.volumes.entry(header.volume).or_default();
-            of_volume.tenants.extend(header.tenant);
+            of_volume.tenants.extend(header.tenant.clone());
             of_volume.segments.push(RecoveredSegment {
                 segment: id,
                 generation: header.generation,
                 epoch: header.epoch,
+                tenant: header.tenant,
+                durable: header.durable,
                 pages,
             });
         }
@@ -406,8 +483,11 @@ fn read_pages(device: &dyn BlockDevice, header: &SegmentHeader) -> io::Result<Ve
                         && page.records.iter().all(|r| lies_below(r, index, geometry)) =>
                 {
                     misses = 0;
-                    let records = page.records;
-                    pages.push(RecoveredPage { index, records });
+                    pages.push(RecoveredPage {
+                        index,
+                        durable: page.durable,
+                        records: page.records,
+                    });
                 }
                 _ => misses += 1,
             }
@@ -465,6 +545,7 @@ mod tests {
             epoch: Epoch::new(1),
             kind: SegmentKind::Write,
             tenant: None,
+            durable: None,
         };
         let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
         device
@@ -473,12 +554,25 @@ mod tests {
     }
 
     fn write_page(device: &CacheDevice, segment: u32, generation: u64, index: u32, seqs: &[u64]) {
+        write_page_after(None, device, segment, generation, index, seqs);
+    }
+
+    /// It says that the writes up to `durable` were.
+    fn write_page_after(
+        durable: Option<u64>,
+        device: &CacheDevice,
+        segment: u32,
+        generation: u64,
+        index: u32,
+        seqs: &[u64],
+    ) {
         let page = RecordPage {
             segment: SegmentId::new(segment),
             generation: Generation::new(generation),
             volume: VOLUME,
             epoch: Epoch::new(1),
             page: index,
+            durable: durable.map(WriteSeq::new),
             records: seqs
                 .iter()
                 .map(|n| Record {
@@ -526,7 +620,12 @@ mod tests {
         assert_eq!(found.next_generation, Generation::new(7));
         let recovered = found.volumes.get_mut(&VOLUME).unwrap();
         assert_eq!(seqs(recovered, 2), [3, 4, 5]);
-        assert_eq!(recovered.cut(&device, VOLUME, WriteSeq::new(2)).unwrap(), 0);
+        assert_eq!(
+            recovered
+                .cut(&device, VOLUME, WriteSeq::new(2), false)
+                .unwrap(),
+            0
+        );
     }
 
     #[test]
@@ -552,7 +651,12 @@ mod tests {
         let device = reopen(device, &dir);
         let mut found = scan(&device).unwrap();
         let recovered = found.volumes.get_mut(&VOLUME).unwrap();
-        assert_eq!(recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap(), 2);
+        assert_eq!(
+            recovered
+                .cut(&device, VOLUME, WriteSeq::ZERO, false)
+                .unwrap(),
+            2
+        );
         assert_eq!(seqs(recovered, 0), [1, 2]);
         let again = scan(&device).unwrap();
         assert_eq!(seqs(&again.volumes[&VOLUME], 0), [1, 2]);
@@ -568,8 +672,67 @@ mod tests {
         let device = reopen(device, &dir);
         let mut found = scan(&device).unwrap();
         let recovered = found.volumes.get_mut(&VOLUME).unwrap();
-        assert_eq!(recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap(), 1);
+        assert_eq!(
+            recovered
+                .cut(&device, VOLUME, WriteSeq::ZERO, false)
+                .unwrap(),
+            1
+        );
         assert!(seqs(&scan(&device).unwrap().volumes[&VOLUME], 1).is_empty());
+    }
+
+    #[test]
+    fn what_was_durable_and_is_not_there_is_refused_until_it_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 0, 1);
+        write_page(&device, 0, 1, 1, &[1]);
+        // Page 2, with write 2, has rotted.
+        write_page_after(Some(2), &device, 0, 1, 3, &[3, 4]);
+        write_page_after(Some(4), &device, 0, 1, 4, &[]);
+        let device = reopen(device, &dir);
+        let find = || scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
+        let stored = WriteSeq::ZERO;
+        let mut recovered = find();
+        let refused = recovered.cut(&device, VOLUME, stored, false).unwrap_err();
+        let said = "write 2 is missing, and all up to 4 were durable";
+        assert_eq!(refused.to_string(), said);
+        assert_eq!(seqs(&recovered, 0), [1, 3, 4]);
+        assert_eq!(seqs(&find(), 0), [1, 3, 4]);
+        // What the store has meanwhile is not missing.
+        let mut stored_since = find();
+        let cut = stored_since.cut(&device, VOLUME, WriteSeq::new(2), false);
+        assert_eq!(cut.unwrap(), 0);
+        assert_eq!(recovered.cut(&device, VOLUME, stored, true).unwrap(), 2);
+        assert_eq!(seqs(&find(), 0), [1]);
+        assert_eq!(find().cut(&device, VOLUME, stored, false).unwrap(), 0);
+    }
+
+    #[test]
+    fn segment_that_was_lost_as_a_whole_is_missed_by_the_header_of_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        let header = SegmentHeader {
+            segment: SegmentId::new(1),
+            generation: Generation::new(2),
+            volume: VOLUME,
+            epoch: Epoch::new(1),
+            kind: SegmentKind::Write,
+            tenant: Some(TenantName::new("acme").unwrap()),
+            durable: Some(WriteSeq::new(9)),
+        };
+        let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
+        let at = device.geometry().page_byte(header.segment, 0);
+        device.write_at(&page, at).unwrap();
+        let find = || scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
+        let stored = WriteSeq::new(8);
+        let refused = find().cut(&device, VOLUME, stored, false).unwrap_err();
+        let said = "write 9 is missing, and all up to 9 were durable";
+        assert_eq!(refused.to_string(), said);
+        let nine = WriteSeq::new(9);
+        assert_eq!(find().cut(&device, VOLUME, nine, false).unwrap(), 0);
+        assert_eq!(find().cut(&device, VOLUME, stored, true).unwrap(), 0);
+        assert_eq!(find().cut(&device, VOLUME, stored, false).unwrap(), 0);
     }
 
     fn journaled(segment: u32, seqs: &[u64]) -> Vec<(SegmentId, Record)> {
@@ -600,7 +763,12 @@ mod tests {
         recovered.journal = journaled(0, &[4, 3, 1]);
         recovered.journal.extend(journaled(1, &[2, 5]));
         assert_eq!(seqs(recovered, 1), [2, 3, 4, 5]);
-        assert_eq!(recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap(), 0);
+        assert_eq!(
+            recovered
+                .cut(&device, VOLUME, WriteSeq::ZERO, false)
+                .unwrap(),
+            0
+        );
         let again = scan(&device).unwrap();
         assert_eq!(seqs(&again.volumes[&VOLUME], 0), [1, 2, 3, 4, 5]);
     }
@@ -618,7 +786,9 @@ mod tests {
         recovered.journal[0].1.body = RecordBody::Data {
             offset: sectors - 16,
         };
-        recovered.cut(&device, VOLUME, WriteSeq::ZERO).unwrap();
+        recovered
+            .cut(&device, VOLUME, WriteSeq::ZERO, false)
+            .unwrap();
         assert!(seqs(recovered, 0).is_empty());
     }
 
@@ -631,6 +801,8 @@ mod tests {
                     segment: SegmentId::new(id),
                     generation: Generation::new(1),
                     epoch: Epoch::new(epoch),
+                    tenant: None,
+                    durable: None,
                     pages: Vec::new(),
                 })
                 .to_vec(),
@@ -733,6 +905,7 @@ mod tests {
                 epoch: Epoch::new(1),
                 kind: SegmentKind::Write,
                 tenant: Some(tenant.clone()),
+                durable: None,
             };
             let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
             let at = device.geometry().page_byte(header.segment, 0);

@@ -141,6 +141,7 @@ fn records_encode(count: u64) {
             volume: VOLUME,
             epoch: Epoch::new(1),
             page: 1,
+            durable: Some(WriteSeq::new(nth)),
             records: (nth..nth + RECORDS_PER_PAGE as u64).map(record).collect(),
         };
         nth += RECORDS_PER_PAGE as u64;

@@ -20,10 +20,11 @@ use crate::wrapped::WRAPPED_LEN_MAX;
 pub const PAGE_SIZE: usize = 4096;
 /// Bytes of one record.
 const RECORD_LEN: usize = 20;
-/// Where a record page's records begin.
+/// Where the records of a record page of version 1 begin.
 const RECORDS_AT: usize = 56;
-/// Records that fit a page.
-pub const RECORDS_PER_PAGE: usize = (PAGE_SIZE - RECORDS_AT) / RECORD_LEN;
+/// Records that fit a page which says what was durable before it; one that does not had room for one more.
+pub const RECORDS_PER_PAGE: usize = (PAGE_SIZE - RECORDS_AT - 8) / RECORD_LEN;
+const RECORDS_MAX: usize = (PAGE_SIZE - RECORDS_AT) / RECORD_LEN;
 /// Smallest segment: header, a record page and data.
 pub const SEGMENT_SIZE_MIN: u32 = 4 * 4096;
 
@@ -32,7 +33,7 @@ const CRC_AT: usize = 8;
 const BODY_AT: usize = 12;
 const START_BITS: u32 = 62;
 
-const _: () = assert!(RECORDS_PER_PAGE == 202);
+const _: () = assert!(RECORDS_PER_PAGE == 201 && RECORDS_MAX == 202);
 const _: () = assert!(RECORD_LEN == 8 + 4 + 4 + 4);
 const _: () = assert!(RECORDS_AT == BODY_AT + 4 + 8 + 16 + 4 + 4 + 8);
 const _: () = assert!(VOLUME_SECTORS_MAX < 1 << START_BITS);
@@ -92,6 +93,9 @@ pub struct SegmentHeader {
     pub kind: SegmentKind,
     /// Whose volume: what has its id in another tenant's store is not it. `None` before version 2.
     pub tenant: Option<TenantName>,
+    /// Every write of the volume up to this one was durable on the device, or in the store, before this was written; only
+    /// with a tenant. `None` before version 3, where its record pages do not say so either, and of a segment with nothing unsent.
+    pub durable: Option<WriteSeq>,
 }
 
 /// What a record gives its sectors.
@@ -134,7 +138,10 @@ pub struct RecordPage {
     pub epoch: Epoch,
     /// Its place among the segment's pages, from the back; the header is number 0.
     pub page: u32,
-    /// At most [`RECORDS_PER_PAGE`].
+    /// Every write of the volume up to this one was durable on the device, or in the store, before this was written.
+    /// `None` in version 1.
+    pub durable: Option<WriteSeq>,
+    /// At most [`RECORDS_PER_PAGE`]; one more where `durable` is `None`.
     pub records: Vec<Record>,
 }
 
@@ -156,15 +163,19 @@ const SUPERBLOCK_KEYED: u16 = 2;
 const SEGMENT: Kind = Kind {
     magic: *b"QYSG",
     what: "segment header",
-    version: SEGMENT_OF_TENANT,
+    version: SEGMENT_DURABLE,
 };
 /// The version of a segment header that names the tenant; without one it is version 1.
 const SEGMENT_OF_TENANT: u16 = 2;
+/// The version of one that says what was durable, and whose record pages may.
+const SEGMENT_DURABLE: u16 = 3;
 const RECORDS: Kind = Kind {
     magic: *b"QYRP",
     what: "record page",
-    version: VERSION,
+    version: RECORDS_DURABLE,
 };
+/// The version of a record page that says what was durable; else it is version 1.
+const RECORDS_DURABLE: u16 = 2;
 
 impl Superblock {
     /// Its page.
@@ -288,8 +299,15 @@ impl CacheKey {
 
 impl SegmentHeader {
     /// Its page on the cache device `cache`.
+    ///
+    /// # Panics
+    /// If it says what was durable, and not whose it is.
     #[must_use]
     pub fn encode(&self, cache: CacheId) -> Page {
+        assert!(
+            self.durable.is_none() || self.tenant.is_some(),
+            "whose writes?"
+        );
         let kind = match self.kind {
             SegmentKind::Write => 0,
             SegmentKind::Fill => 1,
@@ -303,6 +321,10 @@ impl SegmentHeader {
             page.version(SEGMENT_OF_TENANT);
             page.put(&[u8::try_from(tenant.as_str().len()).expect("names are short")]);
             page.put(tenant.as_str().as_bytes());
+        }
+        if let Some(durable) = self.durable {
+            page.version(SEGMENT_DURABLE);
+            page.put(&durable.get().to_le_bytes());
         }
         page.seal(cache)
     }
@@ -329,10 +351,13 @@ impl SegmentHeader {
         let generation = Generation::new(reader.u64()?);
         let volume = VolumeId::from_bytes(reader.array()?);
         let epoch = Epoch::new(reader.u32()?);
-        let tenant = match version(bytes) {
-            SEGMENT_OF_TENANT => Some(read_tenant(&mut reader)?),
-            _ => None,
-        };
+        let (mut tenant, mut durable) = (None, None);
+        if version(bytes) >= SEGMENT_OF_TENANT {
+            tenant = Some(read_tenant(&mut reader)?);
+        }
+        if version(bytes) >= SEGMENT_DURABLE {
+            durable = Some(WriteSeq::new(reader.u64()?));
+        }
         finish(reader)?;
         Ok(Self {
             segment,
@@ -341,6 +366,7 @@ impl SegmentHeader {
             epoch,
             kind,
             tenant,
+            durable,
         })
     }
 }
@@ -360,7 +386,7 @@ impl RecordPage {
     #[must_use]
     pub fn encode(&self, cache: CacheId) -> Page {
         assert!(
-            self.records.len() <= RECORDS_PER_PAGE,
+            self.records.len() <= records_max(self.durable.is_some()),
             "{} records",
             self.records.len()
         );
@@ -373,6 +399,10 @@ impl RecordPage {
         page.put(&self.epoch.get().to_le_bytes());
         page.put(&self.page.to_le_bytes());
         page.put(&base.get().to_le_bytes());
+        if let Some(durable) = self.durable {
+            page.version(RECORDS_DURABLE);
+            page.put(&durable.get().to_le_bytes());
+        }
         for record in &self.records {
             let (word, offset) = pack_record(record);
             let delta =
@@ -392,8 +422,10 @@ impl RecordPage {
     pub fn decode(bytes: &[u8], cache: CacheId) -> Result<Self> {
         const WHAT: &str = RECORDS.what;
         let (mut reader, count) = open(&RECORDS, bytes, cache)?;
-        if usize::from(count) > RECORDS_PER_PAGE {
-            let (value, limit) = (count.into(), RECORDS_PER_PAGE as u64);
+        let says_durable = version(bytes) >= RECORDS_DURABLE;
+        let most = records_max(says_durable);
+        if usize::from(count) > most {
+            let (value, limit) = (count.into(), most as u64);
             return Err(FormatError::TooLarge {
                 what: WHAT,
                 field: "number of records",
@@ -407,6 +439,10 @@ impl RecordPage {
         let epoch = Epoch::new(reader.u32()?);
         let page = reader.u32()?;
         let base = reader.u64()?;
+        let mut durable = None;
+        if says_durable {
+            durable = Some(WriteSeq::new(reader.u64()?));
+        }
         let mut records = Vec::with_capacity(count.into());
         for _ in 0..count {
             records.push(read_record(&mut reader, base)?);
@@ -424,8 +460,18 @@ impl RecordPage {
             volume,
             epoch,
             page,
+            durable,
             records,
         })
+    }
+}
+
+/// Most records of a page that says what was durable, or does not.
+const fn records_max(says_durable: bool) -> usize {
+    if says_durable {
+        RECORDS_PER_PAGE
+    } else {
+        RECORDS_MAX
     }
 }
 
@@ -639,7 +685,8 @@ mod tests {
             volume: VolumeId::from_bytes([4; 16]),
             epoch: Epoch::new(5),
             kind: SegmentKind::Fill,
-            tenant: None,
+            tenant: Some(TenantName::new("acme").unwrap()),
+            durable: Some(WriteSeq::new(77)),
         }
     }
 
@@ -650,6 +697,7 @@ mod tests {
             volume: VolumeId::from_bytes([4; 16]),
             epoch: Epoch::new(5),
             page: 6,
+            durable: Some(WriteSeq::new(u64::MAX)),
             records,
         }
     }
@@ -745,6 +793,43 @@ mod tests {
             SegmentHeader::decode(&header().encode(CACHE)[..], CACHE),
             Ok(header())
         );
+    }
+
+    #[test]
+    fn pages_of_older_versions_round_trip_as_such() {
+        for (tenant, version) in [(None, 1), (Some(TenantName::new("acme").unwrap()), 2)] {
+            let durable = None;
+            let old = SegmentHeader {
+                tenant,
+                durable,
+                ..header()
+            };
+            let page = old.encode(CACHE);
+            assert_eq!(u16::from_le_bytes([page[4], page[5]]), version);
+            assert_eq!(SegmentHeader::decode(&page[..], CACHE), Ok(old));
+        }
+        let record = |n: u64| Record {
+            seq: WriteSeq::new(n),
+            start: Lba::new(n * 8),
+            len: 8,
+            body: RecordBody::Zero,
+        };
+        let old = RecordPage {
+            durable: None,
+            ..records((1..=202).map(record).collect())
+        };
+        let page = old.encode(CACHE);
+        assert_eq!(u16::from_le_bytes([page[4], page[5]]), 1);
+        assert_eq!(RecordPage::decode(&page[..], CACHE), Ok(old));
+        // So many are not of a page that says what was durable.
+        let mut page = page;
+        page[4] = 2;
+        reseal(&mut page[..]);
+        let refused = RecordPage::decode(&page[..], CACHE);
+        assert!(matches!(
+            refused,
+            Err(FormatError::TooLarge { limit: 201, .. })
+        ));
     }
 
     #[test]

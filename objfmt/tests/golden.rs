@@ -308,6 +308,7 @@ fn segment_header() -> SegmentHeader {
         epoch: Epoch::new(7),
         kind: SegmentKind::Write,
         tenant: None,
+        durable: None,
     }
 }
 
@@ -315,6 +316,21 @@ fn segment_header_of_a_tenant() -> SegmentHeader {
     SegmentHeader {
         tenant: Some(TenantName::new("acme").unwrap()),
         ..segment_header()
+    }
+}
+
+/// As it is written today.
+fn segment_header_with_durable() -> SegmentHeader {
+    SegmentHeader {
+        durable: Some(WriteSeq::new(999_990)),
+        ..segment_header_of_a_tenant()
+    }
+}
+
+fn record_page_with_durable() -> RecordPage {
+    RecordPage {
+        durable: Some(WriteSeq::new(999_999)),
+        ..record_page()
     }
 }
 
@@ -331,6 +347,7 @@ fn record_page() -> RecordPage {
         volume: VOLUME,
         epoch: Epoch::new(7),
         page: 3,
+        durable: None,
         records: vec![
             record(1_000_000, 8, 16, RecordBody::Data { offset: 0 }),
             record(1_000_001, (1 << 51) - 8, 8, RecordBody::Data { offset: 16 }),
@@ -442,7 +459,15 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
             "segment-header-v2.bin",
             segment_header_of_a_tenant().encode(CACHE).to_vec(),
         ),
+        (
+            "segment-header-v3.bin",
+            segment_header_with_durable().encode(CACHE).to_vec(),
+        ),
         ("record-page-v1.bin", record_page().encode(CACHE).to_vec()),
+        (
+            "record-page-v2.bin",
+            record_page_with_durable().encode(CACHE).to_vec(),
+        ),
         ("journal-header-v1.bin", journal().encode(CACHE).to_vec()),
         ("journal-entry-v1.bin", {
             let (segment, record) = journal_entry();
@@ -528,8 +553,12 @@ fn golden_files_of_the_cache_read_as_ever() {
     assert_eq!(header, Ok(segment_header()));
     let header = SegmentHeader::decode(&golden("segment-header-v2.bin"), CACHE);
     assert_eq!(header, Ok(segment_header_of_a_tenant()));
+    let header = SegmentHeader::decode(&golden("segment-header-v3.bin"), CACHE);
+    assert_eq!(header, Ok(segment_header_with_durable()));
     let page = RecordPage::decode(&golden("record-page-v1.bin"), CACHE);
     assert_eq!(page, Ok(record_page()));
+    let page = RecordPage::decode(&golden("record-page-v2.bin"), CACHE);
+    assert_eq!(page, Ok(record_page_with_durable()));
 }
 
 #[test]

@@ -312,3 +312,63 @@ fn ext4_image_synced_and_host_lost_checks_clean_with_all_files() -> Result<()> {
     assert_eq!(found.len(), in_memory(SIZE));
     daemon.stop()
 }
+
+/// The places of the record pages in a cache file, by the first write that each names.
+fn record_pages(cache: &[u8]) -> Vec<usize> {
+    let base = |page: &[u8]| u64::from_le_bytes(page[48..56].try_into().expect("8 bytes"));
+    let mut pages: Vec<(u64, usize)> = cache
+        .chunks_exact(4096)
+        .enumerate()
+        .filter(|(_, page)| page.starts_with(b"QYRP"))
+        .map(|(n, page)| (base(page), n * 4096))
+        .collect();
+    pages.sort_unstable();
+    pages.into_iter().map(|(_, at)| at).collect()
+}
+
+#[test]
+fn flushed_writes_that_the_cache_device_lost_are_missed_until_they_are_given_up() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?.settings("[writeback]\ndelay = \"1h\"\n");
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, SIZE, &[])?;
+    for n in 0..6_u8 {
+        nbd.write(u64::from(n) * MIB, &[n + 1; 4096], false)?;
+        nbd.flush()?;
+    }
+    drop(nbd);
+    daemon.kill()?;
+    // As after a power cut: what is in the host's memory is gone, too.
+    fs::remove_dir_all(dir.path().join("a/journal"))?;
+    let mut cache = fs::read(site.cache())?;
+    let pages = record_pages(&cache);
+    ensure!(pages.len() == 6, "record pages at {pages:?}");
+    cache[pages[3] + 100] ^= 4;
+    fs::write(site.cache(), &cache)?;
+
+    // Neither at the start nor when asked.
+    let daemon = site.start()?;
+    for _ in 0..2 {
+        let refusal = site.quarry_json(&["volume", "attach", VOLUME, "--via", "nbd"])?;
+        let refusal = refusal.refusal()?;
+        ensure!(refusal.mentions("write 4 is missing"), "{refusal:?}");
+        ensure!(refusal.mentions("all up to 5 were there"), "{refusal:?}");
+        ensure!(refusal.mentions("--discard-unsent"), "{refusal:?}");
+    }
+    let mut nbd = daemon.attach(VOLUME, &["--discard-unsent"])?;
+    for n in 0..6_u8 {
+        let left = if n < 3 { n + 1 } else { 0 };
+        ensure!(
+            nbd.read_vec(u64::from(n) * MIB, 4096)? == [left; 4096],
+            "{n}"
+        );
+    }
+    nbd.write(0, &[9; 4096], true)?;
+    drop(nbd);
+    // It is not missed twice.
+    daemon.kill()?;
+    fs::remove_dir_all(dir.path().join("a/journal"))?;
+    let daemon = site.start()?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [9; 4096]);
+    daemon.stop()
+}

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use quarry_cache::{Branch, Mutation, Recovered};
+use quarry_cache::{Branch, CutError, Mutation, Recovered};
 use quarry_objfmt::FormatError;
 use quarry_objfmt::chunk::{
     CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
@@ -78,6 +78,18 @@ pub enum OpenError {
         bytes: u64,
         /// Of when.
         epoch: Epoch,
+    },
+    /// The cache has not all that it had made durable.
+    #[error(
+        "the cache device of this host has lost writes to this volume that were flushed: write {missing} is missing, and all up \
+         to {durable} were there; the volume as it was before write {missing} is whole: attach with --discard-unsent to go on \
+         with that"
+    )]
+    Lost {
+        /// The first that is not there.
+        missing: WriteSeq,
+        /// The newest that is known to have been there.
+        durable: WriteSeq,
     },
     /// Read-only, while this host's cache has writes that the store lacks.
     #[error(
@@ -147,6 +159,15 @@ impl From<HeadError> for OpenError {
     }
 }
 
+impl From<CutError> for OpenError {
+    fn from(error: CutError) -> Self {
+        match error {
+            CutError::Lost { missing, durable } => Self::Lost { missing, durable },
+            CutError::Io(error) => Self::Cache(error),
+        }
+    }
+}
+
 /// Who attaches, and how.
 #[derive(Clone, Debug)]
 pub struct Claim {
@@ -158,7 +179,7 @@ pub struct Claim {
     pub now_ms: u64,
     /// Take it even if somebody else has it.
     pub force: bool,
-    /// Give up unsent writes that cannot be merged.
+    /// Give up unsent writes that cannot be merged, and what came behind those that the cache device lost.
     pub discard_unsent: bool,
     /// Only if the head names us: nobody has had it since we had it last.
     pub must_be_ours: bool,

@@ -828,7 +828,8 @@ pub struct AttachFlags {
     /// Take it over from the host that has it, which then can write no more.
     #[arg(long)]
     pub force: bool,
-    /// Give up writes that are in this host's cache and never reached the object store.
+    /// Give up writes that are in this host's cache and never reached the object store: all of them if the volume has gone on
+    /// elsewhere, those behind a gap if the cache device has lost some.
     #[arg(long)]
     pub discard_unsent: bool,
     /// Take no writes.

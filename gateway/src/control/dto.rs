@@ -668,7 +668,8 @@ pub struct AttachOptions {
     pub via: Option<Via>,
     /// Take it over from the host that has it.
     pub force: bool,
-    /// Give up writes that this host's cache has and the store does not.
+    /// Give up writes that this host's cache has and the store does not: all of them if the volume has gone on elsewhere,
+    /// those behind a gap if the cache device has lost some.
     pub discard_unsent: bool,
     /// Take no writes.
     pub read_only: bool,

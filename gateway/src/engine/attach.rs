@@ -62,7 +62,9 @@ impl From<OpenError> for ApiError {
             | OpenError::Raced { .. } => Kind::Conflict,
             OpenError::NoSnapshot { .. } | OpenError::NotKept { .. } => Kind::NotFound,
             OpenError::Future { .. } => Kind::Invalid,
-            OpenError::Damaged { .. } | OpenError::Cache(_) => Kind::Damaged,
+            OpenError::Damaged { .. } | OpenError::Lost { .. } | OpenError::Cache(_) => {
+                Kind::Damaged
+            }
             OpenError::Store(error) => return registry::store_error(error),
         };
         let remedy = match &error {
@@ -469,7 +471,7 @@ impl Daemon {
             (Taken::default(), None)
         } else {
             let leaves = kept.is_none() && !options.again;
-            match self.take_up(id, kept, &claimed).await {
+            match self.take_up(id, kept, &claimed, &how).await {
                 Ok((taken, journal)) => (taken, Some(journal)),
                 Err(error) => {
                     leave_to_others(store, volume, &claimed.head, leaves).await;
@@ -577,14 +579,16 @@ impl Daemon {
         id: VolumeId,
         kept: Option<Recovered>,
         claimed: &Claimed,
+        how: &Claim,
     ) -> ApiResult<(Taken, Journal)> {
         let device = Arc::clone(&self.common.device);
         let (stored, since) = (claimed.stored_write, claimed.kept_since);
-        let take_up = move || take_up(&*device, id, kept, stored, since);
+        let give_up = how.discard_unsent;
+        let take_up = move || take_up(&*device, id, kept, stored, since, give_up);
         let taken = tokio::task::spawn_blocking(take_up)
             .await
             .map_err(|e| ApiError::internal(e.to_string()))?
-            .map_err(OpenError::Cache)?;
+            .map_err(OpenError::from)?;
         let attachment = *uuid::Uuid::new_v4().as_bytes();
         let entries = self.tuning().journal_entries;
         let epoch = claimed.info.epoch;
@@ -761,7 +765,7 @@ impl Daemon {
     /// write given back. Answers whether all of its writes are in the store; those that are not stay
     /// in the cache and the journal, for whoever attaches it next.
     ///
-    /// The order: no more requests, drain, take apart, say what was hot, give back. *Crash before the giving back: it
+    /// The order: no more requests, drain, take apart, settle the cache, say what was hot, give back. *Crash before the giving back: it
     /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
     pub(super) async fn let_go(&self, attached: &Attached, after: After) -> ApiResult<bool> {
         let backend = &attached.backend;
@@ -793,6 +797,12 @@ impl Daemon {
         if attached.read_only {
             return Ok(true);
         }
+        // Before others may have it: after a power cut its segments, clean or not, are to be told from writes of a
+        // history that it has left.
+        let tenant = &attached.tenant.name;
+        if let Err(error) = self.settle_cache(backend.volume(), tenant, kept).await {
+            tracing::error!(volume = backend.name(), %error, "the cache device failed; what it has of the volume is looked for again when it is attached");
+        }
         if complete {
             if let Some(hot) = &hot {
                 self.leave_hot_set(attached, hot).await;
@@ -807,10 +817,6 @@ impl Daemon {
                     tracing::warn!(volume = backend.name(), %error, "detached, but the store still names this host as the owner");
                 }
             }
-        }
-        let tenant = &attached.tenant.name;
-        if let Err(error) = self.settle_cache(backend.volume(), tenant, kept).await {
-            tracing::error!(volume = backend.name(), %error, "the cache device failed; what it has of the volume is looked for again when it is attached");
         }
         Ok(complete)
     }

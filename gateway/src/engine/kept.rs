@@ -1,6 +1,6 @@
 //! What a cache device keeps of a volume that nobody serves: found when it goes, taken up when it comes.
 
-use quarry_cache::{BlockDevice, Journals, Recovered};
+use quarry_cache::{BlockDevice, CutError, Journals, Recovered};
 use quarry_objfmt::page::Record;
 use quarry_objfmt::{Epoch, Generation, SegmentId, TenantName, VolumeId, WriteSeq};
 
@@ -56,26 +56,27 @@ pub struct Taken {
 }
 
 /// What of the kept segments is still unsent: what follows upon `stored`, written in or after the epoch
-/// `since`. The rest is given up, here and on the device.
+/// `since`. The rest is given up, here and on the device; what had been flushed only with `give_up`.
 ///
 /// # Errors
-/// If the device cannot be read, written or synced.
+/// If something is missing that had been flushed; if the device cannot be read, written or synced.
 pub fn take_up(
     device: &dyn BlockDevice,
     volume: VolumeId,
     kept: Option<Recovered>,
     stored: WriteSeq,
     since: Epoch,
-) -> std::io::Result<Taken> {
+    give_up: bool,
+) -> Result<Taken, CutError> {
     let Some(mut kept) = kept else {
         return Ok(Taken::default());
     };
     let segments = kept.segments.iter().map(|s| s.segment).collect();
     let stale = kept.split_off_before(since);
     Recovered::forget(device, volume, &stale.segments)?;
-    let cut = kept.cut(device, volume, stored)?;
+    let cut = kept.cut(device, volume, stored, give_up)?;
     if cut > 0 {
-        tracing::warn!(%volume, cut, "writes behind a gap in the records were given up: no flush had covered them");
+        tracing::warn!(%volume, cut, "writes behind a gap in the records were given up");
     }
     Ok(Taken {
         unsent: kept.unsent(stored),

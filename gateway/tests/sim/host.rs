@@ -86,6 +86,8 @@ pub struct Host {
     journals: Journals,
     pub daemon: Option<Daemon>,
     promises: BTreeMap<VolumeId, Promise>,
+    /// Whether its device has ever lost a record page.
+    was_flipped: bool,
 }
 
 /// How a life ends.
@@ -118,6 +120,8 @@ pub struct Daemon {
 pub struct Opening {
     task: JoinHandle<Result<Claimed, OpenError>>,
     read_only: bool,
+    /// What was lost on the device is given up.
+    gives_up: bool,
     /// What is opened, if not the volume.
     snapshot: Option<String>,
     /// The newest write that was durable when it began, and the size.
@@ -152,6 +156,7 @@ impl Host {
             dir: dir.to_owned(),
             daemon: None,
             promises: BTreeMap::new(),
+            was_flipped: false,
         }
     }
 
@@ -315,6 +320,7 @@ impl Host {
     /// A record page is damaged: what it said of is lost, and what came after it.
     pub fn flip_a_record(&mut self) {
         if self.device.flip_a_record() {
+            self.was_flipped = true;
             for promise in self.promises.values_mut() {
                 (promise.acked, promise.flushed) = (0, 0);
             }

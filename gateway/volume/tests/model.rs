@@ -745,7 +745,7 @@ impl World {
                 self.journal.clear();
             }
         }
-        let (mut found, next_generation) = scan(&self.device, stored_write);
+        let (mut found, next_generation, durable) = scan(&self.device, stored_write);
         self.device.sync();
         add_journal(&mut self.device, &mut found, &self.journal, stored_write);
         self.journal.clear();
@@ -762,6 +762,7 @@ impl World {
             }
             next
         });
+        assert!(last >= durable, "{last} is there of {durable}");
         // As `Recovered::cut`: what is behind a gap is gone from the device too.
         for (segment, generation, ..) in &found {
             rewrite(&mut self.device, *segment, *generation, last);
@@ -854,6 +855,7 @@ fn add_journal(
             volume: VOLUME,
             epoch: Epoch::ZERO,
             page: index,
+            durable: None,
             records: missing.clone(),
         };
         let at = GEOMETRY.page_byte(*segment, index);
@@ -871,9 +873,11 @@ fn add_journal(
     }
 }
 
-fn scan(device: &Device, stored: WriteSeq) -> (Found, Generation) {
+/// Also the next generation, and what was durable by what the device says itself.
+fn scan(device: &Device, stored: WriteSeq) -> (Found, Generation, WriteSeq) {
     let mut found = Vec::new();
     let mut next = Generation::new(1);
+    let mut durable = None;
     for id in (0..GEOMETRY.segments).map(SegmentId::new) {
         let Ok(header) =
             SegmentHeader::decode(&device.read(GEOMETRY.page_byte(id, 0), 4096), CACHE)
@@ -884,6 +888,7 @@ fn scan(device: &Device, stored: WriteSeq) -> (Found, Generation) {
         if header.kind != SegmentKind::Write {
             continue;
         }
+        durable = durable.max(header.durable);
         let mut records = Vec::new();
         for index in 1..GEOMETRY.segment_size / 4096 {
             let Ok(page) =
@@ -892,12 +897,13 @@ fn scan(device: &Device, stored: WriteSeq) -> (Found, Generation) {
                 continue;
             };
             if page.generation == header.generation && page.page == index {
+                durable = durable.max(page.durable);
                 records.extend(page.records.into_iter().filter(|r| r.seq > stored));
             }
         }
         found.push((id, header.generation, records));
     }
-    (found, next)
+    (found, next, durable.unwrap_or_default())
 }
 
 fn rewrite(device: &mut Device, id: SegmentId, generation: Generation, last: WriteSeq) {

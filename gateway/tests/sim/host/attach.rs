@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quarry_cache::Journal;
+use quarry_cache::{CutError, Journal};
 use quarry_gateway::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
 };
@@ -37,6 +37,7 @@ impl Host {
         let opening = Opening {
             task,
             read_only: true,
+            gives_up: false,
             snapshot: Some(name.to_owned()),
             durable: 0,
             rolled_back: 0,
@@ -71,6 +72,7 @@ impl Host {
         let opening = Opening {
             task,
             read_only,
+            gives_up: how.discard_unsent,
             snapshot: None,
             durable: truth.durable_by(u32::MAX),
             rolled_back: truth.life.rolled_back,
@@ -110,9 +112,15 @@ impl Host {
             kept,
             claimed.stored_write,
             claimed.kept_since,
+            opening.gives_up,
         );
         let taken = match taken {
             Ok(taken) => taken,
+            Err(error @ CutError::Lost { .. }) => {
+                let index = truth.index;
+                assert!(self.was_flipped, "volume {index}: lost by nobody: {error}");
+                return Attach::Refused("lost", error.to_string());
+            }
             Err(_) if self.device.is_dead() => return Attach::Died,
             Err(error) => return Attach::Refused("cache", error.to_string()),
         };
@@ -316,6 +324,7 @@ fn kind(error: &OpenError) -> &'static str {
         OpenError::Taken => "taken",
         OpenError::Deleted => "deleted",
         OpenError::Stale { .. } => "stale",
+        OpenError::Lost { .. } => "lost",
         OpenError::Unsent => "unsent",
         OpenError::NoSnapshot { .. } => "no snapshot",
         OpenError::Future { .. } => "future",

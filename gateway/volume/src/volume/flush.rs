@@ -57,10 +57,6 @@ impl Flush {
         }
     }
 
-    pub(super) const fn durable(&self) -> WriteSeq {
-        self.durable
-    }
-
     pub(super) fn durable_up_to(&mut self, seq: WriteSeq) {
         self.durable = self.durable.max(seq);
     }
@@ -102,12 +98,15 @@ impl Volume {
     }
 
     fn durable_now(&self) -> WriteSeq {
-        let stored = self.writeback.committed();
         match self.params.durability {
-            Durability::Object => stored,
-            // What the store has survives the cache device too.
-            Durability::Local => stored.max(self.flush.durable),
+            Durability::Object => self.writeback.committed(),
+            Durability::Local => self.durable_anywhere(),
         }
+    }
+
+    /// Every write up to this one is on stable media of the cache device, or in the store, which survives that.
+    pub(super) fn durable_anywhere(&self) -> WriteSeq {
+        self.flush.durable.max(self.writeback.committed())
     }
 
     /// Completes what is durable, and sees to it that the rest will be.
@@ -196,6 +195,7 @@ impl Volume {
                 volume: self.params.id,
                 epoch: self.params.epoch,
                 page: page.index,
+                durable: Some(self.durable_anywhere()),
                 records: page.records,
             }
             .encode(cx.cache.id());

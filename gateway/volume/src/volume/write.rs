@@ -312,8 +312,7 @@ impl Volume {
 
     /// Writes that are, or will be, in the journal and in no durable record page.
     fn journal_used(&self) -> u64 {
-        let durable = self.flush.durable().max(self.writeback.committed());
-        self.writes.last.get() - durable.get() + self.writes.in_flight
+        self.writes.last.get() - self.durable_anywhere().get() + self.writes.in_flight
     }
 
     /// The open segment and its room: at least `least` sectors, and one record.
@@ -400,6 +399,8 @@ impl Volume {
             epoch: self.params.epoch,
             kind,
             tenant: Some(self.params.tenant.clone()),
+            // A build from before this was told need not understand what it may forget.
+            durable: (kind == SegmentKind::Write).then(|| self.durable_anywhere()),
         };
         cx.out.push(Action::WritePage {
             io,
