@@ -11,7 +11,8 @@
 //! 2. The log between them is followed by its seals, as a rescue does. Numbers of writes must go on without a
 //!    gap: they do not where the volume went back to a snapshot by a map that is gone.
 //! 3. What the older map needs must be there: what the newest map needs, or counts as dead, was not deleted yet; of
-//!    the dead the store is asked one by one.
+//!    the dead the store is asked one by one. A map's list of chunks may name some that the map needs no more, for they are
+//!    counted from time to time only: if one is gone, the map is read to see whether it needs it.
 //!
 //! Owns: finding the state. Does not own: how long it is kept ([`super::objects`]). Nothing is held for the
 //! reader's sake: what goes while the state is open, when its retention passes, fails the reads that need it.
@@ -29,6 +30,7 @@ use quarry_objfmt::map::{Basis, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Epoch, MapSeq, RootRef, Sectors, TenantName, VolumeId, WriteSeq, keys,
 };
+use quarry_volume::DataError;
 use quarry_volume::map::MapRoot;
 
 use super::HeadCell;
@@ -38,6 +40,7 @@ use super::open::{
     Claimed, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, load_map, load_usage, log_entry,
     replay_range, stretch,
 };
+use super::scan::Scan;
 use super::sound::Unsound;
 use crate::moment::Moment;
 use crate::store::{Store, StoreError, Tag};
@@ -155,6 +158,37 @@ fn size(around: &[Sectors], headers: &[ChunkHeader]) -> Sectors {
     Sectors::new(sizes.chain(ends).max().unwrap_or(0))
 }
 
+/// How to find out which chunks a map needs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// By the list that it has of them, which may name more.
+    ItsList,
+    /// By reading the map, if one of the list is gone.
+    ItsMap,
+}
+
+/// The chunks in the list of the map that are not in the newest one's: what died first, and is gone first, comes first.
+fn dead_chunks(end: &MapEnd, newest: Option<&Usage>) -> Vec<ChunkName> {
+    let alive: BTreeSet<ChunkName> = newest
+        .iter()
+        .flat_map(|usage| &usage.chunks)
+        .map(|chunk| (chunk.epoch, chunk.seq))
+        .collect();
+    let died: BTreeMap<ChunkName, u64> = newest
+        .iter()
+        .flat_map(|usage| &usage.dead)
+        .filter(|object| object.kind == ObjectKind::Chunk)
+        .map(|object| ((object.epoch, ChunkSeq::new(object.number)), object.died_ms))
+        .collect();
+    let listed = end.usage.iter().flat_map(|usage| &usage.chunks);
+    let mut dead: Vec<ChunkName> = listed
+        .map(|chunk| (chunk.epoch, chunk.seq))
+        .filter(|name| !alive.contains(name))
+        .collect();
+    dead.sort_unstable_by_key(|name| (died.get(name).copied(), *name));
+    dead
+}
+
 struct Past<'a> {
     store: &'a dyn Store,
     tenant: &'a TenantName,
@@ -200,7 +234,9 @@ impl Past<'_> {
         }
         let mut seen = BTreeMap::new();
         if let Some(end) = &base.end
-            && let Some(gone) = self.gone(end, &maps, usage.as_ref(), &mut seen).await?
+            && let Some(gone) = self
+                .gone(end, &maps, usage.as_ref(), &mut seen, By::ItsMap)
+                .await?
         {
             return not_kept(&format!("{gone} is gone")).await;
         }
@@ -432,36 +468,39 @@ impl Past<'_> {
         maps: &[MapObjectId],
         newest: Option<&Usage>,
         seen: &mut BTreeMap<String, bool>,
+        by: By,
     ) -> Result<Option<String>, OpenError> {
-        let volume = self.head.volume;
-        let alive: BTreeSet<ChunkName> = newest
-            .iter()
-            .flat_map(|usage| &usage.chunks)
-            .map(|chunk| (chunk.epoch, chunk.seq))
-            .collect();
-        let died: BTreeMap<ChunkName, u64> = newest
-            .iter()
-            .flat_map(|usage| &usage.dead)
-            .filter(|object| object.kind == ObjectKind::Chunk)
-            .map(|object| ((object.epoch, ChunkSeq::new(object.number)), object.died_ms))
-            .collect();
-        let mut asked = Vec::new();
-        for id in MapRoot::new(end.manifest.clone()).objects() {
-            let listed = |id: &MapObjectId| (id.epoch, id.seq);
-            if id.volume != volume || maps.binary_search_by_key(&listed(&id), listed).is_err() {
-                asked.push((0, keys::map_key(self.tenant, id.volume, id.epoch, id.seq)));
-            }
+        let root = MapRoot::new(end.manifest.clone());
+        let listed = |id: &MapObjectId| (id.epoch, id.seq);
+        let unlisted = root.objects().into_iter().filter(|id| {
+            id.volume != self.head.volume || maps.binary_search_by_key(&listed(id), listed).is_err()
+        });
+        let key = |id: MapObjectId| keys::map_key(self.tenant, id.volume, id.epoch, id.seq);
+        let gone = self.first_gone(unlisted.map(key).collect(), seen).await?;
+        if gone.is_some() {
+            return Ok(gone);
         }
-        for chunk in end.usage.iter().flat_map(|usage| &usage.chunks) {
-            let name = (chunk.epoch, chunk.seq);
-            if !alive.contains(&name) {
-                let key = keys::chunk_key(self.tenant, self.chunk(chunk.epoch, chunk.seq.get()));
-                asked.push((died.get(&name).copied().unwrap_or(0), key));
-            }
+        let mut dead = dead_chunks(end, newest);
+        let key =
+            |(epoch, seq): &ChunkName| keys::chunk_key(self.tenant, self.chunk(*epoch, seq.get()));
+        let gone = self
+            .first_gone(dead.iter().map(key).collect(), seen)
+            .await?;
+        if gone.is_none() || by == By::ItsList {
+            return Ok(gone);
         }
-        // What died first is gone first.
-        asked.sort_unstable();
-        let look = |(_, key): (u64, String)| {
+        let needed = self.needed(&root).await?;
+        dead.retain(|name| needed.contains(name));
+        self.first_gone(dead.iter().map(key).collect(), seen).await
+    }
+
+    /// The first of these keys under which nothing is.
+    async fn first_gone(
+        &self,
+        asked: Vec<String>,
+        seen: &mut BTreeMap<String, bool>,
+    ) -> Result<Option<String>, OpenError> {
+        let look = |key: String| {
             let known = seen.get(&key).copied();
             async move {
                 if let Some(known) = known {
@@ -486,6 +525,21 @@ impl Past<'_> {
         Ok(None)
     }
 
+    /// The volume's own chunks that the map names.
+    async fn needed(&self, root: &MapRoot) -> Result<BTreeSet<ChunkName>, OpenError> {
+        let mut needed = BTreeSet::new();
+        let mut scan = Scan::of(self.store, self.tenant, Vec::new(), root.runs(), true);
+        loop {
+            match scan.next().await {
+                Ok(Some(entry)) => needed.extend(Objects::chunk_of(self.head.volume, &entry)),
+                Ok(None) => return Ok(needed),
+                Err(DataError { object, reason }) => {
+                    return Err(OpenError::Damaged { object, reason });
+                }
+            }
+        }
+    }
+
     /// The refusal, with the time of the oldest map that is whole: if one is, all later ones are.
     async fn not_kept(
         &self,
@@ -505,7 +559,10 @@ impl Past<'_> {
             let ms = end.basis().log_ms;
             let is_whole = ms > self.at_ms
                 && !self.was_cut_off(&end.basis())
-                && self.gone(&end, maps, newest, &mut seen).await?.is_none();
+                && self
+                    .gone(&end, maps, newest, &mut seen, By::ItsList)
+                    .await?
+                    .is_none();
             if is_whole {
                 (oldest, high) = (Some(ms), middle);
             } else {

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use quarry_cache::CacheDevice;
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::head::Parent;
+use quarry_objfmt::map::ChunkUse;
 use quarry_objfmt::{
     CacheId, Compression, Lba, Location, MapEntry, SnapName, VolumeName, decode_frame,
 };
@@ -204,8 +205,26 @@ impl Bench {
             let zero = self.random(8) == 0;
             contents.insert(block, if zero { 0 } else { writer.last_write });
         }
+        self.store_chunk(writer, cut_ms, first, &contents).await;
+    }
+
+    /// A chunk of the first 16 blocks.
+    async fn chunk_over_the_last(&mut self, writer: &mut Writer) {
+        let (cut_ms, first) = (writer.backend.cut(), writer.last_write + 1);
+        let contents = (0..16).map(|block| (block, first + block)).collect();
+        writer.last_write += 16;
+        self.store_chunk(writer, cut_ms, first, &contents).await;
+    }
+
+    async fn store_chunk(
+        &mut self,
+        writer: &mut Writer,
+        cut_ms: u64,
+        first: u64,
+        contents: &BTreeMap<u64, u64>,
+    ) {
         let (mut extents, mut raw) = (Vec::new(), Vec::new());
-        for (block, content) in &contents {
+        for (block, content) in contents {
             let body = match content {
                 0 => ExtentBody::Zero,
                 _ => ExtentBody::Data {
@@ -412,6 +431,41 @@ async fn volume_is_kept_for_its_retention_and_not_for_longer() {
         }
     }
     assert!(kept < 60);
+}
+
+#[tokio::test(start_paused = true)]
+async fn state_is_kept_though_chunks_that_its_map_only_lists_are_gone() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    for _ in 0..2 {
+        bench.pass(MINUTE_MS).await;
+        bench.chunk_over_the_last(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+    }
+    let newest = writer.backend.head().get().root.unwrap();
+    // What the newest map does not need is counted, and deleted when its time has passed: no later map says so.
+    bench.pass(2 * HOUR_MS).await;
+    let middle_ms = NOW_MS.get() - 30 * MINUTE_MS;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    let id = MapObjectId {
+        volume: bench.volume,
+        epoch: newest.epoch,
+        seq: newest.seq,
+    };
+    let end = MapEnd::read(&*bench.store, &bench.tenant, id).await;
+    let listed = end.unwrap().unwrap().usage.unwrap().chunks;
+    let there = bench.chunks().await;
+    let is_gone = |chunk: &ChunkUse| {
+        let id = ChunkId {
+            volume: bench.volume,
+            epoch: chunk.epoch,
+            seq: chunk.seq,
+        };
+        !there.contains(&keys::chunk_key(&bench.tenant, id))
+    };
+    assert!(listed.iter().any(is_gone));
+    bench.assert_is_as_it_was(middle_ms).await;
 }
 
 #[tokio::test(start_paused = true)]
