@@ -178,6 +178,12 @@ impl Recovered {
         all
     }
 
+    /// Whether writes newer than `stored` are here, or were.
+    #[must_use]
+    pub fn has_more_than(&self, stored: WriteSeq) -> bool {
+        self.durable() > stored || !self.unsent(stored).is_empty()
+    }
+
     /// Gives the journal's records that no page holds and the store lacks pages of their own, as
     /// the flush would have done that the daemon did not live to see. Their room was set aside when
     /// the writes were placed.
@@ -240,6 +246,12 @@ impl Recovered {
         }
         self.write_journal(device, volume, stored)?;
         let last = self.end_of_row(stored);
+        if last < durable {
+            let missing = last.next();
+            tracing::error!(%volume, %missing, %durable, "the cache device has lost what was flushed: what came after it is given up");
+            // Before anything says that no more was durable: of that the journal's pages may be the newest.
+            device.sync()?;
+        }
         let mut cut = 0;
         for segment in &mut self.segments {
             // It is not to be missed again.

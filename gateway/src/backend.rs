@@ -44,7 +44,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::oneshot;
 use tokio::task::JoinError;
 
-pub(crate) use map_end::MapEnd;
+pub(crate) use map_end::{MapEnd, named};
 use open::{Claimed, Entry};
 use reclaim::Reclaim;
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, record, told};

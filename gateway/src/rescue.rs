@@ -15,7 +15,9 @@
 //! died before it recorded its range never wrote. Numbers of writes must go on without a gap.
 //!
 //! A map that a writer stored without moving the head to it is as good as others: it holds chunks that
-//! were in the log by then. One that names chunks that a later epoch has in other words is passed over.
+//! were in the log by then; if a later epoch has given its number again, it is not needed. One of a rollback that was broken
+//! off is not, and is told by the place before its log, which a rollback leaves empty. One that names chunks that a later
+//! epoch has in other words is passed over.
 //!
 //! Size, logical block, durability, compression and retention are in a map's usage too, and must be given only without
 //! one. The head gets an epoch [`EPOCH_MARGIN`] above all found. Its lineage is lost: writes that a cache had not sent are
@@ -54,7 +56,7 @@ use quarry_objfmt::{
 
 use self::log::{Followed, Start, follow};
 use crate::backend::open::{Entry, log_place};
-use crate::backend::{DAMAGE_RETRIES_MAX, MapEnd, told};
+use crate::backend::{DAMAGE_RETRIES_MAX, MapEnd, named, told};
 use crate::clones::{self, Fate};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
 use crate::store::{Store, StoreError, Tag};
@@ -389,7 +391,8 @@ impl Rescue {
         passed_over: &mut Vec<Finding>,
     ) -> Result<Candidate, RescueError> {
         let mut newest: Option<Finding> = None;
-        let maps = self.listed.maps.iter().rev().map(|map| Some(*map));
+        let maps = named(&self.listed.maps);
+        let maps = maps.iter().rev().map(|map| Some(*map));
         for map in maps.chain([None]) {
             let object = match map {
                 Some((epoch, seq)) => keys::map_key(&self.volume.tenant, self.id, epoch, seq),
@@ -422,6 +425,14 @@ impl Rescue {
         Err(RescueError::NotWhole { object, problem })
     }
 
+    /// Whether a head named the map of this epoch, if it is of a rollback: then the place before its log stays empty.
+    fn went_back(&self, epoch: Epoch, basis: &Basis) -> bool {
+        let empty = basis.log_end.get().checked_sub(1);
+        let mut since = self.listed.chunks.range(epoch..);
+        let is_empty = |at: u64| !since.any(|(_, there)| there.contains(&at));
+        !basis.is_back || empty.is_none_or(is_empty)
+    }
+
     /// The state that starts from a map object, or from no map; none if the object has no manifest.
     async fn candidate(
         &self,
@@ -437,6 +448,11 @@ impl Rescue {
                 Ok(None) => return Ok(Ok(None)),
                 Err(problem) => return Ok(Err(problem)),
             };
+            if let Some(basis) = known.filter(|basis| !self.went_back(epoch, basis)) {
+                let at = basis.log_end;
+                let problem = "it is of a rollback that was broken off: the log went on before";
+                return Ok(Err(format!("{problem} chunk {at}")));
+            }
             (root, basis) = (Some(found), known);
             // What lies behind the end of one that was shrunk reads as zeroes, and is no reason for a size.
             let tables = || manifest.runs.iter().flatten();

@@ -405,6 +405,8 @@ pub struct CloneSpec {
 /// 3. The map object: the snapshot's manifest in the clone's own name. Its tables stay the parent's. If they are encrypted,
 ///    the copy of the clone's keys, which are its own and those that the parent's head has. *Crash: garbage.*
 /// 4. The head, create-only: that of one given up may be there by now. *Crash: the clone is there, without a name.*
+/// 5. The record is looked for once more: whoever gave the clone up deletes it, and what stood in the head's place is purged some
+///    day, so a maker that slept for days would come to step 4 as if nothing had been. *Crash before: as after step 4.*
 ///
 /// # Errors
 /// [`SnapshotError`]. Up to step 3, and if it was given up, what was made is taken back as far as the store lets
@@ -449,15 +451,25 @@ pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, Sna
         }
     };
     // Step 4.
-    let key = keys::head_key(tenant, spec.volume);
-    match store.create(&key, head.encode().into()).await {
-        Ok(_) => Ok(head),
-        Err(StoreError::Exists { .. }) if HeadCell::read(store, &key).await?.0 == head => {
+    let head_key = keys::head_key(tenant, spec.volume);
+    match store.create(&head_key, head.encode().into()).await {
+        Ok(_) => {}
+        Err(StoreError::Exists { .. }) if HeadCell::read(store, &head_key).await?.0 == head => {
             Branch::CloneThere.taken();
-            Ok(head)
         }
         Err(StoreError::Exists { .. }) => {
             Branch::CloneFoundGivenUp.taken();
+            take_back(store, spec).await;
+            return Err(SnapshotError::NotFound(spec.snapshot.clone()));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    // Step 5.
+    match store.get(&key).await {
+        Ok(_) => Ok(head),
+        Err(StoreError::NotFound { .. }) if Mutation::CloneWithoutRecord.is_on() => Ok(head),
+        Err(StoreError::NotFound { .. }) => {
+            store.delete(&head_key).await?;
             take_back(store, spec).await;
             Err(SnapshotError::NotFound(spec.snapshot.clone()))
         }

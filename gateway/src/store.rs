@@ -38,7 +38,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use quarry_objfmt::PageVec;
 
 pub(crate) use credentials::aws_http;
@@ -189,6 +189,47 @@ pub(crate) async fn create_own(
         Ok(_) | Err(StoreError::Exists { .. }) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// As [`Store::get_range`], however long the range is: in several reads, if it is too long for one.
+///
+/// # Errors
+/// Those of [`Store::get_range`].
+pub(crate) async fn get_long(
+    store: &dyn Store,
+    key: &str,
+    range: Range<u64>,
+) -> Result<Bytes, StoreError> {
+    if range.end.saturating_sub(range.start) <= GET_BYTES_MAX {
+        return store.get_range(key, range).await;
+    }
+    let mut whole = BytesMut::new();
+    let mut at = range.start;
+    while at < range.end {
+        let end = range.end.min(at + GET_BYTES_MAX);
+        whole.extend_from_slice(&store.get_range(key, at..end).await?);
+        at = end;
+    }
+    Ok(whole.freeze())
+}
+
+/// All of an object that is never changed, however long it is.
+///
+/// # Errors
+/// Those of [`Store::get_prefix`] and [`Store::get_range`].
+pub(crate) async fn get_whole(store: &dyn Store, key: &str) -> Result<Bytes, StoreError> {
+    let mut whole = BytesMut::from(store.get_prefix(key, GET_BYTES_MAX).await?);
+    // As long as there was as much as was asked for, there may be more.
+    while !whole.is_empty() && (whole.len() as u64).is_multiple_of(GET_BYTES_MAX) {
+        let at = whole.len() as u64;
+        let more = match store.get_range(key, at..at + GET_BYTES_MAX).await {
+            Err(StoreError::WrongLength { got: 0, .. }) => break,
+            Err(StoreError::WrongLength { got, .. }) => store.get_range(key, at..at + got).await?,
+            more => more?,
+        };
+        whole.extend_from_slice(&more);
+    }
+    Ok(whole.freeze())
 }
 
 #[async_trait]
@@ -531,6 +572,29 @@ mod tests {
         for bad in ["a", "/", "a//", "../"] {
             assert!(check_list_prefix(bad).is_err(), "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn object_longer_than_one_read_may_be_is_read_whole_and_in_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), false).unwrap();
+        let max = usize::try_from(GET_BYTES_MAX).unwrap();
+        let body = |len: usize| {
+            let page = |n: usize| vec![n.to_le_bytes()[0]; 4096];
+            let mut body: Vec<u8> = (0..len.div_ceil(4096)).flat_map(page).collect();
+            body.truncate(len);
+            Bytes::from(body)
+        };
+        for len in [0, 5, max - 1, max, max + 9, 2 * max] {
+            let (key, body) = (format!("long/{len}"), body(len));
+            store.create(&key, body.clone()).await.unwrap();
+            assert!(get_whole(&store, &key).await.unwrap() == body, "{len}");
+        }
+        let key = format!("long/{}", 2 * max);
+        let got = get_long(&store, &key, 7..2 * max as u64 - 1).await;
+        assert!(got.unwrap() == body(2 * max).slice(7..2 * max - 1));
+        let past = get_long(&store, &key, 9..2 * GET_BYTES_MAX + 1).await;
+        assert!(matches!(past, Err(StoreError::WrongLength { .. })));
     }
 
     #[test]

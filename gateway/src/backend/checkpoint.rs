@@ -137,7 +137,8 @@ pub(super) async fn publish(
     assert!(is_newest, "a map is made from the one before it");
     let builder = writer.builder();
     let id = builder.id();
-    let now_ms = (backend.common.now_ms)();
+    // Nothing dies before what it was in was written, though the clock be behind: what is kept for a time is kept for all of it.
+    let now_ms = (backend.common.now_ms)().max(objects.log_ms());
     let mut next = objects.clone();
     list(&mut next, id.seq, now_ms);
     let from = *backend.root_ref.lock();

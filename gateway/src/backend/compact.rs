@@ -127,12 +127,7 @@ pub(super) async fn run(
     percent: u32,
     order: &Order,
 ) -> Result<bool, Stopped> {
-    // A map says where its log goes on, and whoever has lost the head takes that for a place in the map's own epoch.
-    let log = backend.head.get().log;
-    if log
-        .first()
-        .is_some_and(|range| range.epoch != backend.head.epoch())
-    {
+    if !backend.log_is_ours() {
         return Ok(false);
     }
     let mut from = Some(Lba::ZERO);

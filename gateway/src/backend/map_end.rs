@@ -3,13 +3,36 @@
 //! A head says where they lie in its map's object. Of another object that is found from the front, for it is
 //! nodes end to end; so all of it is read.
 
+use std::collections::BTreeSet;
+
 use quarry_objfmt::map::{
     Basis, Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC, NodeKind, Usage,
 };
-use quarry_objfmt::{RootRef, TenantName, keys};
+use quarry_objfmt::{Epoch, MapSeq, RootRef, TenantName, keys};
 
 use super::sound::{Unsound, insist};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, get_whole};
+
+/// Of a volume's map objects those that a head may have named. An attachment takes up the numbers where the head says, so one
+/// whose number a later epoch gave again was stored by a writer that did not come to move the head to it.
+pub(crate) fn named(maps: &BTreeSet<(Epoch, MapSeq)>) -> BTreeSet<(Epoch, MapSeq)> {
+    let mut lowest_later: Option<(Epoch, MapSeq)> = None;
+    let mut below = None;
+    let mut named = BTreeSet::new();
+    for &(epoch, seq) in maps.iter().rev() {
+        if lowest_later.is_some_and(|(of, _)| of != epoch) {
+            below = below
+                .into_iter()
+                .chain(lowest_later.map(|(_, seq)| seq))
+                .min();
+        }
+        if below.is_none_or(|below| seq < below) {
+            named.insert((epoch, seq));
+        }
+        lowest_later = Some((epoch, seq));
+    }
+    named
+}
 
 /// The end of a map object.
 #[derive(Clone, Debug)]
@@ -39,13 +62,7 @@ impl MapEnd {
     ) -> Result<Option<Self>, Unsound> {
         let key = keys::map_key(tenant, id.volume, id.epoch, id.seq);
         insist(|| async {
-            let object = match store.get(&key).await {
-                Ok((object, _)) => object,
-                Err(error @ StoreError::Invalid { .. }) => {
-                    return Err(Unsound::Damaged(error.to_string()));
-                }
-                Err(error) => return Err(Unsound::Store(error)),
-            };
+            let object = get_whole(store, &key).await.map_err(Unsound::Store)?;
             Self::of(id, &object).map_err(Unsound::Damaged)
         })
         .await
@@ -103,6 +120,26 @@ fn last_nodes(object: &[u8]) -> Option<(Option<usize>, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn map_whose_number_a_later_epoch_gave_again_was_never_named() {
+        let maps = |all: &[(u32, u64)]| -> BTreeSet<_> {
+            let map = |(epoch, seq): &(u32, u64)| (Epoch::new(*epoch), MapSeq::new(*seq));
+            all.iter().map(map).collect()
+        };
+        for (all, expected) in [
+            (&[][..], &[][..]),
+            (&[(1, 1), (1, 2), (3, 3)], &[(1, 1), (1, 2), (3, 3)]),
+            (
+                &[(1, 1), (1, 2), (2, 3), (3, 3), (3, 4)],
+                &[(1, 1), (1, 2), (3, 3), (3, 4)],
+            ),
+            (&[(1, 7), (1, 8), (2, 8), (2, 9), (4, 7)], &[(4, 7)]),
+            (&[(1, 6), (1, 8), (2, 8), (4, 9)], &[(1, 6), (2, 8), (4, 9)]),
+        ] {
+            assert_eq!(named(&maps(all)), maps(expected), "{all:?}");
+        }
+    }
 
     #[test]
     fn last_nodes_of_what_is_no_row_of_nodes_is_none() {

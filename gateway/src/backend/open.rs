@@ -35,7 +35,7 @@ use super::head::{HeadCell, HeadError, put};
 use super::objects::{LogChunk, Objects};
 use super::sound::{self, Unsound};
 use crate::moment::Moment;
-use crate::store::{Store, StoreError, Tag};
+use crate::store::{Store, StoreError, Tag, get_long};
 
 /// Bytes of a chunk asked for when its header is wanted: most headers are shorter.
 pub(crate) const HEADER_GUESS: u64 = 64 << 10;
@@ -81,9 +81,9 @@ pub enum OpenError {
     },
     /// The cache has not all that it had made durable.
     #[error(
-        "the cache device of this host has lost writes to this volume that were flushed: write {missing} is missing, and all up \
-         to {durable} were there; the volume as it was before write {missing} is whole: attach with --discard-unsent to go on \
-         with that"
+        "write {missing} of this volume is missing, and all up to {durable} were flushed: the cache device of this host has lost \
+         it, or the store, if objects were deleted or put back there; what came before it is whole: attach with --discard-lost to \
+         go on with that"
     )]
     Lost {
         /// The first that is not there.
@@ -179,7 +179,7 @@ pub struct Claim {
     pub now_ms: u64,
     /// Take it even if somebody else has it.
     pub force: bool,
-    /// Give up unsent writes that cannot be merged, and what came behind those that the cache device lost.
+    /// Give up unsent writes that cannot be merged.
     pub discard_unsent: bool,
     /// Only if the head names us: nobody has had it since we had it last.
     pub must_be_ours: bool,
@@ -394,9 +394,7 @@ async fn open_head(
     claim: &Claim,
 ) -> Result<Claimed, OpenError> {
     let replayed = replay(store, tenant, &head, None).await?;
-    if kept.is_some_and(|kept| !kept.unsent(replayed.stored_write).is_empty())
-        && !claim.discard_unsent
-    {
+    if kept.is_some_and(|kept| kept.has_more_than(replayed.stored_write)) && !claim.discard_unsent {
         return Err(OpenError::Unsent);
     }
     let (root, objects) = load_root(store, tenant, &head).await?;
@@ -808,7 +806,8 @@ async fn root_node<T>(
         reason,
     };
     let range = u64::from(offset)..u64::from(offset) + u64::from(len);
-    let ask = || store.get_range(&object, range.clone());
+    // A usage grows with what a volume has in the store.
+    let ask = || get_long(store, &object, range.clone());
     sound::read(ask, |bytes| decode(id, offset, &bytes))
         .await
         .map_err(|error| match error {

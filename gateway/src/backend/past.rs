@@ -34,7 +34,7 @@ use quarry_volume::DataError;
 use quarry_volume::map::MapRoot;
 
 use super::HeadCell;
-use super::map_end::MapEnd;
+use super::map_end::{self, MapEnd};
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::open::{
     Claimed, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, load_map, load_usage, log_entry,
@@ -329,13 +329,16 @@ impl Past<'_> {
             };
             (keys::map_key(self.tenant, volume, id.epoch, id.seq) == *key).then_some(id)
         };
-        let mut maps: Vec<MapObjectId> = listed
+        let up_to_head = listed
             .iter()
             .filter_map(id)
-            .filter(|id| (id.epoch, id.seq) <= (root.epoch, root.seq))
+            .map(|id| (id.epoch, id.seq))
+            .filter(|name| *name <= (root.epoch, root.seq))
             .collect();
-        maps.sort_unstable_by_key(|id| (id.epoch, id.seq));
-        Ok(maps)
+        // What a rollback stored that was broken off is no state that the volume ever had.
+        let maps = map_end::named(&up_to_head).into_iter();
+        let maps = maps.map(|(epoch, seq)| MapObjectId { volume, epoch, seq });
+        Ok(maps.collect())
     }
 
     /// The newest map that is no later than the time, and what the oldest later one is of.

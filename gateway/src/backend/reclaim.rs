@@ -304,6 +304,14 @@ impl VolumeBackend {
         }
     }
 
+    /// Whether the log begins in our epoch. Else no map is made but by folding it: a map says where its log goes on, and whoever
+    /// has lost the head takes that for a place in the map's own epoch.
+    pub(super) fn log_is_ours(&self) -> bool {
+        let log = self.head.get().log;
+        let first = log.first();
+        first.is_none_or(|range| range.epoch == self.head.epoch())
+    }
+
     /// Counts what the map numbered `map` needs, and brings the lists up to that; `None` if there is no time left.
     pub(super) async fn recount(
         &self,

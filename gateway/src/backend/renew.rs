@@ -231,7 +231,7 @@ impl VolumeBackend {
         };
         let mut needed = seen.keys.clone();
         needed.keys.retain(is_needed);
-        if needed.keys.len() == seen.keys.keys.len() {
+        if needed.keys.len() == seen.keys.keys.len() || !self.log_is_ours() {
             return Ok(Renewed::Waits);
         }
         let next = self.copy_of(&seen.keys, needed).await?;

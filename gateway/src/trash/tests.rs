@@ -10,6 +10,7 @@ use quarry_objfmt::{
 };
 
 use super::*;
+use crate::snapshot::{CloneSpec, SnapshotError, make_clone};
 use crate::store::{FolderStore, Operation};
 
 const HOST: CacheId = CacheId::from_bytes([9; 16]);
@@ -705,6 +706,39 @@ async fn clone_that_was_never_finished_is_no_obstacle_and_cannot_come_late() {
         let objects = AtomicU64::new(0);
         purge(&store, &tenant, id, NOW, 0, &objects).await.unwrap();
     }
+    assert!(all(&store).await.is_empty());
+}
+
+/// Its data would have been deleted: nothing said any more that a clone needs them.
+#[tokio::test]
+async fn clone_whose_maker_slept_until_it_was_given_up_and_purged_does_not_come_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), false).unwrap();
+    make(&store, &volume("db"), id(1), snapshots).await;
+    let VolumeRef { tenant, name } = volume("copy");
+    let spec = CloneSpec {
+        tenant,
+        parent: id(1),
+        snapshot: SnapName::new("monday").unwrap(),
+        volume: id(5),
+        name,
+        key: None,
+        now_ms: NOW - CLONING_TIME_MAX_MS,
+    };
+    // The record, the parent's head, and then the clone's.
+    let waits = Waits::new(&store, 3);
+    let meanwhile = async {
+        waits.reached.notified().await;
+        delete(&store).await.unwrap();
+        for id in [id(1), id(5)] {
+            let objects = AtomicU64::new(0);
+            let tenant = &spec.tenant;
+            purge(&store, tenant, id, NOW, 0, &objects).await.unwrap();
+        }
+        waits.go_on.notify_one();
+    };
+    let (made, ()) = tokio::join!(make_clone(&waits, &spec), meanwhile);
+    assert!(matches!(made, Err(SnapshotError::NotFound(_))), "{made:?}");
     assert!(all(&store).await.is_empty());
 }
 

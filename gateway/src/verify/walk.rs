@@ -14,7 +14,7 @@ use super::findings::Findings;
 use super::log::end_of;
 use super::{Check, add, is_damage, unsound};
 use crate::backend::{Unsound, insist, told};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, get_long};
 
 /// Bytes of a run read at once, for each of up to 64 runs.
 const STRETCH_BYTES: u64 = 256 << 10;
@@ -116,7 +116,7 @@ async fn read<T>(
     let range = u64::from(offset)..u64::from(offset) + u64::from(len);
     let key = map_key(check, id);
     let attempt = || async {
-        let bytes = check.store.get_range(&key, range.clone()).await;
+        let bytes = get_long(&check.store, &key, range.clone()).await;
         decode(&bytes.map_err(unsound)?).map_err(Unsound::Damaged)
     };
     told(insist(attempt).await)

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use quarry_cache::CacheDevice;
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
-use quarry_objfmt::head::Parent;
+use quarry_objfmt::head::{LogRange, Parent};
 use quarry_objfmt::map::ChunkUse;
 use quarry_objfmt::{
     CacheId, Compression, Lba, Location, MapEntry, SnapName, VolumeName, decode_frame,
@@ -22,10 +22,11 @@ use super::super::scan::Scan;
 use super::super::{Common, Fetches, ReclaimSettings, VolumeBackend};
 use super::*;
 use crate::backend::Buffers;
+use crate::control::{RescueSpec, VolumeRef};
 use crate::fair::{Gate, plain_share};
 use crate::reactor::ReactorHandle;
-use crate::snapshot;
 use crate::store::FolderStore;
+use crate::{rescue, snapshot};
 
 const BLOCKS: usize = 64;
 const BLOCK_SECTORS: u32 = 8;
@@ -617,6 +618,76 @@ async fn volume_that_went_back_to_a_snapshot_is_what_it_was_before_and_after() {
     bench.store.delete(&key).await.unwrap();
     let refused = bench.refused(back_ms).await;
     assert!(refused.contains("of its log is gone"), "{refused}");
+}
+
+/// The map of a rollback that was broken off, before the head, is no state that the volume had.
+#[tokio::test(start_paused = true)]
+async fn rollback_that_was_broken_off_is_in_nobodys_past() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    let name = SnapName::new("s").unwrap();
+    for n in 0..6 {
+        bench.pass(MINUTE_MS).await;
+        bench.chunk(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+        if n == 2 {
+            let (head, at) = (writer.backend.head(), WriteSeq::new(writer.last_write));
+            let made = snapshot::create(&*bench.store, head, &name, at, NOW_MS.get()).await;
+            made.unwrap();
+        }
+    }
+    bench.crash(writer).await;
+    bench.pass(MINUTE_MS).await;
+    let (tenant, volume) = (bench.tenant.clone(), bench.volume);
+    let key = keys::head_key(&tenant, volume);
+    let (before, _) = HeadCell::read(&*bench.store, &key).await.unwrap();
+    let back = snapshot::roll_back(&*bench.store, &tenant, volume, &name, &bench.by()).await;
+    let back = back.unwrap();
+    // As its first step left the head.
+    let end = ChunkSeq::new(back.log[0].first.get() - 1);
+    let mut log = before.log.clone();
+    log.last_mut().unwrap().end = Some(end);
+    log.retain(|range| range.end != Some(range.first));
+    log.push(LogRange {
+        epoch: back.epoch,
+        first: end,
+        end: None,
+    });
+    let broken_off = Head {
+        epoch: back.epoch,
+        log,
+        owner: None,
+        ..before
+    };
+    let (_, tag) = bench.store.get(&key).await.unwrap();
+    let bytes = broken_off.encode().into();
+    bench.store.replace(&key, bytes, &tag).await.unwrap();
+    bench.pass(MINUTE_MS).await;
+    let meanwhile_ms = NOW_MS.get();
+    bench.pass(MINUTE_MS).await;
+    let mut writer = bench.attach().await;
+    let first_ms = bench.chunk(&mut writer).await;
+
+    // Nor of its rescue, should the head be lost now.
+    let (head, tag) = bench.store.get(&key).await.unwrap();
+    bench.store.delete(&key).await.unwrap();
+    let volume_ref = VolumeRef {
+        tenant,
+        name: VolumeName::new("db").unwrap(),
+    };
+    let spec = RescueSpec::default();
+    let store = Arc::clone(&bench.store);
+    let report = rescue::run(store, &volume_ref, volume, &spec, "r", 1).await;
+    let report = report.unwrap();
+    assert_eq!(report.last_write, writer.last_write, "{report:?}");
+    assert!(report.passed_over[0].problem.contains("broken off"));
+    drop(tag);
+    bench.store.create(&key, head).await.unwrap();
+
+    bench.pass(MINUTE_MS).await;
+    bench.checkpoint(&mut writer).await;
+    bench.assert_is_as_it_was(meanwhile_ms).await;
+    bench.assert_is_as_it_was(first_ms).await;
 }
 
 #[tokio::test(start_paused = true)]
