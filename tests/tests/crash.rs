@@ -351,11 +351,14 @@ fn flushed_writes_that_the_cache_device_lost_are_missed_until_they_are_given_up(
     for _ in 0..2 {
         let refusal = site.quarry_json(&["volume", "attach", VOLUME, "--via", "nbd"])?;
         let refusal = refusal.refusal()?;
-        ensure!(refusal.mentions("write 4 is missing"), "{refusal:?}");
-        ensure!(refusal.mentions("all up to 5 were there"), "{refusal:?}");
-        ensure!(refusal.mentions("--discard-unsent"), "{refusal:?}");
+        ensure!(
+            refusal.mentions("write 4 of this volume is missing"),
+            "{refusal:?}"
+        );
+        ensure!(refusal.mentions("all up to 5 were flushed"), "{refusal:?}");
+        ensure!(refusal.mentions("--discard-lost"), "{refusal:?}");
     }
-    let mut nbd = daemon.attach(VOLUME, &["--discard-unsent"])?;
+    let mut nbd = daemon.attach(VOLUME, &["--discard-lost"])?;
     for n in 0..6_u8 {
         let left = if n < 3 { n + 1 } else { 0 };
         ensure!(

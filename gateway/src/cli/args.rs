@@ -828,10 +828,12 @@ pub struct AttachFlags {
     /// Take it over from the host that has it, which then can write no more.
     #[arg(long)]
     pub force: bool,
-    /// Give up writes that are in this host's cache and never reached the object store: all of them if the volume has gone on
-    /// elsewhere, those behind a gap if the cache device has lost some.
+    /// Give up writes that are in this host's cache and never reached the object store.
     #[arg(long)]
     pub discard_unsent: bool,
+    /// Give up writes that are in this host's cache and come after one that was flushed and that the cache device has lost.
+    #[arg(long)]
+    pub discard_lost: bool,
     /// Take no writes.
     #[arg(long)]
     pub read_only: bool,
@@ -854,7 +856,7 @@ pub struct AttachFlags {
     pub direct_reads: bool,
     /// See that it is attached: if it is already, leave it as it is; and wait for the daemon, and for the store, if they
     /// do not answer yet.
-    #[arg(long, conflicts_with_all = ["at", "force", "discard_unsent"])]
+    #[arg(long, conflicts_with_all = ["at", "force", "discard_unsent", "discard_lost"])]
     pub ensure: bool,
 }
 

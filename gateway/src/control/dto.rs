@@ -668,9 +668,10 @@ pub struct AttachOptions {
     pub via: Option<Via>,
     /// Take it over from the host that has it.
     pub force: bool,
-    /// Give up writes that this host's cache has and the store does not: all of them if the volume has gone on elsewhere,
-    /// those behind a gap if the cache device has lost some.
+    /// Give up writes that this host's cache has and the store does not.
     pub discard_unsent: bool,
+    /// Give up writes that this host's cache has, where they come after one that was flushed and that the cache device has lost.
+    pub discard_lost: bool,
     /// Take no writes.
     pub read_only: bool,
     /// ublk: queues of the device, from 1 to 16; none: 1.

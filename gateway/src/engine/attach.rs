@@ -471,7 +471,7 @@ impl Daemon {
             (Taken::default(), None)
         } else {
             let leaves = kept.is_none() && !options.again;
-            match self.take_up(id, kept, &claimed, &how).await {
+            match self.take_up(id, kept, &claimed, options.discard_lost).await {
                 Ok((taken, journal)) => (taken, Some(journal)),
                 Err(error) => {
                     leave_to_others(store, volume, &claimed.head, leaves).await;
@@ -579,11 +579,10 @@ impl Daemon {
         id: VolumeId,
         kept: Option<Recovered>,
         claimed: &Claimed,
-        how: &Claim,
+        give_up: bool,
     ) -> ApiResult<(Taken, Journal)> {
         let device = Arc::clone(&self.common.device);
         let (stored, since) = (claimed.stored_write, claimed.kept_since);
-        let give_up = how.discard_unsent;
         let take_up = move || take_up(&*device, id, kept, stored, since, give_up);
         let taken = tokio::task::spawn_blocking(take_up)
             .await
@@ -797,8 +796,8 @@ impl Daemon {
         if attached.read_only {
             return Ok(true);
         }
-        // Before others may have it: after a power cut its segments, clean or not, are to be told from writes of a
-        // history that it has left.
+        // Before others may have it, if the device takes it: after a power cut its segments are to be told from writes of a history
+        // that it has left.
         let tenant = &attached.tenant.name;
         if let Err(error) = self.settle_cache(backend.volume(), tenant, kept).await {
             tracing::error!(volume = backend.name(), %error, "the cache device failed; what it has of the volume is looked for again when it is attached");

@@ -15,11 +15,11 @@ pub fn settle(
     kept: &[(SegmentId, Generation)],
 ) -> std::io::Result<Option<Recovered>> {
     if kept.is_empty() {
-        journals.remove(volume)?;
+        let removed = journals.remove(volume);
         // The notes that its segments are clean: after a power cut, too, nobody is to ask for
         // writes that were sent long ago.
         device.sync()?;
-        return Ok(None);
+        return removed.map(|()| None);
     }
     let mut found = quarry_cache::scan(device)?;
     found.volumes.retain(|id, _| *id == volume);

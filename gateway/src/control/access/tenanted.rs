@@ -104,6 +104,10 @@ impl Tenanted {
             ),
             (options.force, "taking a volume from another host"),
             (options.discard_unsent, "giving up unsent writes"),
+            (
+                options.discard_lost,
+                "giving up what came after lost writes",
+            ),
             (options.direct_reads, "reading unverified"),
         ] {
             if asked {
