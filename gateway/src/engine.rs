@@ -102,6 +102,9 @@ const NODE_SHARE: u64 = 2;
 /// Share of it that what was read ahead gets: two sequential readers at their fastest, by default.
 const KEPT_SHARE: u64 = 8;
 
+/// Most of it that readahead runs before a sequential reader, in parts: what has come lies in memory until it is read.
+const READAHEAD_SHARE: u64 = KEPT_SHARE;
+
 /// The part of `cache.ram` that large writes may have beside it until their chunk is made, as memory that chunks are made in is
 /// beside it: less than `KEPT_WRITE_BYTES_MAX` where that is small.
 const KEPT_WRITES_SHARE: u64 = 8;
@@ -431,12 +434,16 @@ impl Daemon {
     }
 
     fn tuning(&self) -> Tuning {
-        let writeback = &self.config.writeback;
+        let (writeback, usual) = (&self.config.writeback, Tuning::default());
+        let ram_sectors = self.config.cache.ram.bytes() / 512;
         Tuning {
             writeback_delay_ms: u64::try_from(writeback.delay.as_millis()).unwrap_or(u64::MAX),
             chunk_sectors_max: chunk_sectors(&self.config),
             uploads_max: writeback.uploads_max as usize,
-            ..Tuning::default()
+            readahead_sectors_max: usual
+                .readahead_sectors_max
+                .min(ram_sectors / READAHEAD_SHARE),
+            ..usual
         }
     }
 

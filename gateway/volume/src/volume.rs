@@ -83,7 +83,7 @@ pub struct Tuning {
     pub checkpoint_sectors: u64,
     /// Chunks of the log that start a checkpoint, however small: bounds the time to replay them.
     pub checkpoint_chunks: u64,
-    /// Most sectors that readahead runs before a sequential reader.
+    /// Most sectors that readahead runs before a sequential reader: bounds memory, and what is fetched for nothing when it stops.
     pub readahead_sectors_max: u64,
     /// Entries of the journal: so many writes at most lack a durable record page. At half of them
     /// a round of record pages is started, whether or not anybody flushes.
@@ -100,7 +100,7 @@ impl Default for Tuning {
             checkpoint_entries: 256 << 10,
             checkpoint_sectors: (1 << 30) / 512,
             checkpoint_chunks: 1024,
-            readahead_sectors_max: (16 << 20) / 512,
+            readahead_sectors_max: (64 << 20) / 512,
             journal_entries: 8 << 10,
         }
     }

@@ -21,14 +21,22 @@ use crate::map::{Node, NodeRef, Nodes};
 /// Most frames of one fetch: with frames of 64 KiB, GETs of at most 1 MiB, several in flight.
 const FETCH_FRAMES_MAX: usize = 16;
 
-/// Most frames that readahead has in flight, so that it cannot crowd out what someone waits for.
-pub(super) const READAHEAD_FRAMES_MAX: usize = 512;
+/// Most frames that readahead has in flight, so that it cannot crowd out what someone waits for: one window at its longest,
+/// with frames of 64 KiB.
+pub(super) const READAHEAD_FRAMES_MAX: usize = 1024;
 
 /// Sequential readers told apart.
 const STREAMS_MAX: usize = 8;
 
 /// Readahead starts with this much, in sectors, and doubles.
 const READAHEAD_SECTORS_MIN: u64 = (256 << 10) / 512;
+
+/// It doubles to this much for any reader, in sectors: enough for a store a few milliseconds away.
+pub(super) const READAHEAD_SECTORS_USUAL: u64 = (16 << 20) / 512;
+
+/// Readahead goes on in strides of half a window, but no longer ones than this, in sectors: so that its GETs are long, and there
+/// are always some on their way.
+const READAHEAD_STRIDE_MAX: u64 = (4 << 20) / 512;
 
 /// Someone who waits for a run of a frame.
 #[derive(Debug)]
@@ -54,6 +62,28 @@ struct Stream {
     /// Readahead has been asked for up to here.
     ahead: u64,
     window: u64,
+    /// What is read from here on was asked for with this window: if it is waited for all the same, the window is too short.
+    judged_from: u64,
+}
+
+impl Stream {
+    /// What is read from `start` on was waited for, though it was asked for so far ahead: then the store is further away than
+    /// the window is long.
+    fn was_late(&mut self, start: u64, most: u64) {
+        if start >= self.judged_from {
+            self.window = (self.window * 2).min(most);
+            self.judged_from = self.ahead;
+        }
+    }
+
+    /// All up to there was asked for; a window that is not yet as long as is usual doubles.
+    fn asked_up_to(&mut self, until: u64, usual: u64) {
+        self.ahead = until;
+        if self.window < usual {
+            self.window = (self.window * 2).min(usual);
+            self.judged_from = until;
+        }
+    }
 }
 
 /// For whom a fetch is.
@@ -604,15 +634,21 @@ impl Volume {
                 next: end,
                 ahead: 0,
                 window: READAHEAD_SECTORS_MIN,
+                judged_from: 0,
             });
             return;
         };
         let mut stream = self.reads.streams.remove(place).expect("just found");
         stream.next = end;
+        let most = self.params.tuning.readahead_sectors_max;
+        let usual = READAHEAD_SECTORS_USUAL.min(most);
+        if missed && stream.window >= usual {
+            stream.was_late(start, most);
+        }
         let until = (end + stream.window).min(self.params.size.get());
         let from = stream.ahead.max(end);
-        // In strides of half a window, so that its GETs are long.
-        let due = from < until && until - from >= stream.window / 2;
+        let stride = (stream.window / 2).min(READAHEAD_STRIDE_MAX);
+        let due = from < until && until - from >= stride;
         let room = self.reads.readahead_frames < READAHEAD_FRAMES_MAX;
         if due && (!room || self.reads.readahead_nodes) {
             Branch::ReadaheadHeldBack.taken();
@@ -635,9 +671,7 @@ impl Volume {
                         self.want_frame(at, &mut wanted);
                     }
                     self.fetch(&wanted, Why::Readahead, cx);
-                    stream.ahead = until;
-                    stream.window =
-                        (stream.window * 2).min(self.params.tuning.readahead_sectors_max);
+                    stream.asked_up_to(until, usual);
                 }
                 Err(nodes) => {
                     self.reads.readahead_nodes = true;
@@ -732,5 +766,38 @@ impl Layered for Plan<'_> {
             };
             self.push(run, source);
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn window_doubles_to_what_is_usual_and_past_that_only_for_who_waits_for_what_it_brought() {
+        let (usual, most) = (1024, 4096);
+        let mut stream = Stream {
+            next: 0,
+            ahead: 0,
+            window: 256,
+            judged_from: 0,
+        };
+        for (until, window) in [(256, 512), (512, 1024), (1024, 1024)] {
+            stream.asked_up_to(until, usual);
+            assert_eq!(stream.window, window);
+        }
+        // Asked for before the window was as long.
+        stream.was_late(300, most);
+        assert_eq!(stream.window, 1024);
+        stream.asked_up_to(2000, usual);
+        stream.was_late(512, most);
+        assert_eq!(stream.window, 2048);
+        // Once for all that was asked for by then.
+        stream.was_late(1999, most);
+        assert_eq!(stream.window, 2048);
+        stream.was_late(2000, most);
+        stream.asked_up_to(6000, usual);
+        stream.was_late(6000, most);
+        assert_eq!(stream.window, most);
     }
 }
