@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use quarry_objfmt::page::Superblock;
 use quarry_objfmt::{CacheId, CacheKey};
-use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::{AlignedBuf, Geometry, SectorCipher, SyncFailure};
@@ -171,11 +171,10 @@ impl CacheDevice {
             meta.len()
         };
 
-        let mut first = vec![0; 4096];
-        if length >= 4096 {
-            file.read_exact_at(&mut first, 0).map_err(fail("read"))?;
-        }
-        let blank = first.iter().all(|b| *b == 0);
+        // All before the first segment: other file systems and volume managers leave the first page blank.
+        let mut start = vec![0; usize::try_from(length.min(DATA_START)).expect("1 MiB")];
+        file.read_exact_at(&mut start, 0).map_err(fail("read"))?;
+        let blank = start.iter().all(|b| *b == 0);
         let (id, geometry, key, fresh) = if blank {
             let size = if is_device {
                 size.unwrap_or(u64::MAX).min(length)
@@ -187,6 +186,9 @@ impl CacheDevice {
                 size,
             })?;
             if !is_device {
+                if length == 0 {
+                    rewrite_in_place(&file);
+                }
                 allocate(&file, size).map_err(fail("allocate"))?;
             }
             if fresh_key.is_some() {
@@ -218,7 +220,8 @@ impl CacheDevice {
             file.sync_all().map_err(fail("sync"))?;
             (fresh_id, geometry, fresh_key.cloned(), true)
         } else {
-            let superblock = Superblock::decode(&first).map_err(|e| CacheError::Foreign {
+            let first = &start[..start.len().min(4096)];
+            let superblock = Superblock::decode(first).map_err(|e| CacheError::Foreign {
                 path: path.to_owned(),
                 reason: e.to_string(),
             })?;
@@ -531,6 +534,17 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
     })
 }
 
+/// On btrfs a block that is written again is put elsewhere, for which there may be no room, whatever was allocated. Only an
+/// empty file can be told not to; other file systems know nothing of it.
+fn rewrite_in_place(file: &File) {
+    let Ok(flags) = rustix::fs::ioctl_getflags(file) else {
+        return;
+    };
+    if let Err(error) = rustix::fs::ioctl_setflags(file, flags | IFlags::NOCOW) {
+        tracing::debug!(%error, "the cache file cannot be told to be written in place, or need not");
+    }
+}
+
 /// The geometry for `size` bytes; `None` if they are too few.
 fn cut(size: u64) -> Option<Geometry> {
     if size < CACHE_SIZE_MIN {
@@ -674,12 +688,26 @@ mod tests {
     fn foreign_content_is_refused_not_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cache");
-        std::fs::write(&path, vec![b'x'; 20 << 20]).unwrap();
-        assert!(matches!(
-            CacheDevice::open(&path, Some(20 << 20), ID, "a", 1),
-            Err(CacheError::Foreign { .. })
-        ));
-        assert_eq!(std::fs::read(&path).unwrap(), vec![b'x'; 20 << 20]);
+        // What has its mark at 64 KiB, as btrfs, or just before the first segment would be.
+        let marked = |at: usize| {
+            let mut content = vec![0; 20 << 20];
+            content[at] = b'x';
+            content
+        };
+        let short = vec![b'x'; 7];
+        for content in [
+            vec![b'x'; 20 << 20],
+            marked(64 << 10),
+            marked((1 << 20) - 1),
+            short,
+        ] {
+            std::fs::write(&path, &content).unwrap();
+            assert!(matches!(
+                CacheDevice::open(&path, Some(20 << 20), ID, "a", 1),
+                Err(CacheError::Foreign { .. })
+            ));
+            assert!(std::fs::read(&path).unwrap() == content);
+        }
     }
 
     #[test]

@@ -600,7 +600,7 @@ fn set_priority() {
 }
 
 /// Keeps the kernel's memory reclaim on this thread from waiting for a device that it serves itself.
-fn set_io_flusher() {
+pub fn set_io_flusher() {
     // SAFETY: this prctl takes plain numbers and changes a flag of the calling thread only.
     let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
     if result != 0 {

@@ -7,6 +7,7 @@ use quarry_config::{Config, Overrides};
 
 use super::args::ServeFlags;
 use super::{Failure, logging};
+use crate::reactor::set_io_flusher;
 
 /// Runs the daemon until it is told to stop.
 pub(super) fn run(flags: ServeFlags, socket: Option<PathBuf>) -> Result<(), Failure> {
@@ -62,6 +63,8 @@ fn configure(
 pub(super) fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("tokio")
+        // What is uploaded, and fetched, the kernel may be waiting for.
+        .on_thread_start(set_io_flusher)
         .enable_all()
         .build();
     let runtime = runtime.map_err(|error| {

@@ -45,6 +45,9 @@ const BUFFER_KEPT_BUSY_BYTES: usize = 16 << 20;
 /// kernel's limit of 1024 parts.
 const REQUESTS_MAX: usize = 256;
 
+/// Most block statuses among them: each may look at thousands of extents at once, while other volumes wait.
+const STATUSES_MAX: usize = 4;
+
 /// How long a connection that ends waits for a client that does not take its replies.
 const END_GRACE_MS: u64 = 5_000;
 
@@ -257,6 +260,12 @@ impl Connection {
         self.receive(port);
     }
 
+    fn statuses(&self) -> usize {
+        let is_status = |pending: &Pending| matches!(pending.kind, Kind::Status { .. });
+        let of_all = self.requests.iter();
+        of_all.filter(|(_, pending)| is_status(pending)).count()
+    }
+
     /// Takes the request at the front of the input; false if a bound keeps it there.
     fn parse_request(&mut self, port: &mut Port<'_>) -> bool {
         if self.load() >= REQUESTS_MAX {
@@ -292,6 +301,10 @@ impl Connection {
                 return true;
             }
         };
+        if matches!(command, Command::Status { .. }) && self.statuses() == STATUSES_MAX {
+            self.stalled = true;
+            return false;
+        }
         let room = match command {
             Command::Read { .. } | Command::Write { .. } => header.len as usize,
             Command::Status { .. } => wire::STATUS_BYTES_MAX,
