@@ -467,8 +467,20 @@ pub(crate) struct Replayed {
     pub end: ChunkSeq,
 }
 
+/// Whether what a chunk holds is encrypted with a later key of its volume than the head has: then it was written after the head
+/// was read, and is not of the state that this is.
+pub(super) fn is_of_a_later_key(head: &Head, header: &ChunkHeader) -> bool {
+    let own = head
+        .keys
+        .keys
+        .iter()
+        .filter(|key| key.volume == head.volume);
+    let newest = own.map(|key| key.generation).max();
+    newest.is_some_and(|newest| header.generation > newest)
+}
+
 /// Reads the log of `head`. With a claim its open end is sealed on the way; without, it ends where
-/// it ends now.
+/// it ends now, or where a key begins that the head has not.
 async fn replay(
     store: &dyn Store,
     tenant: &TenantName,
@@ -482,6 +494,14 @@ async fn replay(
     for range in &head.log {
         end = range.first;
         for header in replay_range(store, tenant, range, head, claim).await? {
+            if claim.is_none() && is_of_a_later_key(head, &header) {
+                return Ok(Replayed {
+                    log,
+                    chunks,
+                    stored_write,
+                    end,
+                });
+            }
             if header.first_write != stored_write.next() {
                 return Err(OpenError::Damaged {
                     object: keys::chunk_key(tenant, header.id),

@@ -37,8 +37,8 @@ use super::HeadCell;
 use super::map_end::{self, MapEnd};
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::open::{
-    Claimed, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, load_map, load_usage, log_entry,
-    replay_range, stretch,
+    Claimed, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, is_of_a_later_key, load_map,
+    load_usage, log_entry, replay_range, stretch,
 };
 use super::scan::Scan;
 use super::sound::Unsound;
@@ -292,7 +292,7 @@ impl Past<'_> {
             if header.first_write != last.next() {
                 return Err(keys::chunk_key(self.tenant, header.id));
             }
-            if header.cut_ms > self.at_ms {
+            if header.cut_ms > self.at_ms || is_of_a_later_key(self.head, header) {
                 headers.truncate(n);
                 return Ok((headers, true));
             }

@@ -392,6 +392,11 @@ impl World {
 
     /// I/O, messages and ticks.
     fn work(&mut self, ios: u32) {
+        self.work_and_hear(ios, 0.7);
+    }
+
+    /// Lets each session do something, and hear what it is told with this chance.
+    fn work_and_hear(&mut self, ios: u32, chance: f64) {
         self.hear_heads();
         for (h, n) in self.sessions() {
             for _ in 0..ios {
@@ -399,7 +404,7 @@ impl World {
                     break;
                 }
             }
-            if self.has(h, n) && self.core.rng.random_bool(0.7) {
+            if self.has(h, n) && self.core.rng.random_bool(chance) {
                 while self.has(h, n) && self.at(h, n, Session::hear) {}
             }
             if self.has(h, n) {
@@ -426,11 +431,11 @@ impl World {
             _ => {
                 let nap_ms = u64::try_from(self.plan.nap_max.as_millis()).unwrap();
                 let nap_ms = nap_ms >> self.core.rng.random_range(0..8);
-                // A reactor never sleeps so long that it goes by a map of a horizon ago.
+                // A reactor never sleeps, nor is deaf, for so long that it goes by a map of a horizon ago.
                 let parts = nap_ms.div_ceil(NAP_PART_MS_MAX).max(1);
                 for _ in 0..parts {
                     sleep(Duration::from_millis(nap_ms / parts)).await;
-                    self.work(20);
+                    self.work_and_hear(20, 1.0);
                     self.go_on().await;
                 }
             }

@@ -1,7 +1,11 @@
 use std::time::Duration;
 
+use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::map::{DeadObject, MapObjectBuilder, ObjectKind};
-use quarry_objfmt::{KeyGeneration, MapSeq, Sectors, VolumeName};
+use quarry_objfmt::{
+    Compression, DataKey, Encryption, KeyGeneration, KeyName, Lba, MapSeq, Sectors, VolumeName,
+    WrappedKey, WrappedKeys,
+};
 
 use super::*;
 use crate::backend::MapEnd;
@@ -88,4 +92,74 @@ async fn volume_with_millions_of_dead_objects_is_attached_again() {
     assert!(objects.usage(usage.basis) == Some(usage.clone()));
     let end = MapEnd::read(&store, &tenant, id).await.unwrap().unwrap();
     assert!(end.root == root && end.usage == Some(usage));
+}
+
+/// Its reads failed: the key was not at hand.
+#[tokio::test]
+async fn reader_leaves_out_what_was_written_with_a_key_that_its_head_has_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), false).unwrap();
+    let tenant = TenantName::new("acme").unwrap();
+    let name = VolumeName::new("db").unwrap();
+    let volume = VolumeId::from_bytes([7; 16]);
+    let own = WrappedKey {
+        volume,
+        generation: KeyGeneration::FIRST,
+        by: KeyName::new("k").unwrap(),
+        bytes: vec![1; 40],
+    };
+    let head = Head {
+        encryption: Encryption::Aes256Gcm,
+        keys: WrappedKeys {
+            revision: 1,
+            keys: vec![own],
+        },
+        log: vec![LogRange {
+            epoch: Epoch::new(1),
+            first: ChunkSeq::new(1),
+            end: None,
+        }],
+        epoch: Epoch::new(1),
+        ..Head::fresh(volume, &tenant, &name, Sectors::new(2048), 0)
+    };
+    let key = keys::head_key(&tenant, volume);
+    store.create(&key, head.encode().into()).await.unwrap();
+    for (seq, generation) in [(1, 1), (2, 1), (3, 2), (4, 2)] {
+        let generation = KeyGeneration::new(generation).unwrap();
+        let data_key = DataKey::of_generation([9; 32], generation);
+        let id = ChunkId {
+            volume,
+            epoch: Epoch::new(1),
+            seq: ChunkSeq::new(seq),
+        };
+        let params = ChunkParams {
+            id,
+            first_write: WriteSeq::new(seq),
+            last_write: WriteSeq::new(seq),
+            cut_ms: 1,
+            frame_sectors: head.frame_sectors,
+            compression: Compression::None,
+            key: Some(&data_key),
+        };
+        let zero = ChunkExtent {
+            start: Lba::new(0),
+            len: 8,
+            body: ExtentBody::Zero,
+        };
+        let chunk = encode_chunk(&params, &[zero], &[]).bytes;
+        let key = keys::chunk_key(&tenant, id);
+        store.create(&key, chunk).await.unwrap();
+    }
+    let by = Claim {
+        cache: CacheId::from_bytes([8; 16]),
+        host: "a".to_owned(),
+        now_ms: 0,
+        force: true,
+        discard_unsent: false,
+        must_be_ours: false,
+    };
+    let opened = open_read_only(&store, &tenant, volume, None, &by).await;
+    let opened = opened.unwrap();
+    assert_eq!(opened.stored_write, WriteSeq::new(2));
+    assert_eq!((opened.log.len(), opened.next_chunk), (2, ChunkSeq::new(3)));
 }
