@@ -17,15 +17,17 @@ pub mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -33,6 +35,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub use self::connection::Connection;
 use crate::places::{self, Places, holder};
+use crate::reactor::memory::{Budget, Total};
 use crate::reactor::{Geometry, Message, ReactorHandle, VolumeKey};
 
 /// Longest time from a connection to its first request.
@@ -43,6 +46,12 @@ const CONNECTIONS_MAX: usize = 1024;
 
 /// Of these, a tenant's: never all.
 const TENANT_CONNECTIONS_MAX: usize = 512;
+
+/// Most memory of all connections' requests and replies, in bytes; and of a tenant's. What others have leaves a tenant a part: of
+/// more tenants than have that part there may be more together.
+const MEMORY_BYTES_MAX: usize = 1 << 30;
+const TENANT_MEMORY_BYTES_MAX: usize = 256 << 20;
+const TENANT_MEMORY_BYTES_MIN: usize = 32 << 20;
 
 /// In negotiation, of one address: who has agreed on nothing yet holds up no others. A host whose volumes all come back at
 /// once has as many.
@@ -145,6 +154,8 @@ pub struct NbdServer {
     connections: Arc<Semaphore>,
     of_tenants: Places<u32>,
     negotiations: Places<IpAddr>,
+    memory: Arc<Total>,
+    memory_of_tenants: Arc<Mutex<HashMap<u32, Weak<Budget>>>>,
 }
 
 impl NbdServer {
@@ -156,7 +167,25 @@ impl NbdServer {
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             of_tenants: Places::default(),
             negotiations: Places::default(),
+            memory: Total::new(MEMORY_BYTES_MAX),
+            memory_of_tenants: Arc::default(),
         }
+    }
+
+    /// The memory of a tenant's connections: one for all that it has at a time.
+    fn memory_of(&self, group: u32) -> Arc<Budget> {
+        let mut all = self.memory_of_tenants.lock();
+        if let Some(budget) = all.get(&group).and_then(Weak::upgrade) {
+            return budget;
+        }
+        all.retain(|_, budget| budget.strong_count() > 0);
+        let budget = Budget::new(
+            &self.memory,
+            TENANT_MEMORY_BYTES_MIN,
+            TENANT_MEMORY_BYTES_MAX,
+        );
+        all.insert(group, Arc::downgrade(&budget));
+        budget
     }
 
     /// Serves a unix socket, until the future is dropped. Connections that are through their
@@ -259,16 +288,18 @@ impl NbdServer {
                 return;
             };
             match into_fd(stream) {
-                Ok(fd) => Self::hand_on(fd, negotiated, place).await,
+                Ok(fd) => server.hand_on(fd, negotiated, place).await,
                 Err(error) => tracing::warn!(%error, "an NBD socket cannot be handed on"),
             }
         });
     }
 
     /// Gives a socket that is through its handshake to the reactor of its volume.
-    async fn hand_on(fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
+    async fn hand_on(&self, fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
         let export = negotiated.export;
-        let connection = Connection::new(fd, negotiated.replies).with_guard(Box::new(place));
+        let connection = Connection::new(fd, negotiated.replies)
+            .within(self.memory_of(export.group))
+            .with_guard(Box::new(place));
         let message = Message::AddFrontEnd {
             key: export.volume,
             front_end: Box::new(connection),

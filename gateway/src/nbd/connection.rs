@@ -8,13 +8,15 @@
 //! - A request's memory is freed after its reply was sent or given up, and never while the volume
 //!   or the kernel has it.
 //! - Memory and number of requests, replies included, are bounded: at a bound the connection stops
-//!   reading its socket, and goes on when a reply is out.
+//!   reading its socket, and goes on when a reply is out; at that of all its tenant's connections, when there is some again,
+//!   which it looks for from time to time.
 //! - The input buffer is moved and parsed only while no receive is under way.
 
 use std::any::Any;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use io_uring::{opcode, types};
@@ -25,7 +27,7 @@ use slab::Slab;
 
 use super::negotiate::Replies;
 use super::wire::{self, Command, REQUEST_LEN, Rejected, ReplyHead, RequestHeader};
-use crate::reactor::memory::{AlignedBuf, Pool};
+use crate::reactor::memory::{AlignedBuf, Budget, Pool};
 use crate::reactor::{Buffer, FrontEnd, Port};
 
 /// Bytes received at once: about 31 requests of 4 KiB with their payloads. More would only mean
@@ -180,11 +182,23 @@ impl Connection {
         }
     }
 
+    /// The memory of its requests and replies is of this budget.
+    #[must_use]
+    pub(crate) fn within(mut self, budget: Arc<Budget>) -> Self {
+        self.pool = self.pool.within(budget);
+        self
+    }
+
     /// Keeps `guard` as long as the connection lives.
     #[must_use]
     pub fn with_guard(mut self, guard: Box<dyn Any + Send>) -> Self {
         self._guard = Some(guard);
         self
+    }
+
+    /// Whether it waits for memory that others have: no reply of its own will bring any.
+    fn waits_for_others(&self) -> bool {
+        self.stalled && self.load() == 0
     }
 
     /// Requests under way, replies not sent yet included.
@@ -665,7 +679,7 @@ impl FrontEnd for Connection {
     }
 
     fn wants_tick(&self) -> bool {
-        self.ending_since.is_some()
+        self.ending_since.is_some() || self.waits_for_others()
     }
 
     fn tick(&mut self, port: &mut Port<'_>) {
@@ -676,6 +690,10 @@ impl FrontEnd for Connection {
             && port.now_ms().saturating_sub(since) > END_GRACE_MS
         {
             self.fail(port.now_ms());
+        }
+        if self.waits_for_others() {
+            self.parse(port);
+            self.send(port);
         }
     }
 

@@ -72,7 +72,7 @@ impl NbdServer {
                 .and_then(|(ours, theirs)| Ok((ours, blocking_unix(theirs.into_std()?)?)));
             match pair {
                 Ok((ours, theirs)) => {
-                    NbdServer::hand_on(theirs, negotiated, place.clone()).await;
+                    server.hand_on(theirs, negotiated, place.clone()).await;
                     copy(stream, ours, place).await;
                 }
                 Err(error) => {

@@ -43,6 +43,7 @@ pub(super) struct Bench {
     cache: Arc<fs::File>,
     key: VolumeKey,
     seen: Arc<Seen>,
+    server: NbdServer,
     socket: PathBuf,
     _dir: tempfile::TempDir,
 }
@@ -86,13 +87,15 @@ impl Bench {
             let _inside = runtime.enter();
             listen_unix(&socket).unwrap()
         };
-        runtime.spawn(async move { server.serve_unix(listener).await });
+        let serving = server.clone();
+        runtime.spawn(async move { serving.serve_unix(listener).await });
         Self {
             runtime: Some(runtime),
             reactor: Some(reactor),
             cache,
             key,
             seen,
+            server,
             socket,
             _dir: dir,
         }
@@ -496,6 +499,34 @@ fn client_that_does_not_read_costs_bounded_memory_and_is_served_later() {
         raw.0.read_exact(&mut data).unwrap();
     }
     writer.join().unwrap();
+}
+
+/// Together they would have eight times what their tenant may have.
+#[test]
+fn clients_that_do_not_read_have_bounded_memory_together_and_others_are_served() {
+    let bench = Bench::new();
+    let wanted = 64;
+    let clients: Vec<Raw> = (0..32)
+        .map(|_| {
+            let mut raw = Raw::negotiated(UnixStream::connect(&bench.socket).unwrap(), false);
+            for _ in 0..wanted {
+                raw.ask(command::READ, 0, 0, 1 << 20);
+            }
+            raw
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let mut client = bench.client();
+    client.write_at(0, &vec![9; 1 << 20]).unwrap();
+    let used = bench.server.memory.used();
+    assert!(used <= TENANT_MEMORY_BYTES_MAX + (33 << 20), "{used}");
+    let mut data = vec![0; 1 << 20];
+    for mut raw in clients {
+        for _ in 0..wanted {
+            assert_eq!(raw.simple_reply(), 0);
+            raw.0.read_exact(&mut data).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::mem;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -158,10 +159,85 @@ impl Drop for Lent {
     }
 }
 
+/// Memory that the pools of all budgets may have together.
+#[derive(Debug)]
+pub(crate) struct Total {
+    used: AtomicUsize,
+    max: usize,
+}
+
+impl Total {
+    pub(crate) fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            used: AtomicUsize::new(0),
+            max,
+        })
+    }
+
+    /// Bytes in use.
+    pub(crate) fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+}
+
+/// Memory that some pools may have together, out or kept for reuse; what was lent is not theirs.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    used: AtomicUsize,
+    max: usize,
+    /// So much whatever the pools of others have.
+    min: usize,
+    total: Arc<Total>,
+}
+
+/// A pool with nothing out may have so much, whatever its budget says: each client has one request at least.
+const ALWAYS_BYTES: usize = 1 << 20;
+
+impl Budget {
+    pub(crate) fn new(total: &Arc<Total>, min: usize, max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            used: AtomicUsize::new(0),
+            max,
+            min,
+            total: Arc::clone(total),
+        })
+    }
+
+    /// Takes so much for a pool that has `held`, if there is so much to be had: a pool has no more than is left to the others then,
+    /// so that a few clients that do not take their replies never have all. What two take at the same moment may be past the
+    /// bounds by the one.
+    fn try_take(&self, bytes: usize, held: usize) -> bool {
+        let own = self.used.load(Ordering::Relaxed) + bytes;
+        let is_there = own <= self.min || self.total.used() + bytes <= self.total.max;
+        let fits = is_there && held + bytes <= self.max.saturating_sub(own);
+        if fits {
+            self.take(bytes);
+        }
+        fits
+    }
+
+    fn take(&self, bytes: usize) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        self.total.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn give(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+        self.total.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether there is enough left for pools to keep what they do not use.
+    fn is_ample(&self) -> bool {
+        self.used.load(Ordering::Relaxed) <= self.max / 2 && self.total.used() <= self.total.max / 2
+    }
+}
+
 /// Buffers of power-of-two sizes, kept for reuse, with a cap on what is out.
 ///
 /// What a buffer held stays in it: a pool never serves more than one client.
 pub(crate) struct Pool {
+    /// Which what is out and what is free is counted in; none: in none.
+    budget: Option<Arc<Budget>>,
     free: [Vec<AlignedBuf>; CLASSES],
     free_bytes: usize,
     out_bytes: usize,
@@ -179,6 +255,7 @@ impl Pool {
     /// A pool with at most `out_bytes_max` in use and `free_bytes_max` kept for reuse.
     pub(crate) fn new(out_bytes_max: usize, free_bytes_max: usize) -> Self {
         Self {
+            budget: None,
             free: std::array::from_fn(|_| Vec::new()),
             free_bytes: 0,
             out_bytes: 0,
@@ -197,8 +274,15 @@ impl Pool {
         self
     }
 
-    /// A buffer of at least `bytes`; `None` while the cap is reached. With nothing out it always
-    /// gives one, so that a single large request is never stuck.
+    /// What it has is of this budget. Before anything is taken.
+    pub(crate) fn within(mut self, budget: Arc<Budget>) -> Self {
+        debug_assert_eq!((self.out_bytes, self.free_bytes), (0, 0));
+        self.budget = Some(budget);
+        self
+    }
+
+    /// A buffer of at least `bytes`; `None` while the cap, or the budget, is reached. With nothing out the cap never is,
+    /// so that a single large request is never stuck.
     ///
     /// # Panics
     /// If `bytes` is more than [`POOLED_BYTES_MAX`].
@@ -212,23 +296,58 @@ impl Pool {
         if self.out_bytes > 0 && self.out_bytes.saturating_add(size) > self.out_bytes_max {
             return None;
         }
-        self.out_bytes += size;
         if self.free[class].is_empty() {
             self.collect();
         }
-        Some(match self.free[class].pop() {
+        let buf = match self.free[class].pop() {
             Some(buf) => {
                 self.free_bytes -= size;
                 buf
             }
-            None => AlignedBuf::zeroed(size),
-        })
+            None if self.charge(size) => AlignedBuf::zeroed(size),
+            None => return None,
+        };
+        self.out_bytes += size;
+        Some(buf)
+    }
+
+    /// So much more is its own; whether the budget had it. What is only kept is given up for that.
+    fn charge(&mut self, bytes: usize) -> bool {
+        let Some(budget) = self.budget.clone() else {
+            return true;
+        };
+        if self.out_bytes == 0 && bytes <= ALWAYS_BYTES {
+            budget.take(bytes);
+            return true;
+        }
+        while !budget.try_take(bytes, self.out_bytes + self.free_bytes) {
+            let Some(kept) = self.free.iter_mut().rev().find_map(Vec::pop) else {
+                return false;
+            };
+            self.free_bytes -= kept.capacity();
+            budget.give(kept.capacity());
+        }
+        true
+    }
+
+    fn discharge(&self, bytes: usize) {
+        if let Some(budget) = &self.budget {
+            budget.give(bytes);
+        }
     }
 
     /// Takes a buffer back.
     pub(crate) fn give(&mut self, buf: AlignedBuf) {
         let size = buf.capacity();
         self.out_bytes -= size;
+        if self
+            .budget
+            .as_ref()
+            .is_some_and(|budget| !budget.is_ample())
+        {
+            self.discharge(size);
+            return self.trim();
+        }
         self.free_bytes += size;
         self.free[class_of(size)].push(buf);
         self.trim();
@@ -242,6 +361,7 @@ impl Pool {
     pub(crate) fn lend(&mut self, buf: AlignedBuf, len: usize) -> Bytes {
         assert!(len <= buf.capacity(), "more bytes than the buffer holds");
         self.out_bytes -= buf.capacity();
+        self.discharge(buf.capacity());
         let to = Arc::clone(self.returned.get_or_insert_default());
         self.trim();
         Bytes::from_owner(Lent {
@@ -256,7 +376,13 @@ impl Pool {
         let Some(returned) = &self.returned else {
             return;
         };
-        for buf in mem::take(&mut returned.lock().buffers) {
+        let back = mem::take(&mut returned.lock().buffers);
+        for buf in back {
+            let held = self.out_bytes + self.free_bytes;
+            let fits = |budget: &Arc<Budget>| budget.try_take(buf.capacity(), held);
+            if !self.budget.as_ref().is_none_or(fits) {
+                continue;
+            }
             self.free_bytes += buf.capacity();
             self.free[class_of(buf.capacity())].push(buf);
         }
@@ -279,6 +405,9 @@ impl Pool {
                 && let Some(large) = free.pop()
             {
                 self.free_bytes -= large.capacity();
+                if let Some(budget) = &self.budget {
+                    budget.give(large.capacity());
+                }
             }
         }
     }
@@ -296,6 +425,8 @@ impl Drop for Pool {
         if let Some(returned) = &self.returned {
             keep(returned, 0);
         }
+        // Buffers that are out go with whoever has the pool.
+        self.discharge(self.out_bytes + self.free_bytes);
     }
 }
 
@@ -344,6 +475,46 @@ mod tests {
             kept.push(pool.free_bytes / MIB);
         }
         assert_eq!(kept, [1, 2, 3, 4, 4, 4, 4, 2]);
+    }
+
+    #[test]
+    fn pools_share_their_budget_and_none_has_all_of_it() {
+        const MIB: usize = 1 << 20;
+        let total = Total::new(20 * MIB);
+        let budgets = [(); 2].map(|()| Budget::new(&total, 8 * MIB, 16 * MIB));
+        let pool = |of: usize| Pool::new(64 * MIB, 4 * MIB).within(Arc::clone(&budgets[of]));
+        let take_all =
+            |pool: &mut Pool| -> Vec<_> { std::iter::from_fn(|| pool.take(MIB)).collect() };
+        let (mut first, mut second, mut third, mut other) = (pool(0), pool(0), pool(0), pool(1));
+        let out = [&mut first, &mut second, &mut third].map(take_all);
+        assert_eq!(out.each_ref().map(Vec::len), [8, 4, 2]);
+        // What others have leaves a budget its least.
+        let of_other = take_all(&mut other);
+        assert_eq!(of_other.len(), 8);
+        let small = pool(0).take(ALWAYS_BYTES);
+        assert!(small.is_some(), "each has one request at least");
+        // Nothing is kept while there is little left, and what is lent is others'.
+        let [mut out, ..] = out;
+        first.give(out.pop().unwrap());
+        assert_eq!(first.free_bytes, 0);
+        let before = total.used();
+        let lent = first.lend(out.pop().unwrap(), 10);
+        assert_eq!(total.used(), before - MIB);
+        drop((first, second, third, other, lent));
+        assert_eq!(total.used(), 0);
+    }
+
+    #[test]
+    fn what_a_pool_keeps_is_given_up_for_another_size() {
+        const MIB: usize = 1 << 20;
+        let total = Total::new(32 * MIB);
+        let budget = Budget::new(&total, 0, 16 * MIB);
+        let mut pool = Pool::new(64 * MIB, 8 * MIB).within(budget);
+        let out: Vec<_> = (0..6).map(|_| pool.take(MIB).unwrap()).collect();
+        out.into_iter().for_each(|buf| pool.give(buf));
+        assert_eq!((pool.free_bytes, total.used()), (6 * MIB, 6 * MIB));
+        assert!(pool.take(4 * MIB).is_some());
+        assert_eq!((pool.free_bytes, total.used()), (4 * MIB, 8 * MIB));
     }
 
     #[test]
