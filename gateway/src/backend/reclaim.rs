@@ -36,6 +36,7 @@ use super::compact::{self, Victims, WINDOW_BYTES_MIN};
 use super::objects::{ChunkName, Need, Needed, Objects, Space, is_held};
 use super::renew::Renewed;
 use super::scan::Scan;
+use crate::store::{Operation, StoreError};
 
 /// The map is read for counting and gathering at most so many bytes for each byte that was uploaded since:
 /// one in this many.
@@ -66,6 +67,10 @@ const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
 
 /// Objects deleted side by side.
 const DELETES_AT_ONCE: usize = 8;
+
+/// Longest wait for a deletion. A store refuses requests of a host whose clock is wrong, and so is then what seems to be due: once
+/// the store answers again, that is found out anew.
+const DELETE_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Between two tries to delete what the store refuses to delete, and two looks whether snapshots still need
 /// what only they do.
@@ -459,7 +464,7 @@ impl VolumeBackend {
         objects.due(snapshots, horizon, retain_ms, (self.common.now_ms)())
     }
 
-    async fn delete(&self, object: &DeadObject) -> Result<(), crate::store::StoreError> {
+    async fn delete(&self, object: &DeadObject) -> Result<(), StoreError> {
         let (tenant, volume, epoch) = (self.head.tenant(), self.volume, object.epoch);
         let key = match object.kind {
             ObjectKind::Map => keys::map_key(tenant, volume, epoch, MapSeq::new(object.number)),
@@ -468,6 +473,14 @@ impl VolumeBackend {
                 keys::chunk_key(tenant, ChunkId { volume, epoch, seq })
             }
         };
-        self.common.background.delete(&key).await
+        let deleted = self.common.background.delete(&key);
+        let late = |_| StoreError::Unavailable {
+            operation: Operation::Delete,
+            reason: format!("it did not answer for {} s", DELETE_TIME_MAX.as_secs()),
+            key: key.clone(),
+        };
+        tokio::time::timeout(DELETE_TIME_MAX, deleted)
+            .await
+            .map_err(late)?
     }
 }
