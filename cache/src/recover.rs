@@ -238,14 +238,17 @@ impl Recovered {
         stored: WriteSeq,
         give_up: bool,
     ) -> Result<usize, CutError> {
-        let (durable, last) = (self.durable(), self.end_of_row(stored));
+        let (durable, mut last) = (self.durable(), self.end_of_row(stored));
         if last < durable && !give_up {
             Branch::LossRefused.taken();
             let missing = last.next();
             return Err(CutError::Lost { missing, durable });
         }
-        self.write_journal(device, volume, stored)?;
-        let last = self.end_of_row(stored);
+        if !self.journal.is_empty() {
+            self.write_journal(device, volume, stored)?;
+            // What had no room for its page is a gap, too.
+            last = self.end_of_row(stored);
+        }
         if last < durable {
             let missing = last.next();
             tracing::error!(%volume, %missing, %durable, "the cache device has lost what was flushed: what came after it is given up");
@@ -559,6 +562,10 @@ mod tests {
             tenant: None,
             durable: None,
         };
+        put_header(device, &header);
+    }
+
+    fn put_header(device: &CacheDevice, header: &SegmentHeader) {
         let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
         device
             .write_at(&page, device.geometry().page_byte(header.segment, 0))
@@ -733,9 +740,7 @@ mod tests {
             tenant: Some(TenantName::new("acme").unwrap()),
             durable: Some(WriteSeq::new(9)),
         };
-        let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
-        let at = device.geometry().page_byte(header.segment, 0);
-        device.write_at(&page, at).unwrap();
+        put_header(&device, &header);
         let find = || scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
         let stored = WriteSeq::new(8);
         let refused = find().cut(&device, VOLUME, stored, false).unwrap_err();
@@ -919,9 +924,7 @@ mod tests {
                 tenant: Some(tenant.clone()),
                 durable: None,
             };
-            let page = AlignedBuf::copy_of(&header.encode(device.id())[..]);
-            let at = device.geometry().page_byte(header.segment, 0);
-            device.write_at(&page, at).unwrap();
+            put_header(&device, &header);
             let found = scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
             assert_eq!(found.is_of(tenant), segment == 2);
         }

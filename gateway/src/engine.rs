@@ -99,11 +99,9 @@ const BUFFER_ENTRIES: u16 = 16_384;
 /// Share of the RAM budget that map nodes get; the rest is for fetched frames.
 const NODE_SHARE: u64 = 2;
 
-/// Share of it that what was read ahead gets: two sequential readers at their fastest, by default.
+/// Share of it that what was read ahead gets, and that one sequential reader may be read ahead of: two at their usual window,
+/// by default, or one whose store is far away.
 const KEPT_SHARE: u64 = 8;
-
-/// Most of it that readahead runs before a sequential reader, in parts: what has come lies in memory until it is read.
-const READAHEAD_SHARE: u64 = KEPT_SHARE;
 
 /// The part of `cache.ram` that large writes may have beside it until their chunk is made, as memory that chunks are made in is
 /// beside it: less than `KEPT_WRITE_BYTES_MAX` where that is small.
@@ -440,9 +438,7 @@ impl Daemon {
             writeback_delay_ms: u64::try_from(writeback.delay.as_millis()).unwrap_or(u64::MAX),
             chunk_sectors_max: chunk_sectors(&self.config),
             uploads_max: writeback.uploads_max as usize,
-            readahead_sectors_max: usual
-                .readahead_sectors_max
-                .min(ram_sectors / READAHEAD_SHARE),
+            readahead_sectors_max: usual.readahead_sectors_max.min(ram_sectors / KEPT_SHARE),
             ..usual
         }
     }

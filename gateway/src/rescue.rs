@@ -449,9 +449,10 @@ impl Rescue {
                 Err(problem) => return Ok(Err(problem)),
             };
             if let Some(basis) = known.filter(|basis| !self.went_back(epoch, basis)) {
-                let at = basis.log_end;
-                let problem = "it is of a rollback that was broken off: the log went on before";
-                return Ok(Err(format!("{problem} chunk {at}")));
+                return Ok(Err(format!(
+                    "it is of a rollback that was broken off: the log went on before chunk {}",
+                    basis.log_end
+                )));
             }
             (root, basis) = (Some(found), known);
             // What lies behind the end of one that was shrunk reads as zeroes, and is no reason for a size.

@@ -16,20 +16,17 @@ use crate::store::{Store, get_whole};
 /// Of a volume's map objects those that a head may have named. An attachment takes up the numbers where the head says, so one
 /// whose number a later epoch gave again was stored by a writer that did not come to move the head to it.
 pub(crate) fn named(maps: &BTreeSet<(Epoch, MapSeq)>) -> BTreeSet<(Epoch, MapSeq)> {
-    let mut lowest_later: Option<(Epoch, MapSeq)> = None;
-    let mut below = None;
+    let (mut last, mut below) = (None, None);
     let mut named = BTreeSet::new();
     for &(epoch, seq) in maps.iter().rev() {
-        if lowest_later.is_some_and(|(of, _)| of != epoch) {
-            below = below
-                .into_iter()
-                .chain(lowest_later.map(|(_, seq)| seq))
-                .min();
+        // The last of an epoch was its lowest.
+        if let Some((_, lowest)) = last.filter(|(of, _)| *of != epoch) {
+            below = Some(below.map_or(lowest, |below: MapSeq| below.min(lowest)));
         }
         if below.is_none_or(|below| seq < below) {
             named.insert((epoch, seq));
         }
-        lowest_later = Some((epoch, seq));
+        last = Some((epoch, seq));
     }
     named
 }

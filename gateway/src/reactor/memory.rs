@@ -321,12 +321,20 @@ impl Pool {
             return true;
         }
         while !budget.try_take(bytes, self.out_bytes + self.free_bytes) {
-            let Some(kept) = self.free.iter_mut().rev().find_map(Vec::pop) else {
+            if !self.give_up_largest() {
                 return false;
-            };
-            self.free_bytes -= kept.capacity();
-            budget.give(kept.capacity());
+            }
         }
+        true
+    }
+
+    /// Gives up the largest of what it keeps; whether there was one.
+    fn give_up_largest(&mut self) -> bool {
+        let Some(largest) = self.free.iter_mut().rev().find_map(Vec::pop) else {
+            return false;
+        };
+        self.free_bytes -= largest.capacity();
+        self.discharge(largest.capacity());
         true
     }
 
@@ -400,16 +408,7 @@ impl Pool {
             self.returned_bytes_max = kept_max;
             keep(returned, kept_max);
         }
-        for free in self.free.iter_mut().rev() {
-            while self.free_bytes > kept_max
-                && let Some(large) = free.pop()
-            {
-                self.free_bytes -= large.capacity();
-                if let Some(budget) = &self.budget {
-                    budget.give(large.capacity());
-                }
-            }
-        }
+        while self.free_bytes > kept_max && self.give_up_largest() {}
     }
 
     /// Bytes in use.

@@ -32,7 +32,7 @@ const STREAMS_MAX: usize = 8;
 const READAHEAD_SECTORS_MIN: u64 = (256 << 10) / 512;
 
 /// It doubles to this much for any reader, in sectors: enough for a store a few milliseconds away.
-pub(super) const READAHEAD_SECTORS_USUAL: u64 = (16 << 20) / 512;
+const READAHEAD_SECTORS_USUAL: u64 = (16 << 20) / 512;
 
 /// Readahead goes on in strides of half a window, but no longer ones than this, in sectors: so that its GETs are long, and there
 /// are always some on their way.
@@ -619,6 +619,11 @@ impl Volume {
         }
     }
 
+    /// How far any reader is read ahead of, in sectors, however near the store.
+    pub(super) fn usual_window(&self) -> u64 {
+        READAHEAD_SECTORS_USUAL.min(self.params.tuning.readahead_sectors_max)
+    }
+
     /// Fetches what a sequential reader will want next, or one who goes on in equal steps. Nobody waits for it, so it is the first to
     /// be left out.
     fn readahead(&mut self, range: LbaRange, missed: bool, cx: &mut Cx<'_>) {
@@ -641,7 +646,7 @@ impl Volume {
         let mut stream = self.reads.streams.remove(place).expect("just found");
         stream.next = end;
         let most = self.params.tuning.readahead_sectors_max;
-        let usual = READAHEAD_SECTORS_USUAL.min(most);
+        let usual = self.usual_window();
         if missed && stream.window >= usual {
             stream.was_late(start, most);
         }

@@ -8,7 +8,7 @@
 use quarry_cache::Branch;
 use quarry_objfmt::{Lba, LbaRange, Sectors};
 
-use super::read::{READAHEAD_FRAMES_MAX, READAHEAD_SECTORS_USUAL, Source, Why};
+use super::read::{READAHEAD_FRAMES_MAX, Source, Why};
 use super::{Cx, Io, Queue, Volume};
 use crate::event::Action;
 
@@ -157,8 +157,7 @@ impl Volume {
         self.fetch(&wanted, Why::Readahead, cx);
         if stride.ahead == stride.window {
             let cost = stride.len.max(u64::from(self.params.frame_sectors));
-            let sectors = READAHEAD_SECTORS_USUAL.min(self.params.tuning.readahead_sectors_max);
-            let most = (sectors / cost).min(WINDOW_MAX);
+            let most = (self.usual_window() / cost).min(WINDOW_MAX);
             stride.window = (stride.window * 2).min(most).max(stride.window);
         }
     }
