@@ -63,6 +63,8 @@ struct Group {
     dirty: u32,
     /// All segments that it has.
     used: u32,
+    /// Writes that the store lacks.
+    unsent: usize,
     /// Segments of all kinds that are its part.
     share: u32,
     /// Dirty segments that no other group may take from it.
@@ -149,6 +151,7 @@ impl Groups {
         let is_nothing = |group: &Group| {
             group.limits == GroupLimits::default()
                 && [group.writers, group.readers, group.dirty, group.used] == [0; 4]
+                && group.unsent == 0
         };
         if self.groups.get(&id).is_some_and(is_nothing) {
             self.groups.remove(&id);
@@ -198,6 +201,23 @@ impl Groups {
         let group = self.entry(id);
         group.used += 1;
         group.dirty += u32::from(is_dirty);
+    }
+
+    /// So many more writes of the group are there that the store lacks.
+    pub(crate) fn note_unsent(&mut self, id: u32, writes: usize) {
+        self.entry(id).unsent += writes;
+    }
+
+    /// The store has so many of them, or nobody here knows them any more.
+    pub(crate) fn forget_unsent(&mut self, id: u32, writes: usize) {
+        let group = self.entry(id);
+        let left = group.unsent.checked_sub(writes);
+        group.unsent = left.expect("what is sent was noted");
+        self.forget_if_nothing(id);
+    }
+
+    pub(crate) fn unsent_of(&self, id: u32) -> usize {
+        self.of(id).unsent
     }
 
     /// A dirty segment of the group is clean.

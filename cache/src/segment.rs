@@ -150,6 +150,15 @@ pub enum NoSpace {
     Busy,
 }
 
+/// A volume that waits for a segment for its writes.
+#[derive(Clone, Copy, Debug)]
+struct InLine {
+    volume: VolumeId,
+    group: u32,
+    /// Its group has all that it may have, so that only what that gives up helps.
+    is_for_its_groups: bool,
+}
+
 /// Segments by state, for metrics.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct CacheCounts {
@@ -207,7 +216,7 @@ pub struct Cache {
     /// What they fill, by group, chunk and first raw sector: volumes that fetched the same at once fill it once.
     filling: HashSet<(u32, ChunkId, u32), BuildHasherDefault<NameHasher>>,
     /// Volumes that were refused a segment for writes, and their groups, first come first served.
-    line: VecDeque<(VolumeId, u32)>,
+    line: VecDeque<InLine>,
     groups: Groups,
     clean: CleanIndices,
     reclaimed: u64,
@@ -298,7 +307,7 @@ impl Cache {
     ///
     /// # Errors
     /// [`NoSpace`] if the dirty budget is used up, or what is left of it is not for the volume's group, or for volumes
-    /// that were refused before, or nothing can be reclaimed. The volume then stands in the line until it
+    /// that were refused before, or nothing can be reclaimed. In each case the volume then stands in the line until it
     /// gets one or calls [`Self::leave_line`].
     pub fn open_for_writes(
         &mut self,
@@ -306,16 +315,26 @@ impl Cache {
         group: u32,
     ) -> Result<OpenedSegment, NoSpace> {
         let left = self.dirty_max.saturating_sub(self.dirty);
-        let place = self.line.iter().position(|(other, _)| *other == volume);
+        let place = self.line.iter().position(|other| other.volume == volume);
         let before = self.line.iter().take(place.unwrap_or(self.line.len()));
-        let before = before.map(|(_, group)| *group);
-        if left == 0 || !self.groups.may_take(group, left, before) {
-            if place.is_none() {
-                self.line.push_back((volume, group));
-            }
+        // Who waits for one of its own group takes none of the others'.
+        let before = before.filter(|other| !other.is_for_its_groups || other.group == group);
+        let groups = before.clone().map(|other| other.group);
+        if left == 0 || !self.groups.may_take(group, left, groups) {
+            self.stand_in_line(volume, group, false);
             return Err(NoSpace::DirtyCap);
         }
-        let segment = self.take_free(group).ok_or(NoSpace::Busy)?;
+        let is_full = self.groups.is_full(group);
+        // Who gives one up for another does not take it back.
+        let is_anothers = is_full && before.into_iter().any(|other| other.is_for_its_groups);
+        let segment = match is_anothers {
+            true => None,
+            false => self.take_free(group),
+        };
+        let Some(segment) = segment else {
+            self.stand_in_line(volume, group, is_full);
+            return Err(NoSpace::Busy);
+        };
         self.leave_line(volume);
         self.dirty += 1;
         Ok(self.open(segment, State::Dirty, group))
@@ -332,12 +351,45 @@ impl Cache {
     pub fn has_line_for(&self, group: u32) -> bool {
         let left = self.dirty_max.saturating_sub(self.dirty);
         let mut waiting = self.line.iter();
-        waiting.any(|(_, other)| self.groups.could_help(group, *other, left))
+        waiting.any(|other| match other.is_for_its_groups {
+            true => other.group == group,
+            false => self.groups.could_help(group, other.group, left),
+        })
+    }
+
+    fn stand_in_line(&mut self, volume: VolumeId, group: u32, is_for_its_groups: bool) {
+        match self.line.iter_mut().find(|other| other.volume == volume) {
+            Some(there) => there.is_for_its_groups = is_for_its_groups,
+            None => self.line.push_back(InLine {
+                volume,
+                group,
+                is_for_its_groups,
+            }),
+        }
     }
 
     /// The volume wants no segment any more.
     pub fn leave_line(&mut self, volume: VolumeId) {
-        self.line.retain(|(other, _)| *other != volume);
+        self.line.retain(|other| other.volume != volume);
+    }
+
+    /// So many more writes of a group's volumes are known here that the store lacks.
+    pub fn note_unsent(&mut self, group: u32, writes: usize) {
+        self.groups.note_unsent(group, writes);
+    }
+
+    /// The store has so many of them, or they are not known here any more.
+    ///
+    /// # Panics
+    /// If they are more than were noted.
+    pub fn forget_unsent(&mut self, group: u32, writes: usize) {
+        self.groups.forget_unsent(group, writes);
+    }
+
+    /// Writes of a group's volumes that the store lacks.
+    #[must_use]
+    pub fn unsent_of(&self, group: u32) -> usize {
+        self.groups.unsent_of(group)
     }
 
     /// Says what a group may take from now on; what it has stays.
@@ -696,6 +748,43 @@ mod tests {
         }
         assert!(!GEOMETRY.begins_segment(0));
         assert_eq!(GEOMETRY.segment_of_header(0), None);
+    }
+
+    #[test]
+    fn volume_of_a_group_that_has_all_it_may_have_gets_what_another_of_it_gives_up() {
+        let geometry = Geometry {
+            segments: 12,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 8, Generation::new(1), &[]);
+        let limits = GroupLimits {
+            space_max: Some(4),
+            ..GroupLimits::default()
+        };
+        cache.set_group(1, limits);
+        let volumes = [10, 11, 12, 13, 14].map(|n| VolumeId::from_bytes([n; 16]));
+        let [giver, _, _, waiting, other] = volumes;
+        for (volume, group) in [(giver, 1), (other, 2)] {
+            assert_ne!(volume, waiting);
+            cache.join_group(group, true);
+        }
+        cache.reserve_fill(1, chunk(1), 0, 8).unwrap();
+        let open: Vec<_> = volumes[..3]
+            .iter()
+            .map(|volume| cache.open_for_writes(*volume, 1).unwrap().segment)
+            .collect();
+        assert_eq!(cache.open_for_writes(waiting, 1), Err(NoSpace::Busy));
+        assert!(cache.has_line_for(1) && !cache.has_line_for(2));
+        // Another group's volumes are not behind it.
+        cache.open_for_writes(other, 2).unwrap();
+        assert!(cache.release(open[0]));
+        assert_eq!(cache.open_for_writes(giver, 1), Err(NoSpace::Busy));
+        cache.open_for_writes(waiting, 1).unwrap();
+        // And then the giver waits, until one of the others gives.
+        assert_eq!(cache.open_for_writes(giver, 1), Err(NoSpace::Busy));
+        assert!(cache.release(open[1]));
+        cache.open_for_writes(giver, 1).unwrap();
+        assert!(!cache.has_line());
     }
 
     #[test]

@@ -17,6 +17,6 @@ pub use event::{
 };
 pub use kept::{FrameName, KeptFrames};
 pub use volume::{
-    CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, Opened, STATUS_RUNS_MAX, Shared, Tuning, Volume,
-    VolumeParams, VolumeState, VolumeStats, WARM_SECTORS_MAX,
+    CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, Opened, Prepared, STATUS_RUNS_MAX, Shared, Tuning,
+    Volume, VolumeParams, VolumeState, VolumeStats, WARM_SECTORS_MAX,
 };

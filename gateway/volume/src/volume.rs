@@ -267,9 +267,11 @@ struct Active {
     placed: Sectors,
     /// The newest write it made, to be made durable before completion (FUA).
     last_write: WriteSeq,
-    /// A clean read failed: resolve it anew, once.
+    /// A clean read failed, or a fetch by a map that is not the newest any more: resolve it anew, once.
     retry: bool,
     retried: bool,
+    /// Which of the volume's maps it was resolved by.
+    map: u64,
     /// Map nodes loaded for it so far: other lookups cannot push them out before it is resolved.
     held: Vec<(NodeRef, Arc<Node>)>,
 }
@@ -304,6 +306,8 @@ enum Io {
         chunk: ChunkId,
         frames: Vec<crate::event::FrameRef>,
         why: read::Why,
+        /// Which of the volume's maps was the newest then.
+        map: u64,
     },
     Direct {
         slot: usize,
@@ -312,6 +316,7 @@ enum Io {
     /// Without a slot: for readahead.
     Nodes {
         slot: Option<usize>,
+        map: u64,
     },
     WarmNodes,
     Fill {
@@ -337,6 +342,8 @@ pub struct Volume {
     /// Being detached: nothing new is taken.
     stopping: bool,
     now_ms: u64,
+    /// The driver's clock when it was told first: what was taken up from before is counted from there.
+    first_ms: Option<u64>,
     active: Slab<Active>,
     ios: Slab<Io>,
     stats: VolumeStats,
@@ -345,6 +352,8 @@ pub struct Volume {
     tail: ExtentMap<Committed>,
     frozen: Option<ExtentMap<Committed>>,
     root: Arc<MapRoot>,
+    /// How many were here before it.
+    maps: u64,
 
     reads: read::Reads,
     writes: write::Writes,
@@ -361,6 +370,12 @@ impl Volume {
         shared: &mut Shared,
         out: &mut Vec<Action>,
     ) -> Self {
+        Self::prepare(params, opened).join(shared, out)
+    }
+
+    /// All of [`Volume::new`] that takes long and needs nothing of what volumes share.
+    #[must_use]
+    pub fn prepare(params: VolumeParams, opened: Opened) -> Prepared {
         let mut tail = ExtentMap::default();
         let mut log = writeback::LogLength {
             chunks: opened.log.len() as u64,
@@ -379,6 +394,7 @@ impl Volume {
             },
             stopping: false,
             now_ms: 0,
+            first_ms: None,
             active: Slab::new(),
             ios: Slab::new(),
             stats: VolumeStats::default(),
@@ -386,27 +402,34 @@ impl Volume {
             tail,
             frozen: None,
             root: opened.root,
+            maps: 0,
             reads: read::Reads::default(),
             writes: write::Writes::new(opened.stored_write),
             flush: flush::Flush::new(opened.stored_write),
             writeback: writeback::Writeback::new(opened.next_chunk, opened.stored_write, log),
             params,
         };
-        let mut cx = Cx {
-            cache: &mut shared.cache,
-            nodes: shared.nodes.of(volume.params.group),
-            kept: &mut shared.kept,
-            out,
-        };
-        cx.cache
-            .join_group(volume.params.group, !volume.params.read_only);
-        volume.adopt(&opened.unsent, &opened.kept_segments, &mut cx);
-        volume
+        let mut holds = BTreeMap::new();
+        for (segment, record) in &opened.unsent {
+            *holds.entry(*segment).or_default() += 1;
+            volume.adopt_record(*segment, record);
+        }
+        // They were durable before the crash, and still are; and they have waited long enough for the store.
+        let last = volume.writes.last_acknowledged();
+        volume.flush.durable_up_to(last);
+        volume.writeback.cut_up_to(last);
+        Prepared {
+            volume,
+            holds,
+            kept: opened.kept_segments,
+        }
     }
 
     /// Tells the volume what time it is, in milliseconds from any fixed point; it never goes back.
     pub fn set_now(&mut self, now_ms: u64) {
-        self.now_ms = self.now_ms.max(now_ms);
+        let first_ms = *self.first_ms.get_or_insert(now_ms);
+        let since = now_ms.saturating_sub(first_ms);
+        self.now_ms = self.now_ms.max(since);
     }
 
     /// One step. Feeds one event, appends what is to be done to `out`.
@@ -434,7 +457,7 @@ impl Volume {
             Event::Fenced { by } => self.fenced(by, cx),
             Event::Tick { now_ms } => self.tick(now_ms, cx),
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
-            Event::Remapped { root } => self.root = root,
+            Event::Remapped { root } => self.use_map(root),
             Event::Warm { io, range } => self.warm(io, range, cx),
             Event::CheckpointFailed => self.checkpoint_failed(cx),
             Event::Grown { size } => self.params.size = self.params.size.max(size),
@@ -453,6 +476,7 @@ impl Volume {
     pub fn close(self, shared: &mut Shared) -> Vec<(SegmentId, Generation)> {
         let cache = &mut shared.cache;
         self.leave_line(cache);
+        cache.forget_unsent(self.params.group, self.writes.unsent().len());
         cache.leave_group(self.params.group, !self.params.read_only);
         let mut kept = Vec::new();
         for (segment, unsent) in self.into_segments() {
@@ -556,6 +580,7 @@ impl Volume {
             last_write: WriteSeq::ZERO,
             retry: false,
             retried: false,
+            map: self.maps,
             held: Vec::new(),
         });
         let bytes = request.range.len().bytes();
@@ -633,6 +658,18 @@ impl Volume {
                 panic!("{other:?} completes by an event of its own")
             }
         }
+    }
+
+    fn use_map(&mut self, root: Arc<MapRoot>) {
+        self.root = root;
+        self.maps += 1;
+    }
+
+    /// A map that is newer than the request's look-up may name other objects: what failed is looked up once more. The store
+    /// keeps what a map needed for some time after it, but one that was away may answer later than that.
+    fn is_behind(&self, slot: usize) -> bool {
+        let active = &self.active[slot];
+        active.map < self.maps && !active.retried
     }
 
     fn io(&mut self, io: Io) -> IoId {
@@ -731,20 +768,6 @@ impl Volume {
         self.pump_writeback(cx);
     }
 
-    /// Takes up what the cache kept over a crash: the unsent writes are dirty again, in order.
-    fn adopt(&mut self, unsent: &[(SegmentId, Record)], kept: &[SegmentId], cx: &mut Cx<'_>) {
-        for (segment, record) in unsent {
-            cx.cache.hold(*segment);
-            self.adopt_record(*segment, record);
-        }
-        for segment in kept {
-            cx.cache.assign(*segment, self.params.group);
-            self.release(*segment, cx);
-        }
-        // They were durable before the crash, and still are.
-        self.flush.durable_up_to(self.writes.last_acknowledged());
-    }
-
     /// One reason less to keep a segment; the last one makes it clean, which is noted on the
     /// device so that the next start need not ask the store. The note need not be durable: without
     /// it, recovery finds writes that the store has already.
@@ -757,6 +780,45 @@ impl Volume {
         cx.cache.pin(segment);
         let io = self.io(Io::CleanMark { segment });
         self.write_header(io, segment, generation, SegmentKind::Fill, cx);
+    }
+}
+
+/// A volume that has taken up what the cache kept of it over a crash, and is not yet among those that share the cache.
+#[derive(Debug)]
+pub struct Prepared {
+    volume: Volume,
+    /// How many unsent writes each segment holds.
+    holds: SegmentTable<u64>,
+    /// Segments that are held once for it.
+    kept: Vec<SegmentId>,
+}
+
+impl Prepared {
+    /// The volume, which has its part of what volumes share from now on.
+    #[must_use]
+    pub fn join(self, shared: &mut Shared, out: &mut Vec<Action>) -> Volume {
+        let Self {
+            mut volume,
+            holds,
+            kept,
+        } = self;
+        let group = volume.params.group;
+        let mut cx = Cx {
+            cache: &mut shared.cache,
+            nodes: shared.nodes.of(group),
+            kept: &mut shared.kept,
+            out,
+        };
+        cx.cache.join_group(group, !volume.params.read_only);
+        cx.cache.note_unsent(group, volume.writes.unsent().len());
+        for (segment, writes) in holds {
+            (0..writes).for_each(|_| cx.cache.hold(segment));
+        }
+        for segment in kept {
+            cx.cache.assign(segment, group);
+            volume.release(segment, &mut cx);
+        }
+        volume
     }
 }
 

@@ -26,7 +26,7 @@ use quarry_objfmt::{
 };
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
-    Action, DataError, Event, ExtentSource, IoError, IoId, KeptFrames, Op, Opened, Request,
+    Action, DataError, Event, ExtentSource, IoError, IoId, KeptFrames, Op, Opened, Report, Request,
     RequestId, STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
     WriteWait,
 };
@@ -180,6 +180,8 @@ struct World {
     /// A frame that is damaged in the store, and the requests that failed for it.
     damaged: Option<(ChunkId, u32)>,
     hurt: Vec<u64>,
+    /// How often the volume said that something in the store is damaged.
+    damage_told: usize,
 }
 
 fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
@@ -251,6 +253,7 @@ impl World {
             unreadable: false,
             damaged: None,
             hurt: Vec::new(),
+            damage_told: 0,
         };
         world.feed(Event::DirectReads(world.direct));
         world
@@ -580,7 +583,9 @@ impl World {
                 self.warming.0 -= 1;
                 self.warming.1 = Some((bytes, end));
             }
-            Action::Report(_) => {}
+            Action::Report(report) => {
+                self.damage_told += usize::from(matches!(report, Report::Damaged { .. }));
+            }
             Action::Journal { .. }
             | Action::Status { .. }
             | Action::Missed { .. }
@@ -1034,6 +1039,8 @@ fn stored_and_cold() -> World {
     for start in (0..1024).step_by(64) {
         world.ask(Op::Write { fua: false }, range(start, 64));
     }
+    // A drain is of what was acknowledged before it.
+    world.settle();
     let (io, checkpoint) = (IoId(1), true);
     world.feed(Event::Drain { io, checkpoint });
     world.settle();
@@ -1165,6 +1172,59 @@ fn damaged_frame_fails_who_reads_it_and_nobody_who_waits_for_its_neighbours() {
     world.ask(Op::Read, range(256, 64));
     world.settle();
     assert_eq!(world.volume.stats().miss_bytes - missed, 32 * 512);
+}
+
+/// As when the store was away for longer than it keeps what a map needed after a newer one.
+#[test]
+fn read_whose_object_is_gone_since_its_look_up_is_made_again_by_the_newest_map() {
+    let gone = || DataError {
+        object: "gone".to_owned(),
+        reason: "not found".to_owned(),
+    };
+    // How often the map changed, for which read; whether a node or a frame is what is gone.
+    for (maps, is_node) in [(0, false), (0, true), (1, false), (1, true), (2, false)] {
+        let mut world = stored_and_cold();
+        if !is_node {
+            // The map's nodes.
+            world.ask(Op::Read, range(0, 8));
+            world.settle();
+        }
+        world.ask(Op::Read, range(256, 8));
+        let is_waited_for = |action: &Action| match action {
+            Action::Fetch { foreground, .. } => !is_node && *foreground,
+            Action::LoadNodes { foreground, .. } => is_node && *foreground,
+            _ => false,
+        };
+        for _ in 0..maps {
+            let root = Arc::clone(&world.store.root);
+            world.feed(Event::Remapped { root });
+        }
+        let place = world.due.iter().position(is_waited_for).unwrap();
+        let answer = match world.due.swap_remove(place) {
+            Action::Fetch { io, fetch, .. } => Event::Fetched {
+                io,
+                frames: fetch.frames.iter().map(|_| Err(gone())).collect(),
+            },
+            Action::LoadNodes { io, .. } => Event::NodesLoaded {
+                io,
+                result: Err(gone()),
+            },
+            other => panic!("{other:?}"),
+        };
+        // What fails then is counted, not a failure of the test.
+        world.damaged = (maps == 0).then_some((
+            ChunkId {
+                volume: VOLUME,
+                epoch: Epoch::ZERO,
+                seq: ChunkSeq::ZERO,
+            },
+            0,
+        ));
+        world.feed(answer);
+        world.settle();
+        let failed = usize::from(maps == 0);
+        assert_eq!((world.hurt.len(), world.damage_told), (failed, failed));
+    }
 }
 
 #[test]

@@ -168,6 +168,7 @@ impl Source {
 impl Volume {
     pub(super) fn start_read(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let request = self.active[slot].request;
+        self.active[slot].map = self.maps;
         let mut pieces = std::mem::take(&mut self.reads.pieces);
         pieces.clear();
         // A copy may have been made anew, or another fail: the second time none is asked.
@@ -196,7 +197,10 @@ impl Volume {
                 cx.out.push(Action::Missed {
                     request: request.id,
                 });
-                let io = self.io(Io::Nodes { slot: Some(slot) });
+                let io = self.io(Io::Nodes {
+                    slot: Some(slot),
+                    map: self.maps,
+                });
                 cx.out.push(Action::LoadNodes {
                     io,
                     nodes: missing,
@@ -438,6 +442,7 @@ impl Volume {
                 chunk,
                 frames: frames.clone(),
                 why,
+                map: self.maps,
             });
             cx.out.push(Action::Fetch {
                 io,
@@ -483,19 +488,29 @@ impl Volume {
         contents: Vec<Result<Bytes, DataError>>,
         cx: &mut Cx<'_>,
     ) {
-        let Io::Fetch { chunk, frames, why } = self.ios.remove(super::io_key(io)) else {
+        let Io::Fetch {
+            chunk,
+            frames,
+            why,
+            map,
+        } = self.ios.remove(super::io_key(io))
+        else {
             panic!("a fetch answered for another I/O");
         };
         if why == Why::Readahead {
             self.reads.readahead_frames -= frames.len();
         }
         assert_eq!(contents.len(), frames.len(), "one content a frame");
+        let failed = contents.iter().any(Result::is_err);
         // Of one object: the first says it all.
-        let damage = contents.iter().find_map(|content| content.as_ref().err());
-        let failed = damage.cloned().map(|DataError { object, reason }| {
+        let mut damage = frames.iter().zip(&contents).filter_map(|(frame, content)| {
+            let error = content.as_ref().err()?;
+            self.is_told(chunk, *frame, map).then_some(error)
+        });
+        if let Some(DataError { object, reason }) = damage.next().cloned() {
             cx.out
                 .push(Action::Report(Report::Damaged { object, reason }));
-        });
+        }
         let asked = frames.len();
         let mut fills = 0;
         for (frame, content) in frames.into_iter().zip(contents) {
@@ -517,6 +532,9 @@ impl Volume {
                 let part = content
                     .as_ref()
                     .filter(|raw| raw.len() >= waiter.skip + waiter.len);
+                if part.is_none() && self.is_behind(waiter.slot) {
+                    self.active[waiter.slot].retry = true;
+                }
                 self.deliver(&waiter, part, cx);
             }
             // After the answers, and only a copy: losing it costs a miss.
@@ -525,7 +543,18 @@ impl Volume {
             }
         }
         if why == Why::Warming {
-            self.warm_fetched(asked - fills, failed.is_some(), cx);
+            self.warm_fetched(asked - fills, failed, cx);
+        }
+    }
+
+    /// Whether a frame that cannot be had, asked for by this map, is damage to be told of: what somebody fails for, or the newest map
+    /// names. What an older map named may be gone rightly.
+    fn is_told(&self, chunk: ChunkId, frame: FrameRef, map: u64) -> bool {
+        match self.reads.fetching.get(&(chunk, frame.index)) {
+            Some(waiters) if !waiters.is_empty() => {
+                waiters.iter().any(|waiter| !self.is_behind(waiter.slot))
+            }
+            _ => map == self.maps,
         }
     }
 
@@ -578,8 +607,8 @@ impl Volume {
         result: Result<Vec<(NodeRef, Arc<Node>)>, DataError>,
         cx: &mut Cx<'_>,
     ) {
-        let slot = match self.ios.remove(super::io_key(io)) {
-            Io::Nodes { slot } => slot,
+        let (slot, map) = match self.ios.remove(super::io_key(io)) {
+            Io::Nodes { slot, map } => (slot, map),
             Io::WarmNodes => {
                 let nodes = result.map_err(|DataError { object, reason }| {
                     cx.out
@@ -598,16 +627,20 @@ impl Volume {
                 Some(slot) => {
                     self.active[slot].held.extend(nodes);
                     cx.nodes.insert_all(self.active[slot].held.clone());
-                    match self.active[slot].request.op {
-                        Op::Status => self.start_status(slot, cx),
-                        _ => self.start_read(slot, cx),
-                    }
+                    self.start_again(slot, cx);
                 }
                 None => {
                     self.reads.readahead_nodes = false;
                     cx.nodes.insert_all(nodes);
                 }
             },
+            Err(_) if slot.is_some_and(|slot| self.is_behind(slot)) => {
+                let slot = slot.expect("it was just looked at");
+                Branch::ReadAgain.taken();
+                self.active[slot].retried = true;
+                self.start_again(slot, cx);
+            }
+            Err(_) if slot.is_none() && map < self.maps => self.reads.readahead_nodes = false,
             Err(DataError { object, reason }) => {
                 cx.out
                     .push(Action::Report(Report::Damaged { object, reason }));
@@ -616,6 +649,14 @@ impl Volume {
                     self.complete_with(slot, IoError::Io, cx);
                 }
             }
+        }
+    }
+
+    /// Looks up anew where a request's data are.
+    fn start_again(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        match self.active[slot].request.op {
+            Op::Status => self.start_status(slot, cx),
+            _ => self.start_read(slot, cx),
         }
     }
 
@@ -680,7 +721,10 @@ impl Volume {
                 }
                 Err(nodes) => {
                     self.reads.readahead_nodes = true;
-                    let io = self.io(Io::Nodes { slot: None });
+                    let io = self.io(Io::Nodes {
+                        slot: None,
+                        map: self.maps,
+                    });
                     cx.out.push(Action::LoadNodes {
                         io,
                         nodes,

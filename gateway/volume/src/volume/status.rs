@@ -24,6 +24,7 @@ impl Volume {
     /// that is nothing, loads nodes first.
     pub(super) fn start_status(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let request = self.active[slot].request;
+        self.active[slot].map = self.maps;
         let mut told = Told::default();
         let mut at = request.range.start;
         while at < request.range.end && told.entries < ENTRIES_MAX {
@@ -35,7 +36,10 @@ impl Volume {
             {
                 if at == request.range.start {
                     self.active[slot].left = 1;
-                    let io = self.io(Io::Nodes { slot: Some(slot) });
+                    let io = self.io(Io::Nodes {
+                        slot: Some(slot),
+                        map: self.maps,
+                    });
                     let foreground = true;
                     return cx.out.push(Action::LoadNodes {
                         io,

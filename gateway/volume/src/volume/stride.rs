@@ -138,7 +138,10 @@ impl Volume {
             pieces.clear();
             if let Err(nodes) = self.resolve(range, true, cx, &mut pieces) {
                 self.reads.readahead_nodes = true;
-                let io = self.io(Io::Nodes { slot: None });
+                let io = self.io(Io::Nodes {
+                    slot: None,
+                    map: self.maps,
+                });
                 cx.out.push(Action::LoadNodes {
                     io,
                     nodes,

@@ -31,6 +31,9 @@ const PAGE_SECTORS: u32 = 8;
 /// for small ones and discards fill it long before they fill the cache.
 const UNSENT_WRITES_MAX: u64 = 1 << 20;
 
+/// The same of all volumes of a group together: of its many volumes each may be behind a store that takes nothing.
+const GROUP_UNSENT_WRITES_MAX: usize = 4 << 20;
+
 /// How long an open segment without unsent data is kept for the next write, in milliseconds:
 /// hundreds of quiet volumes must not hold a segment each.
 const IDLE_SEGMENT_MS: u64 = 2_000;
@@ -228,7 +231,10 @@ impl Volume {
             if left == 0 {
                 return Ok(());
             }
-            if self.writes.unsent.len() as u64 + self.writes.in_flight >= UNSENT_WRITES_MAX {
+            let of_group = cx.cache.unsent_of(self.params.group);
+            if self.writes.unsent.len() as u64 + self.writes.in_flight >= UNSENT_WRITES_MAX
+                || of_group >= GROUP_UNSENT_WRITES_MAX
+            {
                 Branch::UnsentFull.taken();
                 self.starve(cx);
                 return Err(WriteWait::Unsent);
@@ -509,6 +515,7 @@ impl Volume {
             record,
         });
         self.index(id, &record);
+        cx.cache.note_unsent(self.params.group, 1);
         if self.journal_used() >= u64::from(self.params.tuning.journal_entries / 2) {
             Branch::JournalHalfFull.taken();
             self.start_round(cx);
@@ -548,6 +555,7 @@ impl Volume {
     /// The oldest `count` unsent writes are in the store: they are dirty no more.
     pub(super) fn forget_unsent(&mut self, count: usize, cx: &mut Cx<'_>) {
         let sent: Vec<Unsent> = self.writes.unsent.drain(..count).collect();
+        cx.cache.forget_unsent(self.params.group, sent.len());
         let Some(last) = sent.last().map(|u| u.record.seq) else {
             return;
         };

@@ -132,6 +132,11 @@ impl Writeback {
             .or(self.uncut_since)
     }
 
+    /// What is uncut up to here is to be cut as soon as there is a place.
+    pub(super) fn cut_up_to(&mut self, target: WriteSeq) {
+        self.wanted = self.wanted.max(target);
+    }
+
     pub(super) fn note(&mut self, now_ms: u64, record: &Record) {
         if let RecordBody::Data { .. } = record.body {
             self.uncut_sectors += u64::from(record.len);
@@ -201,7 +206,7 @@ impl Volume {
 
     /// Everything up to `target` is to be committed as soon as can be.
     pub(super) fn upload_up_to(&mut self, target: WriteSeq, cx: &mut Cx<'_>) {
-        self.writeback.wanted = self.writeback.wanted.max(target);
+        self.writeback.cut_up_to(target);
         self.pump_writeback(cx);
     }
 
@@ -401,7 +406,7 @@ impl Volume {
             Some(upto),
             "one checkpoint at a time"
         );
-        self.root = root;
+        self.use_map(root);
         self.frozen = None;
         self.writeback.folded = self.writeback.checkpoint_write;
         self.stats.checkpoints += 1;
