@@ -59,7 +59,7 @@ use crate::backend::open::{Entry, log_place};
 use crate::backend::{DAMAGE_RETRIES_MAX, MapEnd, named, told};
 use crate::clones::{self, Fate};
 use crate::control::{Finding, LogRangeInfo, RescueReport, RescueSpec, VolumeRef};
-use crate::store::{Store, StoreError, Tag};
+use crate::store::{Store, StoreError, Tag, each_key};
 use crate::trash::TrashError;
 use crate::verify;
 
@@ -160,41 +160,44 @@ impl Listed {
     async fn read(store: &dyn Store, volume: &VolumeRef, id: VolumeId) -> Result<Self, StoreError> {
         let prefix = keys::volume_prefix(&volume.tenant, id);
         let mut listed = Self::default();
-        for key in store.list(&prefix).await? {
-            let mut parts = key[prefix.len()..].split('/');
-            let (kind, epoch, seq) = (parts.next(), parts.next(), parts.next());
-            if let (Some("snap"), Some(Ok(name)), None) = (kind, epoch.map(SnapName::new), seq) {
-                listed.snapshots.push(name);
-                continue;
-            }
-            if let (Some("keys"), Some(revision), None) = (kind, hex(epoch, 8), seq) {
-                listed.keys.extend(u32::try_from(revision));
-                continue;
-            }
-            let (Some(epoch), Some(seq), None) = (hex(epoch, 8), hex(seq, 16), parts.next()) else {
-                continue;
-            };
-            let Ok(epoch) = u32::try_from(epoch).map(Epoch::new) else {
-                continue;
-            };
-            // Numbers that nothing can follow upon are nobody's.
-            if seq == u64::MAX {
-                continue;
-            }
-            match kind {
-                Some("chunk") if ChunkSeq::new(seq).is_compacted() => {
-                    listed.compacted.insert((epoch, seq));
-                }
-                Some("chunk") => {
-                    listed.chunks.entry(epoch).or_default().insert(seq);
-                }
-                Some("map") => {
-                    listed.maps.insert((epoch, MapSeq::new(seq)));
-                }
-                _ => {}
-            }
-        }
+        each_key(store, &prefix, |key| listed.take(&key[prefix.len()..])).await?;
         Ok(listed)
+    }
+
+    /// Takes in what a key names, which is without the volume's prefix here.
+    fn take(&mut self, key: &str) {
+        let mut parts = key.split('/');
+        let (kind, epoch, seq) = (parts.next(), parts.next(), parts.next());
+        if let (Some("snap"), Some(Ok(name)), None) = (kind, epoch.map(SnapName::new), seq) {
+            self.snapshots.push(name);
+            return;
+        }
+        if let (Some("keys"), Some(revision), None) = (kind, hex(epoch, 8), seq) {
+            self.keys.extend(u32::try_from(revision));
+            return;
+        }
+        let (Some(epoch), Some(seq), None) = (hex(epoch, 8), hex(seq, 16), parts.next()) else {
+            return;
+        };
+        let Ok(epoch) = u32::try_from(epoch).map(Epoch::new) else {
+            return;
+        };
+        // Numbers that nothing can follow upon are nobody's.
+        if seq == u64::MAX || (kind == Some("map") && MapSeq::new(seq) > MapSeq::MAX) {
+            return;
+        }
+        match kind {
+            Some("chunk") if ChunkSeq::new(seq).is_compacted() => {
+                self.compacted.insert((epoch, seq));
+            }
+            Some("chunk") => {
+                self.chunks.entry(epoch).or_default().insert(seq);
+            }
+            Some("map") => {
+                self.maps.insert((epoch, MapSeq::new(seq)));
+            }
+            _ => {}
+        }
     }
 
     /// Whether a chunk is there and, of the log, no later epoch began at or before its place.
@@ -287,7 +290,7 @@ pub async fn run(
     let found = rescue.newest(spec, &mut passed_over).await?;
     let epoch = rescue.listed.epoch_max().max(found.followed.epoch_max);
     let epoch = epoch.get().checked_add(EPOCH_MARGIN).map(Epoch::new);
-    let epoch = epoch.filter(|epoch| epoch.get() < u32::MAX);
+    let epoch = epoch.filter(|epoch| *epoch <= Epoch::MAX);
     let epoch = epoch.ok_or(RescueError::Epochs)?;
     let mut report = rescue.report(&found, epoch, passed_over);
     report.lost = match &lost {
@@ -786,7 +789,7 @@ impl Rescue {
         let size = Sectors::new(VOLUME_SECTORS_MAX);
         Head {
             frame_sectors: 1,
-            epoch: Epoch::new(u32::MAX),
+            epoch: Epoch::MAX,
             log,
             root,
             ..Head::fresh(self.id, tenant, name, size, 0)

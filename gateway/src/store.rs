@@ -191,6 +191,29 @@ pub(crate) async fn create_own(
     }
 }
 
+/// Keys of a page, for who goes through all of them; so few in tests that they turn pages.
+const PAGE_KEYS: usize = if cfg!(test) { 3 } else { 10_000 };
+
+/// Calls `each` with all keys that begin with `prefix`, in order, however many they are.
+///
+/// # Errors
+/// Those of [`Store::list_after`].
+pub(crate) async fn each_key(
+    store: &dyn Store,
+    prefix: &str,
+    mut each: impl FnMut(&str) + Send,
+) -> Result<(), StoreError> {
+    let mut after = prefix.to_owned();
+    loop {
+        let page = store.list_after(prefix, &after, PAGE_KEYS).await?;
+        page.iter().for_each(|key| each(key));
+        match page.into_iter().nth(PAGE_KEYS - 1) {
+            Some(last) => after = last,
+            None => return Ok(()),
+        }
+    }
+}
+
 /// As [`Store::get_range`], however long the range is: in several reads, if it is too long for one.
 ///
 /// # Errors
@@ -213,7 +236,10 @@ pub(crate) async fn get_long(
     Ok(whole.freeze())
 }
 
-/// All of an object that is never changed, however long it is.
+/// Longest object that is read whole, in bytes: no place in one is further from its start (`u32`).
+const WHOLE_BYTES_MAX: u64 = u32::MAX as u64;
+
+/// All of an object that is never changed, however long one of ours can be.
 ///
 /// # Errors
 /// Those of [`Store::get_prefix`] and [`Store::get_range`].
@@ -222,6 +248,10 @@ pub(crate) async fn get_whole(store: &dyn Store, key: &str) -> Result<Bytes, Sto
     // As long as there was as much as was asked for, there may be more.
     while !whole.is_empty() && (whole.len() as u64).is_multiple_of(GET_BYTES_MAX) {
         let at = whole.len() as u64;
+        if at > WHOLE_BYTES_MAX {
+            let reason = format!("it is longer than {WHOLE_BYTES_MAX} bytes");
+            return Err(StoreError::invalid(key, reason));
+        }
         let more = match store.get_range(key, at..at + GET_BYTES_MAX).await {
             Err(StoreError::WrongLength { got: 0, .. }) => break,
             Err(StoreError::WrongLength { got, .. }) => store.get_range(key, at..at + got).await?,
@@ -541,6 +571,26 @@ fn is_key_part(part: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn each_key_is_told_once_and_in_order_however_many_pages_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), false).unwrap();
+        for count in 0..3 * PAGE_KEYS {
+            let mut told = Vec::new();
+            each_key(&store, "a/", |key| told.push(key.to_owned()))
+                .await
+                .unwrap();
+            let there: Vec<_> = (0..count).map(|n| format!("a/{n:02}/x")).collect();
+            assert_eq!(told, there);
+            let next = format!("a/{count:02}/x");
+            store.create(&next, Bytes::from("x")).await.unwrap();
+            store
+                .create(&format!("b/{count}"), Bytes::from("y"))
+                .await
+                .unwrap();
+        }
+    }
 
     #[test]
     fn key_of_other_than_plain_parts_is_refused() {

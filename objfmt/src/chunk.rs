@@ -433,6 +433,7 @@ impl ChunkHeader {
             WHAT,
             "a write's number does not fit 64 bits",
         ))?;
+        WriteSeq::new(last).check(WHAT)?;
         let cut_ms = match version {
             1 => 0,
             _ => reader.varint()?,

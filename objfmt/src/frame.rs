@@ -40,6 +40,10 @@ const IDENTITY_LEN: usize = 16 + 4 + 8 + 4;
 /// The part of the header that the additional data hold: all that is known before the payload.
 const AAD_HEADER_LEN: usize = 8;
 
+/// Most bytes that a frame takes in an object.
+pub(crate) const FRAME_STORED_MAX: usize =
+    (FRAME_SECTORS_MAX * SECTOR_SIZE) as usize + FRAME_OVERHEAD_MAX;
+
 const _: () = assert!(FRAME_HEADER_LEN == 2 + 1 + 1 + 4 + 4 + 4);
 const _: () = assert!(FRAME_OVERHEAD_MAX <= 32 + TAG_LEN);
 

@@ -490,6 +490,9 @@ impl Head {
         if self.tenant.parse::<TenantName>().is_err() || self.name.parse::<VolumeName>().is_err() {
             return invalid("a name is not a name");
         }
+        self.epoch.check(WHAT)?;
+        self.root_write.check(WHAT)?;
+        self.next_map.check(WHAT)?;
         if self
             .lineage
             .is_some_and(|lineage| lineage.since > self.epoch)
@@ -531,6 +534,7 @@ impl Head {
             if !names.insert(&snapshot.name) {
                 return invalid("two snapshots have one name");
             }
+            snapshot.root_write.check(WHAT)?;
             if snapshot.size == Sectors::ZERO || snapshot.size.get() > VOLUME_SECTORS_MAX {
                 return invalid("a snapshot's size is out of range");
             }
@@ -612,6 +616,7 @@ impl RootRef {
                 "the map is of a later epoch than the newest",
             ));
         }
+        self.seq.check(what)?;
         if self.len == 0 || self.offset.checked_add(self.len).is_none() {
             return Err(FormatError::invalid(
                 what,
@@ -886,7 +891,7 @@ mod tests {
     #[test]
     fn head_broken_rules_are_named() {
         type Break = fn(&mut Head);
-        let cases: [(Break, &str); 15] = [
+        let cases: [(Break, &str); 20] = [
             (|h| h.sector_size = 1024, "logical block"),
             (|h| h.frame_sectors = 100, "frame length"),
             (|h| h.size = Sectors::new(9), "number of logical blocks"),
@@ -905,6 +910,17 @@ mod tests {
             ),
             (|h| h.encryption = Encryption::None, "not encrypted"),
             (|h| h.keys.revision = 0, "no copy"),
+            (|h| h.epoch = Epoch::new(u32::MAX), "Epoch"),
+            (|h| h.root_write = WriteSeq::new(u64::MAX), "WriteSeq"),
+            (|h| h.next_map = MapSeq::new(u64::MAX), "MapSeq"),
+            (
+                |h| h.root.as_mut().unwrap().seq = MapSeq::new(1 << 63),
+                "MapSeq",
+            ),
+            (
+                |h| h.snapshots[0].root_write = WriteSeq::new(1 << 63),
+                "WriteSeq",
+            ),
         ];
         for (broken, word) in cases {
             let mut head = sample();

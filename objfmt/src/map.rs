@@ -398,6 +398,27 @@ mod tests {
     }
 
     #[test]
+    fn frame_or_leaf_longer_than_any_can_be_is_refused() {
+        let longest = u32::try_from(crate::frame::FRAME_STORED_MAX).unwrap();
+        for (stored_len, fits) in [(longest, true), (longest + 1, false)] {
+            let mut builder = MapObjectBuilder::new(id(1));
+            let entry = data(0, 8, chunk(7, 1, 1), 0, (0, stored_len));
+            assert_eq!(builder.push(entry).is_ok(), fits);
+        }
+        for (len, fits) in [(128 << 10, true), ((128 << 10) + 1, false)] {
+            let leaf = IndexEntry {
+                first: Lba::ZERO,
+                last_end: Lba::new(8),
+                offset: 0,
+                len,
+            };
+            let mut payload = Vec::new();
+            index::encode_index(&[leaf], &mut payload);
+            assert_eq!(IndexNode::decode(&payload).is_ok(), fits);
+        }
+    }
+
+    #[test]
     fn builder_entry_out_of_order_is_refused() {
         let mut builder = MapObjectBuilder::new(id(1));
         builder.push(zero(10, 10)).unwrap();

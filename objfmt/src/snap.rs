@@ -108,6 +108,13 @@ impl Snapshot {
         if self.name.parse::<SnapName>().is_err() {
             return Err(FormatError::invalid(WHAT, "the name is not a name"));
         }
+        self.root_write.check(WHAT)?;
+        if self.log_end > ChunkSeq::COMPACTED {
+            return Err(FormatError::invalid(
+                WHAT,
+                "its log ends among the numbers of compaction",
+            ));
+        }
         if self.size == Sectors::ZERO || self.size.get() > VOLUME_SECTORS_MAX {
             return Err(FormatError::invalid(WHAT, "the size is out of range"));
         }

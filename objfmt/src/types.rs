@@ -246,6 +246,34 @@ impl ChunkSeq {
     }
 }
 
+/// Numbers that what comes from a store must not exceed: one more is made of each in the life of a volume, and none that was not made
+/// up comes near them.
+macro_rules! limited {
+    ($name:ident, $max:expr) => {
+        impl $name {
+            /// The largest that is read from a store.
+            pub const MAX: Self = Self($max);
+
+            /// Refuses one past the largest.
+            pub(crate) fn check(self, what: &'static str) -> Result<(), crate::FormatError> {
+                if self <= Self::MAX {
+                    return Ok(());
+                }
+                Err(crate::FormatError::TooLarge {
+                    what,
+                    field: stringify!($name),
+                    value: self.0.into(),
+                    limit: Self::MAX.0.into(),
+                })
+            }
+        }
+    };
+}
+
+limited!(Epoch, u32::MAX - (1 << 16));
+limited!(WriteSeq, 1 << 62);
+limited!(MapSeq, 1 << 62);
+
 macro_rules! uuid_name {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*

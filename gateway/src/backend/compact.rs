@@ -269,6 +269,16 @@ async fn gather(
         if !victims.has(backend.volume, at.chunk) {
             continue;
         }
+        let frame_sectors = backend.head.frame_sectors();
+        if u64::from(at.raw % frame_sectors) + u64::from(entry.len) > u64::from(frame_sectors) {
+            return Err(Stopped::Damaged(quarry_volume::DataError {
+                object: "map".to_owned(),
+                reason: format!(
+                    "its entry at sector {} is longer than a frame",
+                    entry.start.get()
+                ),
+            }));
+        }
         sectors += u64::from(entry.len);
         pieces.push(Piece {
             start: entry.start,

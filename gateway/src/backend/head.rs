@@ -66,22 +66,8 @@ impl HeadCell {
     /// # Errors
     /// [`HeadError::Damaged`] if it is missing or does not decode: never an empty volume.
     pub async fn read(store: &dyn Store, key: &str) -> Result<(Head, Tag), HeadError> {
-        let damaged = |reason: String| HeadError::Damaged {
-            object: key.to_owned(),
-            reason,
-        };
-        let decode = |(bytes, tag): (Bytes, Tag)| Head::decode(&bytes).map(|head| (head, tag));
-        sound::read(|| store.get(key), decode)
-            .await
-            .map_err(|error| match error {
-                Unsound::Store(StoreError::NotFound { .. }) => {
-                    damaged("the volume's head is missing".to_owned())
-                }
-                Unsound::Store(error) => error.into(),
-                Unsound::Damaged(reason) => {
-                    damaged(format!("the volume's head cannot be read: {reason}"))
-                }
-            })
+        let there = read_if_there(store, key).await?;
+        there.ok_or_else(|| missing(key))
     }
 
     /// The tenant.
@@ -146,6 +132,22 @@ impl HeadCell {
         }
     }
 
+    /// What it means that there is no head: if the map that it named is gone too, the volume was deleted for good, and who still writes
+    /// to it is to know; a head alone comes back with a rescue.
+    async fn lost(&self, store: &dyn Store, head: &Head) -> HeadError {
+        let Some(root) = head.root else {
+            return missing(&self.key);
+        };
+        let map = keys::map_key(&self.tenant, head.volume, root.epoch, root.seq);
+        let place = u64::from(root.offset)..u64::from(root.offset) + u64::from(root.len);
+        match store.get_range(&map, place).await {
+            Err(StoreError::NotFound { .. }) => HeadError::Fenced {
+                by: "who deleted it for good".to_owned(),
+            },
+            _ => missing(&self.key),
+        }
+    }
+
     /// As [`HeadCell::update`], for a change that may find that it cannot be: then nothing is written by
     /// this turn of it.
     ///
@@ -164,6 +166,7 @@ impl HeadCell {
             }
             let (done, now) = match replace(store, &self.key, &head, &state.1).await? {
                 Replaced::Done(tag) => (true, (head, tag)),
+                Replaced::Missing => return Err(self.lost(store, &state.0).await),
                 Replaced::Changed(now, tag) => {
                     if (now.epoch, &now.owner) != (state.0.epoch, &state.0.owner)
                         && !Mutation::IgnoreEpoch.is_on()
@@ -184,8 +187,31 @@ impl HeadCell {
     }
 }
 
+/// A head, if there is one.
+async fn read_if_there(store: &dyn Store, key: &str) -> Result<Option<(Head, Tag)>, HeadError> {
+    let decode = |(bytes, tag): (Bytes, Tag)| Head::decode(&bytes).map(|head| (head, tag));
+    match sound::read(|| store.get(key), decode).await {
+        Ok(read) => Ok(Some(read)),
+        Err(Unsound::Store(StoreError::NotFound { .. })) => Ok(None),
+        Err(Unsound::Store(error)) => Err(error.into()),
+        Err(Unsound::Damaged(reason)) => Err(HeadError::Damaged {
+            object: key.to_owned(),
+            reason: format!("the volume's head cannot be read: {reason}"),
+        }),
+    }
+}
+
+fn missing(key: &str) -> HeadError {
+    HeadError::Damaged {
+        object: key.to_owned(),
+        reason: "the volume's head is missing".to_owned(),
+    }
+}
+
 /// What came of a conditional PUT.
 enum Replaced {
+    /// There is no head any more.
+    Missing,
     /// It is written.
     Done(Tag),
     /// Another head stands there.
@@ -205,6 +231,7 @@ pub(super) async fn put(
     match replace(store, key, head, tag).await? {
         Replaced::Done(tag) => Ok(tag),
         Replaced::Changed(now, _) => Err(fenced(&now)),
+        Replaced::Missing => Err(missing(key)),
     }
 }
 
@@ -218,7 +245,9 @@ async fn replace(
     match store.replace(key, bytes.clone(), tag).await {
         Ok(tag) => Ok(Replaced::Done(tag)),
         Err(StoreError::Changed { .. } | StoreError::NotFound { .. }) => {
-            let (now, now_tag) = HeadCell::read(store, key).await?;
+            let Some((now, now_tag)) = read_if_there(store, key).await? else {
+                return Ok(Replaced::Missing);
+            };
             Ok(if now.encode() == bytes[..] {
                 Branch::HeadThere.taken();
                 Replaced::Done(now_tag)
@@ -297,6 +326,37 @@ mod tests {
         // And the one that is behind now goes on in the same way.
         let head = late.update(&store, |head| head.stored_bytes += 3);
         assert_eq!(head.await.unwrap().stored_bytes, 10);
+    }
+
+    #[tokio::test]
+    async fn head_that_is_gone_with_its_map_fences_and_one_gone_alone_is_damage() {
+        let root = quarry_objfmt::head::RootRef {
+            epoch: Epoch::new(3),
+            seq: quarry_objfmt::MapSeq::new(1),
+            offset: 2,
+            len: 3,
+            usage: None,
+        };
+        for (is_purged, has_root) in [(false, true), (true, true), (true, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (store, cell, _) = two_cells(dir.path()).await;
+            let named = |head: &mut Head| head.root = has_root.then_some(root);
+            let head = cell.update(&store, named).await.unwrap();
+            let map = keys::map_key(cell.tenant(), head.volume, root.epoch, root.seq);
+            if !is_purged {
+                store.create(&map, Bytes::from("a map")).await.unwrap();
+            }
+            store
+                .delete(&keys::head_key(cell.tenant(), head.volume))
+                .await
+                .unwrap();
+            let error = cell.update(&store, |head| head.stored_bytes += 1).await;
+            let error = error.unwrap_err();
+            match is_purged && has_root {
+                true => assert!(matches!(error, HeadError::Fenced { .. }), "{error}"),
+                false => assert!(matches!(error, HeadError::Damaged { .. }), "{error}"),
+            }
+        }
     }
 
     #[tokio::test]

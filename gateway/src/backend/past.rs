@@ -43,7 +43,7 @@ use super::open::{
 use super::scan::Scan;
 use super::sound::Unsound;
 use crate::moment::Moment;
-use crate::store::{Store, StoreError, Tag};
+use crate::store::{Store, StoreError, Tag, each_key};
 
 /// Chunks whose headers are read before it is seen whether they are too late.
 const STRETCH: u64 = 128;
@@ -319,22 +319,20 @@ impl Past<'_> {
     async fn maps(&self, root: RootRef) -> Result<Vec<MapObjectId>, OpenError> {
         let volume = self.head.volume;
         let prefix = format!("{}map/", keys::volume_prefix(self.tenant, volume));
-        let listed = self.store.list(&prefix).await?;
-        let id = |key: &String| {
+        let id = |key: &str| {
             let (epoch, seq) = key[prefix.len()..].split_once('/')?;
             let id = MapObjectId {
                 volume,
                 epoch: Epoch::new(u32::from_str_radix(epoch, 16).ok()?),
                 seq: MapSeq::new(u64::from_str_radix(seq, 16).ok()?),
             };
-            (keys::map_key(self.tenant, volume, id.epoch, id.seq) == *key).then_some(id)
+            (keys::map_key(self.tenant, volume, id.epoch, id.seq) == key)
+                .then_some((id.epoch, id.seq))
         };
-        let up_to_head = listed
-            .iter()
-            .filter_map(id)
-            .map(|id| (id.epoch, id.seq))
-            .filter(|name| *name <= (root.epoch, root.seq))
-            .collect();
+        let mut up_to_head = BTreeSet::new();
+        let newest = (root.epoch, root.seq);
+        let take = |key: &str| up_to_head.extend(id(key).filter(|name| *name <= newest));
+        each_key(self.store, &prefix, take).await?;
         // What a rollback stored that was broken off is no state that the volume ever had.
         let maps = map_end::named(&up_to_head).into_iter();
         let maps = maps.map(|(epoch, seq)| MapObjectId { volume, epoch, seq });

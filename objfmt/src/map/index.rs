@@ -2,6 +2,7 @@
 
 use crate::error::{FormatError, Result};
 use crate::map::NODE_HEADER_LEN;
+use crate::map::leaf::LEAF_BYTES_MAX;
 use crate::types::{Lba, VOLUME_SECTORS_MAX};
 use crate::wire::{Reader, put_varint};
 
@@ -67,6 +68,14 @@ impl IndexNode {
                     WHAT,
                     "a leaf is shorter than its header",
                 ));
+            }
+            if len as usize > LEAF_BYTES_MAX {
+                return Err(FormatError::TooLarge {
+                    what: WHAT,
+                    field: "length of a leaf",
+                    value: len.into(),
+                    limit: LEAF_BYTES_MAX as u64,
+                });
             }
             leaves.push(IndexEntry {
                 first: Lba::new(first),

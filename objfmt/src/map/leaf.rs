@@ -5,6 +5,7 @@
 //! even a leaf whose entries are all of different chunks takes 40 bytes an entry.
 
 use crate::error::{FormatError, Result};
+use crate::frame::FRAME_STORED_MAX;
 use crate::types::{
     ChunkId, ChunkSeq, DataLoc, Epoch, Lba, Location, MapEntry, Sectors, VOLUME_SECTORS_MAX,
     VolumeId,
@@ -13,6 +14,10 @@ use crate::wire::{Reader, put_u8, put_u32, put_varint, unzigzag, zigzag};
 
 /// Most entries in a leaf.
 pub const LEAF_ENTRIES_MAX: usize = 1024;
+
+/// Most bytes of a leaf with its header: a dictionary of as many origins and chunks as it has entries (31 bytes each), and an entry's first
+/// byte and six numbers at their longest.
+pub(super) const LEAF_BYTES_MAX: usize = 128 << 10;
 
 const WHAT: &str = "map leaf";
 
@@ -407,7 +412,8 @@ fn decode_data(
             let stored_len = last
                 .checked_add(unzigzag(reader.varint()?))
                 .and_then(|len| u32::try_from(len).ok())
-                .filter(|&len| len > 0 && offset.checked_add(len).is_some())
+                .filter(|&len| len > 0 && len as usize <= FRAME_STORED_MAX)
+                .filter(|&len| offset.checked_add(len).is_some())
                 .ok_or_else(|| invalid("a frame's length is impossible"))?;
             (offset, stored_len)
         }
@@ -436,7 +442,9 @@ pub(super) fn check_entry(entry: &MapEntry, after: Lba) -> Result<()> {
     } else if let Location::Data(data) = entry.location {
         if data.raw.checked_add(entry.len).is_none() {
             "an entry ends past its chunk's raw space"
-        } else if data.stored_len == 0 || data.stored_offset.checked_add(data.stored_len).is_none()
+        } else if data.stored_len == 0
+            || data.stored_len as usize > FRAME_STORED_MAX
+            || data.stored_offset.checked_add(data.stored_len).is_none()
         {
             "a frame's length is impossible"
         } else {

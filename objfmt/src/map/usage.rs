@@ -176,6 +176,13 @@ impl Basis {
             durability: Durability::from_code(reader.u8()?, WHAT)?,
             ..Self::default()
         };
+        basis.root_write.check(WHAT)?;
+        if basis.log_end > ChunkSeq::COMPACTED {
+            return Err(FormatError::invalid(
+                WHAT,
+                "its log ends among the numbers of compaction",
+            ));
+        }
         if version == 1 {
             return Ok(basis);
         }
