@@ -189,6 +189,8 @@ pub struct VolumeBackend {
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
     drains: parking_lot::Mutex<Drains>,
+    /// Whether what the volume has of the cache is still its own. Held by who makes a chunk of that.
+    has_cache: Arc<tokio::sync::RwLock<bool>>,
     warmings: warm::Warmings,
     fetched: fetch::FetchCounts,
 }
@@ -237,6 +239,7 @@ impl VolumeBackend {
             reactor,
             condition: parking_lot::Mutex::default(),
             drains: parking_lot::Mutex::new(Some(std::collections::HashMap::new())),
+            has_cache: Arc::new(tokio::sync::RwLock::new(true)),
             warmings: warm::Warmings::default(),
             fetched: fetch::FetchCounts::default(),
         })
@@ -320,10 +323,13 @@ impl VolumeBackend {
         rx.await.unwrap_or(false)
     }
 
-    /// The volume is gone from its reactor: whoever waits for something of it waits no longer.
-    pub fn close(&self) {
+    /// The volume is gone from its reactor: whoever waits for something of it waits no longer, and no chunk is made any more of
+    /// what it had in the cache, which may be another's from now on.
+    pub async fn close(&self) {
         *self.drains.lock() = None;
         self.warmings.close();
+        // Waits for one that is being made, at most as long as the cache device takes to be read.
+        *self.has_cache.write().await = false;
     }
 
     /// How a chunk is made that is cut at `cut_ms`.
@@ -395,7 +401,9 @@ impl VolumeBackend {
                 self.tell(Event::NodesLoaded { io, result }).await;
             }
             Action::Upload(plan) => match self.upload(&plan, cut_ms).await {
-                Ok((header, stored_bytes)) => {
+                // The volume is gone: what it had not sent stays in the cache.
+                Ok(None) => {}
+                Ok(Some((header, stored_bytes))) => {
                     self.log_chunk(&header, stored_bytes, cut_ms);
                     let entries = header.map_entries();
                     self.tell(Event::Uploaded {
@@ -514,12 +522,16 @@ impl VolumeBackend {
         self.reclaim.folded(bytes);
     }
 
-    /// Makes the chunk and stores it. Answers its header and bytes; `Err` names the newer writer.
+    /// Makes the chunk and stores it. Answers its header and bytes, or nothing if the volume was gone first; `Err` names the newer writer.
     ///
     /// The order: the data are on the cache device and stay there until the chunk is committed.
     /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
     /// the chunk; its `last_write` then says what the cache need not send again.*
-    async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(ChunkHeader, u64), String> {
+    async fn upload(
+        &self,
+        plan: &ChunkPlan,
+        cut_ms: u64,
+    ) -> Result<Option<(ChunkHeader, u64)>, String> {
         let waiting = trace::open(Step::UploadPlace, None);
         let _memory = self.common.uploads.enter(&self.common.share).await;
         drop(waiting);
@@ -530,7 +542,15 @@ impl VolumeBackend {
             let _encoding = trace::open(Step::Encode, None);
             let buffers = self.common.buffers.clone();
             let kept = Arc::clone(&self.common.kept_writes);
-            let encode = move || make_chunk(&*device, &kept, &plan, &how, &buffers);
+            let has_cache = Arc::clone(&self.has_cache).read_owned().await;
+            if !*has_cache {
+                return Ok(None);
+            }
+            let encode = move || {
+                let made = make_chunk(&*device, &kept, &plan, &how, &buffers);
+                drop(has_cache);
+                made
+            };
             match aside(encode).await.expect("encoding does not panic") {
                 Ok(encoded) => break encoded,
                 // The writes stay unsent and the volume serves on: an operator can still save them.
@@ -564,7 +584,7 @@ impl VolumeBackend {
         }
         self.over(REFUSED);
         self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
-        Ok((encoded.header, stored_bytes))
+        Ok(Some((encoded.header, stored_bytes)))
     }
 
     /// Something is at our key already: our own chunk, whose first answer was lost, or a seal.

@@ -28,7 +28,7 @@ use crate::clock;
 use crate::control::{self, ApiError, Engine, ImageRef, Kind, ListenError, Listeners, Network};
 use crate::engine::{Daemon, How, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
-use crate::nbd::{NbdServer, listen_unix};
+use crate::nbd::listen_unix;
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 use crate::tls::{Tls, TlsError, TlsFiles};
@@ -110,7 +110,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
             lane.clone(),
         ));
     }
-    let nbd = NbdServer::new(daemon.exports());
+    let nbd = daemon.nbd_server();
     let unix = listen_unix(&nbd_socket)?;
     tokio::spawn({
         let nbd = nbd.clone();
@@ -362,8 +362,11 @@ impl AttachAgain {
     /// Whether what is not there is gone for good: where its tenant is not either, the store may be another one, such as
     /// the folder that a file system is to be mounted on.
     async fn was_deleted(&self, volume: &ImageRef) -> bool {
-        let tenant = self.daemon.show_tenant(&volume.volume.tenant).await;
-        tenant.is_ok()
+        let tenant = &volume.volume.tenant;
+        let is_there = self.daemon.show_tenant(tenant).await.is_ok();
+        // The tenant's record is in the daemon's store, and says nothing of another.
+        is_there
+            && (!self.daemon.is_in_own_store(tenant) || self.daemon.has_anything_of(tenant).await)
     }
 
     /// Tries until it works or cannot.
@@ -391,7 +394,7 @@ impl AttachAgain {
                 match self.daemon.was_taken(&volume).await {
                     Ok(true) => {
                         tracing::error!(%volume, "it was taken from this host: it is not attached again, and a device that it had is removed");
-                        self.unlist(&volume);
+                        self.unlist(&volume).await;
                         break;
                     }
                     Ok(false) => {}
@@ -400,7 +403,7 @@ impl AttachAgain {
             }
             if error.kind == Kind::NotFound && self.was_deleted(&volume).await {
                 tracing::error!(%volume, %error, "it was deleted: it is not attached again, and a device that it had is removed");
-                self.unlist(&volume);
+                self.unlist(&volume).await;
                 break;
             }
             self.daemon.wanted().note(&volume, Some(error.to_string()));
@@ -425,9 +428,14 @@ impl AttachAgain {
         self.settle();
     }
 
-    fn unlist(&self, volume: &ImageRef) {
+    /// It is not attached again; a device of it goes too, with those of others that nobody wants, or now if those are gone.
+    async fn unlist(&self, volume: &ImageRef) {
         if let Err(error) = self.daemon.wanted().remove(volume) {
             tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
+            return;
+        }
+        if self.told.is_none() {
+            self.daemon.remove_device_of_unlisted(volume).await;
         }
     }
 

@@ -16,7 +16,7 @@ use anyhow::{Context, bail, ensure};
 use crate::control::{AttachOptions, Engine, Via, VolumeRef, VolumeSpec};
 use crate::engine::Daemon;
 use crate::nbd::client::Client;
-use crate::nbd::{NbdServer, listen_unix};
+use crate::nbd::listen_unix;
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 
 /// Bytes of one transfer.
@@ -188,7 +188,7 @@ impl Host {
         let lane = Lane::new(Arc::clone(&store), &LaneSettings::default());
         let daemon = Daemon::start(config, lane.clone(), None)?;
         let listener = listen_unix(&socket)?;
-        let server = NbdServer::new(daemon.exports());
+        let server = daemon.nbd_server();
         let nbd = tokio::spawn(async move { server.serve_unix(listener).await });
         Ok(Self {
             daemon,

@@ -48,7 +48,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use quarry_cache::{Cache, Journal, Journals, Recovered, Scan};
 use quarry_objfmt::{Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName};
 use quarry_volume::map::NodeCache;
@@ -76,7 +76,7 @@ use crate::kept_writes::{KEPT_WRITE_AGE_MAX, KEPT_WRITE_BYTES_MAX, KeptWrites};
 use crate::keys::KeyService;
 use crate::latency::{Latencies, Timed};
 use crate::metrics;
-use crate::nbd::{Export, ExportDirectory};
+use crate::nbd::{Clients, Export, ExportDirectory, NbdServer};
 use crate::qos::VolumeGate;
 use crate::reactor::{
     Geometry, Machine, PageCache, Reactor, ReactorConfig, ReactorGone, ReactorHandle, Traced,
@@ -106,6 +106,9 @@ const KEPT_SHARE: u64 = 8;
 /// The part of `cache.ram` that large writes may have beside it until their chunk is made, as memory that chunks are made in is
 /// beside it: less than `KEPT_WRITE_BYTES_MAX` where that is small.
 const KEPT_WRITES_SHARE: u64 = 8;
+
+/// Actions of a batch after which another reactor that waits for the lock gets it: some tenths of a millisecond.
+const ACTIONS_AT_ONCE: usize = 1024;
 
 /// A volume as the reactor drives it: the state machine, with the lock on what all volumes share.
 pub struct VolumeMachine {
@@ -139,7 +142,12 @@ impl Machine for VolumeMachine {
         out.append(&mut self.first);
         self.volume.set_now(now_ms);
         let mut shared = self.shared.lock();
+        let mut since = out.len();
         for event in events.drain(..) {
+            if out.len() - since > ACTIONS_AT_ONCE {
+                since = out.len();
+                MutexGuard::bump(&mut shared);
+            }
             self.volume.apply(event, &mut shared, out);
         }
     }
@@ -216,6 +224,7 @@ pub struct Daemon {
     /// Why nothing is to be kept in the store yet, or ever.
     unfit: Mutex<Option<ApiError>>,
     exports: Arc<Exports>,
+    nbd_clients: Arc<Clients>,
     verifies: verify::Verifies,
     trash: trash::Trash,
     access: Arc<Access>,
@@ -399,6 +408,7 @@ impl Daemon {
             not_ready: Mutex::new(Some("it has just started".to_owned())),
             unfit: Mutex::default(),
             exports: Arc::default(),
+            nbd_clients: Arc::default(),
             verifies: verify::Verifies::default(),
             trash: trash::Trash::default(),
             access: Arc::new(access),
@@ -477,9 +487,10 @@ impl Daemon {
         }
     }
 
-    /// What can be had over NBD.
-    pub fn exports(&self) -> Arc<Exports> {
-        Arc::clone(&self.exports)
+    /// A server of what can be had over NBD.
+    pub fn nbd_server(&self) -> NbdServer {
+        let directory: Arc<dyn ExportDirectory> = Arc::clone(&self.exports) as _;
+        NbdServer::new(directory, Arc::clone(&self.nbd_clients))
     }
 
     /// How callers of the control API are told.
@@ -633,11 +644,17 @@ impl Engine for Daemon {
         let tenant = self.tenant(&spec.tenant).await?;
         let volume = VolumeId::from(uuid::Uuid::new_v4());
         let keys = self.keys_for(&tenant, &spec, volume).await?;
+        let copy = (!keys.keys.is_empty()).then_some(keys.revision);
         let wish = Wish::sized(&spec.volume(), spec.size_bytes);
         let admission = self.admit(&tenant, &wish).await?;
         let made = registry::create_volume(&tenant.control(), &spec, volume, keys).await;
         self.settle(admission).await;
         made?;
+        // Whoever deletes the tenant looks for volumes once more after that: of the two one sees the other.
+        if !self.is_still_there(&tenant).await? {
+            registry::unmake_volume(&tenant.control(), &spec.volume(), volume, copy).await?;
+            return Err(ApiError::no_tenant(&spec.tenant));
+        }
         self.show_volume(&spec.volume().into()).await
     }
 

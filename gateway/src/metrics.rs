@@ -30,6 +30,7 @@ pub use self::tenant::{TenantSample, TenantStats};
 pub use self::volume::{VolumeSample, VolumeStats};
 
 use self::definition::Definition;
+use crate::nbd::ClientStats;
 use crate::trace::TraceStats;
 
 /// Volumes that have metrics of their own: those that have been attached for the longest time. Each may have 140 series.
@@ -57,6 +58,8 @@ pub struct Snapshot {
     pub trash: TrashStats,
     /// The audit log.
     pub audit: AuditStats,
+    /// The clients of NBD.
+    pub nbd: ClientStats,
     /// Traces, if there is a collector.
     pub traces: Option<TraceStats>,
     /// The daemon.

@@ -7,6 +7,7 @@
 //! Owns: sockets, the protocol, the memory of requests. Does not own: which volumes there are
 //! ([`ExportDirectory`]), what they do.
 
+mod admission;
 pub mod client;
 mod connection;
 pub mod negotiate;
@@ -31,31 +32,18 @@ use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use self::admission::{Admission, Handshake, Place};
+pub use self::admission::{ClientStats, Clients, Refused};
 pub use self::connection::Connection;
-use crate::places::{self, Places, holder};
 use crate::reactor::memory::{Budget, Total};
 use crate::reactor::{Geometry, Message, ReactorHandle, VolumeKey};
-
-/// Longest time from a connection to its first request.
-const NEGOTIATION_TIME_MAX: Duration = Duration::from_secs(10);
-
-/// Most connections at once, in negotiation or in use.
-const CONNECTIONS_MAX: usize = 1024;
-
-/// Of these, a tenant's: never all.
-const TENANT_CONNECTIONS_MAX: usize = 512;
 
 /// Most memory of all connections' requests and replies, in bytes; and of a tenant's. What others have leaves a tenant a part: of
 /// more tenants than have that part there may be more together.
 const MEMORY_BYTES_MAX: usize = 1 << 30;
 const TENANT_MEMORY_BYTES_MAX: usize = 256 << 20;
 const TENANT_MEMORY_BYTES_MIN: usize = 32 << 20;
-
-/// In negotiation, of one address: who has agreed on nothing yet holds up no others. A host whose volumes all come back at
-/// once has as many.
-const NEGOTIATIONS_MAX: usize = 256;
 
 /// How long a client by TCP may be silent before it is asked whether it is there, how often, and how many times: one whose
 /// host is gone gives its place back.
@@ -151,22 +139,18 @@ pub fn listen_unix(path: &Path) -> Result<UnixListener, ListenError> {
 #[derive(Clone)]
 pub struct NbdServer {
     directory: Arc<dyn ExportDirectory>,
-    connections: Arc<Semaphore>,
-    of_tenants: Places<u32>,
-    negotiations: Places<IpAddr>,
+    admission: Admission,
     memory: Arc<Total>,
     memory_of_tenants: Arc<Mutex<HashMap<u32, Weak<Budget>>>>,
 }
 
 impl NbdServer {
-    /// A server of these exports.
+    /// A server of these exports, whose clients are counted.
     #[must_use]
-    pub fn new(directory: Arc<dyn ExportDirectory>) -> Self {
+    pub fn new(directory: Arc<dyn ExportDirectory>, clients: Arc<Clients>) -> Self {
         Self {
             directory,
-            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
-            of_tenants: Places::default(),
-            negotiations: Places::default(),
+            admission: Admission::new(clients),
             memory: Total::new(MEMORY_BYTES_MAX),
             memory_of_tenants: Arc::default(),
         }
@@ -194,7 +178,8 @@ impl NbdServer {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    self.welcome(stream, None, |stream| {
+                    let handshake = self.admission.handshake(None);
+                    self.welcome(stream, handshake, |stream| {
                         stream.into_std().and_then(blocking_unix)
                     });
                 }
@@ -214,77 +199,29 @@ impl NbdServer {
     }
 
     fn welcome_tcp(&self, stream: TcpStream, from: IpAddr) {
-        let Some(negotiating) = self.negotiating(from) else {
-            return;
-        };
         tune(&stream);
-        self.welcome(stream, Some(negotiating), |stream| {
+        let handshake = self.admission.handshake(Some(from));
+        self.welcome(stream, handshake, |stream| {
             stream.into_std().and_then(blocking_tcp)
         });
-    }
-
-    /// A place for a handshake with this address, until it has ended.
-    fn negotiating(&self, from: IpAddr) -> Option<places::Place<IpAddr>> {
-        let place = self.negotiations.take(&holder(from), NEGOTIATIONS_MAX);
-        if place.is_none() {
-            tracing::debug!(%from, "an NBD connection was refused: its address has too many that agreed on nothing");
-        }
-        place
-    }
-
-    /// A place for one more connection, if there is one.
-    fn place(&self) -> Option<OwnedSemaphorePermit> {
-        let place = Arc::clone(&self.connections).try_acquire_owned().ok();
-        if place.is_none() {
-            let max = CONNECTIONS_MAX;
-            tracing::warn!(max, "an NBD connection was refused: there are too many");
-        }
-        place
-    }
-
-    /// The place of a connection that is a tenant's from now on, if that may have one more.
-    fn of_tenant(&self, export: &Export, place: OwnedSemaphorePermit) -> Option<Place> {
-        let max = TENANT_CONNECTIONS_MAX;
-        let of_tenant = self.of_tenants.take(&export.group, max);
-        if of_tenant.is_none() {
-            tracing::warn!(
-                max,
-                "an NBD connection was refused: its tenant has too many"
-            );
-        }
-        Some(Arc::new((place, of_tenant?)))
     }
 
     /// Starts the handshake of a fresh connection.
     fn welcome<S>(
         &self,
         mut stream: S,
-        negotiating: Option<places::Place<IpAddr>>,
+        handshake: Handshake,
         into_fd: impl FnOnce(S) -> io::Result<OwnedFd> + Send + 'static,
     ) where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let Some(place) = self.place() else { return };
         let server = self.clone();
         tokio::spawn(async move {
             let negotiation = negotiate::negotiate(&mut stream, &*server.directory);
-            let negotiated = match tokio::time::timeout(NEGOTIATION_TIME_MAX, negotiation).await {
-                Ok(Ok(Some(negotiated))) => negotiated,
-                Ok(Ok(None)) => return,
-                Ok(Err(error)) => {
-                    tracing::debug!(
-                        error = &error as &dyn std::error::Error,
-                        "an NBD handshake failed"
-                    );
-                    return;
-                }
-                Err(_) => {
-                    tracing::debug!("an NBD handshake took too long");
-                    return;
-                }
+            let Some(negotiated) = handshake.carry_out(negotiation).await else {
+                return;
             };
-            drop(negotiating);
-            let Some(place) = server.of_tenant(&negotiated.export, place) else {
+            let Some(place) = server.admission.connection(negotiated.export.group) else {
                 return;
             };
             match into_fd(stream) {
@@ -295,7 +232,7 @@ impl NbdServer {
     }
 
     /// Gives a socket that is through its handshake to the reactor of its volume.
-    async fn hand_on(&self, fd: OwnedFd, negotiated: negotiate::Negotiated, place: Place) {
+    async fn hand_on(&self, fd: OwnedFd, negotiated: negotiate::Negotiated, place: Arc<Place>) {
         let export = negotiated.export;
         let connection = Connection::new(fd, negotiated.replies)
             .within(self.memory_of(export.group))
@@ -309,9 +246,6 @@ impl NbdServer {
         }
     }
 }
-
-/// A connection's place among those that there may be, and among its tenant's, for all who keep it up.
-type Place = Arc<(OwnedSemaphorePermit, places::Place<u32>)>;
 
 fn tune(stream: &TcpStream) {
     // Without it a reply waits for the acknowledgement of the one before it.

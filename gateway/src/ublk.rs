@@ -351,6 +351,11 @@ pub enum UblkError {
     /// Too many commands wait for the kernel already.
     #[error("too many ublk commands are under way: try again when they are done")]
     Busy,
+    /// Too many of a tenant's do.
+    #[error(
+        "too many ublk commands for devices of tenant {0} are under way: try again when they are done, or see why its store does not answer"
+    )]
+    TenantBusy(TenantName),
     /// The thread of the command died or could not be made.
     #[error("the ublk command did not run: {0}")]
     Thread(#[source] io::Error),

@@ -1,7 +1,10 @@
 //! What a person sees: every step of a volume's life, and every refusal with its words.
 
+use std::fs;
+use std::path::Path;
+
 use anyhow::Result;
-use quarry_tests::{MIB, Nbd, NbdError, Site, http_get};
+use quarry_tests::{MIB, Nbd, NbdError, Site, http_get, skip};
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -111,6 +114,93 @@ fn daemon_restarted_attaches_what_it_had_attached() -> Result<()> {
     assert!(daemon.connect("acme/one")?.read_vec(0, 4096)? == [1; 4096]);
     assert!(daemon.connect("acme/two")?.read_vec(0, 4096)? == [2; 4096]);
     assert_eq!(daemon.show("acme/idle")?["state"], "detached");
+    daemon.stop()
+}
+
+/// As one whose device cannot be had after a start: here because the kernel has none at all.
+#[test]
+fn volume_that_waits_to_be_attached_again_is_nobody_elses_until_it_is_detached() -> Result<()> {
+    if Path::new("/dev/ublk-control").exists() {
+        skip("this kernel has ublk");
+        return Ok(());
+    }
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
+    nbd.write(0, &[1; 4096], true)?;
+    drop(nbd);
+    daemon.kill()?;
+    let list = site.root().join("data/attached.json");
+    let by_nbd = fs::read_to_string(&list)?;
+    assert!(by_nbd.contains(r#""via":"nbd""#), "{by_nbd}");
+    fs::write(&list, by_nbd.replace("nbd", "ublk"))?;
+
+    let daemon = site.start()?;
+    let shown = daemon.show("acme/db")?;
+    assert_eq!(shown["state"], "attaching", "{shown}");
+    assert!(shown["problem"].as_str().is_some(), "{shown}");
+    let owner = shown["owner"]["cache"].clone();
+    assert!(owner.is_string(), "{shown}");
+    for (command, word) in [
+        (
+            ["volume", "delete", "acme/db"].as_slice(),
+            "detach it first",
+        ),
+        (
+            &["volume", "attach", "acme/db", "--via", "nbd"],
+            "block device",
+        ),
+    ] {
+        let refusal = site.quarry_json(command)?.refusal()?;
+        assert!(
+            refusal.kind == "conflict" && refusal.mentions(word),
+            "{refusal:?}"
+        );
+    }
+    // A snapshot has what the cache kept, and leaves the volume to this host.
+    daemon.quarry(&["snapshot", "create", "acme/db@now"])?;
+    let shown = daemon.show("acme/db")?;
+    assert_eq!(shown["owner"]["cache"], owner, "{shown}");
+    assert_eq!(shown["state"], "attaching", "{shown}");
+    let mut now = daemon.attach("acme/db@now", &["--read-only"])?;
+    assert_eq!(now.read_vec(0, 4096)?, [1; 4096]);
+    now.disconnect()?;
+
+    daemon.quarry(&["volume", "detach", "acme/db"])?;
+    assert_eq!(daemon.show("acme/db")?["state"], "detached");
+    let mut nbd = daemon.attach("acme/db", &[])?;
+    assert_eq!(nbd.read_vec(0, 4096)?, [1; 4096]);
+    drop(nbd);
+    daemon.stop()
+}
+
+#[test]
+fn waiting_volume_that_is_detached_says_what_stays_in_the_cache() -> Result<()> {
+    if Path::new("/dev/ublk-control").exists() {
+        skip("this kernel has ublk");
+        return Ok(());
+    }
+    let dir = tempdir()?;
+    // Nothing is uploaded by itself so soon.
+    let site = Site::with_folder(dir.path(), "a")?.settings("[writeback]\ndelay = \"1h\"\n");
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
+    nbd.write(0, &[1; 4096], true)?;
+    drop(nbd);
+    daemon.kill()?;
+    let list = site.root().join("data/attached.json");
+    fs::write(&list, fs::read_to_string(&list)?.replace("nbd", "ublk"))?;
+    let daemon = site.start()?;
+    let refusal = site
+        .quarry_json(&["volume", "detach", "acme/db"])?
+        .refusal()?;
+    assert!(refusal.mentions("never sent"), "{refusal:?}");
+    assert_eq!(daemon.show("acme/db")?["state"], "detached");
+    let mut nbd = daemon.attach("acme/db", &[])?;
+    assert_eq!(nbd.read_vec(0, 4096)?, [1; 4096]);
+    nbd.disconnect()?;
+    daemon.quarry(&["volume", "detach", "acme/db"])?;
     daemon.stop()
 }
 

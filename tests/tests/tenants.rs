@@ -282,6 +282,27 @@ fn tenant_in_a_bucket_of_its_own_uses_the_keys_of_its_profile() -> Result<()> {
     let written = requests("operation=\"create\"")? + requests("operation=\"replace\"")?;
     ensure!(written as f64 >= puts, "{written}");
     drop(nbd);
+    daemon.quarry(&["volume", "detach", "acme/db"])?;
+
+    // Another way to the same server is taken, another server is not: what it has is not there.
+    let proxy = FaultProxy::start(server.address())?;
+    let way = |address| format!("http://{address}");
+    let update = |endpoint: &str| {
+        let update = ["tenant", "update", "acme", "--endpoint", endpoint];
+        daemon.site().quarry_json(&update)
+    };
+    update(&way(proxy.address()))?.ok()?;
+    let mut nbd = daemon.attach("acme/db", &[])?;
+    ensure!(nbd.read_vec(0, 4096)? == [7; 4096]);
+    let elsewhere = tempdir()?;
+    if let Some(other) = SeaweedFs::start(elsewhere.path())? {
+        let refusal = update(&way(other.address()))?.refusal()?;
+        ensure!(
+            refusal.kind == "conflict" && refusal.mentions("acme/db is not in the store"),
+            "{refusal:?}"
+        );
+    }
+    drop(nbd);
     daemon.stop()
 }
 

@@ -217,7 +217,7 @@ async fn attach(
         device_owner: owner,
         device_mode: mode,
         direct_reads,
-        again: false,
+        ..AttachOptions::default()
     };
     let attached = match is_ensured {
         true => ensure::attach(client, &volume, &options).await?,

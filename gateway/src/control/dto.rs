@@ -686,11 +686,14 @@ pub struct AttachOptions {
     pub device_mode: Option<DeviceMode>,
     /// Receive what the cache lacks straight into requests' pages, unverified, where that is possible.
     pub direct_reads: bool,
-    /// As it was before the daemon's start, by itself: only if the volume is this host's still, which it stays if it
-    /// cannot be attached now. None of the API's.
+    /// As it was before the daemon's start, by itself: only if the volume is this host's still. None of the API's.
     #[serde(skip)]
     #[schemars(skip)]
     pub again: bool,
+    /// It stays this host's if it cannot be attached now: a device of it may wait here. None of the API's.
+    #[serde(skip)]
+    #[schemars(skip)]
+    pub stays: bool,
 }
 
 impl AttachOptions {

@@ -199,11 +199,7 @@ struct StoreDoc {
 
 /// Refuses settings that no tenant can have.
 pub(super) fn check_settings(settings: &TenantSettings) -> ApiResult<()> {
-    if let Some(unknown) = unknown(settings) {
-        let message = format!("a tenant has no setting {unknown:?}");
-        let remedy = "see `quarry tenant update --help`, or the API's document";
-        return Err(ApiError::invalid(message, remedy));
-    }
+    check_known(settings)?;
     let refuse = |message: String, remedy: &str| Err(ApiError::invalid(message, remedy));
     if let Some(weight) = settings.weight.filter(|w| !(1..=WEIGHT_MAX).contains(w)) {
         let remedy = format!("choose 1 to {WEIGHT_MAX}; who has none has 100");
@@ -246,6 +242,16 @@ pub(super) fn check_settings(settings: &TenantSettings) -> ApiResult<()> {
     Ok(())
 }
 
+/// Refuses fields that no setting has.
+fn check_known(settings: &TenantSettings) -> ApiResult<()> {
+    let Some(unknown) = unknown(settings) else {
+        return Ok(());
+    };
+    let message = format!("a tenant has no setting {unknown:?}");
+    let remedy = "see `quarry tenant update --help`, or the API's document";
+    Err(ApiError::invalid(message, remedy))
+}
+
 /// Refuses rates at which nothing could be done.
 fn check_rates(rates: &quarry_objfmt::Rates) -> ApiResult<()> {
     let counts = [rates.iops, rates.iops_burst, rates.bandwidth_burst_bytes];
@@ -286,7 +292,7 @@ pub fn patched(before: &TenantSettings, patch: &Map<String, Value>) -> ApiResult
     };
     // What a newer program wrote is kept, but only that.
     let alone = parse(Value::Object(without_nulls(patch)))?;
-    check_settings(&alone)?;
+    check_known(&alone)?;
     let mut settings = serde_json::to_value(before)
         .map_err(|error| ApiError::internal(format!("the settings cannot be told: {error}")))?;
     merge(&mut settings, patch);
@@ -479,6 +485,17 @@ mod tests {
         }));
         assert_eq!(after, wanted);
         assert_eq!(patch(&before, json!({"store": null})).unwrap().store, None);
+        // What it is reached by, without saying again where it is.
+        let reached = json!({"store": {"credentials": "profile:new"}});
+        let store = patch(&before, reached.clone()).unwrap().store.unwrap();
+        assert_eq!(
+            (store.url.as_str(), store.credentials.as_deref()),
+            ("s3://b/p", Some("profile:new"))
+        );
+        assert!(
+            patch(&TenantSettings::default(), reached).is_err(),
+            "of no store"
+        );
     }
 
     #[test]

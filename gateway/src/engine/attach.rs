@@ -84,6 +84,7 @@ impl From<UblkError> for ApiError {
             | UblkError::Served { .. }
             | UblkError::Shape { .. }
             | UblkError::ZeroCopy { .. } => Kind::Conflict,
+            UblkError::Busy | UblkError::TenantBusy(_) => Kind::Unavailable,
             _ => Kind::Internal,
         };
         Self::new(kind, error.to_string(), "")
@@ -121,6 +122,7 @@ impl Daemon {
             queues: how.queues,
             direct_reads: how.direct_reads,
             again: true,
+            stays: true,
             ..AttachOptions::default()
         };
         self.attach_volume(volume, &options, how.access.clone())
@@ -170,6 +172,14 @@ impl Daemon {
                 Via::Ublk
             }
         };
+        let waits = self.wanted.how(volume).filter(|_| !options.again);
+        if waits.is_some_and(|how| how.via == Via::Ublk) && via == Via::Nbd {
+            let message = format!(
+                "{volume} waits here to be attached again as a block device, which may be in use"
+            );
+            let remedy = "attach it with --via ublk, or detach it first";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
         let how = How {
             via,
             read_only: options.read_only,
@@ -190,6 +200,11 @@ impl Daemon {
             );
             ApiError::new(kind_of(&error), message, remedy)
         })?;
+        // One that waits to be attached again: who does that by hand does not give it up.
+        let options = &AttachOptions {
+            stays: options.stays || before.is_some(),
+            ..options.clone()
+        };
         slot.set(Stage::Attaching);
         match self.open(volume, options, via, access).await {
             Ok(attached) => {
@@ -249,11 +264,7 @@ impl Daemon {
                 Err(error) => {
                     // As if it had been detached again: what the cache has of it stays findable.
                     let error = ApiError::from(error);
-                    let after = if options.again {
-                        After::Keep
-                    } else {
-                        After::GiveBack
-                    };
+                    let after = After::of(options.stays);
                     let left = self.let_go(&attached, after).await.is_err();
                     let left = left.then_some(attached);
                     return Err((error, left));
@@ -459,7 +470,7 @@ impl Daemon {
                 false => match self.unlock(name, &claimed.info).await {
                     Ok(keys) => keys,
                     Err(error) => {
-                        let leaves = kept.is_none() && !options.again;
+                        let leaves = kept.is_none() && !options.stays;
                         leave_to_others(store, volume, &claimed.head, leaves).await;
                         return Err(error);
                     }
@@ -470,7 +481,7 @@ impl Daemon {
         let taken = if read_only {
             (Taken::default(), None)
         } else {
-            let leaves = kept.is_none() && !options.again;
+            let leaves = kept.is_none() && !options.stays;
             match self.take_up(id, kept, &claimed, options.discard_lost).await {
                 Ok((taken, journal)) => (taken, Some(journal)),
                 Err(error) => {
@@ -529,10 +540,14 @@ impl Daemon {
             unsent: taken.unsent,
             kept_segments: taken.segments,
         };
+        // Of a long log it takes a while, in which nobody else is to wait for the lock, nor a thread of the runtime.
+        let prepare = move || Volume::prepare(params, opened);
+        let prepared = tokio::task::spawn_blocking(prepare).await;
+        let prepared = prepared.map_err(|error| ApiError::internal(error.to_string()))?;
         let mut actions = Vec::new();
         let machine = VolumeMachine {
             gate: Arc::clone(&gate),
-            volume: Volume::new(params, opened, &mut self.shared.lock(), &mut actions),
+            volume: prepared.join(&mut self.shared.lock(), &mut actions),
             shared: Arc::clone(&self.shared),
             journal,
             copied_bytes: 0,
@@ -664,20 +679,62 @@ impl Daemon {
             let Some(stamp) = found.stamp.filter(|s| s.cache == self.common.device.id()) else {
                 continue;
             };
-            let volume = ImageRef {
-                volume: VolumeRef {
-                    tenant: stamp.tenant.clone(),
-                    name: stamp.name.clone(),
-                },
-                snapshot: stamp.snapshot.clone(),
-                at: stamp.at,
-            };
+            let volume = image_of(&stamp);
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
             if !self.wanted.contains(&volume) && slot.is_detached() {
                 self.remove_left_device(&volume, found.id, stamp).await;
             }
             self.forget_idle(&volume, &slot);
+        }
+    }
+
+    /// A volume that could not be attached again, and is not to be any more: its device goes, as who uses it would wait for ever.
+    async fn leave_waiting(&self, volume: &ImageRef) -> ApiResult<()> {
+        self.remove_devices_left_of(volume).await;
+        let keeps = match self.control(&volume.volume.tenant).await {
+            Ok(store) => match registry::find(&store, &volume.volume).await {
+                Ok(id) => self.keeps(&volume.volume.tenant, id),
+                Err(error) if error.kind == Kind::NotFound => false,
+                Err(_) => self.keeps_any(&volume.volume.tenant),
+            },
+            Err(_) => self.keeps_any(&volume.volume.tenant),
+        };
+        if !keeps || volume.is_past() {
+            return Ok(());
+        }
+        let message = format!(
+            "{volume} is not attached again, but the cache on this host may hold writes to it that were never sent; they stay there"
+        );
+        let remedy = "attach and detach it here, which sends them";
+        Err(ApiError::new(Kind::Conflict, message, remedy))
+    }
+
+    /// After a volume was taken off the list when the devices of the others had been looked through: removes its own.
+    pub async fn remove_device_of_unlisted(&self, volume: &ImageRef) {
+        let slot = self.slot(volume);
+        {
+            let _change = slot.change.lock().await;
+            if !self.wanted.contains(volume) && slot.is_detached() {
+                self.remove_devices_left_of(volume).await;
+            }
+        }
+        self.forget_idle(volume, &slot);
+    }
+
+    /// Only by who holds the right to change the volume's place.
+    async fn remove_devices_left_of(&self, volume: &ImageRef) {
+        match self.ublk.find_recoverable().await {
+            Ok(left) => {
+                for (device, stamp) in left.into_iter().filter_map(|d| Some((d.id, d.stamp?))) {
+                    if stamp.cache == self.common.device.id() && image_of(&stamp) == *volume {
+                        self.remove_left_device(volume, device, stamp).await;
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%volume, %error, "the device that an earlier daemon left cannot be looked for");
+            }
         }
     }
 
@@ -715,12 +772,21 @@ impl Daemon {
             })
         };
         let Some(attached) = slot.stage().attached().cloned() else {
-            // It may be one that is waited for since the start: then it is not any more.
-            return if self.wanted.contains(volume) {
-                unlist()
-            } else {
-                Err(not_attached(volume))
-            };
+            if !self.wanted.contains(volume) {
+                return Err(not_attached(volume));
+            }
+            // It is waited for since the start.
+            if self.wanted.problem(volume).is_none() {
+                let message =
+                    format!("{volume} is about to be attached again, as before the daemon's start");
+                return Err(ApiError::new(
+                    Kind::Conflict,
+                    message,
+                    "try again in a moment",
+                ));
+            }
+            unlist()?;
+            return self.leave_waiting(volume).await;
         };
         slot.set(Stage::Detaching(Arc::clone(&attached)));
         // Its end waits for all requests.
@@ -790,7 +856,8 @@ impl Daemon {
         let drained = attached.read_only || backend.drain(true).await;
         let hot = self.hot_set(attached).await;
         let machine = reactor.remove_volume(key).await?;
-        backend.close();
+        // Before its segments are: an upload may still wait for its place, or for the cache device to be read.
+        backend.close().await;
         let kept = machine.map(|m| self.close(m)).unwrap_or_default();
         let complete = drained && kept.is_empty();
         if attached.read_only {
@@ -868,11 +935,33 @@ pub(super) enum After {
     Keep,
 }
 
+impl After {
+    /// For one that stays this host's, or for any other.
+    pub(super) const fn of(stays: bool) -> Self {
+        match stays {
+            true => Self::Keep,
+            false => Self::GiveBack,
+        }
+    }
+}
+
 /// After an attach that came to nothing: with nothing of the volume here, others need not ask for it by force. One
 /// that was attached before the daemon's start stays this host's: its device waits, and it is tried again.
 async fn leave_to_others(store: &dyn Store, volume: &ImageRef, head: &HeadCell, leaves: bool) {
     if leaves && let Err(error) = give_back(store, head).await {
         tracing::warn!(%volume, %error, "not attached, but the store names this host as the owner");
+    }
+}
+
+/// What a device was made for.
+fn image_of(stamp: &Stamp) -> ImageRef {
+    ImageRef {
+        volume: VolumeRef {
+            tenant: stamp.tenant.clone(),
+            name: stamp.name.clone(),
+        },
+        snapshot: stamp.snapshot.clone(),
+        at: stamp.at,
     }
 }
 

@@ -117,8 +117,8 @@ impl Daemon {
         spec: &RekeySpec,
     ) -> ApiResult<RekeyInfo> {
         let image = ImageRef::from(volume.clone());
-        let slot = self.slot(&image);
         let tenant = self.tenant(&volume.tenant).await?;
+        let slot = self.slot(&image);
         let answer = {
             let _change = slot.change.lock().await;
             match slot.stage() {

@@ -19,7 +19,7 @@ use crate::backend::open::OpenError;
 use crate::backend::{self, HeadCell, HeadError};
 use crate::control::{ApiError, ApiResult, Kind, VolumeRef, VolumeSpec};
 use crate::keys::put_first_copy;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, create_own};
 
 /// A store's error as the API tells it.
 pub(crate) fn store_error(error: &StoreError) -> ApiError {
@@ -109,8 +109,8 @@ pub(super) async fn create_volume(
             .map_err(|e| store_error(&e))?;
     }
     let head_key = keys::head_key(&spec.tenant, volume);
-    store
-        .create(&head_key, Bytes::from(head.encode()))
+    // Of an id that nobody else has: one that is there is our own, whose answer was lost.
+    create_own(store, &head_key, Bytes::from(head.encode()))
         .await
         .map_err(|e| store_error(&e))?;
     let record = NameRecord {
@@ -127,6 +127,24 @@ pub(super) async fn create_volume(
         }
         named => named,
     }
+}
+
+/// Takes back a volume that was just made, and that nobody can have written to.
+pub(super) async fn unmake_volume(
+    store: &dyn Store,
+    name: &VolumeRef,
+    volume: VolumeId,
+    keys_revision: Option<u32>,
+) -> ApiResult<()> {
+    let copy = keys_revision.map(|revision| keys::keys_key(&name.tenant, volume, revision));
+    let name_and_head = [
+        keys::name_key(&name.tenant, &name.name),
+        keys::head_key(&name.tenant, volume),
+    ];
+    for key in name_and_head.into_iter().chain(copy) {
+        store.delete(&key).await.map_err(|e| store_error(&e))?;
+    }
+    Ok(())
 }
 
 /// [`Kind::Exists`] if a name is taken.

@@ -100,8 +100,12 @@ impl Daemon {
             retain_ms: head.retain_ms,
             state: match slot.state() {
                 // What is past is nobody's.
-                State::Detached if image.is_past() => State::Detached,
+                State::Detached if image.is_past() && !self.wanted.contains(image) => {
+                    State::Detached
+                }
                 State::Detached if owner.is_some_and(elsewhere) => State::AttachedElsewhere,
+                // It waits for that since the daemon's start.
+                State::Detached if self.wanted.contains(image) => State::Attaching,
                 state => state,
             },
             owner: owner.map(|o| OwnerInfo {

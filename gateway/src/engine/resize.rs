@@ -108,7 +108,8 @@ impl Daemon {
             let store = attached.tenant.control();
             let more = size.bytes() - has.size.bytes();
             let wish = Wish::growth(volume, more);
-            let admission = self.admit(&attached.tenant, &wish).await?;
+            let tenant = self.now_of(&attached.tenant);
+            let admission = self.admit(&tenant, &wish).await?;
             let grown = backend.head().update(&store, |head| {
                 head.size = head.size.max(size);
             });
@@ -147,7 +148,7 @@ impl Daemon {
             let before = attached.shown.swap(size.bytes(), Ordering::Relaxed);
             return Ok((before < size.bytes()).then(|| NBD_NOTE.to_owned()));
         };
-        match self.ublk.grow(*device, spec.volume, size).await {
+        match self.ublk.grow(*device, spec, size).await {
             Ok(()) => {
                 attached.shown.store(size.bytes(), Ordering::Relaxed);
                 Ok(None)

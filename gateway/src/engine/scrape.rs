@@ -79,6 +79,7 @@ impl Daemon {
             store: self.store_stats(),
             trash: self.trash.stats(),
             audit: self.access.audit_stats(),
+            nbd: self.nbd_clients.stats(),
             daemon: DaemonStats {
                 ready: u64::from(self.readiness().is_ok()),
                 volumes_attached: volumes_attached as u64,

@@ -91,6 +91,8 @@ impl Daemon {
         let served = self.serve(&image, &AttachOptions::default()).await;
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
         let attached = self.without_front_end(&image, &opening);
+        // Rates and a suspension are for users, and there are none.
+        attached.gate.set_leaving(true);
         let shrunk = self.cut_off(volume, &attached, size).await;
         // Step 4.
         match self.let_go(&attached, After::GiveBack).await {

@@ -163,9 +163,8 @@ impl Daemon {
         }
         let (head, name) = (backend.head(), &snapshot.name);
         let store = attached.tenant.control();
-        let admission = self
-            .admit(&attached.tenant, &Wish::snapshot(snapshot))
-            .await?;
+        let tenant = self.now_of(&attached.tenant);
+        let admission = self.admit(&tenant, &Wish::snapshot(snapshot)).await?;
         let made = snapshot::create(&store, head, name, acknowledged, now_ms());
         let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
         self.settle(admission).await;
@@ -248,7 +247,9 @@ impl Daemon {
             },
             Err(error) => Err(error),
         };
-        match self.let_go(&attached, After::GiveBack).await {
+        // One that waits to be attached again, maybe with a device in use, is this host's until then.
+        let after = After::of(self.wanted.contains(image));
+        match self.let_go(&attached, after).await {
             Ok(_) => slot.set(Stage::Detached),
             Err(error) => {
                 slot.set(Stage::Attached(Arc::new(attached)));

@@ -70,6 +70,7 @@ impl Daemon {
             if same_place(&wanted.store) == same_place(&was) && wanted.store.is_some() {
                 // Reached in another way: what is attached goes on as it was until it is attached anew.
                 self.check_store_of(name, wanted.store.as_ref()).await?;
+                self.is_same_store(&before, wanted.store.as_ref()).await?;
             } else {
                 self.may_move(&before, wanted.store.as_ref()).await?;
             }
@@ -104,6 +105,35 @@ impl Daemon {
                 _ => error,
             })?;
         self.check_store_of(&tenant.name, to).await
+    }
+
+    /// Another endpoint may be another way to the same server, or another server: all of the tenant's volumes must be there.
+    async fn is_same_store(&self, tenant: &Tenant, to: Option<&TenantStore>) -> ApiResult<()> {
+        let endpoint = |store: Option<&TenantStore>| store.and_then(|s| s.endpoint.clone());
+        let was = tenant.record().settings.store;
+        if endpoint(to) == endpoint(was.as_ref()) {
+            return Ok(());
+        }
+        let name = &tenant.name;
+        let there = self.store_for_control(name, to)?;
+        let there = registry::volume_names(&there, name).await?;
+        let has = match registry::volume_names(&tenant.control(), name).await {
+            Ok(names) => names,
+            // The old way may be gone: what is attached is known.
+            Err(error) if error.kind == Kind::Unavailable && !there.is_empty() => {
+                self.attached_of(name)
+            }
+            Err(error) => return Err(error),
+        };
+        match has.iter().find(|volume| !there.contains(volume)) {
+            None => Ok(()),
+            Some(missing) => {
+                let message =
+                    format!("{missing} is not in the store that tenant {name} is to have");
+                let remedy = "its store can be changed only while it has nothing in it; say another way to the same one";
+                Err(ApiError::new(Kind::Conflict, message, remedy))
+            }
+        }
     }
 
     pub(super) async fn suspend_one_tenant(

@@ -7,7 +7,7 @@
 //! Invariant: a tenant's volumes are looked for in one place at a time: its store changes only while it has none.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,6 +34,9 @@ const KNOWN_FOR: Duration = Duration::from_secs(10);
 /// How long what is known is used when the daemon's store did not answer, before it is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
+/// How long a store that did not answer is not looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
 /// How old a record may be by which something is made.
 const FRESH_FOR: Duration = Duration::from_secs(60);
 
@@ -52,7 +55,15 @@ pub(super) struct Site {
     settings: StoreSettings,
     pub(super) lane: Lane,
     /// It was found fit to keep something in it.
-    is_fit: tokio::sync::Mutex<bool>,
+    is_fit: tokio::sync::Mutex<Fitness>,
+}
+
+/// What a look at a store found.
+enum Fitness {
+    Unknown,
+    Fit,
+    /// It did not answer, and when that was.
+    Silent(ApiError, Instant),
 }
 
 impl Site {
@@ -61,7 +72,7 @@ impl Site {
         Arc::new(Self {
             settings,
             lane,
-            is_fit: tokio::sync::Mutex::new(true),
+            is_fit: tokio::sync::Mutex::new(Fitness::Fit),
         })
     }
 
@@ -76,7 +87,7 @@ impl Site {
         Ok(Arc::new(Self {
             settings,
             lane,
-            is_fit: tokio::sync::Mutex::new(false),
+            is_fit: tokio::sync::Mutex::new(Fitness::Unknown),
         }))
     }
 
@@ -90,19 +101,33 @@ impl Site {
         self.lane.describe()
     }
 
-    /// Looks at the store before anything is kept in it: once, when that was good.
+    /// Looks at the store before anything is kept in it: once, when that was good. Those who waited for a look at one that does
+    /// not answer do not wait for another each.
     async fn check(&self) -> ApiResult<()> {
         let mut is_fit = self.is_fit.lock().await;
-        if *is_fit {
-            return Ok(());
+        match &*is_fit {
+            Fitness::Fit => return Ok(()),
+            Fitness::Silent(why, at) if at.elapsed() < LOOK_AGAIN => return Err(why.clone()),
+            Fitness::Silent(..) | Fitness::Unknown => {}
         }
+        let found = self.look().await;
+        *is_fit = match &found {
+            Ok(()) => Fitness::Fit,
+            Err(why) if why.kind == Kind::Unavailable => {
+                Fitness::Silent(why.clone(), Instant::now())
+            }
+            Err(_) => Fitness::Unknown,
+        };
+        found
+    }
+
+    async fn look(&self) -> ApiResult<()> {
         let control = self.lane.with_deadline(CONTROL_DEADLINE);
         match provision::prepare(&self.settings, &control).await {
             Ok(prepared) => {
                 for warning in &prepared.warnings {
                     tracing::warn!("{warning}");
                 }
-                *is_fit = true;
                 Ok(())
             }
             Err(error) if error.is_transient() => {
@@ -253,6 +278,8 @@ pub(super) struct Tenants {
     home: Arc<Site>,
     known: Mutex<BTreeMap<TenantName, Arc<Tenant>>>,
     groups: Mutex<BTreeMap<GroupOf, u32>>,
+    /// Those of all that is attached, also of tenants that are known in another way by now.
+    gates: Mutex<BTreeMap<TenantName, Vec<Weak<TenantGate>>>>,
     sites: Mutex<Vec<Arc<Site>>>,
 }
 
@@ -262,6 +289,7 @@ impl Tenants {
             home,
             known: Mutex::default(),
             groups: Mutex::default(),
+            gates: Mutex::default(),
             sites: Mutex::default(),
         }
     }
@@ -337,7 +365,7 @@ impl Tenants {
         let is_same = |had: &&Arc<Tenant>| had.record().created_ms == seen.record.created_ms;
         let before = known.get(name).filter(is_same);
         if let Some(tenant) = before.filter(|had| Arc::ptr_eq(&had.site, &site)) {
-            tenant.gate.set(&seen.record.settings);
+            self.tell_gates(name, &seen.record.settings);
             *tenant.seen.lock() = seen;
             return Ok(Arc::clone(tenant));
         }
@@ -346,10 +374,34 @@ impl Tenants {
         let gate = before.map(|had| Arc::clone(&had.gate));
         let gate = gate.filter(|gate| gate.group() == group);
         let gate = gate.unwrap_or_else(|| Arc::new(TenantGate::new(group)));
+        self.keep_gate(name, &gate);
+        self.tell_gates(name, &seen.record.settings);
         let kept = (account.unwrap_or_default(), gate);
         let new = Tenant::new(name.clone(), site, kept, seen);
         known.insert(name.clone(), Arc::clone(&new));
         Ok(new)
+    }
+
+    fn keep_gate(&self, name: &TenantName, gate: &Arc<TenantGate>) {
+        let mut all = self.gates.lock();
+        all.retain(|_, gates| {
+            gates.retain(|gate| gate.strong_count() > 0);
+            !gates.is_empty()
+        });
+        let gates = all.entry(name.clone()).or_default();
+        let is_kept = |kept: &Weak<TenantGate>| Weak::as_ptr(kept) == Arc::as_ptr(gate);
+        if !gates.iter().any(is_kept) {
+            gates.push(Arc::downgrade(gate));
+        }
+    }
+
+    /// What a record says is for all that is attached of its tenant, also from before it was made anew.
+    fn tell_gates(&self, name: &TenantName, settings: &TenantSettings) {
+        let gates = self.gates.lock();
+        let gates = gates.get(name).into_iter().flatten();
+        gates
+            .filter_map(Weak::upgrade)
+            .for_each(|gate| gate.set(settings));
     }
 
     /// What is known, if it is newer: an answer that was overtaken by a change made here says nothing, least of all
@@ -492,11 +544,43 @@ impl Daemon {
         self.learn_tenant(name, record)
     }
 
+    /// Whether a tenant has not been deleted since it was looked up.
+    pub(super) async fn is_still_there(&self, tenant: &Tenant) -> ApiResult<bool> {
+        match read(&self.home, &tenant.name).await {
+            Ok((now, _)) => Ok(now.created_ms == tenant.record().created_ms),
+            Err(error) if error.kind == Kind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts back the record of a tenant whose deletion came to nothing.
+    pub(super) async fn restore_tenant(&self, tenant: &Tenant) -> ApiResult<()> {
+        let record = tenant.record();
+        write_first(&self.home, &tenant.name, &record).await?;
+        self.learn_tenant(&tenant.name, record).map(drop)
+    }
+
     fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
         let learnt = self.tenants.learn(name, record);
         let tenant = learnt.map_err(|error| cannot_open(name, &error))?;
         self.set_cache_share(&tenant);
         Ok(tenant)
+    }
+
+    /// A tenant as it is known now: what holds on to it since it was attached may know one whose record nobody reads any more.
+    pub(super) fn now_of(&self, tenant: &Arc<Tenant>) -> Arc<Tenant> {
+        let known = self.tenants.known(&tenant.name);
+        known.unwrap_or_else(|| Arc::clone(tenant))
+    }
+
+    /// Whether the store that a tenant's volumes are looked for in has anything of the tenant: an empty one may be another, such as
+    /// the folder that a file system is to be mounted on.
+    pub async fn has_anything_of(&self, tenant: &TenantName) -> bool {
+        let Ok(store) = self.control(tenant).await else {
+            return false;
+        };
+        let found = store.list_some(&keys::tenant_prefix(tenant), 1).await;
+        found.is_ok_and(|found| !found.is_empty())
     }
 
     /// Whether a tenant is known to have a store of its own.
@@ -538,6 +622,17 @@ impl Daemon {
         let site = self.tenants.site(store);
         let site = site.map_err(|error| cannot_open(name, &error))?;
         site.check().await
+    }
+
+    /// The way to a store that a tenant is to have, for a control call.
+    pub(super) fn store_for_control(
+        &self,
+        name: &TenantName,
+        store: Option<&TenantStore>,
+    ) -> ApiResult<Lane> {
+        let site = self.tenants.site(store);
+        let site = site.map_err(|error| cannot_open(name, &error))?;
+        Ok(site.lane.with_deadline(CONTROL_DEADLINE))
     }
 
     /// Changes a tenant's record, where it was seen; done again while others change it too. `change` may be called

@@ -139,11 +139,14 @@ impl Daemon {
         let image = ImageRef::from(volume.clone());
         let slot = self.slot(&image);
         let _change = slot.change.lock().await;
-        let answer = if slot.is_detached() {
-            self.delete_detached(volume, discard_unsent).await
-        } else {
+        let answer = if !slot.is_detached() {
             let message = format!("{volume} is attached");
             Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+        } else if self.wanted.contains(&image) {
+            let message = format!("{volume} waits here to be attached again");
+            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+        } else {
+            self.delete_detached(volume, discard_unsent).await
         };
         self.forget_idle(&image, &slot);
         answer
@@ -179,12 +182,19 @@ impl Daemon {
     }
 
     /// Whether the cache has something of a tenant's volume that nobody serves.
-    fn keeps(&self, tenant: &TenantName, id: VolumeId) -> bool {
+    pub(super) fn keeps(&self, tenant: &TenantName, id: VolumeId) -> bool {
         let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
         kept.get(&id).is_some_and(|kept| kept.is_of(tenant))
             || unsettled
                 .get(&id)
                 .is_some_and(|left| left.tenant == *tenant)
+    }
+
+    /// Whether it may hold some of any of the tenant's volumes.
+    pub(super) fn keeps_any(&self, tenant: &TenantName) -> bool {
+        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
+        kept.values().any(|kept| kept.is_of(tenant))
+            || unsettled.values().any(|left| left.tenant == *tenant)
     }
 
     /// What another tenant has of the same id stays.
@@ -479,7 +489,8 @@ impl Daemon {
         tenant: &TenantName,
         purge: bool,
     ) -> ApiResult<()> {
-        let store = self.control(tenant).await?;
+        let known = self.tenant(tenant).await?;
+        let store = known.control();
         if purge {
             registry::check_no_volumes(&store, tenant).await?;
             let spec = PurgeSpec {
@@ -496,6 +507,12 @@ impl Daemon {
         registry::check_is_empty(&store, tenant).await?;
         let deleted = self.home.delete(&keys::tenant_key(tenant)).await;
         deleted.map_err(|error| registry::store_error(&error))?;
+        // Who made a volume meanwhile, by what was known of the tenant, gave it its name before looking whether the tenant is still
+        // there. *Crash here: such a volume is the next tenant's of that name.*
+        if let Err(error) = registry::check_is_empty(&store, tenant).await {
+            self.restore_tenant(&known).await?;
+            return Err(error);
+        }
         self.forget_tenant(tenant);
         Ok(())
     }

@@ -17,7 +17,10 @@ use crate::control::{
 use crate::verify::{self, Progress};
 
 /// Checks at once in a daemon: each may hold some hundred MiB, and takes its share of the store.
-const VERIFIES_MAX: usize = 2;
+const VERIFIES_MAX: usize = 3;
+
+/// Of these, a tenant's: never all, for its store may hang.
+const TENANT_VERIFIES_MAX: usize = 1;
 
 /// Times that a volume's keys are read, until they are the same as the time before.
 const KEYS_READ_MAX: usize = 4;
@@ -49,6 +52,13 @@ impl Verifies {
                 message,
                 "wait for that to end",
             ));
+        }
+        let tenant = &volume.volume.tenant;
+        let of_tenant = all.keys().filter(|other| other.volume.tenant == *tenant);
+        if of_tenant.count() >= TENANT_VERIFIES_MAX {
+            let message = format!("another volume of tenant {tenant} is being verified");
+            let remedy = "try again when that is done";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
         }
         if all.len() >= VERIFIES_MAX {
             let message = format!("{} volumes are being verified already", all.len());
@@ -145,13 +155,28 @@ mod tests {
     }
 
     #[test]
+    fn tenant_has_no_more_than_its_part_of_the_places() {
+        let all = Verifies::default();
+        let running: Vec<_> = (0..TENANT_VERIFIES_MAX)
+            .map(|n| all.begin(&volume(&n.to_string())).unwrap())
+            .collect();
+        let refused = all.begin(&volume("more")).err().unwrap();
+        assert!(refused.message.contains("tenant acme"), "{refused}");
+        all.begin(&ImageRef::new("zebra", "db").unwrap()).unwrap();
+        drop(running);
+        all.begin(&volume("more")).unwrap();
+    }
+
+    #[test]
     fn volumes_past_the_most_at_once_are_refused() {
         let all = Verifies::default();
-        let names = (0..VERIFIES_MAX).map(|n| volume(&n.to_string()));
-        let mut running: Vec<_> = names.map(|v| all.begin(&v).unwrap()).collect();
-        let refused = all.begin(&volume("more")).err().unwrap();
+        let of = |tenant: usize| ImageRef::new(format!("t{tenant}"), "db").unwrap();
+        let mut running: Vec<_> = (0..VERIFIES_MAX)
+            .map(|n| all.begin(&of(n)).unwrap())
+            .collect();
+        let refused = all.begin(&of(VERIFIES_MAX)).err().unwrap();
         assert!(refused.message.contains("being verified"), "{refused}");
         running.pop();
-        all.begin(&volume("more")).unwrap();
+        all.begin(&of(VERIFIES_MAX)).unwrap();
     }
 }

@@ -96,6 +96,11 @@ impl Wanted {
         self.entries.lock().contains_key(volume)
     }
 
+    /// How a volume of the list is to be attached.
+    pub fn how(&self, volume: &ImageRef) -> Option<How> {
+        Some(self.entries.lock().get(volume)?.how.clone())
+    }
+
     /// Puts a volume in, and answers how it was to be attached before, if it was. Nothing is written if that
     /// is the same: a start needs no room.
     ///

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::definition::{Definition, Source, count, counter, gauge, of};
+use crate::nbd::Refused;
 use crate::trace::Lost;
 
 /// What the daemon does with the trash.
@@ -188,6 +189,22 @@ pub(super) static TABLE: &[Definition] = &[
         Source::Own(&["what"], |all, family| {
             family.sample(&["volumes"], count(all.daemon.volumes_left_out));
             family.sample(&["tenants"], count(all.daemon.tenants_left_out));
+        }),
+    ),
+    gauge(
+        "quarry_nbd_connections",
+        "Connections of NBD clients past their handshake.",
+        Source::Own(&[], |all, family| {
+            family.sample(&[], count(all.nbd.connections));
+        }),
+    ),
+    counter(
+        "quarry_nbd_refused_total",
+        "NBD clients that were sent away: their handshake took too long (`slow`) or gave way to a newer one (`gave_way`), or there were too many connections, of all (`connections`) or of their tenant (`tenant`).",
+        Source::Own(&["reason"], |all, family| {
+            for (why, refused) in Refused::ALL.iter().zip(all.nbd.refused) {
+                family.sample(&[why.as_str()], count(refused));
+            }
         }),
     ),
     counter(

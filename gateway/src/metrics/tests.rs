@@ -114,6 +114,10 @@ fn snapshot() -> Snapshot {
             volumes_left_out: 5,
             ..DaemonStats::default()
         },
+        nbd: ClientStats {
+            connections: 3,
+            refused: [0, 2, 0, 0],
+        },
         traces: Some(TraceStats {
             exported: 8,
             dropped: [4, 0],
@@ -161,6 +165,8 @@ fn scrape_of_a_snapshot_has_its_values_and_labels() {
         "quarry_trace_export_failures_total 1",
         "quarry_audit_lines_total 9",
         "quarry_audit_failures_total 1",
+        "quarry_nbd_connections 3",
+        r#"quarry_nbd_refused_total{reason="gave_way"} 2"#,
         r#"quarry_store_requests_total{operation="get",outcome="ok"} 7"#,
         r#"quarry_left_out{what="volumes"} 5"#,
         "quarry_ready 1",

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use io_uring::{opcode, types};
-use quarry_objfmt::{LbaRange, SECTOR_SIZE};
+use quarry_objfmt::{Lba, LbaRange, SECTOR_SIZE, Sectors};
 use quarry_volume::{IoError, Op, StatusRun};
 use rustix::net::Shutdown;
 use slab::Slab;
@@ -50,7 +50,11 @@ const REQUESTS_MAX: usize = 256;
 /// Most block statuses among them: each may look at thousands of extents at once, while other volumes wait.
 const STATUSES_MAX: usize = 4;
 
-/// How long a connection that ends waits for a client that does not take its replies.
+/// A longer read is made as several requests of the volume, in bytes: each may be of as many pieces as it has sectors, looked up while
+/// other volumes wait. As long as ublk's longest.
+const READ_PART_BYTES: u32 = 1 << 20;
+
+/// How long a connection that ends waits for a client that takes nothing of its replies.
 const END_GRACE_MS: u64 = 5_000;
 
 const TAG_RECEIVE: u32 = 0;
@@ -80,6 +84,9 @@ struct Pending {
     kind: Kind,
     buf: Option<AlignedBuf>,
     len: u32,
+    /// Requests of the volume that are not done, and the first error of those that are.
+    left: u32,
+    failed: Option<IoError>,
 }
 
 /// A reply to be sent.
@@ -144,6 +151,8 @@ pub struct Connection {
     outgoing: Outgoing,
     /// When it was decided to read no more.
     ending_since: Option<u64>,
+    /// When something was sent last, or began to be.
+    sent_ms: u64,
     /// The socket is of no more use; replies are dropped.
     dead: bool,
     _guard: Option<Box<dyn Any + Send>>,
@@ -177,6 +186,7 @@ impl Connection {
                 under_way: false,
             },
             ending_since: None,
+            sent_ms: 0,
             dead: false,
             _guard: None,
         }
@@ -353,9 +363,11 @@ impl Connection {
             kind,
             buf,
             len: header.len,
+            left: 0,
+            failed: None,
         });
         match command {
-            Command::Read { range } => self.request(key, Op::Read, range, port),
+            Command::Read { range } => self.read(key, range, port),
             Command::Status { range, .. } => self.request(key, Op::Status, range, port),
             Command::Write { .. } => self.expect = Expect::Payload { key, filled: 0 },
             Command::Flush => self.request(key, Op::Flush, nothing(), port),
@@ -379,14 +391,43 @@ impl Connection {
         }
     }
 
-    fn request(&self, key: usize, op: Op, range: LbaRange, port: &mut Port<'_>) {
-        let pending = &self.requests[key];
+    fn read(&mut self, key: usize, range: LbaRange, port: &mut Port<'_>) {
+        let part = Sectors::new(u64::from(READ_PART_BYTES / SECTOR_SIZE));
+        let mut start = range.start;
+        while start < range.end {
+            let end = start.add(part).min(range.end);
+            self.request_part(key, Op::Read, LbaRange { start, end }, range.start, port);
+            start = end;
+        }
+    }
+
+    fn request(&mut self, key: usize, op: Op, range: LbaRange, port: &mut Port<'_>) {
+        self.request_part(key, op, range, range.start, port);
+    }
+
+    /// Makes a request of `range`, whose data are as far behind the buffer's start as it is behind `base`.
+    fn request_part(
+        &mut self,
+        key: usize,
+        op: Op,
+        range: LbaRange,
+        base: Lba,
+        port: &mut Port<'_>,
+    ) {
+        let pending = &mut self.requests[key];
+        pending.left += 1;
         let buffer = match (&pending.buf, op) {
-            // SAFETY: the buffer stays in `requests` until `request_done` and then goes back to the
-            // pool or with the reply; nobody touches it before.
-            (Some(buf), Op::Read | Op::Write { .. }) => unsafe {
-                Buffer::user(buf.ptr(), pending.len)
-            },
+            (Some(buf), Op::Read | Op::Write { .. }) => {
+                let bytes = |sectors: u64| {
+                    u32::try_from(sectors * u64::from(SECTOR_SIZE)).expect("within the buffer")
+                };
+                let at = bytes(range.start.get() - base.get());
+                let len = bytes(range.len().get());
+                assert!(at + len <= pending.len, "a part is within the buffer");
+                // SAFETY: the buffer stays in `requests` until the last `request_done` and then goes back to the
+                // pool or with the reply; nobody touches it before.
+                unsafe { Buffer::user(buf.ptr_at(at as usize), len) }
+            }
             _ => Buffer::NONE,
         };
         let tag = u32::try_from(key).expect("fewer than REQUESTS_MAX");
@@ -499,7 +540,13 @@ impl Connection {
 
     fn push_send(&mut self, port: &mut Port<'_>) {
         let message = self.outgoing.message();
-        let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL).cast_unsigned();
+        // At the end what the client takes is to be seen, not only that it has taken all.
+        let whole = match self.ending_since {
+            None => libc::MSG_WAITALL,
+            Some(_) => 0,
+        };
+        let flags = (libc::MSG_NOSIGNAL | whole).cast_unsigned();
+        self.sent_ms = port.now_ms();
         let entry = opcode::SendMsg::new(types::Fd(self.fd.as_raw_fd()), message)
             .flags(flags)
             .build();
@@ -629,8 +676,15 @@ impl FrontEnd for Connection {
 
     fn request_done(&mut self, tag: u32, result: Result<(), IoError>, port: &mut Port<'_>) {
         let key = tag as usize;
-        if self.requests[key].kind == Kind::TrimThenFlush && result.is_ok() {
-            self.requests[key].kind = Kind::Other;
+        let pending = &mut self.requests[key];
+        pending.left -= 1;
+        pending.failed = pending.failed.or(result.err());
+        if pending.left > 0 {
+            return;
+        }
+        let result = pending.failed.map_or(Ok(()), Err);
+        if pending.kind == Kind::TrimThenFlush && result.is_ok() {
+            pending.kind = Kind::Other;
             self.request(key, Op::Flush, nothing(), port);
             return;
         }
@@ -687,7 +741,7 @@ impl FrontEnd for Connection {
         if let Some(since) = self.ending_since
             && waits
             && !self.dead
-            && port.now_ms().saturating_sub(since) > END_GRACE_MS
+            && port.now_ms().saturating_sub(since.max(self.sent_ms)) > END_GRACE_MS
         {
             self.fail(port.now_ms());
         }
@@ -715,8 +769,8 @@ impl FrontEnd for Connection {
 /// The range of a flush.
 fn nothing() -> LbaRange {
     LbaRange {
-        start: quarry_objfmt::Lba::ZERO,
-        end: quarry_objfmt::Lba::ZERO,
+        start: Lba::ZERO,
+        end: Lba::ZERO,
     }
 }
 

@@ -21,7 +21,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::negotiate::{Agreement, Negotiated, NegotiationError, Terms, greet, haggle};
 use super::permit::{Permit, Permitted};
-use super::{NEGOTIATION_TIME_MAX, NbdServer, Place, blocking_unix, pause};
+use super::{NbdServer, Place, blocking_unix, pause};
 use crate::tls::Tls;
 
 /// How long a client that sends no more may take for its last answers: one that does not read them keeps its place no longer.
@@ -46,33 +46,22 @@ impl NbdServer {
     }
 
     fn welcome_tls(&self, stream: TcpStream, from: IpAddr, tls: &Tls) {
-        let Some(negotiating) = self.negotiating(from) else {
-            return;
-        };
-        let Some(place) = self.place() else { return };
         super::tune(&stream);
+        let handshake = self.admission.handshake(Some(from));
         let (server, acceptor) = (self.clone(), TlsAcceptor::from(tls.config()));
         tokio::spawn(async move {
-            let agreed = server.agree(stream, acceptor);
-            let (stream, negotiated) =
-                match tokio::time::timeout(NEGOTIATION_TIME_MAX, agreed).await {
-                    Ok(Ok(Some(agreed))) => agreed,
-                    Ok(Ok(None)) => return,
-                    Ok(Err(error)) => {
-                        let error = &error as &dyn std::error::Error;
-                        return tracing::debug!(error, "an NBD handshake by TLS failed");
-                    }
-                    Err(_) => return tracing::debug!("an NBD handshake by TLS took too long"),
-                };
-            drop(negotiating);
-            let Some(place) = server.of_tenant(&negotiated.export, place) else {
+            let agreed = handshake.carry_out(server.agree(stream, acceptor)).await;
+            let Some((stream, negotiated)) = agreed else {
+                return;
+            };
+            let Some(place) = server.admission.connection(negotiated.export.group) else {
                 return;
             };
             let pair = UnixStream::pair()
                 .and_then(|(ours, theirs)| Ok((ours, blocking_unix(theirs.into_std()?)?)));
             match pair {
                 Ok((ours, theirs)) => {
-                    server.hand_on(theirs, negotiated, place.clone()).await;
+                    server.hand_on(theirs, negotiated, Arc::clone(&place)).await;
                     copy(stream, ours, place).await;
                 }
                 Err(error) => {
@@ -113,7 +102,7 @@ impl NbdServer {
 
 /// Copies both ways until the reactor's end is closed. That the client's is, is told to the reactor, which
 /// answers what it has and closes its own.
-async fn copy(stream: TlsStream<TcpStream>, pair: UnixStream, _place: Place) {
+async fn copy(stream: TlsStream<TcpStream>, pair: UnixStream, _place: Arc<Place>) {
     let (from_client, to_client) = split(stream);
     let (from_reactor, mut to_reactor) = pair.into_split();
     let inward = async {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Sectors, VolumeId};
+use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Lba, Sectors, VolumeId};
 use quarry_volume::{
     Action, Event, Fetch, FrameRef, IoError, IoId, Op, RequestId, STATUS_RUNS_MAX, StatusRun,
 };
@@ -47,6 +47,8 @@ pub(crate) struct Mirror {
     held: Vec<RequestId>,
     /// Reads from this sector on are answered from memory: zeroes for even, a copy for odd blocks.
     pub(crate) synthetic_from: u64,
+    /// Reads of this sector fail.
+    pub(crate) unreadable: Option<Lba>,
 }
 
 impl Mirror {
@@ -61,6 +63,7 @@ impl Mirror {
             hold: false,
             held: Vec::new(),
             synthetic_from: u64::MAX,
+            unreadable: None,
         };
         (mirror, seen)
     }
@@ -93,6 +96,16 @@ impl Machine for Mirror {
                 let offset = request.range.start.get() * 512;
                 let len = u32::try_from(request.range.len().bytes()).unwrap();
                 match request.op {
+                    Op::Read
+                        if self.unreadable.is_some_and(|lba| {
+                            (request.range.start..request.range.end).contains(&lba)
+                        }) =>
+                    {
+                        out.push(Action::Complete {
+                            request: id,
+                            result: Err(IoError::Io),
+                        });
+                    }
                     Op::Read if request.range.start.get() >= self.synthetic_from => {
                         let half = len / 2 / 512 * 512;
                         let io = self.io(id, false);

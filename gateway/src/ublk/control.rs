@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkFlags, sys};
-use quarry_objfmt::{Sectors, VolumeId};
+use quarry_objfmt::{Sectors, TenantName, VolumeId};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::stamp::{self, Stamp};
@@ -34,6 +34,7 @@ use super::{
     Device, DeviceSpec, Features, IO_BYTES_MAX, LINK_ROOT, Mode, QUEUE_DEPTH, UblkError, link,
     params, short_name,
 };
+use crate::places::Places;
 use crate::reactor::ublk_queue::{Running, UblkQueue};
 
 /// The kind of our devices, in libublk's file.
@@ -47,6 +48,9 @@ const LIST_PATH: &str = "/sys/class/ublk-char";
 
 /// Commands under way at once; one whose kernel part hangs keeps its place.
 const COMMANDS_MAX: usize = 64;
+
+/// Of these, those about a tenant's devices, which may wait for its volumes: never all.
+const TENANT_COMMANDS_MAX: usize = 32;
 
 /// How long a reactor may take to give a new queue's commands to the kernel.
 const QUEUE_START_MAX: Duration = Duration::from_secs(10);
@@ -118,6 +122,7 @@ impl Found {
 #[derive(Clone, Debug)]
 pub struct Control {
     places: Arc<Semaphore>,
+    of_tenants: Places<TenantName>,
     link_root: Arc<Path>,
     best: Mode,
     /// Requests' data must pass through this process' memory.
@@ -136,6 +141,7 @@ impl Control {
     pub fn new(link_root: PathBuf) -> Self {
         Self {
             places: Arc::new(Semaphore::new(COMMANDS_MAX)),
+            of_tenants: Places::default(),
             link_root: link_root.into(),
             best: Mode::ZeroCopy,
             copied: false,
@@ -162,7 +168,7 @@ impl Control {
     /// # Errors
     /// [`UblkError::Absent`] and [`UblkError::Denied`], each with its remedy.
     pub async fn probe(&self) -> Result<Features, UblkError> {
-        self.run(probe).await
+        self.run(None, probe).await
     }
 
     /// Makes a device of a volume and starts it: when it returns the node is there, with the owner
@@ -172,8 +178,9 @@ impl Control {
     /// Any; nothing is left behind then.
     pub async fn start(&self, spec: DeviceSpec, host: Host) -> Result<Device, UblkError> {
         let root = Arc::clone(&self.link_root);
-        let best = self.best;
-        self.run(move || start(&spec, host, best, &root)).await
+        let (best, tenant) = (self.best, spec.tenant.clone());
+        let command = move || start(&spec, host, best, &root);
+        self.run(Some(&tenant), command).await
     }
 
     /// Clears up after daemons that died: what udev was told of devices that are gone.
@@ -186,7 +193,7 @@ impl Control {
     /// # Errors
     /// Only if the driver cannot be asked at all; none without a driver.
     pub async fn find(&self) -> Result<Vec<Found>, UblkError> {
-        self.run(find).await
+        self.run(None, find).await
     }
 
     /// The devices of dead daemons that carry our stamp: what is to be checked against the volumes
@@ -214,9 +221,9 @@ impl Control {
         host: Host,
     ) -> Result<Device, UblkError> {
         let root = Arc::clone(&self.link_root);
-        let copied = self.copied;
-        self.run(move || recover(id, &spec, host, &root, copied))
-            .await
+        let (copied, tenant) = (self.copied, spec.tenant.clone());
+        let command = move || recover(id, &spec, host, &root, copied);
+        self.run(Some(&tenant), command).await
     }
 
     /// Grows the device of a volume to `size`; one that is as large already is left as it is. The
@@ -224,8 +231,10 @@ impl Control {
     ///
     /// # Errors
     /// [`UblkError::FixedSize`] if the driver cannot; the device then serves on as it is.
-    pub async fn grow(&self, id: u32, volume: VolumeId, size: Sectors) -> Result<(), UblkError> {
-        self.run(move || grow(&open(id, volume)?, size)).await
+    pub async fn grow(&self, id: u32, spec: &DeviceSpec, size: Sectors) -> Result<(), UblkError> {
+        let volume = spec.volume;
+        let command = move || grow(&open(id, volume)?, size);
+        self.run(Some(&spec.tenant), command).await
     }
 
     /// Stops and deletes a volume's device. What the page cache holds for it is written first, so
@@ -235,9 +244,9 @@ impl Control {
     /// # Errors
     /// [`UblkError::InUse`] unless `force`: with it, whoever uses the device gets errors.
     pub async fn remove(&self, id: u32, spec: DeviceSpec, force: bool) -> Result<(), UblkError> {
-        let root = Arc::clone(&self.link_root);
-        self.run(move || remove(id, &Stamp::of(&spec), force, &root))
-            .await
+        let (root, tenant) = (Arc::clone(&self.link_root), spec.tenant.clone());
+        let command = move || remove(id, &Stamp::of(&spec), force, &root);
+        self.run(Some(&tenant), command).await
     }
 
     /// Stops and deletes a device that nobody will recover: who has it open gets errors, rather than
@@ -246,23 +255,32 @@ impl Control {
     /// # Errors
     /// If the kernel refuses.
     pub async fn remove_left(&self, id: u32, stamp: Stamp) -> Result<(), UblkError> {
-        let root = Arc::clone(&self.link_root);
-        self.run(move || remove(id, &stamp, true, &root)).await
+        let (root, tenant) = (Arc::clone(&self.link_root), stamp.tenant.clone());
+        let command = move || remove(id, &stamp, true, &root);
+        self.run(Some(&tenant), command).await
     }
 
-    /// Runs `command` on a thread of its own.
+    /// Runs `command`, about a device of this tenant or about none, on a thread of its own.
     async fn run<T: Send + 'static>(
         &self,
+        tenant: Option<&TenantName>,
         command: impl FnOnce() -> Result<T, UblkError> + Send + 'static,
     ) -> Result<T, UblkError> {
         let place = Arc::clone(&self.places)
             .try_acquire_owned()
             .map_err(|_| UblkError::Busy)?;
+        let of_tenant = match tenant {
+            Some(tenant) => {
+                let place = self.of_tenants.take(tenant, TENANT_COMMANDS_MAX);
+                Some(place.ok_or_else(|| UblkError::TenantBusy(tenant.clone()))?)
+            }
+            None => None,
+        };
         let (send, answer) = oneshot::channel();
         let work = move || {
             prepare_thread();
             let result = command();
-            drop(place);
+            drop((place, of_tenant));
             // Whoever asked may have gone; the command is carried out all the same.
             let _ = send.send(result);
         };
@@ -758,5 +776,43 @@ mod tests {
             .await
             .unwrap();
         assert!(matches!(control.probe().await, Err(UblkError::Busy)));
+    }
+
+    #[tokio::test]
+    async fn tenant_whose_commands_hang_leaves_the_others_places() {
+        let control = Control::default();
+        let tenant = |name: &'static str| TenantName::new(name).unwrap();
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let wait = Arc::new(parking_lot::Mutex::new(wait));
+        let hang = |control: Control| {
+            let wait = Arc::clone(&wait);
+            async move {
+                let command = move || {
+                    let _ = wait.lock().recv();
+                    Ok(())
+                };
+                control.run(Some(&tenant("acme")), command).await
+            }
+        };
+        let hanging: Vec<_> = (0..TENANT_COMMANDS_MAX)
+            .map(|_| tokio::spawn(hang(control.clone())))
+            .collect();
+        while control.places.available_permits() > COMMANDS_MAX - TENANT_COMMANDS_MAX {
+            tokio::task::yield_now().await;
+        }
+        let one_more = control.run(Some(&tenant("acme")), || Ok(())).await;
+        assert!(
+            matches!(one_more, Err(UblkError::TenantBusy(_))),
+            "{one_more:?}"
+        );
+        control
+            .run(Some(&tenant("zebra")), || Ok(()))
+            .await
+            .unwrap();
+        drop(go);
+        for hung in hanging {
+            hung.await.unwrap().unwrap();
+        }
+        control.run(Some(&tenant("acme")), || Ok(())).await.unwrap();
     }
 }

@@ -12,9 +12,9 @@ use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::head::{LogRange, Parent};
 use quarry_objfmt::map::ChunkUse;
 use quarry_objfmt::{
-    CacheId, Compression, Lba, Location, MapEntry, SnapName, VolumeName, decode_frame,
+    CacheId, Compression, Lba, LbaRange, Location, MapEntry, SnapName, VolumeName, decode_frame,
 };
-use quarry_volume::CheckpointPlan;
+use quarry_volume::{CheckpointPlan, ChunkPlan, ExtentSource, PlannedExtent};
 
 use super::super::checkpoint;
 use super::super::open::{Claim, claim};
@@ -798,5 +798,40 @@ async fn clone_cut_off_from_its_parent_is_refused_as_it_was_before() {
     let last = bench.past.len() - 1;
     for n in last - 1..=last {
         bench.assert_is_as_it_was(bench.past[n].0).await;
+    }
+}
+
+/// As when it is detached with a cache device that cannot be read, or beside a store so slow that there is no place.
+#[tokio::test]
+async fn upload_that_outlives_its_volume_makes_no_chunk_of_what_may_be_anothers() {
+    for is_gone in [false, true] {
+        let bench = Bench::new(0).await;
+        let writer = bench.attach().await;
+        let backend = Arc::clone(&writer.backend);
+        let write = WriteSeq::new(writer.last_write + 1);
+        let plan = ChunkPlan {
+            id: ChunkId {
+                volume: bench.volume,
+                epoch: backend.head().epoch(),
+                seq: ChunkSeq::new(writer.next_chunk),
+            },
+            first_write: write,
+            last_write: write,
+            extents: vec![PlannedExtent {
+                range: LbaRange::new(Lba::ZERO, Sectors::new(8)).unwrap(),
+                source: ExtentSource::Cache { offset: 1 << 20 },
+            }],
+        };
+        let place = bench.common.uploads.enter(&bench.common.share).await;
+        let upload = tokio::spawn(async move { backend.upload(&plan, START_MS).await });
+        tokio::task::yield_now().await;
+        if is_gone {
+            writer.backend.close().await;
+        }
+        drop(place);
+        let stored = upload.await.unwrap().unwrap();
+        assert_eq!(stored.is_none(), is_gone);
+        assert_eq!(bench.chunks().await.is_empty(), is_gone);
+        bench.crash(writer).await;
     }
 }

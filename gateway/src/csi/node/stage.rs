@@ -228,6 +228,13 @@ impl NodeService {
         if info.attached.is_none() {
             match (info.state, &info.owner) {
                 (State::Detached, Some(_)) => {}
+                // It cannot be attached as it was, so its device goes; what was not sent is next.
+                (State::Attaching, _) if info.problem.is_some() => {
+                    match self.client.detach(&image).await {
+                        Err(error) if error.kind != Kind::Conflict => return Err(error.into()),
+                        _ => {}
+                    }
+                }
                 (State::Detached | State::AttachedElsewhere | State::Failed, _) => return Ok(()),
                 // By the daemon itself, which has just started and may have to send what is written; or to its end.
                 _ => {

@@ -45,7 +45,7 @@ impl Site {
         };
         let tls = Tls::load(files, &[]).unwrap();
         let names = Names(bench.export(), &["acme/db", "acme/log", "zebra/stripes"]);
-        let server = NbdServer::new(Arc::new(names));
+        let server = NbdServer::new(Arc::new(names), Arc::default());
         let listener = bench.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let port = listener.local_addr().unwrap().port();
         bench.spawn(async move { server.serve_tls(listener, tls).await });

@@ -284,8 +284,8 @@ impl Host {
         let truth = world.truth;
         let (epoch, acked) = (session.epoch, session.acked);
         let stats = session.volume.stats();
+        session.backend.close().await;
         let kept = session.volume.close(&mut daemon.shared);
-        session.backend.close();
         if drained && kept.is_empty() {
             truth.reported(epoch, acked, "a detach");
             assert!(
