@@ -321,7 +321,9 @@ impl Cache {
         let before = before.filter(|other| !other.is_for_its_groups || other.group == group);
         let groups = before.clone().map(|other| other.group);
         if left == 0 || !self.groups.may_take(group, left, groups) {
-            self.stand_in_line(volume, group, false);
+            // Of what is left for all none is what it waits for, if its group has all that it may have.
+            let is_for_its_groups = left > 0 && self.groups.is_full(group);
+            self.stand_in_line(volume, group, is_for_its_groups);
             return Err(NoSpace::DirtyCap);
         }
         let is_full = self.groups.is_full(group);
@@ -774,7 +776,11 @@ mod tests {
             .map(|volume| cache.open_for_writes(*volume, 1).unwrap().segment)
             .collect();
         assert_eq!(cache.open_for_writes(waiting, 1), Err(NoSpace::Busy));
+        // Nor does one more of them make others give theirs up.
+        let behind = VolumeId::from_bytes([15; 16]);
+        assert!(cache.open_for_writes(behind, 1).is_err());
         assert!(cache.has_line_for(1) && !cache.has_line_for(2));
+        cache.leave_line(behind);
         // Another group's volumes are not behind it.
         cache.open_for_writes(other, 2).unwrap();
         assert!(cache.release(open[0]));

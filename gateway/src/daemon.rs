@@ -432,6 +432,9 @@ impl AttachAgain {
     async fn unlist(&self, volume: &ImageRef) {
         if let Err(error) = self.daemon.wanted().remove(volume) {
             tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
+            let problem =
+                format!("it is not attached again, but the list cannot be written: {error}");
+            self.daemon.wanted().note(volume, Some(problem));
             return;
         }
         if self.told.is_none() {

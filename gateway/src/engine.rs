@@ -651,7 +651,7 @@ impl Engine for Daemon {
         self.settle(admission).await;
         made?;
         // Whoever deletes the tenant looks for volumes once more after that: of the two one sees the other.
-        if !self.is_still_there(&tenant).await? {
+        if !self.is_still_there(&tenant).await {
             registry::unmake_volume(&tenant.control(), &spec.volume(), volume, copy).await?;
             return Err(ApiError::no_tenant(&spec.tenant));
         }

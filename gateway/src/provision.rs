@@ -146,18 +146,7 @@ pub async fn prepare(
     store: &dyn Store,
 ) -> Result<Prepared, ProvisionError> {
     let mut prepared = Prepared::default();
-    let place = settings.place()?;
-    if let Place::Folder(_) = &place
-        && !settings.make_missing
-        && let Err(StoreError::NotFound { .. }) = store.get(MARKER_KEY).await
-    {
-        return Err(ProvisionError::Unfit {
-            place: store.describe(),
-            finding: "there is no store in this folder, and store.make_missing is false".to_owned(),
-            remedy: "mount what belongs there, or have a new one made by a start with store.make_missing = true",
-        });
-    }
-    if let Place::S3(s3) = place {
+    if let Place::S3(s3) = settings.place()? {
         let bucket = bucket::Bucket::open(&s3).await?;
         prepared.made_bucket = bucket.ensure(settings.make_missing).await?;
         prepared.warnings.extend(bucket.check_lifecycle().await?);
@@ -277,10 +266,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let settings = StoreSettings {
             url: format!("file://{}", dir.path().display()),
-            make_missing: true,
             ..StoreSettings::default()
         };
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         (dir, settings, store)
     }
 
@@ -301,21 +289,6 @@ mod tests {
             .unwrap();
         assert!(prepare(&settings, &store).await.unwrap().probed);
         assert_eq!(store.get(MARKER_KEY).await.unwrap().0, moved);
-    }
-
-    #[tokio::test]
-    async fn folder_that_is_not_mounted_is_no_new_store() {
-        let (_dir, settings, store) = folder();
-        let careful = StoreSettings {
-            make_missing: false,
-            ..settings.clone()
-        };
-        let refused = prepare(&careful, &store).await.unwrap_err();
-        assert!(refused.to_string().contains("mount"), "{refused}");
-        assert!(!refused.is_transient());
-        assert!(store.list("").await.unwrap().is_empty());
-        prepare(&settings, &store).await.unwrap();
-        assert!(!prepare(&careful, &store).await.unwrap().probed);
     }
 
     #[tokio::test]

@@ -183,7 +183,7 @@ impl Listed {
             return;
         };
         // Numbers that nothing can follow upon are nobody's.
-        if seq == u64::MAX || (kind == Some("map") && MapSeq::new(seq) > MapSeq::MAX) {
+        if seq == u64::MAX || (kind == Some("map") && MapSeq::new(seq) >= MapSeq::MAX) {
             return;
         }
         match kind {
@@ -290,7 +290,7 @@ pub async fn run(
     let found = rescue.newest(spec, &mut passed_over).await?;
     let epoch = rescue.listed.epoch_max().max(found.followed.epoch_max);
     let epoch = epoch.get().checked_add(EPOCH_MARGIN).map(Epoch::new);
-    let epoch = epoch.filter(|epoch| *epoch <= Epoch::MAX);
+    let epoch = epoch.filter(|epoch| *epoch < Epoch::MAX);
     let epoch = epoch.ok_or(RescueError::Epochs)?;
     let mut report = rescue.report(&found, epoch, passed_over);
     report.lost = match &lost {

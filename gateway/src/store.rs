@@ -575,7 +575,7 @@ mod tests {
     #[tokio::test]
     async fn each_key_is_told_once_and_in_order_however_many_pages_they_are() {
         let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         for count in 0..3 * PAGE_KEYS {
             let mut told = Vec::new();
             each_key(&store, "a/", |key| told.push(key.to_owned()))
@@ -627,7 +627,7 @@ mod tests {
     #[tokio::test]
     async fn object_longer_than_one_read_may_be_is_read_whole_and_in_part() {
         let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         let max = usize::try_from(GET_BYTES_MAX).unwrap();
         let body = |len: usize| {
             let page = |n: usize| vec![n.to_le_bytes()[0]; 4096];

@@ -430,7 +430,7 @@ fn random_writes_over_a_full_volume_cost_a_small_map_and_it_opens_soon() {
 fn overwritten(dir: &Path, extents: u64, writes: u64) -> Arc<Simulated> {
     let tenant = TenantName::new("acme").unwrap();
     let store = Arc::new(Simulated {
-        folder: FolderStore::open(dir, false).unwrap(),
+        folder: FolderStore::open(dir, true).unwrap(),
         tenant: tenant.clone(),
         stored: parking_lot::Mutex::default(),
         chunk_bytes: AtomicU64::new(0),

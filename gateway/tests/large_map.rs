@@ -87,7 +87,7 @@ async fn snapshot_and_clone_of_a_large_map_are_made_at_once() {
     let extents = std::env::var("QUARRY_TEST_EXTENTS");
     let extents = extents.map_or(1_000_000, |text| text.parse().unwrap());
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     let tenant = TenantName::new("acme").unwrap();
     let root = put_map(&store, &tenant, extents).await;
     let name = VolumeName::new("db").unwrap();

@@ -97,6 +97,11 @@ impl Snapshot {
             log_end,
         };
         snapshot.validate()?;
+        snapshot.root_write.check(WHAT)?;
+        snapshot.log_end.check_of_log(WHAT)?;
+        if let Some(root) = snapshot.root {
+            root.seq.check(WHAT)?;
+        }
         Ok(snapshot)
     }
 
@@ -108,13 +113,7 @@ impl Snapshot {
         if self.name.parse::<SnapName>().is_err() {
             return Err(FormatError::invalid(WHAT, "the name is not a name"));
         }
-        self.root_write.check(WHAT)?;
-        if self.log_end > ChunkSeq::COMPACTED {
-            return Err(FormatError::invalid(
-                WHAT,
-                "its log ends among the numbers of compaction",
-            ));
-        }
+
         if self.size == Sectors::ZERO || self.size.get() > VOLUME_SECTORS_MAX {
             return Err(FormatError::invalid(WHAT, "the size is out of range"));
         }

@@ -239,6 +239,20 @@ impl ChunkSeq {
     /// The first number of chunks that are not of the log: compaction made them.
     pub const COMPACTED: Self = Self(1 << 63);
 
+    /// Refuses a place in a log that none reaches: see `limited!`.
+    pub(crate) fn check_of_log(self, what: &'static str) -> Result<(), crate::FormatError> {
+        const LIMIT: u64 = 1 << 62;
+        if self.0 <= LIMIT {
+            return Ok(());
+        }
+        Err(crate::FormatError::TooLarge {
+            what,
+            field: "ChunkSeq",
+            value: self.0,
+            limit: LIMIT,
+        })
+    }
+
     /// Whether it is a compaction's chunk, and in no log.
     #[must_use]
     pub const fn is_compacted(self) -> bool {

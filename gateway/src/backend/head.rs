@@ -295,7 +295,7 @@ mod tests {
 
     /// A store, and two cells that saw the same head in it.
     async fn two_cells(dir: &std::path::Path) -> (FolderStore, HeadCell, HeadCell) {
-        let store = FolderStore::open(dir, false).unwrap();
+        let store = FolderStore::open(dir, true).unwrap();
         let tenant = TenantName::new("acme").unwrap();
         let head = attached(3, "a");
         let key = keys::head_key(&tenant, head.volume);

@@ -62,7 +62,12 @@ impl<'a> Attachment<'a> {
             }
             (state, _) => {
                 let message = format!("{volume} is {}", state.as_str());
-                let remedy = format!("see `quarry volume show {volume}`");
+                let remedy = match &info.problem {
+                    Some(problem) if state == State::Attaching => {
+                        format!("it cannot be attached again ({problem}): detach it first")
+                    }
+                    _ => format!("see `quarry volume show {volume}`"),
+                };
                 return Err(conflict(message, &remedy));
             }
         };
@@ -158,6 +163,7 @@ async fn settled(
     let mut info = info.clone();
     let begun = Instant::now();
     while matches!(info.state, State::Attaching | State::Detaching)
+        && info.problem.is_none()
         && begun.elapsed() < SETTLE_TIME_MAX
     {
         tokio::time::sleep(SETTLE_PAUSE).await;

@@ -115,17 +115,7 @@ impl Daemon {
     /// As attaching it for the first time, but for its owner, who was found then.
     pub async fn attach_again(&self, volume: &ImageRef, how: &How) -> ApiResult<AttachInfo> {
         self.fit()?;
-        let options = AttachOptions {
-            via: Some(how.via),
-            read_only: how.read_only,
-            force: how.force,
-            queues: how.queues,
-            direct_reads: how.direct_reads,
-            again: true,
-            stays: true,
-            ..AttachOptions::default()
-        };
-        self.attach_volume(volume, &options, how.access.clone())
+        self.attach_volume(volume, &how.again(), how.access.clone())
             .await
     }
 
@@ -172,6 +162,11 @@ impl Daemon {
                 Via::Ublk
             }
         };
+        // It was detached while it waited for its turn.
+        if options.again && !self.wanted.contains(volume) {
+            let message = format!("{volume} is not to be attached again any more");
+            return Err(ApiError::new(Kind::Unavailable, message, ""));
+        }
         let waits = self.wanted.how(volume).filter(|_| !options.again);
         if waits.is_some_and(|how| how.via == Via::Ublk) && via == Via::Nbd {
             let message = format!(
@@ -221,6 +216,7 @@ impl Daemon {
             Err((error, None)) => {
                 slot.set(Stage::Detached);
                 if let Err(error) = self.wanted.restore(volume, before) {
+                    self.wanted.note(volume, Some(error.to_string()));
                     tracing::error!(%volume, %error, "not attached, but the next start will try it: the list of attached volumes cannot be written");
                 }
                 Err(error)
@@ -683,15 +679,15 @@ impl Daemon {
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
             if !self.wanted.contains(&volume) && slot.is_detached() {
-                self.remove_left_device(&volume, found.id, stamp).await;
+                // Told in the log.
+                let _ = self.remove_left_device(&volume, found.id, stamp).await;
             }
             self.forget_idle(&volume, &slot);
         }
     }
 
-    /// A volume that could not be attached again, and is not to be any more: its device goes, as who uses it would wait for ever.
+    /// A volume that could not be attached again, and is not to be any more: says what stays of it.
     async fn leave_waiting(&self, volume: &ImageRef) -> ApiResult<()> {
-        self.remove_devices_left_of(volume).await;
         let keeps = match self.control(&volume.volume.tenant).await {
             Ok(store) => match registry::find(&store, &volume.volume).await {
                 Ok(id) => self.keeps(&volume.volume.tenant, id),
@@ -716,40 +712,51 @@ impl Daemon {
         {
             let _change = slot.change.lock().await;
             if !self.wanted.contains(volume) && slot.is_detached() {
-                self.remove_devices_left_of(volume).await;
+                // Told in the log.
+                let _ = self.remove_devices_left_of(volume).await;
             }
         }
         self.forget_idle(volume, &slot);
     }
 
-    /// Only by who holds the right to change the volume's place.
-    async fn remove_devices_left_of(&self, volume: &ImageRef) {
-        match self.ublk.find_recoverable().await {
-            Ok(left) => {
-                for (device, stamp) in left.into_iter().filter_map(|d| Some((d.id, d.stamp?))) {
-                    if stamp.cache == self.common.device.id() && image_of(&stamp) == *volume {
-                        self.remove_left_device(volume, device, stamp).await;
-                    }
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%volume, %error, "the device that an earlier daemon left cannot be looked for");
+    /// Its device goes, as who uses it would wait for ever. Only by who holds the right to change the volume's place.
+    async fn remove_devices_left_of(&self, volume: &ImageRef) -> ApiResult<()> {
+        let left = self.ublk.find_recoverable().await.inspect_err(|error| {
+            tracing::warn!(%volume, %error, "the device that an earlier daemon left cannot be looked for");
+        })?;
+        for (device, stamp) in left.into_iter().filter_map(|d| Some((d.id, d.stamp?))) {
+            if stamp.cache == self.common.device.id() && image_of(&stamp) == *volume {
+                self.remove_left_device(volume, device, stamp).await?;
             }
         }
+        Ok(())
     }
 
-    async fn remove_left_device(&self, volume: &ImageRef, device: u32, stamp: Stamp) {
+    async fn remove_left_device(
+        &self,
+        volume: &ImageRef,
+        device: u32,
+        stamp: Stamp,
+    ) -> Result<(), UblkError> {
         let removed = self.ublk.remove_left(device, stamp);
-        let Ok(removed) = tokio::time::timeout(REMOVED_WAIT_MAX, removed).await else {
-            tracing::warn!(%volume, device, "a device that an earlier daemon left and nobody wants is stopped, and goes when those who have it open close it");
-            return;
-        };
+        let removed = tokio::time::timeout(REMOVED_WAIT_MAX, removed).await;
+        if !matches!(removed, Ok(Err(_)))
+            && let Some(left) = &mut *self.left.lock()
+        {
+            left.retain(|found| found.id != device);
+        }
         match removed {
-            Ok(()) => {
-                tracing::warn!(%volume, device, "removed a device that an earlier daemon left and nobody wants");
+            Err(_) => {
+                tracing::warn!(%volume, device, "a device that an earlier daemon left and nobody wants is stopped, and goes when those who have it open close it");
+                Ok(())
             }
-            Err(error) => {
+            Ok(Ok(())) => {
+                tracing::warn!(%volume, device, "removed a device that an earlier daemon left and nobody wants");
+                Ok(())
+            }
+            Ok(Err(error)) => {
                 tracing::error!(%volume, device, %error, "a device that nobody wants stays");
+                Err(error)
             }
         }
     }
@@ -765,6 +772,7 @@ impl Daemon {
     async fn detach_from(&self, slot: &Slot, volume: &ImageRef) -> ApiResult<()> {
         let unlist = || {
             self.wanted.remove(volume).map_err(|error| {
+                self.wanted.note(volume, Some(error.to_string()));
                 let message = format!(
                     "{volume} is detached, but the next start will attach it again: {error}"
                 );
@@ -775,16 +783,22 @@ impl Daemon {
             if !self.wanted.contains(volume) {
                 return Err(not_attached(volume));
             }
-            // It is waited for since the start.
-            if self.wanted.problem(volume).is_none() {
-                let message =
-                    format!("{volume} is about to be attached again, as before the daemon's start");
-                return Err(ApiError::new(
-                    Kind::Conflict,
-                    message,
-                    "try again in a moment",
-                ));
+            // It is waited for since the start. That it cannot be attached was not found yet: then it is, and detached as any other.
+            if let Some(how) = self.wanted.how(volume)
+                && self.wanted.problem(volume).is_none()
+            {
+                let attached = self
+                    .attach_to(slot, volume, &how.again(), how.access.clone())
+                    .await;
+                return match attached {
+                    Ok(_) => Box::pin(self.detach_from(slot, volume)).await,
+                    Err(error) => {
+                        self.wanted.note(volume, Some(error.to_string()));
+                        Err(error)
+                    }
+                };
             }
+            self.remove_devices_left_of(volume).await?;
             unlist()?;
             return self.leave_waiting(volume).await;
         };

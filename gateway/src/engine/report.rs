@@ -99,13 +99,15 @@ impl Daemon {
             snapshots: head.snapshots.len() as u64,
             retain_ms: head.retain_ms,
             state: match slot.state() {
-                // What is past is nobody's.
-                State::Detached if image.is_past() && !self.wanted.contains(image) => {
-                    State::Detached
+                State::Detached if !image.is_past() && owner.is_some_and(elsewhere) => {
+                    State::AttachedElsewhere
                 }
-                State::Detached if owner.is_some_and(elsewhere) => State::AttachedElsewhere,
-                // It waits for that since the daemon's start.
-                State::Detached if self.wanted.contains(image) => State::Attaching,
+                // It waits for that since the daemon's start, unless somebody had it meanwhile.
+                State::Detached
+                    if self.wanted.contains(image) && (image.is_past() || owner.is_some()) =>
+                {
+                    State::Attaching
+                }
                 state => state,
             },
             owner: owner.map(|o| OwnerInfo {

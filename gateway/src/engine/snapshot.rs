@@ -227,7 +227,12 @@ impl Daemon {
             return Err(told(volume, SnapshotError::Exists(snapshot.name.clone())));
         }
         slot.set(Stage::Attaching);
-        let served = self.serve(image, &AttachOptions::default()).await;
+        // One that waits to be attached again, maybe with a device in use, is this host's until then.
+        let options = AttachOptions {
+            stays: head.owner.is_some() && self.wanted.contains(image),
+            ..AttachOptions::default()
+        };
+        let served = self.serve(image, &options).await;
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
         let attached = self.without_front_end(image, &opening);
         let made = match self.fold(volume, &attached).await {
@@ -247,9 +252,7 @@ impl Daemon {
             },
             Err(error) => Err(error),
         };
-        // One that waits to be attached again, maybe with a device in use, is this host's until then.
-        let after = After::of(self.wanted.contains(image));
-        match self.let_go(&attached, after).await {
+        match self.let_go(&attached, After::of(options.stays)).await {
             Ok(_) => slot.set(Stage::Detached),
             Err(error) => {
                 slot.set(Stage::Attached(Arc::new(attached)));

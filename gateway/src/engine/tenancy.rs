@@ -117,14 +117,9 @@ impl Daemon {
         let name = &tenant.name;
         let there = self.store_for_control(name, to)?;
         let there = registry::volume_names(&there, name).await?;
-        let has = match registry::volume_names(&tenant.control(), name).await {
-            Ok(names) => names,
-            // The old way may be gone: what is attached is known.
-            Err(error) if error.kind == Kind::Unavailable && !there.is_empty() => {
-                self.attached_of(name)
-            }
-            Err(error) => return Err(error),
-        };
+        let has = registry::volume_names(&tenant.control(), name).await;
+        // The old way may be gone, or its keys: what is attached is known.
+        let has = has.unwrap_or_else(|_| self.attached_of(name));
         match has.iter().find(|volume| !there.contains(volume)) {
             None => Ok(()),
             Some(missing) => {

@@ -24,7 +24,8 @@ use crate::provision;
 use crate::qos::TenantGate;
 use crate::store::direct::DirectLane;
 use crate::store::{
-    Lane, LaneSettings, OpenError, Store, StoreError, StoreSettings, StoreStats, Tag, open_store,
+    Lane, LaneSettings, OpenError, Place, Store, StoreError, StoreSettings, StoreStats, Tag,
+    open_store,
 };
 
 /// How long what is known of a tenant is used without asking again: so long does a change made on another host take to
@@ -77,8 +78,20 @@ impl Site {
     }
 
     /// Opens a store; one of the server of `others` shares the places there.
-    fn open(settings: StoreSettings, others: &[&Arc<Self>]) -> Result<Arc<Self>, OpenError> {
-        let (store, limits) = (open_store(&settings)?, LaneSettings::default());
+    fn open(
+        settings: StoreSettings,
+        others: &[&Arc<Self>],
+        begins: bool,
+    ) -> Result<Arc<Self>, OpenError> {
+        let store = match settings.place()? {
+            // Who gives a tenant a folder says that a store is to be there.
+            Place::Folder(_) if begins => open_store(&StoreSettings {
+                make_missing: true,
+                ..settings.clone()
+            })?,
+            _ => open_store(&settings)?,
+        };
+        let limits = LaneSettings::default();
         let of_server = |site: &&&Arc<Self>| same_server(&site.settings, &settings);
         let lane = match others.iter().find(of_server) {
             Some(site) => site.lane.beside(store, &limits),
@@ -320,8 +333,8 @@ impl Tenants {
         }
     }
 
-    /// The store of these settings; tenants of the same share the way to it.
-    fn site(&self, store: Option<&TenantStore>) -> Result<Arc<Site>, OpenError> {
+    /// The store of these settings, where a tenant begins or has been; tenants of the same share the way to it.
+    fn site(&self, store: Option<&TenantStore>, begins: bool) -> Result<Arc<Site>, OpenError> {
         let Some(store) = store else {
             return Ok(Arc::clone(&self.home));
         };
@@ -333,7 +346,7 @@ impl Tenants {
             return Ok(Arc::clone(found));
         }
         let others: Vec<_> = std::iter::once(&self.home).chain(sites.iter()).collect();
-        let site = Site::open(settings, &others)?;
+        let site = Site::open(settings, &others, begins)?;
         sites.push(Arc::clone(&site));
         Ok(site)
     }
@@ -356,7 +369,7 @@ impl Tenants {
         if let Some(known) = self.newer(name, &record) {
             return Ok(known);
         }
-        let site = self.site(record.settings.store.as_ref())?;
+        let site = self.site(record.settings.store.as_ref(), false)?;
         let at = Instant::now();
         let again = at + KNOWN_FOR;
         let seen = Seen { record, at, again };
@@ -544,20 +557,23 @@ impl Daemon {
         self.learn_tenant(name, record)
     }
 
-    /// Whether a tenant has not been deleted since it was looked up.
-    pub(super) async fn is_still_there(&self, tenant: &Tenant) -> ApiResult<bool> {
+    /// Whether a tenant has not been deleted since it was looked up. While the daemon's store does not answer nobody deletes one.
+    pub(super) async fn is_still_there(&self, tenant: &Tenant) -> bool {
         match read(&self.home, &tenant.name).await {
-            Ok((now, _)) => Ok(now.created_ms == tenant.record().created_ms),
-            Err(error) if error.kind == Kind::NotFound => Ok(false),
-            Err(error) => Err(error),
+            Ok((now, _)) => now.created_ms == tenant.record().created_ms,
+            Err(error) => error.kind != Kind::NotFound,
         }
     }
 
-    /// Puts back the record of a tenant whose deletion came to nothing.
-    pub(super) async fn restore_tenant(&self, tenant: &Tenant) -> ApiResult<()> {
-        let record = tenant.record();
-        write_first(&self.home, &tenant.name, &record).await?;
-        self.learn_tenant(&tenant.name, record).map(drop)
+    /// Puts back a record of a tenant whose deletion came to nothing.
+    pub(super) async fn restore_tenant(
+        &self,
+        name: &TenantName,
+        mut record: TenantRecord,
+    ) -> ApiResult<()> {
+        record.revision += 1;
+        write_first(&self.home, name, &record).await?;
+        self.learn_tenant(name, record).map(drop)
     }
 
     fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
@@ -619,7 +635,7 @@ impl Daemon {
         name: &TenantName,
         store: Option<&TenantStore>,
     ) -> ApiResult<()> {
-        let site = self.tenants.site(store);
+        let site = self.tenants.site(store, true);
         let site = site.map_err(|error| cannot_open(name, &error))?;
         site.check().await
     }
@@ -630,7 +646,7 @@ impl Daemon {
         name: &TenantName,
         store: Option<&TenantStore>,
     ) -> ApiResult<Lane> {
-        let site = self.tenants.site(store);
+        let site = self.tenants.site(store, false);
         let site = site.map_err(|error| cannot_open(name, &error))?;
         Ok(site.lane.with_deadline(CONTROL_DEADLINE))
     }
@@ -691,7 +707,14 @@ impl Daemon {
 
 fn cannot_open(tenant: &TenantName, error: &OpenError) -> ApiError {
     let message = format!("the store of tenant {tenant}: {error}");
-    ApiError::new(Kind::Unsupported, message, "")
+    let kind = match error {
+        // Such as the folder of a file system that is not mounted.
+        OpenError::Folder { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Kind::NotFound
+        }
+        _ => Kind::Unsupported,
+    };
+    ApiError::new(kind, message, "")
 }
 
 #[cfg(test)]

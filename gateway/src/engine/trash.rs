@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 use super::quota::Wish;
 use super::tenants::Tenant;
-use super::{Daemon, now_ms, registry};
+use super::{Daemon, now_ms, registry, tenants};
 use crate::backend::{HeadCell, HeadError};
 use crate::control::{
     ApiError, ApiResult, ImageRef, Kind, PurgeReport, PurgeSpec, TrashInfo, TrashRef, VolumeInfo,
@@ -142,7 +142,7 @@ impl Daemon {
         let answer = if !slot.is_detached() {
             let message = format!("{volume} is attached");
             Err(ApiError::new(Kind::Conflict, message, "detach it first"))
-        } else if self.wanted.contains(&image) {
+        } else if self.waits_here(&image, volume).await? {
             let message = format!("{volume} waits here to be attached again");
             Err(ApiError::new(Kind::Conflict, message, "detach it first"))
         } else {
@@ -150,6 +150,16 @@ impl Daemon {
         };
         self.forget_idle(&image, &slot);
         answer
+    }
+
+    /// Whether a volume waits here to be attached again, and is this host's still.
+    async fn waits_here(&self, image: &ImageRef, volume: &VolumeRef) -> ApiResult<bool> {
+        if !self.wanted.contains(image) {
+            return Ok(false);
+        }
+        let head = registry::head(&self.control(&volume.tenant).await?, volume).await?;
+        let cache = self.common.device.id();
+        Ok(head.owner.is_some_and(|owner| owner.cache == cache))
     }
 
     async fn delete_detached(
@@ -489,8 +499,7 @@ impl Daemon {
         tenant: &TenantName,
         purge: bool,
     ) -> ApiResult<()> {
-        let known = self.tenant(tenant).await?;
-        let store = known.control();
+        let store = self.control(tenant).await?;
         if purge {
             registry::check_no_volumes(&store, tenant).await?;
             let spec = PurgeSpec {
@@ -505,12 +514,13 @@ impl Daemon {
             }
         }
         registry::check_is_empty(&store, tenant).await?;
+        let (record, _) = tenants::read(&self.home, tenant).await?;
         let deleted = self.home.delete(&keys::tenant_key(tenant)).await;
         deleted.map_err(|error| registry::store_error(&error))?;
         // Who made a volume meanwhile, by what was known of the tenant, gave it its name before looking whether the tenant is still
         // there. *Crash here: such a volume is the next tenant's of that name.*
         if let Err(error) = registry::check_is_empty(&store, tenant).await {
-            self.restore_tenant(&known).await?;
+            self.restore_tenant(tenant, record).await?;
             return Err(error);
         }
         self.forget_tenant(tenant);

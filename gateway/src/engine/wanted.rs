@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::access::Access;
-use crate::control::{ImageRef, Via};
+use crate::control::{AttachOptions, ImageRef, Via};
 
 /// Version of the file.
 const VERSION: u32 = 1;
@@ -37,6 +37,22 @@ pub struct How {
     /// Whether misses are to go around the daemon's memory.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub direct_reads: bool,
+}
+
+impl How {
+    /// To attach it as it was before the daemon's start.
+    pub(super) fn again(&self) -> AttachOptions {
+        AttachOptions {
+            via: Some(self.via),
+            read_only: self.read_only,
+            force: self.force,
+            queues: self.queues,
+            direct_reads: self.direct_reads,
+            again: true,
+            stays: true,
+            ..AttachOptions::default()
+        }
+    }
 }
 
 /// A volume or snapshot of the list, and why it is not attached, if it is not.

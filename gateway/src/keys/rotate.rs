@@ -129,7 +129,7 @@ mod tests {
     }
 
     async fn store(dir: &std::path::Path) -> (FolderStore, TenantName) {
-        let store = FolderStore::open(dir, false).unwrap();
+        let store = FolderStore::open(dir, true).unwrap();
         let tenant = TenantName::new("acme").unwrap();
         let first = keys(1, &[1]);
         put_first_copy(&store, &tenant, VOLUME, &first)

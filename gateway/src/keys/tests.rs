@@ -237,7 +237,7 @@ async fn service_that_answers_wraps_and_one_that_errs_is_tried_again() {
 #[tokio::test]
 async fn copies_get_the_next_free_number_and_earlier_ones_are_dropped() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     let path = dir.path().join("keyring");
     private(&path, &keyring_line(&name("k")), 0o600);
     let mut head = head(&with_keyring(&path), &name("k")).await;

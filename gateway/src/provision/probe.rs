@@ -393,7 +393,7 @@ mod tests {
     #[tokio::test]
     async fn good_store_passes_and_nothing_is_left() {
         let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         probe_conditional_writes(&store).await.unwrap();
         assert!(store.list("").await.unwrap().is_empty());
     }
@@ -409,7 +409,7 @@ mod tests {
             (Flaw::Hides, "s3:ListBucket"),
         ] {
             let dir = tempfile::tempdir().unwrap();
-            let inner = FolderStore::open(dir.path(), false).unwrap();
+            let inner = FolderStore::open(dir.path(), true).unwrap();
             let store = Flawed { inner, flaw };
             let error = probe_conditional_writes(&store)
                 .await

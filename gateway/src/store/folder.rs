@@ -57,16 +57,18 @@ struct Folder {
 }
 
 impl FolderStore {
-    /// Opens the folder, which is made if it is missing and `may_make`, and removes what a crash left
-    /// of unfinished writes.
+    /// Opens the folder, and removes what a crash left of unfinished writes. With `may_make` it is made, and a store in it, where
+    /// there is none; without, a folder that no store was ever in is refused, as the mount point is of one that is not mounted.
     ///
     /// # Errors
-    /// If it does not exist, or cannot be written.
+    /// If there is none, or it cannot be written.
     pub fn open(root: &Path, may_make: bool) -> Result<Self, OpenError> {
         let refused = |source: io::Error| OpenError::Folder {
             path: root.to_owned(),
             remedy: match source.kind() {
-                io::ErrorKind::NotFound => "make it (mkdir -p), or mount what belongs there",
+                io::ErrorKind::NotFound => {
+                    "mount what belongs there, or have a new store made with store.make_missing = true"
+                }
                 io::ErrorKind::PermissionDenied => "let the daemon's user write there",
                 _ => "it must be a directory on a file system that can be written",
             },
@@ -80,6 +82,10 @@ impl FolderStore {
             root: root_now,
             synced_dirs: Mutex::default(),
         };
+        if !may_make && !folder.own("lock").exists() {
+            let why = "there is no store in this folder";
+            return Err(refused(io::Error::new(io::ErrorKind::NotFound, why)));
+        }
         folder.prepare().map_err(refused)?;
         Ok(Self {
             folder: Arc::new(folder),
@@ -533,7 +539,7 @@ mod tests {
     use crate::store::contract;
 
     fn open(dir: &Path) -> FolderStore {
-        FolderStore::open(dir, false).unwrap()
+        FolderStore::open(dir, true).unwrap()
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -551,11 +557,23 @@ mod tests {
         contract::counting_replaces(&both).await;
     }
 
+    #[test]
+    fn folder_that_is_not_mounted_is_no_new_store_and_is_left_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = FolderStore::open(dir.path(), false)
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("mount"), "{refused}");
+        assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
+        FolderStore::open(dir.path(), true).unwrap();
+        FolderStore::open(dir.path(), false).unwrap();
+    }
+
     #[tokio::test]
     async fn folder_missing_is_refused_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
         let error = FolderStore::open(&dir.path().join("none"), false).unwrap_err();
-        assert!(error.to_string().contains("mkdir -p"), "{error}");
+        assert!(error.to_string().contains("make_missing"), "{error}");
     }
 
     #[tokio::test]

@@ -322,6 +322,10 @@ mod tests {
     fn folder_is_opened() {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("file://{}", dir.path().display());
-        assert_eq!(open_store(&settings(&url)).unwrap().describe(), url);
+        let settings = StoreSettings {
+            make_missing: true,
+            ..settings(&url)
+        };
+        assert_eq!(open_store(&settings).unwrap().describe(), url);
     }
 }

@@ -174,7 +174,7 @@ async fn at_each_stop<T>(
             calls += 1;
             assert!(calls < 100, "it goes on for ever");
             let dir = tempfile::tempdir().unwrap();
-            let store = FolderStore::open(dir.path(), false).unwrap();
+            let store = FolderStore::open(dir.path(), true).unwrap();
             prepare(&store).await;
             let done = run(&Stops::new(&store, calls, how)).await.is_ok();
             check(&store, &format!("stopped {how:?} call {calls}")).await;
@@ -436,7 +436,7 @@ async fn purging_stopped_anywhere_leaves_no_data_of_an_encrypted_volume_less_any
 #[tokio::test]
 async fn purging_begun_cannot_be_taken_back() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     two(&store).await;
     delete(&store).await.unwrap();
     // Record, head, clones, the change of the head.
@@ -450,7 +450,7 @@ async fn purging_begun_cannot_be_taken_back() {
 #[tokio::test]
 async fn two_purging_at_once_leave_only_the_others() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     two(&store).await;
     delete(&store).await.unwrap();
     let before = others(&store, id(1)).await;
@@ -484,7 +484,7 @@ async fn two_purging_at_once_leave_only_the_others() {
 async fn volume_attached_elsewhere_is_not_deleted_and_one_deleted_is_not_attached() {
     use crate::backend::open::{Claim, OpenError, claim};
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     let owner = |cache| {
         move |head: &mut Head| {
             head.owner = Some(Owner {
@@ -528,7 +528,7 @@ async fn restored_volume_takes_up_nothing_that_the_cache_has_of_which_it_was_giv
     let other = CacheId::from_bytes([8; 16]);
     for (cache, is_kept) in [(HOST, false), (other, true)] {
         let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         let since = Epoch::new(1);
         let lineage = |head: &mut Head| head.lineage = Some(Lineage { cache, since });
         make(&store, &volume("db"), id(1), lineage).await;
@@ -571,7 +571,7 @@ fn of_monday(head: &mut Head) {
 #[tokio::test]
 async fn volume_with_clones_is_refused_and_left_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     record_clone(&store, id(5), NOW).await;
     let refused = delete(&store).await;
@@ -607,7 +607,7 @@ async fn volume_with_clones_is_refused_and_left_as_it_was() {
 #[tokio::test]
 async fn clone_that_does_not_know_its_parent_or_cannot_be_read_protects_it_all_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
     make(&store, &volume("copy"), id(5), snapshots).await;
@@ -638,7 +638,7 @@ async fn clone_that_lost_its_head_is_not_given_up() {
     let name = keys::name_key(&clone.tenant, &clone.name);
     for left in [chunk, name] {
         let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         make(&store, &volume("db"), id(1), snapshots).await;
         record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
         let body = encode_record(NAME_KIND, &NameRecord::new(id(5), NOW));
@@ -653,7 +653,7 @@ async fn clone_that_lost_its_head_is_not_given_up() {
 #[tokio::test]
 async fn record_of_a_clone_that_was_flattened_protects_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
     make(&store, &volume("copy"), id(5), |_| ()).await;
@@ -663,7 +663,7 @@ async fn record_of_a_clone_that_was_flattened_protects_nothing() {
 #[tokio::test]
 async fn clone_recorded_between_the_look_and_the_mark_takes_the_mark_back() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     // Name, head, clones, the change of the head: it is marked, and its clones not looked for again.
     let marked = put(
@@ -688,7 +688,7 @@ async fn clone_recorded_between_the_look_and_the_mark_takes_the_mark_back() {
 #[tokio::test]
 async fn clone_that_was_never_finished_is_no_obstacle_and_cannot_come_late() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
     delete(&store).await.unwrap();
@@ -713,7 +713,7 @@ async fn clone_that_was_never_finished_is_no_obstacle_and_cannot_come_late() {
 #[tokio::test]
 async fn clone_whose_maker_slept_until_it_was_given_up_and_purged_does_not_come_to_be() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     make(&store, &volume("db"), id(1), snapshots).await;
     let VolumeRef { tenant, name } = volume("copy");
     let spec = CloneSpec {
@@ -763,7 +763,7 @@ async fn clone_given_up_is_in_the_trash_wherever_giving_it_up_was_stopped() {
 async fn volume_whose_head_is_lost_or_damaged_is_deleted_and_purged_but_not_restored() {
     for damage in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), false).unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
         two(&store).await;
         let before = others(&store, id(1)).await;
         let key = keys::head_key(&volume("db").tenant, id(1));
@@ -791,7 +791,7 @@ async fn volume_whose_head_is_lost_or_damaged_is_deleted_and_purged_but_not_rest
 #[tokio::test]
 async fn name_taken_meanwhile_is_refused_and_another_can_be_given() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     two(&store).await;
     delete(&store).await.unwrap();
     make(&store, &volume("db"), id(6), |_| ()).await;
@@ -809,7 +809,7 @@ async fn name_taken_meanwhile_is_refused_and_another_can_be_given() {
 #[tokio::test]
 async fn purge_of_more_than_a_page_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     two(&store).await;
     let prefix = keys::volume_prefix(&volume("db").tenant, id(1));
     for n in 0..KEYS_AT_ONCE + 10 {

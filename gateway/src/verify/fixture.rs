@@ -103,7 +103,7 @@ pub(crate) fn make_chunk_of(
 impl Fixture {
     pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store: Arc<dyn Store> = Arc::new(FolderStore::open(dir.path(), false).unwrap());
+        let store: Arc<dyn Store> = Arc::new(FolderStore::open(dir.path(), true).unwrap());
         let (tenant, name) = (
             TenantName::new("acme").unwrap(),
             VolumeName::new("db").unwrap(),

@@ -267,9 +267,12 @@ struct Active {
     placed: Sectors,
     /// The newest write it made, to be made durable before completion (FUA).
     last_write: WriteSeq,
-    /// A clean read failed, or a fetch by a map that is not the newest any more: resolve it anew, once.
-    retry: bool,
-    retried: bool,
+    /// A clean read failed: it is resolved anew, and what the cache has of what the store has is not read.
+    again: bool,
+    distrusts: bool,
+    /// A fetch failed by a map that is the newest no more: it is resolved anew, once.
+    behind: bool,
+    renewed: bool,
     /// Which of the volume's maps it was resolved by.
     map: u64,
     /// Map nodes loaded for it so far: other lookups cannot push them out before it is resolved.
@@ -318,7 +321,9 @@ enum Io {
         slot: Option<usize>,
         map: u64,
     },
-    WarmNodes,
+    WarmNodes {
+        map: u64,
+    },
     Fill {
         chunk: ChunkId,
         run: quarry_cache::CleanRun,
@@ -578,8 +583,10 @@ impl Volume {
             failed: None,
             placed: Sectors::ZERO,
             last_write: WriteSeq::ZERO,
-            retry: false,
-            retried: false,
+            again: false,
+            distrusts: false,
+            behind: false,
+            renewed: false,
             map: self.maps,
             held: Vec::new(),
         });
@@ -654,7 +661,7 @@ impl Volume {
                     self.warm_fetched(1, false, cx);
                 }
             }
-            other @ (Io::Fetch { .. } | Io::Nodes { .. } | Io::WarmNodes) => {
+            other @ (Io::Fetch { .. } | Io::Nodes { .. } | Io::WarmNodes { .. }) => {
                 panic!("{other:?} completes by an event of its own")
             }
         }
@@ -669,7 +676,7 @@ impl Volume {
     /// keeps what a map needed for some time after it, but one that was away may answer later than that.
     fn is_behind(&self, slot: usize) -> bool {
         let active = &self.active[slot];
-        active.map < self.maps && !active.retried
+        active.map < self.maps && !active.renewed
     }
 
     fn io(&mut self, io: Io) -> IoId {
@@ -686,10 +693,10 @@ impl Volume {
         if active.left > 0 {
             return;
         }
-        if active.retry && !active.retried {
+        if active.again || active.behind {
             Branch::ReadAgain.taken();
-            active.retry = false;
-            active.retried = true;
+            active.again = false;
+            active.renewed |= std::mem::take(&mut active.behind);
             active.failed = None;
             self.start_read(slot, cx);
             return;

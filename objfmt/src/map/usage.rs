@@ -177,12 +177,7 @@ impl Basis {
             ..Self::default()
         };
         basis.root_write.check(WHAT)?;
-        if basis.log_end > ChunkSeq::COMPACTED {
-            return Err(FormatError::invalid(
-                WHAT,
-                "its log ends among the numbers of compaction",
-            ));
-        }
+        basis.log_end.check_of_log(WHAT)?;
         if version == 1 {
             return Ok(basis);
         }

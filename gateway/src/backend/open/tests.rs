@@ -15,7 +15,7 @@ use crate::store::{FolderStore, GET_BYTES_MAX, Lane};
 #[tokio::test(start_paused = true)]
 async fn log_is_sealed_through_a_lane_with_fewer_places_than_looks_ahead() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Arc::new(FolderStore::open(dir.path(), false).unwrap());
+    let store = Arc::new(FolderStore::open(dir.path(), true).unwrap());
     let lane = Lane::narrow(store);
     let tenant = TenantName::new("acme").unwrap();
     let name = VolumeName::new("db").unwrap();
@@ -44,7 +44,7 @@ async fn log_is_sealed_through_a_lane_with_fewer_places_than_looks_ahead() {
 #[tokio::test]
 async fn volume_with_millions_of_dead_objects_is_attached_again() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     let tenant = TenantName::new("acme").unwrap();
     let name = VolumeName::new("db").unwrap();
     let volume = VolumeId::from_bytes([7; 16]);
@@ -98,7 +98,7 @@ async fn volume_with_millions_of_dead_objects_is_attached_again() {
 #[tokio::test]
 async fn reader_leaves_out_what_was_written_with_a_key_that_its_head_has_not() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     let tenant = TenantName::new("acme").unwrap();
     let name = VolumeName::new("db").unwrap();
     let volume = VolumeId::from_bytes([7; 16]);

@@ -68,7 +68,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let objects = dir.path().join("objects");
         std::fs::create_dir(&objects).unwrap();
-        let store: Arc<dyn Store> = Arc::new(FolderStore::open(&objects, false).unwrap());
+        let store: Arc<dyn Store> = Arc::new(FolderStore::open(&objects, true).unwrap());
         let cache = CacheId::from_bytes([8; 16]);
         let device =
             CacheDevice::open(&dir.path().join("cache"), Some(64 << 20), cache, "a", 1).unwrap();

@@ -394,7 +394,7 @@ async fn stop_ends_calls_with_a_deadline_and_silences_the_others() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lane_over_a_folder_keeps_the_contract() {
     let dir = tempfile::tempdir().unwrap();
-    let store = FolderStore::open(dir.path(), false).unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
     let lane = Lane::new(Arc::new(store), &LaneSettings::default());
     contract::run(Arc::new(lane)).await;
 }

@@ -171,8 +171,8 @@ impl Volume {
         self.active[slot].map = self.maps;
         let mut pieces = std::mem::take(&mut self.reads.pieces);
         pieces.clear();
-        // A copy may have been made anew, or another fail: the second time none is asked.
-        let copies = !self.active[slot].retried;
+        // A copy may have been made anew, or another fail: after one that failed none is asked.
+        let copies = !self.active[slot].distrusts;
         match self.resolve(request.range, copies, cx, &mut pieces) {
             Ok(()) => {
                 // One more than there are pieces, until all are issued.
@@ -473,7 +473,8 @@ impl Volume {
             if clean {
                 // The store has it: forget the copy, and read again from there.
                 cx.cache.distrust(segment);
-                self.active[slot].retry = true;
+                self.active[slot].again = true;
+                self.active[slot].distrusts = true;
             } else {
                 cx.out.push(Action::Report(Report::Unreadable { errno }));
             }
@@ -533,7 +534,7 @@ impl Volume {
                     .as_ref()
                     .filter(|raw| raw.len() >= waiter.skip + waiter.len);
                 if part.is_none() && self.is_behind(waiter.slot) {
-                    self.active[waiter.slot].retry = true;
+                    self.active[waiter.slot].behind = true;
                 }
                 self.deliver(&waiter, part, cx);
             }
@@ -609,10 +610,13 @@ impl Volume {
     ) {
         let (slot, map) = match self.ios.remove(super::io_key(io)) {
             Io::Nodes { slot, map } => (slot, map),
-            Io::WarmNodes => {
+            Io::WarmNodes { map } => {
+                let is_newest = map == self.maps;
                 let nodes = result.map_err(|DataError { object, reason }| {
-                    cx.out
-                        .push(Action::Report(Report::Damaged { object, reason }));
+                    if is_newest {
+                        cx.out
+                            .push(Action::Report(Report::Damaged { object, reason }));
+                    }
                 });
                 return self.warm_nodes_loaded(nodes.ok(), cx);
             }
@@ -637,7 +641,7 @@ impl Volume {
             Err(_) if slot.is_some_and(|slot| self.is_behind(slot)) => {
                 let slot = slot.expect("it was just looked at");
                 Branch::ReadAgain.taken();
-                self.active[slot].retried = true;
+                self.active[slot].renewed = true;
                 self.start_again(slot, cx);
             }
             Err(_) if slot.is_none() && map < self.maps => self.reads.readahead_nodes = false,

@@ -74,7 +74,7 @@ impl Volume {
         let resolved = self.resolve(range, true, cx, &mut pieces);
         self.reads.forget_found();
         if let Err(nodes) = resolved {
-            let io = self.io(Io::WarmNodes);
+            let io = self.io(Io::WarmNodes { map: self.maps });
             let foreground = false;
             cx.out.push(Action::LoadNodes {
                 io,

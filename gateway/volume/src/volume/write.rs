@@ -236,6 +236,8 @@ impl Volume {
                 || of_group >= GROUP_UNSENT_WRITES_MAX
             {
                 Branch::UnsentFull.taken();
+                // It asks for no segment until then.
+                self.leave_line(cx.cache);
                 self.starve(cx);
                 return Err(WriteWait::Unsent);
             }

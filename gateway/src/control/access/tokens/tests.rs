@@ -72,7 +72,7 @@ struct Site {
 impl Site {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let inner = FolderStore::open(dir.path(), false).unwrap();
+        let inner = FolderStore::open(dir.path(), true).unwrap();
         let (away, reads) = (AtomicBool::new(false), AtomicU64::new(0));
         Self {
             _dir: dir,
