@@ -399,8 +399,9 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "store.make_missing",
-        doc: "Whether the daemon makes the bucket, or the folder, if there is none. With false a misspelt name is\n\
-              refused, and so is the mount point of a folder that is not mounted.",
+        doc: "Whether the daemon makes the bucket, or the folder and a store in it, if there is none. With false a misspelt\n\
+              name is refused, and so is a folder that has no store in it: an empty one, or the mount point of one that is\n\
+              not mounted. So a folder's first start needs true. A tenant's own folder is made by the command that gives it.",
         expected: "write true or false",
         sample: "",
         secret: false,
@@ -450,7 +451,8 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         path: "cache.size",
-        doc: "How much of it to use. Unset: 8GiB of a file, all of a block device.",
+        doc: "How much of it to use. Unset: 8GiB of a file, all of a block device. For a new cache only: one that is there\n\
+              keeps its size.",
         expected: SIZE,
         sample: "\"8GiB\"",
         secret: false,

@@ -377,6 +377,11 @@ impl AttachAgain {
             let place = self.place().await;
             let attached = self.daemon.attach_again(&volume, &how).await;
             drop(place);
+            let attached = match attached {
+                // It was detached while it waited for its turn.
+                Err(_) if !self.daemon.wanted().contains(&volume) => break,
+                attached => attached,
+            };
             let mut error = match attached {
                 Ok(info) => {
                     tracing::info!(%volume, device = ?info.device, uri = ?info.uri, "attached again");

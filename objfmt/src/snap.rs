@@ -113,7 +113,6 @@ impl Snapshot {
         if self.name.parse::<SnapName>().is_err() {
             return Err(FormatError::invalid(WHAT, "the name is not a name"));
         }
-
         if self.size == Sectors::ZERO || self.size.get() > VOLUME_SECTORS_MAX {
             return Err(FormatError::invalid(WHAT, "the size is out of range"));
         }

@@ -246,6 +246,9 @@ pub enum TenantCommand {
         tenant: TenantName,
     },
     /// Change what a tenant may have; what is not named stays, and `none` takes a limit away.
+    ///
+    /// Another way to its store (endpoint, region, credentials) is for what is attached from then on; another endpoint must have all of its
+    /// volumes.
     #[command(after_help = TENANT_EXAMPLES)]
     Update {
         /// Its name.
@@ -460,7 +463,8 @@ Examples:
   quarry volume limit acme/db --iops 5000 --bandwidth 200MiB/s
   quarry volume limit acme/db --none
 
-What is not said is not limited any more. Discards, zeroes and flushes count as requests of no bytes.")]
+What is not said is not limited any more. Discards, zeroes and flushes count as requests of no bytes; a read by
+NBD of more than 1 MiB as one for each MiB.")]
     Limit(LimitFlags),
     /// Wrap a volume's data key by another key, at once, attached here or nowhere; its data stay as they are. Or give it
     /// another data key.
@@ -514,6 +518,9 @@ snapshot keeps what it needs, and its key, until it is deleted; a clone what it 
         volume: VolumeRef,
     },
     /// Upload all that was written, then take the volume off this host.
+    #[command(after_help = "\
+One that waits to be attached again after a start is attached first. Of one that cannot be, nothing is uploaded: its device is
+removed, though it be in use, and what the cache kept stays there.")]
     Detach {
         /// The volume, as tenant/name, or the snapshot.
         volume: ImageRef,
@@ -544,7 +551,8 @@ Examples:
   quarry volume verify acme/db
   quarry volume verify acme/db --deep --output json
 
-Fails if anything is wrong. What a host has not sent to the store yet is not looked at.")]
+Fails if anything is wrong. What a host has not sent to the store yet is not looked at. One volume of a tenant
+at a time on each host, three of all; more are refused.")]
     Verify {
         /// The volume, as tenant/name, or a snapshot.
         volume: ImageRef,

@@ -64,7 +64,7 @@ impl<'a> Attachment<'a> {
                 let message = format!("{volume} is {}", state.as_str());
                 let remedy = match &info.problem {
                     Some(problem) if state == State::Attaching => {
-                        format!("it cannot be attached again ({problem}): detach it first")
+                        format!("it cannot be attached again ({problem}): wait, or detach it")
                     }
                     _ => format!("see `quarry volume show {volume}`"),
                 };
@@ -163,7 +163,6 @@ async fn settled(
     let mut info = info.clone();
     let begun = Instant::now();
     while matches!(info.state, State::Attaching | State::Detaching)
-        && info.problem.is_none()
         && begun.elapsed() < SETTLE_TIME_MAX
     {
         tokio::time::sleep(SETTLE_PAUSE).await;

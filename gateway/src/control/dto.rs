@@ -419,7 +419,7 @@ pub enum State {
     #[default]
     #[serde(rename = "detached")]
     Detached,
-    /// It is being attached here.
+    /// It is being attached here, or waits for that since the daemon's start; if it cannot be, `problem` says why.
     #[serde(rename = "attaching")]
     Attaching,
     /// It is in use here.
@@ -437,7 +437,7 @@ pub enum State {
     /// It cannot be used; `problem` says why.
     #[serde(rename = "failed")]
     Failed,
-    /// A state that this client does not know.
+    /// It cannot be told, and `problem` says why; or a state that this client does not know.
     #[serde(other, rename = "unknown")]
     Unknown,
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{Journal, Recovered};
-use quarry_objfmt::{Generation, SegmentId, SnapName, TenantName, VolumeId, keys};
+use quarry_objfmt::{Generation, Owner, SegmentId, SnapName, TenantName, VolumeId, keys};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
@@ -686,6 +686,13 @@ impl Daemon {
         }
     }
 
+    /// Whether what is not attached waits here to be attached again. One that somebody had meanwhile does not, for it is not.
+    pub(super) fn waits_here(&self, image: &ImageRef, owner: Option<&Owner>) -> bool {
+        let is_ours = || owner.is_some_and(|owner| owner.cache == self.common.device.id());
+        let how = self.wanted.how(image);
+        how.is_some_and(|how| how.read_only || image.is_past() || is_ours())
+    }
+
     /// A volume that could not be attached again, and is not to be any more: says what stays of it.
     async fn leave_waiting(&self, volume: &ImageRef) -> ApiResult<()> {
         let keeps = match self.control(&volume.volume.tenant).await {
@@ -787,18 +794,32 @@ impl Daemon {
             if let Some(how) = self.wanted.how(volume)
                 && self.wanted.problem(volume).is_none()
             {
-                let attached = self
-                    .attach_to(slot, volume, &how.again(), how.access.clone())
-                    .await;
+                let attached = match self.fit() {
+                    Ok(()) => {
+                        let access = how.access.clone();
+                        self.attach_to(slot, volume, &how.again(), access)
+                            .await
+                            .map(drop)
+                    }
+                    Err(unfit) => Err(unfit),
+                };
                 return match attached {
-                    Ok(_) => Box::pin(self.detach_from(slot, volume)).await,
+                    Ok(()) => Box::pin(self.detach_from(slot, volume)).await,
                     Err(error) => {
                         self.wanted.note(volume, Some(error.to_string()));
                         Err(error)
                     }
                 };
             }
-            self.remove_devices_left_of(volume).await?;
+            let removed = self.remove_devices_left_of(volume).await;
+            // Of one that had none it does not matter that nobody can look.
+            if self
+                .wanted
+                .how(volume)
+                .is_some_and(|how| how.via == Via::Ublk)
+            {
+                removed?;
+            }
             unlist()?;
             return self.leave_waiting(volume).await;
         };

@@ -99,14 +99,9 @@ impl Daemon {
             snapshots: head.snapshots.len() as u64,
             retain_ms: head.retain_ms,
             state: match slot.state() {
+                State::Detached if self.waits_here(image, owner) => State::Attaching,
                 State::Detached if !image.is_past() && owner.is_some_and(elsewhere) => {
                     State::AttachedElsewhere
-                }
-                // It waits for that since the daemon's start, unless somebody had it meanwhile.
-                State::Detached
-                    if self.wanted.contains(image) && (image.is_past() || owner.is_some()) =>
-                {
-                    State::Attaching
                 }
                 state => state,
             },

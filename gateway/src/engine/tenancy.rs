@@ -44,7 +44,28 @@ impl Daemon {
     }
 
     pub(super) async fn show_one_tenant(&self, name: &TenantName) -> ApiResult<TenantInfo> {
-        let tenant = self.read_tenant(name).await?;
+        let tenant = match self.read_tenant(name).await {
+            Ok(tenant) => tenant,
+            // Its store, not the tenant.
+            Err(error) if error.kind != Kind::NotFound => {
+                let (record, _) = tenants::read(&self.home, name).await?;
+                let url = record
+                    .settings
+                    .store
+                    .as_ref()
+                    .map(|store| store.url.clone());
+                return Ok(TenantInfo {
+                    store: Some(StoreStatus {
+                        url: url.unwrap_or_default(),
+                        healthy: false,
+                        failing_ms: None,
+                        last_error: Some(error.message),
+                    }),
+                    ..told(record)
+                });
+            }
+            Err(error) => return Err(error),
+        };
         let usage = self.usage(&tenant).await;
         if let Err(error) = &usage {
             tracing::warn!(tenant = %name, %error, "what the tenant has cannot be counted");
@@ -62,14 +83,16 @@ impl Daemon {
         name: &TenantName,
         patch: &Map<String, Value>,
     ) -> ApiResult<TenantInfo> {
-        let before = self.read_tenant(name).await?;
-        let was = before.record().settings.store;
-        let wanted = patched(&before.record().settings, patch)?;
+        let (before, _) = tenants::read(&self.home, name).await?;
+        let was = before.settings.store.clone();
+        let wanted = patched(&before.settings, patch)?;
         if wanted.store != was {
+            let before = self.read_tenant(name).await?;
             let same_place = |store: &Option<TenantStore>| store.as_ref().map(|s| s.url.clone());
             if same_place(&wanted.store) == same_place(&was) && wanted.store.is_some() {
                 // Reached in another way: what is attached goes on as it was until it is attached anew.
-                self.check_store_of(name, wanted.store.as_ref()).await?;
+                self.check_store_of(name, wanted.store.as_ref(), false)
+                    .await?;
                 self.is_same_store(&before, wanted.store.as_ref()).await?;
             } else {
                 self.may_move(&before, wanted.store.as_ref()).await?;
@@ -104,7 +127,7 @@ impl Daemon {
                 }
                 _ => error,
             })?;
-        self.check_store_of(&tenant.name, to).await
+        self.check_store_of(&tenant.name, to, true).await
     }
 
     /// Another endpoint may be another way to the same server, or another server: all of the tenant's volumes must be there.
@@ -118,8 +141,12 @@ impl Daemon {
         let there = self.store_for_control(name, to)?;
         let there = registry::volume_names(&there, name).await?;
         let has = registry::volume_names(&tenant.control(), name).await;
-        // The old way may be gone, or its keys: what is attached is known.
-        let has = has.unwrap_or_else(|_| self.attached_of(name));
+        let has = match has {
+            Ok(names) => names,
+            // The old way may be gone, or its keys: what is attached is known.
+            Err(_) if !there.is_empty() => self.attached_of(name),
+            Err(error) => return Err(error),
+        };
         match has.iter().find(|volume| !there.contains(volume)) {
             None => Ok(()),
             Some(missing) => {

@@ -557,7 +557,7 @@ impl Daemon {
         self.learn_tenant(name, record)
     }
 
-    /// Whether a tenant has not been deleted since it was looked up. While the daemon's store does not answer nobody deletes one.
+    /// Whether a tenant has not been deleted since it was looked up, as far as the daemon's store tells.
     pub(super) async fn is_still_there(&self, tenant: &Tenant) -> bool {
         match read(&self.home, &tenant.name).await {
             Ok((now, _)) => now.created_ms == tenant.record().created_ms,
@@ -574,6 +574,13 @@ impl Daemon {
         record.revision += 1;
         write_first(&self.home, name, &record).await?;
         self.learn_tenant(name, record).map(drop)
+    }
+
+    /// What was changed is, whether or not the tenant's store can be used.
+    fn learn_change(&self, name: &TenantName, record: TenantRecord) {
+        if let Err(error) = self.learn_tenant(name, record) {
+            tracing::warn!(tenant = %name, %error, "the tenant was changed, and cannot be used");
+        }
     }
 
     fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
@@ -622,20 +629,21 @@ impl Daemon {
             settings,
             ..TenantRecord::default()
         };
-        self.check_store_of(name, record.settings.store.as_ref())
+        self.check_store_of(name, record.settings.store.as_ref(), true)
             .await?;
         write_first(&self.home, name, &record).await?;
         self.learn_tenant(name, record.clone())?;
         Ok(record)
     }
 
-    /// Looks at a store that a tenant is to have.
+    /// Looks at a store that a tenant is to have, and begins in or has been in.
     pub(super) async fn check_store_of(
         &self,
         name: &TenantName,
         store: Option<&TenantStore>,
+        begins: bool,
     ) -> ApiResult<()> {
-        let site = self.tenants.site(store, true);
+        let site = self.tenants.site(store, begins);
         let site = site.map_err(|error| cannot_open(name, &error))?;
         site.check().await
     }
@@ -664,13 +672,13 @@ impl Daemon {
             let mut record = before.clone();
             change(&mut record)?;
             if record == before {
-                self.learn_tenant(name, record.clone())?;
+                self.learn_change(name, record.clone());
                 return Ok(record);
             }
             record.revision += 1;
             match self.home.replace(&key, encoded(&record)?, &tag).await {
                 Ok(_) => {
-                    self.learn_tenant(name, record.clone())?;
+                    self.learn_change(name, record.clone());
                     return Ok(record);
                 }
                 // Somebody quicker, or our own lost answer: what is there tells, and the change is made of that.
@@ -708,9 +716,9 @@ impl Daemon {
 fn cannot_open(tenant: &TenantName, error: &OpenError) -> ApiError {
     let message = format!("the store of tenant {tenant}: {error}");
     let kind = match error {
-        // Such as the folder of a file system that is not mounted.
+        // Such as the folder of a file system that is not mounted: it may come, and nobody is to take what is in it for gone.
         OpenError::Folder { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            Kind::NotFound
+            Kind::Denied
         }
         _ => Kind::Unsupported,
     };

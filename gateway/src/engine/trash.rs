@@ -12,6 +12,7 @@ use quarry_objfmt::{Deleted, TenantName, VolumeId, VolumeName, keys};
 use tokio::sync::Notify;
 
 use super::quota::Wish;
+use super::slot::Slot;
 use super::tenants::Tenant;
 use super::{Daemon, now_ms, registry, tenants};
 use crate::backend::{HeadCell, HeadError};
@@ -139,27 +140,35 @@ impl Daemon {
         let image = ImageRef::from(volume.clone());
         let slot = self.slot(&image);
         let _change = slot.change.lock().await;
-        let answer = if !slot.is_detached() {
-            let message = format!("{volume} is attached");
-            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
-        } else if self.waits_here(&image, volume).await? {
-            let message = format!("{volume} waits here to be attached again");
-            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
-        } else {
-            self.delete_detached(volume, discard_unsent).await
+        let answer = match self.may_be_deleted(&slot, &image).await {
+            Ok(()) => self.delete_detached(volume, discard_unsent).await,
+            Err(error) => Err(error),
         };
         self.forget_idle(&image, &slot);
         answer
     }
 
-    /// Whether a volume waits here to be attached again, and is this host's still.
-    async fn waits_here(&self, image: &ImageRef, volume: &VolumeRef) -> ApiResult<bool> {
-        if !self.wanted.contains(image) {
-            return Ok(false);
+    async fn may_be_deleted(&self, slot: &Slot, image: &ImageRef) -> ApiResult<()> {
+        let refuse = |why: &str| {
+            let message = format!("{} {why}", image.volume);
+            Err(ApiError::new(Kind::Conflict, message, "detach it first"))
+        };
+        if !slot.is_detached() {
+            return refuse("is attached");
         }
-        let head = registry::head(&self.control(&volume.tenant).await?, volume).await?;
-        let cache = self.common.device.id();
-        Ok(head.owner.is_some_and(|owner| owner.cache == cache))
+        if !self.wanted.contains(image) {
+            return Ok(());
+        }
+        let store = self.control(&image.volume.tenant).await?;
+        let waits = match registry::head(&store, &image.volume).await {
+            Ok(head) => self.waits_here(image, head.owner.as_ref()),
+            Err(error) if error.kind == Kind::Damaged => true,
+            Err(error) => return Err(error),
+        };
+        match waits {
+            true => refuse("waits here to be attached again"),
+            false => Ok(()),
+        }
     }
 
     async fn delete_detached(

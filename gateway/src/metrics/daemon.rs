@@ -234,7 +234,7 @@ pub(super) static TABLE: &[Definition] = &[
     ),
     gauge(
         "quarry_ready",
-        "1 while the daemon serves and its store answers, as /readyz says.",
+        "1 once the daemon's store was found fit and all that is to be attached was attached or tried, as /readyz says; a store that goes away later does not change it.",
         of!(Daemon.ready),
     ),
     counter(

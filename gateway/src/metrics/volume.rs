@@ -323,7 +323,7 @@ pub(super) static TABLE: &[Definition] = &[
     ),
     counter(
         "quarry_volume_reads_total",
-        "Reads completed.",
+        "Reads completed; one by NBD of more than 1 MiB counts as one for each MiB.",
         of!(Volume.reads),
     ),
     histogram(
@@ -333,7 +333,7 @@ pub(super) static TABLE: &[Definition] = &[
     ),
     gauge(
         "quarry_volume_rpo_seconds",
-        "Age of the oldest write that the store does not have yet: what losing the host would lose, in time.",
+        "Age of the oldest write that the store does not have yet: what losing the host would lose, in time. Of what a cache kept from before, the time since the attach: it is older.",
         of!(Volume.rpo_ms in ms),
     ),
     counter(

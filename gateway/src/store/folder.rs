@@ -29,6 +29,8 @@ use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use uuid::Uuid;
 
+use crate::provision::MARKER_KEY;
+
 use super::{
     GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, Store, StoreError, Tag, check_key,
     check_list_prefix, check_range,
@@ -82,7 +84,7 @@ impl FolderStore {
             root: root_now,
             synced_dirs: Mutex::default(),
         };
-        if !may_make && !folder.own("lock").exists() {
+        if !may_make && !folder.root.join(MARKER_KEY).try_exists().map_err(refused)? {
             let why = "there is no store in this folder";
             return Err(refused(io::Error::new(io::ErrorKind::NotFound, why)));
         }
@@ -566,6 +568,8 @@ mod tests {
         assert!(refused.contains("mount"), "{refused}");
         assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
         FolderStore::open(dir.path(), true).unwrap();
+        assert!(FolderStore::open(dir.path(), false).is_err());
+        fs::write(dir.path().join(MARKER_KEY), "{}").unwrap();
         FolderStore::open(dir.path(), false).unwrap();
     }
 

@@ -611,12 +611,13 @@ impl Volume {
         let (slot, map) = match self.ios.remove(super::io_key(io)) {
             Io::Nodes { slot, map } => (slot, map),
             Io::WarmNodes { map } => {
-                let is_newest = map == self.maps;
+                if map < self.maps && result.is_err() {
+                    // What an older map named may be gone rightly.
+                    return self.warm_on(cx);
+                }
                 let nodes = result.map_err(|DataError { object, reason }| {
-                    if is_newest {
-                        cx.out
-                            .push(Action::Report(Report::Damaged { object, reason }));
-                    }
+                    cx.out
+                        .push(Action::Report(Report::Damaged { object, reason }));
                 });
                 return self.warm_nodes_loaded(nodes.ok(), cx);
             }

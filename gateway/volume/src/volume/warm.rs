@@ -67,7 +67,7 @@ impl Volume {
     }
 
     /// Asks for what the cache lacks, or for the map nodes that say what that is.
-    fn warm_on(&mut self, cx: &mut Cx<'_>) {
+    pub(super) fn warm_on(&mut self, cx: &mut Cx<'_>) {
         let step = self.reads.warming.as_ref().expect("a step is under way");
         let range = step.range;
         let mut pieces = Vec::new();
