@@ -241,16 +241,7 @@ impl ChunkSeq {
 
     /// Refuses a place in a log that none reaches: see `limited!`.
     pub(crate) fn check_of_log(self, what: &'static str) -> Result<(), crate::FormatError> {
-        const LIMIT: u64 = 1 << 62;
-        if self.0 <= LIMIT {
-            return Ok(());
-        }
-        Err(crate::FormatError::TooLarge {
-            what,
-            field: "ChunkSeq",
-            value: self.0,
-            limit: LIMIT,
-        })
+        check_up_to(what, "ChunkSeq", self.0, 1 << 62)
     }
 
     /// Whether it is a compaction's chunk, and in no log.
@@ -258,6 +249,23 @@ impl ChunkSeq {
     pub const fn is_compacted(self) -> bool {
         self.0 >= Self::COMPACTED.0
     }
+}
+
+fn check_up_to(
+    what: &'static str,
+    field: &'static str,
+    value: u64,
+    limit: u64,
+) -> Result<(), crate::FormatError> {
+    if value <= limit {
+        return Ok(());
+    }
+    Err(crate::FormatError::TooLarge {
+        what,
+        field,
+        value,
+        limit,
+    })
 }
 
 /// Numbers that what comes from a store must not exceed: one more is made of each in the life of a volume, and none that was not made
@@ -270,15 +278,7 @@ macro_rules! limited {
 
             /// Refuses one past the largest.
             pub(crate) fn check(self, what: &'static str) -> Result<(), crate::FormatError> {
-                if self <= Self::MAX {
-                    return Ok(());
-                }
-                Err(crate::FormatError::TooLarge {
-                    what,
-                    field: stringify!($name),
-                    value: self.0.into(),
-                    limit: Self::MAX.0.into(),
-                })
+                check_up_to(what, stringify!($name), self.0.into(), Self::MAX.0.into())
             }
         }
     };

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use quarry_tests::{MIB, Nbd, NbdError, Site, http_get, skip};
+use quarry_tests::{Daemon, MIB, Nbd, NbdError, Site, http_get, skip};
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -117,6 +117,16 @@ fn daemon_restarted_attaches_what_it_had_attached() -> Result<()> {
     daemon.stop()
 }
 
+/// The daemon dies, and the next is to attach as a block device what was attached by NBD.
+fn restarted_to_attach_by_ublk(site: &Site, daemon: Daemon) -> Result<Daemon> {
+    daemon.kill()?;
+    let list = site.root().join("data/attached.json");
+    let by_nbd = fs::read_to_string(&list)?;
+    assert!(by_nbd.contains(r#""via":"nbd""#), "{by_nbd}");
+    fs::write(&list, by_nbd.replace("nbd", "ublk"))?;
+    site.start()
+}
+
 /// As one whose device cannot be had after a start: here because the kernel has none at all.
 #[test]
 fn volume_that_waits_to_be_attached_again_is_nobody_elses_until_it_is_detached() -> Result<()> {
@@ -130,13 +140,7 @@ fn volume_that_waits_to_be_attached_again_is_nobody_elses_until_it_is_detached()
     let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
     nbd.write(0, &[1; 4096], true)?;
     drop(nbd);
-    daemon.kill()?;
-    let list = site.root().join("data/attached.json");
-    let by_nbd = fs::read_to_string(&list)?;
-    assert!(by_nbd.contains(r#""via":"nbd""#), "{by_nbd}");
-    fs::write(&list, by_nbd.replace("nbd", "ublk"))?;
-
-    let daemon = site.start()?;
+    let daemon = restarted_to_attach_by_ublk(&site, daemon)?;
     let shown = daemon.show("acme/db")?;
     assert_eq!(shown["state"], "attaching", "{shown}");
     assert!(shown["problem"].as_str().is_some(), "{shown}");
@@ -188,10 +192,7 @@ fn waiting_volume_that_is_detached_says_what_stays_in_the_cache() -> Result<()> 
     let mut nbd = daemon.fresh_volume("acme/db", 64 * MIB, &[])?;
     nbd.write(0, &[1; 4096], true)?;
     drop(nbd);
-    daemon.kill()?;
-    let list = site.root().join("data/attached.json");
-    fs::write(&list, fs::read_to_string(&list)?.replace("nbd", "ublk"))?;
-    let daemon = site.start()?;
+    let daemon = restarted_to_attach_by_ublk(&site, daemon)?;
     let refusal = site
         .quarry_json(&["volume", "detach", "acme/db"])?
         .refusal()?;

@@ -30,8 +30,8 @@ use quarry_objfmt::{
     ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, SECTOR_SIZE, Sectors, VolumeId, WriteSeq,
     keys,
 };
-use quarry_volume::Event;
 use quarry_volume::map::{MapRoot, RUNS_TARGET_MAX, plan_merge};
+use quarry_volume::{DataError, Event};
 use tokio::time::Instant;
 
 use super::checkpoint::{Stopped, Writer, merge, publish, refused};
@@ -258,6 +258,7 @@ async fn gather(
     let mut pieces: Vec<Piece> = Vec::new();
     let mut sectors = 0;
     let sectors_max = STAGE_CHUNKS_MAX * u64::from(backend.common.reclaim.chunk_sectors);
+    let frame_sectors = backend.head.frame_sectors();
     let mut scan = Scan::new(backend, Vec::new(), base.runs(), true).from(from);
     while let Some(entry) = scan.next().await? {
         if backend.reclaim.is_stopping() {
@@ -269,9 +270,8 @@ async fn gather(
         if !victims.has(backend.volume, at.chunk) {
             continue;
         }
-        let frame_sectors = backend.head.frame_sectors();
         if u64::from(at.raw % frame_sectors) + u64::from(entry.len) > u64::from(frame_sectors) {
-            return Err(Stopped::Damaged(quarry_volume::DataError {
+            return Err(Stopped::Damaged(DataError {
                 object: "map".to_owned(),
                 reason: format!(
                     "its entry at sector {} is longer than a frame",

@@ -787,24 +787,20 @@ impl Daemon {
             })
         };
         let Some(attached) = slot.stage().attached().cloned() else {
-            if !self.wanted.contains(volume) {
+            let Some(how) = self.wanted.how(volume) else {
                 return Err(not_attached(volume));
-            }
+            };
             // It is waited for since the start. That it cannot be attached was not found yet: then it is, and detached as any other.
-            if let Some(how) = self.wanted.how(volume)
-                && self.wanted.problem(volume).is_none()
-            {
+            if self.wanted.problem(volume).is_none() {
                 let attached = match self.fit() {
                     Ok(()) => {
-                        let access = how.access.clone();
-                        self.attach_to(slot, volume, &how.again(), access)
-                            .await
-                            .map(drop)
+                        let options = how.again();
+                        self.attach_to(slot, volume, &options, how.access).await
                     }
                     Err(unfit) => Err(unfit),
                 };
                 return match attached {
-                    Ok(()) => Box::pin(self.detach_from(slot, volume)).await,
+                    Ok(_) => Box::pin(self.detach_from(slot, volume)).await,
                     Err(error) => {
                         self.wanted.note(volume, Some(error.to_string()));
                         Err(error)
@@ -813,11 +809,7 @@ impl Daemon {
             }
             let removed = self.remove_devices_left_of(volume).await;
             // Of one that had none it does not matter that nobody can look.
-            if self
-                .wanted
-                .how(volume)
-                .is_some_and(|how| how.via == Via::Ublk)
-            {
+            if how.via == Via::Ublk {
                 removed?;
             }
             unlist()?;
