@@ -101,7 +101,7 @@ pub(super) async fn create_volume(
         keys: wrapped,
         ..Head::fresh(volume, &spec.tenant, &spec.name, size, created_ms)
     };
-    let copy_key = keys::keys_key(&spec.tenant, volume, head.keys.revision);
+    let keys_revision = head.keys.revision;
     let encrypted = !head.keys.keys.is_empty();
     if encrypted {
         put_first_copy(store, &spec.tenant, volume, &head.keys)
@@ -119,10 +119,8 @@ pub(super) async fn create_volume(
     };
     match name_fresh(store, &spec.volume(), &record).await {
         Err(error) if error.kind == Kind::Exists => {
-            store.delete(&head_key).await.map_err(|e| store_error(&e))?;
-            if encrypted {
-                store.delete(&copy_key).await.map_err(|e| store_error(&e))?;
-            }
+            let revision = encrypted.then_some(keys_revision);
+            delete_head(store, &spec.tenant, volume, revision).await?;
             Err(error)
         }
         named => named,
@@ -136,12 +134,20 @@ pub(super) async fn unmake_volume(
     volume: VolumeId,
     keys_revision: Option<u32>,
 ) -> ApiResult<()> {
-    let copy = keys_revision.map(|revision| keys::keys_key(&name.tenant, volume, revision));
-    let name_and_head = [
-        keys::name_key(&name.tenant, &name.name),
-        keys::head_key(&name.tenant, volume),
-    ];
-    for key in name_and_head.into_iter().chain(copy) {
+    let name_key = keys::name_key(&name.tenant, &name.name);
+    store.delete(&name_key).await.map_err(|e| store_error(&e))?;
+    delete_head(store, &name.tenant, volume, keys_revision).await
+}
+
+/// Deletes the head of a volume that nobody has, and the copy of its first keys, if it has keys.
+async fn delete_head(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    keys_revision: Option<u32>,
+) -> ApiResult<()> {
+    let copy = keys_revision.map(|revision| keys::keys_key(tenant, volume, revision));
+    for key in std::iter::once(keys::head_key(tenant, volume)).chain(copy) {
         store.delete(&key).await.map_err(|e| store_error(&e))?;
     }
     Ok(())
