@@ -431,6 +431,13 @@ pub trait BlockDevice: Send + Sync {
     /// # Errors
     /// What the system says, or said before.
     fn sync(&self) -> io::Result<()>;
+    /// Whether what is read can be believed: after a sync that failed it may be what was there before a write.
+    ///
+    /// # Errors
+    /// What the sync said.
+    fn trusted(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl BlockDevice for CacheDevice {
@@ -451,6 +458,9 @@ impl BlockDevice for CacheDevice {
     }
     fn sync(&self) -> io::Result<()> {
         self.sync()
+    }
+    fn trusted(&self) -> io::Result<()> {
+        self.failure.get().map_err(io::Error::from_raw_os_error)
     }
 }
 

@@ -40,6 +40,13 @@ impl<V: Carried> ExtentMap<V> {
         self.runs.is_empty()
     }
 
+    /// Whether no run touches `range`, found by one search.
+    #[must_use]
+    pub fn has_none_of(&self, range: LbaRange) -> bool {
+        let last = self.runs.range(..range.end).next_back();
+        range.is_empty() || last.is_none_or(|(_, (end, _))| *end <= range.start)
+    }
+
     /// Gives `range` the value `value`, whatever it had before.
     pub fn insert(&mut self, range: LbaRange, value: V) {
         if range.is_empty() {
@@ -238,6 +245,8 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(&contents(&map), &model);
+                let is_clear = model[start as usize..(start + len) as usize].iter().all(Option::is_none);
+                prop_assert_eq!(map.has_none_of(range(start, len)), is_clear);
             }
         }
     }

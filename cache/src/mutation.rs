@@ -8,10 +8,14 @@
 pub enum Mutation {
     /// A flush writes its record pages without a sync of the data that they name.
     NoSyncBeforeRecords,
+    /// A flush takes what arrived while its sync was under way for synced too.
+    SyncCoversWhatCameLater,
     /// A flush is acknowledged when its record pages were submitted.
     FlushBeforeRecords,
     /// A write with FUA is acknowledged when its data arrived.
     FuaAsPlainWrite,
+    /// A short write may be split into two where a segment ends.
+    SplitShortWrites,
     /// The journal gets a record after the acknowledgement.
     JournalAfterAcknowledgement,
     /// A chunk is committed as soon as it is stored, whatever is before it.
@@ -66,10 +70,12 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 30] = [
         Self::NoSyncBeforeRecords,
+        Self::SyncCoversWhatCameLater,
         Self::FlushBeforeRecords,
         Self::FuaAsPlainWrite,
+        Self::SplitShortWrites,
         Self::JournalAfterAcknowledgement,
         Self::CommitOutOfOrder,
         Self::FreeBeforeCommit,

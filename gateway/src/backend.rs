@@ -41,7 +41,7 @@ use quarry_objfmt::{ChunkSeq, DataKey, DataKeys, Encryption, SnapshotRef, Volume
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, PlannedExtent, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinError;
 
 pub(crate) use map_end::{MapEnd, named};
@@ -169,7 +169,7 @@ pub struct VolumeBackend {
     root_ref: parking_lot::Mutex<Option<RootRef>>,
     /// The number of the next map object.
     next_map: AtomicU64,
-    /// Bytes of all chunks ever stored; what compaction gave back is taken off.
+    /// Bytes of all chunks ever stored, those of the log too; what was deleted is taken off.
     stored_bytes: AtomicU64,
     /// Bytes of map objects stored since the attach.
     map_bytes: AtomicU64,
@@ -189,6 +189,8 @@ pub struct VolumeBackend {
     reactor: ReactorHandle,
     condition: parking_lot::Mutex<Condition>,
     drains: parking_lot::Mutex<Drains>,
+    /// How many uploads wait for data that cannot be read.
+    stuck: watch::Sender<usize>,
     /// Whether what the volume has of the cache is still its own. Held by who makes a chunk of that.
     has_cache: Arc<tokio::sync::RwLock<bool>>,
     warmings: warm::Warmings,
@@ -230,7 +232,8 @@ impl VolumeBackend {
             root: parking_lot::Mutex::new(claimed.root),
             root_ref: parking_lot::Mutex::new(claimed.info.root),
             next_map: AtomicU64::new(claimed.info.next_map.get()),
-            stored_bytes: AtomicU64::new(claimed.info.stored_bytes),
+            // The head counts what is in its map.
+            stored_bytes: AtomicU64::new(claimed.info.stored_bytes + bytes_of(&claimed.chunks)),
             map_bytes: AtomicU64::new(0),
             head: claimed.head,
             keys: parking_lot::Mutex::new(claimed.keys),
@@ -239,6 +242,7 @@ impl VolumeBackend {
             reactor,
             condition: parking_lot::Mutex::default(),
             drains: parking_lot::Mutex::new(Some(std::collections::HashMap::new())),
+            stuck: watch::Sender::new(0),
             has_cache: Arc::new(tokio::sync::RwLock::new(true)),
             warmings: warm::Warmings::default(),
             fetched: fetch::FetchCounts::default(),
@@ -304,7 +308,7 @@ impl VolumeBackend {
     }
 
     /// Uploads all that is acknowledged, and with `checkpoint` folds it into the map. False if the
-    /// volume cannot: fenced, or its cache device failed.
+    /// volume cannot: fenced, or its cache device failed or cannot be read where it is.
     pub async fn drain(&self, checkpoint: bool) -> bool {
         let (tx, rx) = oneshot::channel();
         let io = {
@@ -320,7 +324,12 @@ impl VolumeBackend {
             io
         };
         self.tell(Event::Drain { io, checkpoint }).await;
-        rx.await.unwrap_or(false)
+        let mut stuck = self.stuck.subscribe();
+        tokio::select! {
+            biased;
+            complete = rx => complete.unwrap_or(false),
+            _ = stuck.wait_for(|stuck| *stuck > 0) => false,
+        }
     }
 
     /// The volume is gone from its reactor: whoever waits for something of it waits no longer, and no chunk is made any more of
@@ -402,8 +411,8 @@ impl VolumeBackend {
             }
             Action::Upload(plan) => match self.upload(&plan, cut_ms).await {
                 // The volume is gone: what it had not sent stays in the cache.
-                Ok(None) => {}
-                Ok(Some((header, stored_bytes))) => {
+                Err(NotSent::Gone) => {}
+                Ok((header, stored_bytes)) => {
                     self.log_chunk(&header, stored_bytes, cut_ms);
                     let entries = header.map_entries();
                     self.tell(Event::Uploaded {
@@ -413,7 +422,13 @@ impl VolumeBackend {
                     })
                     .await;
                 }
-                Err(by) => self.tell(Event::Fenced { by }).await,
+                Err(NotSent::Fenced { by }) => self.tell(Event::Fenced { by }).await,
+                Err(NotSent::Untrusted { errno }) => {
+                    self.tell(Event::CacheFailed { errno }).await;
+                }
+                Err(NotSent::Unreadable { .. } | NotSent::Refused { .. }) => {
+                    unreachable!("those are tried again")
+                }
             },
             Action::Checkpoint(plan) => match checkpoint::run(&self, &plan).await {
                 Ok(()) => {}
@@ -496,7 +511,16 @@ impl VolumeBackend {
     /// A chunk of ours is stored.
     fn log_chunk(&self, header: &ChunkHeader, stored_bytes: u64, cut_ms: u64) {
         let chunk = LogChunk::new(header, stored_bytes).cut_at(cut_ms);
-        self.log.lock().insert(header.id.seq, chunk);
+        let mut log = self.log.lock();
+        log.insert(header.id.seq, chunk);
+        self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of all chunks but those that a log which begins at `first` has: what a head with that log counts.
+    fn stored_before(&self, first: ChunkSeq) -> u64 {
+        let log = self.log.lock();
+        let stored = self.stored_bytes.load(Ordering::Relaxed);
+        stored.saturating_sub(bytes_of(log.range(first..).map(|(_, chunk)| chunk)))
     }
 
     /// The chunks of the log up to and with `upto`.
@@ -515,76 +539,93 @@ impl VolumeBackend {
             log.remove(&chunk.id.seq);
         }
         drop(log);
-        let bytes = chunks
-            .iter()
-            .map(|chunk| u64::from(chunk.stored_bytes))
-            .sum();
-        self.reclaim.folded(bytes);
+        self.reclaim.folded(bytes_of(chunks));
     }
 
-    /// Makes the chunk and stores it. Answers its header and bytes, or nothing if the volume was gone first; `Err` names the newer writer.
+    /// Makes the chunk and stores it, however long that takes. Answers its header and bytes.
     ///
     /// The order: the data are on the cache device and stay there until the chunk is committed.
     /// *Crash before the PUT, or with it under way: the writes are still unsent, or replay finds
     /// the chunk; its `last_write` then says what the cache need not send again.*
-    async fn upload(
+    async fn upload(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<(ChunkHeader, u64), NotSent> {
+        let mut stuck = None;
+        loop {
+            let waiting = trace::open(Step::UploadPlace, None);
+            let place = self.common.uploads.enter(&self.common.share).await;
+            drop(waiting);
+            let tried = self.try_to_upload(plan, cut_ms).await;
+            // Others need not wait while nothing is done in it.
+            drop(place);
+            let delay = match tried {
+                // The writes stay unsent and the volume serves on: an operator can still save them.
+                Err(NotSent::Unreadable { errno }) => {
+                    Branch::UploadReadFailed.taken();
+                    self.report(Report::Unreadable { errno });
+                    stuck.get_or_insert_with(|| Stuck::of(&self.stuck)).tried();
+                    READ_RETRY_DELAY
+                }
+                // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
+                // somebody can mend it, and the writes are safe in the cache until then.
+                Err(NotSent::Refused { problem }) => {
+                    self.problem(problem);
+                    REFUSED_RETRY_DELAY
+                }
+                ended => return ended,
+            };
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    /// As [`VolumeBackend::upload`], once.
+    async fn try_to_upload(
         &self,
         plan: &ChunkPlan,
         cut_ms: u64,
-    ) -> Result<Option<(ChunkHeader, u64)>, String> {
-        let waiting = trace::open(Step::UploadPlace, None);
-        let _memory = self.common.uploads.enter(&self.common.share).await;
-        drop(waiting);
-        let object = keys::chunk_key(self.head.tenant(), plan.id);
-        let encoded = loop {
-            let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
-            let how = self.how(cut_ms);
-            let _encoding = trace::open(Step::Encode, None);
-            let buffers = self.common.buffers.clone();
-            let kept = Arc::clone(&self.common.kept_writes);
-            let has_cache = Arc::clone(&self.has_cache).read_owned().await;
-            if !*has_cache {
-                return Ok(None);
-            }
-            let encode = move || {
-                let made = make_chunk(&*device, &kept, &plan, &how, &buffers);
-                drop(has_cache);
-                made
-            };
-            match aside(encode).await.expect("encoding does not panic") {
-                Ok(encoded) => break encoded,
-                // The writes stay unsent and the volume serves on: an operator can still save them.
-                Err(error) => {
-                    Branch::UploadReadFailed.taken();
-                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                    self.report(Report::Unreadable { errno });
-                    tokio::time::sleep(READ_RETRY_DELAY).await;
-                }
-            }
-        };
+    ) -> Result<(ChunkHeader, u64), NotSent> {
+        let encoded = self.encode(plan, cut_ms).await?;
         self.over(UNREADABLE);
+        let object = keys::chunk_key(self.head.tenant(), plan.id);
         let stored_bytes = encoded.bytes.len() as u64;
         let store = &self.common.background;
-        while let Err(error) = store.create(&object, encoded.bytes.clone()).await {
-            let problem = match error {
-                StoreError::Exists { .. } => match self.settle_existing(plan).await {
-                    Ok(Existing::Ours) => break,
-                    Ok(Existing::NewerWriter(by)) => return Err(by),
-                    // Not to be guessed: a fence is for good.
-                    Err(reason) => {
-                        format!("{object} is there already, and cannot be read: {reason}")
-                    }
-                },
-                error => format!("{REFUSED}: {error}"),
-            };
-            // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
-            // somebody can mend it, and the writes are safe in the cache until then.
-            self.problem(problem);
-            tokio::time::sleep(REFUSED_RETRY_DELAY).await;
-        }
+        let header = match store.create(&object, encoded.bytes).await {
+            Ok(_) => encoded.header,
+            Err(StoreError::Exists { .. }) => match self.settle_existing(plan).await {
+                Ok(Existing::Ours(header)) => header,
+                Ok(Existing::NewerWriter(by)) => return Err(NotSent::Fenced { by }),
+                // Not to be guessed: a fence is for good.
+                Err(reason) => {
+                    let problem =
+                        format!("{object} is there already, and cannot be read: {reason}");
+                    return Err(NotSent::Refused { problem });
+                }
+            },
+            Err(error) => {
+                let problem = format!("{REFUSED}: {error}");
+                return Err(NotSent::Refused { problem });
+            }
+        };
         self.over(REFUSED);
-        self.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
-        Ok(Some((encoded.header, stored_bytes)))
+        Ok((header, stored_bytes))
+    }
+
+    /// Makes a chunk of what the cache device has.
+    async fn encode(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<EncodedChunk, NotSent> {
+        let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
+        let how = self.how(cut_ms);
+        let _encoding = trace::open(Step::Encode, None);
+        let buffers = self.common.buffers.clone();
+        let kept = Arc::clone(&self.common.kept_writes);
+        let has_cache = Arc::clone(&self.has_cache).read_owned().await;
+        if !*has_cache {
+            return Err(NotSent::Gone);
+        }
+        let encode = move || {
+            let made = make_chunk(&*device, &kept, &plan, &how, &buffers);
+            drop(has_cache);
+            made
+        };
+        let made = aside(encode).await;
+        made.expect("encoding does not panic")
     }
 
     /// Something is at our key already: our own chunk, whose first answer was lost, or a seal.
@@ -597,7 +638,7 @@ impl VolumeBackend {
                     && header.last_write == plan.last_write =>
             {
                 Branch::ChunkThere.taken();
-                Ok(Existing::Ours)
+                Ok(Existing::Ours(header))
             }
             Some(Entry::Seal(seal)) => {
                 Branch::SealMet.taken();
@@ -609,10 +650,58 @@ impl VolumeBackend {
     }
 }
 
+/// Their stored bytes, together.
+pub(crate) fn bytes_of<'a>(chunks: impl IntoIterator<Item = &'a LogChunk>) -> u64 {
+    let bytes = |chunk: &LogChunk| u64::from(chunk.stored_bytes);
+    chunks.into_iter().map(bytes).sum()
+}
+
 /// Whose object is where a chunk was to be.
 enum Existing {
-    Ours,
+    Ours(ChunkHeader),
     NewerWriter(String),
+}
+
+/// Why a chunk is not in the store.
+#[derive(Debug)]
+enum NotSent {
+    /// The volume is gone: what it had not sent stays in the cache.
+    Gone,
+    /// Another's object is in its place.
+    Fenced { by: String },
+    /// A sync of the cache device failed.
+    Untrusted { errno: i32 },
+    /// The cache device cannot be read there.
+    Unreadable { errno: i32 },
+    /// The store does not take it.
+    Refused { problem: String },
+}
+
+/// An upload whose data cannot be read, counted from its second try on among those of its volume.
+struct Stuck<'a> {
+    all: &'a watch::Sender<usize>,
+    tries: usize,
+}
+
+impl<'a> Stuck<'a> {
+    const fn of(all: &'a watch::Sender<usize>) -> Self {
+        Self { all, tries: 0 }
+    }
+
+    fn tried(&mut self) {
+        self.tries += 1;
+        if self.tries == STUCK_AFTER {
+            self.all.send_modify(|all| *all += 1);
+        }
+    }
+}
+
+impl Drop for Stuck<'_> {
+    fn drop(&mut self) {
+        if self.tries >= STUCK_AFTER {
+            self.all.send_modify(|all| *all -= 1);
+        }
+    }
 }
 
 /// Does what takes long on the runtime's blocking pool. A runtime of one thread does it at once: it is a
@@ -634,6 +723,9 @@ const REFUSED: &str = "the store takes no chunks";
 
 /// Between tries to store a chunk that the store refuses.
 const REFUSED_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// So many tries to read unsent data from a cache device that fails, and nobody waits any more for their being sent.
+const STUCK_AFTER: usize = 2;
 
 /// Between tries to read unsent data from a cache device that fails.
 const READ_RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(10);
@@ -717,13 +809,16 @@ impl How {
 }
 
 /// Reads the plan's data from the cache device and encodes the chunk. Blocking.
+///
+/// # Errors
+/// [`NotSent::Unreadable`], [`NotSent::Untrusted`]
 fn make_chunk(
     device: &dyn BlockDevice,
     kept: &KeptWrites,
     plan: &ChunkPlan,
     how: &How,
     buffers: &Buffers,
-) -> std::io::Result<EncodedChunk> {
+) -> Result<EncodedChunk, NotSent> {
     let mut extents = Vec::with_capacity(plan.extents.len());
     let mut raw_sectors = 0;
     for extent in &plan.extents {
@@ -760,9 +855,19 @@ fn make_chunk(
     for part in &parts {
         if let Part::Missing(run) = part {
             let len = missing(part);
-            device.read_data(&mut read, at..at + len, run.start)?;
+            let done = device.read_data(&mut read, at..at + len, run.start);
+            done.map_err(|error| NotSent::Unreadable {
+                errno: errno_of(&error),
+            })?;
             at += len;
         }
+    }
+    // After the reads: what a sync that failed meanwhile lost is in none of them.
+    if at > 0 {
+        let trusted = device.trusted();
+        trusted.map_err(|error| NotSent::Untrusted {
+            errno: errno_of(&error),
+        })?;
     }
     debug_assert!(
         parts.iter().all(|part| is_on_device(device, part)),
@@ -794,6 +899,10 @@ fn make_chunk(
     kept.forget(runs());
     let bytes = buffers.lend(out, start);
     Ok(EncodedChunk { bytes, header })
+}
+
+fn errno_of(error: &std::io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 /// Whether a part that is kept is what the device has there, as far as it can be read.

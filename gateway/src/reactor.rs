@@ -156,7 +156,7 @@ pub enum Message {
         /// Gets the volume.
         done: oneshot::Sender<Option<Box<dyn Machine>>>,
     },
-    /// Stop the volume's front ends and say when the last one is gone. New ones may be added after.
+    /// Stop the volume's front ends and say when the last one is gone. New ones may be added after that; those that come before are dropped.
     StopFrontEnds {
         /// Which.
         key: VolumeKey,

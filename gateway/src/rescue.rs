@@ -840,7 +840,6 @@ impl Rescue {
         head.compression = compression;
         head.root_write = found.root_write;
         head.parent.clone_from(&found.parent);
-        head.stored_bytes = found.followed.bytes;
         head.retain_ms = found.basis.map_or(0, |basis| basis.retain_ms);
         head.next_map = self
             .listed

@@ -470,7 +470,12 @@ impl Head {
         self.next_map.check(WHAT)?;
         let roots = self.snapshots.iter().filter_map(|snapshot| snapshot.root);
         for root in roots.chain(self.root) {
-            root.seq.check(WHAT)?;
+            if root.seq >= self.next_map {
+                return Err(FormatError::invalid(
+                    WHAT,
+                    "a map has a number that is still to be given",
+                ));
+            }
         }
         for snapshot in &self.snapshots {
             snapshot.root_write.check(WHAT)?;
@@ -921,9 +926,10 @@ mod tests {
             ),
             (
                 |h, over| {
-                    h.root.as_mut().unwrap().seq = MapSeq::new(MapSeq::MAX.get() + u64::from(over));
+                    let (root, next) = (h.root.as_mut().unwrap(), h.next_map.get());
+                    root.seq = MapSeq::new(next - u64::from(!over));
                 },
-                "MapSeq",
+                "still to be given",
             ),
             (
                 |h, over| {

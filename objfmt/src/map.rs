@@ -310,6 +310,20 @@ mod tests {
     }
 
     #[test]
+    fn manifest_with_an_index_that_no_table_comes_to_is_refused() {
+        for (index_len, is_sound) in [(256 << 10, true), ((256 << 10) + 1, false)] {
+            let (mut table, _) = build_table(&[zero(0, 5)]);
+            (table.index_len, table.stored_bytes) = (index_len, 1 << 20);
+            let runs = vec![vec![table]];
+            let mut builder = MapObjectBuilder::new(id(9));
+            let (offset, len) = builder.finish_manifest(&Manifest { runs }).unwrap();
+            let object = builder.into_bytes();
+            let decoded = Manifest::decode(id(9), offset, node_at(&object, offset, len));
+            assert_eq!(decoded.is_ok(), is_sound, "{decoded:?}");
+        }
+    }
+
+    #[test]
     fn leaf_every_bit_flip_is_refused() {
         let entries: Vec<_> = (0..6)
             .map(|n| data(n * 16, 8, chunk(1, 1, n), 0, (100, 4120)))

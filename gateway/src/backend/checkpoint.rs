@@ -14,7 +14,7 @@ use bytes::Bytes;
 use quarry_cache::Mutation;
 use quarry_objfmt::head::{Head, RootRef};
 use quarry_objfmt::map::{Basis, MapObjectBuilder, MapObjectId, TableRef};
-use quarry_objfmt::{MapEntry, MapSeq, keys};
+use quarry_objfmt::{ChunkSeq, MapEntry, MapSeq, keys};
 use quarry_volume::map::{MapRoot, plan_merge};
 use quarry_volume::{CheckpointPlan, DataError, Event};
 
@@ -150,11 +150,10 @@ pub(super) async fn publish(
     next.replace_map(old, manifest, &root, id.seq, now_ms);
     let mut after = backend.head.get();
     change(&mut after);
-    let usage = next.usage(Basis::of(&after)).map(|usage| {
-        builder
-            .finish_usage(&usage)
-            .expect("a usage is sorted, and far below 4 GiB")
-    });
+    let usage = next.usage(Basis::of(&after));
+    let usage = usage.map(|usage| builder.finish_usage(&usage)).transpose();
+    let usage =
+        usage.map_err(|error| damaged("what is known of the objects", error.to_string()))?;
     let (offset, len) = builder
         .finish_manifest(root.manifest())
         .map_err(|error| damaged("the new map", error.to_string()))?;
@@ -162,7 +161,11 @@ pub(super) async fn publish(
     writer.put_object().await?;
 
     let next_map = MapSeq::new(backend.next_map.load(Ordering::Relaxed));
-    let stored_bytes = backend.stored_bytes.load(Ordering::Relaxed);
+    let log_begins = after
+        .log
+        .first()
+        .map_or(ChunkSeq::ZERO, |range| range.first);
+    let stored_bytes = backend.stored_before(log_begins);
     let named = Some(RootRef {
         epoch: id.epoch,
         seq: id.seq,

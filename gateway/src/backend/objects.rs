@@ -276,7 +276,8 @@ impl Objects {
                 kind: ObjectKind::Map,
                 epoch: object.epoch,
                 number: object.seq.get(),
-                born: object.seq,
+                // A damaged manifest may name any.
+                born: object.seq.min(map),
                 died: map,
                 died_ms: now_ms,
                 stored_bytes: own.map(|table| table.stored_bytes).sum(),
@@ -385,7 +386,10 @@ impl Objects {
 
     /// They are deleted.
     pub(super) fn forget(&mut self, deleted: &[DeadObject]) {
-        self.dead.retain(|dead| !deleted.contains(&dead.object));
+        let name = |object: &DeadObject| (object.kind, object.epoch, object.number);
+        let deleted: BTreeSet<_> = deleted.iter().map(name).collect();
+        self.dead
+            .retain(|dead| !deleted.contains(&name(&dead.object)));
     }
 
     /// As [`unique_bytes`]; `None` as long as not all that is dead is known.

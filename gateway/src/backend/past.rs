@@ -375,7 +375,11 @@ impl Past<'_> {
     async fn first_of(&self, maps: &[MapObjectId]) -> Result<Option<(usize, MapEnd)>, OpenError> {
         for (n, id) in maps.iter().enumerate() {
             match MapEnd::read(self.store, self.tenant, *id).await {
-                Ok(Some(end)) if end.usage.is_some() => return Ok(Some((n, end))),
+                Ok(Some(end)) if end.usage.is_some() => {
+                    if self.was_named(&end).await? {
+                        return Ok(Some((n, end)));
+                    }
+                }
                 Ok(_) | Err(Unsound::Damaged(_)) => {}
                 // Deleted since.
                 Err(Unsound::Store(StoreError::NotFound { .. })) => {}
@@ -383,6 +387,17 @@ impl Past<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// Whether a head named this map, if it is of a rollback: then the place before its log stays empty. Else the volume was
+    /// attached again with the log that it had, and that place sealed. Its number need not have been given again.
+    async fn was_named(&self, end: &MapEnd) -> Result<bool, OpenError> {
+        let basis = end.basis();
+        let Some(empty) = basis.log_end.get().checked_sub(1).filter(|_| basis.is_back) else {
+            return Ok(true);
+        };
+        let id = self.chunk(end.root.epoch, empty);
+        Ok(log_entry(self.store, self.tenant, id).await?.is_none())
     }
 
     /// The chunks from behind `base` on that were cut by then, up to where the map of `above` goes on. The

@@ -327,7 +327,8 @@ impl VolumeBackend {
             return Ok(None);
         };
         let mut objects = self.objects.lock().await;
-        objects.count(&needed, map, (self.common.now_ms)());
+        let now_ms = (self.common.now_ms)().max(objects.log_ms());
+        objects.count(&needed, map, now_ms);
         self.note_space(&objects);
         Ok(Some(needed))
     }

@@ -241,6 +241,9 @@ pub struct SnapshotInfo {
     pub unique_bytes: Option<u64>,
     /// The number of the newest write in it.
     pub newest_write: u64,
+    /// Neither its volume nor what that was cloned from was ever written to when it was made.
+    #[serde(default)]
+    pub blank: bool,
     /// Its deletion was begun and not finished: nothing can be made of it any more.
     pub deleting: bool,
     /// The volumes that were cloned from it; none if that was not looked for.
@@ -578,6 +581,8 @@ pub struct VolumeInfo {
     pub attached: Option<AttachedInfo>,
     /// Who may write to it.
     pub owner: Option<OwnerInfo>,
+    /// The number of its newest write; 0: it was never written to. Of one that is not attached here, of the newest in its map.
+    pub newest_write: u64,
     /// Writes that the store does not have yet.
     pub dirty_bytes: u64,
     /// Age of the oldest write that the store does not have yet: what losing the host now costs.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{TenantName, keys};
+use quarry_objfmt::{TenantName, WriteSeq, keys};
 use quarry_volume::VolumeStats;
 
 use super::keys::data_keys;
@@ -28,13 +28,25 @@ const OWNER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Volumes shown side by side, each by two reads of its store at most.
 const SHOWN_AT_ONCE: usize = 16;
 
+/// What a volume on its reactor says of itself.
+#[derive(Default)]
+struct Look {
+    stats: VolumeStats,
+    /// Bytes of its requests that passed through the daemon's memory.
+    copied_bytes: u64,
+    newest_write: WriteSeq,
+}
+
 impl Daemon {
-    /// A volume's counters, and the bytes of its requests that passed through the daemon's memory.
-    async fn stats(&self, attached: &Attached) -> (VolumeStats, u64) {
+    async fn look(&self, attached: &Attached) -> Look {
         let (reactor, key) = attached.backend.place();
-        let look = |m: &VolumeMachine| (m.volume.stats(), m.copied_bytes);
-        let stats = reactor.inspect(key, look).await;
-        stats.ok().flatten().unwrap_or_default()
+        let look = |m: &VolumeMachine| Look {
+            stats: m.volume.stats(),
+            copied_bytes: m.copied_bytes,
+            newest_write: m.volume.last_acknowledged(),
+        };
+        let look = reactor.inspect(key, look).await;
+        look.ok().flatten().unwrap_or_default()
     }
 
     /// Never waits for a call that changes the volume.
@@ -95,6 +107,7 @@ impl Daemon {
                 false => data_keys(&head, attached.as_ref().map(|a| &*a.backend)),
             },
             stored_bytes: head.stored_bytes,
+            newest_write: head.root_write.get(),
             parent: self.parent(volume, &head, attached.as_deref()).await,
             snapshots: head.snapshots.len() as u64,
             retain_ms: head.retain_ms,
@@ -116,7 +129,12 @@ impl Daemon {
         let Some(attached) = attached else {
             return Ok(info);
         };
-        let (stats, copied_bytes) = self.stats(&attached).await;
+        let Look {
+            stats,
+            copied_bytes,
+            newest_write,
+        } = self.look(&attached).await;
+        info.newest_write = info.newest_write.max(newest_write.get());
         info.attached = Some(attached_info(&attached));
         info.limits = Some(limits_info(&attached.gate));
         let read = stats.hit_bytes + stats.miss_bytes;

@@ -107,6 +107,7 @@ fn info_of(volume: &VolumeRef, snapshot: &quarry_objfmt::SnapshotRef) -> Snapsho
         created_ms: snapshot.created_ms,
         size_bytes: snapshot.size.bytes(),
         newest_write: snapshot.root_write.get(),
+        blank: snapshot.root.is_none(),
         deleting: snapshot.closing,
         ..SnapshotInfo::default()
     }

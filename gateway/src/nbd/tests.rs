@@ -479,6 +479,32 @@ fn client_gone_with_requests_under_way_leaves_nothing_behind() {
 }
 
 #[test]
+fn client_that_comes_while_the_last_ones_end_is_not_waited_for() {
+    let bench = Bench::with(geometry(BYTES, 512), |mirror| mirror.hold = true);
+    let mut client = bench.client();
+    client.submit(Ask::Read(4096), 0).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let (handle, key) = (bench.handle(), bench.key);
+    let (done, stopped) = tokio::sync::oneshot::channel();
+    bench.spawn(async move { done.send(handle.stop_front_ends(key).await).unwrap() });
+    std::thread::sleep(Duration::from_millis(100));
+    // As one whose export was looked up just before it went.
+    let mut late = Raw::go(&bench.socket);
+    std::thread::sleep(Duration::from_millis(100));
+    let drain = Event::Drain {
+        io: IoId(0),
+        checkpoint: false,
+    };
+    bench
+        .block_on(bench.handle().send_event(bench.key, drain))
+        .unwrap();
+    let limit = Duration::from_secs(5);
+    let stopped = bench.block_on(async { tokio::time::timeout(limit, stopped).await });
+    stopped.unwrap().unwrap().unwrap();
+    assert_eq!(late.0.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
 fn volume_removed_with_requests_under_way_answers_each() {
     let bench = Bench::with(geometry(BYTES, 512), |mirror| mirror.hold = true);
     let mut client = bench.client();

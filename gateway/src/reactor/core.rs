@@ -314,10 +314,10 @@ impl Core {
                 if result.is_ok() {
                     self.decrypt(&op);
                 }
-                if let (Err(errno), Code::Write { durable: true }) = (result, op.code) {
-                    // It was a sync too.
-                    self.syncs.failure().note(errno);
-                }
+                let result = match op.code {
+                    Code::Write { durable: true } => self.syncs.of_write(result),
+                    _ => result,
+                };
                 let (volume, io, request) = (op.volume, op.io, op.request);
                 let slot = &mut self.volumes[volume as usize];
                 let took_ns = self.batch_ns.saturating_sub(op.since_ns);
@@ -585,7 +585,8 @@ impl Core {
                     return;
                 };
                 let slot = &mut self.volumes[volume as usize];
-                if matches!(slot.stage, Stage::Serving) {
+                // While somebody waits for the last one's end, none comes that would have to be waited for too.
+                if matches!(slot.stage, Stage::Serving) && slot.without_front_ends.is_empty() {
                     slot.front_ends += 1;
                     let slot = FrontEndSlot {
                         front_end,

@@ -29,8 +29,12 @@ impl Syncs {
         }
     }
 
-    pub(super) fn failure(&self) -> &SyncFailure {
-        &self.failure
+    /// How a durable write went, which was a sync too.
+    pub(super) fn of_write(&self, result: Result<(), i32>) -> Result<(), i32> {
+        if let Err(errno) = result {
+            self.failure.note(errno);
+        }
+        self.failure.get()
     }
 
     /// One more waits.
@@ -89,5 +93,7 @@ mod tests {
         one.ask((1, IoId(2)));
         assert!(one.start());
         assert_eq!(one.end(0).1, Err(libc::EIO));
+        // Nor is a record page that arrived of any use: its data may not have.
+        assert_eq!(other.of_write(Ok(())), Err(libc::EIO));
     }
 }

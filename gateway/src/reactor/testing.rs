@@ -222,6 +222,7 @@ impl Machine for Mirror {
             | Event::Remapped { .. }
             | Event::DirectReads(_)
             | Event::CheckpointFailed
+            | Event::CacheFailed { .. }
             | Event::Fenced { .. } => {}
         }
     }

@@ -32,8 +32,6 @@ pub(super) struct Followed {
     pub size_min: Sectors,
     /// The latest epoch that it tells of.
     pub epoch_max: Epoch,
-    /// Bytes of its chunks.
-    pub bytes: u64,
 }
 
 /// From where on a log is followed.
@@ -120,7 +118,6 @@ impl Follow<'_> {
         let mut frame_sectors = before.as_ref().map(|header| header.frame_sectors);
         frame_sectors = frame_sectors.or(basis.map(|(_, basis)| basis.frame_sectors));
         let mut size_min = 0;
-        let mut bytes = 0;
         let (ends, blocked) = loop {
             match self.place(range.epoch, end).await? {
                 Ok(Some(Entry::Chunk(header))) => {
@@ -139,7 +136,6 @@ impl Follow<'_> {
                     let ends = header.extents.iter();
                     let ends = ends.map(|e| e.start.get() + u64::from(e.len));
                     size_min = ends.fold(size_min, u64::max);
-                    bytes += header.object_len();
                     end = end.next();
                 }
                 Ok(Some(Entry::Seal(seal))) => {
@@ -180,7 +176,6 @@ impl Follow<'_> {
             frame_sectors,
             size_min: Sectors::new(size_min),
             epoch_max,
-            bytes,
         }))
     }
 

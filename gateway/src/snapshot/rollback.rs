@@ -9,7 +9,7 @@ use quarry_objfmt::{Epoch, KeyGeneration, MapSeq, SnapName, TenantName, VolumeId
 
 use super::{SnapshotError, find, put_root};
 use crate::backend::open::{Claim, OpenError, TakenOver, give_back, load_map, load_usage, take};
-use crate::backend::{HeadCell, LogChunk};
+use crate::backend::{HeadCell, LogChunk, bytes_of};
 use crate::store::Store;
 
 /// Makes a volume that nobody has what its snapshot is, and as large as that, if it is smaller. One that is larger
@@ -66,12 +66,13 @@ async fn go_back(
     let snapshot = wanted(info, name)?;
     let map = load_map(store, tenant, volume, snapshot.root).await?;
     let at = info.next_map;
-    let usage = usage(store, tenant, taken, snapshot, map.manifest(), at, now_ms).await?;
+    // Nothing is left behind before it was written, though the clock be behind.
+    let times = taken.log.chunks.iter().map(|chunk| chunk.cut_ms);
+    let log_ms = times.fold(now_ms, u64::max);
+    let usage = usage(store, tenant, taken, snapshot, map.manifest(), at, log_ms).await?;
     let size = info.size.max(snapshot.size);
     // A place of the log stays empty: who follows the log of what was left behind is not led into what comes now.
     let first = taken.log.end.next();
-    let times = taken.log.chunks.iter().map(|chunk| chunk.cut_ms);
-    let log_ms = times.fold(now_ms, u64::max);
     let usage = usage.map(|usage| Usage {
         basis: Basis {
             log_end: first,
@@ -92,11 +93,14 @@ async fn go_back(
     let root = put_root(store, tenant, id, map.manifest(), usage.as_ref()).await?;
     // Step 3.
     let root_write = snapshot.root_write;
+    let left_bytes = bytes_of(&taken.log.chunks);
     let back = taken.head.update(store, |head| {
         head.root = Some(root);
         head.root_write = root_write;
         head.size = size;
         head.next_map = at.next();
+        // Which the log had been until now, and is to be taken off when it is deleted.
+        head.stored_bytes += left_bytes;
         if !Mutation::RollbackKeepsLog.is_on() {
             head.log = vec![LogRange {
                 epoch: head.epoch,
@@ -148,6 +152,7 @@ async fn usage(
         return Ok(None);
     };
     Branch::RolledBackCounted.taken();
+    let now_ms = now_ms.max(now.basis.log_ms);
     let own = |table: &&TableRef| table.object.volume == volume;
     let maps: BTreeSet<(Epoch, MapSeq)> = (manifest.runs.iter().flatten().filter(own))
         .map(|table| (table.object.epoch, table.object.seq))

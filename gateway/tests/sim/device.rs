@@ -59,6 +59,10 @@ struct Disk {
     happened: Faults,
 }
 
+/// A sync under way: sectors, and what it found there.
+#[derive(Debug)]
+pub struct Sync(Vec<(usize, Vec<u8>)>);
+
 /// How much of an I/O under way arrives when its host dies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Arrives {
@@ -172,15 +176,32 @@ impl SimDevice {
         });
     }
 
-    pub fn sync_data(&self) -> Result<(), i32> {
+    /// A sync begins: what is not stable now, as it is now, is what it makes so.
+    pub fn sync_begins(&self) -> Sync {
+        let disk = self.disk.lock();
+        let sector = |sector: &usize| (*sector, disk.sector(*sector).to_vec());
+        Sync(disk.volatile.iter().map(sector).collect())
+    }
+
+    /// It ends. What was written meanwhile is for the next one.
+    pub fn sync_ends(&self, sync: Sync) -> Result<(), i32> {
         let mut disk = self.disk.lock();
         let chance = disk.faults.sync;
         let fails = chance > 0.0 && disk.rng.random_bool(chance);
-        for sector in std::mem::take(&mut disk.volatile) {
+        for (sector, data) in sync.0 {
+            // Else another sync has made it stable, or it is another write's now.
+            let is_the_same = disk.volatile.contains(&sector) && disk.sector(sector) == data;
             if fails && disk.rng.random_bool(0.5) {
-                disk.doomed.insert(sector);
-            } else {
+                if is_the_same {
+                    disk.volatile.remove(&sector);
+                    disk.doomed.insert(sector);
+                }
+            } else if is_the_same {
+                disk.volatile.remove(&sector);
                 disk.harden(sector);
+            } else if disk.volatile.contains(&sector) {
+                let at = sector * SECTOR;
+                disk.stable[at..at + SECTOR].copy_from_slice(&data);
             }
         }
         if !fails {
@@ -271,6 +292,10 @@ impl Disk {
         }
     }
 
+    fn sector(&self, sector: usize) -> &[u8] {
+        &self.current[sector * SECTOR..(sector + 1) * SECTOR]
+    }
+
     fn harden(&mut self, sector: usize) {
         let at = sector * SECTOR;
         self.stable[at..at + SECTOR].copy_from_slice(&self.current[at..at + SECTOR]);
@@ -322,9 +347,14 @@ impl BlockDevice for SimDevice {
         }
         // As the device's own: a failure is everybody's, and for as long as the daemon lives.
         let failure = self.failure.lock().clone();
-        if let Err(errno) = self.sync_data() {
+        if let Err(errno) = self.sync_ends(self.sync_begins()) {
             failure.note(errno);
         }
+        failure.get().map_err(io::Error::from_raw_os_error)
+    }
+
+    fn trusted(&self) -> io::Result<()> {
+        let failure = self.failure.lock().clone();
         failure.get().map_err(io::Error::from_raw_os_error)
     }
 }

@@ -27,7 +27,9 @@ fn every_broken_invariant_is_found() {
     let mut missed = Vec::new();
     let only = std::env::var("QUARRY_SIM_MUTATION").ok();
     let wanted = |m: &Mutation| only.as_ref().is_none_or(|name| *name == format!("{m:?}"));
+    let mut tried = 0;
     for mutation in Mutation::ALL.into_iter().filter(wanted) {
+        tried += 1;
         // What is broken in the life of volumes shows in families, the rest sooner elsewhere.
         let family = mutation >= Mutation::SweepSnapshots;
         let seeds = (0..).filter(|seed| Plan::is_family(*seed) == family);
@@ -41,6 +43,7 @@ fn every_broken_invariant_is_found() {
             None => missed.push(mutation),
         }
     }
+    assert!(tried > 0, "there is no such invariant: {only:?}");
     assert!(
         missed.is_empty(),
         "not found in {SEEDS_MAX} seeds: {missed:?}"

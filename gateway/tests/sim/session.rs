@@ -23,11 +23,14 @@ use rand::rngs::SmallRng;
 use tokio::sync::mpsc;
 
 use super::coverage::Told;
-use super::device::{GEOMETRY, SimDevice};
+use super::device::{GEOMETRY, SimDevice, Sync};
 use super::host::HORIZON;
 use super::oracle::{Digest, SECTOR, Stamp, Truth, fill, range, stamp_name, stamp_of};
 use super::outcome::{Crash, Deed, Outcome};
 use super::store::SimBucket;
+
+/// Writes up to this are never split: the contract's 128 KiB.
+const WHOLE_SECTORS_MAX: u64 = (128 << 10) / 512;
 
 /// Sectors of one read of a sweep over the whole volume.
 const SWEEP_SECTORS: u64 = 256;
@@ -62,6 +65,8 @@ pub struct Died;
 struct Pending {
     due_ms: u64,
     action: Action,
+    /// What a sync found when it began.
+    sync: Option<Sync>,
 }
 
 /// A request in flight.
@@ -75,6 +80,8 @@ struct Asked {
     /// Writes: sectors that have got a number, and the newest.
     recorded: u64,
     last_seq: u64,
+    /// How many numbers that were.
+    pieces: u32,
     /// Where its data are on the cache device, if they are kept in memory too.
     placed: Option<(u64, Bytes)>,
     /// Flushes: the newest write acknowledged before.
@@ -94,6 +101,7 @@ impl Asked {
             allowed: Vec::new(),
             recorded: 0,
             last_seq: 0,
+            pieces: 0,
             placed: None,
             target: 0,
             refusal: None,
@@ -332,7 +340,13 @@ impl Session {
                         cx.kept_writes.begin(offset);
                     }
                     let due_ms = cx.now_ms + cx.rng.random_range(0..=cx.io_ms_max);
-                    self.pending.push(Pending { due_ms, action });
+                    let is_sync = matches!(action, Action::Sync { .. });
+                    let sync = is_sync.then(|| cx.device.sync_begins());
+                    self.pending.push(Pending {
+                        due_ms,
+                        action,
+                        sync,
+                    });
                 }
                 other => {
                     if let Action::Report(Report::Damaged { object, reason }) = &other {
@@ -379,6 +393,7 @@ impl Session {
         let asked = made_by.expect("a record is of a request in flight");
         asked.recorded += len;
         asked.last_seq = record.seq.get();
+        asked.pieces += 1;
         let written = range(start, len);
         cx.truth.wrote(self.epoch, record.seq.get(), written, stamp);
         cx.digest.add((record.seq.get(), start, len, stamp));
@@ -452,6 +467,12 @@ impl Session {
                     asked.recorded,
                     asked.range.len().get(),
                     "volume {index}: a write is acknowledged before the journal has it"
+                );
+                let is_short = asked.range.len().get() <= WHOLE_SECTORS_MAX;
+                let has_data = matches!(asked.op, Op::Write { .. });
+                assert!(
+                    asked.pieces == 1 || !(is_short && has_data),
+                    "volume {index}: a short write is split"
                 );
                 self.acked = self.acked.max(asked.last_seq);
                 if fua {

@@ -216,6 +216,11 @@ pub enum Event {
     /// The checkpoint under way cannot be made: the map that is there is damaged. The log stays as it
     /// is, and no other checkpoint is tried.
     CheckpointFailed,
+    /// A sync of the cache device failed, whoever's it was: what is unsent cannot be read there any more and believed.
+    CacheFailed {
+        /// What the sync said.
+        errno: i32,
+    },
     /// A newer writer took the volume; nothing of ours will ever be committed again.
     Fenced {
         /// By whom, for the operator.

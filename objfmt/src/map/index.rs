@@ -6,6 +6,10 @@ use crate::map::leaf::LEAF_BYTES_MAX;
 use crate::types::{Lba, VOLUME_SECTORS_MAX};
 use crate::wire::{Reader, put_varint};
 
+/// Most bytes of an index node with its header: of a table of 8 MiB of leaves, each at its shortest (a byte an entry), with its place at its
+/// longest (19 bytes), and half as much again.
+pub(super) const INDEX_BYTES_MAX: usize = 256 << 10;
+
 const WHAT: &str = "map index node";
 
 /// One leaf of a table.

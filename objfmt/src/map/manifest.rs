@@ -1,7 +1,7 @@
 //! The manifest: which tables make up a map, and in which order they shadow each other.
 
 use crate::error::{FormatError, Result};
-use crate::map::index::read_span;
+use crate::map::index::{INDEX_BYTES_MAX, read_span};
 use crate::map::{MapObjectId, NODE_HEADER_LEN, NodeKind, open_node};
 use crate::types::{Epoch, Lba, MapSeq, VolumeId};
 use crate::wire::{Reader, put_u32, put_varint};
@@ -170,6 +170,14 @@ fn decode_run(reader: &mut Reader<'_>, origins: &[(VolumeId, Epoch)]) -> Result<
                 WHAT,
                 "a table's count of entries does not fit its span",
             ));
+        }
+        if index_len as usize > INDEX_BYTES_MAX {
+            return Err(FormatError::TooLarge {
+                what: WHAT,
+                field: "length of an index node",
+                value: index_len.into(),
+                limit: INDEX_BYTES_MAX as u64,
+            });
         }
         if (index_len as usize) < NODE_HEADER_LEN || index_offset.checked_add(index_len).is_none() {
             return Err(FormatError::invalid(

@@ -12,7 +12,7 @@ use crate::codec::{Compression, KeyGeneration};
 use crate::error::{FormatError, Result};
 use crate::head::{Durability, Head};
 use crate::map::{MapObjectId, NodeKind, open_node};
-use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, WriteSeq};
+use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, WriteSeq};
 use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
 
 const WHAT: &str = "map usage";
@@ -178,6 +178,14 @@ impl Basis {
         };
         basis.root_write.check(WHAT)?;
         basis.log_end.check_of_log(WHAT)?;
+        if basis.size.get() > VOLUME_SECTORS_MAX {
+            return Err(FormatError::TooLarge {
+                what: WHAT,
+                field: "size",
+                value: basis.size.get(),
+                limit: VOLUME_SECTORS_MAX,
+            });
+        }
         if version == 1 {
             return Ok(basis);
         }
@@ -472,6 +480,23 @@ mod tests {
             is_first: true,
             is_clones: true,
             is_back: true,
+        }
+    }
+
+    #[test]
+    fn usage_of_a_volume_larger_than_any_is_refused() {
+        for (sectors, is_sound) in [(VOLUME_SECTORS_MAX, true), (VOLUME_SECTORS_MAX + 1, false)] {
+            let basis = Basis {
+                size: Sectors::new(sectors),
+                ..basis()
+            };
+            let usage = Usage {
+                basis,
+                ..Usage::default()
+            };
+            let mut payload = Vec::new();
+            usage.encode(&mut payload).unwrap();
+            assert_eq!(Usage::decode_payload(&payload).is_ok(), is_sound);
         }
     }
 

@@ -3,11 +3,13 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quarry_cache::CacheDevice;
+use quarry_cache::{AlignedBuf, BlockDevice, CacheDevice};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::head::{LogRange, Parent};
 use quarry_objfmt::map::ChunkUse;
@@ -19,7 +21,7 @@ use quarry_volume::{CheckpointPlan, ChunkPlan, ExtentSource, PlannedExtent};
 use super::super::checkpoint;
 use super::super::open::{Claim, claim};
 use super::super::scan::Scan;
-use super::super::{Common, Fetches, ReclaimSettings, VolumeBackend};
+use super::super::{Common, Fetches, NotSent, READ_RETRY_DELAY, ReclaimSettings, VolumeBackend};
 use super::*;
 use crate::backend::Buffers;
 use crate::control::{RescueSpec, VolumeRef};
@@ -623,6 +625,12 @@ async fn volume_that_went_back_to_a_snapshot_is_what_it_was_before_and_after() {
 /// The map of a rollback that was broken off, before the head, is no state that the volume had.
 #[tokio::test(start_paused = true)]
 async fn rollback_that_was_broken_off_is_in_nobodys_past() {
+    for passes_over in [false, true] {
+        broken_off_rollback_is_in_nobodys_past(passes_over).await;
+    }
+}
+
+async fn broken_off_rollback_is_in_nobodys_past(passes_over: bool) {
     let mut bench = Bench::new(HOUR_MS).await;
     let mut writer = bench.attach().await;
     let name = SnapName::new("s").unwrap();
@@ -657,6 +665,11 @@ async fn rollback_that_was_broken_off_is_in_nobodys_past() {
         epoch: back.epoch,
         log,
         owner: None,
+        // Or as a change of the retention, or a snapshot, left it then: its number is given to no map.
+        next_map: match passes_over {
+            true => before.next_map.next(),
+            false => before.next_map,
+        },
         ..before
     };
     let (_, tag) = bench.store.get(&key).await.unwrap();
@@ -801,6 +814,24 @@ async fn clone_cut_off_from_its_parent_is_refused_as_it_was_before() {
     }
 }
 
+/// The writer's next chunk: one write, of which the cache device is to have the data.
+fn one_write(bench: &Bench, writer: &Writer) -> ChunkPlan {
+    let write = WriteSeq::new(writer.last_write + 1);
+    ChunkPlan {
+        id: ChunkId {
+            volume: bench.volume,
+            epoch: writer.backend.head().epoch(),
+            seq: ChunkSeq::new(writer.next_chunk),
+        },
+        first_write: write,
+        last_write: write,
+        extents: vec![PlannedExtent {
+            range: LbaRange::new(Lba::ZERO, Sectors::new(8)).unwrap(),
+            source: ExtentSource::Cache { offset: 1 << 20 },
+        }],
+    }
+}
+
 /// As when it is detached with a cache device that cannot be read, or beside a store so slow that there is no place.
 #[tokio::test]
 async fn upload_that_outlives_its_volume_makes_no_chunk_of_what_may_be_anothers() {
@@ -808,20 +839,7 @@ async fn upload_that_outlives_its_volume_makes_no_chunk_of_what_may_be_anothers(
         let bench = Bench::new(0).await;
         let writer = bench.attach().await;
         let backend = Arc::clone(&writer.backend);
-        let write = WriteSeq::new(writer.last_write + 1);
-        let plan = ChunkPlan {
-            id: ChunkId {
-                volume: bench.volume,
-                epoch: backend.head().epoch(),
-                seq: ChunkSeq::new(writer.next_chunk),
-            },
-            first_write: write,
-            last_write: write,
-            extents: vec![PlannedExtent {
-                range: LbaRange::new(Lba::ZERO, Sectors::new(8)).unwrap(),
-                source: ExtentSource::Cache { offset: 1 << 20 },
-            }],
-        };
+        let plan = one_write(&bench, &writer);
         let place = bench.common.uploads.enter(&bench.common.share).await;
         let upload = tokio::spawn(async move { backend.upload(&plan, START_MS).await });
         tokio::task::yield_now().await;
@@ -829,9 +847,92 @@ async fn upload_that_outlives_its_volume_makes_no_chunk_of_what_may_be_anothers(
             writer.backend.close().await;
         }
         drop(place);
-        let stored = upload.await.unwrap().unwrap();
-        assert_eq!(stored.is_none(), is_gone);
+        let stored = upload.await.unwrap();
+        assert_eq!(matches!(stored, Err(NotSent::Gone)), is_gone);
+        assert_eq!(stored.is_err(), is_gone);
         assert_eq!(bench.chunks().await.is_empty(), is_gone);
         bench.crash(writer).await;
     }
+}
+
+/// A cache device with something wrong.
+struct Ailing {
+    device: Arc<dyn BlockDevice>,
+    can_be_read: AtomicBool,
+    lost_a_sync: bool,
+}
+
+impl BlockDevice for Ailing {
+    fn id(&self) -> CacheId {
+        self.device.id()
+    }
+    fn geometry(&self) -> quarry_cache::Geometry {
+        self.device.geometry()
+    }
+    fn read_at(&self, buf: &mut AlignedBuf, offset: u64) -> io::Result<()> {
+        match self.can_be_read.load(Ordering::Relaxed) {
+            true => self.device.read_at(buf, offset),
+            false => Err(io::Error::from_raw_os_error(libc::EIO)),
+        }
+    }
+    fn write_at(&self, buf: &AlignedBuf, offset: u64) -> io::Result<()> {
+        self.device.write_at(buf, offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.trusted()
+    }
+    fn trusted(&self) -> io::Result<()> {
+        match self.lost_a_sync {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(()),
+        }
+    }
+}
+
+async fn with_ailing(can_be_read: bool, lost_a_sync: bool) -> (Bench, Arc<Ailing>) {
+    let mut bench = Bench::new(0).await;
+    let ailing = Arc::new(Ailing {
+        device: Arc::clone(&bench.common.device),
+        can_be_read: AtomicBool::new(can_be_read),
+        lost_a_sync,
+    });
+    bench.common.device = Arc::clone(&ailing) as Arc<dyn BlockDevice>;
+    (bench, ailing)
+}
+
+/// What lies there then may be another's.
+#[tokio::test]
+async fn upload_after_a_sync_failed_makes_no_chunk_of_what_the_device_says() {
+    let (bench, _ailing) = with_ailing(true, true).await;
+    let writer = bench.attach().await;
+    let plan = one_write(&bench, &writer);
+    let stored = writer.backend.upload(&plan, START_MS).await;
+    assert!(
+        matches!(stored, Err(NotSent::Untrusted { errno: libc::EIO })),
+        "{stored:?}"
+    );
+    assert!(bench.chunks().await.is_empty());
+    bench.crash(writer).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn upload_of_what_cannot_be_read_holds_no_place_and_no_drain_and_ends_once_it_can() {
+    let (bench, ailing) = with_ailing(false, false).await;
+    let writer = bench.attach().await;
+    let (backend, plan) = (Arc::clone(&writer.backend), one_write(&bench, &writer));
+    let upload = tokio::spawn(async move { backend.upload(&plan, START_MS).await });
+    let second = Duration::from_secs(1);
+    tokio::time::sleep(second).await;
+    // The only one that there is, for whoever's upload.
+    drop(bench.common.uploads.enter(&bench.common.share).await);
+    let drained = tokio::time::timeout(2 * READ_RETRY_DELAY, writer.backend.drain(true)).await;
+    assert_eq!(drained, Ok(false));
+    ailing.can_be_read.store(true, Ordering::Relaxed);
+    let stored = tokio::time::timeout(2 * READ_RETRY_DELAY, upload).await;
+    stored.unwrap().unwrap().unwrap();
+    assert_eq!(bench.chunks().await.len(), 1);
+    // Drains are waited for again.
+    let drain = tokio::time::timeout(second, writer.backend.drain(true)).await;
+    assert!(drain.is_err(), "{drain:?}");
+    bench.crash(writer).await;
 }

@@ -196,12 +196,13 @@ impl NodeService {
     /// written, the daemon knows.
     async fn check_is_blank(&self, volume: &VolumeRef) -> Answer<()> {
         let info = self.show(volume).await?;
-        let written = info.stored_bytes > 0 || info.dirty_bytes > 0 || info.writes > 0;
+        let written = info.newest_write > 0 || info.stored_bytes > 0;
         let inherited = match &info.parent {
             None => false,
             Some(parent) => {
                 let snapshot: SnapRef = format!("{}@{}", parent.volume, parent.snapshot).parse()?;
-                self.client.show_snapshot(&snapshot).await?.newest_write > 0
+                // Not by the number of its newest write: what an unwritten clone has is its parent's.
+                !self.client.show_snapshot(&snapshot).await?.blank
             }
         };
         if !written && !inherited {

@@ -9,7 +9,7 @@ use rand::rngs::SmallRng;
 
 use super::{Cx, Died, Pending, Session};
 use crate::coverage::io_told;
-use crate::device::{Arrives, SimDevice};
+use crate::device::{Arrives, SimDevice, Sync};
 use crate::faults::Fault;
 
 const EIO: i32 = 5;
@@ -23,13 +23,13 @@ impl Session {
             return Ok(false);
         }
         let pick = due[cx.rng.random_range(0..due.len())];
-        let Pending { action, .. } = self.pending.swap_remove(pick);
+        let Pending { action, sync, .. } = self.pending.swap_remove(pick);
         // Failures of which nobody is to hear.
         let is_aside = matches!(
             action,
             Action::FillWrite { .. } | Action::FetchDirect { .. }
         );
-        let (io, result) = self.carry_out(&action, cx);
+        let (io, result) = self.carry_out(&action, sync, cx);
         self.hurt |= result.is_err() && !is_aside;
         cx.digest.add((io.0, result));
         let told = io_told(&action, result.is_err());
@@ -37,7 +37,12 @@ impl Session {
         Ok(true)
     }
 
-    fn carry_out(&mut self, action: &Action, cx: &mut Cx<'_>) -> (IoId, Result<(), i32>) {
+    fn carry_out(
+        &mut self,
+        action: &Action,
+        sync: Option<Sync>,
+        cx: &mut Cx<'_>,
+    ) -> (IoId, Result<(), i32>) {
         match *action {
             Action::CacheRead {
                 io,
@@ -112,7 +117,7 @@ impl Session {
             } => (io, cx.device.fill(offset, data)),
             Action::Sync { io } => {
                 // As a reactor: a failure is everybody's, and for ever.
-                if let Err(errno) = cx.device.sync_data() {
+                if let Err(errno) = cx.device.sync_ends(sync.expect("it has begun")) {
                     cx.failure.note(errno);
                 }
                 (io, cx.failure.get())

@@ -141,6 +141,21 @@ impl Volume {
             return;
         }
         let target = self.writes.last_acknowledged();
+        let pages = self.pages_of_pending(cx);
+        if pages.is_empty() {
+            Branch::RoundWithoutPages.taken();
+        }
+        self.stats.flush_rounds += 1;
+        self.flush.round = Some(Round::Syncing { target, pages });
+        if Mutation::NoSyncBeforeRecords.is_on() {
+            return self.synced(Ok(()), cx);
+        }
+        let io = self.io(Io::Sync);
+        cx.out.push(Action::Sync { io });
+    }
+
+    /// The record pages of what has none, each held.
+    fn pages_of_pending(&mut self, cx: &mut Cx<'_>) -> Vec<Page> {
         let mut pages = Vec::new();
         self.writes.take_pending(|segment, first_index, records| {
             for (n, records) in records.chunks(RECORDS_PER_PAGE).enumerate() {
@@ -156,22 +171,21 @@ impl Volume {
             // The page's place must not go to another generation before it is written.
             cx.cache.hold(page.segment);
         }
-        if pages.is_empty() {
-            Branch::RoundWithoutPages.taken();
-        }
-        self.stats.flush_rounds += 1;
-        self.flush.round = Some(Round::Syncing { target, pages });
-        if Mutation::NoSyncBeforeRecords.is_on() {
-            return self.synced(Ok(()), cx);
-        }
-        let io = self.io(Io::Sync);
-        cx.out.push(Action::Sync { io });
+        pages
     }
 
     pub(super) fn synced(&mut self, result: Result<(), i32>, cx: &mut Cx<'_>) {
-        let Some(Round::Syncing { target, pages }) = self.flush.round.take() else {
+        let Some(Round::Syncing {
+            mut target,
+            mut pages,
+        }) = self.flush.round.take()
+        else {
             panic!("a sync completed outside a round");
         };
+        if Mutation::SyncCoversWhatCameLater.is_on() {
+            target = self.writes.last_acknowledged();
+            pages.extend(self.pages_of_pending(cx));
+        }
         if let Err(errno) = result {
             Branch::RoundSyncFailed.taken();
             for page in pages {

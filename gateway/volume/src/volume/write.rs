@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 
 use quarry_cache::{Branch, CacheLoc, Mutation, NoSpace};
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordBody, SegmentHeader, SegmentKind};
-use quarry_objfmt::{Generation, Lba, LbaRange, Sectors, SegmentId, WriteSeq};
+use quarry_objfmt::{Generation, Lba, LbaRange, MapEntry, Sectors, SegmentId, WriteSeq};
 
-use super::{Cx, Dirty, Io, Queue, SegmentTable, Volume, VolumeState};
+use super::{Cx, Dirty, Io, Queue, SegmentTable, Volume, VolumeState, entry_range};
 use crate::event::{Action, IoError, IoId, Op, Report, WriteWait};
 
 /// Most sectors of one piece: keeps chunks close to their aimed size.
@@ -246,7 +246,8 @@ impl Volume {
                 self.start_round(cx);
                 return Err(WriteWait::Journal);
             }
-            let whole = if matches!(request.op, Op::Write { .. }) && placed == Sectors::ZERO {
+            let begins = matches!(request.op, Op::Write { .. }) && placed == Sectors::ZERO;
+            let whole = if begins && !Mutation::SplitShortWrites.is_on() {
                 u32::try_from(left.min(WHOLE_SECTORS_MAX)).expect("bounded just now")
             } else {
                 1
@@ -554,8 +555,8 @@ impl Volume {
         self.index(id, record);
     }
 
-    /// The oldest `count` unsent writes are in the store: they are dirty no more.
-    pub(super) fn forget_unsent(&mut self, count: usize, cx: &mut Cx<'_>) {
+    /// The oldest `count` unsent writes are in the store, where `entries` are what they come to: they are dirty no more.
+    pub(super) fn forget_unsent(&mut self, count: usize, entries: &[MapEntry], cx: &mut Cx<'_>) {
         let sent: Vec<Unsent> = self.writes.unsent.drain(..count).collect();
         cx.cache.forget_unsent(self.params.group, sent.len());
         let Some(last) = sent.last().map(|u| u.record.seq) else {
@@ -570,12 +571,15 @@ impl Volume {
                 segment.pending.retain(|r| r.seq > last);
             }
         }
+        // Not each write's range, for those may all be one: then each would pass all that was written since.
+        for entry in entries {
+            self.dirty
+                .remove_where(entry_range(entry), |dirty| dirty.seq <= last);
+        }
         for unsent in sent {
             if let RecordBody::Data { .. } = unsent.record.body {
                 self.writes.unsent_sectors -= u64::from(unsent.record.len);
             }
-            self.dirty
-                .remove_where(record_range(&unsent.record), |dirty| dirty.seq <= last);
             if !Mutation::FreeBeforeCommit.is_on() {
                 self.release(unsent.segment, cx);
             }
@@ -622,23 +626,15 @@ impl Volume {
 
     /// Whether a discard of the range would change nothing, told without any I/O.
     fn reads_as_hole(&self, range: LbaRange) -> bool {
-        fn untouched<V: quarry_cache::Carried>(
-            layer: &quarry_cache::ExtentMap<V>,
-            range: LbaRange,
-        ) -> bool {
-            let mut empty = true;
-            layer.visit(range, |_, value| empty &= value.is_none());
-            empty
-        }
         self.active
             .iter()
             .all(|(_, other)| !matches!(other.request.op, Op::Write { .. }))
-            && untouched(&self.dirty, range)
-            && untouched(&self.tail, range)
+            && self.dirty.has_none_of(range)
+            && self.tail.has_none_of(range)
             && self
                 .frozen
                 .as_ref()
-                .is_none_or(|frozen| untouched(frozen, range))
+                .is_none_or(|frozen| frozen.has_none_of(range))
             && self.root.is_hole_quick(range)
     }
 }

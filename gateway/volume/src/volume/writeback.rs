@@ -346,7 +346,7 @@ impl Volume {
         self.writeback.last_chunk = Some(planned.seq);
         self.stats.uploaded_chunks += 1;
         self.stats.uploaded_bytes += stored_bytes;
-        self.forget_unsent(planned.writes, cx);
+        self.forget_unsent(planned.writes, &entries, cx);
     }
 
     fn pump_checkpoint(&mut self, cx: &mut Cx<'_>) {
