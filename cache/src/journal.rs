@@ -42,11 +42,22 @@ impl Journals {
     /// # Errors
     /// If they cannot be made, or `root` is somebody else's.
     pub fn open(root: &Path, cache: CacheId) -> io::Result<Self> {
+        Self::make_root(root)?;
         let folder = root.join(cache.to_string());
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&folder)?;
+        make_folder(&folder)?;
+        Ok(Self {
+            folder,
+            cache,
+            boot: boot_id()?,
+        })
+    }
+
+    /// Makes the folder that those of all caches are in.
+    ///
+    /// # Errors
+    /// As [`Journals::open`].
+    pub fn make_root(root: &Path) -> io::Result<()> {
+        make_folder(root)?;
         // Who can write here can have us believe in writes that never were.
         let found = fs::symlink_metadata(root)?;
         if found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 {
@@ -55,11 +66,7 @@ impl Journals {
                 "others can write there",
             ));
         }
-        Ok(Self {
-            folder,
-            cache,
-            boot: boot_id()?,
-        })
+        Ok(())
     }
 
     fn path(&self, volume: VolumeId) -> PathBuf {
@@ -181,6 +188,13 @@ impl Journal {
         let at = PAGE_SIZE + self.header.slot(record.seq) * JOURNAL_ENTRY_LEN;
         self.map[at..at + JOURNAL_ENTRY_LEN].copy_from_slice(&entry);
     }
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
 }
 
 fn map(file: &File) -> io::Result<MmapMut> {

@@ -82,6 +82,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         nbd_certificates(&config.access)?;
         Exporter::check(&config.tracing)?;
         may_listen(&config).await?;
+        Daemon::may_start(&config)?;
         take_over(&config.daemon.socket, &manager).await?;
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
         (listeners, fitness)
@@ -330,7 +331,12 @@ async fn attach_again(daemon: Arc<Daemon>) {
     }
     daemon.remove_left_devices().await;
     daemon.set_ready(Ok(()));
-    tries.join_all().await;
+    while let Some(ended) = tries.join_next().await {
+        if let Err(error) = ended {
+            // A defect of ours in one of them, which is not to end the others.
+            tracing::error!(%error, "a volume is not attached again any more");
+        }
+    }
 }
 
 /// A tenant whose volumes come back.
@@ -395,7 +401,16 @@ impl AttachAgain {
             }
             // Its claim has found that out; here is asked why it was refused, which alone decides what becomes of the device.
             let writes = !how.read_only && !volume.is_past();
-            if error.kind == Kind::Conflict && writes {
+            if error.kind == Kind::Conflict
+                && let Some(cache) = self.daemon.other_cache(&how)
+            {
+                // The configuration may name the wrong one. That is not to end what users of its device wait for.
+                error = ApiError::new(
+                    Kind::Conflict,
+                    format!("it was attached with cache {cache}, which is not this daemon's"),
+                    "set `cache.path` to that; if that is lost, attach it with --force, or detach it",
+                );
+            } else if error.kind == Kind::Conflict && writes {
                 match self.daemon.was_taken(&volume).await {
                     Ok(true) => {
                         tracing::error!(%volume, "it was taken from this host: it is not attached again, and a device that it had is removed");

@@ -87,6 +87,13 @@ use crate::store::{Lane, StoreSettings};
 use crate::trace::export::Exporter;
 use crate::ublk;
 
+fn unusable_journals(config: &quarry_config::Config) -> String {
+    format!(
+        "the journals' folder {} cannot be used (set daemon.journal_dir to another)",
+        config.daemon.journal_dir.display()
+    )
+}
+
 /// Longest time that a control call waits for the store before it answers with the store's error.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -188,7 +195,8 @@ impl Machine for VolumeMachine {
     }
 
     fn wants_tick(&self) -> bool {
-        self.volume.wants_ticks()
+        // What an attach began is submitted with the first event, whatever that is.
+        !self.first.is_empty() || self.volume.wants_ticks()
     }
 }
 
@@ -267,6 +275,27 @@ pub(crate) fn now_ms() -> u64 {
 }
 
 impl Daemon {
+    /// Whether [`Daemon::start`] will find what it needs of the host, as far as that can be told while another daemon runs.
+    ///
+    /// # Errors
+    /// With what is missing, and what to do.
+    pub fn may_start(config: &quarry_config::Config) -> anyhow::Result<()> {
+        let data_dir = &config.daemon.data_dir;
+        std::fs::create_dir_all(data_dir)
+            .with_context(|| format!("daemon.data_dir {} cannot be made", data_dir.display()))?;
+        Access::without_tokens(&config.access, data_dir)?;
+        Wanted::load(data_dir)?;
+        let journals = Journals::make_root(&config.daemon.journal_dir);
+        journals.with_context(|| unusable_journals(config))?;
+        let path = config.cache_path();
+        let folder = path.parent().unwrap_or(&path);
+        std::fs::metadata(folder).with_context(|| {
+            let (path, folder) = (path.display(), folder.display());
+            format!("cache.path {path} cannot be had: {folder} is not there")
+        })?;
+        Ok(())
+    }
+
     /// Opens the cache device, with what [`prepare_cache_key`] gave, recovers what it holds, and starts the reactors.
     ///
     /// # Errors
@@ -284,12 +313,8 @@ impl Daemon {
         let path = config.cache_path();
         let device = Arc::new(cache_key::open(&config, cache_key, &host)?);
         let journal_dir = &config.daemon.journal_dir;
-        let journals = Journals::open(journal_dir, device.id()).with_context(|| {
-            format!(
-                "the journals' folder {} cannot be used (set daemon.journal_dir to another)",
-                journal_dir.display()
-            )
-        })?;
+        let journals =
+            Journals::open(journal_dir, device.id()).with_context(|| unusable_journals(&config))?;
         // On a device formatted just now there is nothing to find.
         let mut scan = if device.fresh() {
             Scan::default()

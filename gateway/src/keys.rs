@@ -127,7 +127,7 @@ impl KeyService {
         Self(source)
     }
 
-    /// Wraps `secret` for `context` with the key of this name.
+    /// Wraps `secret` for `context` with the key of this name, so that it was opened again.
     ///
     /// # Errors
     /// [`KeyError`].
@@ -143,14 +143,23 @@ impl KeyService {
             Source::Command(command) => command.ask("wrap", key, framed(context, secret)).await?,
             Source::Service(service) => service.ask("wrap", key, framed(context, secret)).await?,
         };
-        if (1..=WRAPPED_LEN_MAX).contains(&wrapped.len()) {
-            return Ok(wrapped.to_vec());
+        if !(1..=WRAPPED_LEN_MAX).contains(&wrapped.len()) {
+            let why = format!(
+                "it answers {} bytes, where 1 to {WRAPPED_LEN_MAX} can be kept",
+                wrapped.len()
+            );
+            return Err(self.unavailable(key, why));
         }
-        let why = format!(
-            "it answers {} bytes, where 1 to {WRAPPED_LEN_MAX} can be kept",
-            wrapped.len()
-        );
-        Err(self.unavailable(key, why))
+        // Before anything relies on it: what was wrapped before may be deleted for its sake. A program may end well, and have
+        // said something else than what it was asked for.
+        match self.unwrap(key, context, &wrapped, "just wrapped").await {
+            Ok(opened) if opened[..] == *secret => Ok(wrapped.to_vec()),
+            Ok(_) | Err(KeyError::Wrong { .. }) => {
+                let why = "it does not open what it has just wrapped".to_owned();
+                Err(self.unavailable(key, why))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// What was wrapped so; `what` is what an error calls it.

@@ -104,6 +104,14 @@ pub enum TrashError {
     /// It was restored already.
     #[error("it was restored as {0}")]
     Restored(VolumeRef),
+    /// Another name leads to it too.
+    #[error(
+        "it is called {0}, and this name was left by a restoring or a rescue that gave it that one"
+    )]
+    Misnamed(VolumeRef),
+    /// Its restoring under another name was begun, and may still take effect.
+    #[error("its restoring as {0} was begun")]
+    Restoring(VolumeRef),
     /// It was being restored, and has no name yet.
     #[error("it was being restored, and has no name yet")]
     Nameless,
@@ -330,6 +338,9 @@ async fn mark(
                 let host = other.host.clone();
                 return Err(TrashError::Owned { host });
             }
+            if let Some(called) = called_otherwise(&head, volume) {
+                return Err(TrashError::Misnamed(called));
+            }
             // Most refusals are had without changing anything.
             no_clones(store, tenant, &head, now_ms).await?;
             let bury = |head: &mut Head| {
@@ -352,6 +363,14 @@ async fn mark(
         return Err(refusal);
     }
     Ok(Some(marked))
+}
+
+/// What a volume is called, if that is not the name that led to it. Its head alone says what it is called.
+#[must_use]
+pub fn called_otherwise(head: &Head, volume: &VolumeRef) -> Option<VolumeRef> {
+    let name = VolumeName::new(head.name.as_str()).ok()?;
+    let tenant = volume.tenant.clone();
+    (name != volume.name).then_some(VolumeRef { tenant, name })
 }
 
 /// Marks a head as that of a volume in the trash.
@@ -657,15 +676,21 @@ pub async fn restore(
         tenant: tenant.clone(),
         name: name.unwrap_or(&had.name).clone(),
     };
-    // Restored before, but for the record.
-    if since_ms.is_none() && named(store, &had).await? == Some(id) {
-        Branch::RestoringGoesOn.taken();
-        store.delete(&keys::trash_key(tenant, id)).await?;
-        return if volume == had {
-            Ok(volume)
-        } else {
-            Err(TrashError::Restored(had))
-        };
+    if since_ms.is_none() {
+        match named(store, &had).await? {
+            // Restored before, but for the record.
+            Some(there) if there == id => {
+                Branch::RestoringGoesOn.taken();
+                store.delete(&keys::trash_key(tenant, id)).await?;
+                return match volume == had {
+                    true => Ok(volume),
+                    false => Err(TrashError::Restored(had)),
+                };
+            }
+            // The PUT of that name may be on its way still: then the volume would have two.
+            None if volume != had => return Err(TrashError::Restoring(had)),
+            _ => {}
+        }
     }
     if let Some(owner) = head.owner.as_ref().filter(|_| since_ms.is_none()) {
         let host = owner.host.clone();

@@ -142,12 +142,23 @@ impl Access {
         store: Arc<dyn Store>,
         data_dir: &Path,
     ) -> ApiResult<Self> {
+        Ok(Self {
+            tokens: Some(Tokens::new(store)),
+            ..Self::without_tokens(config, data_dir)?
+        })
+    }
+
+    /// As configured, and nobody has a token.
+    ///
+    /// # Errors
+    /// As [`Access::new`].
+    pub fn without_tokens(config: &quarry_config::Access, data_dir: &Path) -> ApiResult<Self> {
         let path = config.audit_log.clone();
         let path = path.unwrap_or_else(|| data_dir.join("audit.jsonl"));
         Ok(Self {
             operators: Operators::find(&config.operators)?,
             tenant_attach: config.tenant_attach,
-            tokens: Some(Tokens::new(store)),
+            tokens: None,
             audit: Some(Audit::open(path, config.audit_required)?),
             calls: Places::default(),
         })

@@ -245,8 +245,8 @@ pub(super) async fn rescue(
 
 pub(super) async fn sync(Allowed(engine): Allowed, path: Volume) -> ApiResult<StatusCode> {
     let volume = volume_of(path)?;
-    // Changes nothing that must be finished: a client that hangs up need not be waited for.
-    engine.sync(&volume).await?;
+    // To its end, which cannot be hastened: until then it counts among its tenant's calls, however many clients hang up.
+    whole(async move { engine.sync(&volume).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

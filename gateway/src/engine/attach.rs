@@ -15,6 +15,7 @@ use super::owners::Owned;
 use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
+use super::trash::trash_error;
 use super::wanted::How;
 use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
 use crate::backend::open::{
@@ -33,6 +34,7 @@ use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, Traced, VolumeKey};
 use crate::store::{Store, StoreStats};
 use crate::trace::Whose;
+use crate::trash::{TrashError, called_otherwise};
 use crate::ublk::{
     Device, DeviceSpec, Found, Mode, Permissions, Stamp, UblkError, past_device, snapshot_device,
 };
@@ -167,7 +169,8 @@ impl Daemon {
             let message = format!("{volume} is not to be attached again any more");
             return Err(ApiError::new(Kind::Unavailable, message, ""));
         }
-        let waits = self.wanted.how(volume).filter(|_| !options.again);
+        let known = self.wanted.how(volume);
+        let waits = known.as_ref().filter(|_| !options.again);
         if waits.is_some_and(|how| how.via == Via::Ublk) && via == Via::Nbd {
             let message = format!(
                 "{volume} waits here to be attached again as a block device, which may be in use"
@@ -183,6 +186,12 @@ impl Daemon {
             queues: options.queues,
             access: access.clone(),
             direct_reads: options.direct_reads,
+            cache: match known {
+                // Whether this daemon has that cache is not said yet.
+                Some(known) if options.again => known.cache,
+                _ if options.read_only => None,
+                _ => Some(self.common.device.id().to_string()),
+            },
         };
         // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it if it is ours by
         // then, or else takes it off the list.*
@@ -245,6 +254,8 @@ impl Daemon {
             attached.direct = Some(can);
             attached.tell_direct().await;
         }
+        // Should its device be given only in part, it is to be let go as a device is.
+        attached.info.via = via;
         match via {
             Via::Ublk => match self.make_device(&attached.backend, &opening.spec).await {
                 Ok(device) => {
@@ -362,6 +373,7 @@ impl Daemon {
                 .await
                 .map_err(OpenError::Cache)?;
         }
+        self.check_name(tenant, &volume.volume, id).await?;
         // It stays known until the volume has taken it up.
         let kept = self.kept.lock().get(&id).cloned();
         let opening = self.serve_kept(tenant, volume, id, kept, options).await?;
@@ -369,6 +381,21 @@ impl Daemon {
             self.kept.lock().remove(&id);
         }
         Ok(opening)
+    }
+
+    /// Refuses a name that a volume has beside the one by which it is called: here, it may be attached by that.
+    async fn check_name(&self, tenant: &Tenant, volume: &VolumeRef, id: VolumeId) -> ApiResult<()> {
+        let key = keys::head_key(&volume.tenant, id);
+        // What else may be wrong with the head, its claim says.
+        let Ok((head, _)) = HeadCell::read(&tenant.control(), &key).await else {
+            return Ok(());
+        };
+        match called_otherwise(&head, volume) {
+            Some(called) if head.deleted().is_none() => {
+                Err(trash_error(volume, TrashError::Misnamed(called)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Refuses a volume that is here for another tenant, or of which the cache keeps unsent writes for one: two stores

@@ -3,7 +3,7 @@
 
 use quarry_objfmt::CacheId;
 
-use super::{Daemon, registry};
+use super::{Daemon, How, registry};
 use crate::backend::release::release;
 use crate::control::{ApiResult, ImageRef, ReleaseInfo, VolumeRef};
 
@@ -23,6 +23,13 @@ impl Daemon {
             volume: volume.to_string(),
             released,
         })
+    }
+
+    /// The cache that a volume of the list was attached with, if it is another than this daemon's.
+    #[must_use]
+    pub fn other_cache<'a>(&self, how: &'a How) -> Option<&'a str> {
+        let cache = how.cache.as_deref()?;
+        (cache != self.common.device.id().to_string()).then_some(cache)
     }
 
     /// Whether a volume that was attached here is this host's no more: it was taken while the daemon was away, or a

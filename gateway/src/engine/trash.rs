@@ -61,7 +61,7 @@ impl Trash {
 }
 
 /// An error of the trash, as the API tells it.
-fn trash_error(volume: &impl std::fmt::Display, error: TrashError) -> ApiError {
+pub(super) fn trash_error(volume: &impl std::fmt::Display, error: TrashError) -> ApiError {
     let (kind, remedy) = match &error {
         TrashError::Store(error) => return registry::store_error(error),
         TrashError::Owned { .. } => (Kind::Conflict, "detach it there first"),
@@ -75,6 +75,11 @@ fn trash_error(volume: &impl std::fmt::Display, error: TrashError) -> ApiError {
         TrashError::Purging => (Kind::Conflict, "make a new volume"),
         TrashError::Taken(_) => (Kind::Exists, "give it another name with --as"),
         TrashError::Restored(_) => (Kind::Conflict, "use that name"),
+        TrashError::Misnamed(_) => (
+            Kind::Conflict,
+            "use that name; this one goes with its object below names/ in the store",
+        ),
+        TrashError::Restoring(_) => (Kind::Conflict, "restore it with --as that name"),
         TrashError::Nameless => (
             Kind::Conflict,
             "restore it with `quarry volume restore`, and delete it again if it is to go",

@@ -37,6 +37,9 @@ pub struct How {
     /// Whether misses are to go around the daemon's memory.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub direct_reads: bool,
+    /// With which cache device, if it takes writes: a daemon with another one cannot tell what has become of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<String>,
 }
 
 impl How {
@@ -227,6 +230,7 @@ mod tests {
             mode: None,
         },
         direct_reads: false,
+        cache: None,
     };
 
     const ACCESS: &str = r#"{"owner":{"name":"alice:disk","uid":1000,"gid":6},"mode":"0640"}"#;
@@ -243,6 +247,7 @@ mod tests {
             access: serde_json::from_str(ACCESS).unwrap(),
             queues: Some(2),
             direct_reads: true,
+            cache: Some("5f0e".to_owned()),
             ..HOW
         };
         list.add(&two, how.clone()).unwrap();

@@ -160,6 +160,27 @@ async fn program_that_wraps_binds_nothing_and_the_context_is_checked_for_it() {
     );
 }
 
+#[tokio::test]
+async fn key_is_not_given_up_for_one_that_does_not_open_what_it_wraps() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("kms");
+    // What the key `new` wraps is cut short, as by a pipe whose end nobody looks at.
+    let script = "#!/bin/sh\nif [ \"$1 $2\" = \"wrap new\" ]; then head -c 20; cat >/dev/null; else cat; fi\n";
+    private(&program, script, 0o700);
+    let service = KeyService::new(&quarry_config::Keys {
+        command: Some(program),
+        ..quarry_config::Keys::default()
+    });
+    let head = head(&service, &name("k")).await;
+    let (tenant, new) = (tenant(), name("new"));
+    let rewrapped = service.rewrap(&tenant, &head.keys.keys, &new);
+    let refused = rewrapped.await.unwrap_err().to_string();
+    assert!(
+        refused.contains("does not open what it has just wrapped"),
+        "{refused}"
+    );
+}
+
 /// Answers each request with what `answer` makes of its body.
 fn serve(answer: fn(&str) -> String) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -27,6 +27,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::provision::MARKER_KEY;
@@ -45,10 +46,17 @@ const LOCK_POLL: Duration = Duration::from_millis(2);
 /// How many directories are remembered as synced.
 const SYNCED_DIRS_MAX: usize = 65_536;
 
+/// Most threads at once in a folder: the places of a lane. Of a file system that hangs they come back when it does not any more.
+const THREADS_MAX: usize = 64;
+/// Most threads at once in folders, whichever: half of those that the runtime has for work of all kinds.
+const ALL_THREADS_MAX: usize = 256;
+static ALL_THREADS: Semaphore = Semaphore::const_new(ALL_THREADS_MAX);
+
 /// A store in a folder.
 #[derive(Clone, Debug)]
 pub struct FolderStore {
     folder: Arc<Folder>,
+    threads: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
@@ -91,6 +99,7 @@ impl FolderStore {
         folder.prepare().map_err(refused)?;
         Ok(Self {
             folder: Arc::new(folder),
+            threads: Arc::new(Semaphore::new(THREADS_MAX)),
         })
     }
 
@@ -103,7 +112,12 @@ impl FolderStore {
     ) -> Result<T, StoreError> {
         let folder = Arc::clone(&self.folder);
         let owned = key.to_owned();
+        // Who waits no longer for a file system that hangs leaves its thread behind.
+        let thread = Arc::clone(&self.threads).acquire_owned().await;
+        let of_all = ALL_THREADS.acquire().await;
+        let threads = (thread, of_all);
         let done = tokio::task::spawn_blocking(move || {
+            let _threads = threads;
             work(&folder, &owned).map_err(|failure| folder.explain(operation, &owned, failure))
         });
         match done.await {
@@ -557,6 +571,35 @@ mod tests {
         contract::racing_creates(&both).await;
         contract::racing_replaces(&both).await;
         contract::counting_replaces(&both).await;
+    }
+
+    #[test]
+    fn folder_that_hangs_takes_no_more_threads_than_are_its() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(THREADS_MAX + 1)
+            .enable_time()
+            .build()
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        // Opening it waits for somebody who writes.
+        let hangs = dir.path().join("t");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &hangs, rustix::fs::Mode::RUSR).unwrap();
+        runtime.block_on(async {
+            for _ in 0..2 * THREADS_MAX {
+                let gives_up = Duration::from_millis(2);
+                let got = tokio::time::timeout(gives_up, store.get("t")).await;
+                assert!(got.is_err(), "{got:?}");
+            }
+            let other = tokio::task::spawn_blocking(|| 7);
+            let done = tokio::time::timeout(Duration::from_secs(5), other).await;
+            assert_eq!(done.unwrap().unwrap(), 7);
+        });
+        let all = ALL_THREADS_MAX - ALL_THREADS.available_permits();
+        assert!(all >= THREADS_MAX, "{all}");
+        drop(fs::OpenOptions::new().read(true).write(true).open(&hangs));
+        runtime.shutdown_timeout(Duration::from_secs(5));
     }
 
     #[test]

@@ -807,6 +807,46 @@ async fn name_taken_meanwhile_is_refused_and_another_can_be_given() {
 }
 
 #[tokio::test]
+async fn volume_of_two_names_is_deleted_by_the_one_that_it_is_called_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
+    two(&store).await;
+    // As a PUT of a restoring that was given up leaves it, when it comes late.
+    let left = volume("left");
+    give_name(&store, &left, id(1), 7, Rates::NONE)
+        .await
+        .unwrap();
+    let before = all(&store).await;
+    let refused = put(&store, &left, id(1), HOST, NOW).await;
+    assert!(matches!(refused, Err(TrashError::Misnamed(called)) if called == volume("db")));
+    assert_eq!(all(&store).await, before);
+    delete(&store).await.unwrap();
+}
+
+#[tokio::test]
+async fn restoring_that_was_begun_goes_on_under_its_name_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
+    two(&store).await;
+    delete(&store).await.unwrap();
+    let tenant = volume("db").tenant;
+    let Found::Sound(there, tag) = look(&store, &tenant, id(1)).await.unwrap() else {
+        panic!("its head is sound")
+    };
+    let cell = HeadCell::new(tenant.clone(), *there, tag);
+    let revived = |head: &mut Head| {
+        revive(head);
+        head.name = "one".to_owned();
+    };
+    cell.update(&store, revived).await.unwrap();
+    let under = |name: &str| VolumeName::new(name).unwrap();
+    let refused = restore(&store, &tenant, id(1), Some(&under("two"))).await;
+    assert!(matches!(refused, Err(TrashError::Restoring(begun)) if begun == volume("one")));
+    let restored = restore(&store, &tenant, id(1), Some(&under("one"))).await;
+    assert_eq!(restored.unwrap(), volume("one"));
+}
+
+#[tokio::test]
 async fn purge_of_more_than_a_page_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = FolderStore::open(dir.path(), true).unwrap();

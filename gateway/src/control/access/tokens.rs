@@ -10,7 +10,7 @@
 //! - what unknown tokens make the daemon do is bounded by [`WRONG_BURST`] and [`WRONG_PAUSE`] for each address
 //!   that they come from, and by [`LOADS_AT_ONCE`] for all.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ use super::super::token::{TokenInfo, TokenMade, TokenRole, TokenSpec};
 use super::super::{ApiError, ApiResult, Kind};
 use super::{Caller, Role};
 use crate::engine::now_ms;
+use crate::places::holder;
 use crate::store::{Store, StoreError, Tag};
 
 /// How long a holder's tokens are known without asking the store again.
@@ -386,11 +387,7 @@ impl Tokens {
     }
 
     fn allowance(&self, from: IpAddr) -> Arc<Mutex<Allowance>> {
-        // Who has an IPv6 address has all of its last half.
-        let from = match from {
-            IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
-            v4 => v4,
-        };
+        let from = holder(from);
         let fresh = || {
             Arc::new(Mutex::new(Allowance {
                 left: WRONG_BURST,
