@@ -670,6 +670,8 @@ impl Engine for Daemon {
         let volume = VolumeId::from(uuid::Uuid::new_v4());
         let keys = self.keys_for(&tenant, &spec, volume).await?;
         let copy = (!keys.keys.is_empty()).then_some(keys.revision);
+        // What is there already was asked for before: that it is, is to be said, and not that there is no room for another.
+        registry::check_free(&tenant.control(), &spec.volume()).await?;
         let wish = Wish::sized(&spec.volume(), spec.size_bytes);
         let admission = self.admit(&tenant, &wish).await?;
         let made = registry::create_volume(&tenant.control(), &spec, volume, keys).await;

@@ -18,6 +18,7 @@ pub mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -33,7 +34,7 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 
-use self::admission::{Admission, Handshake, Place};
+use self::admission::{Admission, Handshake};
 pub use self::admission::{ClientStats, Clients, Refused};
 pub use self::connection::Connection;
 use crate::reactor::memory::{Budget, Total};
@@ -225,18 +226,23 @@ impl NbdServer {
                 return;
             };
             match into_fd(stream) {
-                Ok(fd) => server.hand_on(fd, negotiated, place).await,
+                Ok(fd) => server.hand_on(fd, negotiated, Box::new(place)).await,
                 Err(error) => tracing::warn!(%error, "an NBD socket cannot be handed on"),
             }
         });
     }
 
-    /// Gives a socket that is through its handshake to the reactor of its volume.
-    async fn hand_on(&self, fd: OwnedFd, negotiated: negotiate::Negotiated, place: Arc<Place>) {
+    /// Gives a socket that is through its handshake to the reactor of its volume, which drops `guard` when it is done with it.
+    async fn hand_on(
+        &self,
+        fd: OwnedFd,
+        negotiated: negotiate::Negotiated,
+        guard: Box<dyn Any + Send>,
+    ) {
         let export = negotiated.export;
         let connection = Connection::new(fd, negotiated.replies)
             .within(self.memory_of(export.group))
-            .with_guard(Box::new(place));
+            .with_guard(guard);
         let message = Message::AddFrontEnd {
             key: export.volume,
             front_end: Box::new(connection),

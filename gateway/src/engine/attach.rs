@@ -373,7 +373,6 @@ impl Daemon {
                 .await
                 .map_err(OpenError::Cache)?;
         }
-        self.check_name(tenant, &volume.volume, id).await?;
         // It stays known until the volume has taken it up.
         let kept = self.kept.lock().get(&id).cloned();
         let opening = self.serve_kept(tenant, volume, id, kept, options).await?;
@@ -381,21 +380,6 @@ impl Daemon {
             self.kept.lock().remove(&id);
         }
         Ok(opening)
-    }
-
-    /// Refuses a name that a volume has beside the one by which it is called: here, it may be attached by that.
-    async fn check_name(&self, tenant: &Tenant, volume: &VolumeRef, id: VolumeId) -> ApiResult<()> {
-        let key = keys::head_key(&volume.tenant, id);
-        // What else may be wrong with the head, its claim says.
-        let Ok((head, _)) = HeadCell::read(&tenant.control(), &key).await else {
-            return Ok(());
-        };
-        match called_otherwise(&head, volume) {
-            Some(called) if head.deleted().is_none() => {
-                Err(trash_error(volume, TrashError::Misnamed(called)))
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Refuses a volume that is here for another tenant, or of which the cache keeps unsent writes for one: two stores
@@ -485,6 +469,12 @@ impl Daemon {
             // First: nobody is fenced by who could not read or write it. What they are wrapped by does not matter here.
             let read = HeadCell::read(store, &keys::head_key(name, id)).await;
             let (head, _) = read.map_err(OpenError::from)?;
+            // By the other name it may be attached here.
+            if let Some(called) = called_otherwise(&head, &volume.volume)
+                && head.deleted().is_none()
+            {
+                return Err(trash_error(volume, TrashError::Misnamed(called)));
+            }
             let keys = self.unlock(name, &head).await?;
             let mut claimed = claim(store, name, id, kept.as_ref(), &how).await?;
             claimed.keys = match same_data_keys(&head, &claimed.info) {

@@ -16,15 +16,17 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::oneshot;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::negotiate::{Agreement, Negotiated, NegotiationError, Terms, greet, haggle};
 use super::permit::{Permit, Permitted};
-use super::{NbdServer, Place, blocking_unix, pause};
+use super::{NbdServer, blocking_unix, pause};
 use crate::tls::Tls;
 
-/// How long a client that sends no more may take for its last answers: one that does not read them keeps its place no longer.
+/// How long a client that sends no more, or is served no more, may take for its last answers: one that does not read them keeps its
+/// place no longer.
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Bytes copied at once, each way.
@@ -61,8 +63,11 @@ impl NbdServer {
                 .and_then(|(ours, theirs)| Ok((ours, blocking_unix(theirs.into_std()?)?)));
             match pair {
                 Ok((ours, theirs)) => {
-                    server.hand_on(theirs, negotiated, Arc::clone(&place)).await;
-                    copy(stream, ours, place).await;
+                    let (serves, served) = oneshot::channel();
+                    let guard = Box::new((Arc::clone(&place), serves));
+                    server.hand_on(theirs, negotiated, guard).await;
+                    copy(stream, ours, served).await;
+                    drop(place);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "an NBD connection by TLS cannot be handed on")
@@ -100,9 +105,13 @@ impl NbdServer {
     }
 }
 
-/// Copies both ways until the reactor's end is closed. That the client's is, is told to the reactor, which
-/// answers what it has and closes its own.
-async fn copy(stream: TlsStream<TcpStream>, pair: UnixStream, _place: Arc<Place>) {
+/// Copies both ways until the reactor's end is closed, whose connection `served` ends with. That the client's is, is told to
+/// the reactor, which answers what it has and closes its own.
+async fn copy(
+    stream: impl AsyncRead + AsyncWrite,
+    pair: UnixStream,
+    served: oneshot::Receiver<()>,
+) {
     let (from_client, to_client) = split(stream);
     let (from_reactor, mut to_reactor) = pair.into_split();
     let inward = async {
@@ -119,9 +128,16 @@ async fn copy(stream: TlsStream<TcpStream>, pair: UnixStream, _place: Arc<Place>
         copy_one_way(from_reactor, &mut to_client).await?;
         to_client.shutdown().await
     };
+    // Seen by neither, while the one waits for a client that takes nothing and the other for what it sends.
+    let gone = async {
+        drop(served.await);
+        tokio::time::sleep(CLOSE_TIME_MAX).await;
+        Err(io::Error::from(io::ErrorKind::TimedOut))
+    };
     let ended = tokio::select! {
         ended = inward => ended,
         ended = outward => ended,
+        ended = gone => ended,
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "an NBD connection by TLS broke off");

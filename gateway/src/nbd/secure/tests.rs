@@ -125,6 +125,24 @@ fn certificate_opens_what_it_names_and_nothing_else() {
     assert!(site.look(&stranger, "acme/db").unwrap().is_err());
 }
 
+#[tokio::test(start_paused = true)]
+async fn client_that_takes_nothing_does_not_outlive_what_served_it() {
+    let (_client, stream) = tokio::io::duplex(64);
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let (serves, served) = oneshot::channel::<()>();
+    let copying = tokio::spawn(copy(stream, ours, served));
+    let reactor = tokio::spawn(async move {
+        let sent = theirs.write_all(&[7; 4 << 20]).await;
+        unreachable!("nobody takes so much: {sent:?}")
+    });
+    tokio::time::sleep(CLOSE_TIME_MAX).await;
+    assert!(!copying.is_finished());
+    reactor.abort();
+    drop(serves);
+    let ended = tokio::time::timeout(2 * CLOSE_TIME_MAX, copying).await;
+    ended.unwrap().unwrap();
+}
+
 #[test]
 fn data_by_tls_are_what_was_written_and_lists_hold_what_may_be_opened() {
     let site = Site::new();
