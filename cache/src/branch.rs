@@ -61,6 +61,8 @@ branches! {
     JournalHalfFull,
     /// Writes wait, for the store lacks too many.
     UnsentFull,
+    /// Writes wait, for the map lacks too much.
+    LogFull,
     /// Data arrived after the volume was fenced.
     ArrivedFenced,
     /// Data arrived after the cache device had failed.

@@ -352,6 +352,7 @@ impl Kept {
                 WriteWait::Space => "space",
                 WriteWait::Journal => "journal",
                 WriteWait::Unsent => "unsent",
+                WriteWait::Log => "log",
             };
             let (from_ns, end_ns) = ((*from_ns).max(since_ns), end_ns.min(now_ns));
             let span =

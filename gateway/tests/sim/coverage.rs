@@ -428,6 +428,7 @@ const fn unlikely(mode: Mode) -> &'static str {
 /// What runs do not reach, or by luck only, and why.
 const UNREACHED: &[(&str, &str)] = &[
     ("UnsentFull", "takes a million writes"),
+    ("LogFull", "takes four million entries"),
     (
         "JournalWithoutRoom",
         "room for each record is set aside when its write is placed; `cache/src/recover.rs` tests it",

@@ -68,6 +68,7 @@ const TUNING: Tuning = Tuning {
     checkpoint_chunks: 6,
     readahead_sectors_max: 256,
     journal_entries: 24,
+    log_entries_max: 4 << 20,
 };
 
 /// What a host owes a volume when it comes back with its cache.

@@ -465,6 +465,8 @@ pub enum WriteWait {
     Journal,
     /// The store lacks as many writes as memory has room for.
     Unsent,
+    /// The map lacks as many entries as memory has room for.
+    Log,
 }
 
 /// How a step of warming ended.

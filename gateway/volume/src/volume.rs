@@ -77,8 +77,11 @@ pub struct Tuning {
     pub chunk_writes_max: usize,
     /// Most chunks being uploaded at once: bounds memory, and what a crash leaves as orphans.
     pub uploads_max: usize,
-    /// Entries of the log that start a checkpoint: bounds the memory they take.
+    /// Entries of the log that start a checkpoint.
     pub checkpoint_entries: usize,
+    /// Entries of the log, those that a checkpoint folds just now among them, with which no write is placed until there are fewer: bounds
+    /// the memory they take, about 200 bytes each, beside a map that cannot be written.
+    pub log_entries_max: usize,
     /// Sectors that chunks of the log cover, which start a checkpoint: bounds what nobody knows to be useless.
     pub checkpoint_sectors: u64,
     /// Chunks of the log that start a checkpoint, however small: bounds the time to replay them.
@@ -98,6 +101,7 @@ impl Default for Tuning {
             chunk_writes_max: 16_384,
             uploads_max: 8,
             checkpoint_entries: 256 << 10,
+            log_entries_max: 4 << 20,
             checkpoint_sectors: (1 << 30) / 512,
             checkpoint_chunks: 1024,
             readahead_sectors_max: (64 << 20) / 512,
@@ -564,9 +568,14 @@ impl Volume {
             stalled: self.writes.starved(),
             dirty_entries: self.dirty.len() as u64,
             open_segments: self.writes.open_segments(),
-            log_entries: (self.tail.len() + self.frozen.as_ref().map_or(0, ExtentMap::len)) as u64,
+            log_entries: self.log_entries() as u64,
             ..self.stats
         }
+    }
+
+    /// What is in the store and not in the map.
+    fn log_entries(&self) -> usize {
+        self.tail.len() + self.frozen.as_ref().map_or(0, ExtentMap::len)
     }
 
     fn request(&mut self, request: Request, cx: &mut Cx<'_>) {

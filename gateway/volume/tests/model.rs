@@ -201,6 +201,7 @@ fn params(epoch: u32, size: u64, durability: Durability) -> VolumeParams {
             chunk_writes_max: 64,
             uploads_max: 4,
             checkpoint_entries: 400,
+            log_entries_max: 1000,
             checkpoint_sectors: 2048,
             checkpoint_chunks: 12,
             readahead_sectors_max: 256,
@@ -1493,6 +1494,71 @@ fn drain_beside_a_writer_who_never_stops_ends_when_what_was_before_it_is_in_the_
     }
     // One may find all of it in the map already.
     assert!(wrote_on >= 4, "{wrote_on}");
+}
+
+/// A world whose log is as long as it may be, with a write that waits for the checkpoint that is held back.
+fn with_a_long_log() -> (World, Action) {
+    let mut world = World::new(707, Durability::Local);
+    let mut held = None;
+    let mut go_on = |world: &mut World| loop {
+        for action in std::mem::take(&mut world.due) {
+            match action {
+                Action::Checkpoint(_) => assert!(held.replace(action).is_none()),
+                other => world.due.push(other),
+            }
+        }
+        if !world.step() {
+            break;
+        }
+    };
+    // Each a run of its own.
+    for lba in (0..SIZE).step_by(2) {
+        world.ask(Op::WriteZeroes { fua: true }, range(lba, 1));
+        go_on(&mut world);
+        world.now_ms += 60;
+        let now_ms = world.now_ms;
+        world.feed(Event::Tick { now_ms });
+        go_on(&mut world);
+        if world.writes_wait.is_some() {
+            break;
+        }
+    }
+    assert_eq!(world.writes_wait, Some(WriteWait::Log));
+    assert_eq!(world.volume.stats().log_entries, 1000);
+    assert!(world.volume.stats().stalled && world.asked.len() == 1);
+    (world, held.unwrap())
+}
+
+#[test]
+fn write_beside_a_long_log_waits_for_the_map() {
+    let (mut world, checkpoint) = with_a_long_log();
+    world.due.push(checkpoint);
+    world.settle();
+    assert!(world.asked.is_empty() && world.writes_wait.is_none() && world.hurt.is_empty());
+    world.read_all();
+}
+
+#[test]
+fn write_beside_a_long_log_is_refused_when_the_map_is_damaged() {
+    let (mut world, _) = with_a_long_log();
+    // What it says of itself: nothing of it is read here.
+    let map = ChunkId {
+        volume: VOLUME,
+        epoch: Epoch::new(1),
+        seq: ChunkSeq::ZERO,
+    };
+    world.damaged = Some((map, 0));
+    world.feed(Event::CheckpointFailed);
+    world.settle();
+    assert!(world.asked.is_empty() && world.writes_wait.is_none());
+    assert_eq!(world.hurt.len(), 1);
+    // Nobody waits for it when the volume is detached.
+    world.feed(Event::Drain {
+        io: IoId(1),
+        checkpoint: true,
+    });
+    world.settle();
+    assert_eq!(world.drains, 1);
 }
 
 #[test]

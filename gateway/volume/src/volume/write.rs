@@ -139,6 +139,10 @@ impl Writes {
         open.iter().flatten().count() as u64
     }
 
+    pub(super) fn anybody_waits(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     pub(super) fn take_waiting(&mut self) -> Vec<usize> {
         self.waiting.drain(..).collect()
     }
@@ -206,6 +210,13 @@ impl Volume {
             self.writes.waiting.pop_front();
             self.piece_done(slot, Ok(()), cx);
         }
+        if waits == Some(WriteWait::Log) && self.writeback.map_damaged {
+            // It would be for ever, and a detach waits for requests.
+            waits = None;
+            for slot in self.writes.take_waiting() {
+                self.piece_done(slot, Err(IoError::Io), cx);
+            }
+        }
         if self.writes.waits != waits {
             self.writes.waits = waits;
             cx.out.push(Action::WritesWait(waits));
@@ -240,6 +251,12 @@ impl Volume {
                 self.leave_line(cx.cache);
                 self.starve(cx);
                 return Err(WriteWait::Unsent);
+            }
+            if self.log_entries() >= self.params.tuning.log_entries_max {
+                Branch::LogFull.taken();
+                self.leave_line(cx.cache);
+                self.starve(cx);
+                return Err(WriteWait::Log);
             }
             if self.journal_used() >= u64::from(self.params.tuning.journal_entries) {
                 Branch::JournalFull.taken();

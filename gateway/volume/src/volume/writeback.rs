@@ -81,7 +81,7 @@ pub(super) struct Writeback {
     /// What the checkpoint under way folds.
     checkpoint_log: LogLength,
     /// The map cannot be read, so that nothing can be folded into it.
-    map_damaged: bool,
+    pub(super) map_damaged: bool,
     drains: Vec<Drain>,
 }
 
@@ -410,7 +410,12 @@ impl Volume {
         self.frozen = None;
         self.writeback.folded = self.writeback.checkpoint_write;
         self.stats.checkpoints += 1;
-        self.pump_writeback(cx);
+        if self.writes.anybody_waits() {
+            // The log has room again.
+            self.pump_writes(cx);
+        } else {
+            self.pump_writeback(cx);
+        }
     }
 
     /// The log goes on, longer; what was to be folded lies under what came since.
@@ -427,6 +432,10 @@ impl Volume {
         wb.log.sectors += back.sectors;
         wb.map_damaged = true;
         self.finish_drains(cx);
+        if self.writes.anybody_waits() {
+            // Not for the log any more.
+            self.pump_writes(cx);
+        }
     }
 
     pub(super) fn drain(&mut self, io: IoId, checkpoint: bool, cx: &mut Cx<'_>) {
