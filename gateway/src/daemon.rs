@@ -25,7 +25,9 @@ use tokio::sync::watch;
 use self::notify::Manager;
 use self::replace::Predecessor;
 use crate::clock;
-use crate::control::{self, ApiError, Engine, ImageRef, Kind, ListenError, Listeners, Network};
+use crate::control::{
+    self, ApiError, AttachInfo, Engine, ImageRef, Kind, ListenError, Listeners, Network,
+};
 use crate::engine::{Daemon, How, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
 use crate::nbd::listen_unix;
@@ -42,6 +44,9 @@ const CHECK_AGAIN_DELAY: Duration = Duration::from_secs(2);
 
 /// Volumes attached again at once: each reads its log.
 const ATTACH_AGAIN_AT_ONCE: usize = 8;
+
+/// How long a start waits for a store of a tenant's own: a sound one has answered by then, and control calls wait for four times as long.
+const OWN_STORE_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Between two tries to attach a volume again, at first and at most.
 const ATTACH_AGAIN_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -381,7 +386,7 @@ impl AttachAgain {
         // Who detaches it meanwhile takes it out of the list.
         while self.daemon.wanted().contains(&volume) {
             let place = self.place().await;
-            let attached = self.daemon.attach_again(&volume, &how).await;
+            let attached = self.attach(&volume, &how).await;
             drop(place);
             let attached = match attached {
                 // It was detached while it waited for its turn.
@@ -446,6 +451,23 @@ impl AttachAgain {
             delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
         }
         self.settle();
+    }
+
+    /// Tries once, and does not let the daemon wait for a store of its tenant's own that does not answer soon.
+    async fn attach(&mut self, volume: &ImageRef, how: &How) -> control::ApiResult<AttachInfo> {
+        let daemon = Arc::clone(&self.daemon);
+        let mut attached = pin!(daemon.attach_again(volume, how));
+        loop {
+            tokio::select! {
+                attached = &mut attached => return attached,
+                () = tokio::time::sleep(OWN_STORE_WAIT_MAX), if self.told.is_some() => {
+                    if daemon.is_in_own_store(&volume.volume.tenant) {
+                        self.tenant.is_away.send_replace(true);
+                        self.settle();
+                    }
+                }
+            }
+        }
     }
 
     /// It is not attached again; a device of it goes too, with those of others that nobody wants, or now if those are gone.

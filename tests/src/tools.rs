@@ -1,8 +1,7 @@
 //! Programs that a test needs beside the daemon, and what happens where one is missing.
 
-use std::collections::HashSet;
 use std::env;
-use std::fs::OpenOptions;
+use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
@@ -106,23 +105,38 @@ pub fn vm_kernel() -> Option<PathBuf> {
 }
 
 /// A TCP port of the loopback interface that nothing listened on a moment ago, with `port + 10000`
-/// free as well, and never the same one twice in this process.
+/// free as well, and given to nobody else for as long as this process lives.
 ///
 /// # Panics
 /// If none can be found.
 #[must_use]
 pub fn free_port() -> u16 {
-    static GIVEN: Mutex<Option<HashSet<u16>>> = Mutex::new(None);
-    let mut given = GIVEN.lock().expect("no holder of this lock panics");
-    let given = given.get_or_insert_default();
+    static LOCKS: Mutex<Vec<File>> = Mutex::new(Vec::new());
     for _ in 0..1000 {
         // Below the range that the kernel hands to outgoing connections.
         let port = rand::random_range(12_000..22_000);
         let free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
-        if !given.contains(&port) && free(port) && free(port + 10_000) {
-            given.insert(port);
+        if let Some(lock) = lock_port(port)
+            && free(port)
+            && free(port + 10_000)
+        {
+            let mut locks = LOCKS.lock().expect("no holder of this lock panics");
+            locks.push(lock);
             return port;
         }
     }
     panic!("no free TCP port found on the loopback interface");
+}
+
+/// The right to a port, unless somebody has it: tests draw side by side, each in a process of its own.
+fn lock_port(port: u16) -> Option<File> {
+    let dir = target_dir().join("tmp");
+    fs::create_dir_all(&dir).expect("the target directory can be written to");
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .open(dir.join(format!("port-{port}")))
+        .expect("the target directory can be written to");
+    file.try_lock().ok().map(|()| file)
 }

@@ -188,7 +188,8 @@ fn volume_whose_host_dies_again_and_again_is_swept_of_what_that_left_and_whole()
     let site = Site::with_folder(dir.path(), "a")?.settings(SETTINGS);
     let mut daemon = site.start()?;
     let mut nbd = daemon.fresh_volume(VOLUME, SIZE, &[])?;
-    let mut swept_in_all = 0.0;
+    let heads = StoreDir::of(dir.path()).objects("head")?;
+    let volume = heads[0].parent().context("a volume's folder")?;
     for round in 0..10 {
         for number in 0..4 {
             scribble(&mut nbd, &mut random, stamps, round * 10 + number)?;
@@ -202,13 +203,16 @@ fn volume_whose_host_dies_again_and_again_is_swept_of_what_that_left_and_whole()
         daemon = site.start()?;
         nbd = daemon.connect(VOLUME)?;
         same_bytes(&format!("kill {round}"), &nbd.read_vec(0, SIZE)?, &image)?;
-        // Now and then for long enough that both looks are had.
+        // Now and then for long enough that both looks are had: one orphan at least is there to be found.
         if round % 3 == 2 {
-            thread::sleep(Duration::from_secs(5));
-            swept_in_all += swept(&daemon)?.unwrap_or_default();
+            let left = place(volume, "chunk", 1, (1_u64 << 63) + 5000 + round);
+            fs::create_dir_all(left.parent().context("a key has parts")?)?;
+            fs::write(&left, "of a compaction that was given up")?;
+            until_gone(&BTreeSet::from([left]))?;
+            until_swept(&daemon, 1.0)?;
+            println!("kill {round}: {:?} orphans were swept", swept(&daemon)?);
         }
     }
-    println!("{swept_in_all} orphans were swept");
     let image = nbd.read_vec(0, SIZE)?;
     drop(nbd);
     daemon.quarry(&["volume", "detach", VOLUME])?;

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{
@@ -68,17 +69,22 @@ fn volume_grown_under_writes_keeps_every_byte_and_reads_zeroes_behind() -> Resul
     let mut image = thread::scope(|scope| -> Result<_> {
         let writer = scope.spawn(|| rewrite(writer, stamps, OLD, &enough));
         // Step by step, each used at once by a client that was connected before.
-        for size in [OLD + 4096, 24 * MIB, NEW] {
-            resize(&daemon, size)?;
-            ensure!(size_shown(&daemon)? == size);
-            ensure!(daemon.connect(VOLUME)?.size() == size);
-            ensure!(nbd.read_vec(size - 4096, 4096)? == [0; 4096]);
-            nbd.write(size - 4096, &[7; 4096], true)?;
-            let behind = nbd.write(size, &[1; 4096], false).unwrap_err();
-            ensure!(behind.errno() == Some(ENOSPC), "{behind}");
-        }
+        let mut grow = || -> Result<()> {
+            for size in [OLD + 4096, 24 * MIB, NEW] {
+                resize(&daemon, size)?;
+                ensure!(size_shown(&daemon)? == size);
+                ensure!(daemon.connect(VOLUME)?.size() == size);
+                ensure!(nbd.read_vec(size - 4096, 4096)? == [0; 4096]);
+                nbd.write(size - 4096, &[7; 4096], true)?;
+                let behind = nbd.write(size, &[1; 4096], false).unwrap_err();
+                ensure!(behind.errno() == Some(ENOSPC), "{behind}");
+            }
+            Ok(())
+        };
+        let grown = grow();
         enough.store(true, Ordering::SeqCst);
-        writer.join().expect("the writer does not panic")
+        let image = writer.join().expect("the writer does not panic")?;
+        grown.map(|()| image)
     })?;
     let metric = metric_sum(&daemon.metrics()?, "quarry_volume_size_bytes", "grows");
     let new = f64::from(u32::try_from(NEW)?);
@@ -215,13 +221,25 @@ fn volume_attached_and_resized_at_the_same_moment_has_one_size() -> Result<()> {
     let mut size = MIB;
     daemon.create(VOLUME, size, &[])?;
     let (mut resized, mut attached) = (0, 0);
-    for _ in 0..20 {
+    for round in 0..20 {
         let wanted = size + MIB;
+        // One begins after the other, in turn, and later and later: both win in the end.
+        let later = Duration::from_millis((1_u64 << (round / 2)) - 1);
+        let (resize_waits, attach_waits) = if round % 2 == 0 {
+            (later, Duration::ZERO)
+        } else {
+            (Duration::ZERO, later)
+        };
         let (grown, opened) = thread::scope(|scope| {
-            let grown = scope.spawn(|| refusal(&here, VOLUME, &format!("{wanted}B")));
+            let grown = scope.spawn(|| {
+                thread::sleep(resize_waits);
+                refusal(&here, VOLUME, &format!("{wanted}B"))
+            });
+            thread::sleep(attach_waits);
             let opened = other.attach(VOLUME, &[]);
             (grown.join().expect("no panic"), opened)
         });
+        let was_refused = grown.is_ok();
         if let Ok(refused) = &grown {
             ensure!(refused.kind == "conflict", "{refused:?}");
         } else {
@@ -231,7 +249,7 @@ fn volume_attached_and_resized_at_the_same_moment_has_one_size() -> Result<()> {
         ensure!(size_shown(&daemon)? == size);
         match opened {
             Ok(mut nbd) => {
-                attached += 1;
+                attached += u32::from(was_refused);
                 ensure!(nbd.size() == size, "{} is not {size}", nbd.size());
                 nbd.write(size - 4096, &[7; 4096], true)?;
                 drop(nbd);
@@ -244,6 +262,10 @@ fn volume_attached_and_resized_at_the_same_moment_has_one_size() -> Result<()> {
         }
     }
     println!("of 20 rounds the resize won {resized}, the attach {attached}");
+    ensure!(
+        resized > 0 && attached > 0,
+        "the resize won {resized} rounds, the attach {attached}"
+    );
     daemon.stop()?;
     other.stop()
 }

@@ -1,6 +1,7 @@
 //! Volumes that shrink: what was cut off never comes back, whatever dies in between, and snapshots keep all of it.
 
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -150,11 +151,13 @@ fn daemon_killed_while_a_volume_shrinks_leaves_it_whole_or_zeroes_and_trying_aga
         Site::with_folder(dir.path(), "here")?,
         Site::with_folder(dir.path(), "there")?,
     );
+    let store = StoreDir::of(dir.path());
+    let chunks = || store.objects("chunk").map_or(0, |found| found.len());
     let mut daemon = here.start()?;
     daemon.create(VOLUME, SMALL, &[])?;
     let (mut before, mut after) = (0, 0);
     for round in 1..=12 {
-        let small = SECTOR * random.random_range(1..=SMALL / SECTOR);
+        let small = SECTOR * random.random_range(1..SMALL / SECTOR);
         if daemon.show(VOLUME)?["size_bytes"] != SMALL {
             grow(&daemon, SMALL)?;
         }
@@ -166,9 +169,24 @@ fn daemon_killed_while_a_volume_shrinks_leaves_it_whole_or_zeroes_and_trying_aga
         drop(nbd);
         daemon.quarry(&["volume", "detach", VOLUME])?;
 
-        let delay = Duration::from_millis(random.random_range(0..120));
-        let killed = daemon.kill_after(delay);
-        let answered = shrink(&daemon, small).is_ok();
+        // Every other time when something of it is in the store, and from then on later and later, in the end after all of it;
+        // else before it at first, and then at any moment.
+        let is_awaited = round % 2 == 1;
+        let delay = Duration::from_millis(match round {
+            2 => 0,
+            _ if is_awaited => 1_u64 << round,
+            _ => random.random_range(0..120),
+        });
+        let had = chunks();
+        let (answered, killed) = thread::scope(|scope| {
+            let shrinking = scope.spawn(|| shrink(&daemon, small).is_ok());
+            while is_awaited && chunks() <= had && !shrinking.is_finished() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let killed = daemon.kill_after(delay);
+            let answered = shrinking.join().expect("the caller does not panic");
+            (answered, killed)
+        });
         killed.join().expect("the killer does not panic")?;
         daemon.reap()?;
         // Every third time the host is lost too.
@@ -180,7 +198,7 @@ fn daemon_killed_while_a_volume_shrinks_leaves_it_whole_or_zeroes_and_trying_aga
         let size = daemon.show(VOLUME)?["size_bytes"].as_u64();
         ensure!(size == Some(SMALL) || size == Some(small), "{size:?}");
         ensure!(!answered || size == Some(small), "answered, and not done");
-        if size == Some(SMALL) && small != SMALL {
+        if size == Some(SMALL) {
             before += 1;
             let options: &[&str] = if lost { &["--force"] } else { &[] };
             let mut nbd = daemon.attach(VOLUME, options)?;
@@ -216,5 +234,9 @@ fn daemon_killed_while_a_volume_shrinks_leaves_it_whole_or_zeroes_and_trying_aga
         daemon = here.start()?;
     }
     println!("killed before the new size {before} times, after it {after} times");
+    ensure!(
+        before > 0 && after > 0,
+        "killed before the new size {before} times, after it {after} times"
+    );
     daemon.stop()
 }

@@ -8,6 +8,20 @@ use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{Daemon, FaultProxy, MIB, Nanio, SeaweedFs, Site, StoreDir};
 use tempfile::tempdir;
 
+/// Longest time that a call takes for a tenant whose store is sound, on a busy machine too.
+const CALL_TIME_MAX: Duration = Duration::from_secs(15);
+/// And until what it has is there again after a start.
+const START_TIME_MAX: Duration = Duration::from_secs(20);
+
+fn in_time<T>(what: &str, limit: Duration, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let begun = Instant::now();
+    let done = work()?;
+    let took = begun.elapsed();
+    println!("{what}: {took:?}");
+    ensure!(took < limit, "{what} took {took:?}, more than {limit:?}");
+    Ok(done)
+}
+
 /// Refused for a quota: with all of these words.
 fn ensure_refused(daemon: &Daemon, arguments: &[&str], words: &[&str]) -> Result<()> {
     let refusal = daemon.site().quarry_json(arguments)?.refusal()?;
@@ -362,9 +376,13 @@ fn tenant_whose_store_is_away_hides_and_holds_up_no_other() -> Result<()> {
     far.write(0, &[7; 4096], true)?;
     daemon.sync("far/db")?;
     proxy.cut();
-    let mut near = daemon.fresh_volume("near/db", 16 * MIB, &[])?;
-    near.write(0, &[8; 4096], true)?;
-    daemon.sync("near/db")?;
+    let mut near = in_time("create and attach", CALL_TIME_MAX, || {
+        daemon.fresh_volume("near/db", 16 * MIB, &[])
+    })?;
+    in_time("write", CALL_TIME_MAX, || {
+        Ok(near.write(0, &[8; 4096], true)?)
+    })?;
+    in_time("sync", CALL_TIME_MAX, || daemon.sync("near/db"))?;
     // What is attached is known without its store.
     let listed = daemon.json(&["volume", "list"])?.to_string();
     ensure!(
@@ -373,7 +391,9 @@ fn tenant_whose_store_is_away_hides_and_holds_up_no_other() -> Result<()> {
     );
     ensure!(far.read_vec(0, 4096)? == [7; 4096]);
     far.write(4096, &[9; 4096], true)?;
-    daemon.quarry(&["volume", "detach", "near/db"])?;
+    in_time("detach", CALL_TIME_MAX, || {
+        daemon.quarry(&["volume", "detach", "near/db"])
+    })?;
     proxy.heal();
     daemon.sync("far/db")?;
     drop((far, near));
@@ -405,8 +425,13 @@ fn tenant_whose_store_is_away_at_a_start_holds_up_no_other() -> Result<()> {
     daemon.stop()?;
     proxy.cut();
     // Ready, though they are not back.
-    let daemon = site.start()?;
-    ensure!(daemon.connect("near/db")?.read_vec(0, 4096)? == [8; 4096]);
+    let (daemon, mut near) = in_time("start", START_TIME_MAX, || {
+        let daemon = site.start()?;
+        let near = daemon.connect("near/db")?;
+        Ok((daemon, near))
+    })?;
+    ensure!(near.read_vec(0, 4096)? == [8; 4096]);
+    drop(near);
     let doctor = site.quarry(&["doctor"])?;
     ensure!(doctor.code == Some(1), "{doctor}");
     ensure!(

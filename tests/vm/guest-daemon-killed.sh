@@ -58,6 +58,8 @@ done
 pauses=$(sed -n 's/.*pause_ms=\([0-9]*\).*/\1/p' "$log" | sort -n)
 say "the devices' users waited (ms):" $pauses
 [[ $(wc -w <<<"$pauses") == $((2 * replacements)) ]] || fail "not every pause is told"
+longest=$(tail -n 1 <<<"$pauses")
+((longest < 5000)) || fail "a device's users waited $longest ms"
 
 sleep 1
 kill -INT "$fio"
