@@ -146,7 +146,19 @@ impl Site {
     /// # Errors
     /// If it succeeded.
     pub fn serve_refused(&self) -> Result<Ran> {
-        let ran = Ran::run(&mut self.server()?)?;
+        self.refused(&[])
+    }
+
+    /// As [`Site::serve_refused`], of one that is to replace the one that serves.
+    ///
+    /// # Errors
+    /// If it succeeded.
+    pub fn replace_refused(&self) -> Result<Ran> {
+        self.refused(&["--replace"])
+    }
+
+    fn refused(&self, flags: &[&str]) -> Result<Ran> {
+        let ran = Ran::run(self.server()?.args(flags))?;
         ensure!(
             ran.code.is_some_and(|code| code != 0),
             "did not fail: {ran}"

@@ -188,3 +188,47 @@ fn daemon_told_to_stop_with_the_store_away_ends_and_loses_nothing() -> Result<()
     }
     daemon.stop()
 }
+
+#[test]
+fn start_with_another_cache_takes_nothing_off_the_list_of_the_right_one() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[3; 4096], true)?;
+    drop(nbd);
+    daemon.kill()?;
+    // As if the file system that the cache is on were not mounted.
+    let aside = site.root().join("aside");
+    fs::rename(site.cache(), &aside)?;
+    let daemon = site.start()?;
+    let shown = daemon.show(VOLUME)?;
+    let problem = shown["problem"].as_str().unwrap_or_default();
+    ensure!(problem.contains("which is not this daemon's"), "{shown}");
+    daemon.stop()?;
+    fs::rename(aside, site.cache())?;
+    let daemon = site.start()?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [3; 4096]);
+    daemon.stop()
+}
+
+#[test]
+fn daemon_that_cannot_serve_does_not_end_the_one_that_does() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let mut daemon = site.start()?;
+    drop(daemon.fresh_volume(VOLUME, 64 * MIB, &[])?);
+    let nobody = site
+        .clone()
+        .settings("[access]\noperators = [\"nobody-has-this-name\"]\n");
+    let refused = nobody.replace_refused()?;
+    ensure!(refused.stderr.contains("nobody-has-this-name"), "{refused}");
+    let other = site
+        .clone()
+        .settings("[access]\naudit_required = true\naudit_log = \"/proc/none/audit\"\n");
+    let refused = other.replace_refused()?;
+    ensure!(refused.stderr.contains("audit"), "{refused}");
+    daemon.assert_alive()?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [0; 4096]);
+    daemon.stop()
+}
