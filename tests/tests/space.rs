@@ -188,3 +188,37 @@ fn uniform_overwrites_leave_little_behind_and_cost_little() -> Result<()> {
     );
     daemon.stop()
 }
+
+#[test]
+fn what_a_crash_left_in_the_log_counts_and_the_volume_is_not_blank() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 16 * MIB, &["--compression", "none"])?;
+    ensure!(daemon.show(VOLUME)?["newest_write"] == 0);
+    let mut blocks = Blocks::new(1, 16 * MIB / BLOCK)?;
+    blocks.write(&mut nbd, 0..MIB / BLOCK)?;
+    daemon.sync(VOLUME)?;
+    drop(nbd);
+    // Before any of it is in the map, whose head is what a detached volume is shown by.
+    daemon.kill()?;
+    let daemon = site.start()?;
+    let told = |daemon: &Daemon| -> Result<(u64, u64)> {
+        let shown = daemon.show(VOLUME)?;
+        let number = |name: &str| shown[name].as_u64().unwrap_or_default();
+        Ok((number("stored_bytes"), number("newest_write")))
+    };
+    let (stored, newest) = told(&daemon)?;
+    ensure!(
+        (MIB..MIB + MIB / 8).contains(&stored),
+        "{stored} bytes are stored"
+    );
+    ensure!(newest == MIB / BLOCK, "the newest write is {newest}");
+    for _ in 0..2 {
+        daemon.quarry(&["volume", "detach", VOLUME])?;
+        ensure!(told(&daemon)? == (stored, newest));
+        blocks.check(&mut daemon.attach(VOLUME, &[])?)?;
+        ensure!(told(&daemon)? == (stored, newest));
+    }
+    daemon.stop()
+}
