@@ -232,3 +232,37 @@ fn daemon_that_cannot_serve_does_not_end_the_one_that_does() -> Result<()> {
     ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [0; 4096]);
     daemon.stop()
 }
+
+#[test]
+fn looking_at_a_volume_does_not_wait_for_a_change_of_it_that_hangs() -> Result<()> {
+    let dir = tempdir()?;
+    let Some(server) = SeaweedFs::start(dir.path())? else {
+        return Ok(());
+    };
+    let proxy = FaultProxy::start(server.address())?;
+    let site = Site::with_s3(dir.path(), "a", &server, proxy.address(), "quarry")?;
+    let daemon = site.start()?;
+    let nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    proxy.hang(Some("/head"));
+    let resize = ["volume", "resize", VOLUME, "128MiB"];
+    let mut resizing = site.command(&resize).spawn()?;
+    thread::sleep(Duration::from_millis(500));
+    for look in [
+        &["status"][..],
+        &["volume", "show", VOLUME],
+        &["volume", "list"],
+    ] {
+        let begun = Instant::now();
+        daemon.quarry(look)?;
+        let took = begun.elapsed();
+        ensure!(took < Duration::from_secs(3), "{look:?} took {took:?}");
+    }
+    ensure!(resizing.try_wait()?.is_none(), "the change did not hang");
+    proxy.hang(None);
+    // Done or given up in the end, after the time of a control call.
+    let grown = resizing.wait()?.success();
+    let size = daemon.show(VOLUME)?["size_bytes"].as_u64();
+    ensure!(!grown || size == Some(128 * MIB), "{size:?}");
+    drop(nbd);
+    daemon.stop()
+}
