@@ -233,7 +233,12 @@ impl VolumeBackend {
             root_ref: parking_lot::Mutex::new(claimed.info.root),
             next_map: AtomicU64::new(claimed.info.next_map.get()),
             // The head counts what is in its map.
-            stored_bytes: AtomicU64::new(claimed.info.stored_bytes + bytes_of(&claimed.chunks)),
+            stored_bytes: AtomicU64::new(
+                claimed
+                    .info
+                    .stored_bytes
+                    .saturating_add(bytes_of(&claimed.chunks)),
+            ),
             map_bytes: AtomicU64::new(0),
             head: claimed.head,
             keys: parking_lot::Mutex::new(claimed.keys),
@@ -324,12 +329,17 @@ impl VolumeBackend {
             io
         };
         self.tell(Event::Drain { io, checkpoint }).await;
-        let mut stuck = self.stuck.subscribe();
         tokio::select! {
             biased;
             complete = rx => complete.unwrap_or(false),
-            _ = stuck.wait_for(|stuck| *stuck > 0) => false,
+            () = self.is_stuck() => false,
         }
+    }
+
+    /// Waits until what is unsent cannot be sent, for the cache device cannot be read there.
+    pub async fn is_stuck(&self) {
+        // Its sender is ours.
+        let _ = self.stuck.subscribe().wait_for(|stuck| *stuck > 0).await;
     }
 
     /// The volume is gone from its reactor: whoever waits for something of it waits no longer, and no chunk is made any more of
@@ -553,7 +563,7 @@ impl VolumeBackend {
             let waiting = trace::open(Step::UploadPlace, None);
             let place = self.common.uploads.enter(&self.common.share).await;
             drop(waiting);
-            let tried = self.try_to_upload(plan, cut_ms).await;
+            let tried = self.try_to_upload(plan, cut_ms, &mut stuck).await;
             // Others need not wait while nothing is done in it.
             drop(place);
             let delay = match tried {
@@ -576,13 +586,15 @@ impl VolumeBackend {
         }
     }
 
-    /// As [`VolumeBackend::upload`], once.
+    /// As [`VolumeBackend::upload`], once. It is not `stuck` any more when its data could be read.
     async fn try_to_upload(
         &self,
         plan: &ChunkPlan,
         cut_ms: u64,
+        stuck: &mut Option<Stuck<'_>>,
     ) -> Result<(ChunkHeader, u64), NotSent> {
         let encoded = self.encode(plan, cut_ms).await?;
+        *stuck = None;
         self.over(UNREADABLE);
         let object = keys::chunk_key(self.head.tenant(), plan.id);
         let stored_bytes = encoded.bytes.len() as u64;
@@ -635,7 +647,8 @@ impl VolumeBackend {
         match there.map_err(|error| error.to_string())?? {
             Some(Entry::Chunk(header))
                 if header.first_write == plan.first_write
-                    && header.last_write == plan.last_write =>
+                    && header.last_write == plan.last_write
+                    && has_extents_of(&header, plan) =>
             {
                 Branch::ChunkThere.taken();
                 Ok(Existing::Ours(header))
@@ -660,6 +673,22 @@ pub(crate) fn bytes_of<'a>(chunks: impl IntoIterator<Item = &'a LogChunk>) -> u6
 enum Existing {
     Ours(ChunkHeader),
     NewerWriter(String),
+}
+
+/// Whether a chunk covers what was planned, and nothing else.
+fn has_extents_of(header: &ChunkHeader, plan: &ChunkPlan) -> bool {
+    let planned = plan.extents.iter();
+    let same = |(there, planned): (&ChunkExtent, &PlannedExtent)| {
+        let kind = matches!(
+            (there.body, planned.source),
+            (ExtentBody::Data { .. }, ExtentSource::Cache { .. })
+                | (ExtentBody::Zero, ExtentSource::Zero)
+                | (ExtentBody::Discard, ExtentSource::Discard)
+        );
+        let len = u64::from(there.len);
+        kind && there.start == planned.range.start && len == planned.range.len().get()
+    };
+    header.extents.len() == plan.extents.len() && header.extents.iter().zip(planned).all(same)
 }
 
 /// Why a chunk is not in the store.

@@ -277,7 +277,9 @@ pub async fn put(
     match look(store, &volume.tenant, id).await? {
         Found::Sound(head, _) if head.deleted().is_none() => {
             Branch::RestoredMeanwhile.taken();
-            give_name(store, volume, id, head.created_ms, rates).await?;
+            if called_otherwise(&head, volume).is_none() {
+                give_name(store, volume, id, head.created_ms, rates).await?;
+            }
             let by = "somebody who restored it".to_owned();
             Err(TrashError::Raced { by })
         }
@@ -713,6 +715,14 @@ pub async fn restore(
         cell.update(store, |head| bury(head, since_ms)).await?;
     }
     named?;
+    // A deletion that was broken off left it.
+    if volume != had
+        && own_name(store, tenant, had.name.as_str(), id)
+            .await?
+            .is_some()
+    {
+        store.delete(&keys::name_key(tenant, &had.name)).await?;
+    }
     store.delete(&keys::trash_key(tenant, id)).await?;
     Ok(volume)
 }

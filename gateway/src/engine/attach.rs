@@ -1,5 +1,6 @@
 //! Attaching and detaching: the steps and their order.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -195,7 +196,7 @@ impl Daemon {
         };
         // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it if it is ours by
         // then, or else takes it off the list.*
-        let before = self.wanted.add(volume, how).map_err(|error| {
+        let before = self.wanted.add(volume, how.clone()).map_err(|error| {
             let message =
                 format!("{volume} cannot be noted as attached for the next start: {error}");
             let remedy = format!(
@@ -216,6 +217,7 @@ impl Daemon {
                 self.warm_hot_set(&attached);
                 slot.set(Stage::Attached(Arc::new(attached)));
                 self.wanted.note(volume, None);
+                self.note_cache(volume, how);
                 Ok(info)
             }
             Err((error, Some(left))) => {
@@ -230,6 +232,17 @@ impl Daemon {
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Notes with which cache a volume is attached: lists of older daemons do not say so.
+    fn note_cache(&self, volume: &ImageRef, how: How) {
+        if how.read_only || how.cache.is_some() {
+            return;
+        }
+        let cache = Some(self.common.device.id().to_string());
+        if let Err(error) = self.wanted.add(volume, How { cache, ..how }) {
+            tracing::warn!(%volume, %error, "the list of attached volumes cannot be written, and does not say with which cache it is");
         }
     }
 
@@ -891,8 +904,15 @@ impl Daemon {
                 )
             })??;
         } else {
-            // Requests that wait for the store end when it answers.
-            ended.await?;
+            // Requests that wait for the store end when it answers; but for those that wait for what cannot be sent.
+            let mut ended = pin!(ended);
+            tokio::select! {
+                ended = &mut ended => ended?,
+                () = backend.is_stuck() => {
+                    backend.tell(Event::CacheFailed { errno: libc::EIO }).await;
+                    ended.await?;
+                }
+            }
         }
         backend.tell(Event::Stop).await;
         backend.stop_reclaiming().await;

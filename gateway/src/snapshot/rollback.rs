@@ -100,7 +100,7 @@ async fn go_back(
         head.size = size;
         head.next_map = at.next();
         // Which the log had been until now, and is to be taken off when it is deleted.
-        head.stored_bytes += left_bytes;
+        head.stored_bytes = head.stored_bytes.saturating_add(left_bytes);
         if !Mutation::RollbackKeepsLog.is_on() {
             head.log = vec![LogRange {
                 epoch: head.epoch,

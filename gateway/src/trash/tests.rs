@@ -824,6 +824,21 @@ async fn volume_of_two_names_is_deleted_by_the_one_that_it_is_called_by() {
 }
 
 #[tokio::test]
+async fn name_that_a_deletion_left_goes_when_the_volume_is_restored_under_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
+    two(&store).await;
+    delete(&store).await.unwrap();
+    // As a deletion that is broken off before its last step leaves it.
+    let db = volume("db");
+    give_name(&store, &db, id(1), 7, Rates::NONE).await.unwrap();
+    let other = VolumeName::new("other-one").unwrap();
+    let restored = restore(&store, &db.tenant, id(1), Some(&other)).await;
+    assert_eq!(restored.unwrap(), volume("other-one"));
+    assert_eq!(named(&store, &db).await.unwrap(), None);
+}
+
+#[tokio::test]
 async fn restoring_that_was_begun_goes_on_under_its_name_and_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let store = FolderStore::open(dir.path(), true).unwrap();

@@ -216,9 +216,10 @@ pub enum Event {
     /// The checkpoint under way cannot be made: the map that is there is damaged. The log stays as it
     /// is, and no other checkpoint is tried.
     CheckpointFailed,
-    /// A sync of the cache device failed, whoever's it was: what is unsent cannot be read there any more and believed.
+    /// What is unsent cannot be read on the cache device any more, or not be believed: a sync failed, whoever's it was, or it is
+    /// given up where it cannot be read.
     CacheFailed {
-        /// What the sync said.
+        /// What the device said.
         errno: i32,
     },
     /// A newer writer took the volume; nothing of ours will ever be committed again.

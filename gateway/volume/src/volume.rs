@@ -469,7 +469,9 @@ impl Volume {
             Event::Remapped { root } => self.use_map(root),
             Event::Warm { io, range } => self.warm(io, range, cx),
             Event::CheckpointFailed => self.checkpoint_failed(cx),
-            Event::CacheFailed { errno } => self.fail(errno, "a sync, of whichever volume", cx),
+            Event::CacheFailed { errno } => {
+                self.fail(errno, "syncing, or reading what is unsent", cx)
+            }
             Event::Grown { size } => self.params.size = self.params.size.max(size),
             Event::DirectReads(on) => self.reads.direct = on,
             Event::Stop => self.stopping = true,

@@ -931,6 +931,15 @@ async fn upload_of_what_cannot_be_read_holds_no_place_and_no_drain_and_ends_once
     let stored = tokio::time::timeout(2 * READ_RETRY_DELAY, upload).await;
     stored.unwrap().unwrap().unwrap();
     assert_eq!(bench.chunks().await.len(), 1);
+    // As when its answer was lost; but not of another chunk that says the same of its writes.
+    let mut plan = one_write(&bench, &writer);
+    writer.backend.upload(&plan, START_MS).await.unwrap();
+    plan.extents[0].range = LbaRange::new(Lba::new(8), Sectors::new(8)).unwrap();
+    let refused = writer.backend.upload(&plan, START_MS).await;
+    assert!(
+        matches!(refused, Err(NotSent::Fenced { .. })),
+        "{refused:?}"
+    );
     // Drains are waited for again.
     let drain = tokio::time::timeout(second, writer.backend.drain(true)).await;
     assert!(drain.is_err(), "{drain:?}");

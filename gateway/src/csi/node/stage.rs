@@ -196,7 +196,11 @@ impl NodeService {
     /// written, the daemon knows.
     async fn check_is_blank(&self, volume: &VolumeRef) -> Answer<()> {
         let info = self.show(volume).await?;
-        let written = info.newest_write > 0 || info.stored_bytes > 0;
+        // An older daemon does not tell the newest write.
+        let written = info.newest_write > 0
+            || info.stored_bytes > 0
+            || info.dirty_bytes > 0
+            || info.writes > 0;
         let inherited = match &info.parent {
             None => false,
             Some(parent) => {

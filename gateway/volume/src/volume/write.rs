@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 
 use quarry_cache::{Branch, CacheLoc, Mutation, NoSpace};
 use quarry_objfmt::page::{RECORDS_PER_PAGE, Record, RecordBody, SegmentHeader, SegmentKind};
-use quarry_objfmt::{Generation, Lba, LbaRange, MapEntry, Sectors, SegmentId, WriteSeq};
+use quarry_objfmt::{Generation, Lba, LbaRange, Sectors, SegmentId, WriteSeq};
 
-use super::{Cx, Dirty, Io, Queue, SegmentTable, Volume, VolumeState, entry_range};
+use super::{Cx, Dirty, Io, Queue, SegmentTable, Volume, VolumeState};
 use crate::event::{Action, IoError, IoId, Op, Report, WriteWait};
 
 /// Most sectors of one piece: keeps chunks close to their aimed size.
@@ -255,7 +255,10 @@ impl Volume {
             if self.log_entries() >= self.params.tuning.log_entries_max {
                 Branch::LogFull.taken();
                 self.leave_line(cx.cache);
-                self.starve(cx);
+                // With a damaged map it is refused, not kept waiting.
+                if !self.writeback.map_damaged {
+                    self.starve(cx);
+                }
                 return Err(WriteWait::Log);
             }
             if self.journal_used() >= u64::from(self.params.tuning.journal_entries) {
@@ -572,8 +575,8 @@ impl Volume {
         self.index(id, record);
     }
 
-    /// The oldest `count` unsent writes are in the store, where `entries` are what they come to: they are dirty no more.
-    pub(super) fn forget_unsent(&mut self, count: usize, entries: &[MapEntry], cx: &mut Cx<'_>) {
+    /// The oldest `count` unsent writes, which come to `ranges`, are in the store: they are dirty no more.
+    pub(super) fn forget_unsent(&mut self, count: usize, ranges: &[LbaRange], cx: &mut Cx<'_>) {
         let sent: Vec<Unsent> = self.writes.unsent.drain(..count).collect();
         cx.cache.forget_unsent(self.params.group, sent.len());
         let Some(last) = sent.last().map(|u| u.record.seq) else {
@@ -589,9 +592,8 @@ impl Volume {
             }
         }
         // Not each write's range, for those may all be one: then each would pass all that was written since.
-        for entry in entries {
-            self.dirty
-                .remove_where(entry_range(entry), |dirty| dirty.seq <= last);
+        for range in ranges {
+            self.dirty.remove_where(*range, |dirty| dirty.seq <= last);
         }
         for unsent in sent {
             if let RecordBody::Data { .. } = unsent.record.body {

@@ -28,6 +28,8 @@ struct Planned {
     writes: usize,
     /// When its oldest write was acknowledged.
     since_ms: u64,
+    /// The runs that its writes come to.
+    ranges: Vec<LbaRange>,
     /// Where its data lie on the cache device: (first raw sector, length, place).
     resident: Vec<(u32, u32, CacheLoc)>,
     /// Its entries and size, once stored.
@@ -274,6 +276,7 @@ impl Volume {
             last_write: last,
             writes,
             since_ms,
+            ranges: extents.iter().map(|extent| extent.range).collect(),
             resident,
             stored: None,
         });
@@ -346,7 +349,8 @@ impl Volume {
         self.writeback.last_chunk = Some(planned.seq);
         self.stats.uploaded_chunks += 1;
         self.stats.uploaded_bytes += stored_bytes;
-        self.forget_unsent(planned.writes, &entries, cx);
+        // By the plan, whatever the store says of the chunk: what stayed would name a segment that is another's next.
+        self.forget_unsent(planned.writes, &planned.ranges, cx);
     }
 
     fn pump_checkpoint(&mut self, cx: &mut Cx<'_>) {
