@@ -344,6 +344,16 @@ async fn attach_again(daemon: Arc<Daemon>) {
     }
 }
 
+/// Who may write to a volume of the list.
+enum Whose {
+    /// This daemon.
+    Ours,
+    /// The cache that it was attached with, which is another than this daemon's.
+    OtherCache(String),
+    /// Another, or nobody.
+    Others,
+}
+
 /// A tenant whose volumes come back.
 struct Returning {
     share: Arc<Share>,
@@ -406,23 +416,24 @@ impl AttachAgain {
             }
             // Its claim has found that out; here is asked why it was refused, which alone decides what becomes of the device.
             let writes = !how.read_only && !volume.is_past();
-            if error.kind == Kind::Conflict
-                && let Some(cache) = self.daemon.other_cache(&how)
-            {
-                // The configuration may name the wrong one. That is not to end what users of its device wait for.
-                error = ApiError::new(
-                    Kind::Conflict,
-                    format!("it was attached with cache {cache}, which is not this daemon's"),
-                    "set `cache.path` to that; if that is lost, attach it with --force, or detach it",
-                );
-            } else if error.kind == Kind::Conflict && writes {
-                match self.daemon.was_taken(&volume).await {
-                    Ok(true) => {
+            if error.kind == Kind::Conflict && writes {
+                match self.whose_is(&volume, &how).await {
+                    Ok(Whose::Ours) => {}
+                    // The configuration may name the wrong one. That is not to end what users of its device wait for.
+                    Ok(Whose::OtherCache(cache)) => {
+                        error = ApiError::new(
+                            Kind::Conflict,
+                            format!(
+                                "it was attached with cache {cache}, which is not this daemon's"
+                            ),
+                            "set `cache.path` to that; if that is lost, attach it with --force, or detach it",
+                        );
+                    }
+                    Ok(Whose::Others) => {
                         tracing::error!(%volume, "it was taken from this host: it is not attached again, and a device that it had is removed");
                         self.unlist(&volume).await;
                         break;
                     }
-                    Ok(false) => {}
                     Err(unknown) => error = unknown,
                 }
             }
@@ -451,6 +462,16 @@ impl AttachAgain {
             delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
         }
         self.settle();
+    }
+
+    async fn whose_is(&self, volume: &ImageRef, how: &How) -> control::ApiResult<Whose> {
+        if let Some(cache) = self.daemon.other_cache(volume, how).await? {
+            return Ok(Whose::OtherCache(cache.to_owned()));
+        }
+        Ok(match self.daemon.was_taken(volume).await? {
+            true => Whose::Others,
+            false => Whose::Ours,
+        })
     }
 
     /// Tries once, and does not let the daemon wait for a store of its tenant's own that does not answer soon.

@@ -36,7 +36,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_cache::{Branch, Mutation};
-use quarry_objfmt::head::Head;
+use quarry_objfmt::head::{Head, Parent};
 use quarry_objfmt::record::{
     CloneOf, CloneRecord, NAME_KIND, NameRecord, Rates, TRASH_KIND, TrashRecord, encode_record,
 };
@@ -240,10 +240,7 @@ pub async fn put(
         name: volume.name.to_string(),
         deleted_ms,
         rates,
-        parent: head.and_then(|head| head.parent.as_ref()).map(|p| CloneOf {
-            volume: p.volume,
-            snapshot: p.snapshot.clone(),
-        }),
+        parent: head.and_then(|head| head.parent.as_ref()).map(clone_of),
     };
     let mut turns = 0;
     let record = loop {
@@ -284,6 +281,13 @@ pub async fn put(
             Err(TrashError::Raced { by })
         }
         _ => Ok(record),
+    }
+}
+
+fn clone_of(parent: &Parent) -> CloneOf {
+    CloneOf {
+        volume: parent.volume,
+        snapshot: parent.snapshot.clone(),
     }
 }
 
@@ -340,9 +344,7 @@ async fn mark(
                 let host = other.host.clone();
                 return Err(TrashError::Owned { host });
             }
-            if let Some(called) = called_otherwise(&head, volume) {
-                return Err(TrashError::Misnamed(called));
-            }
+            check_name(store, &head, volume).await?;
             // Most refusals are had without changing anything.
             no_clones(store, tenant, &head, now_ms).await?;
             let bury = |head: &mut Head| {
@@ -368,11 +370,28 @@ async fn mark(
 }
 
 /// What a volume is called, if that is not the name that led to it. Its head alone says what it is called.
-#[must_use]
-pub fn called_otherwise(head: &Head, volume: &VolumeRef) -> Option<VolumeRef> {
+fn called_otherwise(head: &Head, volume: &VolumeRef) -> Option<VolumeRef> {
     let name = VolumeName::new(head.name.as_str()).ok()?;
     let tenant = volume.tenant.clone();
     (name != volume.name).then_some(VolumeRef { tenant, name })
+}
+
+/// Refuses a name that leads to a volume which is called otherwise: by that, it may be attached.
+///
+/// # Errors
+/// [`TrashError::Misnamed`]; [`TrashError::Restoring`] if it has not got that name yet; else those of the store.
+pub async fn check_name(
+    store: &dyn Store,
+    head: &Head,
+    volume: &VolumeRef,
+) -> Result<(), TrashError> {
+    let Some(called) = called_otherwise(head, volume) else {
+        return Ok(());
+    };
+    match own_name(store, &volume.tenant, called.name.as_str(), head.volume).await? {
+        Some(_) => Err(TrashError::Misnamed(called)),
+        None => Err(TrashError::Restoring(called)),
+    }
 }
 
 /// Marks a head as that of a volume in the trash.
@@ -683,6 +702,7 @@ pub async fn restore(
             // Restored before, but for the record.
             Some(there) if there == id => {
                 Branch::RestoringGoesOn.taken();
+                drop_other_names(store, id, &had, &had).await?;
                 store.delete(&keys::trash_key(tenant, id)).await?;
                 return match volume == had {
                     true => Ok(volume),
@@ -702,6 +722,20 @@ pub async fn restore(
         Some(other) if other != id => return Err(TrashError::Taken(volume)),
         _ => {}
     }
+    if let Some(deleted_ms) = since_ms
+        && record(store, tenant, id).await?.is_none()
+    {
+        // A deletion that was broken off after its mark: what is begun here can be gone on with by its record alone.
+        let there = name_record(store, &had).await?;
+        let record = TrashRecord {
+            volume: id,
+            name: head.name.clone(),
+            deleted_ms,
+            rates: there.map_or(Rates::NONE, |name| name.rates),
+            parent: head.parent.as_ref().map(clone_of),
+        };
+        note(store, tenant, &record).await?;
+    }
     let rates = rates_in_trash(store, tenant, id).await?;
     let cell = HeadCell::new(tenant.clone(), *head, tag);
     let revived = |head: &mut Head| {
@@ -715,16 +749,32 @@ pub async fn restore(
         cell.update(store, |head| bury(head, since_ms)).await?;
     }
     named?;
-    // A deletion that was broken off left it.
-    if volume != had
-        && own_name(store, tenant, had.name.as_str(), id)
-            .await?
-            .is_some()
-    {
-        store.delete(&keys::name_key(tenant, &had.name)).await?;
-    }
+    drop_other_names(store, id, &volume, &had).await?;
     store.delete(&keys::trash_key(tenant, id)).await?;
     Ok(volume)
+}
+
+/// Deletes what leads to the volume beside `volume`: the name that it `had`, or had when it was deleted, where a deletion that was broken
+/// off left that.
+async fn drop_other_names(
+    store: &dyn Store,
+    id: VolumeId,
+    volume: &VolumeRef,
+    had: &VolumeRef,
+) -> Result<(), TrashError> {
+    let tenant = &volume.tenant;
+    let deleted = match record(store, tenant, id).await {
+        Ok(record) => record.map(|record| record.name),
+        Err(TrashError::Record { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    for name in [Some(had.name.to_string()), deleted].into_iter().flatten() {
+        let is_other = name != volume.name.as_str();
+        if is_other && let Some(name) = own_name(store, tenant, &name, id).await? {
+            store.delete(&keys::name_key(tenant, &name)).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Deletes a volume of the trash for good, if it is there for `age_min_ms` or longer. Each object that is

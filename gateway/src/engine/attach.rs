@@ -35,7 +35,7 @@ use crate::reactor::ublk_queue::UblkQueue;
 use crate::reactor::{Geometry, Machine, Message, ReactorGone, ReactorHandle, Traced, VolumeKey};
 use crate::store::{Store, StoreStats};
 use crate::trace::Whose;
-use crate::trash::{TrashError, called_otherwise};
+use crate::trash::check_name;
 use crate::ublk::{
     Device, DeviceSpec, Found, Mode, Permissions, Stamp, UblkError, past_device, snapshot_device,
 };
@@ -188,10 +188,9 @@ impl Daemon {
             access: access.clone(),
             direct_reads: options.direct_reads,
             cache: match known {
-                // Whether this daemon has that cache is not said yet.
-                Some(known) if options.again => known.cache,
-                _ if options.read_only => None,
-                _ => Some(self.common.device.id().to_string()),
+                // Only once it is attached is it known to be with another.
+                Some(known) => known.cache,
+                None => self.cache_of(options.read_only),
             },
         };
         // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it if it is ours by
@@ -235,12 +234,17 @@ impl Daemon {
         }
     }
 
-    /// Notes with which cache a volume is attached: lists of older daemons do not say so.
+    /// What the list says of the cache that a volume is attached with.
+    fn cache_of(&self, read_only: bool) -> Option<String> {
+        (!read_only).then(|| self.common.device.id().to_string())
+    }
+
+    /// Notes with which cache a volume is attached: before, it may have been with another, and lists of older daemons do not say so.
     fn note_cache(&self, volume: &ImageRef, how: How) {
-        if how.read_only || how.cache.is_some() {
+        let cache = self.cache_of(how.read_only);
+        if how.cache == cache {
             return;
         }
-        let cache = Some(self.common.device.id().to_string());
         if let Err(error) = self.wanted.add(volume, How { cache, ..how }) {
             tracing::warn!(%volume, %error, "the list of attached volumes cannot be written, and does not say with which cache it is");
         }
@@ -269,6 +273,9 @@ impl Daemon {
         }
         // Should its device be given only in part, it is to be let go as a device is.
         attached.info.via = via;
+        if via == Via::Ublk {
+            attached.info.uri = None;
+        }
         match via {
             Via::Ublk => match self.make_device(&attached.backend, &opening.spec).await {
                 Ok(device) => {
@@ -483,10 +490,9 @@ impl Daemon {
             let read = HeadCell::read(store, &keys::head_key(name, id)).await;
             let (head, _) = read.map_err(OpenError::from)?;
             // By the other name it may be attached here.
-            if let Some(called) = called_otherwise(&head, &volume.volume)
-                && head.deleted().is_none()
-            {
-                return Err(trash_error(volume, TrashError::Misnamed(called)));
+            if head.deleted().is_none() {
+                let called = check_name(store, &head, &volume.volume).await;
+                called.map_err(|error| trash_error(volume, error))?;
             }
             let keys = self.unlock(name, &head).await?;
             let mut claimed = claim(store, name, id, kept.as_ref(), &how).await?;
@@ -706,6 +712,10 @@ impl Daemon {
                 continue;
             };
             let volume = image_of(&stamp);
+            if self.wanted.contains(&volume) {
+                // It may be on its way, from a store that hangs.
+                continue;
+            }
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
             if !self.wanted.contains(&volume) && slot.is_detached() {

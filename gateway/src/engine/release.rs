@@ -25,11 +25,23 @@ impl Daemon {
         })
     }
 
-    /// The cache that a volume of the list was attached with, if it is another than this daemon's.
-    #[must_use]
-    pub fn other_cache<'a>(&self, how: &'a How) -> Option<&'a str> {
-        let cache = how.cache.as_deref()?;
-        (cache != self.common.device.id().to_string()).then_some(cache)
+    /// The cache that a volume of the list was attached with, if it is another than this daemon's and the volume is that one's still.
+    ///
+    /// # Errors
+    /// If its head cannot be had.
+    pub async fn other_cache<'a>(
+        &self,
+        image: &ImageRef,
+        how: &'a How,
+    ) -> ApiResult<Option<&'a str>> {
+        let is_other = |cache: &&str| *cache != self.common.device.id().to_string();
+        let Some(cache) = how.cache.as_deref().filter(is_other) else {
+            return Ok(None);
+        };
+        let store = self.control(&image.volume.tenant).await?;
+        let owner = registry::head(&store, &image.volume).await?.owner;
+        let is_its = owner.is_some_and(|owner| owner.cache.to_string() == cache);
+        Ok(is_its.then_some(cache))
     }
 
     /// Whether a volume that was attached here is this host's no more: it was taken while the daemon was away, or a

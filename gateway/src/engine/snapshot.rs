@@ -17,6 +17,7 @@ use super::quota::Wish;
 use super::report::attached_info;
 use super::slot::{Attached, Slot, Stage};
 use super::tenants::Tenant;
+use super::trash::trash_error;
 use super::{Daemon, VolumeMachine, now_ms, registry};
 use crate::backend::open::{Claim, OpenError, give_back, hold, load_usage};
 use crate::backend::{HeadError, unique_bytes};
@@ -24,6 +25,7 @@ use crate::control::{
     ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
 };
 use crate::snapshot::{self, CloneSpec, SnapshotError};
+use crate::store::Lane;
 use crate::trash;
 
 /// Longest wait for the store once all is uploaded: longer than one call's own deadline, for a checkpoint's
@@ -409,7 +411,7 @@ impl Daemon {
             return deleted.map_err(|error| told(volume, error));
         }
         let store = self.control(&volume.tenant).await?;
-        let id = registry::find(&store, volume).await?;
+        let id = find_by_its_name(&store, volume).await?.0;
         let held = hold(&store, &volume.tenant, id, &self.claim()).await;
         let (head, was_ours) = held.map_err(|error| not_ours(volume, &error))?;
         let deleted = snapshot::delete(&store, &head, name, now_ms());
@@ -501,8 +503,7 @@ impl Daemon {
     async fn roll_detached_back(&self, volume: &VolumeRef, name: &SnapName) -> ApiResult<()> {
         let tenant = self.tenant(&volume.tenant).await?;
         let store = tenant.control();
-        let id = registry::find(&store, volume).await?;
-        let head = registry::head(&store, volume).await?;
+        let (id, head) = find_by_its_name(&store, volume).await?;
         let by = self.claim();
         // It may have been larger then.
         let size = size_of(&head, name).map_or(0, Sectors::bytes);
@@ -519,6 +520,14 @@ impl Daemon {
         let back = back?;
         back.map(drop).map_err(|error| told(volume, error))
     }
+}
+
+/// A volume that is called so and not otherwise too, by which it may be attached here.
+async fn find_by_its_name(store: &Lane, volume: &VolumeRef) -> ApiResult<(VolumeId, Head)> {
+    let head = registry::head(store, volume).await?;
+    let called = trash::check_name(store, &head, volume).await;
+    called.map_err(|error| trash_error(volume, error))?;
+    Ok((head.volume, head))
 }
 
 /// How large a volume was when it was snapshotted.

@@ -839,6 +839,40 @@ async fn name_that_a_deletion_left_goes_when_the_volume_is_restored_under_anothe
 }
 
 #[tokio::test]
+async fn volume_half_deleted_is_restored_under_another_name_wherever_that_was_stopped() {
+    let one = VolumeName::new("one").unwrap();
+    let tenant = volume("db").tenant;
+    let prepare = async |store: &FolderStore| {
+        two(store).await;
+        mark(store, &volume("db"), id(1), HOST, NOW).await.unwrap();
+    };
+    let run = async |store: &dyn Store| restore(store, &tenant, id(1), Some(&one)).await;
+    let check = async |store: &FolderStore, at: &str| {
+        if head(store, id(1)).await.name == "one"
+            && named(store, &volume("one")).await.unwrap().is_none()
+        {
+            let refused = put(store, &volume("db"), id(1), HOST, NOW).await;
+            let is_begun =
+                matches!(&refused, Err(TrashError::Restoring(begun)) if *begun == volume("one"));
+            assert!(is_begun, "{at}: {refused:?}");
+        }
+        match run(store).await {
+            Ok(restored) => assert_eq!(restored, volume("one"), "{at}"),
+            Err(TrashError::NotThere) => {}
+            Err(error) => panic!("{at}: {error}"),
+        }
+        assert_eq!(
+            named(store, &volume("one")).await.unwrap(),
+            Some(id(1)),
+            "{at}"
+        );
+        assert_eq!(named(store, &volume("db")).await.unwrap(), None, "{at}");
+        assert_eq!(records(store, &tenant).await.unwrap(), [], "{at}");
+    };
+    at_each_stop(prepare, run, check).await;
+}
+
+#[tokio::test]
 async fn restoring_that_was_begun_goes_on_under_its_name_and_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let store = FolderStore::open(dir.path(), true).unwrap();
