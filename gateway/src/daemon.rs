@@ -28,7 +28,7 @@ use crate::clock;
 use crate::control::{
     self, ApiError, AttachInfo, Engine, ImageRef, Kind, ListenError, Listeners, Network,
 };
-use crate::engine::{Daemon, How, prepare_cache_key};
+use crate::engine::{Daemon, How, Whose, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
 use crate::nbd::listen_unix;
 use crate::provision::{self, ProvisionError};
@@ -344,16 +344,6 @@ async fn attach_again(daemon: Arc<Daemon>) {
     }
 }
 
-/// Who may write to a volume of the list.
-enum Whose {
-    /// This daemon.
-    Ours,
-    /// The cache that it was attached with, which is another than this daemon's.
-    OtherCache(String),
-    /// Another, or nobody.
-    Others,
-}
-
 /// A tenant whose volumes come back.
 struct Returning {
     share: Arc<Share>,
@@ -417,7 +407,7 @@ impl AttachAgain {
             // Its claim has found that out; here is asked why it was refused, which alone decides what becomes of the device.
             let writes = !how.read_only && !volume.is_past();
             if error.kind == Kind::Conflict && writes {
-                match self.whose_is(&volume, &how).await {
+                match self.daemon.whose_is(&volume, &how).await {
                     Ok(Whose::Ours) => {}
                     // The configuration may name the wrong one. That is not to end what users of its device wait for.
                     Ok(Whose::OtherCache(cache)) => {
@@ -462,16 +452,6 @@ impl AttachAgain {
             delay = (delay * 2).min(ATTACH_AGAIN_DELAY.1);
         }
         self.settle();
-    }
-
-    async fn whose_is(&self, volume: &ImageRef, how: &How) -> control::ApiResult<Whose> {
-        if let Some(cache) = self.daemon.other_cache(volume, how).await? {
-            return Ok(Whose::OtherCache(cache.to_owned()));
-        }
-        Ok(match self.daemon.was_taken(volume).await? {
-            true => Whose::Others,
-            false => Whose::Ours,
-        })
     }
 
     /// Tries once, and does not let the daemon wait for a store of its tenant's own that does not answer soon.

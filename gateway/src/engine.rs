@@ -59,6 +59,7 @@ pub use self::cache_key::{PreparedKey, prepare as prepare_cache_key};
 use self::owners::Owners;
 use self::quota::Wish;
 pub(crate) use self::registry::store_error;
+pub use self::release::Whose;
 use self::slot::{Attached, Slot, Stage};
 use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, Wanted};

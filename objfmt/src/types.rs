@@ -251,7 +251,8 @@ impl ChunkSeq {
     }
 }
 
-fn check_up_to(
+/// Refuses a value of a field above its limit.
+pub(crate) fn check_up_to(
     what: &'static str,
     field: &'static str,
     value: u64,

@@ -30,6 +30,7 @@ mod seaweed;
 mod seed;
 mod site;
 mod stamp;
+mod stopwatch;
 mod store_dir;
 mod tools;
 
@@ -47,6 +48,7 @@ pub use seaweed::SeaweedFs;
 pub use seed::{seeded, test_number};
 pub use site::Site;
 pub use stamp::{History, Stamps};
+pub use stopwatch::in_time;
 pub use store_dir::StoreDir;
 pub use tools::{Tool, free_port, skip, target_dir, tool, vm_kernel};
 

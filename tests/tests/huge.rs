@@ -1,10 +1,10 @@
 //! No size limit: an exbibyte costs no more time and memory than a gibibyte.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use quarry_tests::{MIB, Site, TIB};
+use quarry_tests::{MIB, Site, TIB, in_time};
 use tempfile::tempdir;
 
 const VOLUME: &str = "acme/huge";
@@ -13,15 +13,6 @@ const EXBIBYTE: u64 = 1 << 60;
 const TRIM: u32 = u32::MAX - 4095;
 /// Trims under way at once, as a kernel would have them.
 const TRIMS_AT_ONCE: usize = 64;
-
-fn in_time<T>(what: &str, limit: Duration, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let begun = Instant::now();
-    let done = work()?;
-    let took = begun.elapsed();
-    println!("{what}: {took:?}");
-    ensure!(took < limit, "{what} took {took:?}, more than {limit:?}");
-    Ok(done)
-}
 
 #[test]
 fn exbibyte_is_created_attached_written_and_reopened_in_seconds_and_megabytes() -> Result<()> {

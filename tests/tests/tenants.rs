@@ -5,22 +5,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{Daemon, FaultProxy, MIB, Nanio, SeaweedFs, Site, StoreDir};
+use quarry_tests::{Daemon, FaultProxy, MIB, Nanio, SeaweedFs, Site, StoreDir, in_time};
 use tempfile::tempdir;
 
 /// Longest time that a call takes for a tenant whose store is sound, on a busy machine too.
 const CALL_TIME_MAX: Duration = Duration::from_secs(15);
 /// And until what it has is there again after a start.
 const START_TIME_MAX: Duration = Duration::from_secs(20);
-
-fn in_time<T>(what: &str, limit: Duration, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let begun = Instant::now();
-    let done = work()?;
-    let took = begun.elapsed();
-    println!("{what}: {took:?}");
-    ensure!(took < limit, "{what} took {took:?}, more than {limit:?}");
-    Ok(done)
-}
 
 /// Refused for a quota: with all of these words.
 fn ensure_refused(daemon: &Daemon, arguments: &[&str], words: &[&str]) -> Result<()> {

@@ -7,6 +7,16 @@ use super::{Daemon, How, registry};
 use crate::backend::release::release;
 use crate::control::{ApiResult, ImageRef, ReleaseInfo, VolumeRef};
 
+/// Who may write to a volume of the list.
+pub enum Whose {
+    /// This daemon.
+    Ours,
+    /// The cache that it was attached with, which is another than this daemon's.
+    OtherCache(String),
+    /// Another, or nobody.
+    Others,
+}
+
 impl Daemon {
     pub(super) async fn release_volume(
         &self,
@@ -25,34 +35,23 @@ impl Daemon {
         })
     }
 
-    /// The cache that a volume of the list was attached with, if it is another than this daemon's and the volume is that one's still.
+    /// Who may write to a volume that was attached here. It is not this host's any more if it was taken while the daemon was away, or a
+    /// crash came between the end of its detaching and the note of it; what the cache has of it stays there.
     ///
     /// # Errors
     /// If its head cannot be had.
-    pub async fn other_cache<'a>(
-        &self,
-        image: &ImageRef,
-        how: &'a How,
-    ) -> ApiResult<Option<&'a str>> {
-        let is_other = |cache: &&str| *cache != self.common.device.id().to_string();
-        let Some(cache) = how.cache.as_deref().filter(is_other) else {
-            return Ok(None);
-        };
+    pub async fn whose_is(&self, image: &ImageRef, how: &How) -> ApiResult<Whose> {
         let store = self.control(&image.volume.tenant).await?;
-        let owner = registry::head(&store, &image.volume).await?.owner;
-        let is_its = owner.is_some_and(|owner| owner.cache.to_string() == cache);
-        Ok(is_its.then_some(cache))
-    }
-
-    /// Whether a volume that was attached here is this host's no more: it was taken while the daemon was away, or a
-    /// crash came between the end of its detaching and the note of it. What the cache has of it stays there.
-    ///
-    /// # Errors
-    /// If its head cannot be had.
-    pub async fn was_taken(&self, image: &ImageRef) -> ApiResult<bool> {
-        let volume = &image.volume;
-        let store = self.control(&volume.tenant).await?;
-        let owner = registry::head(&store, volume).await?.owner;
-        Ok(owner.is_none_or(|owner| owner.cache != self.common.device.id()))
+        let Some(owner) = registry::head(&store, &image.volume).await?.owner else {
+            return Ok(Whose::Others);
+        };
+        if owner.cache == self.common.device.id() {
+            return Ok(Whose::Ours);
+        }
+        let cache = owner.cache.to_string();
+        Ok(match how.cache.as_ref() == Some(&cache) {
+            true => Whose::OtherCache(cache),
+            false => Whose::Others,
+        })
     }
 }

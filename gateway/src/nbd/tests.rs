@@ -131,6 +131,16 @@ impl Bench {
         self.runtime.as_ref().unwrap().block_on(future)
     }
 
+    /// What its volume holds back is done.
+    fn release(&self) {
+        let drain = Event::Drain {
+            io: IoId(0),
+            checkpoint: false,
+        };
+        self.block_on(self.handle().send_event(self.key, drain))
+            .unwrap();
+    }
+
     fn uri(&self) -> String {
         format!("nbd+unix:///acme/db?socket={}", self.socket.display())
     }
@@ -461,13 +471,7 @@ fn client_gone_with_requests_under_way_leaves_nothing_behind() {
     drop(raw);
     drop(client);
     std::thread::sleep(Duration::from_millis(100));
-    let drain = Event::Drain {
-        io: IoId(0),
-        checkpoint: false,
-    };
-    bench
-        .block_on(bench.handle().send_event(bench.key, drain))
-        .unwrap();
+    bench.release();
     let limit = Duration::from_secs(5);
     bench.block_on(async {
         tokio::time::timeout(limit, bench.handle().stop_front_ends(bench.key))
@@ -491,13 +495,7 @@ fn client_that_comes_while_the_last_ones_end_is_not_waited_for() {
     // As one whose export was looked up just before it went.
     let mut late = Raw::go(&bench.socket);
     std::thread::sleep(Duration::from_millis(100));
-    let drain = Event::Drain {
-        io: IoId(0),
-        checkpoint: false,
-    };
-    bench
-        .block_on(bench.handle().send_event(bench.key, drain))
-        .unwrap();
+    bench.release();
     let limit = Duration::from_secs(5);
     let stopped = bench.block_on(async { tokio::time::timeout(limit, stopped).await });
     stopped.unwrap().unwrap().unwrap();

@@ -3,7 +3,7 @@
 use crate::error::{FormatError, Result};
 use crate::map::NODE_HEADER_LEN;
 use crate::map::leaf::LEAF_BYTES_MAX;
-use crate::types::{Lba, VOLUME_SECTORS_MAX};
+use crate::types::{Lba, VOLUME_SECTORS_MAX, check_up_to};
 use crate::wire::{Reader, put_varint};
 
 /// Most bytes of an index node with its header: of a table of 8 MiB of leaves, each at its shortest (a byte an entry), with its place at its
@@ -73,14 +73,8 @@ impl IndexNode {
                     "a leaf is shorter than its header",
                 ));
             }
-            if len as usize > LEAF_BYTES_MAX {
-                return Err(FormatError::TooLarge {
-                    what: WHAT,
-                    field: "length of a leaf",
-                    value: len.into(),
-                    limit: LEAF_BYTES_MAX as u64,
-                });
-            }
+            let limit = LEAF_BYTES_MAX as u64;
+            check_up_to(WHAT, "length of a leaf", len.into(), limit)?;
             leaves.push(IndexEntry {
                 first: Lba::new(first),
                 last_end: Lba::new(last_end),

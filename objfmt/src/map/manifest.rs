@@ -3,7 +3,7 @@
 use crate::error::{FormatError, Result};
 use crate::map::index::{INDEX_BYTES_MAX, read_span};
 use crate::map::{MapObjectId, NODE_HEADER_LEN, NodeKind, open_node};
-use crate::types::{Epoch, Lba, MapSeq, VolumeId};
+use crate::types::{Epoch, Lba, MapSeq, VolumeId, check_up_to};
 use crate::wire::{Reader, put_u32, put_varint};
 
 const WHAT: &str = "map manifest";
@@ -171,14 +171,8 @@ fn decode_run(reader: &mut Reader<'_>, origins: &[(VolumeId, Epoch)]) -> Result<
                 "a table's count of entries does not fit its span",
             ));
         }
-        if index_len as usize > INDEX_BYTES_MAX {
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "length of an index node",
-                value: index_len.into(),
-                limit: INDEX_BYTES_MAX as u64,
-            });
-        }
+        let limit = INDEX_BYTES_MAX as u64;
+        check_up_to(WHAT, "length of an index node", index_len.into(), limit)?;
         if (index_len as usize) < NODE_HEADER_LEN || index_offset.checked_add(index_len).is_none() {
             return Err(FormatError::invalid(
                 WHAT,

@@ -12,7 +12,7 @@ use crate::codec::{Compression, KeyGeneration};
 use crate::error::{FormatError, Result};
 use crate::head::{Durability, Head};
 use crate::map::{MapObjectId, NodeKind, open_node};
-use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, WriteSeq};
+use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, WriteSeq, check_up_to};
 use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
 
 const WHAT: &str = "map usage";
@@ -178,14 +178,7 @@ impl Basis {
         };
         basis.root_write.check(WHAT)?;
         basis.log_end.check_of_log(WHAT)?;
-        if basis.size.get() > VOLUME_SECTORS_MAX {
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "size",
-                value: basis.size.get(),
-                limit: VOLUME_SECTORS_MAX,
-            });
-        }
+        check_up_to(WHAT, "size", basis.size.get(), VOLUME_SECTORS_MAX)?;
         if version == 1 {
             return Ok(basis);
         }
