@@ -129,6 +129,10 @@ branches! {
     LossRefused,
     /// What was durable and is not there is not missed any more.
     LossGivenUp,
+    /// What was acknowledged before a sync failed is in doubt: the volume is refused.
+    DoubtRefused,
+    /// The same is given up.
+    DoubtGivenUp,
     /// Segments of a history that the volume has left are split off.
     StaleSplitOff,
     /// Attaching is refused because of them.

@@ -5,6 +5,9 @@
 //! with it is the knowledge where they lie. A store into mapped memory keeps that, without a
 //! syscall. The file belongs on a tmpfs, where the kernel never writes it back.
 //!
+//! After a sync of the device that failed, journals are *void*: the data that they name may not be there. They are set aside
+//! then, for they still tell what was acknowledged: nobody is to go on with less and not know ([`Voided`]).
+//!
 //! Invariant: an entry that reads as valid names data that the device had taken in this very boot.
 
 use std::fs::{self, File, OpenOptions};
@@ -15,7 +18,7 @@ use std::path::{Path, PathBuf};
 use memmap2::MmapMut;
 use quarry_objfmt::{
     CacheId, Epoch, Generation, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE, Record, SegmentId,
-    VolumeId,
+    VolumeId, WriteSeq,
 };
 
 /// Where the kernel tells which boot this is.
@@ -25,14 +28,31 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 #[derive(Clone, Debug)]
 pub struct Journals {
     folder: PathBuf,
+    /// Where those are that a failed sync made void.
+    set_aside: PathBuf,
     cache: CacheId,
     boot: [u8; 16],
+}
+
+/// What a journal says that a failed sync made void.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Voided {
+    /// The term in which its volume was attached.
+    pub epoch: Epoch,
+    /// The newest write in it: it and all before it were acknowledged.
+    pub acknowledged: WriteSeq,
 }
 
 /// The journal of one attached volume.
 pub struct Journal {
     header: JournalHeader,
     map: MmapMut,
+}
+
+/// What a journal says.
+struct Said {
+    epoch: Epoch,
+    records: Vec<(SegmentId, Record)>,
 }
 
 impl Journals {
@@ -47,6 +67,7 @@ impl Journals {
         make_folder(&folder)?;
         Ok(Self {
             folder,
+            set_aside: root.join(format!("{cache}.void")),
             cache,
             boot: boot_id()?,
         })
@@ -74,10 +95,10 @@ impl Journals {
     }
 
     /// Makes a volume's journal anew, named `attachment` at random. The one before it stays until
-    /// this one is whole.
+    /// this one is whole. One that was set aside goes, too: what it told of is there, or given up.
     ///
     /// # Errors
-    /// If there is no room for it.
+    /// If there is no room for it, or the one that was set aside stays.
     pub fn create(
         &self,
         volume: VolumeId,
@@ -96,6 +117,7 @@ impl Journals {
         let new = path.with_extension("new");
         let made = self.make(&new, &header).and_then(|map| {
             fs::rename(&new, &path)?;
+            remove(&self.set_aside.join(volume.to_string()))?;
             Ok(Journal { header, map })
         });
         if made.is_err() {
@@ -132,13 +154,45 @@ impl Journals {
         newest: Epoch,
         generation_of: impl Fn(SegmentId) -> Option<Generation>,
     ) -> io::Result<Vec<(SegmentId, Record)>> {
-        let bytes = match fs::read(self.path(volume)) {
+        let read = self.read_in(&self.folder, volume, newest, generation_of)?;
+        Ok(read.map(|said| said.records).unwrap_or_default())
+    }
+
+    /// What a volume's journal says that was set aside and not taken up since. Arguments, and what counts, as in [`Self::read`].
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_voided(
+        &self,
+        volume: VolumeId,
+        newest: Epoch,
+        generation_of: impl Fn(SegmentId) -> Option<Generation>,
+    ) -> io::Result<Option<Voided>> {
+        let read = self.read_in(&self.set_aside, volume, newest, generation_of)?;
+        Ok(read.and_then(|said| {
+            let acknowledged = said.records.iter().map(|(_, record)| record.seq).max()?;
+            let epoch = said.epoch;
+            Some(Voided {
+                epoch,
+                acknowledged,
+            })
+        }))
+    }
+
+    fn read_in(
+        &self,
+        folder: &Path,
+        volume: VolumeId,
+        newest: Epoch,
+        generation_of: impl Fn(SegmentId) -> Option<Generation>,
+    ) -> io::Result<Option<Said>> {
+        let bytes = match fs::read(folder.join(volume.to_string())) {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
         let Some((page, entries)) = bytes.split_at_checked(PAGE_SIZE) else {
-            return Ok(Vec::new());
+            return Ok(None);
         };
         let header = match JournalHeader::decode(page, self.cache) {
             Ok(header)
@@ -148,36 +202,52 @@ impl Journals {
             {
                 header
             }
-            Ok(_) => return Ok(Vec::new()),
+            Ok(_) => return Ok(None),
             Err(error) => {
                 tracing::warn!(%volume, %error, "the journal of the last daemon says nothing");
-                return Ok(Vec::new());
+                return Ok(None);
             }
         };
-        Ok(entries
+        let records = entries
             .chunks_exact(JOURNAL_ENTRY_LEN)
             .take(header.entries as usize)
             .enumerate()
             .filter_map(|(slot, entry)| header.decode_entry(slot, entry, &generation_of).ok())
-            .collect())
+            .collect();
+        let epoch = header.epoch;
+        Ok(Some(Said { epoch, records }))
     }
 
-    /// Makes all journals void: what they name may not be on the device.
+    /// Makes all journals void: what they name may not be on the device. They are set aside, and none is made any more.
+    /// Those that are attached are written on where they are now: what is acknowledged from here on counts, too.
     pub fn void(&self) {
-        if let Err(error) = fs::remove_dir_all(&self.folder) {
-            tracing::error!(folder = %self.folder.display(), %error, "the journals cannot be removed; remove them before the next start");
+        if let Err(error) = self.move_aside() {
+            let (from, to) = (self.folder.display(), self.set_aside.display());
+            tracing::error!(%error, "the journals cannot be set aside: move {from} to {to} before the next start, which would else believe them");
         }
     }
 
-    /// Removes a volume's journal: everything is in the store, or given up.
+    fn move_aside(&self) -> io::Result<()> {
+        match fs::rename(&self.folder, &self.set_aside) {
+            // Some of an earlier failure are there, of volumes that were not attached since.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                for journal in fs::read_dir(&self.folder)? {
+                    let journal = journal?;
+                    fs::rename(journal.path(), self.set_aside.join(journal.file_name()))?;
+                }
+                fs::remove_dir(&self.folder)
+            }
+            moved => moved,
+        }
+    }
+
+    /// Removes a volume's journals: everything is in the store, or given up.
     ///
     /// # Errors
-    /// If it is there and stays.
+    /// If one is there and stays.
     pub fn remove(&self, volume: VolumeId) -> io::Result<()> {
-        match fs::remove_file(self.path(volume)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove(&self.path(volume))?;
+        remove(&self.set_aside.join(volume.to_string()))
     }
 }
 
@@ -187,6 +257,13 @@ impl Journal {
         let entry = self.header.encode_entry(segment, generation, record);
         let at = PAGE_SIZE + self.header.slot(record.seq) * JOURNAL_ENTRY_LEN;
         self.map[at..at + JOURNAL_ENTRY_LEN].copy_from_slice(&entry);
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -271,8 +348,43 @@ mod tests {
         let later = journals.read(VOLUME, Epoch::new(4), |_| Some(GENERATION));
         assert!(later.unwrap().is_empty());
         assert_eq!(seqs(&journals), [1]);
-        journals.void();
-        assert!(seqs(&journals).is_empty());
+    }
+
+    #[test]
+    fn void_journals_say_what_was_acknowledged_until_their_volumes_have_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("j");
+        let other = VolumeId::from_bytes([8; 16]);
+        let voided = |volume, newest| {
+            let journals = Journals::open(&root, CACHE).unwrap();
+            let voided = journals.read_voided(volume, Epoch::new(newest), |_| Some(GENERATION));
+            voided.unwrap().map(|voided| voided.acknowledged.get())
+        };
+        for (failure, volumes) in [vec![VOLUME, other], vec![VOLUME]].iter().enumerate() {
+            let journals = Journals::open(&root, CACHE).unwrap();
+            let create = |volume| journals.create(volume, Epoch::new(3), [1; 16], 8);
+            let mut made: Vec<_> = volumes
+                .iter()
+                .map(|volume| create(*volume).unwrap())
+                .collect();
+            let expected = if failure == 0 { None } else { Some(2) };
+            assert_eq!((voided(VOLUME, 3), voided(other, 3)), (None, expected));
+            for journal in &mut made {
+                journal.put(SegmentId::new(2), GENERATION, &record(1));
+            }
+            journals.void();
+            assert!(create(VOLUME).is_err());
+            // Acknowledged after the failure.
+            for journal in &mut made {
+                journal.put(SegmentId::new(2), GENERATION, &record(2));
+            }
+            assert!(seqs(&Journals::open(&root, CACHE).unwrap()).is_empty());
+            assert_eq!((voided(VOLUME, 3), voided(other, 3)), (Some(2), Some(2)));
+            assert_eq!(voided(VOLUME, 4), None);
+        }
+        let journals = Journals::open(&root, CACHE).unwrap();
+        journals.remove(VOLUME).unwrap();
+        assert_eq!((voided(VOLUME, 3), voided(other, 3)), (None, Some(2)));
     }
 
     #[test]

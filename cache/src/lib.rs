@@ -34,7 +34,7 @@ pub use extent::{Carried, ExtentMap};
 pub use failure::SyncFailure;
 pub use group::GroupLimits;
 pub use hash::NameHasher;
-pub use journal::{Journal, Journals};
+pub use journal::{Journal, Journals, Voided};
 pub use mutation::Mutation;
 pub use recover::{CutError, Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
 pub use segment::{Cache, CacheCounts, CacheLoc, Geometry, NoSpace, OpenedSegment};

@@ -36,6 +36,8 @@ pub enum Mutation {
     IgnoreGap,
     /// Recovery leaves what it cut off on the device.
     LeaveWhatWasCut,
+    /// What was acknowledged before a sync failed is not asked about.
+    ForgetDoubt,
     /// Unsent writes of a history that the volume has left are merged into it.
     MergeStale,
     /// A head that another epoch wrote is changed as if it were ours.
@@ -70,7 +72,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::NoSyncBeforeRecords,
         Self::SyncCoversWhatCameLater,
         Self::FlushBeforeRecords,
@@ -86,6 +88,7 @@ impl Mutation {
         Self::KeptWritesOfBefore,
         Self::IgnoreGap,
         Self::LeaveWhatWasCut,
+        Self::ForgetDoubt,
         Self::MergeStale,
         Self::IgnoreEpoch,
         Self::NoSeal,

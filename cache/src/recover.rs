@@ -11,7 +11,8 @@
 //! had promised, and the volume is refused, unless somebody gives up what came after the gap.
 //!
 //! If only the daemon died, not the host, the journal holds the records that had no page yet. Their
-//! data are on the device, perhaps not stable: recovery does for them what a flush would have done.
+//! data are on the device, perhaps not stable: recovery does for them what a flush would have done. After a sync that failed
+//! they may not be: then the journal says what is to be missed, as headers and pages do of what was flushed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -23,7 +24,7 @@ use quarry_objfmt::page::{
 use quarry_objfmt::{Epoch, FormatError, Generation, SegmentId, TenantName, VolumeId, WriteSeq};
 
 use crate::segment::{Geometry, PAGE_SIZE};
-use crate::{AlignedBuf, BlockDevice, Branch, Journals, Mutation};
+use crate::{AlignedBuf, BlockDevice, Branch, Journals, Mutation, Voided};
 
 /// A record page found on the device.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -60,6 +61,8 @@ pub struct Recovered {
     pub segments: Vec<RecoveredSegment>,
     /// What the journal of a daemon that died in this boot says; some of it may be in pages too.
     pub journal: Vec<(SegmentId, Record)>,
+    /// What the journal of one says whose device failed a sync.
+    pub voided: Option<Voided>,
     /// Whose volume it is by the segments that say so: one tenant, unless one's store was copied to another's.
     pub tenants: BTreeSet<TenantName>,
 }
@@ -74,6 +77,14 @@ pub enum CutError {
         missing: WriteSeq,
         /// The newest that is known to have been durable.
         durable: WriteSeq,
+    },
+    /// It failed a sync, and what it has of the writes that were acknowledged is not to be trusted.
+    #[error("write {missing} is in doubt, and all up to {acknowledged} were acknowledged")]
+    InDoubt {
+        /// The first write that is not known to be there.
+        missing: WriteSeq,
+        /// The newest that was acknowledged.
+        acknowledged: WriteSeq,
     },
     /// It cannot be read, written or synced.
     #[error(transparent)]
@@ -112,9 +123,10 @@ impl Scan {
                 .map(|s| (s.segment, s.generation))
                 .collect();
             let newest = found.segments.iter().map(|s| s.epoch).max();
-            found.journal = journals.read(*volume, newest.unwrap_or_default(), |id| {
-                generations.get(&id).copied()
-            })?;
+            let newest = newest.unwrap_or_default();
+            let generation_of = |id| generations.get(&id).copied();
+            found.journal = journals.read(*volume, newest, generation_of)?;
+            found.voided = journals.read_voided(*volume, newest, generation_of)?;
         }
         Ok(())
     }
@@ -138,9 +150,15 @@ impl Recovered {
         }
         self.segments = kept;
         self.journal = journal;
+        let (voided, old_voided) = match self.voided {
+            Some(voided) if voided.epoch < since => (None, Some(voided)),
+            voided => (voided, None),
+        };
+        self.voided = voided;
         Self {
             segments: old,
             journal: old_journal,
+            voided: old_voided,
             tenants: self.tenants.clone(),
         }
     }
@@ -181,7 +199,8 @@ impl Recovered {
     /// Whether writes newer than `stored` are here, or were.
     #[must_use]
     pub fn has_more_than(&self, stored: WriteSeq) -> bool {
-        self.durable() > stored || !self.unsent(stored).is_empty()
+        let acknowledged = self.voided.map(|voided| voided.acknowledged);
+        acknowledged.max(Some(self.durable())) > Some(stored) || !self.unsent(stored).is_empty()
     }
 
     /// Gives the journal's records that no page holds and the store lacks pages of their own, as
@@ -227,10 +246,10 @@ impl Recovered {
     /// Cuts off all records behind the first gap after `stored`, here and on the device, so that a
     /// second crash cannot find them again among the writes that will take their numbers. Returns
     /// how many were cut. Done before the volume serves; a crash in between repeats it, with the
-    /// same gap. With `give_up` also if the gap is before what was durable.
+    /// same gap. With `give_up` also if the gap is before what was durable, or what was acknowledged before a sync failed.
     ///
     /// # Errors
-    /// [`CutError::Lost`], and nothing was changed; or if a page cannot be written or synced.
+    /// [`CutError::Lost`] or [`CutError::InDoubt`], and nothing was changed; or if a page cannot be written or synced.
     pub fn cut(
         &mut self,
         device: &dyn BlockDevice,
@@ -243,6 +262,20 @@ impl Recovered {
             Branch::LossRefused.taken();
             let missing = last.next();
             return Err(CutError::Lost { missing, durable });
+        }
+        let voided = self.voided.filter(|_| !Mutation::ForgetDoubt.is_on());
+        let acknowledged = voided.map_or(last, |voided| voided.acknowledged);
+        if last < acknowledged {
+            let missing = last.next();
+            if !give_up {
+                Branch::DoubtRefused.taken();
+                return Err(CutError::InDoubt {
+                    missing,
+                    acknowledged,
+                });
+            }
+            Branch::DoubtGivenUp.taken();
+            tracing::error!(%volume, %missing, %acknowledged, "the cache device failed a sync: what had been acknowledged and not flushed is given up");
         }
         if !self.journal.is_empty() {
             self.write_journal(device, volume, stored)?;
@@ -752,6 +785,48 @@ mod tests {
         assert_eq!(find().cut(&device, VOLUME, stored, false).unwrap(), 0);
     }
 
+    #[test]
+    fn what_was_acknowledged_before_a_sync_failed_is_in_doubt_until_it_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device(&dir);
+        write_header(&device, 0, 1);
+        write_page(&device, 0, 1, 1, &[1, 2]);
+        let device = reopen(device, &dir);
+        let find = |acknowledged| {
+            let mut found = scan(&device).unwrap().volumes.remove(&VOLUME).unwrap();
+            let (epoch, acknowledged) = (Epoch::new(1), WriteSeq::new(acknowledged));
+            found.voided = Some(Voided {
+                epoch,
+                acknowledged,
+            });
+            found
+        };
+        // The store has all, or the pages.
+        assert!(!find(4).has_more_than(WriteSeq::new(4)));
+        assert_eq!(
+            find(4)
+                .cut(&device, VOLUME, WriteSeq::new(4), false)
+                .unwrap(),
+            0
+        );
+        assert_eq!(
+            find(2).cut(&device, VOLUME, WriteSeq::ZERO, false).unwrap(),
+            0
+        );
+        assert!(find(4).has_more_than(WriteSeq::new(3)));
+        for stored in [0, 1] {
+            let refused = find(4).cut(&device, VOLUME, WriteSeq::new(stored), false);
+            let said = "write 3 is in doubt, and all up to 4 were acknowledged";
+            assert_eq!(refused.unwrap_err().to_string(), said);
+        }
+        let mut given_up = find(4);
+        assert_eq!(
+            given_up.cut(&device, VOLUME, WriteSeq::ZERO, true).unwrap(),
+            0
+        );
+        assert_eq!(seqs(&given_up, 0), [1, 2]);
+    }
+
     fn journaled(segment: u32, seqs: &[u64]) -> Vec<(SegmentId, Record)> {
         let record = |n: &u64| Record {
             seq: WriteSeq::new(*n),
@@ -813,6 +888,7 @@ mod tests {
     fn segments_of_older_epochs_are_split_off_with_their_journal() {
         let mut recovered = Recovered {
             tenants: BTreeSet::new(),
+            voided: None,
             segments: [(0, 3), (1, 5)]
                 .map(|(id, epoch)| RecoveredSegment {
                     segment: SegmentId::new(id),
@@ -825,6 +901,19 @@ mod tests {
                 .to_vec(),
             journal: [journaled(0, &[1]), journaled(1, &[2])].concat(),
         };
+        let voided = |epoch| Voided {
+            epoch: Epoch::new(epoch),
+            acknowledged: WriteSeq::new(3),
+        };
+        for (epoch, stays) in [(5, true), (4, false)] {
+            let mut recovered = recovered.clone();
+            recovered.voided = Some(voided(epoch));
+            let old = recovered.split_off_before(Epoch::new(5));
+            assert_eq!(
+                (recovered.voided.is_some(), old.voided.is_none()),
+                (stays, stays)
+            );
+        }
         let old = recovered.split_off_before(Epoch::new(5));
         assert_eq!((seqs(&old, 0), seqs(&recovered, 0)), (vec![1], vec![2]));
         assert_eq!(old.segments.len(), 1);

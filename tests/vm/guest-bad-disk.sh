@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # In the guest: a cache device that fails syncs, writes, reads, or all of it, under an ext4 and a volume without a file
 # system. Flushes fail from then on, those of other volumes too, and after the device is sound again; no read is wrong;
-# the operator is told. The next daemon, on the sound device, has all that was flushed.
+# the operator is told. The next daemon, on the sound device, has all that was flushed; what was not is given up by the operator.
 # usage: guest-bad-disk.sh DIRECTORY
 dir=$1
 state=/mnt/state cache=/dev/mapper/cache cache_size=128MiB
@@ -94,6 +94,18 @@ for round in writes sync; do
     read_is /mnt/old 0 || fail "what was flushed reads otherwise"
     if [[ $round == writes ]]; then kill_daemon; else stop_daemon; fi
     start_daemon
+    if [[ $round == sync ]]; then
+        # The journal says what was acknowledged, and nobody what of it the device has.
+        "$QUARRY_BIN" volume attach acme/raw --via ublk >/mnt/said 2>&1 && fail "what is in doubt was forgotten"
+        grep -q "acknowledged and not flushed when the cache device of this host failed a sync.*--discard-lost" /mnt/said ||
+            fail "refused with: $(cat /mnt/said)"
+        [[ $("$QUARRY_BIN" volume show acme/raw) == *"failed a sync"* ]] || fail "a volume in doubt is shown as $("$QUARRY_BIN" volume show acme/raw)"
+        for name in raw disk; do
+            [[ $("$QUARRY_BIN" volume show "acme/$name") == *"failed a sync"* ]] || continue
+            say "$name is in doubt"
+            quarry volume attach "acme/$name" --via ublk --discard-lost
+        done
+    fi
     umount /mnt/fs || fail "umount"
     mount "$(await_device)" /mnt/fs || fail "mount after $round"
     check_files /mnt/fs "$record"

@@ -91,6 +91,18 @@ pub enum OpenError {
         /// The newest that is known to have been there.
         durable: WriteSeq,
     },
+    /// The cache failed a sync, and may not have all that it had acknowledged.
+    #[error(
+        "write {missing} of this volume and those up to {acknowledged} were acknowledged and not flushed when the cache device of \
+         this host failed a sync: what it has of them is not to be trusted; what came before is whole: attach with --discard-lost \
+         to go on with that"
+    )]
+    InDoubt {
+        /// The first that is not known to be there.
+        missing: WriteSeq,
+        /// The newest that was acknowledged.
+        acknowledged: WriteSeq,
+    },
     /// Read-only, while this host's cache has writes that the store lacks.
     #[error(
         "the cache on this host holds writes to this volume that were never sent: attach it without --read-only, which sends them"
@@ -163,6 +175,13 @@ impl From<CutError> for OpenError {
     fn from(error: CutError) -> Self {
         match error {
             CutError::Lost { missing, durable } => Self::Lost { missing, durable },
+            CutError::InDoubt {
+                missing,
+                acknowledged,
+            } => Self::InDoubt {
+                missing,
+                acknowledged,
+            },
             CutError::Io(error) => Self::Cache(error),
         }
     }

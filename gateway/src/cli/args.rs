@@ -839,7 +839,8 @@ pub struct AttachFlags {
     /// Give up writes that are in this host's cache and never reached the object store.
     #[arg(long)]
     pub discard_unsent: bool,
-    /// Give up writes that are in this host's cache and come after one that was flushed and that the cache device has lost.
+    /// Give up writes that are in this host's cache and come after one that the cache device has lost, or may have lost when a
+    /// sync of it failed.
     #[arg(long)]
     pub discard_lost: bool,
     /// Take no writes.

@@ -675,7 +675,8 @@ pub struct AttachOptions {
     pub force: bool,
     /// Give up writes that this host's cache has and the store does not.
     pub discard_unsent: bool,
-    /// Give up writes that this host's cache has, where they come after one that was flushed and that the cache device has lost.
+    /// Give up writes that this host's cache has, where they come after one that the cache device has lost, or may have lost when
+    /// a sync of it failed.
     pub discard_lost: bool,
     /// Take no writes.
     pub read_only: bool,

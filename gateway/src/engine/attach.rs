@@ -65,9 +65,10 @@ impl From<OpenError> for ApiError {
             | OpenError::Raced { .. } => Kind::Conflict,
             OpenError::NoSnapshot { .. } | OpenError::NotKept { .. } => Kind::NotFound,
             OpenError::Future { .. } => Kind::Invalid,
-            OpenError::Damaged { .. } | OpenError::Lost { .. } | OpenError::Cache(_) => {
-                Kind::Damaged
-            }
+            OpenError::Damaged { .. }
+            | OpenError::Lost { .. }
+            | OpenError::InDoubt { .. }
+            | OpenError::Cache(_) => Kind::Damaged,
             OpenError::Store(error) => return registry::store_error(error),
         };
         let remedy = match &error {

@@ -484,6 +484,7 @@ const SELDOM: &[&str] = &[
     "Fetched, damaged",
     "NodesLoaded, damaged",
     "CheckpointFailed",
+    "CacheFailed",
     "CutByWrites",
     "Report: damaged",
     "SegmentBusy",

@@ -8,6 +8,8 @@ mod calls;
 mod errands;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
 use std::iter::once;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -77,6 +79,8 @@ pub struct Promise {
     epoch: u32,
     acked: u64,
     flushed: u64,
+    /// Whether a sync failed since: what was acknowledged only may be given up, by who says so.
+    in_doubt: bool,
 }
 
 pub struct Host {
@@ -270,22 +274,19 @@ impl Host {
         for call in daemon.calls {
             call.task.abort();
         }
-        let journal_is_void = daemon.failure.get().is_err();
-        if journal_is_void {
+        let in_doubt = daemon.failure.get().is_err();
+        if in_doubt {
             for promise in self.promises.values_mut() {
-                promise.acked = promise.flushed;
+                promise.in_doubt = true;
             }
         }
         for (n, session) in daemon.sessions {
             if !session.read_only {
                 let promise = Promise {
                     epoch: session.epoch,
-                    acked: if journal_is_void {
-                        session.flushed
-                    } else {
-                        session.acked
-                    },
+                    acked: session.acked,
                     flushed: session.flushed,
+                    in_doubt,
                 };
                 self.promises.insert(truths[n].id, promise);
             }
@@ -295,11 +296,20 @@ impl Host {
             End::Killed => self.device.restart(),
             End::PowerCut => {
                 self.device.power_cut();
-                self.journals.void();
+                self.lose_journals();
                 for promise in self.promises.values_mut() {
                     promise.acked = promise.flushed;
                 }
             }
+        }
+    }
+
+    /// They lie in memory: those that were set aside, too.
+    fn lose_journals(&self) {
+        let found = fs::read_dir(&self.dir).unwrap().map(Result::unwrap);
+        let is_ours = |name: OsString| name.to_string_lossy().starts_with(&self.cache.to_string());
+        for folder in found.filter(|folder| is_ours(folder.file_name())) {
+            fs::remove_dir_all(folder.path()).unwrap();
         }
     }
 
@@ -352,10 +362,14 @@ impl Host {
 
 impl Promise {
     /// Holds what came back with a cache against what was promised.
-    fn keeps(&self, upto: u64, since: Epoch, truth: &Truth) {
+    fn keeps(&self, upto: u64, since: Epoch, gives_up: bool, truth: &Truth) {
+        let owed = match gives_up && self.in_doubt {
+            true => self.flushed,
+            false => self.acked,
+        };
         // Before `since` the volume has gone on elsewhere.
         assert!(
-            Epoch::new(self.epoch) < since || upto >= self.acked,
+            Epoch::new(self.epoch) < since || upto >= owed,
             "volume {}: {self:?}, and it came back with writes up to {upto}",
             truth.index
         );

@@ -121,6 +121,12 @@ impl Host {
                 assert!(self.was_flipped, "volume {index}: lost by nobody: {error}");
                 return Attach::Refused("lost", error.to_string());
             }
+            Err(error @ CutError::InDoubt { .. }) => {
+                let promise = self.promises.get(&id);
+                let (in_doubt, index) = (promise.is_some_and(|p| p.in_doubt), truth.index);
+                assert!(in_doubt, "volume {index}: no sync failed: {error}");
+                return Attach::Refused("in doubt", error.to_string());
+            }
             Err(_) if self.device.is_dead() => return Attach::Died,
             Err(error) => return Attach::Refused("cache", error.to_string()),
         };
@@ -146,7 +152,7 @@ impl Host {
         } else {
             truth.begin(epoch, stored, upto);
             if let Some(promise) = self.promises.remove(&id) {
-                promise.keeps(upto, claimed.kept_since, truth);
+                promise.keeps(upto, claimed.kept_since, opening.gives_up, truth);
             }
             epoch
         };
@@ -182,6 +188,7 @@ impl Host {
                 epoch,
                 acked: upto,
                 flushed: upto,
+                in_doubt: false,
             };
             self.promises.insert(id, promise);
             return Attach::Died;
@@ -302,6 +309,7 @@ impl Host {
                 epoch,
                 acked: session.flushed,
                 flushed: session.flushed,
+                in_doubt: daemon.failure.get().is_err(),
             };
             self.promises.insert(truth.id, promise);
         }
@@ -325,6 +333,7 @@ fn kind(error: &OpenError) -> &'static str {
         OpenError::Deleted => "deleted",
         OpenError::Stale { .. } => "stale",
         OpenError::Lost { .. } => "lost",
+        OpenError::InDoubt { .. } => "in doubt",
         OpenError::Unsent => "unsent",
         OpenError::NoSnapshot { .. } => "no snapshot",
         OpenError::Future { .. } => "future",
