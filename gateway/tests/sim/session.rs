@@ -5,7 +5,7 @@
 
 mod io;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -129,6 +129,8 @@ pub struct Session {
     /// What each sector reads as.
     now: Vec<Stamp>,
     chunks: BTreeMap<u64, Planned>,
+    /// Writes that the store was not said to have, and since when they are here.
+    unsent: VecDeque<(u64, u64)>,
     /// The newest write that was acknowledged, and that a flush covered.
     pub acked: u64,
     pub flushed: u64,
@@ -199,6 +201,7 @@ impl Session {
             next_request: 0,
             now,
             chunks: BTreeMap::new(),
+            unsent: VecDeque::new(),
             acked: beginning.upto,
             flushed: beginning.upto,
             hurt: false,
@@ -214,6 +217,10 @@ impl Session {
             last_tick_ms: 0,
         };
         session.sweep_sectors = session.volume.size().get();
+        session.volume.set_now(cx.now_ms);
+        if !session.read_only && cx.truth.durable_by(session.epoch) < session.acked {
+            session.unsent.push_back((session.acked, cx.now_ms));
+        }
         session.take(beginning.first, cx)?;
         if beginning.direct {
             session.feed(Event::DirectReads(true), cx)?;
@@ -364,6 +371,7 @@ impl Session {
             .as_mut()
             .expect("only writers make records")
             .put(id, generation, &record);
+        self.unsent.push_back((record.seq.get(), cx.now_ms));
         let (start, len) = (record.start.get(), u64::from(record.len));
         let stamp = match record.body {
             RecordBody::Data { offset } => {
@@ -675,6 +683,7 @@ impl Session {
             while let Some(first) = self.chunks.first_entry().filter(|c| c.get().stored) {
                 let last_write = first.remove().last_write;
                 cx.truth.reported(self.epoch, last_write, "a chunk");
+                self.unsent.retain(|(seq, _)| *seq > last_write);
             }
         }
         self.feed(event, cx)?;
@@ -687,7 +696,15 @@ impl Session {
         }
         self.last_tick_ms = cx.now_ms;
         let now_ms = cx.now_ms;
-        self.feed(Event::Tick { now_ms }, cx)
+        self.feed(Event::Tick { now_ms }, cx)?;
+        let oldest = self.unsent.front().map_or(0, |(_, since)| now_ms - since);
+        assert_eq!(
+            self.volume.stats().rpo_ms,
+            oldest,
+            "volume {}: the age of the oldest write that the store lacks",
+            cx.truth.index
+        );
+        Ok(())
     }
 }
 
