@@ -17,12 +17,13 @@ use bytes::Bytes;
 use quarry_cache::{Cache, Geometry};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, decode_frame, encode_chunk};
 use quarry_objfmt::codec::Compression;
+use quarry_objfmt::frame::FRAME_HEADER_LEN;
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId};
 use quarry_objfmt::page::{Record, RecordBody, RecordPage, SegmentHeader, SegmentKind};
 use quarry_objfmt::{
-    CacheId, ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, MapEntry, MapSeq, Sectors,
-    SegmentId, TenantName, VolumeId, WriteSeq,
+    CacheId, ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, Location, MapEntry, MapSeq,
+    Sectors, SegmentId, TenantName, VolumeId, WriteSeq,
 };
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
@@ -1287,6 +1288,34 @@ fn direct_reads_are_for_few_runs_of_readers_who_jump() {
     );
     while world.asked.contains_key(&id) {
         world.step();
+    }
+}
+
+/// A rescue can give a volume whose frames are compressed a head by which they are not.
+#[test]
+fn frame_that_may_be_compressed_is_not_read_directly() {
+    for (stored_sectors, direct) in [
+        (FRAME_SECTORS, true),
+        (FRAME_SECTORS - 1, false),
+        (2, false),
+    ] {
+        let mut world = World::new(1, Durability::Object);
+        let frame = u64::from(FRAME_SECTORS);
+        world.ask(Op::Write { fua: false }, range(512, frame));
+        world.settle();
+        world.flush();
+        for (_, _, _, entries) in world.store.chunks.values_mut() {
+            for entry in entries {
+                let Location::Data(data) = &mut entry.location else {
+                    panic!("all of it is data");
+                };
+                data.stored_len = FRAME_HEADER_LEN as u32 + stored_sectors * 512;
+            }
+        }
+        world.reopen(End::CacheLost);
+        world.ask(Op::Read, range(513, 1));
+        let is_direct = |a: &Action| matches!(a, Action::FetchDirect { .. });
+        assert_eq!(world.due.iter().any(is_direct), direct, "{stored_sectors}");
     }
 }
 

@@ -64,17 +64,16 @@ impl Volume {
     }
 
     /// The byte of the chunk's object from which on `sectors` sectors lie as they are, if the
-    /// frame's length says so: its payload is whole sectors, no more than a frame has, and enough.
-    /// (That nothing is compressed, [`Event::DirectReads`](crate::Event::DirectReads) has promised
-    /// for this volume's own chunks.)
+    /// frame's length says so: its payload is as long as the contents of a full frame, and what is compressed is
+    /// shorter. (What is written now is not; what a head said of before that was lost, nobody knows.) A
+    /// chunk's last frame, if it is not full, goes the ordinary way.
     fn plain_offset(&self, at: DataLoc, sectors: u32) -> Option<u64> {
         let frame_sectors = self.params.frame_sectors;
         let payload = at.stored_len.checked_sub(HEADER_BYTES)?;
-        let (held, skip) = (payload / SECTOR_SIZE, at.raw % frame_sectors);
+        let skip = at.raw % frame_sectors;
         let is_plain = at.chunk.volume == self.params.id
-            && payload.is_multiple_of(SECTOR_SIZE)
-            && held <= frame_sectors
-            && skip + sectors <= held;
+            && payload == frame_sectors * SECTOR_SIZE
+            && skip + sectors <= frame_sectors;
         let offset = u64::from(at.stored_offset) + u64::from(HEADER_BYTES);
         is_plain.then(|| offset + u64::from(skip) * u64::from(SECTOR_SIZE))
     }
