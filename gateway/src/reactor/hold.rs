@@ -116,6 +116,14 @@ pub(super) struct Holds {
     timers: u32,
 }
 
+impl Holds {
+    /// How long the timer is to sleep that is armed now. Never longer than anybody may be left alone, whatever the clock says: it
+    /// may have begun anew, and be set right only at the next tick.
+    fn sleep_ns(&self) -> u64 {
+        self.next_ns.saturating_sub(self.now_ns).min(LOOK_NS)
+    }
+}
+
 impl Default for Holds {
     fn default() -> Self {
         Self {
@@ -286,7 +294,7 @@ impl Core {
         }
         holds.armed_ns = holds.next_ns;
         holds.timers += 1;
-        let time_ns = holds.next_ns.saturating_sub(holds.now_ns);
+        let time_ns = holds.sleep_ns();
         let (seconds, ns) = (time_ns / 1_000_000_000, time_ns % 1_000_000_000);
         let ns = u32::try_from(ns).unwrap_or(u32::MAX);
         // One that waits for room on the ring gets the newer time too: it is an earlier one.

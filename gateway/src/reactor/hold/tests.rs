@@ -12,6 +12,7 @@ use quarry_volume::{Action, Event, IoError, Op};
 
 use super::super::testing::{NoBackend, geometry, reactor};
 use super::super::{Buffer, FrontEnd, Geometry, Machine, Message, Port, Reactor, VolumeKey};
+use super::{Holds, LOOK_NS};
 use crate::qos::{TenantGate, VolumeGate};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -403,4 +404,17 @@ fn volume_without_limits_beside_limited_ones_holds_nothing() {
     assert_eq!(free.gate.stats().held_total, 0);
     stop(&reactor, &free);
     stop(&reactor, &slow);
+}
+
+#[test]
+fn timer_never_sleeps_longer_than_limits_may_go_unseen() {
+    let mut holds = Holds {
+        next_ns: 50,
+        now_ns: 20,
+        ..Holds::default()
+    };
+    assert_eq!(holds.sleep_ns(), 30);
+    // The clock has begun anew.
+    (holds.next_ns, holds.now_ns) = (3 * 86_400 * 1_000_000_000, 0);
+    assert_eq!(holds.sleep_ns(), LOOK_NS);
 }
