@@ -129,6 +129,10 @@ branches! {
     LossRefused,
     /// What was durable and is not there is not missed any more.
     LossGivenUp,
+    /// What is read was not flushed before a sync failed.
+    ReadInDoubt,
+    /// A read was under way when a sync failed: it is made again.
+    ReadDoubted,
     /// What was acknowledged before a sync failed is in doubt: the volume is refused.
     DoubtRefused,
     /// The same is given up.

@@ -256,6 +256,10 @@ impl CacheDevice {
             }
             Err(error) => {
                 tracing::info!(path = %path.display(), %error, "the cache is used through the page cache: no direct I/O here");
+                // What a daemon before could not write is there, clean, as if it were on the device: to be read from that.
+                file.sync_data().map_err(fail("sync"))?;
+                let dropped = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+                dropped.map_err(|error| fail("drop the pages of")(error.into()))?;
                 (file, false)
             }
         };
@@ -393,10 +397,11 @@ impl CacheDevice {
     /// # Errors
     /// What the system says, or said to anybody who synced before: see [`SyncFailure`].
     pub fn sync(&self) -> io::Result<()> {
-        if let Err(error) = self.file.sync_data() {
-            self.failure.note(error.raw_os_error().unwrap_or(libc::EIO));
-        }
-        self.failure.get().map_err(io::Error::from_raw_os_error)
+        let sync = self.failure.begin();
+        let synced = self.file.sync_data();
+        let errno = synced.err().map(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        let how = sync.end(errno).wait();
+        how.map_err(io::Error::from_raw_os_error)
     }
 }
 

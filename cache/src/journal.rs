@@ -116,8 +116,9 @@ impl Journals {
         let path = self.path(volume);
         let new = path.with_extension("new");
         let made = self.make(&new, &header).and_then(|map| {
-            fs::rename(&new, &path)?;
+            // Before the new one has its name: with the folder it may be set aside itself, from any moment on.
             remove(&self.set_aside.join(volume.to_string()))?;
+            fs::rename(&new, &path)?;
             Ok(Journal { header, map })
         });
         if made.is_err() {

@@ -31,7 +31,7 @@ pub use cipher::{CIPHER_KEY_LEN, SectorCipher};
 pub use clean::{CleanIndex, CleanRun};
 pub use device::{BlockDevice, CACHE_FILE_SIZE_DEFAULT, CacheDevice, CacheError};
 pub use extent::{Carried, ExtentMap};
-pub use failure::SyncFailure;
+pub use failure::{Ended, SyncFailure, UnderWay};
 pub use group::GroupLimits;
 pub use hash::NameHasher;
 pub use journal::{Journal, Journals, Voided};

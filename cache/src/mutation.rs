@@ -38,6 +38,8 @@ pub enum Mutation {
     LeaveWhatWasCut,
     /// What was acknowledged before a sync failed is not asked about.
     ForgetDoubt,
+    /// After a sync that failed, what was not flushed is read from the device as before.
+    ReadInDoubt,
     /// Unsent writes of a history that the volume has left are merged into it.
     MergeStale,
     /// A head that another epoch wrote is changed as if it were ours.
@@ -72,7 +74,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::NoSyncBeforeRecords,
         Self::SyncCoversWhatCameLater,
         Self::FlushBeforeRecords,
@@ -89,6 +91,7 @@ impl Mutation {
         Self::IgnoreGap,
         Self::LeaveWhatWasCut,
         Self::ForgetDoubt,
+        Self::ReadInDoubt,
         Self::MergeStale,
         Self::IgnoreEpoch,
         Self::NoSeal,

@@ -220,6 +220,8 @@ pub struct Cache {
     groups: Groups,
     clean: CleanIndices,
     reclaimed: u64,
+    /// The errno of a sync that failed.
+    in_doubt: Option<i32>,
 }
 
 impl Cache {
@@ -270,8 +272,28 @@ impl Cache {
             groups: Groups::new(dirty_max, geometry.segments),
             clean: CleanIndices::default(),
             reclaimed: 0,
+            in_doubt: None,
             segments,
         }
+    }
+
+    /// A sync of the device failed: what was not known to be stable before may be what was there earlier, another tenant's
+    /// for one. Nothing clean is found from here on; the store has it.
+    pub fn put_in_doubt(&mut self, errno: i32) {
+        if self.in_doubt.is_some() {
+            return;
+        }
+        self.in_doubt = Some(errno);
+        self.clean = CleanIndices::default();
+        for segment in &mut self.segments {
+            segment.chunks = Vec::new();
+        }
+    }
+
+    /// The errno of a sync of the device that failed, if one did.
+    #[must_use]
+    pub const fn in_doubt(&self) -> Option<i32> {
+        self.in_doubt
     }
 
     /// The device's name, which its pages carry.
@@ -521,8 +543,11 @@ impl Cache {
             .expect("a pin is taken off once");
     }
 
-    /// Makes part of a chunk findable at a place on the device, for the group whose segment that is.
+    /// Makes part of a chunk findable at a place on the device, for the group whose segment that is. Not on one that is in doubt.
     pub fn add_clean(&mut self, chunk: ChunkId, run: CleanRun) {
+        if self.in_doubt.is_some() {
+            return;
+        }
         let segment = self.segment_mut(run.at.segment);
         assert!(segment.state != State::Free, "a free segment holds nothing");
         let group = segment.group.expect("a segment in use is some group's");
@@ -598,7 +623,8 @@ impl Cache {
         sectors: u32,
     ) -> Option<CacheLoc> {
         let room = self.geometry.segment_sectors() - u32::try_from(PAGE_SIZE / 512).expect("eight");
-        if sectors > room || self.fill_sectors + sectors > FILL_SECTORS_MAX {
+        let too_much = sectors > room || self.fill_sectors + sectors > FILL_SECTORS_MAX;
+        if too_much || self.in_doubt.is_some() {
             return None;
         }
         let place = self.fills.iter().position(|fill| fill.group == group);

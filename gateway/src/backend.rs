@@ -899,7 +899,7 @@ fn make_chunk(
         })?;
     }
     debug_assert!(
-        parts.iter().all(|part| is_on_device(device, part)),
+        device.trusted().is_err() || parts.iter().all(|part| is_on_device(device, part)),
         "what is kept of a chunk's data is not what the cache device has"
     );
     let mut unused = &read[..];

@@ -350,8 +350,11 @@ impl Daemon {
         let shared = Arc::new(Mutex::new(Shared { cache, nodes, kept }));
         // What the journals name may be what the device lost.
         device.failure().then({
-            let journals = journals.clone();
-            move || journals.void()
+            let (journals, shared) = (journals.clone(), Arc::clone(&shared));
+            move |errno| {
+                journals.void();
+                shared.lock().cache.put_in_doubt(errno);
+            }
         });
         let kept_writes = usize::try_from(ram / KEPT_WRITES_SHARE)?.min(KEPT_WRITE_BYTES_MAX);
         let kept_writes = Arc::new(KeptWrites::new(geometry, kept_writes, KEPT_WRITE_AGE_MAX));

@@ -491,7 +491,6 @@ impl Reactor {
         let thread = std::thread::Builder::new()
             .name(format!("reactor-{}", config.index))
             .spawn(move || {
-                let _guard = AbortOnPanic;
                 set_io_flusher();
                 set_priority();
                 match Core::new(&config, receiver, doorbell, stats) {
@@ -525,7 +524,6 @@ impl Reactor {
     /// # Errors
     /// If the kernel refuses an io_uring.
     pub fn run_here(config: &ReactorConfig, start: impl FnOnce(ReactorHandle)) -> io::Result<()> {
-        let _guard = AbortOnPanic;
         let (handle, receiver) = mailbox()?;
         let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
         let core = Core::new(config, receiver, doorbell, stats)?;
@@ -568,17 +566,6 @@ fn mailbox() -> io::Result<(ReactorHandle, mpsc::Receiver<Message>)> {
         stats: Arc::new(ReactorStats::default()),
     };
     Ok((handle, receiver))
-}
-
-/// Aborts the process if the thread unwinds: see the invariants.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
-        }
-    }
 }
 
 /// From `linux/prctl.h`.

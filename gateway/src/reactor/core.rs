@@ -139,7 +139,7 @@ pub(super) struct Core {
     touched_volumes: Vec<u32>,
     touched_front_ends: Vec<u32>,
     messages: mpsc::Receiver<Message>,
-    doorbell: Arc<Doorbell>,
+    pub(super) doorbell: Arc<Doorbell>,
     pub(super) stats: Arc<ReactorStats>,
     rate: Rate,
     started: Instant,
@@ -149,6 +149,17 @@ pub(super) struct Core {
     timer_armed: bool,
     /// When it was told to end.
     ending_since: Option<u64>,
+}
+
+/// Aborts the process if the thread unwinds: see the invariants of [`super`].
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
 }
 
 impl Core {
@@ -210,6 +221,8 @@ impl Core {
     /// # Panics
     /// If the ring itself fails, which leaves nothing that could be completed.
     pub(super) fn run(mut self) {
+        // Dropped before `self` is, and with it what the kernel uses.
+        let _guard = AbortOnPanic;
         let mut completions = Vec::with_capacity(1024);
         self.arm_doorbell();
         while !self.is_over() {
@@ -245,6 +258,7 @@ impl Core {
             Token::Doorbell => {
                 self.arm_doorbell();
                 self.receive();
+                self.answer_sync();
             }
             Token::Timer => self.tick(),
             Token::Hold => self.hold_is_over(),
@@ -315,7 +329,7 @@ impl Core {
                     self.decrypt(&op);
                 }
                 let result = match op.code {
-                    Code::Write { durable: true } => self.syncs.of_write(result),
+                    Code::Write { durable: true } => self.syncs.end_write(index, result),
                     _ => result,
                 };
                 let (volume, io, request) = (op.volume, op.io, op.request);

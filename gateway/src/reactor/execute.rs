@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use io_uring::{opcode, types};
@@ -399,7 +400,11 @@ impl Core {
             hold,
         };
         let may_go_along = Runs::may_take(&op);
+        let is_durable = matches!(op.code, Code::Write { durable: true });
         let index = index_of(self.ops.insert(op));
+        if is_durable {
+            self.syncs.begin_write(index);
+        }
         if may_go_along {
             self.join_run(index);
         } else {
@@ -465,7 +470,16 @@ impl Core {
 
     /// The sync under way has ended. It is never repeated, whatever it says.
     pub(super) fn synced(&mut self, result: i32) {
-        let (waiters, result) = self.syncs.end(result);
+        self.syncs.end(result);
+        self.answer_sync();
+    }
+
+    /// Answers those for whom a sync was that has ended, unless it is to wait for others.
+    pub(super) fn answer_sync(&mut self) {
+        let doorbell = Arc::clone(&self.doorbell);
+        let Some((waiters, result)) = self.syncs.answer(move || doorbell.ring()) else {
+            return;
+        };
         for (volume, io) in waiters {
             let slot = &mut self.volumes[volume as usize];
             slot.ops -= 1;
@@ -846,6 +860,58 @@ mod tests {
         };
         assert!(now_ms >= 1500, "{now_ms}");
         reactor.shutdown();
+    }
+
+    /// A machine that panics when it is told anything, and whose end can be seen.
+    struct Panics;
+
+    impl Machine for Panics {
+        fn apply(&mut self, _: Event, _: &mut Vec<Action>) {
+            panic!("as it was to");
+        }
+
+        fn geometry(&self) -> Geometry {
+            geometry(1 << 20, 512)
+        }
+    }
+
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            eprintln!("memory is freed");
+        }
+    }
+
+    #[test]
+    fn panic_on_a_reactor_ends_the_process_before_anything_of_it_is_freed() {
+        use std::os::unix::process::ExitStatusExt as _;
+        const IS_CHILD: &str = "QUARRY_TEST_REACTOR_PANICS";
+        if std::env::var_os(IS_CHILD).is_some() {
+            let (reactor, _cache) = reactor(1 << 20);
+            let handle = reactor.handle();
+            let key = handle.new_key();
+            let (machine, backend) = (Box::new(Panics), Box::new(Sink(mpsc::channel().0)));
+            let add = Message::AddVolume {
+                key,
+                machine,
+                backend,
+            };
+            handle.send_blocking(add).unwrap();
+            drain(&handle, key);
+            std::thread::sleep(LIMIT);
+            return;
+        }
+        let name = std::thread::current().name().unwrap().to_owned();
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([&name, "--exact", "--nocapture"])
+            .env(IS_CHILD, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stderr);
+        assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{said}");
+        assert!(
+            said.contains("as it was to") && !said.contains("memory is freed"),
+            "{said}"
+        );
     }
 
     /// A front end that makes one request, and looks at its buffer afterwards.

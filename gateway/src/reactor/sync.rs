@@ -4,9 +4,10 @@
 //! - A volume is answered by a sync that was started after it asked.
 //! - A failure is everybody's, and for ever: the kernel tells of a write that it lost once for each
 //!   open file, to whoever syncs next, and that one need not be whose write it was. So a sync that
-//!   failed on any reactor fails all that end after it.
+//!   failed on any reactor fails all that end after it, and one that ended well is answered when all that were under way
+//!   beside it have ended (a record page that is written through is a sync, too).
 
-use quarry_cache::SyncFailure;
+use quarry_cache::{Ended, SyncFailure, UnderWay};
 use quarry_volume::IoId;
 
 /// Who waits for a sync: the volume's index, and its name for the I/O.
@@ -15,25 +16,42 @@ pub(super) type Waiter = (u32, IoId);
 /// The syncs of one reactor.
 pub(super) struct Syncs {
     failure: SyncFailure,
-    /// Those that the sync under way answers; none: none is under way.
+    stage: Stage,
+    /// Those that the sync answers that is not idle.
     running: Vec<Waiter>,
     waiting: Vec<Waiter>,
+    /// Durable writes, by their operation.
+    writes: Vec<(u32, UnderWay)>,
+}
+
+enum Stage {
+    Idle,
+    UnderWay(UnderWay),
+    /// But others are under way.
+    Ended(Ended),
 }
 
 impl Syncs {
     pub(super) fn new(failure: SyncFailure) -> Self {
         Self {
             failure,
+            stage: Stage::Idle,
             running: Vec::new(),
             waiting: Vec::new(),
+            writes: Vec::new(),
         }
     }
 
-    /// How a durable write went, which was a sync too.
-    pub(super) fn of_write(&self, result: Result<(), i32>) -> Result<(), i32> {
-        if let Err(errno) = result {
-            self.failure.note(errno);
-        }
+    /// A durable write begins, which is a sync too.
+    pub(super) fn begin_write(&mut self, op: u32) {
+        self.writes.push((op, self.failure.begin()));
+    }
+
+    /// How a durable write went. It vouches for itself alone, so others are not waited for.
+    pub(super) fn end_write(&mut self, op: u32, result: Result<(), i32>) -> Result<(), i32> {
+        let place = self.writes.iter().position(|(of, _)| *of == op);
+        let (_, write) = self.writes.swap_remove(place.expect("it has begun"));
+        let _ = write.end(result.err());
         self.failure.get()
     }
 
@@ -44,25 +62,45 @@ impl Syncs {
 
     /// Whether a sync is to be submitted now.
     pub(super) fn start(&mut self) -> bool {
-        if !self.running.is_empty() || self.waiting.is_empty() {
+        if !matches!(self.stage, Stage::Idle) || self.waiting.is_empty() {
             return false;
         }
         std::mem::swap(&mut self.running, &mut self.waiting);
+        self.stage = Stage::UnderWay(self.failure.begin());
         true
     }
 
-    /// The sync under way has ended; answers whom it was for, and how it went.
-    pub(super) fn end(&mut self, result: i32) -> (Vec<Waiter>, Result<(), i32>) {
-        if result < 0 {
-            self.failure.note(-result);
-        }
-        (std::mem::take(&mut self.running), self.failure.get())
+    /// The sync under way has ended.
+    pub(super) fn end(&mut self, result: i32) {
+        let Stage::UnderWay(sync) = std::mem::replace(&mut self.stage, Stage::Idle) else {
+            panic!("a sync ends that did not begin");
+        };
+        self.stage = Stage::Ended(sync.end((result < 0).then_some(-result)));
+    }
+
+    /// Whom the sync that has ended was for, and how it went; `None` if none has, or while others are under way: then `wake`
+    /// is called when it is to be asked again.
+    pub(super) fn answer(
+        &mut self,
+        wake: impl FnOnce() + Send + 'static,
+    ) -> Option<(Vec<Waiter>, Result<(), i32>)> {
+        let Stage::Ended(ended) = &mut self.stage else {
+            return None;
+        };
+        let how = ended.how(wake)?;
+        self.stage = Stage::Idle;
+        Some((std::mem::take(&mut self.running), how))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn end(syncs: &mut Syncs, result: i32) -> Option<(Vec<Waiter>, Result<(), i32>)> {
+        syncs.end(result);
+        syncs.answer(|| {})
+    }
 
     #[test]
     fn sync_answers_those_that_asked_before_it_and_no_others() {
@@ -73,9 +111,10 @@ mod tests {
         syncs.ask((2, IoId(2)));
         syncs.ask((3, IoId(3)));
         assert!(!syncs.start());
-        assert_eq!(syncs.end(0), (vec![(1, IoId(1))], Ok(())));
+        assert_eq!(end(&mut syncs, 0), Some((vec![(1, IoId(1))], Ok(()))));
         assert!(syncs.start());
-        assert_eq!(syncs.end(0), (vec![(2, IoId(2)), (3, IoId(3))], Ok(())));
+        let both = vec![(2, IoId(2)), (3, IoId(3))];
+        assert_eq!(end(&mut syncs, 0), Some((both, Ok(()))));
         assert!(!syncs.start());
     }
 
@@ -83,17 +122,38 @@ mod tests {
     fn sync_that_failed_on_one_reactor_fails_all_later_ones_everywhere() {
         let failure = SyncFailure::default();
         let (mut one, mut other) = (Syncs::new(failure.clone()), Syncs::new(failure));
+        let how = |answer: Option<(Vec<Waiter>, _)>| answer.map(|(_, how)| how);
         other.ask((7, IoId(7)));
         assert!(other.start());
         one.ask((1, IoId(1)));
         assert!(one.start());
-        assert_eq!(one.end(-libc::EIO).1, Err(libc::EIO));
-        // The kernel had nothing to tell this one.
-        assert_eq!(other.end(0).1, Err(libc::EIO));
+        other.begin_write(3);
+        // The kernel had nothing to tell this one, and nobody has heard yet what it told the other.
+        assert_eq!(end(&mut other, 0), None);
+        assert!(!other.start());
+        assert_eq!(how(end(&mut one, -libc::EIO)), Some(Err(libc::EIO)));
+        assert_eq!(how(other.answer(|| {})), Some(Err(libc::EIO)));
         one.ask((1, IoId(2)));
         assert!(one.start());
-        assert_eq!(one.end(0).1, Err(libc::EIO));
+        assert_eq!(how(end(&mut one, 0)), Some(Err(libc::EIO)));
         // Nor is a record page that arrived of any use: its data may not have.
-        assert_eq!(other.of_write(Ok(())), Err(libc::EIO));
+        assert_eq!(other.end_write(3, Ok(())), Err(libc::EIO));
+    }
+
+    #[test]
+    fn sync_waits_for_the_durable_writes_beside_it() {
+        let failure = SyncFailure::default();
+        let (mut one, mut other) = (Syncs::new(failure.clone()), Syncs::new(failure));
+        for op in [4, 9] {
+            one.begin_write(op);
+        }
+        other.ask((7, IoId(7)));
+        assert!(other.start());
+        assert_eq!(end(&mut other, 0), None);
+        assert_eq!(one.end_write(9, Ok(())), Ok(()));
+        assert_eq!(other.answer(|| {}), None);
+        // The reactor ends, with I/O under way.
+        drop(one);
+        assert_eq!(other.answer(|| {}), Some((vec![(7, IoId(7))], Ok(()))));
     }
 }

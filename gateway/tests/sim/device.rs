@@ -1,8 +1,8 @@
 //! A cache device: what is stable, what a power cut may take, and what goes wrong with it.
 //!
 //! A sector that was written and not synced is, after a power cut, as it was before or as it was
-//! written, each for itself. A sync that fails has lost some of what it was asked for: it can be
-//! read until the next start, as from a page cache, and is gone then.
+//! written, each for itself. A sync that fails has lost some of what it was asked for: some of it at once, some
+//! can be read until the next start, as from a page cache, and is gone then.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -194,7 +194,7 @@ impl SimDevice {
             if fails && disk.rng.random_bool(0.5) {
                 if is_the_same {
                     disk.volatile.remove(&sector);
-                    disk.doomed.insert(sector);
+                    disk.lose(sector);
                 }
             } else if is_the_same {
                 disk.volatile.remove(&sector);
@@ -306,10 +306,18 @@ impl Disk {
         self.current[at..at + SECTOR].copy_from_slice(&self.stable[at..at + SECTOR]);
     }
 
+    fn lose(&mut self, sector: usize) {
+        self.happened.note(Fault::SectorLostBySync);
+        if self.rng.random_bool(0.5) {
+            self.revert(sector);
+        } else {
+            self.doomed.insert(sector);
+        }
+    }
+
     fn restart(&mut self) {
         for sector in std::mem::take(&mut self.doomed) {
             self.revert(sector);
-            self.happened.note(Fault::SectorLostBySync);
         }
         self.writes_left = None;
         self.faults = DeviceFaults::default();

@@ -187,7 +187,7 @@ impl Host {
         let failure = self.device.open();
         failure.then({
             let journals = self.journals.clone();
-            move || journals.void()
+            move |_| journals.void()
         });
         let bucket = Arc::clone(bucket);
         let store = Arc::new(S3Store::over(bucket, "", "simulated".to_owned()));

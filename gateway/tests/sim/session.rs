@@ -255,6 +255,9 @@ impl Session {
         coverage.tells(&self.volume, self.stopped, &event, io);
         self.stopped |= matches!(event, Event::Stop);
         let mut out = Vec::new();
+        if let Err(errno) = cx.failure.get() {
+            cx.shared.cache.put_in_doubt(errno);
+        }
         self.volume.set_now(cx.now_ms);
         self.volume.apply(event, cx.shared, &mut out);
         self.take(out, cx)

@@ -274,6 +274,8 @@ struct Active {
     /// A clean read failed: it is resolved anew, and what the cache has of what the store has is not read.
     again: bool,
     distrusts: bool,
+    /// It was resolved when the cache device was in doubt.
+    doubts: bool,
     /// A fetch failed by a map that is the newest no more: it is resolved anew, once.
     behind: bool,
     renewed: bool,
@@ -452,6 +454,9 @@ impl Volume {
         };
         let cx = &mut cx;
         let before = cx.out.len();
+        if let Some(errno) = cx.cache.in_doubt() {
+            self.doubt(errno, cx);
+        }
         match event {
             Event::Request(request) => self.request(request, cx),
             Event::IoDone { io, result } => self.io_done(io, result, cx),
@@ -597,6 +602,7 @@ impl Volume {
             last_write: WriteSeq::ZERO,
             again: false,
             distrusts: false,
+            doubts: false,
             behind: false,
             renewed: false,
             map: self.maps,
@@ -766,6 +772,13 @@ impl Volume {
             .push(Action::Report(Report::CacheFailed { errno, doing }));
         self.state = VolumeState::Failed { errno, doing };
         self.refuse_waiting(IoError::Io, cx);
+    }
+
+    /// A sync of the cache device failed, whoever's it was: no more writes are taken, which nobody could make durable.
+    fn doubt(&mut self, errno: i32, cx: &mut Cx<'_>) {
+        if matches!(self.state, VolumeState::Serving) {
+            self.fail(errno, "syncing, for this volume or another", cx);
+        }
     }
 
     /// Fails what waits for durability or space that will not come.

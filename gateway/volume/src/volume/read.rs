@@ -10,8 +10,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quarry_cache::{Branch, CacheLoc, CleanIndex, CleanRun};
-use quarry_objfmt::{ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId};
+use quarry_cache::{Branch, CacheLoc, CleanIndex, CleanRun, Mutation};
+use quarry_objfmt::{
+    ChunkId, DataLoc, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId, WriteSeq,
+};
 
 use super::{Cx, Dirty, Io, Queue, Volume, entry_range};
 use crate::event::{Action, DataError, Fetch, FrameRef, IoError, IoId, Op, Report};
@@ -140,13 +142,15 @@ pub(super) enum Source {
     /// Read ahead, and in memory.
     Kept(DataLoc),
     Store(DataLoc),
+    /// Acknowledged and not flushed when a sync of the cache device failed: what is there may be older, or another's.
+    InDoubt,
 }
 
 impl Source {
     /// Whether a piece with source `next` right behind `len` sectors of `self` is the same run.
     fn continues(self, len: u32, next: Self) -> bool {
         match (self, next) {
-            (Self::Zero, Self::Zero) => true,
+            (Self::Zero, Self::Zero) | (Self::InDoubt, Self::InDoubt) => true,
             (
                 Self::Cache { at, clean },
                 Self::Cache {
@@ -169,6 +173,7 @@ impl Volume {
     pub(super) fn start_read(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let request = self.active[slot].request;
         self.active[slot].map = self.maps;
+        self.active[slot].doubts = cx.cache.in_doubt().is_some();
         let mut pieces = std::mem::take(&mut self.reads.pieces);
         pieces.clear();
         // A copy may have been made anew, or another fail: after one that failed none is asked.
@@ -227,6 +232,10 @@ impl Volume {
             kept: cx.kept,
             clean: cx.cache.clean(self.params.group),
             copies,
+            trusted: match cx.cache.in_doubt() {
+                Some(_) if !Mutation::ReadInDoubt.is_on() => self.durable_anywhere(),
+                _ => WriteSeq::MAX,
+            },
             pieces,
         };
         self.walk_layers(range, &mut cx.nodes, &mut plan)
@@ -253,7 +262,7 @@ impl Volume {
             }
         };
         self.dirty.visit(range, |part, dirty| match dirty {
-            Some(Dirty { at, .. }) => told.dirty(part, at),
+            Some(Dirty { at, seq }) => told.dirty(part, at, seq),
             None => self
                 .tail
                 .visit(part, |part, found| match (found, &self.frozen) {
@@ -297,6 +306,10 @@ impl Volume {
                         buffer_offset,
                         len,
                     });
+                }
+                Source::InDoubt => {
+                    Branch::ReadInDoubt.taken();
+                    self.piece_done(slot, Err(IoError::Io), cx);
                 }
                 Source::Cache { at, clean } => {
                     let whose = if clean {
@@ -469,6 +482,12 @@ impl Volume {
         cx: &mut Cx<'_>,
     ) {
         cx.cache.unpin(segment);
+        let active = &mut self.active[slot];
+        if cx.cache.in_doubt().is_some() && !active.doubts && !Mutation::ReadInDoubt.is_on() {
+            Branch::ReadDoubted.taken();
+            active.again = true;
+            return self.piece_done(slot, Ok(()), cx);
+        }
         let result = result.map_err(|errno| {
             if clean {
                 // The store has it: forget the copy, and read again from there.
@@ -744,8 +763,8 @@ impl Volume {
 
 /// What is told of the parts of a range as the layers are walked.
 pub(super) trait Layered {
-    /// An unsent write has it: on the cache device, or as zeroes.
-    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>);
+    /// An unsent write, of that number, has it: on the cache device, or as zeroes.
+    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>, seq: WriteSeq);
 
     /// The store has it.
     fn committed(&mut self, part: LbaRange, location: Location);
@@ -759,6 +778,8 @@ struct Plan<'a> {
     kept: &'a KeptFrames,
     clean: &'a CleanIndex,
     copies: bool,
+    /// Dirty data up to this write are what was written.
+    trusted: WriteSeq,
     pieces: &'a mut Vec<Piece>,
 }
 
@@ -791,8 +812,12 @@ impl Plan<'_> {
 }
 
 impl Layered for Plan<'_> {
-    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>) {
-        let source = at.map_or(Source::Zero, |at| Source::Cache { at, clean: false });
+    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>, seq: WriteSeq) {
+        let source = match at {
+            None => Source::Zero,
+            Some(_) if seq > self.trusted => Source::InDoubt,
+            Some(at) => Source::Cache { at, clean: false },
+        };
         self.push(part, source);
     }
 

@@ -4,7 +4,7 @@
 //! volume: the range is walked in steps, and what the bounds leave out is for the next request.
 
 use quarry_cache::CacheLoc;
-use quarry_objfmt::{LbaRange, Location, Sectors};
+use quarry_objfmt::{LbaRange, Location, Sectors, WriteSeq};
 
 use super::read::Layered;
 use super::{Cx, Io, Volume};
@@ -86,7 +86,7 @@ impl Told {
 }
 
 impl Layered for Told {
-    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>) {
+    fn dirty(&mut self, part: LbaRange, at: Option<CacheLoc>, _: WriteSeq) {
         self.push(part, at.is_none());
     }
 
