@@ -26,6 +26,7 @@ use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkFlags, sys};
 use quarry_objfmt::{Sectors, TenantName, VolumeId};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::stamp::{self, Stamp};
@@ -539,10 +540,14 @@ fn serve(ctrl: &UblkCtrl, spec: &DeviceSpec, mut host: Host) -> Result<Mode, Ubl
 }
 
 /// A descriptor of our own: the character device can be opened only once.
+///
+/// Not blocking, it never does: of such a file io_uring does reads and writes, which are copies here, at once, while of
+/// others a thread of the kernel's does each.
 fn character_device(dev: &UblkDev) -> io::Result<OwnedFd> {
     // SAFETY: entry 0 is the character device, open as long as `dev`.
-    let fd = unsafe { BorrowedFd::borrow_raw(dev.tgt.fds[0]) };
-    fd.try_clone_to_owned()
+    let fd = unsafe { BorrowedFd::borrow_raw(dev.tgt.fds[0]) }.try_clone_to_owned()?;
+    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    Ok(fd)
 }
 
 fn find() -> Result<Vec<Found>, UblkError> {
