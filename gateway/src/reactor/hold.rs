@@ -91,6 +91,16 @@ impl Held {
     }
 }
 
+/// Has what passes whatever the rates owed for by what comes later: a volume that goes and comes back would else get round them.
+fn charge<'a>(gate: &VolumeGate, now_ns: u64, passing: impl Iterator<Item = &'a Request>) {
+    let add = |(count, bytes), request| (count + 1, bytes + bytes_of(request));
+    let (count, bytes) = passing.fold((0, 0), add);
+    if count > 0 {
+        // When it were its turn matters to nobody.
+        let _ = gate.take(now_ns, count, bytes);
+    }
+}
+
 /// What a request costs of a rate of bytes.
 fn bytes_of(request: &Request) -> u64 {
     match request.op {
@@ -161,6 +171,11 @@ impl Core {
                 Passage::ReadOnly => events.extract_if(.., is_refused).collect(),
                 Passage::Open | Passage::Stalled => Vec::new(),
             };
+            let passing = events.iter().filter_map(|event| match event {
+                Event::Request(request) => Some(request),
+                _ => None,
+            });
+            charge(gate, now_ns(), passing);
             for event in &refused {
                 if let Event::Request(request) = event {
                     self.request_done(index, request_key(request.id), Err(IoError::ReadOnly));
@@ -178,7 +193,11 @@ impl Core {
         let passage = gate.passage();
         let count = match passage {
             Passage::Stalled => 0,
-            _ if gate.is_free() => held.queue.len(),
+            _ if gate.is_free() => {
+                let unpaid = held.queue.iter().skip(held.paid);
+                charge(gate, now_ns, unpaid.map(|(request, _)| request));
+                held.queue.len()
+            }
             _ => held.passable(gate, now_ns),
         };
         held.paid = held.paid.saturating_sub(count);
@@ -241,6 +260,8 @@ impl Core {
                 held.queue.push_back((request, now_ns));
             }
         }
+        let unpaid = held.queue.iter().skip(held.paid);
+        charge(gate, now_ns, unpaid.map(|(request, _)| request));
         let count = held.queue.len() as u64;
         let (mut bytes, mut held_ns) = (0, 0);
         for (request, since_ns) in held.queue.drain(..) {

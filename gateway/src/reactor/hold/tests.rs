@@ -13,6 +13,7 @@ use quarry_volume::{Action, Event, IoError, Op};
 use super::super::testing::{NoBackend, geometry, reactor};
 use super::super::{Buffer, FrontEnd, Geometry, Machine, Message, Port, Reactor, VolumeKey};
 use super::{Holds, LOOK_NS};
+use crate::clock::now_ns;
 use crate::qos::{TenantGate, VolumeGate};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -404,6 +405,24 @@ fn volume_without_limits_beside_limited_ones_holds_nothing() {
     assert_eq!(free.gate.stats().held_total, 0);
     stop(&reactor, &free);
     stop(&reactor, &slow);
+}
+
+#[test]
+fn what_passes_because_its_volume_goes_is_owed_for_by_the_tenant() {
+    let (reactor, _cache) = reactor(1 << 20);
+    let tenant = Arc::new(TenantGate::default());
+    tenant.set(&of_tenant(iops(1000), None));
+    let none = Rates::default();
+    // Two seconds' worth, most of it held.
+    let goes = add(&reactor, &tenant, &none, (Op::Read, 4096, 2000));
+    std::thread::sleep(Duration::from_millis(200));
+    let passed_so_far = goes.seen.done();
+    assert!(passed_so_far < 1000, "{passed_so_far}");
+    stop(&reactor, &goes);
+    let stays = VolumeGate::new(Arc::clone(&tenant));
+    let now_ns = now_ns();
+    let due_ns = stays.take(now_ns, 1, 4096);
+    assert!(due_ns > now_ns + 900_000_000, "{} ns", due_ns - now_ns);
 }
 
 #[test]
