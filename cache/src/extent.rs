@@ -111,6 +111,17 @@ impl<V: Carried> ExtentMap<V> {
 
     /// Takes those parts of `range` out whose value `wanted` picks.
     pub fn remove_where(&mut self, range: LbaRange, mut wanted: impl FnMut(V) -> bool) {
+        match self.runs.range(..range.end).next_back() {
+            // Most ranges are one run, or nothing any more.
+            Some((&start, &(end, value))) if start == range.start && end <= range.end => {
+                if wanted(value) {
+                    self.runs.remove(&start);
+                }
+                return;
+            }
+            Some((_, (end, _))) if *end > range.start => {}
+            _ => return,
+        }
         let mut picked = Vec::new();
         self.visit(range, |part, value| {
             if value.is_some_and(&mut wanted) {

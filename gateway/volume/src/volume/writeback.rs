@@ -380,10 +380,13 @@ impl Volume {
         };
         why.taken();
         let frozen = std::mem::take(&mut self.tail);
-        let entries = frozen
-            .iter()
-            .flat_map(|(range, found)| committed_entries(range, found))
-            .collect();
+        // All at once: it is long, and made under the lock that all reactors share.
+        let mut entries = Vec::with_capacity(frozen.len());
+        entries.extend(
+            frozen
+                .iter()
+                .flat_map(|(range, found)| committed_entries(range, found)),
+        );
         self.frozen = Some(frozen);
         self.writeback.checkpoint_log = std::mem::take(&mut self.writeback.log);
         self.writeback.checkpoint_upto = Some(upto);
