@@ -999,7 +999,7 @@ fn tool(name: &str, args: &[&str]) -> Option<String> {
             Some(text)
         }
         Err(error) => {
-            println!("skipped: {name}: {error}");
+            quarry_tests::skip(&format!("{name}: {error}"));
             None
         }
     }

@@ -767,7 +767,7 @@ impl Core {
     }
 }
 
-/// A slab's key as the 28-bit index that fits a token.
+/// A slab's key as an index, which a token has room for up to 28 bits (it checks).
 pub(super) fn index_of(key: usize) -> u32 {
     u32::try_from(key).expect("fewer than 2^32 entries")
 }

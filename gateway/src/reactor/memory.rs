@@ -234,7 +234,7 @@ impl Budget {
 
 /// Buffers of power-of-two sizes, kept for reuse, with a cap on what is out.
 ///
-/// What a buffer held stays in it: a pool never serves more than one client.
+/// What a buffer held stays in it: of one that serves several clients no more may leave than was written to it since.
 pub(crate) struct Pool {
     /// Which what is out and what is free is counted in; none: in none.
     budget: Option<Arc<Budget>>,

@@ -763,7 +763,7 @@ mod tests {
     #[tokio::test]
     async fn probe_without_a_driver_names_the_remedy() {
         if Path::new(CONTROL_PATH).exists() {
-            eprintln!("SKIPPED: this kernel has ublk");
+            quarry_tests::skip("this kernel has ublk");
             return;
         }
         let control = Control::default();

@@ -80,7 +80,7 @@ mod tests {
     fn owner_and_mode_given_are_both_there() {
         let file = tempfile::NamedTempFile::new().unwrap();
         if is(file.path()).0 != 0 {
-            eprintln!("SKIPPED: not root");
+            quarry_tests::skip("not root");
             return;
         }
         let permissions = Permissions {

@@ -3,7 +3,8 @@
 //! The driver (a reactor on io_uring, or a simulation) feeds [`Event`]s to
 //! [`Volume::apply`](crate::Volume::apply) and carries out the [`Action`]s it answers with, in any
 //! order that respects this: an action's completion event is fed exactly once, after the I/O it
-//! names is done; nothing else is promised between two actions. All ordering that durability needs
+//! names is done. An action whose text says that it is done at once (`Journal`, `Status`) is done before those that come
+//! after it; nothing else is promised between two actions. All ordering that durability needs
 //! is made by the volume itself, which holds the second action back until the first completed.
 
 use std::sync::Arc;
@@ -97,7 +98,7 @@ impl IoError {
     }
 }
 
-/// A run of one frame that a fetch delivers, and the frame's place.
+/// A frame that a fetch delivers, and its place in the chunk's object.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FrameRef {
     /// Its number in the chunk.
@@ -169,7 +170,7 @@ pub struct CheckpointPlan {
 pub enum Event {
     /// A front end's request.
     Request(Request),
-    /// A cache I/O (`CacheRead`, `CacheWrite`, `ZeroFill`, `WritePages`, `Sync`, `FillWrite`,
+    /// A cache I/O (`CacheRead`, `CacheWrite`, `ZeroFill`, `WritePage`, `Sync`, `FillWrite`,
     /// `CopyToRequest`) or a `FetchDirect` is done; a transfer that was short is an error.
     IoDone {
         /// The I/O.
@@ -323,8 +324,8 @@ pub enum Action {
         /// What to copy.
         data: Bytes,
     },
-    /// Write whole 4 KiB pages (segment headers or record pages) to the cache device. With
-    /// `durable`, each must be on stable media when it completes (`RWF_DSYNC`).
+    /// Write a page of 4 KiB (a segment header or a record page) to the cache device. With
+    /// `durable` it must be on stable media when it completes (`RWF_DSYNC`).
     WritePage {
         /// Comes back in `IoDone`.
         io: IoId,
