@@ -61,6 +61,7 @@ use self::quota::Wish;
 pub(crate) use self::registry::store_error;
 pub use self::release::Whose;
 use self::slot::{Attached, Slot, Stage};
+pub(crate) use self::tenants::read as tenant_record;
 use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
@@ -626,15 +627,21 @@ impl Engine for Daemon {
     async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
         self.fit()?;
         // Of one of that name which is gone, should a crash have left any.
-        match tenants::read(&self.home, &spec.name).await {
+        let created_ms = match tenants::read(&self.home, &spec.name).await {
             Err(error) if error.kind == Kind::NotFound => {
                 self.access.tokens()?.forget(&spec.name).await?;
+                None
             }
-            // Its record is made anew, it is the same.
-            Err(error) if error.kind != Kind::Damaged => return Err(error),
-            _ => {}
-        }
-        self.create_one_tenant(spec).await
+            // Its record is made anew, it is the same, and its tokens know it by when it was created.
+            Err(error) if error.kind == Kind::Damaged => {
+                let tokens = self.access.tokens()?;
+                tokens.tenant_created_ms(&spec.name).await?
+            }
+            Err(error) => return Err(error),
+            Ok(_) => None,
+        };
+        let created_ms = created_ms.unwrap_or_else(now_ms);
+        self.create_one_tenant(spec, created_ms).await
     }
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {

@@ -151,10 +151,11 @@ pub(super) async fn create(
     let spec: TokenSpec = json(body)?;
     spec.check()?;
     let made = whole(async move {
-        if let Some(tenant) = &spec.tenant {
-            engine.show_tenant(tenant).await?;
-        }
-        access.tokens()?.create(&spec).await
+        let tenant_created_ms = match &spec.tenant {
+            Some(tenant) => Some(engine.show_tenant(tenant).await?.created_ms),
+            None => None,
+        };
+        access.tokens()?.create(&spec, tenant_created_ms).await
     });
     Ok((StatusCode::CREATED, Json(made.await?)))
 }

@@ -469,7 +469,7 @@ fn settings_of(store: &TenantStore, home: &StoreSettings) -> StoreSettings {
 }
 
 /// A tenant's record and its state in the store.
-pub(super) async fn read(store: &dyn Store, tenant: &TenantName) -> ApiResult<(TenantRecord, Tag)> {
+pub(crate) async fn read(store: &dyn Store, tenant: &TenantName) -> ApiResult<(TenantRecord, Tag)> {
     let key = keys::tenant_key(tenant);
     let mut damaged = None;
     // A second look tells damage from a bit flipped on its way.
@@ -622,10 +622,11 @@ impl Daemon {
         &self,
         name: &TenantName,
         settings: TenantSettings,
+        created_ms: u64,
     ) -> ApiResult<TenantRecord> {
         let record = TenantRecord {
             name: name.to_string(),
-            created_ms: super::now_ms(),
+            created_ms,
             settings,
             ..TenantRecord::default()
         };

@@ -18,6 +18,10 @@ pub const TOKEN_NOTE_BYTES_MAX: usize = 128;
 pub struct TokensRecord {
     /// How often it was changed.
     pub revision: u64,
+    /// When the tenant that they are of was created: one of its name that was created at another time has none of
+    /// them. None of the operators', and where an older program wrote it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_created_ms: Option<u64>,
     /// The tokens, the oldest first.
     pub tokens: Vec<TokenRecord>,
     /// What a newer program wrote.
@@ -66,6 +70,7 @@ mod tests {
         };
         let record = TokensRecord {
             revision: u64::MAX,
+            tenant_created_ms: Some(u64::MAX),
             tokens: vec![token; TOKENS_MAX],
             others: BTreeMap::new(),
         };
@@ -77,6 +82,11 @@ mod tests {
     fn record_rewritten_keeps_what_a_newer_program_wrote() {
         let json = r#"{"revision":1,"tokens":[{"serial":"a","sha256":"00","role":"poet","created_ms":5,"scope":["x"]}],"colour":1}"#;
         let record: TokensRecord = serde_json::from_str(json).unwrap();
+        assert_eq!(record.tenant_created_ms, None);
         assert_eq!(serde_json::to_string(&record).unwrap(), json);
+        let bound = json.replace(r#""tokens""#, r#""tenant_created_ms":7,"tokens""#);
+        let record: TokensRecord = serde_json::from_str(&bound).unwrap();
+        assert_eq!(record.tenant_created_ms, Some(7));
+        assert_eq!(serde_json::to_string(&record).unwrap(), bound);
     }
 }

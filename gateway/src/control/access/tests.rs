@@ -172,7 +172,8 @@ impl Site {
             expires_ms: None,
             note: String::new(),
         };
-        self.access.tokens().unwrap().create(&spec).await.unwrap()
+        let tokens = self.access.tokens().unwrap();
+        tokens.create(&spec, None).await.unwrap()
     }
 
     /// Asks as somebody on the network does: status, and headers and body.
@@ -211,7 +212,7 @@ impl Site {
             expires_ms: Some(now_ms() + 20),
             note: String::new(),
         };
-        let ended = tokens.create(&soon).await.unwrap();
+        let ended = tokens.create(&soon, None).await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(25)).await;
         vec![
             None,

@@ -7,6 +7,8 @@
 //! **Invariants:**
 //! - a token works [`FRESH`] at most after another host revoked it, at once not after this one did; and, while
 //!   the store does not answer, [`STALE_MAX`] after it was last seen there;
+//! - a tenant's are of the one tenant that they were made for, and no later one's of its name, whenever the store
+//!   takes the record of them;
 //! - what unknown tokens make the daemon do is bounded by [`WRONG_BURST`] and [`WRONG_PAUSE`] for each address
 //!   that they come from, and by [`LOADS_AT_ONCE`] for all.
 
@@ -29,7 +31,7 @@ use tokio::sync::Semaphore;
 use super::super::token::{TokenInfo, TokenMade, TokenRole, TokenSpec};
 use super::super::{ApiError, ApiResult, Kind};
 use super::{Caller, Role};
-use crate::engine::now_ms;
+use crate::engine::{now_ms, tenant_record};
 use crate::places::holder;
 use crate::store::{Store, StoreError, Tag};
 
@@ -354,7 +356,38 @@ impl Tokens {
         self.remember(holder, held);
     }
 
+    /// A holder's tokens, and where they were seen. Those of a tenant of this name that is no more do not count: a PUT
+    /// whose answer was lost may come after it was deleted, and made anew.
     async fn read(&self, holder: &Holder) -> ApiResult<Option<(TokensRecord, Tag)>> {
+        let Some((mut record, tag)) = self.stored(holder).await? else {
+            return Ok(None);
+        };
+        if let (Some(tenant), Some(created_ms)) = (holder, record.tenant_created_ms) {
+            let is_of_it = match tenant_record(&*self.store, tenant).await {
+                Ok((now, _)) => now.created_ms == created_ms,
+                Err(error) if error.kind == Kind::NotFound => false,
+                // It says nothing of another tenant, and is made anew for the same one.
+                Err(error) if error.kind == Kind::Damaged => true,
+                Err(error) => return Err(error),
+            };
+            if !is_of_it {
+                record.tokens.clear();
+                record.tenant_created_ms = None;
+            }
+        }
+        Ok(Some((record, tag)))
+    }
+
+    /// When the tenant was created whose tokens the store has, if it has any and they say so.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn tenant_created_ms(&self, tenant: &TenantName) -> ApiResult<Option<u64>> {
+        let found = self.stored(&Some(tenant.clone())).await?;
+        Ok(found.and_then(|(record, _)| record.tenant_created_ms))
+    }
+
+    async fn stored(&self, holder: &Holder) -> ApiResult<Option<(TokensRecord, Tag)>> {
         let key = keys::tokens_key(holder.as_ref());
         match self.store.get(&key).await {
             Ok((bytes, tag)) => match decode_record(TOKENS_KIND, &bytes) {
@@ -449,11 +482,15 @@ impl Tokens {
         Err(ApiError::new(Kind::Unavailable, message, "try again"))
     }
 
-    /// Makes a token. Its text is in the answer and nowhere else.
+    /// Makes a token, of the tenant that was created then. Its text is in the answer and nowhere else.
     ///
     /// # Errors
     /// [`Kind::Conflict`] if the holder has as many as it may have.
-    pub async fn create(&self, spec: &TokenSpec) -> ApiResult<TokenMade> {
+    pub async fn create(
+        &self,
+        spec: &TokenSpec,
+        tenant_created_ms: Option<u64>,
+    ) -> ApiResult<TokenMade> {
         spec.check()?;
         let holder = spec.tenant.clone();
         let serial = random(SERIAL_BYTES)?;
@@ -483,6 +520,7 @@ impl Tokens {
                 let remedy = "revoke some with `quarry token revoke`";
                 return Err(ApiError::new(Kind::Conflict, message, remedy));
             }
+            all.tenant_created_ms = all.tenant_created_ms.or(tenant_created_ms);
             all.tokens.push(record.clone());
             Ok(true)
         })

@@ -5,18 +5,20 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use async_trait::async_trait;
+use quarry_objfmt::record::{TENANT_KIND, TenantRecord};
 
 use super::*;
 use crate::store::{FolderStore, Operation};
 
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A folder that counts its reads and can be away.
+/// A folder that counts its reads, can be away, and remembers what was made in it, to be made once more.
 #[derive(Debug)]
 struct Flaky {
     inner: FolderStore,
     away: AtomicBool,
     reads: AtomicU64,
+    made: Mutex<Vec<(String, Bytes)>>,
 }
 
 impl Flaky {
@@ -47,6 +49,7 @@ impl Store for Flaky {
     }
     async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
         self.check(Operation::Create, key)?;
+        self.made.lock().push((key.to_owned(), body.clone()));
         self.inner.create(key, body).await
     }
     async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
@@ -73,11 +76,29 @@ impl Site {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let inner = FolderStore::open(dir.path(), true).unwrap();
-        let (away, reads) = (AtomicBool::new(false), AtomicU64::new(0));
+        let store = Flaky {
+            inner,
+            away: AtomicBool::new(false),
+            reads: AtomicU64::new(0),
+            made: Mutex::default(),
+        };
         Self {
             _dir: dir,
-            store: Arc::new(Flaky { inner, away, reads }),
+            store: Arc::new(store),
         }
+    }
+
+    /// The tenant `acme` is the one that was created then.
+    async fn make_acme(&self, created_ms: u64) {
+        let record = TenantRecord {
+            name: "acme".to_owned(),
+            created_ms,
+            ..TenantRecord::default()
+        };
+        let bytes = encode_record(TENANT_KIND, &record).unwrap();
+        let folder = &self.store.inner;
+        folder.delete("tenants/acme").await.unwrap();
+        folder.create("tenants/acme", bytes.into()).await.unwrap();
     }
 
     /// A host of its own.
@@ -107,7 +128,7 @@ fn spec(tenant: &str) -> TokenSpec {
 async fn token_is_known_by_every_host_until_it_is_revoked() {
     let site = Site::new();
     let (here, elsewhere) = (site.tokens(), site.tokens());
-    let made = here.create(&spec("acme")).await.unwrap();
+    let made = here.create(&spec("acme"), None).await.unwrap();
     assert!(
         made.token.len() > 52 && made.token.starts_with("qry_acme."),
         "{}",
@@ -144,7 +165,7 @@ async fn token_is_known_by_every_host_until_it_is_revoked() {
 async fn secret_is_in_no_object_and_every_other_text_is_wrong() {
     let site = Site::new();
     let tokens = site.tokens();
-    let made = tokens.create(&spec("acme")).await.unwrap();
+    let made = tokens.create(&spec("acme"), None).await.unwrap();
     let (_, secret) = made.token.rsplit_once('_').unwrap();
     let (bytes, _) = site.store.get("tokens/acme").await.unwrap();
     assert!(!String::from_utf8_lossy(&bytes).contains(secret));
@@ -168,6 +189,35 @@ async fn secret_is_in_no_object_and_every_other_text_is_wrong() {
         );
     }
     assert!(tokens.bearer(&made.token, HERE).await.is_ok());
+}
+
+/// The first of two tries to write the record takes effect when the tenant and its tokens are gone, and there is another
+/// tenant of its name.
+#[tokio::test]
+async fn token_of_a_tenant_that_is_gone_is_not_the_next_ones_when_its_record_comes_late() {
+    let site = Site::new();
+    let acme = TenantName::new("acme").unwrap();
+    site.make_acme(1).await;
+    let old = site.tokens().create(&spec("acme"), Some(1)).await.unwrap();
+    assert!(site.tokens().bearer(&old.token, HERE).await.is_ok());
+    site.tokens().forget(&acme).await.unwrap();
+    site.make_acme(2).await;
+    let (key, body) = site.store.made.lock().remove(0);
+    site.store.inner.create(&key, body).await.unwrap();
+    assert_eq!(
+        site.tokens().bearer(&old.token, HERE).await,
+        Err(Unknown::Wrong)
+    );
+    assert_eq!(site.tokens().list(Some(&acme)).await.unwrap(), []);
+    let new = site.tokens().create(&spec("acme"), Some(2)).await.unwrap();
+    assert!(site.tokens().bearer(&new.token, HERE).await.is_ok());
+    assert_eq!(
+        site.tokens().bearer(&old.token, HERE).await,
+        Err(Unknown::Wrong)
+    );
+    assert_eq!(site.tokens().list(Some(&acme)).await.unwrap(), [new.info]);
+    let made_anew = site.tokens().tenant_created_ms(&acme).await.unwrap();
+    assert_eq!(made_anew, Some(2));
 }
 
 /// A record that somebody moves to the operators' place makes no operators.
@@ -201,8 +251,13 @@ async fn store_that_is_away_leaves_known_tokens_and_tells_of_others_that_it_cann
         again: Duration::ZERO,
         ..site.tokens()
     };
-    let acme = tokens.create(&spec("acme")).await.unwrap().token;
-    let other = site.tokens().create(&spec("other")).await.unwrap().token;
+    let acme = tokens.create(&spec("acme"), None).await.unwrap().token;
+    let other = site
+        .tokens()
+        .create(&spec("other"), None)
+        .await
+        .unwrap()
+        .token;
     site.set_away(true);
     assert!(tokens.bearer(&acme, HERE).await.is_ok());
     assert!(tokens.bearer(&acme, HERE).await.is_ok());
@@ -222,7 +277,7 @@ async fn store_that_is_away_leaves_known_tokens_and_tells_of_others_that_it_cann
 async fn wrong_tokens_cost_the_store_a_bounded_number_of_reads_and_others_nothing() {
     let site = Site::new();
     let tokens = site.tokens();
-    let acme = tokens.create(&spec("acme")).await.unwrap().token;
+    let acme = tokens.create(&spec("acme"), None).await.unwrap().token;
     let begun = site.reads();
     let mut refused = 0;
     for n in 0..1000 {
@@ -259,15 +314,15 @@ async fn tokens_made_at_once_on_two_hosts_are_all_there_and_no_more_than_fit() {
     let (a, b) = (site.tokens(), site.tokens());
     for _ in 0..10 {
         let (spec, other) = (spec("acme"), spec("acme"));
-        let (first, second) = tokio::join!(a.create(&spec), b.create(&other));
+        let (first, second) = tokio::join!(a.create(&spec, None), b.create(&other, None));
         first.unwrap();
         second.unwrap();
     }
     assert_eq!(a.list(None).await.unwrap().len(), 20);
     for _ in 20..TOKENS_MAX {
-        a.create(&spec("acme")).await.unwrap();
+        a.create(&spec("acme"), None).await.unwrap();
     }
-    let error = b.create(&spec("acme")).await.unwrap_err();
+    let error = b.create(&spec("acme"), None).await.unwrap_err();
     assert_eq!(error.kind, Kind::Conflict, "{error}");
     a.forget(&TenantName::new("acme").unwrap()).await.unwrap();
     assert_eq!(b.list(None).await.unwrap(), []);
