@@ -30,7 +30,7 @@ use crate::store::{Store, StoreError};
 
 pub use keyring::line as keyring_line;
 
-/// How long a program or a service may take over one key.
+/// How long a program or a service may take over one key, and how long a key waits for its turn with a program.
 const HOOK_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// Longest answer of either that is read.
@@ -127,12 +127,14 @@ impl KeyService {
         Self(source)
     }
 
-    /// Wraps `secret` for `context` with the key of this name, so that it was opened again.
+    /// Wraps `secret` for `context` with the key of this name, so that it was opened again. `tenant` is whose it is; none:
+    /// the daemon's own.
     ///
     /// # Errors
     /// [`KeyError`].
     pub async fn wrap(
         &self,
+        tenant: Option<&TenantName>,
         key: &KeyName,
         context: &[u8],
         secret: &[u8],
@@ -140,7 +142,10 @@ impl KeyService {
         let wrapped = match &self.0 {
             Source::None => return Err(KeyError::NotConfigured { key: key.clone() }),
             Source::Keyring(keyring) => return keyring.wrap(key, context, secret).await,
-            Source::Command(command) => command.ask("wrap", key, framed(context, secret)).await?,
+            Source::Command(command) => {
+                let framed = framed(context, secret);
+                command.ask(tenant, "wrap", key, framed).await?
+            }
             Source::Service(service) => service.ask("wrap", key, framed(context, secret)).await?,
         };
         if !(1..=WRAPPED_LEN_MAX).contains(&wrapped.len()) {
@@ -152,7 +157,10 @@ impl KeyService {
         }
         // Before anything relies on it: what was wrapped before may be deleted for its sake. A program may end well, and have
         // said something else than what it was asked for.
-        match self.unwrap(key, context, &wrapped, "just wrapped").await {
+        match self
+            .unwrap(tenant, key, context, &wrapped, "just wrapped")
+            .await
+        {
             Ok(opened) if opened[..] == *secret => Ok(wrapped.to_vec()),
             Ok(_) | Err(KeyError::Wrong { .. }) => {
                 let why = "it does not open what it has just wrapped".to_owned();
@@ -168,6 +176,7 @@ impl KeyService {
     /// [`KeyError`].
     pub async fn unwrap(
         &self,
+        tenant: Option<&TenantName>,
         key: &KeyName,
         context: &[u8],
         wrapped: &[u8],
@@ -178,7 +187,8 @@ impl KeyService {
             Source::None => return Err(KeyError::NotConfigured { key: key.clone() }),
             Source::Keyring(keyring) => keyring.unwrap(key, context, &wrapped).await?,
             Source::Command(command) => {
-                unframed(context, &command.ask("unwrap", key, wrapped).await?)
+                let asked = command.ask(tenant, "unwrap", key, wrapped);
+                unframed(context, &asked.await?)
             }
             Source::Service(service) => {
                 unframed(context, &service.ask("unwrap", key, wrapped).await?)
@@ -217,7 +227,7 @@ impl KeyService {
             volume,
             generation,
             by: by.clone(),
-            bytes: self.wrap(by, &context, &*secret).await?,
+            bytes: self.wrap(Some(tenant), by, &context, &*secret).await?,
         })
     }
 
@@ -259,7 +269,7 @@ impl KeyService {
         let context = data_key_context(tenant, *volume, *generation);
         let what = format!("key {generation} of volume {volume}");
         let secret = self
-            .unwrap(&wrapped.by, &context, &wrapped.bytes, &what)
+            .unwrap(Some(tenant), &wrapped.by, &context, &wrapped.bytes, &what)
             .await?;
         let secret = <&[u8; 32]>::try_from(&secret[..]).map(|secret| Zeroizing::new(*secret));
         secret.map_err(|_| KeyError::Wrong {
@@ -298,7 +308,7 @@ impl KeyService {
             volume: old.volume,
             generation: old.generation,
             by: by.clone(),
-            bytes: self.wrap(by, &context, &*secret).await?,
+            bytes: self.wrap(Some(tenant), by, &context, &*secret).await?,
         })
     }
 }

@@ -44,7 +44,7 @@ pub async fn prepare(config: &quarry_config::Config) -> anyhow::Result<Option<Pr
         let context = cache_key_context(cache);
         let what = format!("the key of the cache {}", path.display());
         let secret = service
-            .unwrap(&wrapped.by, &context, &wrapped.bytes, &what)
+            .unwrap(None, &wrapped.by, &context, &wrapped.bytes, &what)
             .await;
         let secret = secret.map_err(crate::control::ApiError::from);
         let secret = secret.map_err(|error| anyhow::anyhow!(made(error)))?;
@@ -60,7 +60,8 @@ pub async fn prepare(config: &quarry_config::Config) -> anyhow::Result<Option<Pr
     }
     let cache = CacheId::from(uuid::Uuid::new_v4());
     let key = random_key::<CIPHER_KEY_LEN>();
-    let wrapped = service.wrap(&name, &cache_key_context(cache), &*key).await;
+    let context = cache_key_context(cache);
+    let wrapped = service.wrap(None, &name, &context, &*key).await;
     let bytes = wrapped.map_err(crate::control::ApiError::from);
     let bytes = bytes.map_err(|error| anyhow::anyhow!(made(error)))?;
     Ok(Some(PreparedKey {

@@ -1,14 +1,18 @@
 //! A program that wraps and unwraps: `PROGRAM wrap|unwrap NAME`, bytes in by standard input, out by standard output.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use quarry_objfmt::KeyName;
+use parking_lot::Mutex;
+use quarry_objfmt::{KeyName, TenantName};
 use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use zeroize::Zeroizing;
 
 use super::{HOOK_ANSWER_MAX, HOOK_TIME_MAX, KeyError};
@@ -19,35 +23,99 @@ const LOOK_STEP: Duration = Duration::from_millis(5);
 /// What of its complaint is told.
 const COMPLAINT_CHARS_MAX: usize = 200;
 
-#[derive(Clone, Debug)]
-pub(super) struct Command(PathBuf);
+/// Programs under way at once. Each holds one of the runtime's 512 blocking threads for as long as it takes: chunks are
+/// encoded and the audit log is written by the same, and must not wait for a slow key.
+const PROGRAMS_MAX: usize = 32;
+
+/// Of these, a tenant's: as many as a volume's keys are asked for at once. One whose keys are slow leaves the others three
+/// quarters.
+const TENANT_PROGRAMS_MAX: usize = 8;
+
+#[derive(Debug)]
+pub(super) struct Command {
+    program: PathBuf,
+    places: Arc<Semaphore>,
+    tenant_places: usize,
+    /// Places of tenants that have one, or wait for one.
+    tenants: Mutex<HashMap<TenantName, Weak<Semaphore>>>,
+}
 
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the program {}", self.0.display())
+        write!(f, "the program {}", self.program.display())
     }
 }
 
 impl Command {
     pub(super) fn new(program: &Path) -> Self {
-        Self(program.to_owned())
+        Self::with_places(program, PROGRAMS_MAX, TENANT_PROGRAMS_MAX)
     }
 
+    fn with_places(program: &Path, places: usize, tenant_places: usize) -> Self {
+        Self {
+            program: program.to_owned(),
+            places: Arc::new(Semaphore::new(places)),
+            tenant_places,
+            tenants: Mutex::default(),
+        }
+    }
+
+    /// Asks it on behalf of `tenant`; without one, of the daemon itself.
     pub(super) async fn ask(
         &self,
+        tenant: Option<&TenantName>,
         what: &'static str,
         key: &KeyName,
         input: Zeroizing<Vec<u8>>,
     ) -> Result<Zeroizing<Vec<u8>>, KeyError> {
-        let (program, name) = (self.0.clone(), key.to_string());
-        let ran = move || run(&program, &[what, &name], input, HOOK_TIME_MAX);
-        let ran = tokio::task::spawn_blocking(ran).await;
-        let ran = ran.unwrap_or_else(|error| Err(error.to_string()));
-        ran.map_err(|why| KeyError::Unavailable {
+        let asked = self.call(tenant, what, key, input).await;
+        asked.map_err(|why| KeyError::Unavailable {
             by: self.to_string(),
             key: key.clone(),
             why,
         })
+    }
+
+    async fn call(
+        &self,
+        tenant: Option<&TenantName>,
+        what: &'static str,
+        key: &KeyName,
+        input: Zeroizing<Vec<u8>>,
+    ) -> Result<Zeroizing<Vec<u8>>, String> {
+        let place = tokio::time::timeout(HOOK_TIME_MAX, self.place(tenant));
+        let place = place
+            .await
+            .map_err(|_| "too many others are asked for keys".to_owned())?;
+        let (program, name) = (self.program.clone(), key.to_string());
+        let ran = move || {
+            // Held to its end, also if nobody waits for it any more.
+            let _place = place;
+            run(&program, &[what, &name], input, HOOK_TIME_MAX)
+        };
+        let ran = tokio::task::spawn_blocking(ran).await;
+        ran.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    /// Waits for a place: of the tenant's own first, so that who waits for one of those holds none of all.
+    async fn place(&self, tenant: Option<&TenantName>) -> [Option<OwnedSemaphorePermit>; 2] {
+        // The semaphores are never closed.
+        let own = match tenant {
+            Some(tenant) => self.places_of(tenant).acquire_owned().await.ok(),
+            None => None,
+        };
+        [own, Arc::clone(&self.places).acquire_owned().await.ok()]
+    }
+
+    fn places_of(&self, tenant: &TenantName) -> Arc<Semaphore> {
+        let mut tenants = self.tenants.lock();
+        tenants.retain(|_, places| places.strong_count() > 0);
+        if let Some(places) = tenants.get(tenant).and_then(Weak::upgrade) {
+            return places;
+        }
+        let places = Arc::new(Semaphore::new(self.tenant_places));
+        tenants.insert(tenant.clone(), Arc::downgrade(&places));
+        places
     }
 }
 
@@ -142,11 +210,52 @@ fn run(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn shell(script: &str, time_max: Duration) -> Result<Zeroizing<Vec<u8>>, String> {
         let input = Zeroizing::new(b"in".to_vec());
         run(Path::new("/bin/sh"), &["-c", script], input, time_max)
+    }
+
+    /// How many were under way when each of the programs that wrote `file` looked.
+    fn counts(file: &Path) -> Vec<usize> {
+        let text = std::fs::read_to_string(file).unwrap();
+        let count = |line: &str| line.trim().parse().unwrap();
+        text.lines().map(count).collect()
+    }
+
+    #[tokio::test]
+    async fn programs_under_way_are_no_more_than_there_are_places_for_all_and_for_a_tenant() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("kms");
+        let script = format!(
+            "#!/bin/sh\ncd {} || exit 1\n: > under.$2.$$\nls | grep -c '^under' >> all\nls | grep -c \"^under.$2\" >> of.$2\nsleep 0.2\nrm under.$2.$$\ncat\n",
+            dir.path().display()
+        );
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let command = Command::with_places(&program, 4, 2);
+        let names = ["acme", "other", "zebra"];
+        let tenants =
+            names.map(|name| (TenantName::new(name).unwrap(), KeyName::new(name).unwrap()));
+        let asks = tenants.iter().flat_map(|tenant| [tenant; 3]);
+        let asks = asks.map(|(tenant, key)| {
+            let input = Zeroizing::new(b"in".to_vec());
+            command.ask(Some(tenant), "wrap", key, input)
+        });
+        for answer in futures::future::join_all(asks).await {
+            assert_eq!(*answer.unwrap(), b"in");
+        }
+        let all = counts(&dir.path().join("all"));
+        assert_eq!(all.len(), 9);
+        assert!(all.iter().all(|count| *count <= 4), "{all:?}");
+        for name in names {
+            let own = counts(&dir.path().join(format!("of.{name}")));
+            assert!(own.iter().all(|count| *count <= 2), "{name}: {own:?}");
+        }
+        assert_eq!(command.places.available_permits(), 4);
     }
 
     #[test]

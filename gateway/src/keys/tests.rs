@@ -251,7 +251,10 @@ async fn service_that_answers_wraps_and_one_that_errs_is_tried_again() {
     let refused = service(serve(wrong)).open(&tenant(), &head).await;
     assert!(matches!(refused, Err(KeyError::Wrong { .. })));
     let empty = service(serve(|_| http("200 OK", r#"{"data": ""}"#)));
-    let refused = empty.wrap(&name("k"), b"for", b"it").await.unwrap_err();
+    let refused = empty
+        .wrap(None, &name("k"), b"for", b"it")
+        .await
+        .unwrap_err();
     assert!(refused.to_string().contains("0 bytes"), "{refused}");
 }
 
