@@ -655,7 +655,8 @@ impl VolumeBackend {
             }
             Some(Entry::Seal(seal)) => {
                 Branch::SealMet.taken();
-                Ok(Existing::NewerWriter(seal.by_host))
+                let by = quarry_objfmt::printable(&seal.by_host);
+                Ok(Existing::NewerWriter(by))
             }
             Some(Entry::Chunk(_)) => Ok(Existing::NewerWriter("an unknown writer".to_owned())),
             None => Err("the store says that it exists, and that it does not".to_owned()),

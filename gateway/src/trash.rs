@@ -341,7 +341,7 @@ async fn mark(
         }
         None => {
             if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
-                let host = other.host.clone();
+                let host = other.shown_host();
                 return Err(TrashError::Owned { host });
             }
             check_name(store, &head, volume).await?;
@@ -715,7 +715,7 @@ pub async fn restore(
         }
     }
     if let Some(owner) = head.owner.as_ref().filter(|_| since_ms.is_none()) {
-        let host = owner.host.clone();
+        let host = owner.shown_host();
         return Err(TrashError::Owned { host });
     }
     match named(store, &volume).await? {

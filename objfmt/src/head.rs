@@ -11,7 +11,7 @@ use crate::codec::{Compression, Encryption};
 use crate::error::{FormatError, Result};
 use crate::frame::frame_sectors_valid;
 use crate::keys::{NAME_LEN_MAX, SnapName, TenantName, VolumeName};
-use crate::prologue::{Format, PROLOGUE_LEN, put_str, read_str};
+use crate::prologue::{Format, PROLOGUE_LEN, printable, put_str, read_str};
 use crate::types::{
     CacheId, ChunkSeq, Epoch, MapSeq, SECTOR_SIZE, Sectors, VOLUME_SECTORS_MAX, VolumeId, WriteSeq,
 };
@@ -111,10 +111,19 @@ impl std::fmt::Display for Durability {
 pub struct Owner {
     /// Its cache device.
     pub cache: CacheId,
-    /// Its host's name, for the operator; longer than 255 bytes it is cut.
+    /// Its host's name; longer than 255 bytes it is cut. Whoever has the bucket can write any text here: people are shown
+    /// [`Owner::shown_host`].
     pub host: String,
     /// Since when, in milliseconds since 1970.
     pub since_ms: u64,
+}
+
+impl Owner {
+    /// Its host's name, for the operator.
+    #[must_use]
+    pub fn shown_host(&self) -> String {
+        printable(&self.host)
+    }
 }
 
 /// What an owner's cache is called who is none: the volume is in the trash.

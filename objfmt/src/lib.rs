@@ -37,7 +37,7 @@ pub use page::{
     SegmentKind, Superblock,
 };
 pub use page_vec::PageVec;
-pub use prologue::HOST_LEN_MAX;
+pub use prologue::{HOST_LEN_MAX, printable};
 pub use record::{
     CloneOf, CloneRecord, NameRecord, Rates, Suspended, TenantRecord, TenantSettings, TenantStore,
     TrashRecord, decode_record, encode_record,

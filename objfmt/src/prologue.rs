@@ -161,6 +161,14 @@ pub(crate) fn read_str(reader: &mut Reader<'_>) -> Result<String> {
     Ok(text.to_owned())
 }
 
+/// A text that others wrote, as people are shown it: what does something to a terminal, or begins another line of a log,
+/// is a space.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().map(shown).collect()
+}
+
 /// The longest leading part of `text` that fits [`HOST_LEN_MAX`].
 pub(crate) fn cut(text: &str) -> &str {
     let mut len = text.len().min(HOST_LEN_MAX);

@@ -264,7 +264,7 @@ fn fenced(now: &Head) -> HeadError {
     HeadError::Fenced {
         by: owner.map_or_else(
             || "another daemon".to_owned(),
-            |o| format!("host {}", o.host),
+            |o| format!("host {}", o.shown_host()),
         ),
     }
 }
@@ -357,6 +357,24 @@ mod tests {
                 false => assert!(matches!(error, HeadError::Damaged { .. }), "{error}"),
             }
         }
+    }
+
+    #[tokio::test]
+    async fn host_of_another_owner_is_told_without_what_does_something_to_log_or_terminal() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, cell, late) = two_cells(dir.path()).await;
+        let theirs = attached(4, "b\nERROR forged \x1b[2J");
+        late.update(&store, |head| *head = theirs.clone())
+            .await
+            .unwrap();
+        let there = HeadCell::read(&store, &cell.key).await.unwrap().0;
+        assert_eq!(there, theirs, "such a head is read as it is");
+        let fenced = cell.update(&store, |head| head.stored_bytes += 7);
+        let told = fenced.await.unwrap_err().to_string();
+        assert_eq!(
+            told,
+            "the volume was taken over by host b ERROR forged  [2J"
+        );
     }
 
     #[tokio::test]

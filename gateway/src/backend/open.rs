@@ -368,7 +368,7 @@ async fn read_head(
         Some(owner) if owner.cache != claim.cache && !claim.force => {
             Branch::OwnedRefused.taken();
             Err(OpenError::Owned {
-                host: owner.host.clone(),
+                host: owner.shown_host(),
                 since: since(owner.since_ms),
             })
         }

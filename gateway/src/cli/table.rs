@@ -1,8 +1,9 @@
-//! Aligned columns, and numbers for people.
+//! Aligned columns, and numbers for people. A cell may hold what somebody else wrote: it is shown as [`printable`] has it.
 
 use std::time::{Duration, UNIX_EPOCH};
 
 use quarry_config::Size;
+use quarry_objfmt::printable;
 
 /// Space between two columns.
 const GAP: &str = "  ";
@@ -25,7 +26,7 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         let cells: Vec<String> = row
             .iter()
             .zip(&widths)
-            .map(|(cell, &width)| format!("{cell:width$}"))
+            .map(|(cell, &width)| format!("{:width$}", printable(cell)))
             .collect();
         text.push_str(cells.join(GAP).trim_end());
         text.push('\n');
@@ -42,7 +43,7 @@ pub(super) fn fields(fields: &[(&str, Option<String>)]) -> String {
     };
     let width = there().map(|(name, _)| name.len()).max().unwrap_or(0);
     there()
-        .map(|(name, value)| format!("{name:width$}{GAP}{value}\n"))
+        .map(|(name, value)| format!("{name:width$}{GAP}{}\n", printable(value)))
         .collect()
 }
 
@@ -84,6 +85,19 @@ mod tests {
         assert_eq!(
             table(&["VOLUME", "SIZE"], &rows),
             "VOLUME   SIZE\nacme/db  1GiB\na/b\n"
+        );
+    }
+
+    #[test]
+    fn words_of_others_begin_no_line_and_do_nothing_to_the_terminal() {
+        let word = || "attached on b\n\x1b[2Jc".to_owned();
+        assert_eq!(
+            table(&["STATE", "SIZE"], &[vec![word(), "1GiB".to_owned()]]),
+            "STATE                SIZE\nattached on b  [2Jc  1GiB\n"
+        );
+        assert_eq!(
+            fields(&[("state", Some(word()))]),
+            "state  attached on b  [2Jc\n"
         );
     }
 

@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use quarry_objfmt::printable;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
@@ -232,7 +233,7 @@ pub(super) async fn run(
             Ok(now) => now,
             // It may be replaced by a newer one just now; who looks on ends this.
             Err(error) if screen.is_some() => {
-                let why: String = error.to_string().chars().map(printable).collect();
+                let why = printable(&error.to_string());
                 console.raw(on_screen(&format!("no answer: {why}")).as_bytes())?;
                 continue;
             }
@@ -284,8 +285,7 @@ fn text(seen: &Seen) -> String {
     let mut out = seen.daemon.as_ref().map(head).unwrap_or_default();
     for wait in &seen.waits {
         // It may quote what others said.
-        out.extend("waits: ".chars().chain(wait.chars().map(printable)));
-        out.push('\n');
+        out.push_str(&format!("waits: {}\n", printable(wait)));
     }
     if !out.is_empty() {
         out.push('\n');
@@ -312,11 +312,6 @@ fn text(seen: &Seen) -> String {
         out.push_str(&format!("and {} more\n", seen.volumes_left_out));
     }
     out
-}
-
-/// What of a text does nothing to a terminal.
-fn printable(c: char) -> char {
-    if c.is_control() { ' ' } else { c }
 }
 
 fn head(status: &StatusInfo) -> String {

@@ -365,7 +365,7 @@ pub(super) async fn free_head(
         return Err(OpenError::Deleted.into());
     }
     if let Some(other) = head.owner.as_ref().filter(|o| o.cache != cache) {
-        let message = format!("{volume} is attached by host {}", other.host);
+        let message = format!("{volume} is attached by host {}", other.shown_host());
         let remedy =
             format!("{doing} there, or, if that host is lost, attach it here with --force first");
         return Err(ApiError::new(Kind::Conflict, message, remedy));

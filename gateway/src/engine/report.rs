@@ -119,7 +119,7 @@ impl Daemon {
                 state => state,
             },
             owner: owner.map(|o| OwnerInfo {
-                host: o.host.clone(),
+                host: o.shown_host(),
                 cache: o.cache.to_string(),
                 since_ms: o.since_ms,
             }),

@@ -73,7 +73,7 @@ impl Daemon {
         }
         let elsewhere = |o: &&Owner| o.cache != self.common.device.id();
         if let Some(owner) = head.owner.as_ref().filter(elsewhere) {
-            let message = format!("{volume} is attached by host {}", owner.host);
+            let message = format!("{volume} is attached by host {}", owner.shown_host());
             let remedy =
                 "detach it there, or, if that host is lost, attach it here with --force first";
             return Err(ApiError::new(Kind::Conflict, message, remedy));

@@ -217,7 +217,7 @@ impl Daemon {
         let elsewhere = |o: &&quarry_objfmt::Owner| o.cache != self.common.device.id();
         if let Some(owner) = head.owner.as_ref().filter(elsewhere) {
             let owned = OpenError::Owned {
-                host: owner.host.clone(),
+                host: owner.shown_host(),
                 since: String::new(),
             };
             return Err(not_ours(volume, &owned));
