@@ -18,9 +18,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use axum::http::Uri;
 use axum::http::request::Parts;
 use axum::response::Response;
 use parking_lot::Mutex;
+use percent_encoding::percent_decode_str;
+use quarry_objfmt::TenantName;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -59,6 +62,9 @@ pub(super) struct Told {
     caller: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tenant: Option<String>,
+    /// The tenants that are asked for.
+    #[serde(skip)]
+    asked: Vec<String>,
 }
 
 /// A line.
@@ -109,6 +115,7 @@ impl Told {
             from: Peer::of_request(parts).to_string(),
             caller: None,
             tenant: None,
+            asked: tenants_in(endpoint.path, &parts.uri),
         }
     }
 
@@ -131,22 +138,22 @@ impl Told {
 
     /// Whether the path, or what is asked for by it, names another tenant than the caller's.
     pub fn is_of_another(&self, caller: &Caller) -> bool {
-        let Some(own) = caller.tenant() else {
-            return false;
-        };
-        let (path, query) = self.target.split_once('?').unwrap_or((&self.target, ""));
-        let mut both = self.endpoint.split('/').zip(path.split('/'));
-        let named = both
-            .find(|(template, _)| *template == "{tenant}")
-            .map(|(_, name)| name);
-        let mut asked = query
-            .split('&')
-            .filter_map(|pair| pair.strip_prefix("tenant="));
-        named
-            .into_iter()
-            .chain(asked.next())
-            .any(|name| name != own.as_str())
+        let is_another = |own: &TenantName| self.asked.iter().any(|name| name != own.as_str());
+        caller.tenant().is_some_and(is_another)
     }
+}
+
+/// The tenants that the path and the query of a request name, read as its handler reads them: whole, and decoded.
+fn tenants_in(template: &str, uri: &Uri) -> Vec<String> {
+    let mut both = template.split('/').zip(uri.path().split('/'));
+    let named = both
+        .find(|(template, _)| *template == "{tenant}")
+        .map(|(_, name)| percent_decode_str(name).decode_utf8_lossy().into_owned());
+    let query = uri.query().unwrap_or_default();
+    let asked = url::form_urlencoded::parse(query.as_bytes())
+        .filter(|(key, _)| key == "tenant")
+        .map(|(_, name)| name.into_owned());
+    named.into_iter().chain(asked).collect()
 }
 
 /// The file, as it was opened.

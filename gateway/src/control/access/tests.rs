@@ -415,6 +415,33 @@ async fn change_is_in_the_log_before_and_after_with_who_and_what_and_no_secret()
 }
 
 #[tokio::test]
+async fn look_at_anothers_things_is_in_the_log_however_it_is_asked_for_and_none_at_ones_own() {
+    let site = Site::new().await;
+    let token = site.token(CALLERS[1]).await.token;
+    let behind = format!("/v1/volumes?after={}&tenant=zebra", "a".repeat(600));
+    for (path, status) in [
+        ("/v1/volumes?ten%61nt=zebra", 404),
+        (&*behind, 404),
+        ("/v1/volumes/%61cme/db", 200),
+        ("/v1/volumes?tenant=%61cme", 200),
+    ] {
+        let (found, answer) = site.ask(Some(&token), "GET", path, "").await;
+        assert_eq!(found, status, "{path}: {answer}");
+    }
+    let lines: Vec<serde_json::Value> = site
+        .log()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let targets: Vec<_> = lines
+        .iter()
+        .map(|l| l["target"].as_str().unwrap())
+        .collect();
+    assert_eq!(targets, ["/v1/volumes?ten%61nt=zebra", &behind[..512]]);
+    assert!(lines.iter().all(|line| line["event"] == "denied"));
+}
+
+#[tokio::test]
 async fn clients_read_lists_of_many_pages_and_refuse_to_make_twice() {
     let engine = engine().await;
     for n in 0..2500 {
