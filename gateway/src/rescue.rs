@@ -3,12 +3,15 @@
 //! Owns: finding the newest consistent state, and the order in which it becomes the volume's. Does not
 //! own: whether a state is sound ([`crate::verify`] is asked).
 //!
-//! A state is a map and the chunks after it. Where a map's log begins is not written in the map, but any
-//! place will do that is not too late: chunks that are folded into a map already give, replayed in
-//! order, what is there. So the log is taken from behind the newest chunk that the map names, of which
-//! there may be chunks of zeroes alone that the map holds too; or from the first chunk, if no map is whole. A map holds all
-//! of the log of epochs before its own, for a checkpoint folds all that its attach found (and a rollback leaves it behind):
-//! so the log begins no earlier than where the map's epoch began.
+//! A state is a map and the chunks after it. Where its log goes on is told by the map's usage. A map whose usage is damaged is
+//! passed over: of the chunks that are folded into it some are deleted, so a log that is taken up among them ends at the hole,
+//! and what lies before the hole would be laid over the newer data of the map.
+//!
+//! Maps without a usage are of times when no chunk was deleted. Then any place will do that is not too late: chunks that
+//! are folded into a map already give, replayed in order, what is there. So the log is taken from behind the newest chunk that
+//! the map names, of which there may be chunks of zeroes alone that the map holds too; or from the first chunk, if no map is
+//! whole. A map holds all of the log of epochs before its own, for a checkpoint folds all that its attach found (and a rollback
+//! leaves it behind): so the log begins no earlier than where the map's epoch began.
 //!
 //! The log is followed by its seals: a chunk behind a seal was never the volume's. Behind a seal the
 //! lowest epoch from the sealing one on goes on that has anything at that place: an attach that sealed and
@@ -815,7 +818,7 @@ impl Rescue {
             Err(error @ StoreError::NotFound { .. }) => return Ok(Err(error.to_string())),
             Err(error) => return Err(error),
         };
-        // Without it, what the log's chunks say has to do.
+        // Where there never was one, what the log's chunks say has to do.
         let basis = end.usage.as_ref().map(|usage| usage.basis);
         Ok(Ok(Some((end.root, end.manifest, basis))))
     }

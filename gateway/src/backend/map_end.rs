@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use quarry_objfmt::map::{
-    Basis, Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC, NodeKind, Usage,
+    Basis, Manifest, MapObjectId, NODE_HEADER_LEN, NODE_MAGIC, NodeKind, Usage, open_node,
 };
 use quarry_objfmt::{Epoch, MapSeq, RootRef, TenantName, keys};
 
@@ -37,7 +37,7 @@ pub(crate) struct MapEnd {
     /// As a head would name it.
     pub root: RootRef,
     pub manifest: Manifest,
-    /// `None` if it has none, or a damaged one.
+    /// `None` if it has none. A map whose usage is damaged has no end: what it lacks is where its log goes on.
     pub usage: Option<Usage>,
 }
 
@@ -75,12 +75,8 @@ impl MapEnd {
             return Err("it is too long".to_owned());
         };
         let manifest = Manifest::decode(id, offset, &object[at..]).map_err(|e| e.to_string())?;
-        let usage = before.and_then(|from| {
-            let place = u32::try_from(from).ok()?;
-            let usage = Usage::decode(id, place, &object[from..at]).ok()?;
-            Some(((place, offset - place), usage))
-        });
-        let (place, usage) = usage.unzip();
+        let usage = before.map(|from| usage(id, from, &object[from..at]));
+        let (place, usage) = usage.transpose()?.flatten().unzip();
         Ok(Some(Self {
             root: RootRef {
                 epoch: id.epoch,
@@ -93,6 +89,19 @@ impl MapEnd {
             usage,
         }))
     }
+}
+
+/// The usage that the node before a manifest is, and its place; none if that is the end of a table.
+fn usage(id: MapObjectId, from: usize, node: &[u8]) -> Result<Option<((u32, u32), Usage)>, String> {
+    let (Ok(offset), Ok(len)) = (u32::try_from(from), u32::try_from(node.len())) else {
+        return Err("it is too long".to_owned());
+    };
+    if let Ok((NodeKind::Index, _)) = open_node(id, offset, node) {
+        return Ok(None);
+    }
+    let usage = Usage::decode(id, offset, node)
+        .map_err(|error| format!("where its log goes on cannot be told: {error}"))?;
+    Ok(Some(((offset, len), usage)))
 }
 
 /// Where the last node of a map object begins, and the one before it, if there is one: if it is nodes end to

@@ -36,8 +36,8 @@ pub(super) struct Followed {
 
 /// From where on a log is followed.
 pub(super) enum Start {
-    /// From behind the newest chunk that the map names, from the first chunk if it names none; but from no
-    /// earlier than where the map's epoch has begun.
+    /// Of a map that says nothing, or of none: from behind the newest chunk that the map names, from the first chunk if
+    /// it names none; but from no earlier than where the map's epoch has begun.
     Newest(Option<ChunkId>, Option<ChunkId>),
     /// From where a map of this epoch says: what it does not need of the chunks before may be deleted.
     Basis(Epoch, Basis),

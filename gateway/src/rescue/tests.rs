@@ -1,13 +1,13 @@
 use quarry_objfmt::CacheId;
 use quarry_objfmt::head::Lineage;
-use quarry_objfmt::map::Manifest;
+use quarry_objfmt::map::{Manifest, Usage};
 use quarry_objfmt::record::{CLONE_KIND, CloneRecord, encode_record};
 use quarry_objfmt::{Compression, Durability};
 
 use super::*;
 use crate::backend::open::{Claim, claim};
 use crate::control::VerifySpec;
-use crate::verify::fixture::{Fixture, SIZE, chunk_id, piece, volume_id};
+use crate::verify::fixture::{Fixture, SIZE, chunk_id, make_chunk, map_id, piece, volume_id};
 
 fn flags() -> RescueSpec {
     RescueSpec {
@@ -146,6 +146,41 @@ async fn damaged_newest_map_is_passed_over_and_the_log_taken_from_before() {
 }
 
 #[tokio::test]
+async fn map_whose_usage_is_damaged_is_passed_over_and_no_older_chunk_laid_over_it() {
+    let fixture = Fixture::new().await;
+    fixture.remove(&fixture.head_key());
+    // Chunk 4 wrote zeroes over chunks 2 and 3 and is deleted: the map needs chunk 1 alone.
+    fixture.remove(&fixture.chunk_key(1, 4));
+    let entries = make_chunk(chunk_id(1, 1), &[piece(1)]).1.map_entries();
+    let usage = Usage {
+        basis: Basis {
+            log_end: ChunkSeq::new(5),
+            root_write: WriteSeq::new(4),
+            ..Basis::of(&fixture.head)
+        },
+        ..Usage::default()
+    };
+    let (id, none) = (map_id(1, 2), Manifest::default());
+    let (root, _) = fixture.put_map_with(id, &entries, none, Some(&usage)).await;
+    let newest = fixture.map_key(1, 2);
+    let report = fixture.look().await.unwrap();
+    assert_eq!(report.map.as_ref(), Some(&newest));
+    assert_eq!(report.log, [range(2, 5, 7)]);
+
+    fixture.flip_usage(&root);
+    let report = fixture.look().await.unwrap();
+    // As the volume was before chunk 4.
+    assert_eq!(report.map, Some(fixture.map_key(1, 1)));
+    assert_eq!((report.log, report.last_write), (vec![range(1, 4, 4)], 3));
+    let [passed_over] = &report.passed_over[..] else {
+        panic!("{:?}", report.passed_over)
+    };
+    assert_eq!(passed_over.object, newest);
+    let problem = &passed_over.problem;
+    assert!(problem.contains("log goes on"), "{problem}");
+}
+
+#[tokio::test]
 async fn sound_head_is_refused_and_stays() {
     let fixture = Fixture::new().await;
     let refused = fixture.rescue(&flags()).await;
@@ -159,7 +194,7 @@ async fn orphans_behind_a_seal_are_not_taken() {
     fixture.remove(&fixture.head_key());
     for seq in [6, 7] {
         let key = fixture.chunk_key(1, seq);
-        let (bytes, _) = crate::verify::fixture::make_chunk(chunk_id(1, seq), &[piece(9)]);
+        let (bytes, _) = make_chunk(chunk_id(1, seq), &[piece(9)]);
         fixture.put(&key, bytes).await;
     }
     let report = fixture.look().await.unwrap();
@@ -174,7 +209,7 @@ async fn map_that_names_an_orphan_is_passed_over() {
     fixture.remove(&fixture.head_key());
     // Of the first epoch, where the second had begun.
     let entries = fixture.put_chunk(chunk_id(1, 6), &[piece(6)]).await;
-    let id = crate::verify::fixture::map_id(1, 2);
+    let id = map_id(1, 2);
     fixture.put_map(id, &entries, Manifest::default()).await;
     let report = fixture.look().await.unwrap();
     assert_eq!(report.map, Some(fixture.map_key(1, 1)));

@@ -13,7 +13,7 @@ use quarry_objfmt::chunk::{
     ChunkExtent, ChunkHeader, ChunkParams, ExtentBody, encode_chunk, encode_seal,
 };
 use quarry_objfmt::head::{Head, LogRange, RootRef};
-use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId, TableRef};
+use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId, TableRef, Usage};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, Compression, Epoch, Lba, MapEntry, MapSeq, Sectors, TenantName, VolumeId,
     VolumeName, WriteSeq, keys,
@@ -179,6 +179,17 @@ impl Fixture {
         entries: &[MapEntry],
         below: Manifest,
     ) -> (RootRef, TableRef) {
+        self.put_map_with(id, entries, below, None).await
+    }
+
+    /// The same, with a usage if there is one to be.
+    pub async fn put_map_with(
+        &self,
+        id: MapObjectId,
+        entries: &[MapEntry],
+        below: Manifest,
+        usage: Option<&Usage>,
+    ) -> (RootRef, TableRef) {
         let mut builder = MapObjectBuilder::new(id);
         for entry in entries {
             builder.push(*entry).unwrap();
@@ -186,6 +197,7 @@ impl Fixture {
         let table = builder.finish_table().unwrap().unwrap();
         let mut runs = below.runs;
         runs.insert(0, vec![table]);
+        let usage = usage.map(|usage| builder.finish_usage(usage).unwrap());
         let (offset, len) = builder.finish_manifest(&Manifest { runs }).unwrap();
         let key = self.map_key(id.epoch.get(), id.seq.get());
         self.put(&key, builder.into_bytes()).await;
@@ -195,7 +207,7 @@ impl Fixture {
             seq,
             offset,
             len,
-            usage: None,
+            usage,
         };
         (root, table)
     }
@@ -223,6 +235,13 @@ impl Fixture {
         let at = at.rem_euclid(i64::try_from(bytes.len()).unwrap());
         bytes[usize::try_from(at).unwrap()] ^= 1;
         fs::write(self.path(key), bytes).unwrap();
+    }
+
+    /// Flips a bit of the usage of this map.
+    pub fn flip_usage(&self, root: &RootRef) {
+        let (offset, len) = root.usage.unwrap();
+        let key = self.map_key(root.epoch.get(), root.seq.get());
+        self.flip(&key, i64::from(offset + len - 1));
     }
 
     pub fn remove(&self, key: &str) {
