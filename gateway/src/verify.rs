@@ -95,6 +95,8 @@ struct Check {
     progress: Arc<Progress>,
     /// Of an encrypted volume, to read frames with.
     keys: Option<Arc<DataKeys>>,
+    /// Whether the usage is looked at too, which no read needs.
+    usage: bool,
 }
 
 /// Whether the answer says that the object is not as it should be, rather than that the store cannot
@@ -173,6 +175,7 @@ async fn run_with(
                 let (store, ancestors) = (store.clone(), ancestors.clone());
                 Check {
                     keys: data_keys.clone(),
+                    usage: true,
                     ..Check::new(store, volume, head, ancestors, deep, refs_max, &progress)
                 }
             };
@@ -305,7 +308,7 @@ fn misplaced(head: &Head, volume: &VolumeRef, id: VolumeId) -> Vec<String> {
 }
 
 /// Checks what a volume would be with this head, which need not be in the store: without reading
-/// frames.
+/// frames, nor what no read needs.
 ///
 /// # Errors
 /// As [`run`].
@@ -375,6 +378,7 @@ impl Check {
             refs_max,
             progress: Arc::clone(progress),
             keys: None,
+            usage: false,
         }
     }
 

@@ -146,7 +146,19 @@ async fn usage(
         }
         Err(error) => return Err(error.into()),
     };
-    let to = load_usage(store, tenant, volume, snapshot.root).await?;
+    let to = match load_usage(store, tenant, volume, snapshot.root).await {
+        Ok(to) => to,
+        // No read needs it.
+        Err(OpenError::Damaged { object, reason }) => {
+            tracing::warn!(
+                object,
+                reason,
+                "the usage of the snapshot's map is damaged: what the volume uses is counted anew"
+            );
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
     let (Some((now, map)), Some(to)) = (now, to) else {
         Branch::RolledBackUncounted.taken();
         return Ok(None);

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use quarry_objfmt::map::Manifest;
+use quarry_objfmt::map::{Manifest, Usage};
 use quarry_objfmt::{Epoch, Lba, Location, Sectors};
 
 use super::fixture::{
@@ -271,6 +271,26 @@ async fn damaged_index_hits_its_table() {
     fixture
         .assert_found(false, &key, "checksum", &[(512, 768)])
         .await;
+}
+
+#[tokio::test]
+async fn damaged_usage_is_found_and_hits_no_sector() {
+    let mut fixture = Fixture::new().await;
+    let entries = (1..=3).flat_map(|n| make_chunk(chunk_id(1, n), &[piece(n)]).1.map_entries());
+    let (entries, usage) = (entries.collect::<Vec<_>>(), Usage::default());
+    let (id, below) = (map_id(1, 1), Manifest::default());
+    let (root, _) = fixture
+        .put_map_with(id, &entries, below, Some(&usage))
+        .await;
+    fixture.head.root = Some(root);
+    fixture.put_head().await;
+    fixture.assert_clean(true).await;
+    fixture.flip_usage(&root);
+    for deep in [false, true] {
+        let words = "no read needs it";
+        let key = fixture.map_key(1, 1);
+        fixture.assert_found(deep, &key, words, &[]).await;
+    }
 }
 
 #[tokio::test]

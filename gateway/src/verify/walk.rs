@@ -4,9 +4,9 @@
 //! runs say of these sectors hides them, as it would hide what was lost.
 
 use bytes::Bytes;
-use quarry_objfmt::map::{Manifest, MapObjectId, TableRef};
+use quarry_objfmt::map::{Manifest, MapObjectId, TableRef, Usage};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, DataLoc, Epoch, Lba, LbaRange, Location, MapEntry, VolumeId, keys,
+    ChunkId, ChunkSeq, DataLoc, Epoch, Lba, LbaRange, Location, MapEntry, RootRef, VolumeId, keys,
 };
 use quarry_volume::map::{MapRoot, Merger, Node, NodeRef, RunCursor, Step};
 
@@ -75,6 +75,9 @@ pub(super) async fn load_root(
     match read(check, id, root.offset, root.len, decode).await? {
         Ok(manifest) => {
             add(&check.progress.nodes, 1);
+            if check.usage {
+                check_usage(check, id, root, findings).await?;
+            }
             Ok(Some(MapRoot::new(manifest)))
         }
         Err(reason) => {
@@ -84,6 +87,29 @@ pub(super) async fn load_root(
             Ok(None)
         }
     }
+}
+
+/// The usage beside the map: damage of it hits no sector.
+async fn check_usage(
+    check: &Check,
+    id: MapObjectId,
+    root: &RootRef,
+    findings: &mut Findings,
+) -> Result<(), StoreError> {
+    let Some((offset, len)) = root.usage else {
+        return Ok(());
+    };
+    let decode = |bytes: &Bytes| Usage::decode(id, offset, bytes).map_err(|e| e.to_string());
+    match read(check, id, offset, len, decode).await? {
+        Ok(_) => add(&check.progress.nodes, 1),
+        Err(reason) => {
+            let problem = format!(
+                "what is known of the objects that the map needs: {reason}; no read needs it, but past states and a rescue do"
+            );
+            findings.add(&map_key(check, id), problem);
+        }
+    }
+    Ok(())
 }
 
 /// Whether a manifest names only what can be of this volume's history.

@@ -622,6 +622,44 @@ async fn volume_that_went_back_to_a_snapshot_is_what_it_was_before_and_after() {
     assert!(refused.contains("of its log is gone"), "{refused}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn snapshot_whose_usage_alone_is_damaged_is_gone_back_to() {
+    let mut bench = Bench::new(HOUR_MS).await;
+    let mut writer = bench.attach().await;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    let name = SnapName::new("s").unwrap();
+    let (head, at) = (writer.backend.head(), WriteSeq::new(writer.last_write));
+    let made = snapshot::create(&*bench.store, head, &name, at, NOW_MS.get()).await;
+    let root = made.unwrap().root;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    bench.crash(writer).await;
+
+    let (tenant, volume) = (bench.tenant.clone(), bench.volume);
+    let then = root.unwrap();
+    let key = keys::map_key(&tenant, volume, then.epoch, then.seq);
+    let mut object = bench.store.get(&key).await.unwrap().0.to_vec();
+    let (offset, len) = then.usage.unwrap();
+    object[(offset + len - 1) as usize] ^= 1;
+    bench.store.delete(&key).await.unwrap();
+    bench.store.create(&key, object.into()).await.unwrap();
+
+    let back = snapshot::roll_back(&*bench.store, &tenant, volume, &name, &bench.by()).await;
+    let now = back.unwrap().root;
+    assert_eq!(now.unwrap().usage, None);
+    let map = |root| load_map(&*bench.store, &tenant, volume, root);
+    let (now, then) = (map(now).await.unwrap(), map(root).await.unwrap());
+    assert_eq!(now.manifest(), then.manifest());
+    // And it is a volume like others, counted by the next map.
+    let mut writer = bench.attach().await;
+    bench.pass(MINUTE_MS).await;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    let counted = writer.backend.head().get().root;
+    assert!(counted.unwrap().usage.is_some());
+}
+
 /// The map of a rollback that was broken off, before the head, is no state that the volume had.
 #[tokio::test(start_paused = true)]
 async fn rollback_that_was_broken_off_is_in_nobodys_past() {
