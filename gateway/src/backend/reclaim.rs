@@ -10,7 +10,8 @@
 //!
 //! A writer that was fenced and wakes up late deletes nothing that its successor needs: what was dead in its
 //! map is dead in every later one, and a snapshot in its head is a snapshot in every later head until
-//! somebody deletes that.
+//! somebody deletes that. Nor does it delete what its successor was told to retain: before a sweep that has something to
+//! delete it looks whose the head is.
 //!
 //! Owns: the task, and when what is done. Does not own: the lists ([`super::objects`]).
 
@@ -33,6 +34,7 @@ use super::VolumeBackend;
 use super::checkpoint::Stopped;
 use super::chores::{Chores, Order};
 use super::compact::{self, Victims, WINDOW_BYTES_MIN};
+use super::head::HeadError;
 use super::objects::{ChunkName, Need, Needed, Objects, Space, is_held};
 use super::renew::Renewed;
 use super::scan::Scan;
@@ -68,7 +70,7 @@ const VICTIM_NEEDED_PERCENT_MAX: u64 = 90;
 /// Objects deleted side by side.
 const DELETES_AT_ONCE: usize = 8;
 
-/// Longest wait for a deletion. A store refuses requests of a host whose clock is wrong, and so is then what seems to be due: once
+/// Longest wait for a deletion, and for the look at the head before. A store refuses requests of a host whose clock is wrong, and so is then what seems to be due: once
 /// the store answers again, that is found out anew.
 const DELETE_TIME_MAX: Duration = Duration::from_secs(60);
 
@@ -231,7 +233,13 @@ impl VolumeBackend {
                     Renewed::All
                 }
             };
-            let (next, deleted) = self.sweep().await;
+            let (next, deleted) = match self.sweep().await {
+                Ok(swept) => swept,
+                Err(by) => {
+                    self.tell(Event::Fenced { by }).await;
+                    return;
+                }
+            };
             let next = match renewed {
                 Renewed::All => next,
                 // There is more to move, or what was deleted was the last that a key encrypts.
@@ -402,14 +410,19 @@ impl VolumeBackend {
         victims
     }
 
-    /// Deletes what nobody can need any more. Answers when the next may be due, and how many were deleted.
-    async fn sweep(&self) -> (Option<Instant>, usize) {
+    /// Deletes what nobody can need any more. Answers when the next may be due, and how many were deleted. The error is who
+    /// has the volume now.
+    async fn sweep(&self) -> Result<(Option<Instant>, usize), String> {
         let settings = self.common.reclaim;
-        let due = {
+        let mut due = {
             let objects = self.objects.lock().await;
             self.due(&objects, &self.head.get().snapshots)
         };
         let mut refused = false;
+        if !due.is_empty() && !self.is_ours().await? {
+            due.clear();
+            refused = true;
+        }
         let mut deleted = Vec::new();
         let mut deletes = futures::stream::iter(due)
             .map(|object| async move { (object, self.delete(&object).await) })
@@ -453,7 +466,24 @@ impl VolumeBackend {
             None if pinned => Some(later),
             next => next,
         };
-        (next, deleted.len())
+        Ok((next, deleted.len()))
+    }
+
+    /// Whether the head is known to be ours; the error is who has the volume now.
+    async fn is_ours(&self) -> Result<bool, String> {
+        let ours = self.head.still_ours(&*self.common.background);
+        match tokio::time::timeout(DELETE_TIME_MAX, ours).await {
+            Ok(Ok(())) => Ok(true),
+            Ok(Err(HeadError::Fenced { by })) => Err(by),
+            unknown => {
+                tracing::warn!(
+                    volume = self.name,
+                    ?unknown,
+                    "whose the volume is cannot be told: nothing is deleted"
+                );
+                Ok(false)
+            }
+        }
     }
 
     fn due(&self, objects: &Objects, snapshots: &[SnapshotRef]) -> Vec<DeadObject> {

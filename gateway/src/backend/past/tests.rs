@@ -488,6 +488,32 @@ async fn retention_that_is_lowered_frees_what_is_too_old_then() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn fenced_writer_deletes_nothing_that_its_successor_was_told_to_retain() {
+    for is_fenced in [false, true] {
+        let mut bench = Bench::new(0).await;
+        let mut writer = bench.attach().await;
+        for _ in 0..3 {
+            bench.chunk_over_the_last(&mut writer).await;
+            bench.checkpoint(&mut writer).await;
+        }
+        if is_fenced {
+            let next = bench.attach().await;
+            let told = next.backend.set_retention(&*bench.store, HOUR_MS).await;
+            assert_eq!(told.unwrap().retain_ms, HOUR_MS);
+            bench.crash(next).await;
+        }
+        let before = bench.store.list("").await.unwrap();
+        // Longer than the horizon.
+        bench.pass(MINUTE_MS).await;
+        let deleted = writer.backend.reclaimed().deleted_objects;
+        assert_eq!(deleted == 0, is_fenced, "{deleted}");
+        let is_all_there = bench.store.list("").await.unwrap() == before;
+        assert_eq!(is_all_there, is_fenced);
+        bench.crash(writer).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn volume_that_retains_nothing_is_refused_when_its_map_of_then_is_gone() {
     let mut bench = Bench::new(0).await;
     let mut writer = bench.attach().await;
