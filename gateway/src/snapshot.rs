@@ -127,6 +127,8 @@ enum Not {
     Missing,
     Moved,
     Needed,
+    /// Or it would be more than a head holds.
+    Full,
 }
 
 /// Moves a head on, so that its bytes are none that it had before: a map number is passed over.
@@ -184,6 +186,8 @@ pub async fn create(
             }
             Some(_) => Err(Not::Exists),
             None if head.root != snapshot.root => Err(Not::Moved),
+            // A change before this one, whose answer was lost, may have filled it.
+            None if head.snapshots.len() >= SNAPSHOTS_MAX => Err(Not::Full),
             None => {
                 head.snapshots.push(snapshot.clone());
                 renew(head);
@@ -193,6 +197,7 @@ pub async fn create(
         match cell.try_update(store, add).await? {
             Ok(_) | Err(Not::Needed) => return Ok(snapshot),
             Err(Not::Moved) => Branch::SnapshotMoved.taken(),
+            Err(Not::Full) => return Err(SnapshotError::TooMany),
             Err(_) => return Err(SnapshotError::Exists(name.clone())),
         }
     }

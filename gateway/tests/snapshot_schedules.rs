@@ -15,10 +15,12 @@ use quarry_gateway::keys::{copy_problem, first};
 use quarry_gateway::snapshot::{CloneSpec, SnapshotError, clones, create, delete, make_clone};
 use quarry_gateway::store::Store;
 use quarry_gateway::trash::put;
+use quarry_objfmt::head::SNAPSHOTS_MAX;
 use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
     CacheId, Encryption, Epoch, Head, KeyGeneration, KeyName, Lba, Location, MapEntry, MapSeq,
-    RootRef, Sectors, SnapName, TenantName, VolumeId, VolumeName, WrappedKey, WriteSeq, keys,
+    RootRef, Sectors, SnapName, SnapshotRef, TenantName, VolumeId, VolumeName, WrappedKey,
+    WriteSeq, keys,
 };
 use stepped::{Stepped, Task, alone, in_every_order, run};
 
@@ -319,6 +321,35 @@ fn deletion_cut_off_after_any_call_is_finished_by_the_next() {
         calls += 1;
     }
     assert!(calls >= 3, "{calls}");
+}
+
+#[test]
+fn snapshot_past_the_most_is_refused_when_the_last_was_made_without_an_answer() {
+    let (store, cell) = attached();
+    let fill = |head: &mut Head| {
+        let first = head.snapshots[0].clone();
+        let more = (1..SNAPSHOTS_MAX - 1).map(|n| SnapshotRef {
+            name: format!("s{n}"),
+            ..first.clone()
+        });
+        head.snapshots.extend(more);
+    };
+    alone(&store, cell.update(&store, fill)).unwrap();
+    // As a PUT whose answer nobody waited for.
+    let key = keys::head_key(&tenant(), VOLUME);
+    let (head, tag) = alone(&store, HeadCell::read(&store, &key)).unwrap();
+    let late = HeadCell::new(tenant(), head, tag);
+    let last = SnapName::new("last").unwrap();
+    alone(&store, create(&store, &late, &last, WriteSeq::new(3), 6)).unwrap();
+
+    let more = SnapName::new("more").unwrap();
+    let refused = alone(&store, create(&store, &cell, &more, WriteSeq::new(3), 7));
+    assert!(
+        matches!(refused, Err(SnapshotError::TooMany)),
+        "{refused:?}"
+    );
+    let there = head_of(&store, VOLUME).unwrap();
+    assert_eq!(there.snapshots.len(), SNAPSHOTS_MAX);
 }
 
 #[test]
