@@ -142,7 +142,7 @@ impl Daemon {
             return Ok(());
         }
         let name = &tenant.name;
-        let there = self.store_for_control(name, to)?;
+        let there = self.store_for_control(name, to).await?;
         let there = registry::volume_names(&there, name).await?;
         let has = registry::volume_names(&tenant.control(), name).await;
         let has = match has {

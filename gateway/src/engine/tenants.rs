@@ -6,7 +6,7 @@
 //!
 //! Invariant: a tenant's volumes are looked for in one place at a time: its store changes only while it has none.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use crate::qos::TenantGate;
 use crate::store::direct::DirectLane;
 use crate::store::{
     Lane, LaneSettings, OpenError, Place, Store, StoreError, StoreSettings, StoreStats, Tag,
-    open_store,
+    open_store_within,
 };
 
 /// How long what is known of a tenant is used without asking again: so long does a change made on another host take to
@@ -77,31 +77,30 @@ impl Site {
         })
     }
 
-    /// Opens a store; one of the server of `others` shares the places there.
-    fn open(
-        settings: StoreSettings,
-        others: &[&Arc<Self>],
-        begins: bool,
-    ) -> Result<Arc<Self>, OpenError> {
-        let store = match settings.place()? {
+    /// Opens a store, where a tenant begins or has been. No longer than a control call waits for anything of it.
+    async fn open(settings: &StoreSettings, begins: bool) -> Result<Arc<dyn Store>, OpenError> {
+        let is_folder = matches!(settings.place()?, Place::Folder(_));
+        let settings = StoreSettings {
             // Who gives a tenant a folder says that a store is to be there.
-            Place::Folder(_) if begins => open_store(&StoreSettings {
-                make_missing: true,
-                ..settings.clone()
-            })?,
-            _ => open_store(&settings)?,
+            make_missing: settings.make_missing || (is_folder && begins),
+            ..settings.clone()
         };
+        open_store_within(&settings, CONTROL_DEADLINE).await
+    }
+
+    /// The way to a store; to one of the server of `others` with the places there.
+    fn over(settings: StoreSettings, store: Arc<dyn Store>, others: &[&Arc<Self>]) -> Arc<Self> {
         let limits = LaneSettings::default();
         let of_server = |site: &&&Arc<Self>| same_server(&site.settings, &settings);
         let lane = match others.iter().find(of_server) {
             Some(site) => site.lane.beside(store, &limits),
             None => Lane::new(store, &limits),
         };
-        Ok(Arc::new(Self {
+        Arc::new(Self {
             settings,
             lane,
             is_fit: tokio::sync::Mutex::new(Fitness::Unknown),
-        }))
+        })
     }
 
     /// How it is reached.
@@ -294,6 +293,8 @@ pub(super) struct Tenants {
     /// Those of all that is attached, also of tenants that are known in another way by now.
     gates: Mutex<BTreeMap<TenantName, Vec<Weak<TenantGate>>>>,
     sites: Mutex<Vec<Arc<Site>>>,
+    /// Those with a store of their own that is not opened yet.
+    unopened: Mutex<BTreeSet<TenantName>>,
 }
 
 impl Tenants {
@@ -304,6 +305,7 @@ impl Tenants {
             groups: Mutex::default(),
             gates: Mutex::default(),
             sites: Mutex::default(),
+            unopened: Mutex::default(),
         }
     }
 
@@ -334,19 +336,28 @@ impl Tenants {
     }
 
     /// The store of these settings, where a tenant begins or has been; tenants of the same share the way to it.
-    fn site(&self, store: Option<&TenantStore>, begins: bool) -> Result<Arc<Site>, OpenError> {
+    async fn site(
+        &self,
+        store: Option<&TenantStore>,
+        begins: bool,
+    ) -> Result<Arc<Site>, OpenError> {
         let Some(store) = store else {
             return Ok(Arc::clone(&self.home));
         };
         let settings = settings_of(store, &self.home.settings);
+        let found = in_use(&mut self.sites.lock(), &settings);
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        // Without the lock, which those wait for who want nothing of this store.
+        let opened = Site::open(&settings, begins).await?;
         let mut sites = self.sites.lock();
-        // What no tenant is in any more goes.
-        sites.retain(|site| Arc::strong_count(site) > 1);
-        if let Some(found) = sites.iter().find(|site| site.settings == settings) {
-            return Ok(Arc::clone(found));
+        // Another may have come first.
+        if let Some(found) = in_use(&mut sites, &settings) {
+            return Ok(found);
         }
         let others: Vec<_> = std::iter::once(&self.home).chain(sites.iter()).collect();
-        let site = Site::open(settings, &others, begins)?;
+        let site = Site::over(settings, opened, &others);
         sites.push(Arc::clone(&site));
         Ok(site)
     }
@@ -365,15 +376,27 @@ impl Tenants {
     }
 
     /// Takes up what a record says.
-    fn learn(&self, name: &TenantName, record: TenantRecord) -> Result<Arc<Tenant>, OpenError> {
-        if let Some(known) = self.newer(name, &record) {
+    async fn learn(
+        &self,
+        name: &TenantName,
+        record: TenantRecord,
+    ) -> Result<Arc<Tenant>, OpenError> {
+        if let Some(known) = newer(self.known(name), &record) {
             return Ok(known);
         }
-        let site = self.site(record.settings.store.as_ref(), false)?;
         let at = Instant::now();
+        if record.settings.store.is_some() {
+            self.unopened.lock().insert(name.clone());
+        }
+        let site = self.site(record.settings.store.as_ref(), false).await?;
+        self.unopened.lock().remove(name);
+        let mut known = self.known.lock();
+        // Overtaken while the store was being opened.
+        if let Some(newer) = newer(known.get(name).cloned(), &record) {
+            return Ok(newer);
+        }
         let again = at + KNOWN_FOR;
         let seen = Seen { record, at, again };
-        let mut known = self.known.lock();
         let group = self.group(name, &seen.record);
         let is_same = |had: &&Arc<Tenant>| had.record().created_ms == seen.record.created_ms;
         let before = known.get(name).filter(is_same);
@@ -416,17 +439,22 @@ impl Tenants {
             .filter_map(Weak::upgrade)
             .for_each(|gate| gate.set(settings));
     }
+}
 
-    /// What is known, if it is newer: an answer that was overtaken by a change made here says nothing, least of all
-    /// where the tenant's volumes are.
-    fn newer(&self, name: &TenantName, record: &TenantRecord) -> Option<Arc<Tenant>> {
-        let known = self.known(name)?;
-        let is_newer = {
-            let held = &known.seen.lock().record;
-            held.created_ms == record.created_ms && held.revision > record.revision
-        };
-        is_newer.then_some(known)
-    }
+/// What is known, if it is newer: an answer that was overtaken by a change made here says nothing, least of all
+/// where the tenant's volumes are.
+fn newer(known: Option<Arc<Tenant>>, record: &TenantRecord) -> Option<Arc<Tenant>> {
+    known.filter(|known| {
+        let seen = known.seen.lock();
+        seen.record.created_ms == record.created_ms && seen.record.revision > record.revision
+    })
+}
+
+/// The site of these settings. What no tenant is in any more goes.
+fn in_use(sites: &mut Vec<Arc<Site>>, settings: &StoreSettings) -> Option<Arc<Site>> {
+    sites.retain(|site| Arc::strong_count(site) > 1);
+    let found = sites.iter().find(|site| site.settings == *settings);
+    found.cloned()
 }
 
 /// Whether two stores are on one S3 server, as far as their settings tell.
@@ -554,7 +582,7 @@ impl Daemon {
     pub(super) async fn read_tenant(&self, name: &TenantName) -> ApiResult<Arc<Tenant>> {
         // One that is not there is remembered all the same: what is attached of it holds on to what is known.
         let (record, _) = read(&self.home, name).await?;
-        self.learn_tenant(name, record)
+        self.learn_tenant(name, record).await
     }
 
     /// Whether a tenant has not been deleted since it was looked up, as far as the daemon's store tells.
@@ -573,18 +601,22 @@ impl Daemon {
     ) -> ApiResult<()> {
         record.revision += 1;
         write_first(&self.home, name, &record).await?;
-        self.learn_tenant(name, record).map(drop)
+        self.learn_tenant(name, record).await.map(drop)
     }
 
     /// What was changed is, whether or not the tenant's store can be used.
-    fn learn_change(&self, name: &TenantName, record: TenantRecord) {
-        if let Err(error) = self.learn_tenant(name, record) {
+    async fn learn_change(&self, name: &TenantName, record: TenantRecord) {
+        if let Err(error) = self.learn_tenant(name, record).await {
             tracing::warn!(tenant = %name, %error, "the tenant was changed, and cannot be used");
         }
     }
 
-    fn learn_tenant(&self, name: &TenantName, record: TenantRecord) -> ApiResult<Arc<Tenant>> {
-        let learnt = self.tenants.learn(name, record);
+    async fn learn_tenant(
+        &self,
+        name: &TenantName,
+        record: TenantRecord,
+    ) -> ApiResult<Arc<Tenant>> {
+        let learnt = self.tenants.learn(name, record).await;
         let tenant = learnt.map_err(|error| cannot_open(name, &error))?;
         self.set_cache_share(&tenant);
         Ok(tenant)
@@ -608,8 +640,10 @@ impl Daemon {
 
     /// Whether a tenant is known to have a store of its own.
     pub fn is_in_own_store(&self, name: &TenantName) -> bool {
-        let known = self.tenants.known(name);
-        known.is_some_and(|tenant| !Arc::ptr_eq(&tenant.site, &self.tenants.home))
+        match self.tenants.known(name) {
+            Some(tenant) => !Arc::ptr_eq(&tenant.site, &self.tenants.home),
+            None => self.tenants.unopened.lock().contains(name),
+        }
     }
 
     /// The way to a tenant's store for a control call.
@@ -633,7 +667,7 @@ impl Daemon {
         self.check_store_of(name, record.settings.store.as_ref(), true)
             .await?;
         write_first(&self.home, name, &record).await?;
-        self.learn_tenant(name, record.clone())?;
+        self.learn_tenant(name, record.clone()).await?;
         Ok(record)
     }
 
@@ -644,18 +678,18 @@ impl Daemon {
         store: Option<&TenantStore>,
         begins: bool,
     ) -> ApiResult<()> {
-        let site = self.tenants.site(store, begins);
+        let site = self.tenants.site(store, begins).await;
         let site = site.map_err(|error| cannot_open(name, &error))?;
         site.check().await
     }
 
     /// The way to a store that a tenant is to have, for a control call.
-    pub(super) fn store_for_control(
+    pub(super) async fn store_for_control(
         &self,
         name: &TenantName,
         store: Option<&TenantStore>,
     ) -> ApiResult<Lane> {
-        let site = self.tenants.site(store, false);
+        let site = self.tenants.site(store, false).await;
         let site = site.map_err(|error| cannot_open(name, &error))?;
         Ok(site.lane.with_deadline(CONTROL_DEADLINE))
     }
@@ -673,13 +707,13 @@ impl Daemon {
             let mut record = before.clone();
             change(&mut record)?;
             if record == before {
-                self.learn_change(name, record.clone());
+                self.learn_change(name, record.clone()).await;
                 return Ok(record);
             }
             record.revision += 1;
             match self.home.replace(&key, encoded(&record)?, &tag).await {
                 Ok(_) => {
-                    self.learn_change(name, record.clone());
+                    self.learn_change(name, record.clone()).await;
                     return Ok(record);
                 }
                 // Somebody quicker, or our own lost answer: what is there tells, and the change is made of that.
@@ -693,6 +727,7 @@ impl Daemon {
 
     /// Forgets a tenant that is no more.
     pub(super) fn forget_tenant(&self, name: &TenantName) {
+        self.tenants.unopened.lock().remove(name);
         let known = self.tenants.known.lock().remove(name);
         if let Some(tenant) = known {
             self.give_up_cache_share(&tenant);
@@ -721,6 +756,9 @@ fn cannot_open(tenant: &TenantName, error: &OpenError) -> ApiError {
         OpenError::Folder { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             Kind::Denied
         }
+        OpenError::Folder { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
+            Kind::Unavailable
+        }
         _ => Kind::Unsupported,
     };
     ApiError::new(kind, message, "")
@@ -728,7 +766,12 @@ fn cannot_open(tenant: &TenantName, error: &OpenError) -> ApiError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::pin::pin;
+
     use super::*;
+    use crate::store::{HANGS, open_store};
     use quarry_config::Secret;
 
     fn home() -> StoreSettings {
@@ -780,14 +823,68 @@ mod tests {
     #[tokio::test]
     async fn record_overtaken_by_a_change_made_here_is_not_believed() {
         let (all, name) = (tenants(), TenantName::new("acme").unwrap());
-        all.learn(&name, record(2, None)).unwrap();
-        let tenant = all.learn(&name, record(1, None)).unwrap();
+        all.learn(&name, record(2, None)).await.unwrap();
+        let tenant = all.learn(&name, record(1, None)).await.unwrap();
         assert_eq!(tenant.record().revision, 2);
         let again = TenantRecord {
             created_ms: 9,
             ..record(0, None)
         };
-        assert_eq!(all.learn(&name, again).unwrap().record().created_ms, 9);
+        let again = all.learn(&name, again).await.unwrap();
+        assert_eq!(again.record().created_ms, 9);
+    }
+
+    /// A store in a folder that hangs while it is opened, until [`HANGS`] is gone.
+    fn hanging(dir: &Path) -> TenantStore {
+        fs::write(dir.join(provision::MARKER_KEY), "{}").unwrap();
+        fs::write(dir.join(HANGS), "").unwrap();
+        TenantStore {
+            url: format!("file://{}", dir.display()),
+            ..TenantStore::default()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn folder_that_hangs_while_it_is_opened_holds_up_no_other_tenant() {
+        let (all, dir) = (tenants(), tempfile::tempdir().unwrap());
+        let folder = hanging(dir.path());
+        let (hung, other) = (
+            TenantName::new("hung").unwrap(),
+            TenantName::new("other").unwrap(),
+        );
+        {
+            let mut hangs = pin!(all.learn(&hung, record(1, Some(folder.clone()))));
+            tokio::select! {
+                biased;
+                _ = &mut hangs => panic!("it does not hang"),
+                learnt = all.learn(&other, record(1, Some(store(None)))) => drop(learnt.unwrap()),
+            }
+            let mut sites = 0;
+            all.each_own_site(|_| sites += 1);
+            assert_eq!(sites, 1);
+            assert!(all.unopened.lock().contains(&hung));
+            tokio::time::advance(CONTROL_DEADLINE + Duration::from_secs(1)).await;
+            let refused = hangs.await.err().unwrap();
+            assert_eq!(cannot_open(&hung, &refused).kind, Kind::Unavailable);
+        }
+        tokio::time::resume();
+        fs::remove_file(dir.path().join(HANGS)).unwrap();
+        all.learn(&hung, record(1, Some(folder))).await.unwrap();
+        assert!(all.unopened.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn record_overtaken_while_its_store_is_opened_is_not_believed() {
+        let (all, dir) = (tenants(), tempfile::tempdir().unwrap());
+        let name = TenantName::new("acme").unwrap();
+        let mut opening = pin!(all.learn(&name, record(1, Some(hanging(dir.path())))));
+        tokio::select! {
+            biased;
+            _ = &mut opening => panic!("it does not hang"),
+            learnt = all.learn(&name, record(2, None)) => drop(learnt.unwrap()),
+        }
+        fs::remove_file(dir.path().join(HANGS)).unwrap();
+        assert_eq!(opening.await.unwrap().record().revision, 2);
     }
 
     #[tokio::test]
@@ -797,15 +894,16 @@ mod tests {
             TenantName::new("one").unwrap(),
             TenantName::new("two").unwrap(),
         );
-        let first = all.learn(&one, record(0, Some(store(None)))).unwrap();
-        let second = all.learn(&two, record(0, Some(store(None)))).unwrap();
+        let own = || record(0, Some(store(None)));
+        let first = all.learn(&one, own()).await.unwrap();
+        let second = all.learn(&two, own()).await.unwrap();
         assert!(Arc::ptr_eq(&first.site, &second.site));
-        let moved = all.learn(&one, record(1, None)).unwrap();
+        let moved = all.learn(&one, record(1, None)).await.unwrap();
         assert!(Arc::ptr_eq(&moved.site, &all.home));
         assert!(Arc::ptr_eq(moved.account(), first.account()));
         // What it cached is of where it was; and of the one that is there again.
         assert_ne!(moved.gate().group(), first.gate().group());
-        let back = all.learn(&one, record(2, Some(store(None)))).unwrap();
+        let back = all.learn(&one, record(2, Some(store(None)))).await.unwrap();
         assert_eq!(back.gate().group(), first.gate().group());
     }
 }

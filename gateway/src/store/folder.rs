@@ -13,13 +13,13 @@
 //! - A folder that is gone (not mounted) is [`StoreError::Unavailable`], never an empty store: its
 //!   `.quarry/` is gone too.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,12 @@ const THREADS_MAX: usize = 64;
 /// Most threads at once in folders, whichever: half of those that the runtime has for work of all kinds.
 const ALL_THREADS_MAX: usize = 256;
 static ALL_THREADS: Semaphore = Semaphore::const_new(ALL_THREADS_MAX);
+/// Folders being opened, each on one thread, however often one that hangs is asked for.
+static OPENING: Mutex<BTreeMap<PathBuf, Weak<Semaphore>>> = Mutex::new(BTreeMap::new());
+
+/// For tests: opening a folder in which this is waits until it is gone.
+#[cfg(test)]
+pub(crate) const HANGS: &str = ".hangs";
 
 /// A store in a folder.
 #[derive(Clone, Debug)]
@@ -73,6 +79,8 @@ impl FolderStore {
     /// # Errors
     /// If there is none, or it cannot be written.
     pub fn open(root: &Path, may_make: bool) -> Result<Self, OpenError> {
+        #[cfg(test)]
+        tests::hang(root);
         let refused = |source: io::Error| OpenError::Folder {
             path: root.to_owned(),
             remedy: match source.kind() {
@@ -100,6 +108,39 @@ impl FolderStore {
         Ok(Self {
             folder: Arc::new(folder),
             threads: Arc::new(Semaphore::new(THREADS_MAX)),
+        })
+    }
+
+    /// As [`FolderStore::open`], but on a thread made for that, and waited for at most so long.
+    ///
+    /// # Errors
+    /// Those of [`FolderStore::open`]; [`io::ErrorKind::TimedOut`] in [`OpenError::Folder`] if the folder does not answer.
+    pub async fn open_within(
+        root: &Path,
+        may_make: bool,
+        time_max: Duration,
+    ) -> Result<Self, OpenError> {
+        let owned = root.to_owned();
+        let opened = async {
+            // As in `run`: who waits no longer leaves a thread behind, one a folder.
+            let thread = being_opened(root).acquire_owned().await;
+            let of_all = ALL_THREADS.acquire().await;
+            let threads = (thread, of_all);
+            let opened = tokio::task::spawn_blocking(move || {
+                let _threads = threads;
+                Self::open(&owned, may_make)
+            });
+            opened.await
+        };
+        let source = match tokio::time::timeout(time_max, opened).await {
+            Ok(Ok(opened)) => return opened,
+            Ok(Err(error)) => io::Error::other(error),
+            Err(_) => io::Error::new(io::ErrorKind::TimedOut, "it does not answer"),
+        };
+        Err(OpenError::Folder {
+            path: root.to_owned(),
+            remedy: "see to the file system that it is on",
+            source,
         })
     }
 
@@ -519,6 +560,18 @@ impl Drop for Unfinished {
     }
 }
 
+/// The place of who opens a folder: there is one.
+fn being_opened(root: &Path) -> Arc<Semaphore> {
+    let mut all = OPENING.lock();
+    all.retain(|_, place| place.strong_count() > 0);
+    if let Some(place) = all.get(root).and_then(Weak::upgrade) {
+        return place;
+    }
+    let place = Arc::new(Semaphore::new(1));
+    all.insert(root.to_owned(), Arc::downgrade(&place));
+    place
+}
+
 /// The tag of a content.
 fn tag_of(body: &[u8]) -> Tag {
     let digest = ring::digest::digest(&ring::digest::SHA256, body);
@@ -556,6 +609,14 @@ mod tests {
 
     fn open(dir: &Path) -> FolderStore {
         FolderStore::open(dir, true).unwrap()
+    }
+
+    /// Waits as a file system does that hangs, where [`HANGS`] is.
+    pub(super) fn hang(root: &Path) {
+        let begun = Instant::now();
+        while root.join(HANGS).exists() && begun.elapsed() < Duration::from_secs(30) {
+            thread::sleep(LOCK_POLL);
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -600,6 +661,36 @@ mod tests {
         assert!(all >= THREADS_MAX, "{all}");
         drop(fs::OpenOptions::new().read(true).write(true).open(&hangs));
         runtime.shutdown_timeout(Duration::from_secs(5));
+    }
+
+    #[test]
+    fn folder_that_hangs_while_it_is_opened_takes_one_thread() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(2)
+            .enable_time()
+            .build()
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()));
+        fs::write(dir.path().join(MARKER_KEY), "{}").unwrap();
+        fs::write(dir.path().join(HANGS), "").unwrap();
+        let within = |time_max| FolderStore::open_within(dir.path(), false, time_max);
+        runtime.block_on(async {
+            for _ in 0..8 {
+                match within(Duration::from_millis(2)).await {
+                    Err(OpenError::Folder { source, .. }) => {
+                        assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+                    }
+                    opened => panic!("{opened:?}"),
+                }
+            }
+            let other = tokio::task::spawn_blocking(|| 7);
+            let done = tokio::time::timeout(Duration::from_secs(5), other).await;
+            assert_eq!(done.unwrap().unwrap(), 7);
+            fs::remove_file(dir.path().join(HANGS)).unwrap();
+            within(Duration::from_secs(5)).await.unwrap();
+        });
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use quarry_config::{Secret, UploadCheck};
 use url::Url;
@@ -237,6 +238,23 @@ pub fn open_store(settings: &StoreSettings) -> Result<Arc<dyn Store>, OpenError>
         Place::Folder(path) => Arc::new(FolderStore::open(&path, settings.make_missing)?),
         Place::S3(s3) => Arc::new(S3Store::open(&s3)?),
     })
+}
+
+/// As [`open_store`], for who can wait so long at most for a folder that hangs.
+///
+/// # Errors
+/// [`OpenError`], which names the remedy.
+pub async fn open_store_within(
+    settings: &StoreSettings,
+    time_max: Duration,
+) -> Result<Arc<dyn Store>, OpenError> {
+    match settings.place()? {
+        Place::Folder(path) => {
+            let opened = FolderStore::open_within(&path, settings.make_missing, time_max).await?;
+            Ok(Arc::new(opened))
+        }
+        Place::S3(_) => open_store(settings),
+    }
 }
 
 #[cfg(test)]
