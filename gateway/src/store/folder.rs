@@ -10,13 +10,18 @@
 //!   no lock, for `link` itself lets one through.
 //! - An answer that an object exists is only given once its directory is synced, so that what a
 //!   caller relies on survives a crash. A crash before that leaves the old state, or the new one.
+//! - Whoever else can write in the folder leads us nowhere else: no link in a path is followed, and nothing but plain files
+//!   is read. The folder itself may be reached by a link, which is resolved when it is opened.
 //! - A folder that is gone (not mounted) is [`StoreError::Unavailable`], never an empty store: its
 //!   `.quarry/` is gone too.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -26,7 +31,11 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{
+    AtFlags, CWD, Dir, DirEntry, FileType, FlockOperation, Mode, OFlags, ResolveFlags, flock,
+    linkat, mkdirat, openat2, renameat, statat, unlinkat,
+};
+use rustix::io::{Errno, retry_on_intr};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
@@ -39,6 +48,8 @@ use super::{
 
 /// Our own directory in the folder.
 const OWN_DIR: &str = ".quarry";
+/// Where in it files being written are.
+const TMP_DIR: &str = "tmp";
 /// How long an operation waits for the folder's lock.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// How often it asks for it.
@@ -88,6 +99,8 @@ impl FolderStore {
                     "mount what belongs there, or have a new store made with store.make_missing = true"
                 }
                 io::ErrorKind::PermissionDenied => "let the daemon's user write there",
+                _ if is(&source, Errno::NOSYS) => "a store in a folder needs Linux 5.6 or newer",
+                _ if is(&source, Errno::LOOP) => "links in it are not followed",
                 _ => "it must be a directory on a file system that can be written",
             },
             source,
@@ -264,6 +277,12 @@ impl From<io::Error> for Failure {
     }
 }
 
+impl From<Errno> for Failure {
+    fn from(error: Errno) -> Self {
+        Self::Io(error.into())
+    }
+}
+
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         Self::Store(error)
@@ -285,30 +304,49 @@ impl Folder {
         Ok(self.root.join(key))
     }
 
+    /// The directory that a key is in, and its name there.
+    fn place<'a>(&self, key: &'a str) -> Result<(PathBuf, &'a str), StoreError> {
+        let mut dir = self.path(key)?;
+        dir.pop();
+        Ok((dir, key.rsplit('/').next().unwrap_or(key)))
+    }
+
     fn prepare(&self) -> io::Result<()> {
-        fs::create_dir_all(self.own("tmp"))?;
+        let root = open_dir(CWD, &self.root)?;
+        let own = make_dir(&root, OsStr::new(OWN_DIR))?;
+        let tmp = make_dir(&own, OsStr::new(TMP_DIR))?;
         self.open_lock()?;
-        sync_dir(&self.root)?;
-        sync_dir(&self.root.join(OWN_DIR))?;
-        for entry in fs::read_dir(self.own("tmp"))? {
-            let path = entry?.path();
+        root.sync_all()?;
+        own.sync_all()?;
+        let mut entries = Dir::read_from(&tmp)?;
+        while let Some(entry) = entries.read() {
+            let entry = entry?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
             // Who writes such a file holds its lock; a free one is what a crash left.
-            let Ok(file) = File::open(&path) else {
+            let Ok(file) = open_at(&tmp, Path::new(name), OFlags::RDONLY) else {
                 continue;
             };
             if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                remove_if_there(&path)?;
+                match unlinkat(&tmp, name, AtFlags::empty()) {
+                    Err(error) if error != Errno::NOENT => return Err(error.into()),
+                    _ => {}
+                }
             }
         }
         Ok(())
     }
 
+    /// The directory of files being written.
+    fn tmp(&self) -> io::Result<File> {
+        open_dir(CWD, &self.own(TMP_DIR))
+    }
+
     fn open_lock(&self) -> io::Result<File> {
-        OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(self.own("lock"))
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        open_at(CWD, &self.own("lock"), flags)
     }
 
     /// Takes the folder's lock, which ends with the answer.
@@ -331,12 +369,15 @@ impl Folder {
 
     /// Opens the file of a key; also its size. A directory is not an object.
     fn open(&self, key: &str) -> Result<(File, u64), Failure> {
-        let file = File::open(self.path(key)?)?;
+        let file = open_at(CWD, &self.path(key)?, OFlags::RDONLY)?;
         let meta = file.metadata()?;
         if meta.is_file() {
             return Ok((file, meta.len()));
         }
-        Err(StoreError::not_found(key).into())
+        if meta.is_dir() {
+            return Err(StoreError::not_found(key).into());
+        }
+        Err(StoreError::invalid(key, "it is no plain file").into())
     }
 
     /// The whole object; none if it has more than `max` bytes.
@@ -369,18 +410,18 @@ impl Folder {
     }
 
     fn create(&self, key: &str, body: &[u8]) -> Result<Tag, Failure> {
-        let path = self.path(key)?;
-        let unfinished = Unfinished::write(self.own("tmp"), body)?;
-        let dir = self.make_parents(&path)?;
-        let linked = fs::hard_link(&unfinished.path, &path);
-        match linked {
+        let (dir, name) = self.place(key)?;
+        let unfinished = Unfinished::write(self.tmp()?, body)?;
+        let dir = self.make_dirs(&dir)?;
+        let (from, temporary) = (&unfinished.dir, &unfinished.name);
+        match linkat(from, temporary, &dir, name, AtFlags::empty()) {
             Ok(()) => {
-                sync_dir(dir)?;
+                dir.sync_all()?;
                 Ok(tag_of(body))
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Errno::EXIST) => {
                 // Its maker may not have come to that yet, and our caller will rely on it.
-                sync_dir(dir)?;
+                dir.sync_all()?;
                 Err(StoreError::exists(key).into())
             }
             Err(error) => {
@@ -392,8 +433,8 @@ impl Folder {
     }
 
     fn replace(&self, key: &str, body: &[u8], seen: &Tag) -> Result<Tag, Failure> {
-        let path = self.path(key)?;
-        let unfinished = Unfinished::write(self.own("tmp"), body)?;
+        let (dir, name) = self.place(key)?;
+        let unfinished = Unfinished::write(self.tmp()?, body)?;
         let _lock = self.lock()?;
         match self.read(key, GET_BYTES_MAX) {
             Ok(Some(now)) if tag_of(&now) == *seen => {}
@@ -406,16 +447,21 @@ impl Folder {
             }
             Err(failure) => return Err(failure),
         }
-        fs::rename(&unfinished.path, &path)?;
-        sync_dir(path.parent().unwrap_or(&self.root))?;
+        let dir = open_dir(CWD, &dir)?;
+        renameat(&unfinished.dir, &unfinished.name, &dir, name)?;
+        dir.sync_all()?;
         Ok(tag_of(body))
     }
 
     fn delete(&self, key: &str) -> Result<(), Failure> {
-        let path = self.path(key)?;
+        let (dir, name) = self.place(key)?;
         let _lock = self.lock()?;
-        match fs::remove_file(&path) {
-            Ok(()) => Ok(sync_dir(path.parent().unwrap_or(&self.root))?),
+        let deleted = open_dir(CWD, &dir).and_then(|dir| {
+            unlinkat(&dir, name, AtFlags::empty())?;
+            dir.sync_all()
+        });
+        match deleted {
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Ok(self.check_root(Operation::Delete, key)?)
             }
@@ -423,29 +469,27 @@ impl Folder {
         }
     }
 
-    /// Makes the directories above `path` and syncs their names; the last is the answer.
-    fn make_parents<'a>(&self, path: &'a Path) -> io::Result<&'a Path> {
-        let dir = path.parent().unwrap_or(path);
-        if self.synced_dirs.lock().contains(dir) {
-            return Ok(dir);
+    /// Opens a directory, made with those above it, whose names are synced.
+    fn make_dirs(&self, dir: &Path) -> io::Result<File> {
+        let is_synced = self.synced_dirs.lock().contains(dir);
+        if is_synced {
+            // Somebody may have removed it.
+            return open_dir(CWD, dir).inspect_err(|_| self.synced_dirs.lock().clear());
         }
         let below = dir.strip_prefix(&self.root).map_err(io::Error::other)?;
-        let mut made = self.root.clone();
+        let mut made = open_dir(CWD, &self.root)?;
         for part in below {
-            let parent = made.clone();
-            made.push(part);
-            match fs::create_dir(&made) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                // If another process has just made it, its sync may be outstanding: ours comes first.
-                _ => sync_dir(&parent)?,
-            }
+            let child = make_dir(&made, part)?;
+            // If another process has just made it, its sync may be outstanding: ours comes first.
+            made.sync_all()?;
+            made = child;
         }
         let mut synced = self.synced_dirs.lock();
         if synced.len() >= SYNCED_DIRS_MAX {
             synced.clear();
         }
         synced.insert(dir.to_owned());
-        Ok(dir)
+        Ok(made)
     }
 
     fn list_some(&self, prefix: &str, max: usize) -> Result<Vec<String>, Failure> {
@@ -455,16 +499,16 @@ impl Folder {
         }
         let mut dirs = vec![prefix.to_owned()];
         'dirs: while let Some(dir) = dirs.pop() {
-            let entries = match fs::read_dir(self.root.join(&dir)) {
+            let mut entries = match open_dir(CWD, &self.root.join(&dir)) {
                 Err(error) if is_nothing_there(&error) => continue,
-                entries => entries?,
+                opened => Dir::new(opened?)?,
             };
-            for entry in entries {
+            while let Some(entry) = entries.read() {
                 let entry = entry?;
-                let name = entry.file_name();
-                let Some(key) = name.to_str().map(|name| format!("{dir}{name}")) else {
+                let Ok(name) = entry.file_name().to_str() else {
                     continue;
                 };
+                let key = format!("{dir}{name}");
                 // Not ours: a file that no key can name.
                 if check_key(&key).is_err() || key == OWN_DIR {
                     continue;
@@ -472,7 +516,7 @@ impl Folder {
                 if keys.len() == max {
                     break 'dirs;
                 }
-                if entry.file_type()?.is_dir() {
+                if is_dir(&entries, &entry)? {
                     dirs.push(key + "/");
                 } else {
                     keys.push(key);
@@ -485,7 +529,7 @@ impl Folder {
 
     /// An error unless the folder is where it was.
     fn check_root(&self, operation: Operation, key: &str) -> Result<(), StoreError> {
-        if self.own("lock").exists() {
+        if open_at(CWD, &self.own("lock"), OFlags::RDONLY).is_ok() {
             return Ok(());
         }
         let root = self.root.display();
@@ -501,6 +545,10 @@ impl Folder {
         };
         let root = self.root.display();
         match error.kind() {
+            _ if is(&error, Errno::LOOP) => match self.check_root(operation, key) {
+                Err(gone) => gone,
+                Ok(()) => StoreError::invalid(key, "a link leads there, and is not followed"),
+            },
             io::ErrorKind::NotFound => match self.check_root(operation, key) {
                 Err(gone) => gone,
                 Ok(()) if matches!(operation, Operation::Get | Operation::GetRange) => {
@@ -536,19 +584,21 @@ impl Folder {
 /// A file being written, gone when this is dropped. It is locked, so that nobody takes it for a
 /// crash's leftover.
 struct Unfinished {
-    path: PathBuf,
-    _file: File,
+    dir: File,
+    name: String,
+    file: File,
 }
 
 impl Unfinished {
     /// Writes a whole file and syncs it.
-    fn write(dir: PathBuf, body: &[u8]) -> io::Result<Self> {
-        let path = dir.join(Uuid::new_v4().to_string());
-        let file = File::create_new(&path)?;
-        let mut this = Self { path, _file: file };
-        flock(&this._file, FlockOperation::NonBlockingLockExclusive)?;
-        this._file.write_all(body)?;
-        this._file.sync_all()?;
+    fn write(dir: File, body: &[u8]) -> io::Result<Self> {
+        let name = Uuid::new_v4().to_string();
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let file = open_at(&dir, Path::new(&name), flags)?;
+        let mut this = Self { dir, name, file };
+        flock(&this.file, FlockOperation::NonBlockingLockExclusive)?;
+        this.file.write_all(body)?;
+        this.file.sync_all()?;
         Ok(this)
     }
 }
@@ -556,7 +606,7 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         // Already renamed, or left for the sweep at the next opening.
-        drop(fs::remove_file(&self.path));
+        let _ = unlinkat(&self.dir, &self.name, AtFlags::empty());
     }
 }
 
@@ -584,15 +634,43 @@ fn tag_of(body: &[u8]) -> Tag {
     Tag::new(&hex)
 }
 
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
+/// Opens what is at a path, in which no link is followed, and without waiting for the other end of a pipe.
+fn open_at(at: impl AsFd, path: &Path, flags: OFlags) -> io::Result<File> {
+    let mode = match flags.contains(OFlags::CREATE) {
+        true => Mode::from_raw_mode(0o666),
+        false => Mode::empty(),
+    };
+    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let opened = retry_on_intr(|| openat2(&at, path, flags, mode, ResolveFlags::NO_SYMLINKS));
+    Ok(opened?.into())
 }
 
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+fn open_dir(at: impl AsFd, path: &Path) -> io::Result<File> {
+    open_at(at, path, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+/// Opens a directory in another, made if there is none.
+fn make_dir(at: &File, name: &OsStr) -> io::Result<File> {
+    match mkdirat(at, name, Mode::from_raw_mode(0o777)) {
+        Err(error) if error != Errno::EXIST => Err(error.into()),
+        _ => open_dir(at, Path::new(name)),
     }
+}
+
+fn is_dir(dir: &Dir, entry: &DirEntry) -> io::Result<bool> {
+    let kind = match entry.file_type() {
+        // Not every file system tells in its listing.
+        FileType::Unknown => {
+            let meta = statat(dir.fd()?, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+            FileType::from_raw_mode(meta.st_mode)
+        }
+        kind => kind,
+    };
+    Ok(kind == FileType::Directory)
+}
+
+fn is(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno.raw_os_error())
 }
 
 fn is_nothing_there(error: &io::Error) -> bool {
@@ -604,6 +682,10 @@ fn is_nothing_there(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::mkfifoat;
+
     use super::*;
     use crate::store::contract;
 
@@ -644,13 +726,15 @@ mod tests {
             .unwrap();
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path());
-        // Opening it waits for somebody who writes.
-        let hangs = dir.path().join("t");
-        rustix::fs::mkfifoat(rustix::fs::CWD, &hangs, rustix::fs::Mode::RUSR).unwrap();
+        fs::write(dir.path().join(HANGS), "").unwrap();
         runtime.block_on(async {
             for _ in 0..2 * THREADS_MAX {
                 let gives_up = Duration::from_millis(2);
-                let got = tokio::time::timeout(gives_up, store.get("t")).await;
+                let hangs = store.run(Operation::Get, "t", |folder, _| {
+                    hang(&folder.root);
+                    Ok(())
+                });
+                let got = tokio::time::timeout(gives_up, hangs).await;
                 assert!(got.is_err(), "{got:?}");
             }
             let other = tokio::task::spawn_blocking(|| 7);
@@ -659,7 +743,7 @@ mod tests {
         });
         let all = ALL_THREADS_MAX - ALL_THREADS.available_permits();
         assert!(all >= THREADS_MAX, "{all}");
-        drop(fs::OpenOptions::new().read(true).write(true).open(&hangs));
+        fs::remove_file(dir.path().join(HANGS)).unwrap();
         runtime.shutdown_timeout(Duration::from_secs(5));
     }
 
@@ -743,16 +827,16 @@ mod tests {
     #[tokio::test]
     async fn leftovers_are_swept_at_open_and_files_being_written_are_not() {
         let dir = tempfile::tempdir().unwrap();
-        drop(open(dir.path()));
-        let tmp = dir.path().join(OWN_DIR).join("tmp");
+        let store = open(dir.path());
+        let tmp = dir.path().join(OWN_DIR).join(TMP_DIR);
         fs::write(tmp.join("left"), b"half").unwrap();
-        let writing = Unfinished::write(tmp.clone(), b"whole").unwrap();
+        let writing = Unfinished::write(store.folder.tmp().unwrap(), b"whole").unwrap();
         drop(open(dir.path()));
         let left: Vec<_> = fs::read_dir(&tmp)
             .unwrap()
             .map(|e| e.unwrap().path())
             .collect();
-        assert_eq!(left, std::slice::from_ref(&writing.path));
+        assert_eq!(left, [tmp.join(&writing.name)]);
         drop(writing);
         assert_eq!(fs::read_dir(&tmp).unwrap().count(), 0);
     }
@@ -792,6 +876,54 @@ mod tests {
                 Err(StoreError::Invalid { .. })
             ));
         }
+    }
+
+    #[tokio::test]
+    async fn links_in_a_folder_are_not_followed_and_pipes_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let [theirs, root, link] = ["theirs", "store", "link"].map(|name| dir.path().join(name));
+        let other = open(&theirs);
+        let body = Bytes::from_static(b"theirs");
+        let seen = other.create("v/head", body.clone()).await.unwrap();
+        fs::create_dir(&root).unwrap();
+        symlink(&root, &link).unwrap();
+        let store = open(&link);
+        store.create("own", body.clone()).await.unwrap();
+        symlink(theirs.join("v"), root.join("v")).unwrap();
+        symlink(theirs.join("v/head"), root.join("head")).unwrap();
+        let pipe = |path: &Path| mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR).unwrap();
+        pipe(&root.join("pipe"));
+        for (n, done) in [
+            store.get("v/head").await.map(drop),
+            store.get("head").await.map(drop),
+            store.get("pipe").await.map(drop),
+            store.get_range("v/head", 0..1).await.map(drop),
+            store.get_prefix("pipe", 1).await.map(drop),
+            store.create("v/new", body.clone()).await.map(drop),
+            store.replace("v/head", body.clone(), &seen).await.map(drop),
+            store.replace("head", body, &seen).await.map(drop),
+            store.delete("v/head").await,
+            store.list("v/").await.map(drop),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert!(
+                matches!(done, Err(StoreError::Invalid { .. })),
+                "{n}: {done:?}"
+            );
+        }
+        assert_eq!(store.list("").await.unwrap(), ["head", "own", "pipe", "v"]);
+        for key in ["head", "pipe", "v"] {
+            store.delete(key).await.unwrap();
+        }
+        assert_eq!(store.list("").await.unwrap(), ["own"]);
+        assert_eq!(other.list("").await.unwrap(), ["v/head"]);
+        assert_eq!(other.get("v/head").await.unwrap().0, "theirs");
+        let lock = root.join(OWN_DIR).join("lock");
+        fs::remove_file(&lock).unwrap();
+        pipe(&lock);
+        assert!(store.delete("own").await.is_err());
     }
 
     #[test]
