@@ -15,6 +15,8 @@ const SECTORS: u64 = SIZE / 512;
 /// Small chunks, taken apart early, for a volume that is as much smaller than real ones.
 const SETTINGS: &str =
     "[writeback]\nchunk_size = \"256KiB\"\n[reclaim]\nhorizon = \"1s\"\ndebt_min = \"64KiB\"\n";
+/// Past states and snapshots that a tenant may have attached on a host.
+const PAST_MAX: u64 = 64;
 /// By then what is not kept must be gone.
 const SETTLE_MAX: Duration = Duration::from_secs(60);
 
@@ -237,4 +239,34 @@ fn past_that_is_kept_no_longer_is_refused_and_fails_its_readers() -> Result<()> 
     nbd.disconnect()?;
     daemon.stop()?;
     reader.stop()
+}
+
+#[test]
+fn past_states_that_a_tenant_attaches_are_bounded_and_refused_with_what_to_do() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let retain = ["--retain", "1h"];
+    daemon.fresh_volume(VOLUME, SIZE, &retain)?.disconnect()?;
+    let snapshot = format!("{VOLUME}@s");
+    daemon.quarry(&["snapshot", "create", &snapshot])?;
+    let first = now_ms()?;
+    // None of them is in the future.
+    thread::sleep(Duration::from_millis(PAST_MAX + 10));
+    let oldest = attach_at(&daemon, &first.to_string())?;
+    for ms in first + 1..first + PAST_MAX {
+        attach_at(&daemon, &ms.to_string())?;
+    }
+    let one_more = refused_at(&site, &(first + PAST_MAX).to_string())?;
+    let attach = ["volume", "attach", &snapshot, "--via", "nbd"];
+    let of_snapshot = site.quarry_json(&attach)?.refusal()?;
+    for refused in [one_more, of_snapshot] {
+        ensure!(
+            refused.kind == "conflict" && refused.mentions("has 64 snapshots and past states"),
+            "{refused:?}"
+        );
+    }
+    daemon.quarry(&["volume", "detach", &oldest])?;
+    daemon.attach(&snapshot, &[])?.disconnect()?;
+    daemon.stop()
 }

@@ -17,7 +17,7 @@ use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
 use super::trash::trash_error;
-use super::wanted::How;
+use super::wanted::{How, NotAdded, TENANT_PAST_MAX};
 use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
 use crate::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
@@ -196,15 +196,8 @@ impl Daemon {
         };
         // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it if it is ours by
         // then, or else takes it off the list.*
-        let before = self.wanted.add(volume, how.clone()).map_err(|error| {
-            let message =
-                format!("{volume} cannot be noted as attached for the next start: {error}");
-            let remedy = format!(
-                "see that {} has room and can be written",
-                self.config.daemon.data_dir.display()
-            );
-            ApiError::new(kind_of(&error), message, remedy)
-        })?;
+        let before = self.wanted.add(volume, how.clone());
+        let before = before.map_err(|error| self.not_noted(volume, &error))?;
         // One that waits to be attached again: who does that by hand does not give it up.
         let options = &AttachOptions {
             stays: options.stays || before.is_some(),
@@ -231,6 +224,28 @@ impl Daemon {
                     tracing::error!(%volume, %error, "not attached, but the next start will try it: the list of attached volumes cannot be written");
                 }
                 Err(error)
+            }
+        }
+    }
+
+    /// Why what is not on the list is not attached.
+    fn not_noted(&self, volume: &ImageRef, error: &NotAdded) -> ApiError {
+        match error {
+            NotAdded::Full => {
+                let message = format!(
+                    "tenant {} has {TENANT_PAST_MAX} snapshots and past states attached on this host, and may have no more",
+                    volume.volume.tenant
+                );
+                ApiError::new(Kind::Conflict, message, "detach one of them first")
+            }
+            NotAdded::Write(error) => {
+                let message =
+                    format!("{volume} cannot be noted as attached for the next start: {error}");
+                let remedy = format!(
+                    "see that {} has room and can be written",
+                    self.config.daemon.data_dir.display()
+                );
+                ApiError::new(kind_of(error), message, remedy)
             }
         }
     }
