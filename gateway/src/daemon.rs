@@ -473,7 +473,7 @@ impl AttachAgain {
 
     /// It is not attached again; a device of it goes too, with those of others that nobody wants, or now if those are gone.
     async fn unlist(&self, volume: &ImageRef) {
-        if let Err(error) = self.daemon.wanted().remove(volume) {
+        if let Err(error) = self.daemon.wanted().remove(volume).await {
             tracing::error!(%volume, %error, "the list of attached volumes cannot be written");
             let problem =
                 format!("it is not attached again, but the list cannot be written: {error}");

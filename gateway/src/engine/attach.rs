@@ -196,7 +196,7 @@ impl Daemon {
         };
         // First: what cannot be noted is not begun. *Crash from here on: the next start attaches it if it is ours by
         // then, or else takes it off the list.*
-        let before = self.wanted.add(volume, how.clone());
+        let before = self.wanted.add(volume, how.clone()).await;
         let before = before.map_err(|error| self.not_noted(volume, &error))?;
         // One that waits to be attached again: who does that by hand does not give it up.
         let options = &AttachOptions {
@@ -210,7 +210,7 @@ impl Daemon {
                 self.warm_hot_set(&attached);
                 slot.set(Stage::Attached(Arc::new(attached)));
                 self.wanted.note(volume, None);
-                self.note_cache(volume, how);
+                self.note_cache(volume, how).await;
                 Ok(info)
             }
             Err((error, Some(left))) => {
@@ -218,11 +218,12 @@ impl Daemon {
                 Err(error)
             }
             Err((error, None)) => {
-                slot.set(Stage::Detached);
-                if let Err(error) = self.wanted.restore(volume, before) {
+                if let Err(error) = self.wanted.restore(volume, before).await {
                     self.wanted.note(volume, Some(error.to_string()));
                     tracing::error!(%volume, %error, "not attached, but the next start will try it: the list of attached volumes cannot be written");
                 }
+                // Last: it is not to be seen as one that waits to be attached again.
+                slot.set(Stage::Detached);
                 Err(error)
             }
         }
@@ -256,12 +257,12 @@ impl Daemon {
     }
 
     /// Notes with which cache a volume is attached: before, it may have been with another, and lists of older daemons do not say so.
-    fn note_cache(&self, volume: &ImageRef, how: How) {
+    async fn note_cache(&self, volume: &ImageRef, how: How) {
         let cache = self.cache_of(how.read_only);
         if how.cache == cache {
             return;
         }
-        if let Err(error) = self.wanted.add(volume, How { cache, ..how }) {
+        if let Err(error) = self.wanted.add(volume, How { cache, ..how }).await {
             tracing::warn!(%volume, %error, "the list of attached volumes cannot be written, and does not say with which cache it is");
         }
     }
@@ -832,16 +833,17 @@ impl Daemon {
         answer
     }
 
+    /// Takes what is detached off the list.
+    async fn unlist(&self, volume: &ImageRef) -> ApiResult<()> {
+        self.wanted.remove(volume).await.map_err(|error| {
+            self.wanted.note(volume, Some(error.to_string()));
+            let message =
+                format!("{volume} is detached, but the next start will attach it again: {error}");
+            ApiError::internal(message)
+        })
+    }
+
     async fn detach_from(&self, slot: &Slot, volume: &ImageRef) -> ApiResult<()> {
-        let unlist = || {
-            self.wanted.remove(volume).map_err(|error| {
-                self.wanted.note(volume, Some(error.to_string()));
-                let message = format!(
-                    "{volume} is detached, but the next start will attach it again: {error}"
-                );
-                ApiError::internal(message)
-            })
-        };
         let Some(attached) = slot.stage().attached().cloned() else {
             let Some(how) = self.wanted.how(volume) else {
                 return Err(not_attached(volume));
@@ -868,7 +870,7 @@ impl Daemon {
             if how.via == Via::Ublk {
                 removed?;
             }
-            unlist()?;
+            self.unlist(volume).await?;
             return self.leave_waiting(volume).await;
         };
         slot.set(Stage::Detaching(Arc::clone(&attached)));
@@ -894,8 +896,10 @@ impl Daemon {
                 return Err(error);
             }
         };
+        let unlisted = self.unlist(volume).await;
+        // Last: it is not to be seen as one that waits to be attached again.
         slot.set(Stage::Detached);
-        unlist()?;
+        unlisted?;
         if complete || attached.backend.condition().fenced {
             return Ok(());
         }

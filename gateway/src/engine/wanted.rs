@@ -1,18 +1,22 @@
 //! What is to be attached here: the list that survives the daemon, so that the next one goes on.
 //!
 //! Invariants:
-//! - The list on disk is the list in memory; a change that cannot be written is not made.
+//! - The list on disk is the list in memory; a change that cannot be written is not made. One that is begun is made or
+//!   not in both, whether or not its caller waits for that.
+//! - Only who changes the list waits for the disk, and on no thread of the runtime.
 //! - A volume leaves it only when it was detached for good.
 //! - What is attached is on it, and what is being attached: so what it does not take is not in memory either.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use quarry_objfmt::TenantName;
 use serde::{Deserialize, Serialize};
+use tokio::sync::OwnedMutexGuard;
 
 use super::access::Access;
 use crate::control::{AttachOptions, ImageRef, Via};
@@ -75,7 +79,7 @@ struct Entry {
 /// Why something is not put into the list.
 #[derive(Debug, thiserror::Error)]
 pub enum NotAdded {
-    /// The tenant's share of it is.
+    /// The tenant has as many in it as it may.
     #[error(
         "the tenant has {} snapshots and past states in the list",
         TENANT_PAST_MAX
@@ -89,9 +93,16 @@ pub enum NotAdded {
 /// The list.
 #[derive(Debug)]
 pub struct Wanted {
-    path: PathBuf,
-    entries: Mutex<BTreeMap<ImageRef, Entry>>,
+    /// Where it is kept. Held by who changes it, until that is written.
+    path: Arc<tokio::sync::Mutex<PathBuf>>,
+    /// Never locked for long.
+    entries: Arc<Mutex<Entries>>,
 }
+
+type Entries = BTreeMap<ImageRef, Entry>;
+
+/// The right to change the list.
+type Turn = OwnedMutexGuard<PathBuf>;
 
 #[derive(Serialize, Deserialize)]
 struct OnDisk {
@@ -117,8 +128,8 @@ impl Wanted {
             Err(error) => return Err(error.into()),
         };
         Ok(Self {
-            path,
-            entries: Mutex::new(entries),
+            path: Arc::new(tokio::sync::Mutex::new(path)),
+            entries: Arc::new(Mutex::new(entries)),
         })
     }
 
@@ -146,22 +157,17 @@ impl Wanted {
     ///
     /// # Errors
     /// If that cannot be written, or it is of the past, is not in it yet, and its tenant has `TENANT_PAST_MAX` already.
-    pub fn add(&self, volume: &ImageRef, how: How) -> Result<Option<How>, NotAdded> {
+    pub async fn add(&self, volume: &ImageRef, how: How) -> Result<Option<How>, NotAdded> {
+        let turn = self.turn().await;
         let before = self.how(volume);
-        if before.as_ref() != Some(&how) {
-            self.change(|entries| {
-                let was = entries.remove(volume);
-                if was.is_none() && volume.is_past() {
-                    let past = past_of(entries, &volume.volume.tenant);
-                    if past >= TENANT_PAST_MAX {
-                        return Err(NotAdded::Full);
-                    }
-                }
-                let problem = was.and_then(|e| e.problem);
-                entries.insert(volume.clone(), Entry { how, problem });
-                Ok(())
-            })?;
+        if before.as_ref() == Some(&how) {
+            return Ok(before);
         }
+        let is_more = before.is_none() && volume.is_past();
+        if is_more && self.past_of(&volume.volume.tenant) >= TENANT_PAST_MAX {
+            return Err(NotAdded::Full);
+        }
+        self.set(turn, volume, Some(how)).await?;
         Ok(before)
     }
 
@@ -169,10 +175,10 @@ impl Wanted {
     ///
     /// # Errors
     /// If that cannot be written.
-    pub fn restore(&self, volume: &ImageRef, before: Option<How>) -> Result<(), NotAdded> {
+    pub async fn restore(&self, volume: &ImageRef, before: Option<How>) -> Result<(), NotAdded> {
         match before {
-            Some(how) => self.add(volume, how).map(|_| ()),
-            None => Ok(self.remove(volume)?),
+            Some(how) => self.add(volume, how).await.map(|_| ()),
+            None => Ok(self.remove(volume).await?),
         }
     }
 
@@ -180,11 +186,9 @@ impl Wanted {
     ///
     /// # Errors
     /// If that cannot be written.
-    pub fn remove(&self, volume: &ImageRef) -> io::Result<()> {
-        self.change(|entries| {
-            entries.remove(volume);
-            Ok(())
-        })
+    pub async fn remove(&self, volume: &ImageRef) -> io::Result<()> {
+        let turn = self.turn().await;
+        self.set(turn, volume, None).await
     }
 
     /// Notes why a volume is not attached, or that it is.
@@ -205,27 +209,44 @@ impl Wanted {
         entries.values().filter(|e| e.problem.is_some()).count()
     }
 
-    fn change<E: From<io::Error>>(
-        &self,
-        change: impl FnOnce(&mut BTreeMap<ImageRef, Entry>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut entries = self.entries.lock();
-        let mut changed = entries.clone();
-        change(&mut changed)?;
-        write(&self.path, &changed)?;
-        *entries = changed;
-        Ok(())
+    /// How many snapshots and past states of a tenant are in it.
+    fn past_of(&self, tenant: &TenantName) -> usize {
+        let entries = self.entries.lock();
+        let images = entries.keys();
+        let past = images.filter(|image| image.is_past() && image.volume.tenant == *tenant);
+        past.count()
+    }
+
+    async fn turn(&self) -> Turn {
+        Arc::clone(&self.path).lock_owned().await
+    }
+
+    /// Puts a volume in, or takes it out: on disk, then in memory. *Crash in between: the next daemon has what is on disk.*
+    /// Its caller may be gone by then: the turn is the change's, so that the next one goes by what became of this.
+    async fn set(&self, turn: Turn, volume: &ImageRef, how: Option<How>) -> io::Result<()> {
+        let (entries, volume) = (Arc::clone(&self.entries), volume.clone());
+        let change = move || -> io::Result<()> {
+            let mut attached = on_disk(&entries.lock());
+            match how.clone() {
+                Some(how) => attached.insert(volume.to_string(), how),
+                None => attached.remove(&volume.to_string()),
+            };
+            write(&turn, attached)?;
+            // What was noted meanwhile stays.
+            let mut entries = entries.lock();
+            let was = entries.remove(&volume);
+            if let Some(how) = how {
+                let problem = was.and_then(|e| e.problem);
+                entries.insert(volume, Entry { how, problem });
+            }
+            Ok(())
+        };
+        let changed = tokio::task::spawn_blocking(change).await;
+        changed.unwrap_or_else(|error| Err(io::Error::other(error)))
     }
 }
 
-/// How many snapshots and past states of a tenant are among them.
-fn past_of(entries: &BTreeMap<ImageRef, Entry>, tenant: &TenantName) -> usize {
-    let images = entries.keys();
-    let past = images.filter(|image| image.is_past() && image.volume.tenant == *tenant);
-    past.count()
-}
-
-fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<ImageRef, Entry>> {
+fn parse(bytes: &[u8]) -> anyhow::Result<Entries> {
     let on_disk: OnDisk = serde_json::from_slice(bytes)?;
     anyhow::ensure!(
         on_disk.version == VERSION,
@@ -239,18 +260,21 @@ fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<ImageRef, Entry>> {
     on_disk.attached.into_iter().map(entry).collect()
 }
 
-/// Replaces the file in one step: written, synced, renamed, and the folder synced.
-fn write(path: &Path, entries: &BTreeMap<ImageRef, Entry>) -> io::Result<()> {
-    let on_disk = OnDisk {
+/// What of them is kept.
+fn on_disk(entries: &Entries) -> BTreeMap<String, How> {
+    let kept = |(volume, entry): (&ImageRef, &Entry)| (volume.to_string(), entry.how.clone());
+    entries.iter().map(kept).collect()
+}
+
+/// Replaces the file in one step: written, synced, renamed, and the folder synced. Blocking.
+fn write(path: &Path, attached: BTreeMap<String, How>) -> io::Result<()> {
+    let bytes = serde_json::to_vec(&OnDisk {
         version: VERSION,
-        attached: entries
-            .iter()
-            .map(|(volume, entry)| (volume.to_string(), entry.how.clone()))
-            .collect(),
-    };
+        attached,
+    })?;
     let new = path.with_extension("new");
-    let file = File::create(&new)?;
-    serde_json::to_writer(&file, &on_disk)?;
+    let mut file = File::create(&new)?;
+    file.write_all(&bytes)?;
     file.sync_all()?;
     fs::rename(&new, path)?;
     File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
@@ -258,6 +282,8 @@ fn write(path: &Path, entries: &BTreeMap<ImageRef, Entry>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const HOW: How = How {
@@ -275,14 +301,14 @@ mod tests {
 
     const ACCESS: &str = r#"{"owner":{"name":"alice:disk","uid":1000,"gid":6},"mode":"0640"}"#;
 
-    #[test]
-    fn list_written_is_read_by_the_next_daemon() {
+    #[tokio::test]
+    async fn list_written_is_read_by_the_next_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let list = Wanted::load(dir.path()).unwrap();
         assert!(list.all().is_empty());
         let (one, two): (ImageRef, ImageRef) =
             ("acme/one".parse().unwrap(), "acme/one@two".parse().unwrap());
-        list.add(&one, HOW).unwrap();
+        list.add(&one, HOW).await.unwrap();
         let how = How {
             access: serde_json::from_str(ACCESS).unwrap(),
             queues: Some(2),
@@ -290,17 +316,17 @@ mod tests {
             cache: Some("5f0e".to_owned()),
             ..HOW
         };
-        list.add(&two, how.clone()).unwrap();
+        list.add(&two, how.clone()).await.unwrap();
         list.note(&two, Some("the store is away".to_owned()));
-        list.remove(&one).unwrap();
+        list.remove(&one).await.unwrap();
         assert_eq!(list.failing(), 1);
         let next = Wanted::load(dir.path()).unwrap();
         assert_eq!(next.all(), [(two.clone(), how)]);
         assert_eq!(next.problem(&two), None);
     }
 
-    #[test]
-    fn list_without_owners_is_read_and_written_as_before() {
+    #[tokio::test]
+    async fn list_without_owners_is_read_and_written_as_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("attached.json");
         let old =
@@ -309,7 +335,7 @@ mod tests {
         let list = Wanted::load(dir.path()).unwrap();
         let one: ImageRef = "acme/one".parse().unwrap();
         assert_eq!(list.all(), [(one.clone(), HOW)]);
-        list.add(&one, HOW).unwrap();
+        list.add(&one, HOW).await.unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), old);
     }
 
@@ -323,21 +349,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn change_that_cannot_be_written_is_not_made() {
+    #[tokio::test]
+    async fn change_that_cannot_be_written_is_not_made() {
         let dir = tempfile::tempdir().unwrap();
         let list = Wanted::load(dir.path()).unwrap();
         let (one, two): (ImageRef, ImageRef) =
             ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
-        assert_eq!(list.add(&one, HOW).unwrap(), None);
+        assert_eq!(list.add(&one, HOW).await.unwrap(), None);
         dir.close().unwrap();
-        assert!(list.add(&two, HOW).is_err());
+        assert!(list.add(&two, HOW).await.is_err());
         assert!(!list.contains(&two));
-        assert_eq!(list.add(&one, HOW).unwrap(), Some(HOW));
+        assert_eq!(list.add(&one, HOW).await.unwrap(), Some(HOW));
     }
 
-    #[test]
-    fn volume_restored_is_as_it_was_or_gone() {
+    #[tokio::test]
+    async fn volume_restored_is_as_it_was_or_gone() {
         let dir = tempfile::tempdir().unwrap();
         let list = Wanted::load(dir.path()).unwrap();
         let one: ImageRef = "acme/one".parse().unwrap();
@@ -345,18 +371,18 @@ mod tests {
             queues: Some(2),
             ..HOW
         };
-        list.add(&one, HOW).unwrap();
+        list.add(&one, HOW).await.unwrap();
         list.note(&one, Some("the store is away".to_owned()));
-        let before = list.add(&one, other).unwrap();
-        list.restore(&one, before).unwrap();
+        let before = list.add(&one, other).await.unwrap();
+        list.restore(&one, before).await.unwrap();
         assert_eq!(list.all(), [(one.clone(), HOW)]);
         assert_eq!(list.failing(), 1);
-        list.restore(&one, None).unwrap();
+        list.restore(&one, None).await.unwrap();
         assert!(Wanted::load(dir.path()).unwrap().all().is_empty());
     }
 
-    #[test]
-    fn past_of_a_tenant_is_bounded_and_what_is_in_the_list_stays() {
+    #[tokio::test]
+    async fn past_of_a_tenant_is_bounded_and_what_is_in_the_list_stays() {
         let dir = tempfile::tempdir().unwrap();
         // An older daemon's list may be longer.
         let name = |number: usize| match number % 2 {
@@ -377,17 +403,67 @@ mod tests {
             queues: Some(2),
             ..HOW
         };
-        assert_eq!(list.add(&first, HOW).unwrap(), Some(HOW));
-        assert_eq!(list.add(&first, other).unwrap(), Some(HOW));
+        assert_eq!(list.add(&first, HOW).await.unwrap(), Some(HOW));
+        assert_eq!(list.add(&first, other).await.unwrap(), Some(HOW));
         for taken in [&first, &second] {
-            assert!(matches!(list.add(&more, HOW), Err(NotAdded::Full)));
+            assert!(matches!(list.add(&more, HOW).await, Err(NotAdded::Full)));
             assert!(!list.contains(&more));
-            list.remove(taken).unwrap();
+            list.remove(taken).await.unwrap();
         }
-        assert_eq!(list.add(&more, HOW).unwrap(), None);
-        assert!(matches!(list.add(&first, HOW), Err(NotAdded::Full)));
+        assert_eq!(list.add(&more, HOW).await.unwrap(), None);
+        assert!(matches!(list.add(&first, HOW).await, Err(NotAdded::Full)));
         // Volumes have limits of their own, and so have other tenants.
-        list.add(&image("acme/db"), HOW).unwrap();
-        list.add(&image("globex/db@s"), HOW).unwrap();
+        list.add(&image("acme/db"), HOW).await.unwrap();
+        list.add(&image("globex/db@s"), HOW).await.unwrap();
+    }
+
+    /// As on a disk that hangs: what is written to is a pipe, which cannot be synced either.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn change_that_the_disk_holds_up_holds_up_nobody_who_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = Arc::new(Wanted::load(dir.path()).unwrap());
+        let (one, two): (ImageRef, ImageRef) =
+            ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
+        list.add(&one, HOW).await.unwrap();
+        let pipe = dir.path().join("attached.new");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).unwrap();
+        let adding = tokio::spawn({
+            let (list, two) = (Arc::clone(&list), two.clone());
+            async move { list.add(&two, HOW).await }
+        });
+        let reading = tokio::spawn({
+            let (list, two) = (Arc::clone(&list), two.clone());
+            async move {
+                list.note(&one, Some("the store is away".to_owned()));
+                (list.contains(&one), list.contains(&two))
+            }
+        });
+        let read = tokio::time::timeout(Duration::from_secs(10), reading).await;
+        let is_written = adding.is_finished();
+        assert!(!fs::read(&pipe).unwrap().is_empty());
+        assert_eq!(read.expect("nobody waits").unwrap(), (true, false));
+        assert!(!is_written);
+        assert!(adding.await.unwrap().is_err());
+        assert!(!list.contains(&two));
+        fs::remove_file(&pipe).unwrap();
+        list.add(&two, HOW).await.unwrap();
+        assert_eq!((list.all().len(), list.failing()), (2, 1));
+    }
+
+    #[tokio::test]
+    async fn change_that_nobody_waits_for_is_made_on_disk_and_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = Wanted::load(dir.path()).unwrap();
+        let (one, two): (ImageRef, ImageRef) =
+            ("acme/one".parse().unwrap(), "acme/two".parse().unwrap());
+        tokio::select! {
+            biased;
+            _ = list.add(&one, HOW) => {}
+            () = std::future::ready(()) => {}
+        }
+        assert_eq!(list.add(&two, HOW).await.unwrap(), None);
+        assert_eq!(list.all(), [(one, HOW), (two, HOW)]);
+        assert_eq!(Wanted::load(dir.path()).unwrap().all(), list.all());
     }
 }
