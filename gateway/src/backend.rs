@@ -436,9 +436,6 @@ impl VolumeBackend {
                 Err(NotSent::Untrusted { errno }) => {
                     self.tell(Event::CacheFailed { errno }).await;
                 }
-                Err(NotSent::Unreadable { .. } | NotSent::Refused { .. }) => {
-                    unreachable!("those are tried again")
-                }
             },
             Action::Checkpoint(plan) => match checkpoint::run(&self, &plan).await {
                 Ok(()) => {}
@@ -567,8 +564,10 @@ impl VolumeBackend {
             // Others need not wait while nothing is done in it.
             drop(place);
             let delay = match tried {
+                Ok(stored) => return Ok(stored),
+                Err(Failed::Over(why)) => return Err(why),
                 // The writes stay unsent and the volume serves on: an operator can still save them.
-                Err(NotSent::Unreadable { errno }) => {
+                Err(Failed::Unreadable { errno }) => {
                     Branch::UploadReadFailed.taken();
                     self.report(Report::Unreadable { errno });
                     stuck.get_or_insert_with(|| Stuck::of(&self.stuck)).tried();
@@ -576,11 +575,10 @@ impl VolumeBackend {
                 }
                 // Nothing that waiting alone mends (a proxy that takes no large objects, say), but
                 // somebody can mend it, and the writes are safe in the cache until then.
-                Err(NotSent::Refused { problem }) => {
+                Err(Failed::Refused { problem }) => {
                     self.problem(problem);
                     REFUSED_RETRY_DELAY
                 }
-                ended => return ended,
             };
             tokio::time::sleep(delay).await;
         }
@@ -592,7 +590,7 @@ impl VolumeBackend {
         plan: &ChunkPlan,
         cut_ms: u64,
         stuck: &mut Option<Stuck<'_>>,
-    ) -> Result<(ChunkHeader, u64), NotSent> {
+    ) -> Result<(ChunkHeader, u64), Failed> {
         let encoded = self.encode(plan, cut_ms).await?;
         *stuck = None;
         self.over(UNREADABLE);
@@ -603,17 +601,17 @@ impl VolumeBackend {
             Ok(_) => encoded.header,
             Err(StoreError::Exists { .. }) => match self.settle_existing(plan).await {
                 Ok(Existing::Ours(header)) => header,
-                Ok(Existing::NewerWriter(by)) => return Err(NotSent::Fenced { by }),
+                Ok(Existing::NewerWriter(by)) => return Err(NotSent::Fenced { by }.into()),
                 // Not to be guessed: a fence is for good.
                 Err(reason) => {
                     let problem =
                         format!("{object} is there already, and cannot be read: {reason}");
-                    return Err(NotSent::Refused { problem });
+                    return Err(Failed::Refused { problem });
                 }
             },
             Err(error) => {
                 let problem = format!("{REFUSED}: {error}");
-                return Err(NotSent::Refused { problem });
+                return Err(Failed::Refused { problem });
             }
         };
         self.over(REFUSED);
@@ -621,7 +619,7 @@ impl VolumeBackend {
     }
 
     /// Makes a chunk of what the cache device has.
-    async fn encode(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<EncodedChunk, NotSent> {
+    async fn encode(&self, plan: &ChunkPlan, cut_ms: u64) -> Result<EncodedChunk, Failed> {
         let (device, plan) = (Arc::clone(&self.common.device), plan.clone());
         let how = self.how(cut_ms);
         let _encoding = trace::open(Step::Encode, None);
@@ -629,7 +627,7 @@ impl VolumeBackend {
         let kept = Arc::clone(&self.common.kept_writes);
         let has_cache = Arc::clone(&self.has_cache).read_owned().await;
         if !*has_cache {
-            return Err(NotSent::Gone);
+            return Err(NotSent::Gone.into());
         }
         let encode = move || {
             let made = make_chunk(&*device, &kept, &plan, &how, &buffers);
@@ -692,7 +690,7 @@ fn has_extents_of(header: &ChunkHeader, plan: &ChunkPlan) -> bool {
     header.extents.len() == plan.extents.len() && header.extents.iter().zip(planned).all(same)
 }
 
-/// Why a chunk is not in the store.
+/// Why a chunk is not in the store, and not tried again.
 #[derive(Debug)]
 enum NotSent {
     /// The volume is gone: what it had not sent stays in the cache.
@@ -701,10 +699,22 @@ enum NotSent {
     Fenced { by: String },
     /// A sync of the cache device failed.
     Untrusted { errno: i32 },
+}
+
+/// Why a try to send a chunk came to nothing.
+enum Failed {
+    /// The next one would, too.
+    Over(NotSent),
     /// The cache device cannot be read there.
     Unreadable { errno: i32 },
     /// The store does not take it.
     Refused { problem: String },
+}
+
+impl From<NotSent> for Failed {
+    fn from(why: NotSent) -> Self {
+        Self::Over(why)
+    }
 }
 
 /// An upload whose data cannot be read, counted from its second try on among those of its volume.
@@ -841,14 +851,14 @@ impl How {
 /// Reads the plan's data from the cache device and encodes the chunk. Blocking.
 ///
 /// # Errors
-/// [`NotSent::Unreadable`], [`NotSent::Untrusted`]
+/// [`Failed::Unreadable`], [`NotSent::Untrusted`]
 fn make_chunk(
     device: &dyn BlockDevice,
     kept: &KeptWrites,
     plan: &ChunkPlan,
     how: &How,
     buffers: &Buffers,
-) -> Result<EncodedChunk, NotSent> {
+) -> Result<EncodedChunk, Failed> {
     let mut extents = Vec::with_capacity(plan.extents.len());
     let mut raw_sectors = 0;
     for extent in &plan.extents {
@@ -886,7 +896,7 @@ fn make_chunk(
         if let Part::Missing(run) = part {
             let len = missing(part);
             let done = device.read_data(&mut read, at..at + len, run.start);
-            done.map_err(|error| NotSent::Unreadable {
+            done.map_err(|error| Failed::Unreadable {
                 errno: errno_of(&error),
             })?;
             at += len;
