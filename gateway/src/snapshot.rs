@@ -431,7 +431,7 @@ pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, Sna
         create_own(store, &key, encoded(CLONE_KIND, &record)?).await?;
     }
     // Step 2.
-    let read = HeadCell::read(store, &keys::head_key(tenant, *parent)).await;
+    let read = HeadCell::read(store, tenant, *parent).await;
     let found = read.map_err(SnapshotError::from).and_then(|(head, _)| {
         if head.deleted().is_some() {
             return Err(OpenError::Deleted.into());
@@ -459,7 +459,9 @@ pub async fn make_clone(store: &dyn Store, spec: &CloneSpec) -> Result<Head, Sna
     let head_key = keys::head_key(tenant, spec.volume);
     match store.create(&head_key, head.encode().into()).await {
         Ok(_) => {}
-        Err(StoreError::Exists { .. }) if HeadCell::read(store, &head_key).await?.0 == head => {
+        Err(StoreError::Exists { .. })
+            if HeadCell::read(store, tenant, spec.volume).await?.0 == head =>
+        {
             Branch::CloneThere.taken();
         }
         Err(StoreError::Exists { .. }) => {

@@ -154,18 +154,18 @@ async fn run_with(
     };
     let mut report = begun(image);
     let key = keys::head_key(&volume.tenant, id);
-    match read_head(&store, &key).await? {
+    match read_head(&store, &volume.tenant, id).await? {
         Err(reason) => {
             findings.add(&key, format!("{reason}; the volume cannot be attached"));
         }
         Ok(head) => {
-            for problem in misplaced(&head, volume, id) {
+            if let Some(problem) = called_otherwise(&head, volume) {
                 findings.add(&key, problem);
             }
             let copy = copy_problem(&store, &volume.tenant, &head).await?;
             if let Some((copy, problem)) = copy {
                 // Of a volume whose keys change just now it may be the copy of before.
-                let now = read_head(&store, &key).await?;
+                let now = read_head(&store, &volume.tenant, id).await?;
                 if now.is_ok_and(|now| now.keys == head.keys) {
                     findings.add(&copy, problem);
                 }
@@ -253,7 +253,7 @@ impl Ancestors {
                 break;
             }
             let key = keys::head_key(&volume.tenant, id);
-            let head = match read_head(store, &key).await? {
+            let head = match read_head(store, &volume.tenant, id).await? {
                 Ok(head) => head,
                 Err(reason) => {
                     let problem = "of a volume that this one was cloned from";
@@ -283,8 +283,12 @@ impl Ancestors {
     }
 }
 
-async fn read_head(store: &Counted, key: &str) -> Result<Result<Head, String>, StoreError> {
-    match HeadCell::read(store, key).await {
+async fn read_head(
+    store: &Counted,
+    tenant: &TenantName,
+    volume: VolumeId,
+) -> Result<Result<Head, String>, StoreError> {
+    match HeadCell::read(store, tenant, volume).await {
         Ok((head, _)) => Ok(Ok(head)),
         Err(HeadError::Store(error)) => Err(error),
         Err(HeadError::Damaged { reason, .. }) => Ok(Err(reason)),
@@ -292,19 +296,11 @@ async fn read_head(store: &Counted, key: &str) -> Result<Result<Head, String>, S
     }
 }
 
-/// What a sound head says that is not true of this volume.
-fn misplaced(head: &Head, volume: &VolumeRef, id: VolumeId) -> Vec<String> {
-    let mut problems = Vec::new();
-    if head.volume != id {
-        problems.push(format!("it is the head of volume {}", head.volume));
-    }
-    if head.tenant != volume.tenant.as_str() || head.name != volume.name.as_str() {
-        problems.push(format!(
-            "it says that the volume is called {}/{}",
-            head.tenant, head.name
-        ));
-    }
-    problems
+/// That a volume's head does not say the name that it was found by.
+fn called_otherwise(head: &Head, volume: &VolumeRef) -> Option<String> {
+    let is_called = head.tenant == volume.tenant.as_str() && head.name == volume.name.as_str();
+    let (tenant, name) = (&head.tenant, &head.name);
+    (!is_called).then(|| format!("it says that the volume is called {tenant}/{name}"))
 }
 
 /// Checks what a volume would be with this head, which need not be in the store: without reading

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{Epoch, TenantName, keys};
+use quarry_objfmt::{Epoch, TenantName, VolumeId, keys};
 use tokio::sync::Mutex;
 
 use super::sound::{self, Unsound};
@@ -36,7 +36,7 @@ pub enum HeadError {
 #[derive(Debug)]
 pub struct HeadCell {
     tenant: TenantName,
-    key: String,
+    volume: VolumeId,
     frame_sectors: u32,
     compression: Compression,
     epoch: Epoch,
@@ -49,10 +49,9 @@ impl HeadCell {
     /// The head that was read with this tag, or written and given it.
     #[must_use]
     pub fn new(tenant: TenantName, head: Head, tag: Tag) -> Self {
-        let key = keys::head_key(&tenant, head.volume);
         Self {
             tenant,
-            key,
+            volume: head.volume,
             frame_sectors: head.frame_sectors,
             compression: head.compression,
             epoch: head.epoch,
@@ -64,10 +63,14 @@ impl HeadCell {
     /// Reads a volume's head.
     ///
     /// # Errors
-    /// [`HeadError::Damaged`] if it is missing or does not decode: never an empty volume.
-    pub async fn read(store: &dyn Store, key: &str) -> Result<(Head, Tag), HeadError> {
-        let there = read_if_there(store, key).await?;
-        there.ok_or_else(|| missing(key))
+    /// [`HeadError::Damaged`] if it is missing, does not decode, or is another volume's: never an empty volume.
+    pub async fn read(
+        store: &dyn Store,
+        tenant: &TenantName,
+        volume: VolumeId,
+    ) -> Result<(Head, Tag), HeadError> {
+        let there = read_if_there(store, tenant, volume).await?;
+        there.ok_or_else(|| missing(tenant, volume))
     }
 
     /// The tenant.
@@ -125,7 +128,7 @@ impl HeadCell {
     /// # Errors
     /// [`HeadError::Fenced`] if somebody has.
     pub async fn still_ours(&self, store: &dyn Store) -> Result<(), HeadError> {
-        let (now, _) = Self::read(store, &self.key).await?;
+        let (now, _) = Self::read(store, &self.tenant, self.volume).await?;
         match now.epoch == self.epoch() {
             true => Ok(()),
             false => Err(fenced(&now)),
@@ -136,7 +139,7 @@ impl HeadCell {
     /// to it is to know; a head alone comes back with a rescue.
     async fn lost(&self, store: &dyn Store, head: &Head) -> HeadError {
         let Some(root) = head.root else {
-            return missing(&self.key);
+            return missing(&self.tenant, self.volume);
         };
         let map = keys::map_key(&self.tenant, head.volume, root.epoch, root.seq);
         let place = u64::from(root.offset)..u64::from(root.offset) + u64::from(root.len);
@@ -144,7 +147,7 @@ impl HeadCell {
             Err(StoreError::NotFound { .. }) => HeadError::Fenced {
                 by: "who deleted it for good".to_owned(),
             },
-            _ => missing(&self.key),
+            _ => missing(&self.tenant, self.volume),
         }
     }
 
@@ -164,7 +167,7 @@ impl HeadCell {
             if let Err(error) = change(&mut head) {
                 return Ok(Err(error));
             }
-            let (done, now) = match replace(store, &self.key, &head, &state.1).await? {
+            let (done, now) = match replace(store, &self.tenant, &head, &state.1).await? {
                 Replaced::Done(tag) => (true, (head, tag)),
                 Replaced::Missing => return Err(self.lost(store, &state.0).await),
                 Replaced::Changed(now, tag) => {
@@ -187,23 +190,32 @@ impl HeadCell {
     }
 }
 
-/// A head, if there is one.
-async fn read_if_there(store: &dyn Store, key: &str) -> Result<Option<(Head, Tag)>, HeadError> {
-    let decode = |(bytes, tag): (Bytes, Tag)| Head::decode(&bytes).map(|head| (head, tag));
-    match sound::read(|| store.get(key), decode).await {
+/// A volume's head, if there is one. What lies in its place and is another volume's says nothing of this one.
+async fn read_if_there(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+) -> Result<Option<(Head, Tag)>, HeadError> {
+    let key = keys::head_key(tenant, volume);
+    let decode = |(bytes, tag): (Bytes, Tag)| match Head::decode(&bytes) {
+        Ok(head) if head.volume == volume => Ok((head, tag)),
+        Ok(head) => Err(format!("it is the head of volume {}", head.volume)),
+        Err(error) => Err(error.to_string()),
+    };
+    match sound::read(|| store.get(&key), decode).await {
         Ok(read) => Ok(Some(read)),
         Err(Unsound::Store(StoreError::NotFound { .. })) => Ok(None),
         Err(Unsound::Store(error)) => Err(error.into()),
         Err(Unsound::Damaged(reason)) => Err(HeadError::Damaged {
-            object: key.to_owned(),
+            object: key,
             reason: format!("the volume's head cannot be read: {reason}"),
         }),
     }
 }
 
-fn missing(key: &str) -> HeadError {
+fn missing(tenant: &TenantName, volume: VolumeId) -> HeadError {
     HeadError::Damaged {
-        object: key.to_owned(),
+        object: keys::head_key(tenant, volume),
         reason: "the volume's head is missing".to_owned(),
     }
 }
@@ -224,28 +236,29 @@ enum Replaced {
 /// As [`HeadCell::update`].
 pub(super) async fn put(
     store: &dyn Store,
-    key: &str,
+    tenant: &TenantName,
     head: &Head,
     tag: &Tag,
 ) -> Result<Tag, HeadError> {
-    match replace(store, key, head, tag).await? {
+    match replace(store, tenant, head, tag).await? {
         Replaced::Done(tag) => Ok(tag),
         Replaced::Changed(now, _) => Err(fenced(&now)),
-        Replaced::Missing => Err(missing(key)),
+        Replaced::Missing => Err(missing(tenant, head.volume)),
     }
 }
 
 async fn replace(
     store: &dyn Store,
-    key: &str,
+    tenant: &TenantName,
     head: &Head,
     tag: &Tag,
 ) -> Result<Replaced, HeadError> {
+    let key = keys::head_key(tenant, head.volume);
     let bytes = Bytes::from(head.encode());
-    match store.replace(key, bytes.clone(), tag).await {
+    match store.replace(&key, bytes.clone(), tag).await {
         Ok(tag) => Ok(Replaced::Done(tag)),
         Err(StoreError::Changed { .. } | StoreError::NotFound { .. }) => {
-            let Some((now, now_tag)) = read_if_there(store, key).await? else {
+            let Some((now, now_tag)) = read_if_there(store, tenant, head.volume).await? else {
                 return Ok(Replaced::Missing);
             };
             Ok(if now.encode() == bytes[..] {
@@ -271,7 +284,7 @@ fn fenced(now: &Head) -> HeadError {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::{CacheId, Owner, Sectors, VolumeId, VolumeName};
+    use quarry_objfmt::{CacheId, Owner, Sectors, VolumeName};
 
     use super::*;
     use crate::store::FolderStore;
@@ -321,8 +334,8 @@ mod tests {
         let head = head.await.unwrap();
         assert_eq!((head.size, head.stored_bytes), (Sectors::new(2000), 7));
         assert_eq!(cell.get(), head);
-        let key = keys::head_key(cell.tenant(), head.volume);
-        assert_eq!(HeadCell::read(&store, &key).await.unwrap().0, head);
+        let there = HeadCell::read(&store, cell.tenant(), head.volume).await;
+        assert_eq!(there.unwrap().0, head);
         // And the one that is behind now goes on in the same way.
         let head = late.update(&store, |head| head.stored_bytes += 3);
         assert_eq!(head.await.unwrap().stored_bytes, 10);
@@ -393,8 +406,8 @@ mod tests {
                 matches!(&error, HeadError::Fenced { by: who } if who == by),
                 "{error}"
             );
-            let key = keys::head_key(cell.tenant(), now.volume);
-            assert_eq!(HeadCell::read(&store, &key).await.unwrap().0, now);
+            let there = HeadCell::read(&store, cell.tenant(), now.volume).await;
+            assert_eq!(there.unwrap().0, now);
         }
     }
 }

@@ -289,8 +289,7 @@ pub(crate) async fn take(
             since: raised.epoch,
         });
     }
-    let key = keys::head_key(tenant, volume);
-    let tag = put(store, &key, &raised, &tag).await?;
+    let tag = put(store, tenant, &raised, &tag).await?;
 
     // Step 2.
     let log = replay(store, tenant, &raised, Some(claim)).await?;
@@ -345,8 +344,7 @@ pub async fn hold(
 ) -> Result<(HeadCell, bool), OpenError> {
     let (head, tag) = read_head(store, tenant, volume, claim).await?;
     let raised = raised(&head, claim);
-    let key = keys::head_key(tenant, volume);
-    let tag = put(store, &key, &raised, &tag).await?;
+    let tag = put(store, tenant, &raised, &tag).await?;
     let cell = HeadCell::new(tenant.clone(), raised, tag);
     Ok((cell, head.owner.is_some()))
 }
@@ -358,7 +356,7 @@ async fn read_head(
     volume: VolumeId,
     claim: &Claim,
 ) -> Result<(Head, Tag), OpenError> {
-    let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
+    let (head, tag) = HeadCell::read(store, tenant, volume).await?;
     let is_ours = |owner: &Owner| owner.cache == claim.cache;
     match &head.owner {
         Some(_) if head.deleted().is_some() => Err(OpenError::Deleted),
@@ -442,7 +440,7 @@ pub async fn open_snapshot(
     volume: VolumeId,
     name: &SnapName,
 ) -> Result<(Claimed, u64), OpenError> {
-    let (head, tag) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
+    let (head, tag) = HeadCell::read(store, tenant, volume).await?;
     let found = head.snapshots.iter().find(|s| s.name == name.as_str());
     let Some(snapshot) = found.filter(|s| !s.closing) else {
         let snapshot = name.clone();

@@ -71,8 +71,7 @@ pub async fn open_at(
             now: Moment::from_ms(now_ms),
         });
     }
-    let key = keys::head_key(tenant, volume);
-    let (mut head, mut tag) = HeadCell::read(store, &key).await?;
+    let (mut head, mut tag) = HeadCell::read(store, tenant, volume).await?;
     let mut tries = 0;
     loop {
         if head.deleted().is_some() {
@@ -90,7 +89,7 @@ pub async fn open_at(
             Err(error) => return Err(error),
         };
         // The writer may have moved on, and given up what this went by.
-        let (now, now_tag) = HeadCell::read(store, &key).await?;
+        let (now, now_tag) = HeadCell::read(store, tenant, volume).await?;
         if now == head || tries == REOPENS_MAX {
             return Err(error);
         }

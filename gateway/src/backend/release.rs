@@ -1,7 +1,7 @@
 //! Taking the right to write from a host that is lost, without taking it.
 
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{CacheId, TenantName, VolumeId, keys};
+use quarry_objfmt::{CacheId, TenantName, VolumeId};
 
 use super::head::{HeadCell, put};
 use super::open::OpenError;
@@ -21,8 +21,7 @@ pub async fn release(
     volume: VolumeId,
     from: CacheId,
 ) -> Result<bool, OpenError> {
-    let key = keys::head_key(tenant, volume);
-    let (head, tag) = HeadCell::read(store, &key).await?;
+    let (head, tag) = HeadCell::read(store, tenant, volume).await?;
     match &head.owner {
         _ if head.deleted().is_some() => return Err(OpenError::Deleted),
         None => return Ok(false),
@@ -34,6 +33,6 @@ pub async fn release(
         owner: None,
         ..head
     };
-    put(store, &key, &released, &tag).await?;
+    put(store, tenant, &released, &tag).await?;
     Ok(true)
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use quarry_cache::{Journal, Recovered};
-use quarry_objfmt::{Generation, Owner, SegmentId, SnapName, TenantName, VolumeId, keys};
+use quarry_objfmt::{Generation, Owner, SegmentId, SnapName, TenantName, VolumeId};
 use quarry_volume::{Event, Opened, Volume, VolumeParams};
 
 use super::access::Access;
@@ -504,7 +504,7 @@ impl Daemon {
             opened
         } else {
             // First: nobody is fenced by who could not read or write it. What they are wrapped by does not matter here.
-            let read = HeadCell::read(store, &keys::head_key(name, id)).await;
+            let read = HeadCell::read(store, name, id).await;
             let (head, _) = read.map_err(OpenError::from)?;
             // By the other name it may be attached here.
             if head.deleted().is_none() {

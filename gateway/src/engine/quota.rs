@@ -11,9 +11,9 @@
 use std::sync::Arc;
 
 use futures::StreamExt as _;
+use quarry_objfmt::TenantSettings;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{RESERVATIONS_MAX, Reservation};
-use quarry_objfmt::{TenantSettings, keys};
 
 use super::tenants::Tenant;
 use super::{Daemon, now_ms, registry};
@@ -182,8 +182,9 @@ impl Daemon {
             )
         })?;
         let heads = deleted.into_iter().map(|record| async move {
-            let key = keys::head_key(&tenant.name, record.volume);
-            let head = HeadCell::read(store, &key).await.ok();
+            let head = HeadCell::read(store, &tenant.name, record.volume)
+                .await
+                .ok();
             head.map_or(0, |(head, _)| head.stored_bytes)
         });
         let mut heads = futures::stream::iter(heads).buffer_unordered(HEADS_AT_ONCE);

@@ -310,8 +310,7 @@ pub(super) async fn head_and_rates(
     volume: &VolumeRef,
 ) -> ApiResult<(Head, Rates)> {
     let record = find_record(store, volume).await?;
-    let key = keys::head_key(&volume.tenant, record.volume);
-    match HeadCell::read(store, &key).await {
+    match HeadCell::read(store, &volume.tenant, record.volume).await {
         Ok((head, _)) => Ok((head, record.rates)),
         Err(error) => Err(head_error(volume, &error)),
     }
@@ -359,7 +358,7 @@ pub(super) async fn free_head(
     doing: &str,
 ) -> ApiResult<(Head, HeadCell)> {
     let id = find(store, volume).await?;
-    let read = HeadCell::read(store, &keys::head_key(&volume.tenant, id)).await;
+    let read = HeadCell::read(store, &volume.tenant, id).await;
     let (head, tag) = read.map_err(|error| head_error(volume, &error))?;
     if head.deleted().is_some() {
         return Err(OpenError::Deleted.into());
@@ -426,4 +425,48 @@ pub(super) async fn volume_names(
     };
     let named = listed.iter().filter_map(|key| Some(of(name(key)?.ok()?)));
     Ok(named.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::FolderStore;
+
+    const CACHE: CacheId = CacheId::from_bytes([8; 16]);
+
+    fn id(n: u8) -> VolumeId {
+        VolumeId::from_bytes([n; 16])
+    }
+
+    /// A volume of 1 MiB that nobody has, and the key of its head.
+    async fn made(store: &dyn Store, name: &str, volume: VolumeId) -> (VolumeRef, String) {
+        let called = VolumeRef::new("acme", name).unwrap();
+        let size = Sectors::from_bytes(1 << 20).unwrap();
+        let head = Head::fresh(volume, &called.tenant, &called.name, size, 1);
+        let key = keys::head_key(&called.tenant, volume);
+        store.create(&key, head.encode().into()).await.unwrap();
+        let record = NameRecord::new(volume, 1);
+        name_fresh(store, &called, &record).await.unwrap();
+        (called, key)
+    }
+
+    #[tokio::test]
+    async fn volume_with_the_head_of_another_is_refused_and_the_other_stays_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        let (volume, key) = made(&store, "db", id(1)).await;
+        let (_, others_key) = made(&store, "other", id(2)).await;
+        let (others, _) = store.get(&others_key).await.unwrap();
+        let (_, tag) = store.get(&key).await.unwrap();
+        store.replace(&key, others.clone(), &tag).await.unwrap();
+        let grown = grow_volume(&store, &volume, 4 << 20, CACHE).await;
+        let kept = retain_volume(&store, &volume, 1000, CACHE).await;
+        for error in [grown.unwrap_err(), kept.unwrap_err()] {
+            assert_eq!(error.kind, Kind::Damaged, "{error}");
+            assert!(error.message.contains(&id(2).to_string()), "{error}");
+        }
+        for key in [&key, &others_key] {
+            assert_eq!(store.get(key).await.unwrap().0, others);
+        }
+    }
 }

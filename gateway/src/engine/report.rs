@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{TenantName, WriteSeq, keys};
+use quarry_objfmt::{TenantName, WriteSeq};
 use quarry_volume::VolumeStats;
 
 use super::keys::data_keys;
@@ -198,12 +198,11 @@ impl Daemon {
         attached: Option<&Attached>,
     ) -> Option<ParentInfo> {
         let parent = head.parent.as_ref()?;
-        let key = keys::head_key(&volume.tenant, parent.volume);
         let store = match attached {
             Some(attached) => attached.tenant.control(),
             None => self.control(&volume.tenant).await.ok()?,
         };
-        let name = match HeadCell::read(&store, &key).await {
+        let name = match HeadCell::read(&store, &volume.tenant, parent.volume).await {
             Ok((head, _)) => format!("{}/{}", head.tenant, head.name),
             Err(_) => parent.volume.to_string(),
         };

@@ -1,7 +1,6 @@
 //! Making the head of a volume anew, with its name if that is lost too.
 
 use quarry_objfmt::head::Head;
-use quarry_objfmt::keys;
 use std::sync::Arc;
 
 use super::{Daemon, now_ms, registry};
@@ -113,8 +112,7 @@ async fn sound_head(
     volume: &VolumeRef,
     id: quarry_objfmt::VolumeId,
 ) -> ApiResult<Head> {
-    let key = keys::head_key(&volume.tenant, id);
-    let (head, _) = HeadCell::read(store, &key)
+    let (head, _) = HeadCell::read(store, &volume.tenant, id)
         .await
         .map_err(|e| registry::head_error(volume, &e))?;
     if head.deleted().is_some() {

@@ -289,7 +289,7 @@ impl Daemon {
         let of = self.tenant(&tenant).await?;
         let store = of.control();
         // Its size is not in the trash's record.
-        let bytes = match HeadCell::read(&store, &keys::head_key(&tenant, id)).await {
+        let bytes = match HeadCell::read(&store, &tenant, id).await {
             Ok((head, _)) => head.size.bytes(),
             Err(HeadError::Store(error)) if !matches!(error, StoreError::NotFound { .. }) => {
                 return Err(registry::store_error(&error));

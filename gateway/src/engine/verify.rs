@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use quarry_objfmt::{DataKeys, VolumeId, keys};
+use quarry_objfmt::{DataKeys, VolumeId};
 
 use super::keys::same_data_keys;
 use super::snapshot::no_snapshot;
@@ -117,11 +117,10 @@ impl Daemon {
         tenant: &Tenant,
         id: VolumeId,
     ) -> ApiResult<Option<Arc<DataKeys>>> {
-        let key = keys::head_key(&tenant.name, id);
         let (mut before, mut opened) = (None, None);
         // Opening them may take a while, in which the volume gets a new one.
         for _ in 0..KEYS_READ_MAX {
-            match HeadCell::read(&tenant.control(), &key).await {
+            match HeadCell::read(&tenant.control(), &tenant.name, id).await {
                 Ok((head, _)) if before.as_ref().is_some_and(|b| same_data_keys(b, &head)) => break,
                 Ok((head, _)) => {
                     opened = self.unlock(&tenant.name, &head).await?;

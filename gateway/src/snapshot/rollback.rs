@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::head::{Head, LogRange, SnapshotRef};
 use quarry_objfmt::map::{Basis, DeadObject, Manifest, MapObjectId, ObjectKind, TableRef, Usage};
-use quarry_objfmt::{Epoch, KeyGeneration, MapSeq, SnapName, TenantName, VolumeId, keys};
+use quarry_objfmt::{Epoch, KeyGeneration, MapSeq, SnapName, TenantName, VolumeId};
 
 use super::{SnapshotError, find, put_root};
 use crate::backend::open::{Claim, OpenError, TakenOver, give_back, load_map, load_usage, take};
@@ -31,7 +31,7 @@ pub async fn roll_back(
     by: &Claim,
 ) -> Result<Head, SnapshotError> {
     // Looked for first, so that nothing is changed in vain.
-    let (head, _) = HeadCell::read(store, &keys::head_key(tenant, volume)).await?;
+    let (head, _) = HeadCell::read(store, tenant, volume).await?;
     wanted(&head, name)?;
     // Step 1.
     let taken = take(store, tenant, volume, None, by).await?;

@@ -45,8 +45,7 @@ pub(super) async fn walk(check: &Check, findings: &mut Findings) -> Result<Log, 
     }
     let mut size = head.size;
     if walk.reached.get() > size.get() {
-        let key = keys::head_key(&check.tenant, head.volume);
-        if let Ok(now) = read_head(&check.store, &key).await? {
+        if let Ok(now) = read_head(&check.store, &check.tenant, head.volume).await? {
             size = size.max(now.size);
         }
     }

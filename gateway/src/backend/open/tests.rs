@@ -3,12 +3,14 @@ use std::time::Duration;
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::map::{DeadObject, MapObjectBuilder, ObjectKind};
 use quarry_objfmt::{
-    Compression, DataKey, Encryption, KeyGeneration, KeyName, Lba, MapSeq, Sectors, VolumeName,
-    WrappedKey, WrappedKeys,
+    Compression, DataKey, Encryption, KeyGeneration, KeyName, Lba, MapSeq, Sectors, SnapshotRef,
+    VolumeName, WrappedKey, WrappedKeys,
 };
 
 use super::*;
 use crate::backend::MapEnd;
+use crate::backend::past::open_at;
+use crate::backend::release::release;
 use crate::store::{FolderStore, GET_BYTES_MAX, Lane};
 
 /// Looks ahead in the log take all places of this lane, and the seal behind it needs one.
@@ -37,6 +39,73 @@ async fn log_is_sealed_through_a_lane_with_fewer_places_than_looks_ahead() {
         let claimed = tokio::time::timeout(Duration::from_secs(60), claimed).await;
         let claimed = claimed.expect("it waits for a place for ever").unwrap();
         assert_eq!(claimed.info.epoch, Epoch::new(epoch));
+    }
+}
+
+/// Whoever put the wrong copy back had another volume served under this one's name.
+#[tokio::test]
+async fn head_of_another_volume_is_refused_by_all_who_open_or_take_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
+    let tenant = TenantName::new("acme").unwrap();
+    let name = VolumeName::new("other").unwrap();
+    let (volume, other) = (VolumeId::from_bytes([7; 16]), VolumeId::from_bytes([9; 16]));
+    let by = Claim {
+        cache: CacheId::from_bytes([8; 16]),
+        host: "a".to_owned(),
+        now_ms: 0,
+        force: true,
+        discard_unsent: false,
+        must_be_ours: false,
+    };
+    let snapshot = SnapshotRef {
+        name: "s".to_owned(),
+        created_ms: 1,
+        root_write: WriteSeq::ZERO,
+        size: Sectors::new(2048),
+        closing: false,
+        root: None,
+    };
+    let head = Head {
+        owner: Some(Owner {
+            cache: by.cache,
+            host: by.host.clone(),
+            since_ms: 0,
+        }),
+        snapshots: vec![snapshot],
+        ..Head::fresh(other, &tenant, &name, Sectors::new(2048), 0)
+    };
+    let bytes = Bytes::from(head.encode());
+    let places = [volume, other].map(|of| keys::head_key(&tenant, of));
+    for place in &places {
+        store.create(place, bytes.clone()).await.unwrap();
+    }
+    let (snap, now_ms) = (SnapName::new("s").unwrap(), 2);
+    let read_only = open_read_only(&store, &tenant, volume, None, &by).await;
+    let as_it_was = open_at(&store, &tenant, volume, 1, now_ms).await;
+    let of_snapshot = open_snapshot(&store, &tenant, volume, &snap).await;
+    let released = release(&store, &tenant, volume, by.cache).await;
+    let held = hold(&store, &tenant, volume, &by).await;
+    let claimed = claim(&store, &tenant, volume, None, &by).await;
+    let all = [
+        ("read-only", read_only.err()),
+        ("as it was", as_it_was.err()),
+        ("a snapshot", of_snapshot.err()),
+        ("released", released.err()),
+        ("held", held.err()),
+        ("claimed", claimed.err()),
+    ];
+    for (how, error) in all {
+        match error {
+            Some(OpenError::Damaged { object, reason }) => {
+                assert_eq!(object, places[0], "{how}");
+                assert!(reason.contains(&other.to_string()), "{how}: {reason}");
+            }
+            error => panic!("{how}: {error:?}"),
+        }
+    }
+    for place in &places {
+        assert_eq!(store.get(place).await.unwrap().0, bytes, "{place}");
     }
 }
 

@@ -711,8 +711,8 @@ async fn broken_off_rollback_is_in_nobodys_past(passes_over: bool) {
     bench.crash(writer).await;
     bench.pass(MINUTE_MS).await;
     let (tenant, volume) = (bench.tenant.clone(), bench.volume);
-    let key = keys::head_key(&tenant, volume);
-    let (before, _) = HeadCell::read(&*bench.store, &key).await.unwrap();
+    let before = HeadCell::read(&*bench.store, &tenant, volume).await;
+    let (before, _) = before.unwrap();
     let back = snapshot::roll_back(&*bench.store, &tenant, volume, &name, &bench.by()).await;
     let back = back.unwrap();
     // As its first step left the head.
