@@ -27,6 +27,7 @@ mod parts;
 mod plain;
 mod s3;
 mod s3_error;
+mod s3_http;
 mod settings;
 mod stats;
 #[cfg(test)]

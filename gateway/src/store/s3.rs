@@ -27,6 +27,7 @@ use super::credentials::Rotating;
 use super::parts::Parts;
 use super::plain::{PlainReads, TIMES};
 use super::s3_error::Asked;
+use super::s3_http::Straight;
 use super::upload::Unsigned;
 use super::{
     GET_BYTES_MAX, LIST_KEYS_MAX, OpenError, Operation, S3Settings, Store, StoreError, Tag,
@@ -183,6 +184,7 @@ pub(crate) fn client(settings: &S3Settings) -> Result<AmazonS3, OpenError> {
 /// What all clients for `settings` have in common, but the keys, with these headers in each request.
 pub(super) fn builder(settings: &S3Settings, headers: HeaderMap) -> AmazonS3Builder {
     install_crypto();
+    // Each is read in `Straight` too.
     let options = ClientOptions::new()
         .with_default_headers(headers)
         .with_allow_http(is_plain(settings))
@@ -197,6 +199,7 @@ pub(super) fn builder(settings: &S3Settings, headers: HeaderMap) -> AmazonS3Buil
         .with_conditional_put(S3ConditionalPut::ETagMatch)
         .with_disable_bulk_delete(true)
         .with_client_options(options)
+        .with_http_connector(Straight)
         .with_retry(RetryConfig {
             backoff: BackoffConfig::default(),
             max_retries: 0,

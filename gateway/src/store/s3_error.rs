@@ -80,7 +80,7 @@ impl Asked<'_> {
             416 => return None,
             401 | 403 => StoreError::denied(self.key, reason),
             400 if KEY_CODES.contains(&code) => StoreError::denied(self.key, reason),
-            301 | 302 | 307 | 308 => self.elsewhere(),
+            301 | 302 | 303 | 307 | 308 => self.elsewhere(),
             405 | 411 | 413 | 501 => StoreError::invalid(self.key, reason),
             _ => self.unavailable(reason),
         })
@@ -141,9 +141,11 @@ fn brief(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use bytes::Bytes;
     use proptest::prelude::*;
+    use tokio::net::TcpListener;
 
     use super::*;
     use crate::store::stub::{Answer, stub_store};
@@ -239,6 +241,28 @@ mod tests {
             kinds(Answer::error(301, "PermanentRedirect")).await,
             ["denied"; 5]
         );
+    }
+
+    #[tokio::test]
+    async fn server_that_sends_us_elsewhere_is_not_obeyed() {
+        let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let location = format!("http://{}/secret", elsewhere.local_addr().unwrap());
+        let came = Arc::new(AtomicUsize::new(0));
+        tokio::spawn({
+            let came = Arc::clone(&came);
+            async move {
+                while elsewhere.accept().await.is_ok() {
+                    came.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+        for status in [301, 302, 303, 307, 308] {
+            let answer = Answer::new(status, "").with("location", &location);
+            assert_eq!(kinds(answer.clone()).await, ["denied"; 5], "{status}");
+            let listed = stub_store(answer).await.list("").await;
+            assert_eq!(kind(listed), "denied", "{status}");
+        }
+        assert_eq!(came.load(Ordering::SeqCst), 0);
     }
 
     #[tokio::test]
