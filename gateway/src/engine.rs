@@ -627,20 +627,17 @@ impl Engine for Daemon {
     async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
         self.fit()?;
         // Of one of that name which is gone, should a crash have left any.
-        let created_ms = match tenants::read(&self.home, &spec.name).await {
-            Err(error) if error.kind == Kind::NotFound => {
-                self.access.tokens()?.forget(&spec.name).await?;
-                None
-            }
-            // Its record is made anew, it is the same, and its tokens know it by when it was created.
+        let (tokens, created_ms) = (self.access.tokens()?, now_ms());
+        match tenants::read(&self.home, &spec.name).await {
+            Err(error) if error.kind == Kind::NotFound => tokens.forget(&spec.name).await?,
+            // Its record is made anew, it is the same, and keeps its tokens. *Crash in between: they count as long as the
+            // record is damaged, and doing it again goes on.*
             Err(error) if error.kind == Kind::Damaged => {
-                let tokens = self.access.tokens()?;
-                tokens.tenant_created_ms(&spec.name).await?
+                tokens.hand_on(&spec.name, created_ms).await?;
             }
             Err(error) => return Err(error),
-            Ok(_) => None,
-        };
-        let created_ms = created_ms.unwrap_or_else(now_ms);
+            Ok(_) => {}
+        }
         self.create_one_tenant(spec, created_ms).await
     }
 

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use quarry_objfmt::record::{TENANT_KIND, TenantRecord, encode_record};
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::store::FolderStore;
+use crate::store::{FolderStore, Store as _};
 
 /// Keeps what it is told, and does nothing.
 #[derive(Default)]
@@ -623,6 +624,19 @@ impl FakeDaemon {
             stop: Some(stop),
             server,
         }
+    }
+
+    /// Puts the record of a tenant of the engine's where its tokens are held to it.
+    pub async fn keep_tenant(&self, name: &TenantName) {
+        let record = TenantRecord {
+            name: name.to_string(),
+            created_ms: 1,
+            ..TenantRecord::default()
+        };
+        let bytes = encode_record(TENANT_KIND, &record).unwrap();
+        let store = FolderStore::open(&self.dir.path().join("store"), true).unwrap();
+        let key = quarry_objfmt::keys::tenant_key(name);
+        store.create(&key, bytes.into()).await.unwrap();
     }
 
     pub fn socket(&self) -> std::path::PathBuf {

@@ -366,7 +366,7 @@ impl Tokens {
             let is_of_it = match tenant_record(&*self.store, tenant).await {
                 Ok((now, _)) => now.created_ms == created_ms,
                 Err(error) if error.kind == Kind::NotFound => false,
-                // It says nothing of another tenant, and is made anew for the same one.
+                // It says nothing of another tenant: see `hand_on`.
                 Err(error) if error.kind == Kind::Damaged => true,
                 Err(error) => return Err(error),
             };
@@ -376,15 +376,6 @@ impl Tokens {
             }
         }
         Ok(Some((record, tag)))
-    }
-
-    /// When the tenant was created whose tokens the store has, if it has any and they say so.
-    ///
-    /// # Errors
-    /// The store's.
-    pub async fn tenant_created_ms(&self, tenant: &TenantName) -> ApiResult<Option<u64>> {
-        let found = self.stored(&Some(tenant.clone())).await?;
-        Ok(found.and_then(|(record, _)| record.tenant_created_ms))
     }
 
     async fn stored(&self, holder: &Holder) -> ApiResult<Option<(TokensRecord, Tag)>> {
@@ -575,6 +566,20 @@ impl Tokens {
         })
         .await?;
         was_there.then_some(()).ok_or_else(|| no_token(id))
+    }
+
+    /// Makes a tenant's tokens those of the one that is to be created then: the same one, whose damaged record is made anew.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn hand_on(&self, tenant: &TenantName, tenant_created_ms: u64) -> ApiResult<()> {
+        let holder = Some(tenant.clone());
+        self.change(&holder, |all| {
+            let was = all.tenant_created_ms;
+            all.tenant_created_ms = was.map(|_| tenant_created_ms);
+            Ok(was.is_some())
+        })
+        .await
     }
 
     /// Takes all of a tenant's tokens back: it is gone, or not there yet.

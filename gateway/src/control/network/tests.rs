@@ -26,12 +26,14 @@ async fn client_with_a_token_reaches_its_tenant_and_without_one_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (daemon, url) = daemon(dir.path()).await;
     let operator = daemon.client();
+    let tenant = quarry_objfmt::TenantName::new("acme").unwrap();
     operator
-        .create_tenant(&quarry_objfmt::TenantName::new("acme").unwrap().into())
+        .create_tenant(&tenant.clone().into())
         .await
         .unwrap();
+    daemon.keep_tenant(&tenant).await;
     let spec = TokenSpec {
-        tenant: Some("acme".parse().unwrap()),
+        tenant: Some(tenant),
         role: TokenRole::Admin,
         expires_ms: None,
         note: String::new(),

@@ -216,8 +216,26 @@ async fn token_of_a_tenant_that_is_gone_is_not_the_next_ones_when_its_record_com
         Err(Unknown::Wrong)
     );
     assert_eq!(site.tokens().list(Some(&acme)).await.unwrap(), [new.info]);
-    let made_anew = site.tokens().tenant_created_ms(&acme).await.unwrap();
-    assert_eq!(made_anew, Some(2));
+}
+
+#[tokio::test]
+async fn tokens_of_a_tenant_whose_damaged_record_is_made_anew_stay() {
+    let site = Site::new();
+    let acme = TenantName::new("acme").unwrap();
+    site.tokens().hand_on(&acme, 1).await.unwrap();
+    assert_eq!(site.tokens().list(Some(&acme)).await.unwrap(), []);
+    site.make_acme(1).await;
+    let made = site.tokens().create(&spec("acme"), Some(1)).await.unwrap();
+    let folder = &site.store.inner;
+    folder.delete("tenants/acme").await.unwrap();
+    folder
+        .create("tenants/acme", b"damaged"[..].into())
+        .await
+        .unwrap();
+    assert!(site.tokens().bearer(&made.token, HERE).await.is_ok());
+    site.tokens().hand_on(&acme, 2).await.unwrap();
+    site.make_acme(2).await;
+    assert!(site.tokens().bearer(&made.token, HERE).await.is_ok());
 }
 
 /// A record that somebody moves to the operators' place makes no operators.
