@@ -51,9 +51,7 @@ pub use health::{StoreHealth, StoreState};
 pub use lane::{Lane, LaneSettings, Priority};
 pub(crate) use s3::credentials;
 pub use s3::{S3Store, install_crypto};
-pub use settings::{
-    OpenError, Place, S3Settings, StoreSettings, open_store, open_store_within,
-};
+pub use settings::{OpenError, Place, S3Settings, StoreSettings, open_store, open_store_within};
 pub use stats::{Outcome, STORE_BOUNDS_MS, StoreSnapshot, StoreStats, StoreTimes};
 
 /// The largest object that [`Store::get`] reads as a whole. A chunk has at most 8 MiB of data; the

@@ -380,7 +380,8 @@ mod tests {
         late.update(&store, |head| *head = theirs.clone())
             .await
             .unwrap();
-        let there = HeadCell::read(&store, &cell.key).await.unwrap().0;
+        let there = HeadCell::read(&store, cell.tenant(), theirs.volume).await;
+        let there = there.unwrap().0;
         assert_eq!(there, theirs, "such a head is read as it is");
         let fenced = cell.update(&store, |head| head.stored_bytes += 7);
         let told = fenced.await.unwrap_err().to_string();

@@ -91,8 +91,11 @@ impl MapEnd {
     }
 }
 
+/// A usage, and its place in its object: offset and length, in bytes.
+type PlacedUsage = ((u32, u32), Usage);
+
 /// The usage that the node before a manifest is, and its place; none if that is the end of a table.
-fn usage(id: MapObjectId, from: usize, node: &[u8]) -> Result<Option<((u32, u32), Usage)>, String> {
+fn usage(id: MapObjectId, from: usize, node: &[u8]) -> Result<Option<PlacedUsage>, String> {
     let (Ok(offset), Ok(len)) = (u32::try_from(from), u32::try_from(node.len())) else {
         return Err("it is too long".to_owned());
     };

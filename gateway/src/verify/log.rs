@@ -44,10 +44,10 @@ pub(super) async fn walk(check: &Check, findings: &mut Findings) -> Result<Log, 
         end = walk.range(range, findings).await?;
     }
     let mut size = head.size;
-    if walk.reached.get() > size.get() {
-        if let Ok(now) = read_head(&check.store, &check.tenant, head.volume).await? {
-            size = size.max(now.size);
-        }
+    if walk.reached.get() > size.get()
+        && let Ok(now) = read_head(&check.store, &check.tenant, head.volume).await?
+    {
+        size = size.max(now.size);
     }
     // The newest first.
     walk.chunks.reverse();

@@ -736,6 +736,7 @@ async fn broken_off_rollback_is_in_nobodys_past(passes_over: bool) {
         },
         ..before
     };
+    let key = keys::head_key(&tenant, volume);
     let (_, tag) = bench.store.get(&key).await.unwrap();
     let bytes = broken_off.encode().into();
     bench.store.replace(&key, bytes, &tag).await.unwrap();
