@@ -686,11 +686,18 @@ impl Engine for Daemon {
         self.settle(admission).await;
         made?;
         // Whoever deletes the tenant looks for volumes once more after that: of the two one sees the other.
-        if !self.is_still_there(&tenant).await {
-            registry::unmake_volume(&tenant.control(), &spec.volume(), volume, copy).await?;
-            return Err(ApiError::no_tenant(&spec.tenant));
-        }
-        self.show_volume(&spec.volume().into()).await
+        let (store, name) = (tenant.control(), spec.volume());
+        let refusal = match self.is_still_there(&tenant).await {
+            Ok(true) => return self.show_volume(&name.into()).await,
+            Ok(false) => ApiError::no_tenant(&spec.tenant),
+            // It may be gone. Who has attached the volume since, and may have written to it, keeps it.
+            Err(error) => match registry::bar_unused(&store, &name, volume).await? {
+                true => error,
+                false => return Err(error),
+            },
+        };
+        registry::unmake_volume(&store, &name, volume, copy).await?;
+        Err(refusal)
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {

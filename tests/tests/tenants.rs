@@ -489,6 +489,30 @@ fn tenants_record_damaged_is_named_and_made_anew() -> Result<()> {
     daemon.stop()
 }
 
+/// It stayed, and would have been the next tenant's of that name.
+#[test]
+fn volume_made_while_nobody_can_tell_whether_its_tenant_is_there_is_taken_back() -> Result<()> {
+    let dir = tempdir()?;
+    let daemon = Site::with_folder(dir.path(), "a")?.start()?;
+    daemon.quarry(&["tenant", "create", "acme"])?;
+    let record = dir.path().join("store/tenants/acme");
+    let sound = fs::read(&record)?;
+    let mut damaged = sound.clone();
+    *damaged.last_mut().context("a byte")? ^= 1;
+    fs::write(&record, damaged)?;
+    let create = ["volume", "create", "acme/db", "--size", "1MiB"];
+    let refusal = daemon.site().quarry_json(&create)?.refusal()?;
+    ensure!(
+        refusal.kind == "unavailable" && refusal.mentions("tenants/acme"),
+        "{refusal:?}"
+    );
+    let left = StoreDir::of(dir.path()).objects("t")?;
+    ensure!(left.is_empty(), "{left:?} is left");
+    fs::write(&record, sound)?;
+    daemon.create("acme/db", MIB, &[])?;
+    daemon.stop()
+}
+
 #[test]
 fn settings_of_a_tenant_are_checked_and_kept() -> Result<()> {
     let dir = tempdir()?;

@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use quarry_objfmt::head::Head;
+use quarry_objfmt::head::{Deleted, Head};
 use quarry_objfmt::record::{NAME_KIND, NameRecord, Rates, decode_record, encode_record};
 use quarry_objfmt::{
-    CacheId, Encryption, Sectors, TenantName, VolumeId, VolumeName, WrappedKeys, keys,
+    CacheId, Encryption, Epoch, Sectors, TenantName, VolumeId, VolumeName, WrappedKeys, keys,
 };
 
 use super::now_ms;
@@ -124,6 +124,32 @@ pub(super) async fn create_volume(
             Err(error)
         }
         named => named,
+    }
+}
+
+/// Marks a volume that was just made as deleted, so that nobody attaches it any more; answers whether that is so:
+/// not if somebody has attached it since.
+///
+/// *Crash after that: it is as one whose deletion was broken off, and `quarry volume delete` goes on with that.*
+pub(super) async fn bar_unused(
+    store: &dyn Store,
+    name: &VolumeRef,
+    volume: VolumeId,
+) -> ApiResult<bool> {
+    let read = HeadCell::read(store, &name.tenant, volume).await;
+    let (head, tag) = read.map_err(|error| head_error(name, &error))?;
+    if head.epoch != Epoch::ZERO {
+        return Ok(false);
+    }
+    let (cell, since_ms) = (HeadCell::new(name.tenant.clone(), head, tag), now_ms());
+    let barred = cell.update(store, |head| {
+        head.epoch = head.epoch.next();
+        head.owner = Some(Deleted::InTrash { since_ms }.owner());
+    });
+    match barred.await {
+        Ok(_) => Ok(true),
+        Err(HeadError::Fenced { .. }) => Ok(false),
+        Err(error) => Err(head_error(name, &error)),
     }
 }
 
@@ -430,6 +456,7 @@ pub(super) async fn volume_names(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::open::{Claim, hold};
     use crate::store::FolderStore;
 
     const CACHE: CacheId = CacheId::from_bytes([8; 16]);
@@ -468,5 +495,28 @@ mod tests {
         for key in [&key, &others_key] {
             assert_eq!(store.get(key).await.unwrap().0, others);
         }
+    }
+
+    #[tokio::test]
+    async fn volume_to_be_taken_back_is_nobodys_any_more_and_one_attached_since_stays_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        let (fresh, _) = made(&store, "fresh", id(1)).await;
+        let (used, key) = made(&store, "used", id(2)).await;
+        let by = Claim {
+            cache: CACHE,
+            host: "a".to_owned(),
+            now_ms: 1,
+            force: false,
+            discard_unsent: false,
+            must_be_ours: false,
+        };
+        let (held, _) = hold(&store, &used.tenant, id(2), &by).await.unwrap();
+        assert!(!bar_unused(&store, &used, id(2)).await.unwrap());
+        let there = store.get(&key).await.unwrap().0;
+        assert_eq!(there, held.get().encode());
+        assert!(bar_unused(&store, &fresh, id(1)).await.unwrap());
+        let refused = hold(&store, &fresh.tenant, id(1), &by).await;
+        assert!(matches!(refused, Err(OpenError::Deleted)));
     }
 }

@@ -585,11 +585,19 @@ impl Daemon {
         self.learn_tenant(name, record).await
     }
 
-    /// Whether a tenant has not been deleted since it was looked up, as far as the daemon's store tells.
-    pub(super) async fn is_still_there(&self, tenant: &Tenant) -> bool {
-        match read(&self.home, &tenant.name).await {
-            Ok((now, _)) => now.created_ms == tenant.record().created_ms,
-            Err(error) => error.kind != Kind::NotFound,
+    /// Whether a tenant has not been deleted since it was looked up.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`] if the daemon's store does not tell.
+    pub(super) async fn is_still_there(&self, tenant: &Tenant) -> ApiResult<bool> {
+        let name = &tenant.name;
+        match read(&self.home, name).await {
+            Ok((now, _)) => Ok(now.created_ms == tenant.record().created_ms),
+            Err(error) if error.kind == Kind::NotFound => Ok(false),
+            Err(error) => {
+                let message = format!("whether tenant {name} is still there is not known: {error}");
+                Err(ApiError::new(Kind::Unavailable, message, "try again"))
+            }
         }
     }
 
