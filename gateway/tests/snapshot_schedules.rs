@@ -336,8 +336,9 @@ fn snapshot_past_the_most_is_refused_when_the_last_was_made_without_an_answer() 
     };
     alone(&store, cell.update(&store, fill)).unwrap();
     // As a PUT whose answer nobody waited for.
-    let key = keys::head_key(&tenant(), VOLUME);
-    let (head, tag) = alone(&store, HeadCell::read(&store, &key)).unwrap();
+    let acme = tenant();
+    let read = HeadCell::read(&store, &acme, VOLUME);
+    let (head, tag) = alone(&store, read).unwrap();
     let late = HeadCell::new(tenant(), head, tag);
     let last = SnapName::new("last").unwrap();
     alone(&store, create(&store, &late, &last, WriteSeq::new(3), 6)).unwrap();

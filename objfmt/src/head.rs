@@ -309,13 +309,12 @@ impl Head {
         }
     }
 
-    /// Changes how long dead objects are retained. A map number is passed over, for the bytes of a head
-    /// never come back.
+    /// Sets how long dead objects are retained. A map number is passed over, for the bytes of a head never
+    /// come back: also if it is so already, so that a PUT that was given up before, and arrives later, finds
+    /// another head than it was made for.
     pub fn retain(&mut self, retain_ms: u64) {
-        if self.retain_ms != retain_ms {
-            self.retain_ms = retain_ms;
-            self.next_map = self.next_map.next();
-        }
+        self.retain_ms = retain_ms;
+        self.next_map = self.next_map.next();
     }
 
     /// Whether the volume was deleted.
@@ -857,6 +856,14 @@ mod tests {
             let read = Head::decode(&head.encode()).unwrap();
             assert_eq!(read.deleted(), Some(deleted));
         }
+    }
+
+    #[test]
+    fn head_retention_set_to_what_it_is_makes_another_head() {
+        let (before, mut head) = (sample(), sample());
+        head.retain(before.retain_ms);
+        assert_eq!(head.retain_ms, before.retain_ms);
+        assert_ne!(head.encode(), before.encode());
     }
 
     #[test]

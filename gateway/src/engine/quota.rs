@@ -15,7 +15,7 @@ use quarry_objfmt::TenantSettings;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{RESERVATIONS_MAX, Reservation};
 
-use super::tenants::Tenant;
+use super::tenants::{Same, Tenant};
 use super::{Daemon, now_ms, registry};
 use crate::backend::HeadCell;
 use crate::control::{ApiError, ApiResult, Kind, SnapRef, TenantUsage, VolumeRef};
@@ -94,7 +94,7 @@ impl Daemon {
         }
         let (id, now_ms) = (uuid::Uuid::new_v4().as_u64_pair().0, now_ms());
         let reserved = self
-            .change_tenant(&tenant.name, |record| {
+            .change_tenant(&tenant.name, Same::Left, |record| {
                 let held = &mut record.reservations;
                 // Whichever host's clock is ahead.
                 held.retain(|r| now_ms.abs_diff(r.since_ms) < RESERVED_FOR_MS);
@@ -141,7 +141,7 @@ impl Daemon {
         let Some((tenant, id)) = admission.0 else {
             return;
         };
-        let taken_out = self.change_tenant(&tenant.name, |record| {
+        let taken_out = self.change_tenant(&tenant.name, Same::Left, |record| {
             record.reservations.retain(|r| r.id != id);
             Ok(())
         });

@@ -426,10 +426,7 @@ pub(super) async fn retain_volume(
     retain_ms: u64,
     cache: CacheId,
 ) -> ApiResult<()> {
-    let (head, cell) = free_head(store, volume, cache, "set that").await?;
-    if head.retain_ms == retain_ms {
-        return Ok(());
-    }
+    let (_, cell) = free_head(store, volume, cache, "set that").await?;
     match cell.update(store, |head| head.retain(retain_ms)).await {
         Ok(_) => Ok(()),
         Err(HeadError::Fenced { by }) => Err(changed_elsewhere(volume, &by)),
@@ -495,6 +492,25 @@ mod tests {
         for key in [&key, &others_key] {
             assert_eq!(store.get(key).await.unwrap().0, others);
         }
+    }
+
+    /// Who was told to try again found that it is so already, and then the first try arrived.
+    #[tokio::test]
+    async fn retention_set_to_what_it_is_outdoes_a_change_given_up_before_that_arrives_later() {
+        const WEEK_MS: u64 = 7 * 86_400_000;
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        let (volume, key) = made(&store, "db", id(1)).await;
+        let retain = || retain_volume(&store, &volume, WEEK_MS, CACHE);
+        retain().await.unwrap();
+        let (bytes, seen) = store.get(&key).await.unwrap();
+        let mut late = Head::decode(&bytes).unwrap();
+        late.retain(0);
+        retain().await.unwrap();
+        let arrived = store.replace(&key, late.encode().into(), &seen).await;
+        assert!(matches!(arrived, Err(StoreError::Changed { .. })));
+        let (head, _) = HeadCell::read(&store, &volume.tenant, id(1)).await.unwrap();
+        assert_eq!(head.retain_ms, WEEK_MS);
     }
 
     #[tokio::test]

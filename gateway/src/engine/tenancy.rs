@@ -7,7 +7,7 @@ use quarry_objfmt::record::TenantStore;
 use quarry_objfmt::{Suspended, TenantName, TenantRecord};
 use serde_json::{Map, Value};
 
-use super::tenants::{self, Site, Tenant};
+use super::tenants::{self, Same, Site, Tenant};
 use super::{Daemon, registry};
 use crate::control::{
     ApiError, ApiResult, ImageRef, Kind, StoreStatus, TenantInfo, TenantSpec, VolumeRef, patched,
@@ -103,7 +103,7 @@ impl Daemon {
             }
         }
         let record = self
-            .change_tenant(name, |record| {
+            .change_tenant(name, Same::Written, |record| {
                 // Moved by somebody else meanwhile: what was looked at is not where it is.
                 if record.settings.store != was && wanted.store != record.settings.store {
                     let message = format!("tenant {name} was changed just now by somebody else");
@@ -167,7 +167,7 @@ impl Daemon {
         name: &TenantName,
         how: Option<Suspended>,
     ) -> ApiResult<TenantInfo> {
-        let changed = self.change_tenant(name, |record| {
+        let changed = self.change_tenant(name, Same::Written, |record| {
             record.settings.suspended = how;
             Ok(())
         });

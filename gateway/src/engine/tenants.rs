@@ -553,6 +553,43 @@ async fn write_first(store: &dyn Store, name: &TenantName, record: &TenantRecord
     written.map(drop).map_err(|e| registry::store_error(&e))
 }
 
+/// What becomes of a record that is as it is to be already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Same {
+    /// It is left alone.
+    Left,
+    /// It is written all the same. Who commands is told that it is so: a PUT that was given up before, and arrives
+    /// later, is to find another record than it was made for.
+    Written,
+}
+
+/// Changes a tenant's record, as [`Daemon::change_tenant`].
+async fn change_record(
+    store: &dyn Store,
+    name: &TenantName,
+    same: Same,
+    change: impl Fn(&mut TenantRecord) -> ApiResult<()>,
+) -> ApiResult<TenantRecord> {
+    let key = keys::tenant_key(name);
+    for _ in 0..CHANGE_TRIES_MAX {
+        let (before, tag) = read(store, name).await?;
+        let mut record = before.clone();
+        change(&mut record)?;
+        if record == before && same == Same::Left {
+            return Ok(record);
+        }
+        record.revision += 1;
+        match store.replace(&key, encoded(&record)?, &tag).await {
+            Ok(_) => return Ok(record),
+            // Somebody quicker, or our own lost answer: what is there tells, and the change is made of that.
+            Err(StoreError::Changed { .. }) => {}
+            Err(error) => return Err(registry::store_error(&error)),
+        }
+    }
+    let message = format!("tenant {name} is being changed by many others");
+    Err(ApiError::new(Kind::Conflict, message, "try again"))
+}
+
 impl Daemon {
     /// A tenant, as it was at most [`KNOWN_FOR`] ago; while the daemon's store does not answer, as it was last.
     ///
@@ -707,30 +744,12 @@ impl Daemon {
     pub(super) async fn change_tenant(
         &self,
         name: &TenantName,
+        same: Same,
         change: impl Fn(&mut TenantRecord) -> ApiResult<()>,
     ) -> ApiResult<TenantRecord> {
-        let key = keys::tenant_key(name);
-        for _ in 0..CHANGE_TRIES_MAX {
-            let (before, tag) = read(&self.home, name).await?;
-            let mut record = before.clone();
-            change(&mut record)?;
-            if record == before {
-                self.learn_change(name, record.clone()).await;
-                return Ok(record);
-            }
-            record.revision += 1;
-            match self.home.replace(&key, encoded(&record)?, &tag).await {
-                Ok(_) => {
-                    self.learn_change(name, record.clone()).await;
-                    return Ok(record);
-                }
-                // Somebody quicker, or our own lost answer: what is there tells, and the change is made of that.
-                Err(StoreError::Changed { .. }) => {}
-                Err(error) => return Err(registry::store_error(&error)),
-            }
-        }
-        let message = format!("tenant {name} is being changed by many others");
-        Err(ApiError::new(Kind::Conflict, message, "try again"))
+        let record = change_record(&self.home, name, same, change).await?;
+        self.learn_change(name, record.clone()).await;
+        Ok(record)
     }
 
     /// Forgets a tenant that is no more.
@@ -779,8 +798,9 @@ mod tests {
     use std::pin::pin;
 
     use super::*;
-    use crate::store::{HANGS, open_store};
+    use crate::store::{FolderStore, HANGS, open_store};
     use quarry_config::Secret;
+    use quarry_objfmt::Suspended;
 
     fn home() -> StoreSettings {
         StoreSettings {
@@ -893,6 +913,41 @@ mod tests {
         }
         fs::remove_file(dir.path().join(HANGS)).unwrap();
         assert_eq!(opening.await.unwrap().record().revision, 2);
+    }
+
+    fn suspended(how: Option<Suspended>) -> impl Fn(&mut TenantRecord) -> ApiResult<()> {
+        move |record: &mut TenantRecord| {
+            record.settings.suspended = how;
+            Ok(())
+        }
+    }
+
+    /// Who resumed it was told that it goes on, and then the command to suspend it arrived.
+    #[tokio::test]
+    async fn tenant_set_to_what_it_is_outdoes_a_change_given_up_before_that_arrives_later() {
+        for how in [None, Some(Suspended::Stall)] {
+            let dir = tempfile::tempdir().unwrap();
+            let store = FolderStore::open(dir.path(), true).unwrap();
+            let name = TenantName::new("acme").unwrap();
+            let mut first = record(0, None);
+            first.settings.suspended = how;
+            write_first(&store, &name, &first).await.unwrap();
+            let (mut late, seen) = read(&store, &name).await.unwrap();
+            late.settings.suspended = match how {
+                None => Some(Suspended::Stall),
+                Some(_) => None,
+            };
+            late.revision += 1;
+            let left = change_record(&store, &name, Same::Left, suspended(how)).await;
+            assert_eq!(left.unwrap(), first);
+            let written = change_record(&store, &name, Same::Written, suspended(how)).await;
+            let late = encoded(&late).unwrap();
+            let arrived = store.replace(&keys::tenant_key(&name), late, &seen).await;
+            assert!(matches!(arrived, Err(StoreError::Changed { .. })));
+            let (now, _) = read(&store, &name).await.unwrap();
+            assert_eq!(now, written.unwrap());
+            assert_eq!(now.settings.suspended, how);
+        }
     }
 
     #[tokio::test]
