@@ -2,7 +2,7 @@
 //!
 //! One rule for all who ask, whether a snapshot may go or its volume: a record protects what it lies at unless it is
 //! certain that there is no clone and never will be. So one whose head cannot be read counts, and one that was rescued
-//! and does not know its parent any more.
+//! and does not know its parent any more, but has snapshots of when it was a clone.
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use quarry_objfmt::record::CLONE_KIND;
@@ -11,6 +11,7 @@ use quarry_objfmt::{
 };
 
 use crate::backend;
+use crate::backend::open::{OpenError, load_usage};
 use crate::keys::FIRST_REVISION;
 use crate::store::{Store, StoreError};
 use crate::trash::{
@@ -62,6 +63,7 @@ async fn fate(
     loop {
         match look(store, tenant, clone).await {
             Ok(Found::Sound(head, _)) => {
+                let needs_parent = needs_parent(store, tenant, &head, key).await?;
                 return Ok(match head.deleted() {
                     Some(Deleted::Purging) => Fate::Gone,
                     Some(Deleted::InTrash { since_ms }) if never_was(&head) => {
@@ -71,7 +73,7 @@ async fn fate(
                         }
                         Fate::Gone
                     }
-                    _ if !needs_parent(tenant, &head, key) => Fate::Gone,
+                    _ if !needs_parent => Fate::Gone,
                     Some(_) => Fate::Live(format!("{tenant}/{} (in the trash)", head.name)),
                     None => Fate::Live(known_as(store, tenant, &head).await?),
                 });
@@ -140,14 +142,31 @@ async fn was_there(
 }
 
 /// Whether a clone may need the parent at which the record `key` lies. One that was flattened names no parent, and
-/// its record is left where a crash came between the two. Of snapshots it is not known what they need.
-fn needs_parent(tenant: &TenantName, clone: &Head, key: &str) -> bool {
+/// its record is left where a crash came between the two. Of each of its snapshots the map says whether it was a clone then.
+async fn needs_parent(
+    store: &dyn Store,
+    tenant: &TenantName,
+    clone: &Head,
+    key: &str,
+) -> Result<bool, TrashError> {
     let lies_at = clone.parent.as_ref().and_then(|parent| {
         let snapshot = SnapName::new(&parent.snapshot).ok()?;
         let at = keys::clone_key(tenant, parent.volume, &snapshot, clone.volume);
         Some(at)
     });
-    lies_at.is_some_and(|at| at == key) || !clone.snapshots.is_empty()
+    if lies_at.is_some_and(|at| at == key) {
+        return Ok(true);
+    }
+    for snapshot in &clone.snapshots {
+        match load_usage(store, tenant, clone.volume, snapshot.root).await {
+            // One that says no time says nothing of this either.
+            Ok(Some(usage)) if usage.basis.log_ms > 0 && !usage.basis.is_clones => {}
+            Err(OpenError::Store(error)) => return Err(error.into()),
+            // It cannot be told.
+            _ => return Ok(true),
+        }
+    }
+    Ok(false)
 }
 
 /// What people know a clone by: its name, or, if that does not lead to it, its id too.

@@ -4,9 +4,10 @@ use std::sync::atomic::AtomicUsize;
 
 use async_trait::async_trait;
 use quarry_objfmt::head::{Lineage, Owner, Parent, SnapshotRef};
+use quarry_objfmt::map::{Basis, Manifest, MapObjectBuilder, MapObjectId, Usage};
 use quarry_objfmt::record::CLONE_KIND;
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, KeyGeneration, KeyName, MapSeq, WrappedKey, WriteSeq,
+    ChunkId, ChunkSeq, Epoch, KeyGeneration, KeyName, MapSeq, RootRef, WrappedKey, WriteSeq,
 };
 
 use super::*;
@@ -658,6 +659,56 @@ async fn record_of_a_clone_that_was_flattened_protects_nothing() {
     record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
     make(&store, &volume("copy"), id(5), |_| ()).await;
     delete(&store).await.unwrap();
+}
+
+/// A map of the volume, which says whether that was a clone.
+async fn make_map(store: &FolderStore, of: VolumeId, is_clones: bool) -> RootRef {
+    let map = MapObjectId {
+        volume: of,
+        epoch: Epoch::new(1),
+        seq: MapSeq::new(2),
+    };
+    let usage = Usage {
+        basis: Basis {
+            log_ms: 5,
+            is_clones,
+            ..Basis::default()
+        },
+        ..Usage::default()
+    };
+    let mut builder = MapObjectBuilder::new(map);
+    let place = builder.finish_usage(&usage).unwrap();
+    let (offset, len) = builder.finish_manifest(&Manifest::default()).unwrap();
+    let key = keys::map_key(&volume("db").tenant, of, map.epoch, map.seq);
+    let bytes = builder.into_bytes().into();
+    store.create(&key, bytes).await.unwrap();
+    RootRef {
+        epoch: map.epoch,
+        seq: map.seq,
+        offset,
+        len,
+        usage: Some(place),
+    }
+}
+
+/// Flattening it was cut off between its head and the record of it.
+#[tokio::test]
+async fn snapshots_made_since_a_clone_was_flattened_protect_nothing() {
+    for was_clone in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        make(&store, &volume("db"), id(1), snapshots).await;
+        record_clone(&store, id(5), NOW - CLONING_TIME_MAX_MS).await;
+        let root = make_map(&store, id(5), was_clone).await;
+        let with_snapshot = |head: &mut Head| {
+            snapshots(head);
+            head.root = Some(root);
+            head.snapshots[0].root = Some(root);
+        };
+        make(&store, &volume("copy"), id(5), with_snapshot).await;
+        let deleted = delete(&store).await;
+        assert_eq!(deleted.is_err(), was_clone, "{deleted:?}");
+    }
 }
 
 #[tokio::test]
