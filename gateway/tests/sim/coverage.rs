@@ -485,6 +485,11 @@ const SELDOM: &[&str] = &[
     "NodesLoaded, damaged",
     "CheckpointFailed",
     "CacheFailed",
+    // A sync failed, and its daemon was told before it died.
+    "ReadInDoubt",
+    "ReadDoubted",
+    "DoubtRefused",
+    "DoubtGivenUp",
     "CutByWrites",
     "Report: damaged",
     "SegmentBusy",
