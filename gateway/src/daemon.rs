@@ -1,14 +1,15 @@
 //! `quarry serve`: from a configuration to a running daemon, and its orderly end.
 //!
-//! Start: the control socket, the store, which is checked before anything is kept in it, the cache
-//! device and what it kept, the reactors; then what was attached before is attached again,
-//! several at a time: what the store cannot answer is tried until it does, and a volume that cannot
+//! Start: the control socket, the store, which is checked before anything is kept in it, and must be
+//! the one of what was attached before; the cache device and what it kept, the reactors; then that
+//! is attached again, several at a time: what the store cannot answer is tried until it does, and a volume that cannot
 //! be attached is told of and left in the list. End: no more control calls, everything uploaded and
 //! folded into the map; the volumes stay ours, and their ublk devices stay for the next daemon to
 //! take over.
 
 mod notify;
 mod replace;
+mod same_store;
 mod watchdog;
 
 use std::collections::BTreeMap;
@@ -28,7 +29,7 @@ use crate::clock;
 use crate::control::{
     self, ApiError, AttachInfo, Engine, ImageRef, Kind, ListenError, Listeners, Network,
 };
-use crate::engine::{Daemon, How, Whose, prepare_cache_key};
+use crate::engine::{Daemon, How, StoreNote, Whose, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
 use crate::nbd::listen_unix;
 use crate::provision::{self, ProvisionError};
@@ -77,12 +78,21 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     clock::now_ns();
     let manager = Arc::new(Manager::find(|name| std::env::var_os(name)));
     let settings = StoreSettings::from(&config.store);
+    // First: opening it makes a folder that is missing.
+    let is_where_noted = same_store::check(&config.daemon.data_dir, &settings).await?;
     let store = open_store(&settings)?;
     let lane = Lane::new(store, &LaneSettings::default());
     let cache_key = prepare_cache_key(&config).await?;
     let (listeners, fitness) = if replace {
         // What this one cannot do must not end the other.
-        let fitness = check_store(&settings, &lane).await?;
+        let fitness = match check_store(&settings, &lane).await? {
+            Fitness::Unknown(error) if !is_where_noted => {
+                return Err(anyhow::Error::new(error).context(
+                    "the store does not answer, and is not known to be that of the daemon that serves, which goes on",
+                ));
+            }
+            fitness => fitness,
+        };
         Network::check(&config.access)?;
         nbd_certificates(&config.access)?;
         Exporter::check(&config.tracing)?;
@@ -108,13 +118,16 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     });
     let daemon = Daemon::start(config, lane.clone(), cache_key)?;
     let _ = watched.set(Arc::clone(&daemon));
-    if let Fitness::Unknown(error) = fitness {
-        daemon.set_fit(Err(unchecked(&error)));
-        tokio::spawn(check_store_later(
-            Arc::clone(&daemon),
-            settings,
-            lane.clone(),
-        ));
+    match fitness {
+        Fitness::Fit(id) => note_store(&daemon, &settings, id).await,
+        Fitness::Unknown(error) => {
+            daemon.set_fit(Err(unchecked(&error)));
+            tokio::spawn(check_store_later(
+                Arc::clone(&daemon),
+                settings,
+                lane.clone(),
+            ));
+        }
     }
     let nbd = daemon.nbd_server();
     let unix = listen_unix(&nbd_socket)?;
@@ -244,7 +257,8 @@ async fn take_over(socket: &Path, manager: &Manager) -> anyhow::Result<()> {
 
 /// What is known of the store.
 enum Fitness {
-    Fit,
+    /// With the id that its marker gives it, if it does.
+    Fit(Option<String>),
     /// It does not answer.
     Unknown(ProvisionError),
 }
@@ -263,7 +277,7 @@ async fn check_store(settings: &StoreSettings, lane: &Lane) -> Result<Fitness, P
             if prepared.probed {
                 tracing::info!("the store keeps two writers apart");
             }
-            Ok(Fitness::Fit)
+            Ok(Fitness::Fit(prepared.id))
         }
         Err(error) if error.is_transient() => {
             tracing::warn!(%error, "the store could not be checked yet");
@@ -278,7 +292,11 @@ async fn check_store_later(daemon: Arc<Daemon>, settings: StoreSettings, lane: L
     loop {
         tokio::time::sleep(CHECK_AGAIN_DELAY).await;
         match check_store(&settings, &lane).await {
-            Ok(Fitness::Fit) => return daemon.set_fit(Ok(())),
+            Ok(Fitness::Fit(id)) => {
+                // First: what is attached from now on is in this store.
+                note_store(&daemon, &settings, id).await;
+                return daemon.set_fit(Ok(()));
+            }
             Ok(Fitness::Unknown(error)) => daemon.set_fit(Err(unchecked(&error))),
             Err(error) => {
                 tracing::error!(%error, "the store cannot be used");
@@ -290,6 +308,16 @@ async fn check_store_later(daemon: Arc<Daemon>, settings: StoreSettings, lane: L
                 )));
             }
         }
+    }
+}
+
+/// Notes that the volumes which are attached here are in this store.
+async fn note_store(daemon: &Daemon, settings: &StoreSettings, id: Option<String>) {
+    let Ok(place) = settings.place() else { return };
+    let place = place.describe();
+    let noted = daemon.wanted().note_store(StoreNote { place, id }).await;
+    if let Err(error) = noted {
+        tracing::warn!(%error, "the list of attached volumes cannot be written, and does not say in which store they are");
     }
 }
 

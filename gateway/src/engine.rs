@@ -63,7 +63,7 @@ pub use self::release::Whose;
 use self::slot::{Attached, Slot, Stage};
 pub(crate) use self::tenants::read as tenant_record;
 use self::tenants::{Site, Tenants};
-pub use self::wanted::{How, Wanted};
+pub use self::wanted::{How, StoreNote, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
     Access, Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport,

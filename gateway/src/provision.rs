@@ -14,6 +14,7 @@ mod probe;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::store::upload::{self, AskError, Crc64};
 use crate::store::{OpenError, Place, Store, StoreError, StoreSettings};
@@ -123,6 +124,8 @@ pub struct Prepared {
     pub made_bucket: bool,
     /// Conditional writes were probed.
     pub probed: bool,
+    /// What the marker calls the store, if it does: see [`id_of`].
+    pub id: Option<String>,
     /// What could not be checked, for the log.
     pub warnings: Vec<String>,
 }
@@ -133,6 +136,16 @@ struct Marker {
     quarry_store: u32,
     /// Where the store was when it was probed.
     probed: String,
+    /// What tells this store from others, wherever it is moved to; stores of before have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+}
+
+/// What the marker calls the store that `store` is; none if there is no marker, if it has no id, or if the store does not
+/// answer. Makes nothing.
+pub async fn id_of(store: &dyn Store) -> Option<String> {
+    let (bytes, _) = store.get(MARKER_KEY).await.ok()?;
+    read_marker(&bytes, &store.describe()).ok()?.id
 }
 
 /// Makes the place that `settings` name ready for use through `store`, which must be the store
@@ -165,7 +178,7 @@ pub async fn prepare(
             prepared.warnings.extend(bucket.ensure_uploads_end().await);
         }
     }
-    prepared.probed = ensure_probed(store).await?;
+    (prepared.probed, prepared.id) = ensure_probed(store).await?;
     Ok(prepared)
 }
 
@@ -207,34 +220,38 @@ pub async fn examine(
     looks
 }
 
-/// Probes the store if that was not done at this address before; says whether it was done now.
-async fn ensure_probed(store: &dyn Store) -> Result<bool, ProvisionError> {
+/// Probes the store if that was not done at this address before; says whether it was done now, and
+/// what the marker calls the store.
+async fn ensure_probed(store: &dyn Store) -> Result<(bool, Option<String>), ProvisionError> {
     let place = store.describe();
-    let is_marked = match store.get(MARKER_KEY).await {
+    let marked = match store.get(MARKER_KEY).await {
         Ok((bytes, _)) => {
-            if read_marker(&bytes, &place)?.probed == place {
-                return Ok(false);
+            let marker = read_marker(&bytes, &place)?;
+            if marker.probed == place {
+                return Ok((false, marker.id));
             }
-            true
+            Some(marker)
         }
-        Err(StoreError::NotFound { .. }) => false,
+        Err(StoreError::NotFound { .. }) => None,
         Err(error @ StoreError::Denied { .. }) => return Err(probe::hidden(&place, &error)),
         Err(error) => return Err(error.into()),
     };
     probe_conditional_writes(store).await?;
-    if !is_marked {
-        let marker = Marker {
-            quarry_store: LAYOUT,
-            probed: place,
-        };
-        let body = serde_json::to_vec(&marker).expect("a number and a text are always JSON");
-        match store.create(MARKER_KEY, Bytes::from(body)).await {
-            // Another daemon was first, or our own first attempt.
-            Ok(_) | Err(StoreError::Exists { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+    if let Some(marker) = marked {
+        return Ok((true, marker.id));
     }
-    Ok(true)
+    let marker = Marker {
+        quarry_store: LAYOUT,
+        probed: place,
+        id: Some(Uuid::new_v4().to_string()),
+    };
+    let body = serde_json::to_vec(&marker).expect("a number and texts are always JSON");
+    match store.create(MARKER_KEY, Bytes::from(body)).await {
+        Ok(_) => Ok((true, marker.id)),
+        // Another daemon was first, or our own first attempt.
+        Err(StoreError::Exists { .. }) => Ok((true, id_of(store).await)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn read_marker(bytes: &[u8], place: &str) -> Result<Marker, ProvisionError> {
@@ -275,9 +292,16 @@ mod tests {
     #[tokio::test]
     async fn prefix_is_probed_once_and_again_elsewhere() {
         let (_dir, settings, store) = folder();
-        assert!(prepare(&settings, &store).await.unwrap().probed);
+        assert_eq!(id_of(&store).await, None);
+        let first = prepare(&settings, &store).await.unwrap();
+        assert!(first.probed && first.id.is_some());
         assert_eq!(store.list("").await.unwrap(), [MARKER_KEY]);
-        assert!(!prepare(&settings, &store).await.unwrap().probed);
+        let again = prepare(&settings, &store).await.unwrap();
+        assert!(!again.probed);
+        assert_eq!(
+            (&again.id, id_of(&store).await),
+            (&first.id, first.id.clone())
+        );
 
         let (bytes, tag) = store.get(MARKER_KEY).await.unwrap();
         let mut marker = read_marker(&bytes, "").unwrap();
@@ -287,7 +311,9 @@ mod tests {
             .replace(MARKER_KEY, moved.clone(), &tag)
             .await
             .unwrap();
-        assert!(prepare(&settings, &store).await.unwrap().probed);
+        let there = prepare(&settings, &store).await.unwrap();
+        assert!(there.probed);
+        assert_eq!(there.id, first.id);
         assert_eq!(store.get(MARKER_KEY).await.unwrap().0, moved);
     }
 

@@ -89,6 +89,13 @@ impl Site {
         self
     }
 
+    /// Over the store at this URL.
+    #[must_use]
+    pub fn store(mut self, url: &str) -> Self {
+        url.clone_into(&mut self.store);
+        self
+    }
+
     /// With this variable in its daemon's environment.
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {

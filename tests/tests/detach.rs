@@ -234,6 +234,37 @@ fn daemon_that_cannot_serve_does_not_end_the_one_that_does() -> Result<()> {
 }
 
 #[test]
+fn daemon_with_another_store_neither_starts_nor_ends_the_one_that_serves() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let mut daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], true)?;
+    let there = dir.path().join("another");
+    let misspelt = site.clone().store(&format!("file://{}", there.display()));
+    let refused = misspelt.replace_refused()?;
+    ensure!(refused.code == Some(78), "{refused}");
+    ensure!(refused.stderr.contains(VOLUME), "{refused}");
+    ensure!(!there.exists(), "the other store was made");
+    daemon.assert_alive()?;
+    ensure!(nbd.read_vec(0, 4096)? == [5; 4096]);
+    drop(nbd);
+    daemon.stop()?;
+    let refused = misspelt.serve_refused()?;
+    ensure!(refused.code == Some(78), "{refused}");
+    ensure!(!there.exists(), "the other store was made");
+
+    // The store itself, moved there.
+    fs::rename(dir.path().join("store"), &there)?;
+    let daemon = misspelt.start()?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [5; 4096]);
+    daemon.quarry(&["volume", "detach", VOLUME])?;
+    daemon.stop()?;
+    // With nothing to attach again any store will do.
+    site.start()?.stop()
+}
+
+#[test]
 fn looking_at_a_volume_does_not_wait_for_a_change_of_it_that_hangs() -> Result<()> {
     let dir = tempdir()?;
     let Some(server) = SeaweedFs::start(dir.path())? else {

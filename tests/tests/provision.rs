@@ -41,6 +41,24 @@ fn bucket_that_is_missing_is_made_or_refused_by_name() -> Result<()> {
 }
 
 #[test]
+fn daemon_whose_store_does_not_answer_and_is_not_the_one_noted_replaces_none() -> Result<()> {
+    let dir = tempdir()?;
+    let Some(server) = SeaweedFs::start(dir.path())? else {
+        return Ok(());
+    };
+    let at = server.address();
+    let mut daemon = Site::with_s3(dir.path(), "a", &server, at, "quarry")?.start()?;
+    let nowhere = FaultProxy::start(at)?;
+    nowhere.cut();
+    let lost = Site::with_s3(dir.path(), "a", &server, nowhere.address(), "quarry")?;
+    let refused = lost.replace_refused()?;
+    ensure!(refused.stderr.contains("which goes on"), "{refused}");
+    daemon.assert_alive()?;
+    drop(daemon.fresh_volume("acme/db", 64 * MIB, &[])?);
+    daemon.stop()
+}
+
+#[test]
 fn store_away_at_the_start_is_waited_for_and_volumes_come_back_by_themselves() -> Result<()> {
     let dir = tempdir()?;
     let Some(server) = SeaweedFs::start(dir.path())? else {

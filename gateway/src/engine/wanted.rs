@@ -6,6 +6,7 @@
 //! - Only who changes the list waits for the disk, and on no thread of the runtime.
 //! - A volume leaves it only when it was detached for good.
 //! - What is attached is on it, and what is being attached: so what it does not take is not in memory either.
+//! - It names the store that its volumes are in, once that was found fit.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -90,6 +91,16 @@ pub enum NotAdded {
     Write(#[from] io::Error),
 }
 
+/// Which store the volumes of a list are in.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoreNote {
+    /// Where it was, for people.
+    pub place: String,
+    /// What its marker calls it, if it does: the same wherever it is moved to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
 /// The list.
 #[derive(Debug)]
 pub struct Wanted {
@@ -97,6 +108,8 @@ pub struct Wanted {
     path: Arc<tokio::sync::Mutex<PathBuf>>,
     /// Never locked for long.
     entries: Arc<Mutex<Entries>>,
+    /// None in a list of before. Locked after the entries.
+    store: Arc<Mutex<Option<StoreNote>>>,
 }
 
 type Entries = BTreeMap<ImageRef, Entry>;
@@ -107,6 +120,8 @@ type Turn = OwnedMutexGuard<PathBuf>;
 #[derive(Serialize, Deserialize)]
 struct OnDisk {
     version: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    store: Option<StoreNote>,
     attached: BTreeMap<String, How>,
 }
 
@@ -116,21 +131,52 @@ impl Wanted {
     /// # Errors
     /// If it is there and cannot be read, with what to do.
     pub fn load(data_dir: &Path) -> anyhow::Result<Self> {
-        let path = data_dir.join("attached.json");
-        let entries = match fs::read(&path) {
+        let path = Self::path_in(data_dir);
+        let (store, entries) = match fs::read(&path) {
             Ok(bytes) => parse(&bytes).map_err(|error| {
                 anyhow::anyhow!(
                     "{} cannot be read ({error}): mend it, or remove it and attach the volumes by hand",
                     path.display()
                 )
             })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (None, BTreeMap::new()),
             Err(error) => return Err(error.into()),
         };
         Ok(Self {
             path: Arc::new(tokio::sync::Mutex::new(path)),
             entries: Arc::new(Mutex::new(entries)),
+            store: Arc::new(Mutex::new(store)),
         })
+    }
+
+    /// Where it is kept.
+    pub fn path_in(data_dir: &Path) -> PathBuf {
+        data_dir.join("attached.json")
+    }
+
+    /// The store that its volumes are in, if it says so.
+    pub fn store(&self) -> Option<StoreNote> {
+        self.store.lock().clone()
+    }
+
+    /// Notes the store that its volumes are in. Nothing is written if that is the same: a start needs no room.
+    ///
+    /// # Errors
+    /// If that cannot be written.
+    pub async fn note_store(&self, note: StoreNote) -> io::Result<()> {
+        let turn = self.turn().await;
+        if self.store.lock().as_ref() == Some(&note) {
+            return Ok(());
+        }
+        let (entries, store) = (Arc::clone(&self.entries), Arc::clone(&self.store));
+        let change = move || -> io::Result<()> {
+            let attached = on_disk(&entries.lock());
+            write(&turn, Some(note.clone()), attached)?;
+            *store.lock() = Some(note);
+            Ok(())
+        };
+        let changed = tokio::task::spawn_blocking(change).await;
+        changed.unwrap_or_else(|error| Err(io::Error::other(error)))
     }
 
     /// All of it.
@@ -224,14 +270,16 @@ impl Wanted {
     /// Puts a volume in, or takes it out: on disk, then in memory. *Crash in between: the next daemon has what is on disk.*
     /// Its caller may be gone by then: the turn is the change's, so that the next one goes by what became of this.
     async fn set(&self, turn: Turn, volume: &ImageRef, how: Option<How>) -> io::Result<()> {
-        let (entries, volume) = (Arc::clone(&self.entries), volume.clone());
+        let (entries, store) = (Arc::clone(&self.entries), Arc::clone(&self.store));
+        let volume = volume.clone();
         let change = move || -> io::Result<()> {
             let mut attached = on_disk(&entries.lock());
             match how.clone() {
                 Some(how) => attached.insert(volume.to_string(), how),
                 None => attached.remove(&volume.to_string()),
             };
-            write(&turn, attached)?;
+            let note = store.lock().clone();
+            write(&turn, note, attached)?;
             // What was noted meanwhile stays.
             let mut entries = entries.lock();
             let was = entries.remove(&volume);
@@ -246,7 +294,9 @@ impl Wanted {
     }
 }
 
-fn parse(bytes: &[u8]) -> anyhow::Result<Entries> {
+type Parsed = (Option<StoreNote>, Entries);
+
+fn parse(bytes: &[u8]) -> anyhow::Result<Parsed> {
     let on_disk: OnDisk = serde_json::from_slice(bytes)?;
     anyhow::ensure!(
         on_disk.version == VERSION,
@@ -257,7 +307,8 @@ fn parse(bytes: &[u8]) -> anyhow::Result<Entries> {
         let volume: ImageRef = name.parse()?;
         Ok((volume, Entry { how, problem: None }))
     };
-    on_disk.attached.into_iter().map(entry).collect()
+    let entries = on_disk.attached.into_iter().map(entry);
+    Ok((on_disk.store, entries.collect::<anyhow::Result<_>>()?))
 }
 
 /// What of them is kept.
@@ -267,9 +318,10 @@ fn on_disk(entries: &Entries) -> BTreeMap<String, How> {
 }
 
 /// Replaces the file in one step: written, synced, renamed, and the folder synced. Blocking.
-fn write(path: &Path, attached: BTreeMap<String, How>) -> io::Result<()> {
+fn write(path: &Path, store: Option<StoreNote>, attached: BTreeMap<String, How>) -> io::Result<()> {
     let bytes = serde_json::to_vec(&OnDisk {
         version: VERSION,
+        store,
         attached,
     })?;
     let new = path.with_extension("new");
@@ -339,6 +391,28 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), old);
     }
 
+    #[tokio::test]
+    async fn list_names_its_store_to_the_next_daemon_whatever_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = Wanted::load(dir.path()).unwrap();
+        assert_eq!(list.store(), None);
+        let note = StoreNote {
+            place: "s3://bucket/p".to_owned(),
+            id: Some("5f0e".to_owned()),
+        };
+        list.note_store(note.clone()).await.unwrap();
+        let one: ImageRef = "acme/one".parse().unwrap();
+        list.add(&one, HOW).await.unwrap();
+        list.remove(&one).await.unwrap();
+        let next = Wanted::load(dir.path()).unwrap();
+        assert_eq!(next.store(), Some(note.clone()));
+        assert!(next.all().is_empty());
+        dir.close().unwrap();
+        list.note_store(note.clone()).await.unwrap();
+        let other = StoreNote { id: None, ..note };
+        assert!(list.note_store(other).await.is_err());
+    }
+
     #[test]
     fn list_damaged_is_named_and_not_taken_for_empty() {
         let dir = tempfile::tempdir().unwrap();
@@ -392,6 +466,7 @@ mod tests {
         let attached = (0..=TENANT_PAST_MAX).map(|number| (name(number), HOW));
         let on_disk = OnDisk {
             version: VERSION,
+            store: None,
             attached: attached.collect(),
         };
         let bytes = serde_json::to_vec(&on_disk).unwrap();

@@ -110,6 +110,17 @@ pub enum Place {
     S3(S3Settings),
 }
 
+impl Place {
+    /// Where it is, for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Folder(path) => format!("file://{}", path.display()),
+            Self::S3(s3) => s3.describe(),
+        }
+    }
+}
+
 /// Why a store could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
