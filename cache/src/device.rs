@@ -4,11 +4,11 @@
 //! calls only: used at start, by recovery and by upload workers; the reactor does its I/O on the
 //! descriptor with its own ring.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +22,9 @@ use crate::{AlignedBuf, Geometry, SectorCipher, SyncFailure};
 
 /// Size of a cache file when none is named.
 pub const CACHE_FILE_SIZE_DEFAULT: u64 = 8 << 30;
+
+/// Who may read a cache file: its owner.
+const FILE_MODE: u32 = 0o600;
 
 /// Bytes kept at the front of the device for the superblock and what may come to stand beside it.
 const DATA_START: u64 = 1 << 20;
@@ -152,6 +155,8 @@ impl CacheDevice {
             .write(true)
             .create(true)
             .truncate(false)
+            // It holds what volumes hold, of encrypted ones too.
+            .mode(FILE_MODE)
             .open(path)
             .map_err(fail("open"))?;
         lock(&file, path)?;
@@ -246,6 +251,10 @@ impl CacheDevice {
             (superblock.cache, geometry, superblock.key, false)
         };
 
+        // Not before: now it is known to be a cache.
+        if !is_device {
+            keep_to_ourselves(&file, &meta, path);
+        }
         // From here on several of our open files hold it together, each shut out by a lock like the
         // one above.
         share(&file).map_err(lost)?;
@@ -560,6 +569,23 @@ fn rewrite_in_place(file: &File) {
     }
 }
 
+/// Takes from others what they may do with a cache file of ours that was made with more.
+fn keep_to_ourselves(file: &File, meta: &Metadata, path: &Path) {
+    let is_ours = meta.uid() == rustix::process::geteuid().as_raw();
+    if !meta.is_file() || !is_ours || meta.mode() & 0o077 == 0 {
+        return;
+    }
+    let mode = format!("{:04o}", meta.mode() & 0o7777);
+    match rustix::fs::fchmod(file, Mode::from_raw_mode(FILE_MODE)) {
+        Ok(()) => {
+            tracing::warn!(path = %path.display(), %mode, "others could read the cache file: its mode is 0600 now");
+        }
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %mode, %error, "others can read the cache file, and its mode cannot be changed");
+        }
+    }
+}
+
 /// The geometry for `size` bytes; `None` if they are too few.
 fn cut(size: u64) -> Option<Geometry> {
     if size < CACHE_SIZE_MIN {
@@ -652,7 +678,6 @@ mod tests {
 
     #[test]
     fn copy_of_a_cache_with_holes_has_none_once_it_is_opened() {
-        use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
         let (path, copy) = (dir.path().join("cache"), dir.path().join("copy"));
         drop(CacheDevice::open(&path, Some(16 << 20), ID, "a", 1).unwrap());
@@ -671,6 +696,20 @@ mod tests {
         let used =
             geometry.data_start + u64::from(geometry.segments) * u64::from(geometry.segment_size);
         assert!(sparse.metadata().unwrap().blocks() * 512 >= used);
+    }
+
+    #[test]
+    fn file_made_or_found_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        let mode = || std::fs::metadata(&path).unwrap().mode() & 0o7777;
+        drop(CacheDevice::open(&path, Some(16 << 20), ID, "a", 1).unwrap());
+        assert_eq!(mode(), 0o600);
+        let open = std::fs::Permissions::from_mode(0o644);
+        std::fs::set_permissions(&path, open).unwrap();
+        drop(CacheDevice::open(&path, None, ID, "a", 1).unwrap());
+        assert_eq!(mode(), 0o600);
     }
 
     #[test]

@@ -79,6 +79,7 @@ use crate::keys::KeyService;
 use crate::latency::{Latencies, Timed};
 use crate::metrics;
 use crate::nbd::{Clients, Export, ExportDirectory, NbdServer};
+use crate::own;
 use crate::qos::VolumeGate;
 use crate::reactor::{
     Geometry, Machine, PageCache, Reactor, ReactorConfig, ReactorGone, ReactorHandle, Traced,
@@ -283,7 +284,7 @@ impl Daemon {
     /// With what is missing, and what to do.
     pub fn may_start(config: &quarry_config::Config) -> anyhow::Result<()> {
         let data_dir = &config.daemon.data_dir;
-        std::fs::create_dir_all(data_dir)
+        own::create_dir_all(data_dir)
             .with_context(|| format!("daemon.data_dir {} cannot be made", data_dir.display()))?;
         Access::without_tokens(&config.access, data_dir)?;
         Wanted::load(data_dir)?;
@@ -307,7 +308,7 @@ impl Daemon {
         lane: Lane,
         cache_key: Option<PreparedKey>,
     ) -> anyhow::Result<Arc<Self>> {
-        std::fs::create_dir_all(&config.daemon.data_dir)?;
+        own::create_dir_all(&config.daemon.data_dir)?;
         let host = rustix::system::uname()
             .nodename()
             .to_string_lossy()

@@ -17,6 +17,7 @@ pub mod latency;
 pub mod metrics;
 pub mod moment;
 pub mod nbd;
+mod own;
 mod places;
 pub mod provision;
 pub mod qos;

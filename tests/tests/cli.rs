@@ -335,6 +335,19 @@ fn read_only_attachment_refuses_writes() -> Result<()> {
 }
 
 #[test]
+fn what_a_daemon_keeps_on_its_host_is_its_users_alone() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    for (path, wanted) in [(site.root().join("data"), 0o700), (site.cache(), 0o600)] {
+        let mode = fs::metadata(&path)?.permissions().mode() & 0o7777;
+        assert_eq!(mode, wanted, "{}", path.display());
+    }
+    daemon.stop()
+}
+
+#[test]
 fn second_daemon_on_the_same_socket_is_refused() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;

@@ -1,7 +1,7 @@
 //! A store in a folder of a local (or shared) file system.
 //!
 //! An object is a plain file at its key's path. `.quarry/` beside them holds the lock and the files
-//! being written. Several processes may use one folder at once.
+//! being written. Several processes may use one folder at once. What it makes is its user's alone.
 //!
 //! **Invariants.**
 //! - A file at a key's path is always whole: it is written and synced under another name first, and
@@ -39,6 +39,7 @@ use rustix::io::{Errno, retry_on_intr};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
+use crate::own;
 use crate::provision::MARKER_KEY;
 
 use super::{
@@ -106,7 +107,7 @@ impl FolderStore {
             source,
         };
         if may_make {
-            fs::create_dir_all(root).map_err(refused)?;
+            own::create_dir_all(root).map_err(refused)?;
         }
         let root_now = fs::canonicalize(root).map_err(refused)?;
         let folder = Folder {
@@ -637,7 +638,7 @@ fn tag_of(body: &[u8]) -> Tag {
 /// Opens what is at a path, in which no link is followed, and without waiting for the other end of a pipe.
 fn open_at(at: impl AsFd, path: &Path, flags: OFlags) -> io::Result<File> {
     let mode = match flags.contains(OFlags::CREATE) {
-        true => Mode::from_raw_mode(0o666),
+        true => Mode::from_raw_mode(own::FILE_MODE),
         false => Mode::empty(),
     };
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -651,7 +652,7 @@ fn open_dir(at: impl AsFd, path: &Path) -> io::Result<File> {
 
 /// Opens a directory in another, made if there is none.
 fn make_dir(at: &File, name: &OsStr) -> io::Result<File> {
-    match mkdirat(at, name, Mode::from_raw_mode(0o777)) {
+    match mkdirat(at, name, Mode::from_raw_mode(own::DIR_MODE)) {
         Err(error) if error != Errno::EXIST => Err(error.into()),
         _ => open_dir(at, Path::new(name)),
     }
