@@ -347,6 +347,23 @@ fn what_a_daemon_keeps_on_its_host_is_its_users_alone() -> Result<()> {
     daemon.stop()
 }
 
+/// 78 (`EX_CONFIG`): service managers do not try again.
+#[test]
+fn daemon_with_a_wrong_value_ends_with_the_code_of_the_configuration() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let operator = "[access]\noperators = [\"nobody-has-this-name\"]\n";
+    for (site, word) in [
+        (site.clone().settings(operator), "nobody-has-this-name"),
+        (site.store("s3://bucket"), "AWS_REGION"),
+    ] {
+        let refused = site.serve_refused()?;
+        assert_eq!(refused.code, Some(78), "{refused}");
+        assert!(refused.stderr.contains(word), "{refused}");
+    }
+    Ok(())
+}
+
 #[test]
 fn second_daemon_on_the_same_socket_is_refused() -> Result<()> {
     let dir = tempdir()?;

@@ -6,6 +6,7 @@ use quarry_config::ConfigError;
 use serde::Serialize;
 
 use crate::control::{ApiError, ListenError};
+use crate::store::OpenError;
 
 /// Why a call failed.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -84,11 +85,24 @@ impl From<anyhow::Error> for Failure {
         if let Some(known) = error.downcast_ref::<ConfigError>() {
             return Self::new(Self::CONFIG, known.message(), known.remedy());
         }
+        if is_of_the_configuration(&error) {
+            return Self::new(Self::CONFIG, chain(&error), "");
+        }
         if let Some(known) = error.downcast_ref::<ListenError>() {
             return Self::new("conflict", known.to_string(), "");
         }
         Self::new("failed", chain(&error), "")
     }
+}
+
+/// Whether it is what the configuration says, told elsewhere than in a [`ConfigError`], as it is found only when it is used.
+/// Each says what to do. A certificate is none: who renews it may be late.
+fn is_of_the_configuration(error: &anyhow::Error) -> bool {
+    let settings = error.downcast_ref::<OpenError>();
+    matches!(
+        settings,
+        Some(OpenError::Settings { .. } | OpenError::Credentials(_))
+    )
 }
 
 /// An error and its causes in one sentence, without those that an error before has told in full.
@@ -109,6 +123,7 @@ mod tests {
 
     use super::*;
     use crate::control::Kind;
+    use crate::store::StoreSettings;
 
     #[test]
     fn failure_of_a_daemon_keeps_kind_and_remedy() {
@@ -119,6 +134,18 @@ mod tests {
             failure,
             Failure::new("conflict", "it is taken", "take another")
         );
+    }
+
+    #[test]
+    fn failure_of_a_setting_is_the_configurations() {
+        let settings = StoreSettings {
+            url: "s3://bucket".to_owned(),
+            ..StoreSettings::default()
+        };
+        let error = anyhow::Error::new(settings.place().unwrap_err());
+        let failure = Failure::from(error.context("starting"));
+        assert_eq!(failure.kind, Failure::CONFIG);
+        assert!(failure.message.contains("AWS_REGION"), "{failure}");
     }
 
     #[test]
