@@ -12,6 +12,8 @@
 mod bucket;
 mod probe;
 
+use std::ops::ControlFlow;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -182,42 +184,73 @@ pub async fn prepare(
     Ok(prepared)
 }
 
-/// Looks at a place anew, whatever was found before; changes nothing but the probe's own keys. What was looked at, and
-/// what was found.
+/// What was looked at, and what was found.
+pub type Look = (&'static str, Result<String, ProvisionError>);
+
+/// Looks at a place anew, whatever was found before; changes nothing but the probe's own keys. What was found is put into
+/// `looks` one by one, so that who gives up waiting has those that came. It breaks off at the first that has no answer, as the
+/// others would wait as long for none.
 pub async fn examine(
     settings: &StoreSettings,
     store: &dyn Store,
-) -> Vec<(&'static str, Result<String, ProvisionError>)> {
-    let mut looks = Vec::new();
+    looks: &mut Vec<Look>,
+) -> ControlFlow<()> {
     match settings.place() {
         Ok(Place::S3(s3)) => match bucket::Bucket::open(&s3).await {
             Ok(bucket) => {
                 let there = bucket.ensure(false).await;
-                looks.push(("bucket", there.map(|_| "it is there".to_owned())));
+                note(looks, "bucket", there.map(|_| "it is there".to_owned()))?;
                 let fits = |warning: Option<String>, words: &str| {
                     warning.unwrap_or_else(|| words.to_owned())
                 };
                 let rules = bucket.check_lifecycle().await;
                 let rules = rules.map(|w| fits(w, "none takes our objects away"));
-                looks.push(("lifecycle rules", rules));
+                note(looks, "lifecycle rules", rules)?;
                 let versions = bucket.check_versioning().await;
                 let versions = versions.map(|w| fits(w, "what is deleted is gone"));
-                looks.push(("versioning", versions));
+                note(looks, "versioning", versions)?;
                 let uploads = upload::ask(&s3).await.map(|crc64| match crc64 {
                     Crc64::Checked => "the store checks their CRC-64",
                     Crc64::NotChecked => "the store checks their signature, not their CRC-64",
                 });
-                looks.push(("uploads", uploads.map(str::to_owned).map_err(Into::into)));
+                let uploads = uploads.map(str::to_owned).map_err(Into::into);
+                note(looks, "uploads", uploads)?;
             }
-            Err(error) => looks.push(("keys", Err(error))),
+            Err(error) => note(looks, "keys", Err(error))?,
         },
         Ok(Place::Folder(_)) => {}
-        Err(error) => looks.push(("settings", Err(error.into()))),
+        Err(error) => note(looks, "settings", Err(error.into()))?,
     }
+    note(looks, "layout", layout_of(store).await)?;
     let probed = probe_conditional_writes(store).await;
     let probed = probed.map(|()| "two writers are kept apart".to_owned());
-    looks.push(("conditional writes", probed));
-    looks
+    note(looks, "conditional writes", probed)
+}
+
+fn note(
+    looks: &mut Vec<Look>,
+    what: &'static str,
+    found: Result<String, ProvisionError>,
+) -> ControlFlow<()> {
+    let has_no_answer = found.as_ref().is_err_and(ProvisionError::is_transient);
+    looks.push((what, found));
+    match has_no_answer {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    }
+}
+
+/// What the marker says.
+async fn layout_of(store: &dyn Store) -> Result<String, ProvisionError> {
+    let place = store.describe();
+    match store.get(MARKER_KEY).await {
+        Ok((bytes, _)) => {
+            read_marker(&bytes, &place).map(|marker| format!("version {}", marker.quarry_store))
+        }
+        Err(StoreError::NotFound { .. }) => Ok("nothing was kept in it yet".to_owned()),
+        Err(error @ StoreError::Denied { .. }) => Err(probe::hidden(&place, &error)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Probes the store if that was not done at this address before; says whether it was done now, and

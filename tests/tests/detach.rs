@@ -205,6 +205,11 @@ fn start_with_another_cache_takes_nothing_off_the_list_of_the_right_one() -> Res
     let shown = daemon.show(VOLUME)?;
     let problem = shown["problem"].as_str().unwrap_or_default();
     ensure!(problem.contains("which is not this daemon's"), "{shown}");
+    let doctor = site.quarry(&["doctor"])?;
+    ensure!(
+        doctor.code == Some(1) && doctor.stdout.contains("which is not this daemon's"),
+        "{doctor}"
+    );
     daemon.stop()?;
     fs::rename(aside, site.cache())?;
     let daemon = site.start()?;

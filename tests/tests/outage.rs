@@ -95,6 +95,13 @@ fn store_cut_off_under_load_costs_no_error_and_no_byte() -> Result<()> {
     ensure!(shown["dirty_bytes"].as_u64() >= Some(acknowledged / 2));
     ensure!(shown["rpo_ms"].as_u64() >= Some(1000), "{shown}");
     ensure!(nbd.read_vec(WRITTEN, 65536)? == [7; 65536], "cached data");
+    let doctor = site.quarry(&["doctor"])?;
+    ensure!(
+        doctor.code == Some(1)
+            && doctor.stdout.contains("they have been failing for")
+            && doctor.stdout.contains("its writes wait for the store"),
+        "{doctor}"
+    );
     thread::sleep(outage.saturating_sub(begun.elapsed()));
     daemon.assert_alive()?;
     ensure!(

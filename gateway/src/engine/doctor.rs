@@ -2,15 +2,18 @@
 //!
 //! Each check looks at one thing and says what it found; none mends anything, and what the store's probe writes it deletes.
 
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 
-use super::{CONTROL_DEADLINE, Daemon, registry};
-use crate::control::{Check, Verdict};
+use super::tenants::Site;
+use super::{Daemon, registry};
+use crate::control::{Check, Kind, Verdict};
 use crate::provision;
-use crate::store::{Lane, Store as _, StoreSettings};
+use crate::store::{Lane, Store as _, StoreSettings, StoreState};
 
 /// A sync of the cache device that takes longer is told of: each flush waits for one or two.
 const SYNC_TIME_MAX: Duration = Duration::from_millis(50);
@@ -20,6 +23,16 @@ const FILES_MIN: u64 = 65_536;
 
 /// Stores looked at side by side.
 const STORES_AT_ONCE: usize = 8;
+
+/// Longest wait for one answer of a store: so that the first that does not come, and the probe's cleaning up after it, are in
+/// time to be told.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// Longest look at a store.
+const STORE_TIME_MAX: Duration = Duration::from_secs(25);
+
+/// Tenants' records read side by side.
+const RECORDS_AT_ONCE: usize = 16;
 
 impl Daemon {
     /// Looks at everything, the slow things side by side.
@@ -38,34 +51,64 @@ impl Daemon {
             ),
         });
         checks.push(examine_files());
-        checks.extend(self.examine_volumes());
+        checks.extend(self.examine_volumes().await);
         checks
     }
 
     /// The daemon's store and those of tenants, each once.
     async fn examine_stores(&self) -> Vec<Check> {
-        let mut checks = Vec::new();
-        let names = registry::tenant_names(&self.home).await.unwrap_or_default();
-        for name in &names {
-            // So that it is known; what is wrong with its store is told below, or here.
-            if let Err(error) = self.tenant(name).await {
+        let known = self.own_sites();
+        let home = examine_store(self.home_settings(), self.lane.clone());
+        let (home, of_known) = tokio::join!(home, examine_sites(known.clone()));
+        let (mut checks, answers) = home;
+        checks.extend(of_known);
+        if answers {
+            checks.extend(self.examine_tenants().await);
+            // Those that were not known before.
+            let mut learnt = self.own_sites();
+            learnt.retain(|site| !known.iter().any(|other| Arc::ptr_eq(site, other)));
+            checks.extend(examine_sites(learnt).await);
+        }
+        checks
+    }
+
+    fn own_sites(&self) -> Vec<Arc<Site>> {
+        let mut sites = Vec::new();
+        self.tenants
+            .each_own_site(|site| sites.push(Arc::clone(site)));
+        sites
+    }
+
+    /// The records of all tenants, whose stores are known then.
+    async fn examine_tenants(&self) -> Vec<Check> {
+        let reads = async {
+            // That the store does not answer is told of it.
+            let names = registry::tenant_names(&self.home).await.unwrap_or_default();
+            let reads = names.into_iter().map(|name| async move {
+                let error = self.read_tenant(&name).await.err()?;
+                // Deleted since.
+                if error.kind == Kind::NotFound {
+                    return None;
+                }
                 let what = format!("tenant {name}");
-                let remedy = error.remedy.clone();
-                checks.push(Check::new(what, Verdict::Failed, error.message, remedy));
+                Some(Check::new(
+                    what,
+                    Verdict::Failed,
+                    error.message,
+                    error.remedy,
+                ))
+            });
+            let reads = futures::stream::iter(reads).buffered(RECORDS_AT_ONCE);
+            reads.collect::<Vec<Option<Check>>>().await
+        };
+        match tokio::time::timeout(STORE_TIME_MAX, reads).await {
+            Ok(read) => read.into_iter().flatten().collect(),
+            Err(_) => {
+                let finding = format!("not all records were read within {STORE_TIME_MAX:?}");
+                let remedy = "see why the store is slow, and look again";
+                vec![Check::new("tenants", Verdict::Failed, finding, remedy)]
             }
         }
-        let mut sites = vec![(self.home_settings(), self.home.clone())];
-        self.tenants.each_own_site(|site| {
-            let lane = site.lane.with_deadline(CONTROL_DEADLINE);
-            sites.push((site.settings().clone(), lane));
-        });
-        let looks = sites
-            .into_iter()
-            .map(|(settings, lane)| examine_store(settings, lane));
-        let looks = futures::stream::iter(looks).buffered(STORES_AT_ONCE);
-        let looks: Vec<Vec<Check>> = looks.collect().await;
-        checks.extend(looks.into_iter().flatten());
-        checks
     }
 
     fn home_settings(&self) -> StoreSettings {
@@ -113,38 +156,95 @@ impl Daemon {
         Check::new(what, Verdict::Failed, words, remedy)
     }
 
-    fn examine_volumes(&self) -> Vec<Check> {
-        let failing = self.attached().into_iter().filter_map(|(image, attached)| {
-            let problem = attached.backend.condition().problem?;
+    /// What is attached here, and what waits to be.
+    async fn examine_volumes(&self) -> Vec<Check> {
+        let mut checks = Vec::new();
+        let attached = self.attached();
+        for (image, attached) in &attached {
+            let what = format!("volume {image}");
             let remedy = format!("see `quarry volume show {image}`");
-            Some(Check::new(
+            if let Some(problem) = attached.backend.condition().problem {
+                checks.push(Check::new(what, Verdict::Failed, problem, remedy));
+            } else if self.is_stalled(attached).await {
+                let finding = "its writes wait for the store";
+                checks.push(Check::new(what, Verdict::Warning, finding, remedy));
+            }
+        }
+        for (image, _) in self.wanted.all() {
+            let waits = !attached.iter().any(|(here, _)| *here == image);
+            let Some(problem) = self.wanted.problem(&image).filter(|_| waits) else {
+                continue;
+            };
+            checks.push(Check::new(
                 format!("volume {image}"),
                 Verdict::Failed,
-                problem,
-                remedy,
-            ))
-        });
-        let mut checks: Vec<Check> = failing.collect();
+                format!("it waits to be attached again: {problem}"),
+                format!("mend that, or give it up with `quarry volume detach {image}`"),
+            ));
+        }
         if checks.is_empty() {
-            checks.push(Check::ok("volumes", "none that is attached has a problem"));
+            let finding = "none that is attached, or waits to be, has a problem";
+            checks.push(Check::ok("volumes", finding));
         }
         checks
     }
 }
 
-/// What provisioning would find of a store.
-async fn examine_store(settings: StoreSettings, lane: Lane) -> Vec<Check> {
+async fn examine_sites(sites: Vec<Arc<Site>>) -> Vec<Check> {
+    let looks = sites
+        .into_iter()
+        .map(|site| examine_store(site.settings().clone(), site.lane.clone()));
+    let looks = futures::stream::iter(looks).buffered(STORES_AT_ONCE);
+    let looks: Vec<(Vec<Check>, bool)> = looks.collect().await;
+    looks.into_iter().flat_map(|(checks, _)| checks).collect()
+}
+
+/// How a store's requests go, what provisioning would find of it, and whether it answered to the end.
+async fn examine_store(settings: StoreSettings, lane: Lane) -> (Vec<Check>, bool) {
+    let lane = lane.with_deadline(ANSWER_TIME_MAX);
     let place = lane.describe();
-    let looks = provision::examine(&settings, &lane).await.into_iter();
-    let told = looks.map(|(what, found)| {
+    // Before anything is asked: what is asked here is little, and may be answered where a chunk is refused.
+    let before = examine_requests(&lane);
+    let mut looks = Vec::new();
+    let looking = provision::examine(&settings, &lane, &mut looks);
+    let ended = tokio::time::timeout(STORE_TIME_MAX, looking).await;
+    let answers = matches!(ended, Ok(ControlFlow::Continue(())));
+    // Or while it was asked.
+    let meanwhile = || answers.then(|| examine_requests(&lane)).flatten();
+    let mut checks: Vec<Check> = before.or_else(meanwhile).into_iter().collect();
+    checks.extend(looks.into_iter().map(|(what, found)| {
         let what = format!("store {place}: {what}");
         match found {
             Ok(words) => Check::ok(what, words),
             // Its message says what to do.
             Err(error) => Check::new(what, Verdict::Failed, error.to_string(), ""),
         }
-    });
-    told.collect()
+    }));
+    if ended.is_err() {
+        let finding = format!("it was not looked at to the end within {STORE_TIME_MAX:?}");
+        let remedy = "see why it is slow, and look again";
+        let what = format!("store {place}");
+        checks.push(Check::new(what, Verdict::Failed, finding, remedy));
+    }
+    (checks, answers)
+}
+
+/// What all that asks a store has found of it.
+fn examine_requests(lane: &Lane) -> Option<Check> {
+    let StoreState::Failing {
+        lasting,
+        attempts,
+        last_error,
+    } = lane.health().state()
+    else {
+        return None;
+    };
+    Some(Check::new(
+        format!("store {}: requests", lane.describe()),
+        Verdict::Failed,
+        format!("they have been failing for {lasting:.0?}, {attempts} in a row: {last_error}"),
+        "mend that; if it is mended, look again",
+    ))
 }
 
 /// The journals are best in memory: what is in them outlives the daemon only.
@@ -179,5 +279,112 @@ fn examine_files() -> Check {
         ),
         Some(most) => Check::ok(what, format!("the daemon may have {most}")),
         None => Check::ok(what, "there is no limit"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use async_trait::async_trait;
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::store::{FolderStore, LaneSettings, Operation, Store, StoreError, Tag};
+
+    /// A store whose disk is all but full; one without a folder hangs.
+    #[derive(Debug)]
+    struct Ill(Option<FolderStore>);
+
+    /// What it has room for.
+    const ROOM: usize = 1024;
+
+    impl Ill {
+        async fn folder(&self) -> &FolderStore {
+            match &self.0 {
+                Some(folder) => folder,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    #[async_trait]
+    impl Store for Ill {
+        async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+            self.folder().await.get(key).await
+        }
+        async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+            self.folder().await.get_range(key, range).await
+        }
+        async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+            self.folder().await.get_prefix(key, len).await
+        }
+        async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+            let folder = self.folder().await;
+            if body.len() > ROOM {
+                return Err(StoreError::Unavailable {
+                    operation: Operation::Create,
+                    key: key.to_owned(),
+                    reason: "no space left".to_owned(),
+                });
+            }
+            folder.create(key, body).await
+        }
+        async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+            self.folder().await.replace(key, body, seen).await
+        }
+        async fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.folder().await.delete(key).await
+        }
+        async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            self.folder().await.list(prefix).await
+        }
+        fn describe(&self) -> String {
+            "file:///ill".to_owned()
+        }
+    }
+
+    fn lane(folder: Option<FolderStore>) -> (StoreSettings, Lane) {
+        let settings = StoreSettings {
+            url: "file:///ill".to_owned(),
+            ..StoreSettings::default()
+        };
+        let lane = Lane::new(Arc::new(Ill(folder)), &LaneSettings::default());
+        (settings, lane)
+    }
+
+    fn failed(checks: &[Check]) -> Vec<&Check> {
+        let failed = checks.iter().filter(|c| c.verdict == Verdict::Failed);
+        failed.collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn store_that_hangs_is_given_up_at_its_first_check() {
+        let (settings, lane) = lane(None);
+        let begun = tokio::time::Instant::now();
+        let (checks, answers) = examine_store(settings, lane).await;
+        assert!(begun.elapsed() <= STORE_TIME_MAX, "{:?}", begun.elapsed());
+        assert!(!answers);
+        assert_eq!(checks.len(), 1, "{checks:?}");
+        assert_eq!(checks[0].verdict, Verdict::Failed);
+        assert!(checks[0].finding.contains("no answer within"), "{checks:?}");
+    }
+
+    #[tokio::test]
+    async fn store_that_takes_what_is_little_and_no_chunk_is_told_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let (settings, lane) = lane(Some(FolderStore::open(dir.path(), true).unwrap()));
+        let (checks, answers) = examine_store(settings.clone(), lane.clone()).await;
+        assert!(answers && failed(&checks).is_empty(), "{checks:?}");
+
+        let upload = lane.with_deadline(Duration::from_millis(50));
+        let chunk = Bytes::from(vec![7; 2 * ROOM]);
+        upload.create("chunk", chunk).await.unwrap_err();
+        let (checks, answers) = examine_store(settings, lane).await;
+        assert!(answers);
+        let failed = failed(&checks);
+        assert_eq!(failed.len(), 1, "{checks:?}");
+        assert_eq!(failed[0].what, "store file:///ill: requests");
+        assert!(failed[0].finding.contains("no space left"), "{checks:?}");
     }
 }

@@ -49,6 +49,11 @@ impl Daemon {
         look.ok().flatten().unwrap_or_default()
     }
 
+    /// Whether writes of a volume wait for the store.
+    pub(super) async fn is_stalled(&self, attached: &Attached) -> bool {
+        self.look(attached).await.stats.stalled
+    }
+
     /// Never waits for a call that changes the volume.
     pub(super) async fn show(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
         let slot = self.slots.lock().get(image).cloned().unwrap_or_default();
