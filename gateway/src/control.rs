@@ -52,7 +52,7 @@ pub use dto::{
     AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
     OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SegmentsInfo,
     SnapshotInfo, State, StatusInfo, StoreStatus, VerifyProgress, VerifyReport, VerifySpec, Via,
-    VolumeInfo, VolumeSpec,
+    VolumeInfo, VolumeList, VolumeSpec,
 };
 pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
@@ -105,14 +105,19 @@ pub trait Engine: Send + Sync + 'static {
     async fn create_volume(&self, spec: VolumeSpec) -> ApiResult<VolumeInfo>;
     /// All volumes, of one tenant if one is named, by tenant and name.
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>>;
-    /// A page of these, and where the next one begins.
+    /// A page of these, and where the next one begins; while a store does not answer, of what is known without it.
     async fn page_of_volumes(
         &self,
         tenant: Option<&TenantName>,
         page: &Page,
-    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+    ) -> ApiResult<VolumeList> {
         let all = self.list_volumes(tenant).await?;
-        Ok(page.cut(all, |volume| place_of(&volume.image())))
+        let (volumes, next) = page.cut(all, |volume| place_of(&volume.image()));
+        Ok(VolumeList {
+            volumes,
+            next,
+            incomplete: None,
+        })
     }
     /// One volume, or a snapshot, or the volume as it was at a time, as that is attached here.
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo>;

@@ -70,8 +70,8 @@ use crate::control::{
     Engine, EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo,
     RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
     ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
-    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec, place_of,
+    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList,
+    VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
 };
 use crate::fair::{Gate, plain_share};
 use crate::kept_writes::{KEPT_WRITE_AGE_MAX, KEPT_WRITE_BYTES_MAX, KeptWrites};
@@ -702,7 +702,8 @@ impl Engine for Daemon {
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
-        let volumes = self.volumes(tenant).await?.into_iter().map(Into::into);
+        let (volumes, _) = self.volumes(tenant).await?;
+        let volumes = volumes.into_iter().map(Into::into);
         let images = volumes.chain(self.past_images(tenant)).collect();
         self.show_all(images, tenant.is_some()).await
     }
@@ -711,13 +712,17 @@ impl Engine for Daemon {
         &self,
         tenant: Option<&TenantName>,
         page: &Page,
-    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
-        let volumes = self.volumes(tenant).await?;
+    ) -> ApiResult<VolumeList> {
+        let (volumes, incomplete) = self.volumes_or_here(tenant).await?;
         let mut all: Vec<ImageRef> = volumes.into_iter().map(Into::into).collect();
         all.append(&mut self.past_images(tenant));
         // Only what is on the page is looked at, which costs a read each.
         let (images, next) = page.cut(all, |image| place_of(&image.to_string()));
-        Ok((self.show_all(images, tenant.is_some()).await?, next))
+        Ok(VolumeList {
+            volumes: self.show_all(images, tenant.is_some()).await?,
+            next,
+            incomplete,
+        })
     }
 
     async fn show_volume(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {

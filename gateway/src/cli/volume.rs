@@ -25,6 +25,9 @@ pub(super) async fn run(
         VolumeCommand::Attach(flags) => attach(client, flags, console).await,
         VolumeCommand::List { tenant } => {
             let list = client.list_volumes(tenant.as_ref()).await?;
+            if let Some(why) = &list.incomplete {
+                eprintln!("quarry: the list is not complete: {why}");
+            }
             console.show(&list, |list| list_text(&list.volumes))
         }
         VolumeCommand::Show { volume } => {

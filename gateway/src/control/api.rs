@@ -169,8 +169,7 @@ pub(super) async fn list_volumes(
     asked: Query<TenantPageQuery>,
 ) -> ApiResult<Json<VolumeList>> {
     let (tenant, page) = tenant_page(asked)?;
-    let (volumes, next) = engine.page_of_volumes(tenant.as_ref(), &page).await?;
-    Ok(Json(VolumeList { volumes, next }))
+    Ok(Json(engine.page_of_volumes(tenant.as_ref(), &page).await?))
 }
 
 pub(super) async fn show_volume(

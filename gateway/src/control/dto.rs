@@ -661,9 +661,22 @@ pub struct VolumeList {
     /// What to ask for the next page after; none: there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+    /// Why some may be missing: of a store that does not answer only what is attached on this host, or waits to be, is listed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incomplete: Option<String>,
 }
 
-listed!(VolumeList, volumes);
+impl super::page::Listed for VolumeList {
+    fn next(&mut self) -> Option<String> {
+        self.next.take()
+    }
+
+    fn append(&mut self, mut page: Self) {
+        self.volumes.append(&mut page.volumes);
+        self.next = page.next;
+        self.incomplete = self.incomplete.take().or(page.incomplete);
+    }
+}
 
 /// Request: attach a volume.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
@@ -941,6 +954,21 @@ mod tests {
             };
             assert!(spec.check().is_err(), "{size_bytes} {sector_size}");
         }
+    }
+
+    #[test]
+    fn list_with_an_incomplete_page_is_incomplete() {
+        use crate::control::page::Listed as _;
+
+        let mut list = VolumeList::default();
+        list.append(VolumeList {
+            incomplete: Some("no store".to_owned()),
+            ..VolumeList::default()
+        });
+        list.append(VolumeList::default());
+        assert_eq!(list.incomplete.as_deref(), Some("no store"));
+        let whole = serde_json::to_value(VolumeList::default()).unwrap();
+        assert_eq!(whole, serde_json::json!({ "volumes": [] }));
     }
 
     #[test]

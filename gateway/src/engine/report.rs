@@ -169,14 +169,21 @@ impl Daemon {
         Ok(info)
     }
 
-    /// Shows them side by side. Of all tenants' volumes one whose store does not answer is shown with what is wrong.
+    /// Shows them side by side. Of all tenants' volumes one whose store does not answer is shown with what is wrong, and so is
+    /// one that waits here.
     pub(super) async fn show_all(
         &self,
         images: Vec<ImageRef>,
         of_one_tenant: bool,
     ) -> ApiResult<Vec<VolumeInfo>> {
         let shows = images.into_iter().map(|image| async move {
-            match self.show(&image).await {
+            let waits = self.wanted.contains(&image) && !self.is_attached(&image);
+            let shown = match waits {
+                // That it does is known without its store.
+                true => self.show_waiting(&image).await,
+                false => self.show(&image).await,
+            };
+            match shown {
                 Ok(info) => Ok(Some(info)),
                 // It may just have been detached, or its volume be deleted.
                 Err(_) if image.is_past() => Ok(None),
@@ -193,6 +200,22 @@ impl Daemon {
         let shown = futures::stream::iter(shows).buffered(SHOWN_AT_ONCE);
         let shown: Vec<ApiResult<Option<VolumeInfo>>> = shown.collect().await;
         shown.into_iter().filter_map(Result::transpose).collect()
+    }
+
+    /// A volume that waits here to be attached; without an answer of its store, what is known here.
+    async fn show_waiting(&self, image: &ImageRef) -> ApiResult<VolumeInfo> {
+        match tokio::time::timeout(OWNER_WAIT_MAX, self.show(image)).await {
+            Ok(Err(error)) if !matches!(error.kind, Kind::Unavailable | Kind::Denied) => Err(error),
+            Ok(Ok(info)) => Ok(info),
+            Ok(Err(_)) | Err(_) => Ok(VolumeInfo {
+                tenant: image.volume.tenant.to_string(),
+                name: image.volume.name.to_string(),
+                snapshot: image.behind(),
+                state: State::Attaching,
+                problem: self.wanted.problem(image),
+                ..VolumeInfo::default()
+            }),
+        }
     }
 
     /// The snapshot that a volume was cloned from, by its volume's name if that can be had.

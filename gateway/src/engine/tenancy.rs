@@ -1,5 +1,6 @@
 //! Making, showing, changing, suspending and deleting tenants.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use futures::StreamExt as _;
@@ -174,10 +175,15 @@ impl Daemon {
         Ok(told(changed.await?))
     }
 
-    /// The names of a tenant's volumes, or of all tenants'. A tenant whose store does not answer hides no other's.
-    pub(super) async fn volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeRef>> {
+    /// The names of a tenant's volumes, or of all tenants'. A tenant whose store does not answer hides no other's: of its volumes
+    /// those that are attached here are named, and why that is not all.
+    pub(super) async fn volumes(
+        &self,
+        tenant: Option<&TenantName>,
+    ) -> ApiResult<(Vec<VolumeRef>, Option<String>)> {
         if let Some(tenant) = tenant {
-            return registry::volume_names(&self.control(tenant).await?, tenant).await;
+            let names = registry::volume_names(&self.control(tenant).await?, tenant).await?;
+            return Ok((names, None));
         }
         let names = registry::tenant_names(&self.home).await?;
         let lists = names.into_iter().map(async |name| {
@@ -185,14 +191,44 @@ impl Daemon {
                 Ok(store) => registry::volume_names(&store, &name).await,
                 Err(error) => Err(error),
             };
-            listed.unwrap_or_else(|error| {
-                tracing::warn!(tenant = %name, %error, "its volumes are not in the list");
-                self.attached_of(&name)
-            })
+            match listed {
+                Ok(names) => (names, None),
+                Err(error) => {
+                    tracing::warn!(tenant = %name, %error, "its volumes are not in the list");
+                    let why = format!("tenant {name}: {}", error.message);
+                    (self.attached_of(&name), Some(why))
+                }
+            }
         });
         let lists = futures::stream::iter(lists).buffered(RECORDS_AT_ONCE);
-        let lists: Vec<Vec<VolumeRef>> = lists.collect().await;
-        Ok(lists.into_iter().flatten().collect())
+        let lists: Vec<(Vec<VolumeRef>, Option<String>)> = lists.collect().await;
+        let (names, problems): (Vec<_>, Vec<_>) = lists.into_iter().unzip();
+        let incomplete = problems.into_iter().flatten().next();
+        Ok((names.into_iter().flatten().collect(), incomplete))
+    }
+
+    /// The same; where the store that says whose they are does not answer, those that are attached here or wait to be.
+    pub(super) async fn volumes_or_here(
+        &self,
+        tenant: Option<&TenantName>,
+    ) -> ApiResult<(Vec<VolumeRef>, Option<String>)> {
+        match self.volumes(tenant).await {
+            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Denied) => {
+                Ok((self.here(tenant), Some(error.message)))
+            }
+            listed => listed,
+        }
+    }
+
+    fn here(&self, tenant: Option<&TenantName>) -> Vec<VolumeRef> {
+        let attached = self.attached().into_iter().map(|(image, _)| image);
+        let wanted = self.wanted.all().into_iter().map(|(image, _)| image);
+        let of = |image: &ImageRef| {
+            tenant.is_none_or(|tenant| image.volume.tenant == *tenant) && !image.is_past()
+        };
+        let here = attached.chain(wanted).filter(of);
+        let here: BTreeSet<VolumeRef> = here.map(|image| image.volume).collect();
+        here.into_iter().collect()
     }
 
     fn attached_of(&self, tenant: &TenantName) -> Vec<VolumeRef> {

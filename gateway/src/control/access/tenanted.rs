@@ -15,8 +15,8 @@ use super::super::{
     EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
     RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec, ResizeInfo,
     ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
-    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec,
-    WarmReport, WarmSpec,
+    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeList, VolumeRef,
+    VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::places::Place;
 
@@ -185,7 +185,7 @@ impl Engine for Tenanted {
         &self,
         tenant: Option<&TenantName>,
         page: &Page,
-    ) -> ApiResult<(Vec<VolumeInfo>, Option<String>)> {
+    ) -> ApiResult<VolumeList> {
         self.inner.page_of_volumes(self.only(tenant)?, page).await
     }
 

@@ -12,7 +12,7 @@ use super::ControllerService;
 use super::snapshots::told as told_snapshot;
 use super::volumes::told as told_volume;
 use crate::control::dto::VOLUME_BYTES_MAX;
-use crate::control::{ImageRef, Kind, SnapRef, VolumeRef};
+use crate::control::{ApiError, ImageRef, Kind, SnapRef, VolumeRef};
 use crate::csi::answer::{Answer, given};
 use crate::csi::capability::{Unfit, Use};
 use crate::csi::class::{Class, bytes};
@@ -66,6 +66,11 @@ impl ControllerService {
         let limit = limit(request.max_entries)?;
         let after = begin(&request.starting_token, is_volume)?;
         let page = self.client.page_of_volumes(limit, after).await?;
+        // What is not in the list would be taken to be gone.
+        if let Some(why) = page.incomplete {
+            let remedy = "try again when the store answers";
+            return Err(ApiError::new(Kind::Unavailable, why, remedy).into());
+        }
         // What is attached of the past is in the list too, and is no volume.
         let volumes = page.volumes.iter().filter(|info| info.snapshot.is_none());
         let entry = |info: &crate::control::VolumeInfo| {
