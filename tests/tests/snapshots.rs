@@ -257,7 +257,7 @@ fn clones_differ_from_their_parents_by_their_own_writes_alone() -> Result<()> {
     // Nothing that somebody needs can be deleted, and who needs it is named.
     let kept = refused(&other, &["snapshot", "delete", "acme/db@golden"])?;
     ensure!(
-        kept.kind == "conflict" && kept.mentions("acme/gen1"),
+        kept.kind == "conflict" && kept.mentions("volume flatten acme/gen1"),
         "{kept:?}"
     );
     let kept = refused(&other, &["volume", "delete", "acme/gen1"])?;

@@ -59,10 +59,10 @@ pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
             Kind::Damaged,
             "see `quarry volume show` and `quarry volume verify`",
         ),
-        SnapshotError::HasClones { .. } => (
-            Kind::Conflict,
-            "delete and purge the clones first; `quarry volume rescue NAME --id ID --apply` gives a nameless one its name",
-        ),
+        SnapshotError::HasClones { clones, .. } => {
+            let remedy = without_clones(clones);
+            return ApiError::new(Kind::Conflict, format!("{volume}: {error}"), remedy);
+        }
         SnapshotError::BeingCloned { .. } => (
             Kind::Conflict,
             "try again when they are there or have failed; one whose making was broken off is given up after an hour",
@@ -83,6 +83,21 @@ pub(super) fn told(volume: &VolumeRef, error: SnapshotError) -> ApiError {
         SnapshotError::Store(error) => return registry::store_error(error),
     };
     ApiError::new(kind, format!("{volume}: {error}"), remedy)
+}
+
+/// What to do about clones, as they are named where they are in the way: by a name alone if they are there.
+pub(super) fn without_clones(clones: &[String]) -> String {
+    let is_there = |clone: &&String| clone.parse::<VolumeRef>().is_ok();
+    let clone = clones.iter().find(is_there);
+    let clone = clone.map_or("CLONE", String::as_str);
+    let mut remedy = format!(
+        "make the clones independent (`quarry volume flatten {clone}`, while it is attached), or delete and purge them"
+    );
+    if clones.iter().any(|clone| clone.contains("(nameless")) {
+        remedy +=
+            "; `quarry volume rescue NAME --id ID --apply` gives a nameless one its name first";
+    }
+    remedy
 }
 
 /// Why the volume cannot be this daemon's for the moment.
@@ -548,4 +563,26 @@ async fn tell_if_fenced<T>(
             .await;
     }
     done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remedy_for_clones_is_first_to_keep_them() {
+        let remedy = |clones: &[&str]| {
+            let clones: Vec<String> = clones.iter().map(|clone| (*clone).to_owned()).collect();
+            without_clones(&clones)
+        };
+        let named = remedy(&["acme/old (in the trash)", "acme/test"]);
+        assert!(
+            named.contains("`quarry volume flatten acme/test`"),
+            "{named}"
+        );
+        assert!(!named.contains("rescue"), "{named}");
+        let nameless = remedy(&["acme/test (nameless, id 7)"]);
+        assert!(nameless.contains("flatten CLONE"), "{nameless}");
+        assert!(nameless.contains("rescue NAME --id"), "{nameless}");
+    }
 }

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 
 use super::quota::Wish;
 use super::slot::Slot;
+use super::snapshot::without_clones;
 use super::tenants::Tenant;
 use super::{Daemon, now_ms, registry, tenants};
 use crate::backend::{HeadCell, HeadError};
@@ -66,10 +67,10 @@ pub(super) fn trash_error(volume: &impl std::fmt::Display, error: TrashError) ->
         TrashError::Store(error) => return registry::store_error(error),
         TrashError::Owned { .. } => (Kind::Conflict, "detach it there first"),
         TrashError::Raced { .. } => (Kind::Conflict, "try again"),
-        TrashError::Clones { .. } => (
-            Kind::Conflict,
-            "delete and purge the clones first; their data are its data too",
-        ),
+        TrashError::Clones { clones } => {
+            let remedy = without_clones(clones);
+            return ApiError::new(Kind::Conflict, format!("{volume}: {error}"), remedy);
+        }
         TrashError::Cloning { .. } => (Kind::Conflict, "try again in an hour"),
         TrashError::NotThere => return ApiError::not_in_trash(volume),
         TrashError::Purging => (Kind::Conflict, "make a new volume"),
