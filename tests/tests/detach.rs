@@ -50,6 +50,11 @@ fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()
     ensure!(nbd.read_vec(0, 4096)? == [1; 4096]);
     drop(nbd);
     first.quarry(&["volume", "detach", VOLUME])?;
+    let again = old.quarry_json(&["volume", "detach", VOLUME])?.refusal()?;
+    ensure!(
+        again.kind == "conflict" && again.mentions("nothing to detach"),
+        "{again:?}"
+    );
     refuses_to_attach(&old)?;
 
     let mut nbd = first.attach(VOLUME, &["--discard-unsent"])?;

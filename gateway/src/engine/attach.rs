@@ -18,7 +18,7 @@ use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
 use super::trash::trash_error;
 use super::wanted::{How, NotAdded, TENANT_PAST_MAX};
-use super::{Daemon, VolumeMachine, not_attached, now_ms, registry};
+use super::{Daemon, VolumeMachine, now_ms, registry};
 use crate::backend::open::{
     Claim, Claimed, OpenError, claim, give_back, open_read_only, open_snapshot,
 };
@@ -846,7 +846,9 @@ impl Daemon {
     async fn detach_from(&self, slot: &Slot, volume: &ImageRef) -> ApiResult<()> {
         let Some(attached) = slot.stage().attached().cloned() else {
             let Some(how) = self.wanted.how(volume) else {
-                return Err(not_attached(volume));
+                let message = format!("{volume} is not attached to this host");
+                let remedy = "there is nothing to detach here";
+                return Err(ApiError::new(Kind::Conflict, message, remedy));
             };
             // It is waited for since the start. That it cannot be attached was not found yet: then it is, and detached as any other.
             if self.wanted.problem(volume).is_none() {
