@@ -49,10 +49,10 @@ pub use chores::{CompactSpec, MoveReport};
 pub use client::Client;
 pub use doctor::{Check, DoctorReport, Verdict};
 pub use dto::{
-    AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, Finding, LogRangeInfo,
-    OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec, SegmentsInfo,
-    SnapshotInfo, State, StatusInfo, StoreStatus, VerifyProgress, VerifyReport, VerifySpec, Via,
-    VolumeInfo, VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, AttachedInfo, ByteRange, CacheStatus, DetachInfo, Finding,
+    LogRangeInfo, OwnerInfo, ParentInfo, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
+    SegmentsInfo, SnapshotInfo, State, StatusInfo, StoreStatus, VerifyProgress, VerifyReport,
+    VerifySpec, Via, VolumeInfo, VolumeList, VolumeSpec,
 };
 pub use endpoints::routes;
 pub use error::{ApiError, Kind, Problem};
@@ -124,8 +124,8 @@ pub trait Engine: Send + Sync + 'static {
     /// Makes a volume usable on this host, or a snapshot, or what it was at a time, readable; answers when it
     /// is.
     async fn attach(&self, image: &ImageRef, options: AttachOptions) -> ApiResult<AttachInfo>;
-    /// Takes a volume off this host, everything uploaded first.
-    async fn detach(&self, image: &ImageRef) -> ApiResult<()>;
+    /// Takes a volume off this host, everything uploaded first; of one that was fenced it says what could not be.
+    async fn detach(&self, image: &ImageRef) -> ApiResult<DetachInfo>;
     /// Gives a volume another size, for good, and shows a larger one to whoever uses the volume here;
     /// [`Kind::Conflict`] if it is somebody else's, or if the size is smaller and the volume attached or
     /// `force` not set. A size that the volume's own sector size forbids is the engine's to refuse.

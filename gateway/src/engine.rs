@@ -66,9 +66,9 @@ use self::tenants::{Site, Tenants};
 pub use self::wanted::{How, StoreNote, Wanted};
 use crate::backend::{self, Chore, Common, Fetches};
 use crate::control::{
-    Access, Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport,
-    Engine, EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo,
-    RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
+    Access, Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DetachInfo,
+    DoctorReport, Engine, EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec,
+    RatesInfo, RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
     ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
     TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, VolumeInfo, VolumeList,
     VolumeRef, VolumeSpec, WarmReport, WarmSpec, place_of,
@@ -735,7 +735,7 @@ impl Engine for Daemon {
         self.attach_volume(image, &options, access).await
     }
 
-    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+    async fn detach(&self, image: &ImageRef) -> ApiResult<DetachInfo> {
         self.detach_volume(image).await
     }
 

@@ -10,7 +10,7 @@ use tempfile::tempdir;
 
 const VOLUME: &str = "acme/left";
 
-/// A volume that `old` had, wrote to in ignorance of its new owner, and detached; `new` has detached it
+/// A volume that `old` had, wrote to in ignorance of its new owner, and detached, which says so; `new` has detached it
 /// too. One page of what `old` keeps was never sent.
 fn fenced_and_detached(old: &Site, new: &Site) -> Result<[Daemon; 2]> {
     let (first, second) = (old.start()?, new.start()?);
@@ -25,8 +25,10 @@ fn fenced_and_detached(old: &Site, new: &Site) -> Result<[Daemon; 2]> {
         thread::sleep(Duration::from_millis(100));
     }
     drop(nbd);
-    first.quarry(&["volume", "detach", VOLUME])?;
-    second.quarry(&["volume", "detach", VOLUME])?;
+    let detached = first.json(&["volume", "detach", VOLUME])?;
+    ensure!(detached["unsent_bytes"] == 4096, "{detached}");
+    let detached = second.json(&["volume", "detach", VOLUME])?;
+    ensure!(detached["unsent_bytes"].is_null(), "{detached}");
     Ok([first, second])
 }
 

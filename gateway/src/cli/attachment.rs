@@ -141,7 +141,8 @@ impl<'a> Attachment<'a> {
     /// The daemon's.
     pub async fn detach(&self) -> Result<(), Failure> {
         let call = self.client.detach(&self.volume);
-        Ok(uploading("detaching", self.client, &self.volume, call).await?)
+        uploading("detaching", self.client, &self.volume, call).await?;
+        Ok(())
     }
 
     /// Detaches it if it was attached for this command, as well as that can be done now: something else

@@ -82,8 +82,19 @@ pub(super) async fn run(
         }
         VolumeCommand::Flatten { volume } => chores::flatten(client, &volume, console).await,
         VolumeCommand::Detach { volume } => {
-            uploading("detaching", client, &volume, client.detach(&volume)).await?;
-            done(console, &volume, "detached", "it is detached")
+            let call = client.detach(&volume);
+            let detached = uploading("detaching", client, &volume, call).await?;
+            let Some(unsent) = detached.unsent_bytes else {
+                return done(console, &volume, "detached", "it is detached");
+            };
+            let told =
+                json!({ "volume": detached.volume, "done": "detached", "unsent_bytes": unsent });
+            console.show(&told, |_| {
+                format!(
+                    "{volume}: it is detached; {} written here were not sent and stay in this cache: the next attach here wants --discard-unsent",
+                    bytes(unsent)
+                )
+            })
         }
         VolumeCommand::Import(flags) => import::run(client, flags, console).await,
         VolumeCommand::Export(flags) => export::run(client, flags, console).await,

@@ -212,10 +212,13 @@ pub(super) async fn attach(
     ))
 }
 
-pub(super) async fn detach(Allowed(engine): Allowed, path: Volume) -> ApiResult<StatusCode> {
+pub(super) async fn detach(Allowed(engine): Allowed, path: Volume) -> ApiResult<Response> {
     let image = image_of(path)?;
-    whole(async move { engine.detach(&image).await }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let detached = whole(async move { engine.detach(&image).await }).await?;
+    Ok(match detached.unsent_bytes {
+        None => StatusCode::NO_CONTENT.into_response(),
+        Some(_) => Json(detached).into_response(),
+    })
 }
 
 pub(super) async fn resize(

@@ -14,9 +14,9 @@ use super::activity::Activity;
 use super::chores::{CompactSpec, MoveReport};
 use super::doctor::DoctorReport;
 use super::dto::{
-    AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
-    VolumeInfo, VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, CloneSpec, DetachInfo, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport,
+    VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
 use super::page::Listed;
 use super::rates::{RatesInfo, RatesSpec};
@@ -438,9 +438,15 @@ impl Client {
     ///
     /// # Errors
     /// The daemon's, or that there is none.
-    pub async fn detach(&self, volume: &ImageRef) -> ApiResult<()> {
-        self.order(Method::POST, &format!("/v1/volumes/{volume}/detach"))
-            .await
+    pub async fn detach(&self, volume: &ImageRef) -> ApiResult<DetachInfo> {
+        let path = format!("/v1/volumes/{volume}/detach");
+        let response = self
+            .call(Method::POST, &path, None::<&()>, Patience::Work)
+            .await?;
+        match response.status() {
+            StatusCode::NO_CONTENT => Ok(DetachInfo::new(volume, None)),
+            _ => self.json(response).await,
+        }
     }
 
     /// Gives a volume a larger size.

@@ -791,6 +791,28 @@ impl AttachInfo {
     }
 }
 
+/// Answer: a volume was detached, and not all of it was sent; there is no answer where all was.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct DetachInfo {
+    /// `tenant/name`, or `tenant/name@snapshot`.
+    pub volume: String,
+    /// Bytes written here that were not sent, as somebody else has the volume now. They stay in this host's cache, and the next
+    /// attach here is refused until it is told to give them up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unsent_bytes: Option<u64>,
+}
+
+impl DetachInfo {
+    /// A volume that is detached.
+    #[must_use]
+    pub fn new(volume: &ImageRef, unsent_bytes: Option<u64>) -> Self {
+        Self {
+            volume: volume.to_string(),
+            unsent_bytes,
+        }
+    }
+}
+
 /// A path as the value in a URL's query; slashes stay, which both sides allow and people can read.
 fn escaped(path: &Path) -> String {
     let mut text = String::new();

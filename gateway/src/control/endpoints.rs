@@ -19,9 +19,9 @@ use super::api::{self, BODY_BYTES_MAX};
 use super::chores::{CompactSpec, MoveReport};
 use super::doctor::DoctorReport;
 use super::dto::{
-    AttachInfo, AttachOptions, CloneSpec, RescueReport, RescueSpec, ResizeInfo, ResizeSpec,
-    SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport, VerifySpec,
-    VolumeInfo, VolumeList, VolumeSpec,
+    AttachInfo, AttachOptions, CloneSpec, DetachInfo, RescueReport, RescueSpec, ResizeInfo,
+    ResizeSpec, SnapshotInfo, SnapshotList, SnapshotSpec, StatusInfo, VerifyProgress, VerifyReport,
+    VerifySpec, VolumeInfo, VolumeList, VolumeSpec,
 };
 use super::error::response;
 use super::openapi::{MakeSchema, of};
@@ -125,6 +125,14 @@ impl Endpoint {
         }
     }
 
+    /// It answers with a `T`, or 204 and nothing.
+    fn may_give<T: JsonSchema>(self) -> Self {
+        Self {
+            statuses: &[200, 204],
+            ..self.gives::<T>()
+        }
+    }
+
     /// It makes a `T` (201), or answers with one that is there and the same (200).
     fn makes<T: JsonSchema>(self) -> Self {
         Self {
@@ -194,7 +202,8 @@ pub static ENDPOINTS: LazyLock<Vec<Endpoint>> = LazyLock::new(|| {
             "Attach a volume, or a snapshot, to the host.")
             .takes::<AttachOptions>().gives::<AttachInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/detach", Admin, |m| on(m, api::detach),
-            "Detach it."),
+            "Detach it; with an answer if somebody else has the volume and not all was sent.")
+            .may_give::<DetachInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/resize", Admin, |m| on(m, api::resize), "Change a volume's size.")
             .takes::<ResizeSpec>().gives::<ResizeInfo>(),
         at(POST, "/v1/volumes/{tenant}/{volume}/retain", Admin, |m| on(m, retain::retain),

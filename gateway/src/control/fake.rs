@@ -199,11 +199,12 @@ impl Engine for FakeEngine {
         Ok(info)
     }
 
-    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+    async fn detach(&self, image: &ImageRef) -> ApiResult<DetachInfo> {
         self.change(&image.volume, |volume| {
             volume.state = State::Detached;
             volume.attached = None;
-        })
+        })?;
+        Ok(DetachInfo::new(image, None))
     }
 
     async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {

@@ -136,7 +136,8 @@ fn operation(endpoint: &Endpoint, generator: &mut SchemaGenerator) -> Value {
         .map(|make| json!({ "application/json": { "schema": make(generator) } }));
     for status in endpoint.statuses {
         let mut answer = json!({ "description": description });
-        if let Some(content) = &content {
+        // With 204 comes nothing, also where another status has something.
+        if let Some(content) = content.as_ref().filter(|_| *status != 204) {
             answer["content"] = content.clone();
         } else if let Some(media) = endpoint.media {
             answer["content"] = json!({ media: { "schema": { "type": "string" } } });

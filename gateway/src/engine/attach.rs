@@ -25,7 +25,7 @@ use crate::backend::open::{
 use crate::backend::past::open_at;
 use crate::backend::{HeadCell, HeadError, VolumeBackend};
 use crate::control::{
-    ApiError, ApiResult, AttachInfo, AttachOptions, ImageRef, Kind, Via, VolumeRef,
+    ApiError, ApiResult, AttachInfo, AttachOptions, DetachInfo, ImageRef, Kind, Via, VolumeRef,
 };
 use crate::latency::Latencies;
 use crate::moment::Moment;
@@ -825,7 +825,7 @@ impl Daemon {
         }
     }
 
-    pub(super) async fn detach_volume(&self, volume: &ImageRef) -> ApiResult<()> {
+    pub(super) async fn detach_volume(&self, volume: &ImageRef) -> ApiResult<DetachInfo> {
         let slot = self.slot(volume);
         let _change = slot.change.lock().await;
         let answer = self.detach_from(&slot, volume).await;
@@ -843,7 +843,7 @@ impl Daemon {
         })
     }
 
-    async fn detach_from(&self, slot: &Slot, volume: &ImageRef) -> ApiResult<()> {
+    async fn detach_from(&self, slot: &Slot, volume: &ImageRef) -> ApiResult<DetachInfo> {
         let Some(attached) = slot.stage().attached().cloned() else {
             let Some(how) = self.wanted.how(volume) else {
                 let message = format!("{volume} is not attached to this host");
@@ -873,7 +873,8 @@ impl Daemon {
                 removed?;
             }
             self.unlist(volume).await?;
-            return self.leave_waiting(volume).await;
+            self.leave_waiting(volume).await?;
+            return Ok(DetachInfo::new(volume, None));
         };
         slot.set(Stage::Detaching(Arc::clone(&attached)));
         // Its end waits for all requests.
@@ -891,8 +892,8 @@ impl Daemon {
         }
         // Nobody new comes in from here on.
         self.exports.0.lock().remove(&volume.to_string());
-        let complete = match self.let_go(&attached, After::GiveBack).await {
-            Ok(complete) => complete,
+        let left = match self.let_go(&attached, After::GiveBack).await {
+            Ok(left) => left,
             Err(error) => {
                 stay();
                 return Err(error);
@@ -902,8 +903,10 @@ impl Daemon {
         // Last: it is not to be seen as one that waits to be attached again.
         slot.set(Stage::Detached);
         unlisted?;
-        if complete || attached.backend.condition().fenced {
-            return Ok(());
+        if left.complete || attached.backend.condition().fenced {
+            let unsent = !left.complete && left.unsent_bytes > 0;
+            let unsent = unsent.then_some(left.unsent_bytes);
+            return Ok(DetachInfo::new(volume, unsent));
         }
         let message = format!(
             "{volume} is detached, but not all of its writes could be sent; they stay in the cache"
@@ -916,12 +919,12 @@ impl Daemon {
     }
 
     /// Ends the service of a volume: everything sent, the cache's segments given up, the right to
-    /// write given back. Answers whether all of its writes are in the store; those that are not stay
+    /// write given back. Those of its writes that are not in the store stay
     /// in the cache and the journal, for whoever attaches it next.
     ///
     /// The order: no more requests, drain, take apart, settle the cache, say what was hot, give back. *Crash before the giving back: it
     /// is still ours, and the next start attaches it again. After: nothing of it is unsent.*
-    pub(super) async fn let_go(&self, attached: &Attached, after: After) -> ApiResult<bool> {
+    pub(super) async fn let_go(&self, attached: &Attached, after: After) -> ApiResult<Left> {
         let backend = &attached.backend;
         let (reactor, key) = backend.place();
         let ended = reactor.stop_front_ends(key);
@@ -954,10 +957,13 @@ impl Daemon {
         let machine = reactor.remove_volume(key).await?;
         // Before its segments are: an upload may still wait for its place, or for the cache device to be read.
         backend.close().await;
-        let kept = machine.map(|m| self.close(m)).unwrap_or_default();
+        let (kept, unsent_bytes) = machine.map(|m| self.close(m)).unwrap_or_default();
         let complete = drained && kept.is_empty();
         if attached.read_only {
-            return Ok(true);
+            return Ok(Left {
+                complete: true,
+                unsent_bytes: 0,
+            });
         }
         // Before others may have it, if the device takes it: after a power cut its segments are to be told from writes of a history
         // that it has left.
@@ -980,15 +986,20 @@ impl Daemon {
                 }
             }
         }
-        Ok(complete)
+        Ok(Left {
+            complete,
+            unsent_bytes,
+        })
     }
 
-    /// Gives up a volume's place on the cache device, but for the segments that it answers.
-    fn close(&self, machine: Box<dyn Machine>) -> Vec<(SegmentId, Generation)> {
+    /// Gives up a volume's place on the cache device, but for the segments that it answers; with the bytes of its unsent writes.
+    fn close(&self, machine: Box<dyn Machine>) -> (Vec<(SegmentId, Generation)>, u64) {
         let machine: Box<dyn std::any::Any> = machine;
         let machine = machine.downcast::<VolumeMachine>();
         let machine = machine.expect("the engine makes no other machines");
-        machine.volume.close(&mut self.shared.lock())
+        let unsent_bytes = machine.volume.stats().dirty_bytes;
+        let kept = machine.volume.close(&mut self.shared.lock());
+        (kept, unsent_bytes)
     }
 
     /// After a volume is gone: what the device says of it is made stable, or found again. `kept` are
@@ -1020,6 +1031,14 @@ impl Daemon {
             }
         }
     }
+}
+
+/// What a volume that is not served any more leaves here.
+pub(super) struct Left {
+    /// All of its writes are in the store.
+    complete: bool,
+    /// Bytes of those that are not.
+    unsent_bytes: u64,
 }
 
 /// What becomes of the right to write to a volume that is not served any more.

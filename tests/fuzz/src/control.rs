@@ -9,12 +9,12 @@ use axum::http::{Method, Request, Uri, header};
 use quarry_gateway::backend::RETAIN_MS_MAX;
 use quarry_gateway::control::dto::{SECTOR_SIZES, VOLUME_BYTES_MAX};
 use quarry_gateway::control::{
-    Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
-    EvictInfo, ImageRef, MoveReport, Problem, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
-    RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec, ResizeInfo,
-    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
-    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef, VolumeSpec,
-    WarmReport, WarmSpec, patched, routes,
+    Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DetachInfo,
+    DoctorReport, Engine, EvictInfo, ImageRef, MoveReport, Problem, PurgeReport, PurgeSpec,
+    RatesInfo, RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
+    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
+    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeRef,
+    VolumeSpec, WarmReport, WarmSpec, patched, routes,
 };
 use quarry_objfmt::{Suspended, TenantName, VolumeName};
 use tokio::runtime::Runtime;
@@ -102,7 +102,7 @@ impl Engine for Strict {
         Err(ApiError::no_volume(&image.volume))
     }
 
-    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+    async fn detach(&self, image: &ImageRef) -> ApiResult<DetachInfo> {
         Err(ApiError::no_volume(&image.volume))
     }
 

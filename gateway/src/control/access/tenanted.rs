@@ -11,12 +11,12 @@ use quarry_config::TenantAttach;
 use quarry_objfmt::{KeyName, Suspended, TenantName, VolumeName};
 
 use super::super::{
-    Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DoctorReport, Engine,
-    EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec, RatesInfo, RatesSpec,
-    RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec, ResizeInfo,
-    ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec, TrashInfo,
-    TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeList, VolumeRef,
-    VolumeSpec, WarmReport, WarmSpec,
+    Activity, ApiError, ApiResult, AttachInfo, AttachOptions, CompactSpec, DetachInfo,
+    DoctorReport, Engine, EvictInfo, ImageRef, Kind, MoveReport, Page, PurgeReport, PurgeSpec,
+    RatesInfo, RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
+    ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
+    TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeList,
+    VolumeRef, VolumeSpec, WarmReport, WarmSpec,
 };
 use crate::places::Place;
 
@@ -200,7 +200,7 @@ impl Engine for Tenanted {
         self.inner.attach(image, options).await
     }
 
-    async fn detach(&self, image: &ImageRef) -> ApiResult<()> {
+    async fn detach(&self, image: &ImageRef) -> ApiResult<DetachInfo> {
         self.own_volume(&image.volume)?;
         self.inner.detach(image).await
     }

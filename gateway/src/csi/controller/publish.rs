@@ -99,7 +99,7 @@ impl ControllerService {
 async fn in_peace(daemon: &Client, volume: &VolumeRef) {
     let image = ImageRef::from(volume.clone());
     match tokio::time::timeout(PEACE_TIME_MAX, daemon.detach(&image)).await {
-        Ok(Ok(())) => return,
+        Ok(Ok(_)) => return,
         Ok(Err(error)) => tracing::warn!(%volume, %error, "it is not given back"),
         Err(_) => {
             tracing::warn!(%volume, "it is not given back in time");

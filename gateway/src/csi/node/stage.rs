@@ -67,7 +67,10 @@ impl NodeService {
         if ours && staged.is_err() {
             let image = ImageRef::from(volume.clone());
             let undone = match mounts::unmount(&plan.at).await {
-                Ok(()) => self.client.detach(&image).await.map_err(Into::into),
+                Ok(()) => match self.client.detach(&image).await {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error.into()),
+                },
                 Err(status) => Err(status),
             };
             if let Err(status) = undone {
@@ -256,7 +259,7 @@ impl NodeService {
             self.client.attach(&image, &options).await?;
         }
         match self.client.detach(&image).await {
-            Ok(()) => Ok(()),
+            Ok(_) => Ok(()),
             Err(error) if error.kind == Kind::NotFound => Ok(()),
             Err(error) => Err(error.into()),
         }
