@@ -12,6 +12,7 @@
 mod bucket;
 mod probe;
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
@@ -56,7 +57,7 @@ pub enum ProvisionError {
         /// What the server said.
         reason: String,
         /// What to do.
-        remedy: &'static str,
+        remedy: Cow<'static, str>,
         /// Whether it may pass by itself.
         transient: bool,
     },

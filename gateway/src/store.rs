@@ -42,7 +42,7 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use quarry_objfmt::PageVec;
 
-pub(crate) use credentials::aws_http;
+pub(crate) use credentials::{aws_http, last_cause};
 pub use credentials::{CredentialSource, UnknownSource};
 pub use folder::FolderStore;
 #[cfg(test)]

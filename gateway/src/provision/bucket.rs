@@ -2,13 +2,14 @@
 //!
 //! The client of the AWS SDK serves here only; it gets its keys from where the store's client does.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::create_bucket::CreateBucketError;
 use aws_sdk_s3::types::{
     AbortIncompleteMultipartUpload, BucketLifecycleConfiguration, BucketLocationConstraint,
@@ -17,7 +18,7 @@ use aws_sdk_s3::types::{
 };
 
 use super::ProvisionError;
-use crate::store::{S3Settings, aws_http, credentials};
+use crate::store::{CredentialSource, S3Settings, aws_http, credentials, last_cause};
 
 /// How long a request may take, its retries included.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(20);
@@ -36,6 +37,8 @@ pub(super) struct Bucket {
     client: Client,
     name: String,
     region: String,
+    /// Id of the access key.
+    key_id: String,
     /// What our keys begin with: empty, or ends with `/`.
     prefix: String,
 }
@@ -46,7 +49,7 @@ impl Bucket {
             bucket: settings.bucket.clone(),
             action: "reached",
             reason,
-            remedy: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
+            remedy: no_keys(settings),
             transient,
         };
         let keys = tokio::time::timeout(REQUEST_TIME_MAX, credentials(settings)?.get_credential())
@@ -83,6 +86,7 @@ impl Bucket {
             client: Client::from_conf(config.build()),
             name: settings.bucket.clone(),
             region: settings.region.clone(),
+            key_id: keys.key_id.clone(),
             prefix,
         })
     }
@@ -92,18 +96,32 @@ impl Bucket {
         let Err(error) = self.client.head_bucket().bucket(&self.name).send().await else {
             return Ok(false);
         };
+        // An answer to HEAD has no body that says why.
+        let refused = |reason, remedy| ProvisionError::Bucket {
+            bucket: self.name.clone(),
+            action: "reached",
+            reason,
+            remedy: Cow::Borrowed(remedy),
+            transient: false,
+        };
         match status(&error) {
             Some(404) if may_make => self.make().await,
             Some(404) => Err(ProvisionError::BucketMissing {
                 bucket: self.name.clone(),
             }),
             Some(301 | 400) => {
-                Err(self.failed("reached", &error, "check AWS_REGION: it may be in another"))
+                let reason = match region(&error).filter(|region| *region != self.region) {
+                    Some(region) => format!("it is in the region {region}, not {}", self.region),
+                    None => words(&error),
+                };
+                Err(refused(reason, "check store.region, or AWS_REGION"))
             }
-            Some(401 | 403) => Err(self.failed(
-                "reached",
-                &error,
-                "check the access key and the bucket's name, and grant s3:ListBucket",
+            Some(status @ (401 | 403)) => Err(refused(
+                format!(
+                    "the server refuses the access key {} ({status})",
+                    self.key_id
+                ),
+                "check the key and its secret, the clock, and s3:ListBucket on the bucket",
             )),
             _ => Err(self.failed("reached", &error, "check the endpoint and the network")),
         }
@@ -264,7 +282,7 @@ impl Bucket {
             bucket: self.name.clone(),
             action,
             reason: words(error),
-            remedy,
+            remedy: Cow::Borrowed(remedy),
             // No connection, no answer in time, or the server's own trouble; its code is not asked,
             // for an answer to HEAD has none.
             transient: match error {
@@ -279,20 +297,47 @@ fn status<E>(error: &SdkError<E>) -> Option<u16> {
     error.raw_response().map(|answer| answer.status().as_u16())
 }
 
-/// The server's code and message, else all that is known.
-fn words<E, R>(error: &SdkError<E, R>) -> String
+/// The region that the bucket is in, if the server says so.
+fn region<E>(error: &SdkError<E>) -> Option<&str> {
+    error.raw_response()?.headers().get("x-amz-bucket-region")
+}
+
+/// What to do if there are no keys.
+fn no_keys(settings: &S3Settings) -> Cow<'static, str> {
+    use CredentialSource as Source;
+    match &settings.source {
+        Some((Source::Profile(name), Some(file))) => {
+            format!("check the profile {name} in {}", file.display()).into()
+        }
+        Some((Source::Profile(name), None)) => format!(
+            "check the profile {name} in ~/.aws/credentials, or name its file in store.credentials_file"
+        )
+        .into(),
+        Some((Source::WebIdentity, _)) => {
+            "set AWS_WEB_IDENTITY_TOKEN_FILE and AWS_ROLE_ARN for the daemon".into()
+        }
+        Some((Source::InstanceMetadata, _)) => "give the machine a role".into(),
+        Some((Source::Environment, _)) => {
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the daemon".into()
+        }
+        None => {
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role".into()
+        }
+    }
+}
+
+/// The server's code and message, else its status, or what kept it from answering.
+fn words<E>(error: &SdkError<E>) -> String
 where
-    SdkError<E, R>: ProvideErrorMetadata + std::error::Error,
+    SdkError<E>: ProvideErrorMetadata + std::error::Error,
 {
     match (error.code(), error.message()) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         (Some(code), None) => code.to_owned(),
-        _ => match error {
-            // It repeats itself, and ends with the whole answer.
-            SdkError::ServiceError(_) | SdkError::ResponseError(_) => {
-                "the server's answer makes no sense".to_owned()
-            }
-            error => DisplayErrorContext(error).to_string(),
+        _ => match status(error) {
+            Some(status @ 200..=299) => format!("the server's answer makes no sense ({status})"),
+            Some(status) => format!("the server answers {status}"),
+            None => last_cause(error),
         },
     }
 }
@@ -358,10 +403,11 @@ fn effect(rule: &LifecycleRule, prefix: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use aws_sdk_s3::error::ConnectorError;
     use aws_sdk_s3::types::{LifecycleExpiration, LifecycleRuleAndOperator, Tag, Transition};
 
     use super::*;
-    use crate::store::stub::{Answer, stub_settings};
+    use crate::store::stub::{Answer, settings_at, stub_settings};
 
     fn rule(filter: Option<LifecycleRuleFilter>) -> LifecycleRule {
         let days = LifecycleExpiration::builder().days(30).build();
@@ -526,11 +572,61 @@ mod tests {
             matches!(missing, ProvisionError::BucketMissing { .. }),
             "{missing}"
         );
-        let denied = bucket(Answer::new(403, ""))
-            .await
-            .ensure(true)
-            .await
-            .unwrap_err();
-        assert!(denied.to_string().contains("s3:ListBucket"), "{denied}");
+        for status in [401, 403] {
+            let denied = bucket(Answer::new(status, ""))
+                .await
+                .ensure(true)
+                .await
+                .unwrap_err();
+            let words = format!(
+                "the server refuses the access key id ({status}): check the key and its secret, the clock, and \
+                 s3:ListBucket on the bucket"
+            );
+            assert!(denied.to_string().ends_with(&words), "{denied}");
+            assert!(!denied.is_transient());
+        }
+    }
+
+    #[tokio::test]
+    async fn bucket_in_another_region_is_told_with_the_region_if_the_server_names_it() {
+        let told = async |answer| {
+            let refused = bucket(answer).await.ensure(true).await;
+            refused.unwrap_err().to_string()
+        };
+        for status in [301, 400] {
+            let answer = Answer::new(status, "").with("x-amz-bucket-region", "eu-west-1");
+            let text = told(answer).await;
+            let words = "it is in the region eu-west-1, not us-east-1: check store.region";
+            assert!(text.contains(words), "{text}");
+            let text = told(Answer::new(status, "")).await;
+            assert!(
+                text.contains(&format!("answers {status}: check store.region")),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn server_that_cannot_be_connected_to_is_told_by_the_last_cause() {
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let error: SdkError<CreateBucketError> =
+            SdkError::dispatch_failure(ConnectorError::io(refused.into()));
+        assert_eq!(words(&error), "connection refused");
+    }
+
+    #[tokio::test]
+    async fn profile_that_gives_no_keys_is_named_with_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("credentials");
+        std::fs::write(&path, "[other]\n").unwrap();
+        let source = CredentialSource::Profile("nope".to_owned());
+        let settings = S3Settings {
+            keys: None,
+            source: Some((source, Some(path.clone()))),
+            ..settings_at("http://127.0.0.1:1".to_owned())
+        };
+        let error = Bucket::open(&settings).await.err().unwrap().to_string();
+        let words = format!(": check the profile nope in {}", path.display());
+        assert!(error.ends_with(&words), "{error}");
     }
 }

@@ -4,6 +4,7 @@
 //! Owns: the words, and how long an answer is used. Does not own: how a profile, a role or a machine's identity is
 //! turned into keys (`aws-config`), nor what is done with them.
 
+use std::error::Error;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -233,7 +234,7 @@ impl Source {
             Ok(Err(error)) => Err(format!(
                 "{} gives no keys: {}",
                 self.name,
-                aws_sdk_s3::error::DisplayErrorContext(error)
+                last_cause(&error)
             )),
             Err(_) => Err(format!(
                 "{} gave no keys within {ASK_TIME_MAX:?}",
@@ -282,6 +283,15 @@ async fn hear(told: &mut watch::Receiver<Option<Told>>) -> Told {
         Ok(told) => told.clone().expect("just seen"),
         Err(_) => Err("whoever asked for keys has ended".to_owned()),
     }
+}
+
+/// The last cause of an error of the AWS SDK: what has happened. Those before it only tell where.
+pub(crate) fn last_cause(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    last.to_string()
 }
 
 /// What the AWS SDK speaks HTTP by.
@@ -547,6 +557,10 @@ mod tests {
         let keys = Rotating::new(source, Some(path), "r");
         let error = keys.get_credential().await.unwrap_err().to_string();
         assert!(error.contains("profile:acme"), "{error}");
+        assert!(
+            error.contains("not defined") && !error.contains("MissingProfile"),
+            "{error}"
+        );
         assert!(!format!("{error} {keys:?}").contains("hunter2"));
     }
 

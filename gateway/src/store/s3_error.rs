@@ -95,8 +95,7 @@ impl Asked<'_> {
     }
 
     fn elsewhere(self) -> StoreError {
-        let reason =
-            "the server sends us elsewhere: the bucket is in another region (set AWS_REGION)";
+        let reason = "the server sends us elsewhere: the bucket is in another region (set store.region or AWS_REGION)";
         StoreError::denied(self.key, reason)
     }
 }

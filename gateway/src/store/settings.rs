@@ -208,7 +208,10 @@ impl StoreSettings {
                     (Some(region), _) => region.clone(),
                     (None, Some(_)) => REGION_DEFAULT.to_owned(),
                     (None, None) => {
-                        return Err(refuse("its region is not set", "set AWS_REGION"));
+                        return Err(refuse(
+                            "its region is not set",
+                            "set store.region or AWS_REGION",
+                        ));
                     }
                 };
                 let keys = match (&self.access_key, &self.secret_key) {
@@ -338,7 +341,7 @@ mod tests {
             ..settings("s3://b")
         };
         let error = without_region.place().unwrap_err().to_string();
-        assert!(error.contains("AWS_REGION"), "{error}");
+        assert!(error.contains("store.region or AWS_REGION"), "{error}");
         let half = StoreSettings {
             secret_key: None,
             ..settings("s3://b")
