@@ -48,6 +48,8 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
 use clap::{CommandFactory as _, FromArgMatches as _};
 
 pub use args::{Cli, Command, Format};
@@ -80,10 +82,7 @@ pub fn run(
     err: &mut dyn Write,
 ) -> u8 {
     let args: Vec<OsString> = args.into_iter().collect();
-    let parsed = Cli::command()
-        .try_get_matches_from(&args)
-        .and_then(|m| Cli::from_arg_matches(&m));
-    let cli = match parsed {
+    let cli = match parse(Cli::command(), &args) {
         Ok(cli) => cli,
         Err(error) => return misused(&error, wants_json(&args), out, err),
     };
@@ -98,6 +97,24 @@ pub fn run(
             }
         }
     }
+}
+
+/// The flags, and the variables that stand in for them.
+///
+/// clap does not tell a flag from its variable where two exclude each other, so this does.
+fn parse(mut command: clap::Command, args: &[OsString]) -> Result<Cli, clap::Error> {
+    let matches = command.try_get_matches_from_mut(args)?;
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    let is_said = |flag: &str| matches.value_source(flag) == Some(ValueSource::CommandLine);
+    match (is_said("socket"), is_said("url")) {
+        (true, true) => {
+            let words = "--socket and --url name two daemons: give one of them";
+            return Err(command.error(ErrorKind::ArgumentConflict, words));
+        }
+        (true, false) => cli.url = None,
+        (false, _) => {}
+    }
+    Ok(cli)
 }
 
 /// Help, the version and wrong usage, as clap words them.

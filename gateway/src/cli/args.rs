@@ -29,7 +29,7 @@ use crate::moment::{Moment, NoMoment};
 #[derive(Debug, Parser)]
 #[command(name = "quarry", version, arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Cli {
-    /// The daemon's unix socket.
+    /// The daemon's unix socket; given here, it wins over the variable of --url.
     #[arg(
         long,
         global = true,
@@ -38,7 +38,7 @@ pub struct Cli {
         value_name = "PATH"
     )]
     pub socket: Option<PathBuf>,
-    /// The daemon's API on the network, rather than its socket.
+    /// The daemon's API on the network, rather than its socket; of the two variables, this one's wins.
     #[arg(
         long,
         global = true,
@@ -83,7 +83,8 @@ Examples:
   quarry volume show acme/db --output json
 
 Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock), or, from elsewhere, by --url,
---token-file and --ca, or QUARRY_URL, QUARRY_TOKEN_FILE and QUARRY_CA.";
+--token-file and --ca, or QUARRY_URL, QUARRY_TOKEN_FILE and QUARRY_CA. A flag wins over every variable; of the variables,
+QUARRY_URL wins over QUARRY_SOCKET.";
 
 /// Form of what is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]

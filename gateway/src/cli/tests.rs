@@ -180,6 +180,7 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "volume warm acme/db --range 10GiB",
         "trash purge --all --older-than 3d",
         "volume restore db",
+        "status --url https://storage1:9443",
         "volume",
         "serve --listen nowhere --output json",
     ] {
@@ -192,6 +193,29 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
             assert_eq!(ran.out, "", "{line}");
         }
     }
+}
+
+#[test]
+fn socket_that_is_said_wins_over_a_variable_that_names_another_daemon() {
+    // A variable that is there, in place of those that a test cannot set.
+    let there = |arg: clap::Arg| arg.env("PATH");
+    let parsed = |line: &str| {
+        let command = Cli::command()
+            .mut_arg("url", there)
+            .mut_arg("socket", there);
+        let words = std::iter::once("quarry").chain(line.split_whitespace());
+        let words: Vec<OsString> = words.map(OsString::from).collect();
+        super::parse(command, &words).unwrap()
+    };
+    for line in ["--socket /s status", "status --socket /s"] {
+        let cli = parsed(line);
+        assert_eq!((cli.url, cli.socket), (None, Some("/s".into())), "{line}");
+    }
+    for line in ["--url https://h status", "status --url https://h"] {
+        assert_eq!(parsed(line).url.as_deref(), Some("https://h"), "{line}");
+    }
+    let cli = parsed("status");
+    assert!(cli.url.is_some() && cli.socket.is_some());
 }
 
 #[tokio::test]
