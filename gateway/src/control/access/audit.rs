@@ -7,8 +7,8 @@
 //!
 //! Does not sync: lines of the last seconds may be missing after a power cut.
 //!
-//! **Invariant:** nothing of a request's body is written but the names in it ([`NAMES`]), and of its headers
-//! nothing: no secret is.
+//! **Invariant:** nothing of a request's body is written but the names in it ([`NAMES`]) and what it is to do with them
+//! ([`OPTIONS`]), and of its headers nothing: no secret is.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
@@ -45,8 +45,56 @@ const TARGET_BYTES_MAX: usize = 512;
 /// out what was done.
 const STRANGERS_MAX: (u32, Duration) = (20, Duration::from_secs(1));
 
-/// What of a body is written.
+/// What of a body is written as names.
 const NAMES: [&str; 5] = ["tenant", "name", "volume", "id", "role"];
+
+/// What of a body is written as options: what changes what a call does. Keys by their names, and no URL, which may bear
+/// credentials.
+const OPTIONS: &[&str] = &[
+    // Of an attachment, and of what takes or gives up something.
+    "via",
+    "force",
+    "discard_unsent",
+    "discard_lost",
+    "read_only",
+    "queues",
+    "device_owner",
+    "device_mode",
+    "direct_reads",
+    "from",
+    "apply",
+    "all",
+    "older_than_ms",
+    // Of a volume.
+    "size_bytes",
+    "sector_size",
+    "durability",
+    "compression",
+    "retain_ms",
+    "key",
+    "no_encryption",
+    "data",
+    "rates",
+    "iops",
+    "iops_burst",
+    "bandwidth_bytes",
+    "bandwidth_burst_bytes",
+    // Of a tenant.
+    "how",
+    "provisioned_bytes_max",
+    "stored_bytes_max",
+    "volumes_max",
+    "snapshots_max",
+    "weight",
+    "cache_reserve_bytes",
+    "cache_bytes_max",
+    "dirty_bytes_max",
+    "suspended",
+    // Of a token.
+    "expires_ms",
+];
+/// Of these, what has options of its own.
+const NESTED: &str = "rates";
 
 /// What a line says of a request.
 #[derive(Clone, Debug, Serialize)]
@@ -57,6 +105,9 @@ pub(super) struct Told {
     /// What the body names.
     #[serde(skip_serializing_if = "Map::is_empty")]
     names: Map<String, Value>,
+    /// What the body says that is to be done.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    options: Map<String, Value>,
     from: String,
     /// None: nobody was known.
     caller: Option<String>,
@@ -112,6 +163,7 @@ impl Told {
             endpoint: endpoint.path,
             target: target.get(..cut).unwrap_or_default().to_owned(),
             names: Map::new(),
+            options: Map::new(),
             from: Peer::of_request(parts).to_string(),
             caller: None,
             tenant: None,
@@ -124,16 +176,22 @@ impl Told {
         self.tenant = caller.tenant().map(ToString::to_string);
     }
 
-    /// Takes the names in a body.
+    /// Takes the names and the options in a body.
     pub fn name_what_is_in(&mut self, body: &[u8]) {
-        let Ok(Value::Object(fields)) = serde_json::from_slice(body) else {
+        let Ok(Value::Object(fields)) = serde_json::from_slice::<Value>(body) else {
             return;
         };
-        let is_name = |(key, value): &(String, Value)| {
-            let short = value.as_str().is_some_and(|v| v.len() <= TARGET_BYTES_MAX);
-            short && NAMES.contains(&key.as_str())
-        };
-        self.names = fields.into_iter().filter(is_name).collect();
+        for (key, value) in &fields {
+            let is_text = value.is_string();
+            if NAMES.contains(&key.as_str()) && is_text && is_short(value) {
+                self.names.insert(key.clone(), value.clone());
+            }
+        }
+        self.options = options_of(&fields);
+        if let Some(Value::Object(nested)) = fields.get(NESTED) {
+            let nested = options_of(nested);
+            self.options.insert(NESTED.to_owned(), nested.into());
+        }
     }
 
     /// Whether the path, or what is asked for by it, names another tenant than the caller's.
@@ -154,6 +212,24 @@ fn tenants_in(template: &str, uri: &Uri) -> Vec<String> {
         .filter(|(key, _)| key == "tenant")
         .map(|(_, name)| name.into_owned());
     named.into_iter().chain(asked).collect()
+}
+
+/// Whether a value of a body has no more in it than a line of the log should.
+fn is_short(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.len() <= TARGET_BYTES_MAX,
+        Value::Array(_) | Value::Object(_) => false,
+        Value::Null | Value::Bool(_) | Value::Number(_) => true,
+    }
+}
+
+fn options_of(fields: &Map<String, Value>) -> Map<String, Value> {
+    let is_option =
+        |(key, value): &(&String, &Value)| OPTIONS.contains(&key.as_str()) && is_short(value);
+    let options = fields.iter().filter(is_option);
+    options
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
 }
 
 /// The file, as it was opened.

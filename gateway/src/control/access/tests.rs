@@ -403,6 +403,7 @@ async fn change_is_in_the_log_before_and_after_with_who_and_what_and_no_secret()
     let first = &lines[0];
     assert_eq!(first["caller"], format!("token {}", admin.info.id));
     assert_eq!(first["names"]["name"], "fresh");
+    assert_eq!(first["options"], serde_json::json!({"size_bytes": 512}));
     assert_eq!(
         (&first["tenant"], &first["from"]),
         (&"acme".into(), &"127.0.0.1:999".into())

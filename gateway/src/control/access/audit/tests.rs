@@ -1,7 +1,10 @@
 //! The log's file: whole lines, bounded, and what happens when it cannot be written.
 
+use serde_json::json;
+
 use super::super::super::endpoints::ENDPOINTS;
 use super::*;
+use crate::control::AttachOptions;
 
 fn told(target: &str) -> Told {
     let endpoint = ENDPOINTS.iter().find(|e| e.path == "/v1/volumes");
@@ -15,6 +18,39 @@ fn lines(path: &Path) -> Vec<Value> {
     text.lines()
         .map(|l| serde_json::from_str(l).unwrap())
         .collect()
+}
+
+#[test]
+fn options_of_a_body_are_told_and_neither_urls_nor_what_is_not_known() {
+    let mut told = told("/v1/volumes/acme/db/attach");
+    let body = json!({
+        "name": "db", "force": true, "discard_unsent": false, "from": "a-cache", "key": "acme-2026",
+        "rates": {"iops": 5, "token": "hunter2"},
+        "note": "hunter2", "endpoint": "https://id:hunter2@s3", "size_bytes": {"deep": "hunter2"},
+        "store": {"url": "s3://b/p", "endpoint": "https://id:hunter2@s3"},
+        "durability": "hunter2".repeat(100),
+    });
+    told.name_what_is_in(body.to_string().as_bytes());
+    let line = serde_json::to_value(&told).unwrap();
+    assert_eq!(line["names"], json!({"name": "db"}));
+    let options = json!({
+        "force": true, "discard_unsent": false, "from": "a-cache", "key": "acme-2026", "rates": {"iops": 5},
+    });
+    assert_eq!(line["options"], options);
+    assert!(!line.to_string().contains("hunter2"), "{line}");
+}
+
+#[test]
+fn options_of_an_attachment_are_all_told() {
+    let options = AttachOptions {
+        device_owner: Some("qemu:kvm".parse().unwrap()),
+        device_mode: Some("0660".parse().unwrap()),
+        ..AttachOptions::default()
+    };
+    let options = serde_json::to_value(&options).unwrap();
+    let mut told = told("/v1/volumes/acme/db/attach");
+    told.name_what_is_in(options.to_string().as_bytes());
+    assert_eq!(Value::Object(told.options), options);
 }
 
 #[tokio::test]
