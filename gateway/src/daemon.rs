@@ -33,7 +33,7 @@ use crate::engine::{Daemon, How, StoreNote, Whose, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
 use crate::nbd::listen_unix;
 use crate::provision::{self, ProvisionError};
-use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
+use crate::store::{Lane, LaneSettings, Store as _, StoreSettings, open_store};
 use crate::tls::{Tls, TlsError, TlsFiles};
 use crate::trace::export::Exporter;
 
@@ -117,6 +117,15 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let rounds = watchdog::run(Arc::clone(&manager), Arc::clone(&watched), pause);
         tokio::spawn(rounds)
     });
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        store = %lane.describe(),
+        cache = %config.cache_path().display(),
+        socket = %config.daemon.socket.display(),
+        listen = config.daemon.listen.map(tracing::field::display),
+        network = config.access.listen.map(tracing::field::display),
+        "starting"
+    );
     let daemon = Daemon::start(config, lane.clone(), cache_key)?;
     let _ = watched.set(Arc::clone(&daemon));
     match fitness {

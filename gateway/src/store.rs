@@ -42,8 +42,8 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use quarry_objfmt::PageVec;
 
-pub(crate) use credentials::{aws_http, last_cause};
 pub use credentials::{CredentialSource, UnknownSource};
+pub(crate) use credentials::{aws_http, last_cause};
 pub use folder::FolderStore;
 #[cfg(test)]
 pub(crate) use folder::HANGS;

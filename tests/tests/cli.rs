@@ -18,6 +18,8 @@ fn volume_life_from_create_to_delete_answers_each_step() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;
     let daemon = site.start()?;
+    let log = daemon.log();
+    assert!(log.contains("starting") && log.contains("file://"), "{log}");
     daemon.quarry(&["status"])?;
     daemon.quarry(&["tenant", "create", "acme"])?;
     assert!(lists(&daemon.json(&["tenant", "list"])?, "acme"));

@@ -10,6 +10,9 @@ use tempfile::tempdir;
 
 const VOLUME: &str = "acme/left";
 
+/// What the daemon's log says of writes that somebody gave up.
+const GIVEN_UP: &str = "given up: writes that the cache kept";
+
 /// A volume that `old` had, wrote to in ignorance of its new owner, and detached, which says so; `new` has detached it
 /// too. One page of what `old` keeps was never sent.
 fn fenced_and_detached(old: &Site, new: &Site) -> Result<[Daemon; 2]> {
@@ -18,6 +21,11 @@ fn fenced_and_detached(old: &Site, new: &Site) -> Result<[Daemon; 2]> {
     nbd.write(0, &[1; 4096], true)?;
     first.sync(VOLUME)?;
     drop(second.attach(VOLUME, &["--force"])?);
+    let log = second.log();
+    ensure!(
+        log.contains("taken over by force") && log.contains(VOLUME),
+        "{log}"
+    );
     nbd.write(MIB, &[2; 4096], false)?;
     let begun = Instant::now();
     while first.show(VOLUME)?["state"] != "fenced" {
@@ -59,7 +67,9 @@ fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()
     );
     refuses_to_attach(&old)?;
 
+    ensure!(!first.log().contains(GIVEN_UP), "{}", first.log());
     let mut nbd = first.attach(VOLUME, &["--discard-unsent"])?;
+    ensure!(first.log().contains(GIVEN_UP), "{}", first.log());
     ensure!(nbd.read_vec(0, 4096)? == [1; 4096]);
     ensure!(nbd.read_vec(MIB, 4096)? == [0; 4096]);
     drop(nbd);
@@ -79,6 +89,7 @@ fn volume_deleted_gives_back_what_the_cache_kept_of_it() -> Result<()> {
     let refused = old.quarry_json(&["volume", "delete", VOLUME])?.refusal()?;
     ensure!(refused.mentions("--discard-unsent"), "{refused:?}");
     first.quarry(&["volume", "delete", VOLUME, "--discard-unsent"])?;
+    ensure!(first.log().contains(GIVEN_UP), "{}", first.log());
     let status = first.json(&["status"])?;
     ensure!(status["cache"]["dirty_bytes"] == 0, "{status}");
     first.stop()?;

@@ -513,6 +513,9 @@ impl Daemon {
             }
             let keys = self.unlock(name, &head).await?;
             let mut claimed = claim(store, name, id, kept.as_ref(), &how).await?;
+            if let Some(owner) = head.owner.as_ref().filter(|owner| owner.cache != how.cache) {
+                tracing::warn!(%volume, from = owner.host, cache = %owner.cache, epoch = %claimed.info.epoch, epoch_before = %head.epoch, "taken over by force: that host can write to it no more, and what it had not sent is not in it");
+            }
             claimed.keys = match same_data_keys(&head, &claimed.info) {
                 true => keys,
                 // Whoever had it until now gave it a new one meanwhile.
@@ -532,7 +535,12 @@ impl Daemon {
         } else {
             let leaves = kept.is_none() && !options.stays;
             match self.take_up(id, kept, &claimed, options.discard_lost).await {
-                Ok((taken, journal)) => (taken, Some(journal)),
+                Ok((taken, journal)) => {
+                    if let Some(bytes) = taken.given_up {
+                        tracing::warn!(%volume, bytes, "given up: writes that the cache kept and that may not be in the store");
+                    }
+                    (taken, Some(journal))
+                }
                 Err(error) => {
                     leave_to_others(store, volume, &claimed.head, leaves).await;
                     return Err(error);

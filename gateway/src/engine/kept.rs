@@ -53,6 +53,8 @@ pub struct Taken {
     pub unsent: Vec<(SegmentId, Record)>,
     /// The segments that were kept, each held once.
     pub segments: Vec<SegmentId>,
+    /// Bytes of the writes that were given up, if any were: the volume has gone on elsewhere without them.
+    pub given_up: Option<u64>,
 }
 
 /// What of the kept segments is still unsent: what follows upon `stored`, written in or after the epoch
@@ -73,6 +75,8 @@ pub fn take_up(
     };
     let segments = kept.segments.iter().map(|s| s.segment).collect();
     let stale = kept.split_off_before(since);
+    let may_be_unsent = !stale.unsent(WriteSeq::ZERO).is_empty();
+    let given_up = may_be_unsent.then(|| stale.data_bytes());
     Recovered::forget(device, volume, &stale.segments)?;
     let cut = kept.cut(device, volume, stored, give_up)?;
     if cut > 0 {
@@ -81,5 +85,6 @@ pub fn take_up(
     Ok(Taken {
         unsent: kept.unsent(stored),
         segments,
+        given_up,
     })
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
+use quarry_cache::Recovered;
 use quarry_objfmt::record::TrashRecord;
 use quarry_objfmt::{Deleted, TenantName, VolumeId, VolumeName, keys};
 use tokio::sync::Notify;
@@ -184,7 +185,8 @@ impl Daemon {
     ) -> ApiResult<TrashInfo> {
         let store = self.control(&volume.tenant).await?;
         let id = registry::find(&store, volume).await?;
-        if !discard_unsent && self.keeps(&volume.tenant, id) {
+        let keeps = self.keeps(&volume.tenant, id);
+        if keeps && !discard_unsent {
             let message = format!(
                 "{volume}: the cache on this host may hold writes to it that were never sent"
             );
@@ -194,6 +196,10 @@ impl Daemon {
         let cache = self.common.device.id();
         let put = trash::put(&store, volume, id, cache, now_ms()).await;
         let record = put.map_err(|error| trash_error(volume, error))?;
+        if keeps {
+            let kept = self.kept.lock().get(&id).map(Recovered::data_bytes);
+            tracing::warn!(%volume, bytes = kept, "given up: writes that the cache kept and that may not be in the store");
+        }
         self.forget_kept(&volume.tenant, id).await;
         self.trash.told.notify_one();
         tracing::info!(%volume, %id, "put into the trash");
