@@ -80,6 +80,23 @@ fn fenced_volume_is_detached_and_its_unsent_writes_are_remembered() -> Result<()
 }
 
 #[test]
+fn volume_attached_on_the_host_that_is_asked_is_not_released_and_goes_on() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    let status = daemon.json(&["status"])?;
+    let cache = status["cache"]["id"].as_str().unwrap_or_default();
+    let release = ["volume", "release", VOLUME, "--from", cache];
+    let refusal = site.quarry_json(&release)?.refusal()?;
+    ensure!(refusal.mentions("quarry volume detach"), "{refusal:?}");
+    nbd.write(0, &[1; 4096], true)?;
+    daemon.sync(VOLUME)?;
+    drop(nbd);
+    daemon.stop()
+}
+
+#[test]
 fn volume_deleted_gives_back_what_the_cache_kept_of_it() -> Result<()> {
     let dir = tempdir()?;
     let old = Site::with_folder(dir.path(), "old")?;

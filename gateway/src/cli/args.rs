@@ -569,7 +569,9 @@ at a time on each host, three of all; more are refused.")]
 Example:
   quarry volume release acme/db --from node-3
 
-That host can write to it no more, and what it had not sent is not in it. If it comes back, it is to detach the volume.")]
+Who attaches it next fences that host, whose writes go into the volume no more from then on; until then it may still add to it. What
+it has not sent by then is not in the volume. If it comes back, it is to detach the volume. One that is attached on the daemon's own host is
+detached instead, which loses nothing.")]
     Release {
         /// The volume, as tenant/name.
         volume: VolumeRef,

@@ -27,7 +27,7 @@ impl Daemon {
         let id = registry::find(&store, volume).await?;
         let released = release(&store, &volume.tenant, id, from).await?;
         if released {
-            tracing::warn!(%volume, %from, "taken from the host with this cache, which can write to it no more");
+            tracing::warn!(%volume, %from, "taken from the host with this cache, which is fenced when somebody attaches it; until then it may still add to it");
         }
         Ok(ReleaseInfo {
             volume: volume.to_string(),

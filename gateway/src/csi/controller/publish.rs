@@ -6,8 +6,8 @@
 //! it, or when it gives the node up (`out-of-service`, or no answer for its time). In that case the head still
 //! names the node here, and the volume is taken from it: first in peace, if its daemon can be asked and nobody has
 //! the device open; or else what it has acknowledged so far is sent, if that can be, and the volume's epoch is
-//! raised. From then on the store takes no write from that node, whatever it still runs, and the node's writes
-//! fail.
+//! raised. The next node that attaches it ends the log there: from then on the store takes no write from the node
+//! before, whatever it still runs, and that node's writes fail.
 //!
 //! *Crash between these: what is detached is detached, and a raised epoch is one PUT; the call is made again.*
 
