@@ -25,6 +25,9 @@ use crate::image::ImageFormat;
 use crate::image::copy::JOBS_MAX;
 use crate::moment::{Moment, NoMoment};
 
+/// Where the help has the options that every command takes: behind a command's own.
+const GENERAL: &str = "General options";
+
 /// Block devices whose data live in object storage.
 #[derive(Debug, Parser)]
 #[command(name = "quarry", version, arg_required_else_help = true, after_help = EXAMPLES)]
@@ -33,6 +36,7 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = GENERAL,
         env = "QUARRY_SOCKET",
         hide_env_values = true,
         value_name = "PATH"
@@ -42,6 +46,7 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = GENERAL,
         env = "QUARRY_URL",
         hide_env_values = true,
         value_name = "URL"
@@ -51,6 +56,7 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = GENERAL,
         env = "QUARRY_TOKEN_FILE",
         hide_env_values = true,
         value_name = "FILE"
@@ -60,13 +66,21 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = GENERAL,
         env = "QUARRY_CA",
         hide_env_values = true,
         value_name = "FILE"
     )]
     pub ca: Option<PathBuf>,
     /// Form of what is printed.
-    #[arg(long, global = true, value_enum, default_value_t = Format::Text, value_name = "FORM")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = GENERAL,
+        value_enum,
+        default_value_t = Format::Text,
+        value_name = "FORM"
+    )]
     pub output: Format,
     /// What to do.
     #[command(subcommand)]

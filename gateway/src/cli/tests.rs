@@ -537,6 +537,23 @@ async fn config_example_passes_its_own_check() {
     );
 }
 
+#[test]
+fn help_of_a_command_has_its_own_options_before_those_of_all() {
+    let help = |words: &[&str]| {
+        let shown = Cli::command().try_get_matches_from(words).unwrap_err();
+        shown.render().to_string()
+    };
+    let text = help(&["quarry", "volume", "release", "--help"]);
+    let (own, general) = text.split_once("\nGeneral options:\n").unwrap();
+    assert!(own.contains("--from"), "{own}");
+    for flag in ["--socket", "--url", "--token-file", "--ca", "--output"] {
+        assert!(
+            general.contains(flag) && !own.contains(&format!("\n      {flag}")),
+            "{text}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn help_and_completions_go_to_standard_output() {
     let dir = tempfile::tempdir().unwrap();
