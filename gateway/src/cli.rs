@@ -127,16 +127,26 @@ fn misused(error: &clap::Error, json: bool, out: &mut dyn Write, err: &mut dyn W
     }
     let _ = write!(err, "{}", error.render());
     if json {
-        let text = error.render().to_string();
-        let line = text
-            .lines()
-            .next()
-            .unwrap_or("")
-            .trim_start_matches("error: ");
-        let failure = Failure::new("usage", line, "see `quarry --help`");
+        let failure = Failure::new("usage", usage_words(error), "see `quarry --help`");
         Console::new(Format::Json, out).fail(&failure, &mut io::sink());
     }
     MISUSED
+}
+
+/// What clap says is wrong, on one line: without the form of the command, and where to find more.
+fn usage_words(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "a command, or what it needs, is missing".to_owned();
+    }
+    let text = error.render().to_string();
+    let is_said = |line: &&str| {
+        let more = ["Usage: ", "For more information"];
+        !more.iter().any(|start| line.starts_with(start))
+    };
+    let lines = text.lines().take_while(is_said);
+    let words = lines.flat_map(str::split_whitespace).collect::<Vec<_>>();
+    let words = words.join(" ");
+    words.trim_start_matches("error: ").to_owned()
 }
 
 /// Whether JSON was asked for in a command line that cannot be parsed.

@@ -98,7 +98,9 @@ Examples:
 
 Clients find the daemon by --socket or QUARRY_SOCKET (default /run/quarry/quarry.sock), or, from elsewhere, by --url,
 --token-file and --ca, or QUARRY_URL, QUARRY_TOKEN_FILE and QUARRY_CA. A flag wins over every variable; of the variables,
-QUARRY_URL wins over QUARRY_SOCKET.";
+QUARRY_URL wins over QUARRY_SOCKET.
+
+Exit codes: 0 done, 1 failed, 2 the command makes no sense, 78 the configuration cannot be used.";
 
 /// Form of what is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]

@@ -537,6 +537,35 @@ async fn config_example_passes_its_own_check() {
     );
 }
 
+#[tokio::test]
+async fn misuse_is_told_to_programs_in_full() {
+    let nowhere = std::path::Path::new("/nonexistent/q.sock");
+    let told: [(&str, &[&str]); 4] = [
+        (
+            "volume release",
+            &["were not provided: ", "--from <HOST>", "<VOLUME>"],
+        ),
+        (
+            "volume create acme/db --size large",
+            &["for '--size <SIZE>': ", "is not a size"],
+        ),
+        ("volume attach acme/db --via iscsi", &["[possible values: "]),
+        ("volume", &[]),
+    ];
+    for (line, words) in told {
+        let ran = quarry(nowhere, &format!("--output json {line}")).await;
+        assert_eq!(ran.code, MISUSED, "{line}: {}", ran.err);
+        let json = ran.json();
+        let message = json["error"]["message"].as_str().unwrap();
+        for word in words {
+            assert!(message.contains(word), "{line}: {message}");
+        }
+        let form = ["Usage", "error: ", "For more information", "\n"];
+        assert!(!form.iter().any(|f| message.contains(f)), "{message}");
+        assert!(!message.is_empty());
+    }
+}
+
 #[test]
 fn help_of_a_command_has_its_own_options_before_those_of_all() {
     let help = |words: &[&str]| {
@@ -559,6 +588,7 @@ async fn help_and_completions_go_to_standard_output() {
     let dir = tempfile::tempdir().unwrap();
     for (line, holds) in [
         ("--help", "Examples:"),
+        ("--help", "Exit codes: 0 done, 1 failed, 2 "),
         ("--version", env!("CARGO_PKG_VERSION")),
         ("completions bash", "quarry"),
     ] {
