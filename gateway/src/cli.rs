@@ -93,6 +93,7 @@ pub fn run(
             console.fail(&failure, err);
             match failure.kind.as_str() {
                 Failure::CONFIG => MISCONFIGURED,
+                Failure::USAGE => MISUSED,
                 _ => FAILED,
             }
         }
@@ -127,7 +128,7 @@ fn misused(error: &clap::Error, json: bool, out: &mut dyn Write, err: &mut dyn W
     }
     let _ = write!(err, "{}", error.render());
     if json {
-        let failure = Failure::new("usage", usage_words(error), "see `quarry --help`");
+        let failure = Failure::new(Failure::USAGE, usage_words(error), "see `quarry --help`");
         Console::new(Format::Json, out).fail(&failure, &mut io::sink());
     }
     MISUSED

@@ -46,23 +46,26 @@ fn quotas_are_refused_with_figure_and_limit_and_raised_at_once() -> Result<()> {
             .quarry_json(&["volume", "create", &volume, "--size", size])
     };
     create("one", "64MiB")?.ok()?;
-    let bytes = (128 * MIB).to_string();
     ensure_refused(
         &daemon,
         &["volume", "create", "acme/two", "--size", "65MiB"],
-        &["provisioned bytes", &bytes, "quarry tenant update"],
+        &[
+            "provisioned bytes",
+            "129MiB of 128MiB",
+            "quarry tenant update",
+        ],
     )?;
     create("two", "64MiB")?.ok()?;
     ensure_refused(
         &daemon,
         &["volume", "resize", "acme/one", "65MiB"],
-        &["provisioned", &bytes],
+        &["provisioned", "129MiB of 128MiB"],
     )?;
     drop(daemon.attach("acme/one", &[])?);
     ensure_refused(
         &daemon,
         &["volume", "resize", "acme/one", "65MiB"],
-        &["provisioned", &bytes],
+        &["provisioned", "129MiB of 128MiB"],
     )?;
     daemon.quarry(&["tenant", "update", "acme", "--max-bytes", "200MiB"])?;
     daemon.quarry(&["volume", "resize", "acme/one", "65MiB"])?;

@@ -298,8 +298,8 @@ pub enum TenantCommand {
 
 const TOKEN_EXAMPLES: &str = "\
 Examples:
-  quarry token create --tenant acme --role admin --expires 90d > acme.token
-  quarry token create --operator --note \"the scheduler\" > operator.token
+  umask 077; quarry token create --tenant acme --role admin --expires 90d > acme.token
+  umask 077; quarry token create --operator --note \"the scheduler\" > operator.token
   quarry token list --tenant acme
   quarry token revoke acme.k3j2h4m5n6p7q2r3";
 
@@ -645,13 +645,13 @@ pub enum TrashCommand {
 #[command(group(clap::ArgGroup::new("which").required(true).args(["id", "all", "older_than"])))]
 pub struct PurgeFlags {
     /// The volume's id; `quarry trash list` shows it.
-    #[arg(value_name = "UUID", value_parser = VolumeId::parse)]
+    #[arg(value_name = "UUID", value_parser = trashed)]
     pub id: Option<VolumeId>,
     /// All that are in the trash.
     #[arg(long)]
     pub all: bool,
     /// Those that were deleted so long ago or longer, such as 3d.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = span)]
     pub older_than: Option<Duration>,
     /// Only this tenant's.
     #[arg(long)]
@@ -888,9 +888,17 @@ pub struct AttachFlags {
     pub ensure: bool,
 }
 
+fn trashed(text: &str) -> Result<VolumeId, &'static str> {
+    VolumeId::parse(text).map_err(|_| "give its id, as `quarry trash list` shows")
+}
+
+fn span(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "write a time such as 24h".to_owned())
+}
+
 /// A span of time, in milliseconds.
 fn span_ms(text: &str) -> Result<u64, String> {
-    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let span = span(text)?;
     match u64::try_from(span.as_millis()) {
         // Which would mean nothing at all.
         Ok(0) if !span.is_zero() => Err("that is less than a millisecond".to_owned()),

@@ -53,7 +53,7 @@ pub(super) async fn run(
     let format = flags.format.unwrap_or_else(by_name);
     if to_stdout && (format != ImageFormat::Raw || console.is_json()) {
         return Err(Failure::new(
-            "usage",
+            Failure::USAGE,
             "standard output takes the raw bytes of the disk and nothing else",
             "name a file",
         ));

@@ -25,6 +25,8 @@ pub struct Failure {
 impl Failure {
     /// The kind of those whose cause is the configuration.
     pub const CONFIG: &str = "config";
+    /// The kind of those whose cause is the command line.
+    pub const USAGE: &str = "usage";
 
     /// A failure of this kind.
     pub fn new(kind: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {

@@ -69,13 +69,13 @@ impl Image {
         if path == Path::new("-") {
             return match format {
                 None | Some(ImageFormat::Raw) if io::stdin().is_terminal() => Err(Failure::new(
-                    "usage",
+                    Failure::USAGE,
                     "standard input is a terminal",
                     "send it the bytes of a disk, or name a file",
                 )),
                 None | Some(ImageFormat::Raw) => Ok(Self::Stream),
                 Some(format) => Err(Failure::new(
-                    "usage",
+                    Failure::USAGE,
                     format!("{format} cannot be read from standard input"),
                     "write it to a file first",
                 )),
@@ -162,7 +162,7 @@ async fn find_or_make(
             let fits = |bytes: u64| bytes.next_multiple_of(u64::from(sector_size));
             let Some(size_bytes) = wanted.or(image_bytes.map(fits)) else {
                 return Err(Failure::new(
-                    "usage",
+                    Failure::USAGE,
                     format!("{volume} is not there, and how much will come is not known"),
                     "give --size",
                 ));

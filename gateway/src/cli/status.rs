@@ -25,9 +25,11 @@ pub(super) async fn run(client: &Client, console: &mut Console<'_>) -> Result<()
 fn text(status: &StatusInfo) -> String {
     let StatusInfo { store, cache, .. } = status;
     let store_state = match (store.healthy, store.failing_ms) {
-        (true, _) => "answers".to_owned(),
-        (false, Some(ms)) => format!("has been failing for {}", span_ms(ms)),
-        (false, None) => "does not answer".to_owned(),
+        (true, _) if status.ready => " answers".to_owned(),
+        // It may not have been asked yet, but for the first look at it.
+        (true, _) => String::new(),
+        (false, Some(ms)) => format!(" has been failing for {}", span_ms(ms)),
+        (false, None) => " does not answer".to_owned(),
     };
     let error = store
         .last_error
@@ -65,7 +67,7 @@ fn text(status: &StatusInfo) -> String {
             "ready",
             Some(if status.ready { "yes" } else { "no" }.to_owned()),
         ),
-        ("store", Some(format!("{} {store_state}{error}", store.url))),
+        ("store", Some(format!("{}{store_state}{error}", store.url))),
         ("cache", Some(cache_use)),
         ("volumes", Some(volumes)),
         ("ublk", there(&status.ublk)),

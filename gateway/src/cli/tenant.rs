@@ -46,7 +46,13 @@ pub(super) async fn run(
             console.show(&info, |info| fields(&rows(info)))
         }
         TenantCommand::Update { tenant, settings } => {
-            let info = client.update_tenant(&tenant, &settings.patch()).await?;
+            let patch = settings.patch();
+            if patch.is_empty() {
+                let message = format!("nothing of tenant {tenant} is named that is to be changed");
+                let remedy = "give a flag, as `quarry tenant update --help` shows them";
+                return Err(Failure::new(Failure::USAGE, message, remedy));
+            }
+            let info = client.update_tenant(&tenant, &patch).await?;
             console.show(&info, |info| fields(&rows(info)))
         }
         TenantCommand::Suspend { tenant, how } => {

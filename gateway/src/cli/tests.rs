@@ -181,6 +181,7 @@ async fn misuse_is_refused_before_any_daemon_is_asked() {
         "trash purge --all --older-than 3d",
         "volume restore db",
         "status --url https://storage1:9443",
+        "tenant update acme",
         "volume",
         "serve --listen nowhere --output json",
     ] {
@@ -492,6 +493,8 @@ async fn status_of_a_daemon_that_is_not_ready_fails() {
         ran.err,
         "quarry: the daemon is not ready: the store does not answer; see its log\n"
     );
+    assert!(ran.out.contains("file:///store\n"), "{}", ran.out);
+    assert!(!ran.out.contains("answers"), "{}", ran.out);
     let ran = quarry(&daemon.socket(), "status --output json").await;
     assert_eq!(ran.json()["error"]["kind"], "unavailable");
     daemon.stop().await;
@@ -540,7 +543,7 @@ async fn config_example_passes_its_own_check() {
 #[tokio::test]
 async fn misuse_is_told_to_programs_in_full() {
     let nowhere = std::path::Path::new("/nonexistent/q.sock");
-    let told: [(&str, &[&str]); 4] = [
+    let told: [(&str, &[&str]); 8] = [
         (
             "volume release",
             &["were not provided: ", "--from <HOST>", "<VOLUME>"],
@@ -550,6 +553,19 @@ async fn misuse_is_told_to_programs_in_full() {
             &["for '--size <SIZE>': ", "is not a size"],
         ),
         ("volume attach acme/db --via iscsi", &["[possible values: "]),
+        (
+            "trash purge acme/x",
+            &["give its id, as `quarry trash list` shows"],
+        ),
+        (
+            "volume retain acme/db forever",
+            &["write a time such as 24h"],
+        ),
+        (
+            "trash purge --older-than ages",
+            &["write a time such as 24h"],
+        ),
+        ("tenant update acme", &["is to be changed"]),
         ("volume", &[]),
     ];
     for (line, words) in told {

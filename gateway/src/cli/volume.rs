@@ -249,7 +249,7 @@ pub(super) fn image_at(image: ImageRef, at: Option<Moment>) -> Result<ImageRef, 
         Some(_) if image.is_past() => {
             let message = format!("{image} is of one moment already");
             let remedy = "name the volume alone, or leave --at out";
-            Err(Failure::new("usage", message, remedy))
+            Err(Failure::new(Failure::USAGE, message, remedy))
         }
         Some(at) => Ok(ImageRef::past(image.volume, at)),
         None => Ok(image),

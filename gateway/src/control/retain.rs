@@ -1,5 +1,7 @@
 //! How long a volume's past is kept, over the wire and at its route.
 
+use std::time::Duration;
+
 use axum::response::Json;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,8 +34,9 @@ pub(super) fn check_retain(retain_ms: u64) -> ApiResult<()> {
     if retain_ms <= RETAIN_MS_MAX {
         return Ok(());
     }
-    let message = format!("what a volume was cannot be kept for {retain_ms} ms");
-    let remedy = format!("choose at most {} days", RETAIN_MS_MAX / 86_400_000);
+    let words = |ms| humantime::format_duration(Duration::from_millis(ms));
+    let message = format!("what a volume was cannot be kept for {}", words(retain_ms));
+    let remedy = format!("choose at most {}", words(RETAIN_MS_MAX));
     Err(ApiError::invalid(message, remedy))
 }
 
@@ -47,4 +50,17 @@ pub(super) async fn retain(
     check_retain(retain_ms)?;
     let call = async move { engine.retain(&volume, retain_ms).await };
     Ok(Json(whole(call).await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retention_too_long_is_refused_with_both_spans_in_years() {
+        assert!(check_retain(RETAIN_MS_MAX).is_ok());
+        let error = check_retain(2 * RETAIN_MS_MAX).unwrap_err();
+        assert!(error.message.ends_with("kept for 200years"), "{error}");
+        assert_eq!(error.remedy, "choose at most 100years");
+    }
 }

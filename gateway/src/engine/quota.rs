@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use futures::StreamExt as _;
+use quarry_config::Size;
 use quarry_objfmt::TenantSettings;
 use quarry_objfmt::head::Head;
 use quarry_objfmt::record::{RESERVATIONS_MAX, Reservation};
@@ -236,9 +237,12 @@ fn fits<'a>(
             .provisioned_bytes
             .saturating_add(one.provisioned_bytes);
     }
+    let number: fn(u64) -> String = |n| n.to_string();
+    let size: fn(u64) -> String = |bytes| Size::new(bytes).to_string();
     let checks = [
         (
             "volumes",
+            number,
             settings.volumes_max,
             usage.volumes,
             reserved.volumes,
@@ -246,34 +250,43 @@ fn fits<'a>(
         ),
         (
             "snapshots",
+            number,
             settings.snapshots_max,
             usage.snapshots,
             reserved.snapshots,
             wish.snapshots,
         ),
         (
-            "provisioned bytes",
+            "of provisioned bytes",
+            size,
             settings.provisioned_bytes_max,
             usage.provisioned_bytes,
             reserved.provisioned_bytes,
             wish.provisioned_bytes,
         ),
     ];
-    for (what, max, has, reserved, wanted) in checks {
+    for (what, shown, max, has, reserved, wanted) in checks {
         let Some(max) = max.filter(|_| wanted > 0) else {
             continue;
         };
         let alone = has.saturating_add(wanted);
         if alone > max {
             let message = format!(
-                "tenant {tenant} has {has} {what}, and with {wanted} more there would be {alone} of {max} that it may have"
+                "tenant {tenant} has {} {what}, and with {} more there would be {} of {} that it may have",
+                shown(has),
+                shown(wanted),
+                shown(alone),
+                shown(max)
             );
             let remedy = "delete some, or raise the limit with `quarry tenant update`";
             return Err(ApiError::new(Kind::Conflict, message, remedy));
         }
         if alone.saturating_add(reserved) > max {
             let message = format!(
-                "tenant {tenant} has {has} {what}, {reserved} more are being made, and it may have {max}"
+                "tenant {tenant} has {} {what}, {} more are being made, and it may have {}",
+                shown(has),
+                shown(reserved),
+                shown(max)
             );
             return Err(ApiError::new(
                 Kind::Conflict,
@@ -286,8 +299,9 @@ fn fits<'a>(
         && usage.stored_bytes >= max
     {
         let message = format!(
-            "tenant {tenant} has {} bytes in the store, and may have {max}",
-            usage.stored_bytes
+            "tenant {tenant} has {} in the store, and may have {}",
+            Size::new(usage.stored_bytes).human(),
+            Size::new(max).human()
         );
         let remedy = "delete volumes or snapshots and purge them from the trash, or raise the limit with `quarry tenant update`";
         return Err(ApiError::new(Kind::Conflict, message, remedy));
@@ -355,6 +369,29 @@ mod tests {
     }
 
     #[test]
+    fn sizes_of_a_quota_are_told_in_units() {
+        let settings = TenantSettings {
+            provisioned_bytes_max: Some(1 << 30),
+            ..TenantSettings::default()
+        };
+        let usage = TenantUsage {
+            provisioned_bytes: 1 << 30,
+            ..HAS
+        };
+        let refused = fits(
+            &settings,
+            "acme",
+            &usage,
+            std::iter::empty(),
+            &volume(1 << 30),
+        );
+        let words =
+            "has 1GiB of provisioned bytes, and with 1GiB more there would be 2GiB of 1GiB that";
+        let error = refused.unwrap_err();
+        assert!(error.message.contains(words), "{error}");
+    }
+
+    #[test]
     fn what_is_being_made_counts_and_asks_for_patience() {
         let settings = TenantSettings {
             provisioned_bytes_max: Some(100),
@@ -383,6 +420,6 @@ mod tests {
             ..TenantSettings::default()
         };
         let error = try_it(&settings, &[], &snapshot).unwrap_err();
-        assert!(error.message.contains("10 bytes in the store"), "{error}");
+        assert!(error.message.contains("10B in the store"), "{error}");
     }
 }
