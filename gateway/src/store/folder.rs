@@ -20,7 +20,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use rustix::fs::{
     AtFlags, CWD, Dir, DirEntry, FileType, FlockOperation, Mode, OFlags, ResolveFlags, flock,
-    linkat, mkdirat, openat2, renameat, statat, unlinkat,
+    linkat, mkdirat, openat, openat2, renameat, statat, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 use tokio::sync::Semaphore;
@@ -100,7 +100,6 @@ impl FolderStore {
                     "mount what belongs there, or have a new store made with store.make_missing = true"
                 }
                 io::ErrorKind::PermissionDenied => "let the daemon's user write there",
-                _ if is(&source, Errno::NOSYS) => "a store in a folder needs Linux 5.6 or newer",
                 _ if is(&source, Errno::LOOP) => "links in it are not followed",
                 _ => "it must be a directory on a file system that can be written",
             },
@@ -643,7 +642,30 @@ fn open_at(at: impl AsFd, path: &Path, flags: OFlags) -> io::Result<File> {
     };
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let opened = retry_on_intr(|| openat2(&at, path, flags, mode, ResolveFlags::NO_SYMLINKS));
-    Ok(opened?.into())
+    match opened {
+        // An old kernel, or a filter of system calls that does not know this one.
+        Err(Errno::NOSYS | Errno::PERM) => Ok(walk_to(at.as_fd(), path, flags, mode)?.into()),
+        opened => Ok(opened?.into()),
+    }
+}
+
+/// The same, one name after the other; a link on the way is no directory.
+fn walk_to(at: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+    let open = |at: BorrowedFd<'_>, name: &OsStr, flags: OFlags, mode: Mode| {
+        retry_on_intr(|| openat(at, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, mode))
+    };
+    let step = OFlags::PATH | OFlags::DIRECTORY;
+    let mut names = path.iter().peekable();
+    let mut dir: Option<OwnedFd> = None;
+    while let Some(name) = names.next() {
+        let above = dir.as_ref().map_or(at, AsFd::as_fd);
+        if names.peek().is_none() {
+            return open(above, name, flags, mode);
+        }
+        let next = open(above, name, step, Mode::empty())?;
+        dir = Some(next);
+    }
+    Err(Errno::NOENT)
 }
 
 fn open_dir(at: impl AsFd, path: &Path) -> io::Result<File> {
@@ -877,6 +899,33 @@ mod tests {
                 Err(StoreError::Invalid { .. })
             ));
         }
+    }
+
+    #[test]
+    fn walk_to_a_path_is_as_opening_it_at_once_and_follows_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir(root.join("a")).unwrap();
+        fs::write(root.join("a/file"), "1").unwrap();
+        symlink(root.join("a"), root.join("link")).unwrap();
+        symlink(root.join("a/file"), root.join("a/link")).unwrap();
+        let walk = |path: &Path| walk_to(CWD, path, OFlags::RDONLY, Mode::empty());
+        let text = io::read_to_string(File::from(walk(&root.join("a/file")).unwrap()));
+        assert_eq!(text.unwrap(), "1");
+        assert!(walk(&root).is_ok());
+        let inside = open_dir(CWD, &root).unwrap();
+        let beneath = |path| {
+            walk_to(
+                inside.as_fd(),
+                Path::new(path),
+                OFlags::RDONLY,
+                Mode::empty(),
+            )
+        };
+        assert!(beneath("a/file").is_ok());
+        assert_eq!(beneath("a/none").unwrap_err(), Errno::NOENT);
+        assert_eq!(beneath("a/link").unwrap_err(), Errno::LOOP);
+        assert_eq!(beneath("link/file").unwrap_err(), Errno::NOTDIR);
     }
 
     #[tokio::test]
