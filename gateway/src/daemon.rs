@@ -27,7 +27,7 @@ use self::notify::Manager;
 use self::replace::Predecessor;
 use crate::clock;
 use crate::control::{
-    self, Access, ApiError, AttachInfo, Engine, ImageRef, Kind, ListenError, Listeners, Network,
+    self, ApiError, AttachInfo, Engine, ImageRef, Kind, ListenError, Listeners, Network,
 };
 use crate::engine::{Daemon, How, StoreNote, Whose, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
@@ -77,7 +77,6 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     // Its first reading takes some milliseconds, which devices' users would wait for once their daemon has been stopped.
     clock::now_ns();
     let manager = Arc::new(Manager::find(|name| std::env::var_os(name)));
-    check_operators(&config.access)?;
     let settings = StoreSettings::from(&config.store);
     // First: opening it makes a folder that is missing.
     let is_where_noted = same_store::check(&config.daemon.data_dir, &settings).await?;
@@ -223,21 +222,6 @@ async fn may_listen(config: &quarry_config::Config) -> Result<(), ListenError> {
         }
     }
     Ok(())
-}
-
-/// That the operators are there. A name that the host does not know is a wrong value, not something to try again for.
-fn check_operators(access: &quarry_config::Access) -> anyhow::Result<()> {
-    match Access::check_operators(access) {
-        Err(error) if error.kind == Kind::Invalid => Err(quarry_config::ConfigError::Value {
-            place: None,
-            key: "access.operators",
-            value: format!("{:?}", access.operators),
-            why: error.message,
-            remedy: error.remedy,
-        }
-        .into()),
-        checked => Ok(checked?),
-    }
 }
 
 /// What NBD over TCP is to be served with, if with TLS.

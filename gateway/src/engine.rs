@@ -631,10 +631,9 @@ impl Engine for Daemon {
         let (tokens, created_ms) = (self.access.tokens()?, now_ms());
         match tenants::read(&self.home, &spec.name).await {
             Err(error) if error.kind == Kind::NotFound => tokens.forget(&spec.name).await?,
-            // Its record is made anew, it is the same, and keeps its tokens. *Crash in between: they count as long as the
-            // record is damaged, and doing it again goes on.*
+            // Its record is made anew, it is the same, and keeps its tokens, whoever's record it is that is there then.
             Err(error) if error.kind == Kind::Damaged => {
-                tokens.hand_on(&spec.name, created_ms).await?;
+                tokens.hand_on(&spec.name).await?;
             }
             Err(error) => return Err(error),
             Ok(_) => {}
@@ -702,7 +701,7 @@ impl Engine for Daemon {
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
-        let (volumes, _) = self.volumes(tenant).await?;
+        let volumes = self.volumes(tenant).await?;
         let volumes = volumes.into_iter().map(Into::into);
         let images = volumes.chain(self.past_images(tenant)).collect();
         self.show_all(images, tenant.is_some()).await

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::store::upload::{self, AskError, Crc64};
-use crate::store::{OpenError, Place, Store, StoreError, StoreSettings};
+use crate::store::{OpenError, Place, Store, StoreError, StoreSettings, Tag};
 
 pub use probe::probe_conditional_writes;
 
@@ -144,11 +144,33 @@ struct Marker {
     id: Option<String>,
 }
 
-/// What the marker calls the store that `store` is; none if there is no marker, if it has no id, or if the store does not
-/// answer. Makes nothing.
-pub async fn id_of(store: &dyn Store) -> Option<String> {
-    let (bytes, _) = store.get(MARKER_KEY).await.ok()?;
-    read_marker(&bytes, &store.describe()).ok()?.id
+/// What the marker calls the store that `store` is; none if there is no marker that can be read, or if it has no id. Makes
+/// nothing.
+///
+/// # Errors
+/// If the store does not say.
+pub async fn id_of(store: &dyn Store) -> Result<Option<String>, StoreError> {
+    match store.get(MARKER_KEY).await {
+        Ok((bytes, _)) => {
+            let marker = read_marker(&bytes, &store.describe());
+            Ok(marker.ok().and_then(|marker| marker.id))
+        }
+        Err(StoreError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives a store of before an id. It does without, if that cannot be written; and of two who do so the first is right.
+async fn named(store: &dyn Store, mut marker: Marker, seen: &Tag) -> Option<String> {
+    if marker.id.is_some() {
+        return marker.id;
+    }
+    marker.id = Some(Uuid::new_v4().to_string());
+    let body = serde_json::to_vec(&marker).expect("a number and texts are always JSON");
+    match store.replace(MARKER_KEY, Bytes::from(body), seen).await {
+        Ok(_) => marker.id,
+        Err(_) => id_of(store).await.ok().flatten(),
+    }
 }
 
 /// Makes the place that `settings` name ready for use through `store`, which must be the store
@@ -259,20 +281,20 @@ async fn layout_of(store: &dyn Store) -> Result<String, ProvisionError> {
 async fn ensure_probed(store: &dyn Store) -> Result<(bool, Option<String>), ProvisionError> {
     let place = store.describe();
     let marked = match store.get(MARKER_KEY).await {
-        Ok((bytes, _)) => {
+        Ok((bytes, tag)) => {
             let marker = read_marker(&bytes, &place)?;
             if marker.probed == place {
-                return Ok((false, marker.id));
+                return Ok((false, named(store, marker, &tag).await));
             }
-            Some(marker)
+            Some((marker, tag))
         }
         Err(StoreError::NotFound { .. }) => None,
         Err(error @ StoreError::Denied { .. }) => return Err(probe::hidden(&place, &error)),
         Err(error) => return Err(error.into()),
     };
     probe_conditional_writes(store).await?;
-    if let Some(marker) = marked {
-        return Ok((true, marker.id));
+    if let Some((marker, tag)) = marked {
+        return Ok((true, named(store, marker, &tag).await));
     }
     let marker = Marker {
         quarry_store: LAYOUT,
@@ -283,7 +305,7 @@ async fn ensure_probed(store: &dyn Store) -> Result<(bool, Option<String>), Prov
     match store.create(MARKER_KEY, Bytes::from(body)).await {
         Ok(_) => Ok((true, marker.id)),
         // Another daemon was first, or our own first attempt.
-        Err(StoreError::Exists { .. }) => Ok((true, id_of(store).await)),
+        Err(StoreError::Exists { .. }) => Ok((true, id_of(store).await?)),
         Err(error) => Err(error.into()),
     }
 }
@@ -326,14 +348,14 @@ mod tests {
     #[tokio::test]
     async fn prefix_is_probed_once_and_again_elsewhere() {
         let (_dir, settings, store) = folder();
-        assert_eq!(id_of(&store).await, None);
+        assert_eq!(id_of(&store).await.unwrap(), None);
         let first = prepare(&settings, &store).await.unwrap();
         assert!(first.probed && first.id.is_some());
         assert_eq!(store.list("").await.unwrap(), [MARKER_KEY]);
         let again = prepare(&settings, &store).await.unwrap();
         assert!(!again.probed);
         assert_eq!(
-            (&again.id, id_of(&store).await),
+            (&again.id, id_of(&store).await.unwrap()),
             (&first.id, first.id.clone())
         );
 
@@ -349,6 +371,21 @@ mod tests {
         assert!(there.probed);
         assert_eq!(there.id, first.id);
         assert_eq!(store.get(MARKER_KEY).await.unwrap().0, moved);
+    }
+
+    #[tokio::test]
+    async fn store_of_before_is_given_an_id_once() {
+        let (_dir, settings, store) = folder();
+        let before = format!(
+            r#"{{"quarry_store":{LAYOUT},"probed":"{}"}}"#,
+            store.describe()
+        );
+        store.create(MARKER_KEY, before.into()).await.unwrap();
+        let first = prepare(&settings, &store).await.unwrap();
+        assert!(!first.probed && first.id.is_some());
+        assert_eq!(id_of(&store).await.unwrap(), first.id);
+        let again = prepare(&settings, &store).await.unwrap();
+        assert_eq!(again.id, first.id);
     }
 
     #[tokio::test]

@@ -96,9 +96,12 @@ fn store_cut_off_under_load_costs_no_error_and_no_byte() -> Result<()> {
     ensure!(shown["rpo_ms"].as_u64() >= Some(1000), "{shown}");
     ensure!(nbd.read_vec(WRITTEN, 65536)? == [7; 65536], "cached data");
     // Without the store only what is here is known.
-    let listed = daemon.json(&["volume", "list"])?;
+    let listed = site.quarry(&["volume", "list", "--output", "json"])?;
+    let list: serde_json::Value = serde_json::from_str(&listed.stdout)?;
     ensure!(
-        listed["incomplete"].is_string() && listed["volumes"][0]["name"] == "outage",
+        listed.code == Some(1)
+            && list["incomplete"].is_string()
+            && list["volumes"][0]["name"] == "outage",
         "{listed}"
     );
     let doctor = site.quarry(&["doctor"])?;

@@ -10,8 +10,8 @@ use super::{
     Failure, chores, data_keys, ensure, export, import, limit, release, rescue, trash, verify, warm,
 };
 use crate::control::{
-    AttachInfo, AttachOptions, Client, ImageRef, RekeySpec, ResizeInfo, ResizeSpec, RestoreSpec,
-    RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    ApiError, AttachInfo, AttachOptions, Client, ImageRef, Kind, RekeySpec, ResizeInfo, ResizeSpec,
+    RestoreSpec, RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
 };
 use crate::moment::Moment;
 
@@ -25,10 +25,13 @@ pub(super) async fn run(
         VolumeCommand::Attach(flags) => attach(client, flags, console).await,
         VolumeCommand::List { tenant } => {
             let list = client.list_volumes(tenant.as_ref()).await?;
-            if let Some(why) = &list.incomplete {
-                eprintln!("quarry: the list is not complete: {why}");
-            }
-            console.show(&list, |list| list_text(&list.volumes))
+            console.show(&list, |list| list_text(&list.volumes))?;
+            // Who takes what is not listed for gone must not take this for success.
+            list.incomplete.map_or(Ok(()), |why| {
+                let message = format!("the list is not complete: {why}");
+                let remedy = "try again when the store answers";
+                Err(ApiError::new(Kind::Unavailable, message, remedy).into())
+            })
         }
         VolumeCommand::Show { volume } => {
             console.show(&client.show_volume(&volume).await?, show_text)

@@ -164,14 +164,6 @@ impl Access {
         })
     }
 
-    /// That the host knows the operators whom the configuration names.
-    ///
-    /// # Errors
-    /// If it does not, or cannot tell.
-    pub fn check_operators(config: &quarry_config::Access) -> ApiResult<()> {
-        Operators::find(&config.operators).map(drop)
-    }
-
     /// The tokens.
     ///
     /// # Errors

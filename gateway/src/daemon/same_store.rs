@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use anyhow::Context as _;
 use quarry_config::ConfigError;
 use tokio::time::timeout;
 
@@ -31,14 +32,23 @@ pub(super) async fn check(data_dir: &Path, settings: &StoreSettings) -> anyhow::
     let Some((first, _)) = volumes.first() else {
         return Ok(false);
     };
-    if noted.id.is_some() && id_there(settings).await == noted.id {
-        tracing::info!(from = %noted.place, to = %place, "the store was moved");
-        return Ok(false);
-    }
     let which = match volumes.len() {
         1 => first.to_string(),
         count => format!("{first} and {} more", count - 1),
     };
+    if noted.id.is_some() {
+        // Without an answer nothing is known, and it is to be tried again: it may be a store that was moved.
+        let id = id_there(settings).await.with_context(|| {
+            format!(
+                "{which} is to be attached again from the store {}, and {place} cannot say whether it is that one",
+                noted.place
+            )
+        })?;
+        if id == noted.id {
+            tracing::info!(from = %noted.place, to = %place, "the store was moved");
+            return Ok(false);
+        }
+    }
     Err(ConfigError::Value {
         place: None,
         key: "store.url",
@@ -48,23 +58,22 @@ pub(super) async fn check(data_dir: &Path, settings: &StoreSettings) -> anyhow::
             noted.place
         ),
         remedy: format!(
-            "correct store.url or its endpoint, or detach these volumes first; if it is the same store at another place, take \"store\" out of {}",
+            "correct store.url or its endpoint, or detach these volumes first; if it is the same store at another place, stop the daemon that serves and take \"store\" out of {}",
             Wanted::path_in(data_dir).display()
         ),
     }
     .into())
 }
 
-/// What the store that `settings` name is called, asked once; none if it cannot be told.
-async fn id_there(settings: &StoreSettings) -> Option<String> {
+/// What the store that `settings` name is called, if it says so.
+async fn id_there(settings: &StoreSettings) -> anyhow::Result<Option<String>> {
     let settings = StoreSettings {
         make_missing: false,
         ..settings.clone()
     };
-    let store = open_store(&settings).ok()?;
-    timeout(PREPARE_DEADLINE, provision::id_of(&*store))
-        .await
-        .ok()?
+    let store = open_store(&settings)?;
+    let id = timeout(PREPARE_DEADLINE, provision::id_of(&*store)).await;
+    Ok(id.context("it does not answer")??)
 }
 
 #[cfg(test)]
@@ -99,19 +108,23 @@ mod tests {
         let place = here.url.clone();
         list.note_store(StoreNote { place, id }).await.unwrap();
         assert!(check(&data, &here).await.unwrap());
-        let refused = check(&data, &there).await.unwrap_err();
-        assert!(refused.is::<ConfigError>(), "{refused}");
-        let words = refused.to_string();
-        assert!(
-            words.contains("acme/db") && words.contains(&here.url),
-            "{words}"
-        );
+        let refused = async || {
+            let refused = check(&data, &there).await.unwrap_err();
+            let words = refused.to_string();
+            assert!(
+                words.contains("acme/db") && words.contains(&here.url),
+                "{words}"
+            );
+            refused
+        };
+        // Not mounted yet, perhaps: that is to be tried again.
+        assert!(!refused().await.is::<ConfigError>());
         assert!(!dir.path().join("there").exists());
 
         // Another store, then the same, moved.
         let other = open_store(&there).unwrap();
         provision::prepare(&there, &*other).await.unwrap();
-        assert!(check(&data, &there).await.is_err());
+        assert!(refused().await.is::<ConfigError>());
         std::fs::remove_dir_all(dir.path().join("there")).unwrap();
         std::fs::rename(dir.path().join("here"), dir.path().join("there")).unwrap();
         assert!(!check(&data, &there).await.unwrap());

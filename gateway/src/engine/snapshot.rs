@@ -302,7 +302,7 @@ impl Daemon {
     ) -> ApiResult<Vec<SnapshotInfo>> {
         let volumes = match volume {
             Some(volume) => vec![volume.clone()],
-            None => self.volumes(None).await?.0,
+            None => self.volumes(None).await?,
         };
         let mut all = Vec::new();
         let of_one = volume.is_some();

@@ -177,13 +177,9 @@ impl Daemon {
 
     /// The names of a tenant's volumes, or of all tenants'. A tenant whose store does not answer hides no other's: of its volumes
     /// those that are attached here are named, and why that is not all.
-    pub(super) async fn volumes(
-        &self,
-        tenant: Option<&TenantName>,
-    ) -> ApiResult<(Vec<VolumeRef>, Option<String>)> {
+    pub(super) async fn volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeRef>> {
         if let Some(tenant) = tenant {
-            let names = registry::volume_names(&self.control(tenant).await?, tenant).await?;
-            return Ok((names, None));
+            return registry::volume_names(&self.control(tenant).await?, tenant).await;
         }
         let names = registry::tenant_names(&self.home).await?;
         let lists = names.into_iter().map(async |name| {
@@ -191,20 +187,15 @@ impl Daemon {
                 Ok(store) => registry::volume_names(&store, &name).await,
                 Err(error) => Err(error),
             };
-            match listed {
-                Ok(names) => (names, None),
-                Err(error) => {
-                    tracing::warn!(tenant = %name, %error, "its volumes are not in the list");
-                    let why = format!("tenant {name}: {}", error.message);
-                    (self.attached_of(&name), Some(why))
-                }
-            }
+            // One tenant's store is no reason to tell of no other's.
+            listed.unwrap_or_else(|error| {
+                tracing::warn!(tenant = %name, %error, "its volumes are not in the list");
+                self.attached_of(&name)
+            })
         });
         let lists = futures::stream::iter(lists).buffered(RECORDS_AT_ONCE);
-        let lists: Vec<(Vec<VolumeRef>, Option<String>)> = lists.collect().await;
-        let (names, problems): (Vec<_>, Vec<_>) = lists.into_iter().unzip();
-        let incomplete = problems.into_iter().flatten().next();
-        Ok((names.into_iter().flatten().collect(), incomplete))
+        let lists: Vec<Vec<VolumeRef>> = lists.collect().await;
+        Ok(lists.into_iter().flatten().collect())
     }
 
     /// The same; where the store that says whose they are does not answer, those that are attached here or wait to be.
@@ -216,7 +207,7 @@ impl Daemon {
             Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Denied) => {
                 Ok((self.here(tenant), Some(error.message)))
             }
-            listed => listed,
+            listed => Ok((listed?, None)),
         }
     }
 

@@ -568,18 +568,15 @@ impl Tokens {
         was_there.then_some(()).ok_or_else(|| no_token(id))
     }
 
-    /// Makes a tenant's tokens those of the one that is to be created then: the same one, whose damaged record is made anew.
+    /// Makes a tenant's tokens count whenever it was created: it is the same one, whose damaged record is made anew, or is put
+    /// back. The next that is made binds them again.
     ///
     /// # Errors
     /// The store's.
-    pub async fn hand_on(&self, tenant: &TenantName, tenant_created_ms: u64) -> ApiResult<()> {
+    pub async fn hand_on(&self, tenant: &TenantName) -> ApiResult<()> {
         let holder = Some(tenant.clone());
-        self.change(&holder, |all| {
-            let was = all.tenant_created_ms;
-            all.tenant_created_ms = was.map(|_| tenant_created_ms);
-            Ok(was.is_some())
-        })
-        .await
+        self.change(&holder, |all| Ok(all.tenant_created_ms.take().is_some()))
+            .await
     }
 
     /// Takes all of a tenant's tokens back: it is gone, or not there yet.
