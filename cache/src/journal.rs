@@ -231,7 +231,13 @@ impl Journals {
     fn move_aside(&self) -> io::Result<()> {
         match fs::rename(&self.folder, &self.set_aside) {
             // Some of an earlier failure are there, of volumes that were not attached since.
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+            // By which of the two is the file system's affair.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
+                ) =>
+            {
                 for journal in fs::read_dir(&self.folder)? {
                     let journal = journal?;
                     fs::rename(journal.path(), self.set_aside.join(journal.file_name()))?;

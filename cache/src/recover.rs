@@ -203,6 +203,12 @@ impl Recovered {
         acknowledged.max(Some(self.durable())) > Some(stored) || !self.unsent(stored).is_empty()
     }
 
+    /// Whether any writes are here, or were, and were acknowledged: of a history that was left, nobody knows which were sent.
+    #[must_use]
+    pub fn has_any(&self) -> bool {
+        self.voided.is_some() || !self.unsent(WriteSeq::ZERO).is_empty()
+    }
+
     /// Gives the journal's records that no page holds and the store lacks pages of their own, as
     /// the flush would have done that the daemon did not live to see. Their room was set aside when
     /// the writes were placed.

@@ -557,7 +557,7 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
     };
     let stale = kept.split_off_before(since);
     match stale.segments.iter().map(|s| s.epoch).max() {
-        Some(epoch) if !stale.unsent(WriteSeq::ZERO).is_empty() && !claim.discard_unsent => {
+        Some(epoch) if stale.has_any() && !claim.discard_unsent => {
             Branch::StaleRefused.taken();
             let bytes = stale.data_bytes();
             Err(OpenError::Stale { bytes, epoch })

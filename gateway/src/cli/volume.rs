@@ -10,8 +10,8 @@ use super::{
     Failure, chores, data_keys, ensure, export, import, limit, release, rescue, trash, verify, warm,
 };
 use crate::control::{
-    ApiError, AttachInfo, AttachOptions, Client, ImageRef, Kind, RekeySpec, ResizeInfo, ResizeSpec,
-    RestoreSpec, RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeRef, VolumeSpec,
+    AttachInfo, AttachOptions, Client, ImageRef, RekeySpec, ResizeInfo, ResizeSpec, RestoreSpec,
+    RetainInfo, SnapRef, State, VerifySpec, VolumeInfo, VolumeList, VolumeRef, VolumeSpec,
 };
 use crate::moment::Moment;
 
@@ -25,13 +25,14 @@ pub(super) async fn run(
         VolumeCommand::Attach(flags) => attach(client, flags, console).await,
         VolumeCommand::List { tenant } => {
             let list = client.list_volumes(tenant.as_ref()).await?;
-            console.show(&list, |list| list_text(&list.volumes))?;
+            let text = |list: &VolumeList| list_text(&list.volumes);
+            let Some(why) = &list.incomplete else {
+                return console.show(&list, text);
+            };
             // Who takes what is not listed for gone must not take this for success.
-            list.incomplete.map_or(Ok(()), |why| {
-                let message = format!("the list is not complete: {why}");
-                let remedy = "try again when the store answers";
-                Err(ApiError::new(Kind::Unavailable, message, remedy).into())
-            })
+            let message = format!("the list is not complete: {why}");
+            let remedy = "try again when the store answers";
+            console.show_failed(&list, text, Failure::new("unavailable", message, remedy))
         }
         VolumeCommand::Show { volume } => {
             console.show(&client.show_volume(&volume).await?, show_text)

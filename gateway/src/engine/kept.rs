@@ -75,8 +75,7 @@ pub fn take_up(
     };
     let segments = kept.segments.iter().map(|s| s.segment).collect();
     let stale = kept.split_off_before(since);
-    let may_be_unsent = !stale.unsent(WriteSeq::ZERO).is_empty();
-    let given_up = may_be_unsent.then(|| stale.data_bytes());
+    let given_up = stale.has_any().then(|| stale.data_bytes());
     Recovered::forget(device, volume, &stale.segments)?;
     let cut = kept.cut(device, volume, stored, give_up)?;
     if cut > 0 {

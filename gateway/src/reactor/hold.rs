@@ -175,7 +175,10 @@ impl Core {
                 Event::Request(request) => Some(request),
                 _ => None,
             });
-            charge(gate, now_ns(), passing);
+            // Once: after a refusal it is looked again.
+            if refused.is_empty() {
+                charge(gate, now_ns(), passing);
+            }
             for event in &refused {
                 if let Event::Request(request) = event {
                     self.request_done(index, request_key(request.id), Err(IoError::ReadOnly));
@@ -260,8 +263,7 @@ impl Core {
                 held.queue.push_back((request, now_ns));
             }
         }
-        let unpaid = held.queue.iter().skip(held.paid);
-        charge(gate, now_ns, unpaid.map(|(request, _)| request));
+        // What they owe is charged when they come by `admit`, in this batch.
         let count = held.queue.len() as u64;
         let (mut bytes, mut held_ns) = (0, 0);
         for (request, since_ns) in held.queue.drain(..) {

@@ -28,8 +28,8 @@ use quarry_objfmt::{
 use quarry_volume::map::{MapRoot, Node, NodeCache};
 use quarry_volume::{
     Action, DataError, Event, ExtentSource, IoError, IoId, KeptFrames, Op, Opened, Report, Request,
-    RequestId, STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, WarmEnd,
-    WriteWait,
+    RequestId, STATUS_RUNS_MAX, Shared, StatusRun, Tuning, Volume, VolumeParams, VolumeState,
+    WarmEnd, WriteWait,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -1289,6 +1289,22 @@ fn direct_reads_are_for_few_runs_of_readers_who_jump() {
     while world.asked.contains_key(&id) {
         world.step();
     }
+}
+
+#[test]
+fn volume_with_nothing_unsent_is_folded_and_let_go_though_the_cache_is_in_doubt() {
+    let mut world = World::new(3, Durability::Object);
+    world.ask(Op::Write { fua: false }, range(512, 8));
+    world.settle();
+    world.flush();
+    world.shared.cache.put_in_doubt(5);
+    let (drains, io) = (world.drains, IoId(1 << 40));
+    let checkpoint = true;
+    world.feed(Event::Drain { io, checkpoint });
+    world.settle();
+    // Completely.
+    assert_eq!(world.drains, drains + 1);
+    assert!(matches!(world.volume.state(), VolumeState::Failed { .. }));
 }
 
 /// A rescue can give a volume whose frames are compressed a head by which they are not.

@@ -361,13 +361,15 @@ impl Volume {
             .drains
             .iter()
             .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
+        // What is in the store can be folded whatever the cache device does: who leaves is to be let go.
+        let may = serving || (asked && matches!(self.state, VolumeState::Failed { .. }));
         let due = wb.log.chunks >= tuning.checkpoint_chunks
             || self.log_is_much()
             || self.tail.len() >= tuning.checkpoint_entries
             || asked;
         let (Some(upto), true) = (
             wb.last_chunk,
-            due && serving && !wb.map_damaged && wb.log.chunks > 0 && self.frozen.is_none(),
+            due && may && !wb.map_damaged && wb.log.chunks > 0 && self.frozen.is_none(),
         ) else {
             return;
         };
@@ -459,10 +461,8 @@ impl Volume {
         if self.writeback.drains.is_empty() {
             return;
         }
-        let stuck = matches!(
-            self.state,
-            VolumeState::Fenced { .. } | VolumeState::Failed { .. }
-        );
+        let fenced = matches!(self.state, VolumeState::Fenced { .. });
+        let failed = matches!(self.state, VolumeState::Failed { .. });
         let wb = &self.writeback;
         let (damaged, folded) = (wb.map_damaged, wb.folded);
         let committed = wb.committed;
@@ -472,6 +472,7 @@ impl Volume {
             let in_map = damaged || drain.target <= folded;
             let complete = drain.target <= committed && (in_map || !drain.checkpoint);
             all_sent |= complete;
+            let stuck = fenced || (failed && drain.target > committed);
             if stuck && !complete {
                 Branch::DrainStuck.taken();
             }
