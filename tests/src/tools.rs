@@ -130,7 +130,9 @@ pub fn free_port() -> u16 {
 
 /// The right to a port, unless somebody has it: tests draw side by side, each in a process of its own.
 fn lock_port(port: u16) -> Option<File> {
-    let dir = target_dir().join("tmp");
+    // Beside the program: the bench lies elsewhere in the target directory than tests do.
+    let program = env::current_exe().expect("a process knows its own path");
+    let dir = program.with_file_name("ports");
     fs::create_dir_all(&dir).expect("the target directory can be written to");
     let file = OpenOptions::new()
         .create(true)
