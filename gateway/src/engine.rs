@@ -628,7 +628,7 @@ impl Engine for Daemon {
     async fn create_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
         self.fit()?;
         // Of one of that name which is gone, should a crash have left any.
-        let (tokens, created_ms) = (self.access.tokens()?, now_ms());
+        let tokens = self.access.tokens()?;
         match tenants::read(&self.home, &spec.name).await {
             Err(error) if error.kind == Kind::NotFound => tokens.forget(&spec.name).await?,
             // Its record is made anew, it is the same, and keeps its tokens, whoever's record it is that is there then.
@@ -638,7 +638,7 @@ impl Engine for Daemon {
             Err(error) => return Err(error),
             Ok(_) => {}
         }
-        self.create_one_tenant(spec, created_ms).await
+        self.create_one_tenant(spec).await
     }
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {

@@ -19,13 +19,9 @@ use crate::store::StoreState;
 const RECORDS_AT_ONCE: usize = 16;
 
 impl Daemon {
-    pub(super) async fn create_one_tenant(
-        &self,
-        spec: TenantSpec,
-        created_ms: u64,
-    ) -> ApiResult<TenantInfo> {
-        let made = self.make_tenant(&spec.name, spec.settings, created_ms);
-        Ok(told(made.await?))
+    pub(super) async fn create_one_tenant(&self, spec: TenantSpec) -> ApiResult<TenantInfo> {
+        let record = self.make_tenant(&spec.name, spec.settings).await?;
+        Ok(told(record))
     }
 
     pub(super) async fn all_tenants(&self) -> ApiResult<Vec<TenantInfo>> {

@@ -701,11 +701,10 @@ impl Daemon {
         &self,
         name: &TenantName,
         settings: TenantSettings,
-        created_ms: u64,
     ) -> ApiResult<TenantRecord> {
         let record = TenantRecord {
             name: name.to_string(),
-            created_ms,
+            created_ms: super::now_ms(),
             settings,
             ..TenantRecord::default()
         };

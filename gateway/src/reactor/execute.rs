@@ -131,8 +131,8 @@ impl Core {
                 page,
                 durable,
             } => {
-                // A header that is durable begins the segment's writes (record pages are durable too, and no header); another only tells that they are in the store, and the
-                // segment is read on.
+                // A header that is durable begins the segment's writes (record pages are durable too, and no header);
+                // another only tells that they are in the store, and the segment is read on.
                 if durable {
                     self.forget_pages(|geometry| geometry.segment_of_header(offset));
                     self.kept_writes.begin(offset);

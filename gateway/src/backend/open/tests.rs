@@ -42,6 +42,18 @@ async fn log_is_sealed_through_a_lane_with_fewer_places_than_looks_ahead() {
     }
 }
 
+/// Who takes a volume whoever has it.
+fn by_force() -> Claim {
+    Claim {
+        cache: CacheId::from_bytes([8; 16]),
+        host: "a".to_owned(),
+        now_ms: 0,
+        force: true,
+        discard_unsent: false,
+        must_be_ours: false,
+    }
+}
+
 /// Whoever put the wrong copy back had another volume served under this one's name.
 #[tokio::test]
 async fn head_of_another_volume_is_refused_by_all_who_open_or_take_one() {
@@ -50,14 +62,7 @@ async fn head_of_another_volume_is_refused_by_all_who_open_or_take_one() {
     let tenant = TenantName::new("acme").unwrap();
     let name = VolumeName::new("other").unwrap();
     let (volume, other) = (VolumeId::from_bytes([7; 16]), VolumeId::from_bytes([9; 16]));
-    let by = Claim {
-        cache: CacheId::from_bytes([8; 16]),
-        host: "a".to_owned(),
-        now_ms: 0,
-        force: true,
-        discard_unsent: false,
-        must_be_ours: false,
-    };
+    let by = by_force();
     let snapshot = SnapshotRef {
         name: "s".to_owned(),
         created_ms: 1,
@@ -219,14 +224,7 @@ async fn reader_leaves_out_what_was_written_with_a_key_that_its_head_has_not() {
         let key = keys::chunk_key(&tenant, id);
         store.create(&key, chunk).await.unwrap();
     }
-    let by = Claim {
-        cache: CacheId::from_bytes([8; 16]),
-        host: "a".to_owned(),
-        now_ms: 0,
-        force: true,
-        discard_unsent: false,
-        must_be_ours: false,
-    };
+    let by = by_force();
     let opened = open_read_only(&store, &tenant, volume, None, &by).await;
     let opened = opened.unwrap();
     assert_eq!(opened.stored_write, WriteSeq::new(2));
