@@ -48,11 +48,10 @@ fn spelled(arg: &Arg) -> String {
 fn describe(page: &mut String, arg: &Arg) {
     let help = arg.get_long_help().or_else(|| arg.get_help());
     let help = help.map(ToString::to_string).unwrap_or_default();
-    let help = help
-        .trim_end_matches('.')
-        .replace("\n\n", ". ")
-        .replace('\n', " ");
-    write!(page, "- `{}`: {help}.", spelled(arg)).unwrap();
+    let paragraphs = help.split("\n\n");
+    let sentences = paragraphs.map(|told| told.trim_end_matches('.').replace('\n', " ") + ".");
+    let help = sentences.collect::<Vec<_>>().join(" ");
+    write!(page, "- `{}`: {help}", spelled(arg)).unwrap();
     let takes_value = matches!(arg.get_action(), ArgAction::Set | ArgAction::Append);
     let values = arg.get_possible_values();
     if takes_value && !values.is_empty() && !arg.is_hide_possible_values_set() {

@@ -1,5 +1,6 @@
 //! The limits of the machine: the store by a bare client that does nothing else, and the disk.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use object_store::{ObjectStore as _, ObjectStoreExt as _, PutOptions};
 use crate::lab::{Lab, Store};
 use crate::report::{Report, Work};
 use crate::store::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use crate::work::{read_fio, run_fio};
+use crate::work::{mib_a_second, read_fio, run_fio};
 
 /// The row of the store's own figures.
 pub const STORE: &str = "store";
@@ -28,17 +29,27 @@ const RANGES: usize = 500;
 pub fn measure(lab: &Lab, report: &mut Report) -> Result<()> {
     let store = Store::start(lab)?;
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(of_store(lab, &store, report))?;
+    runtime.block_on(of_store(lab.size, store.address(), report))?;
     of_disk(lab, report)
 }
 
-pub fn client(store: &Store) -> Result<AmazonS3> {
-    builder(store).build().context("the store's client")
+/// What a bare client reads of the store at `address`, where it wrote `size` bytes before.
+pub fn reads(address: SocketAddr, size: u64) -> Result<Reads> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let client = client(address)?;
+        put_all(&client, size).await?;
+        read(client, size).await
+    })
 }
 
-fn builder(store: &Store) -> AmazonS3Builder {
+pub fn client(address: SocketAddr) -> Result<AmazonS3> {
+    builder(address).build().context("the store's client")
+}
+
+fn builder(address: SocketAddr) -> AmazonS3Builder {
     AmazonS3Builder::new()
-        .with_endpoint(format!("http://{}", store.address()))
+        .with_endpoint(format!("http://{address}"))
         .with_allow_http(true)
         .with_access_key_id(ACCESS_KEY)
         .with_secret_access_key(SECRET_KEY)
@@ -46,37 +57,61 @@ fn builder(store: &Store) -> AmazonS3Builder {
 }
 
 /// One that has bodies checked as Quarry has them.
-fn by_crc(store: &Store) -> Result<AmazonS3> {
-    let builder = builder(store)
+fn by_crc(address: SocketAddr) -> Result<AmazonS3> {
+    let builder = builder(address)
         .with_unsigned_payload(true)
         .with_checksum_algorithm(Checksum::CRC64NVME);
     builder.build().context("the store's client")
 }
 
-async fn of_store(lab: &Lab, store: &Store, report: &mut Report) -> Result<()> {
-    let client = Arc::new(client(store)?);
-    let count = lab.size / OBJECT;
-    let path = |n: u64| Path::from(format!("raw/{n}"));
-    let body = Bytes::from(vec![0x5a; usize::try_from(OBJECT)?]);
-    let rate = |begun: Instant| (lab.size >> 20) as f64 / begun.elapsed().as_secs_f64();
+/// What a bare client reads.
+pub struct Reads {
+    /// Whole objects, many at once.
+    pub mib_a_second: f64,
+    /// Of a range of 4 KiB, one after the other.
+    pub median: Duration,
+    /// Of the same.
+    pub p99: Duration,
+}
 
-    let by_crc = by_crc(store)?;
+async fn of_store(size: u64, address: SocketAddr, report: &mut Report) -> Result<()> {
+    let client = client(address)?;
     for (work, client) in [
-        (Work::CheckedWrite, &by_crc),
-        (Work::SequentialWrite, &*client),
+        (Work::CheckedWrite, &by_crc(address)?),
+        (Work::SequentialWrite, &client),
     ] {
         let begun = Instant::now();
-        stream::iter(0..count)
-            .map(|n| {
-                let (path, body) = (path(n), body.clone().into());
-                async move { client.put_opts(&path, body, PutOptions::default()).await }
-            })
-            .buffer_unordered(AT_ONCE)
-            .try_for_each(|_| async { Ok(()) })
-            .await?;
-        report.add(work, STORE, rate(begun));
+        put_all(client, size).await?;
+        report.add(work, STORE, mib_a_second(size, begun));
     }
+    let reads = read(client, size).await?;
+    report.add(Work::ColdSequentialRead, STORE, reads.mib_a_second);
+    let micros = |time: Duration| time.as_secs_f64() * 1e6;
+    report.add(Work::ColdRead, STORE, micros(reads.median));
+    report.add(Work::ColdReadP99, STORE, micros(reads.p99));
+    Ok(())
+}
 
+fn path(n: u64) -> Path {
+    Path::from(format!("raw/{n}"))
+}
+
+async fn put_all(client: &AmazonS3, size: u64) -> Result<()> {
+    let body = Bytes::from(vec![0x5a; usize::try_from(OBJECT)?]);
+    stream::iter(0..size / OBJECT)
+        .map(|n| {
+            let (path, body) = (path(n), body.clone().into());
+            async move { client.put_opts(&path, body, PutOptions::default()).await }
+        })
+        .buffer_unordered(AT_ONCE)
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    Ok(())
+}
+
+async fn read(client: AmazonS3, size: u64) -> Result<Reads> {
+    let client = Arc::new(client);
+    let count = size / OBJECT;
     let begun = Instant::now();
     stream::iter(0..count)
         .map(|n| {
@@ -86,7 +121,7 @@ async fn of_store(lab: &Lab, store: &Store, report: &mut Report) -> Result<()> {
         .buffer_unordered(AT_ONCE)
         .try_for_each(|_| async { Ok(()) })
         .await?;
-    report.add(Work::ColdSequentialRead, STORE, rate(begun));
+    let mib_a_second = mib_a_second(size, begun);
 
     let mut times: Vec<Duration> = Vec::with_capacity(RANGES);
     for n in 0..RANGES as u64 {
@@ -98,10 +133,11 @@ async fn of_store(lab: &Lab, store: &Store, report: &mut Report) -> Result<()> {
         times.push(asked.elapsed());
     }
     times.sort_unstable();
-    report.add(Work::ColdRead, STORE, times[RANGES / 2].as_secs_f64() * 1e6);
-    let p99 = times[RANGES * 99 / 100];
-    report.add(Work::ColdReadP99, STORE, p99.as_secs_f64() * 1e6);
-    Ok(())
+    Ok(Reads {
+        mib_a_second,
+        median: times[RANGES / 2],
+        p99: times[RANGES * 99 / 100],
+    })
 }
 
 fn of_disk(lab: &Lab, report: &mut Report) -> Result<()> {

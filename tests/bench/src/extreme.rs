@@ -153,7 +153,7 @@ fn memory(lab: &Lab, gib: u64, ram: u64) -> Result<Memory> {
 
 /// Gives the volume a map whose every piece lies in a random chunk; the store makes up the chunks.
 fn fill(store: &Store, id: VolumeId, size: u64) -> Result<()> {
-    let client = ceiling::client(store)?;
+    let client = ceiling::client(store.address())?;
     let tenant = TenantName::new(TENANT)?;
     let full = FullVolume {
         id,

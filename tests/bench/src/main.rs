@@ -13,6 +13,7 @@ mod target;
 mod work;
 
 use std::io::{BufRead as _, Write as _};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -65,6 +66,18 @@ enum Command {
         /// Chunks that are not there are made up, of zeroes.
         #[arg(long)]
         making_up: bool,
+        /// Memory for objects that is there at the start, in MiB.
+        #[arg(long, default_value_t = 4096)]
+        memory_mib: u64,
+    },
+    /// A bare client of such a server: prints the MiB/s of whole objects, and the median and the 99th percentile of ranges
+    /// of 4 KiB in microseconds.
+    #[command(hide = true)]
+    Bare {
+        address: SocketAddr,
+        /// What it writes first, and reads.
+        #[arg(long)]
+        mib: u64,
     },
 }
 
@@ -74,18 +87,25 @@ fn main() -> Result<()> {
         Some(Command::Store {
             delay_ms,
             making_up,
-        }) => return serve(Duration::from_millis(*delay_ms), *making_up),
+            memory_mib,
+        }) => {
+            store::page_in(*memory_mib);
+            return serve(Duration::from_millis(*delay_ms), *making_up);
+        }
         Some(Command::Cost(arguments)) => return cost::run(arguments),
-        Some(Command::Extremes(_)) | None => {}
+        Some(Command::Bare { .. } | Command::Extremes(_)) | None => {}
     }
-    ensure!(
-        std::env::var_os("QUARRY_BIN").is_some(),
-        "QUARRY_BIN is to name the program, of a release build: `tests/bench/run` sees to it"
-    );
     let provider = rustls::crypto::ring::default_provider().install_default();
     ensure!(
         provider.is_ok(),
         "another provider of cryptography is installed"
+    );
+    if let Some(Command::Bare { address, mib }) = arguments.command {
+        return bare(address, mib);
+    }
+    ensure!(
+        std::env::var_os("QUARRY_BIN").is_some(),
+        "QUARRY_BIN is to name the program, of a release build: `tests/bench/run` sees to it"
     );
     ensure!(arguments.rounds > 0, "no rounds, no figures");
     std::fs::create_dir_all(&arguments.dir)?;
@@ -134,8 +154,14 @@ fn main() -> Result<()> {
     }
 }
 
+fn bare(address: SocketAddr, mib: u64) -> Result<()> {
+    let reads = ceiling::reads(address, mib << 20)?;
+    let [median, p99] = [reads.median, reads.p99].map(|time| time.as_micros());
+    println!("{:.0} {median} {p99}", reads.mib_a_second);
+    Ok(())
+}
+
 fn serve(delay: Duration, making_up: bool) -> Result<()> {
-    store::page_in();
     let memory = store::Memory::new(delay, making_up);
     let counted = memory.clone();
     let runtime = tokio::runtime::Runtime::new()?;

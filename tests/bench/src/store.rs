@@ -38,8 +38,6 @@ pub const MALLOC: [(&str, &str); 3] = [
     ("MALLOC_MMAP_THRESHOLD_", "33554432"),
     ("MALLOC_TRIM_THRESHOLD_", "1099511627776"),
 ];
-/// Bytes of memory for objects that are there at the start.
-const PAGED_IN: usize = 4 << 30;
 /// In how large pieces an object goes out.
 const PIECE: usize = 256 << 10;
 /// The most that a listing answers at once, as S3's.
@@ -187,11 +185,14 @@ async fn collect(body: Option<StreamingBlob>, len: Option<i64>) -> S3Result<Byte
     Ok(bytes.freeze())
 }
 
-/// Has memory from the kernel before anything is measured. Else each object would be put into pages that the kernel
+/// Has `mib` MiB of memory from the kernel before anything is measured. Else each object would be put into pages that the kernel
 /// zeroes first, which took a fifth of two processors beside random writes: more than all else that the store does.
-pub fn page_in() {
-    let pieces = PAGED_IN / (8 << 20);
-    drop((0..pieces).map(|_| vec![1_u8; 8 << 20]).collect::<Vec<_>>());
+pub fn page_in(mib: u64) {
+    drop(
+        (0..mib / 8)
+            .map(|_| vec![1_u8; 8 << 20])
+            .collect::<Vec<_>>(),
+    );
 }
 
 /// That a body is what its header says, if there is one.

@@ -126,6 +126,8 @@ impl Target for Quarry {
         let site = site
             .cache_size(&format!("{}MiB", (self.size >> 20) * 3 / 2))
             .settings("[cache]\ndirty_max = \"50%\"\n");
+        // What it still knows of the last round is in a store that is gone.
+        site.lose_host()?;
         self.daemon = Some(site.start()?);
         self.make(VOLUME, "local")
     }

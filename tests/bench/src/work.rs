@@ -100,7 +100,7 @@ pub fn measure(lab: &Lab, target: &mut dyn Target, report: &mut Report) -> Resul
     Ok(())
 }
 
-fn mib_a_second(bytes: u64, begun: Instant) -> f64 {
+pub fn mib_a_second(bytes: u64, begun: Instant) -> f64 {
     (bytes >> 20) as f64 / begun.elapsed().as_secs_f64()
 }
 
