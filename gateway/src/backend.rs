@@ -437,7 +437,7 @@ impl VolumeBackend {
                     self.tell(Event::CacheFailed { errno }).await;
                 }
             },
-            Action::Checkpoint(plan) => match checkpoint::run(&self, &plan).await {
+            Action::Checkpoint(plan) => match checkpoint::run(&self, plan).await {
                 Ok(()) => {}
                 Err(checkpoint::Stopped::Fenced { by }) => self.tell(Event::Fenced { by }).await,
                 Err(checkpoint::Stopped::Damaged(error)) => {
@@ -451,6 +451,7 @@ impl VolumeBackend {
                     self.tell(Event::CheckpointFailed).await;
                 }
             },
+            Action::Folded(log) => drop(log),
             Action::Drained { io, complete } => {
                 let waiting = self.drains.lock().as_mut().and_then(|d| d.remove(&io));
                 if let Some(tx) = waiting {

@@ -354,11 +354,11 @@ impl Driven {
     }
 
     async fn checkpoint(&mut self) {
-        let entries = std::mem::take(&mut self.tail).into_values().collect();
+        let log = std::mem::take(&mut self.tail).into_values().collect();
         self.backend.submit(Action::Checkpoint(CheckpointPlan {
             upto: ChunkSeq::new(self.next_chunk.get() - 1),
             last_write: WriteSeq::new(self.next_write.get() - 1),
-            entries: Arc::new(entries),
+            log,
         }));
         while !matches!(self.event().await, Event::Checkpointed { .. }) {}
     }

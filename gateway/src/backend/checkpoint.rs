@@ -46,15 +46,18 @@ impl From<DataError> for Stopped {
 }
 
 /// Writes the map objects of a checkpoint, moves the head to them, and tells the volume.
-pub(super) async fn run(backend: &VolumeBackend, plan: &CheckpointPlan) -> Result<(), Stopped> {
+pub(super) async fn run(backend: &VolumeBackend, plan: CheckpointPlan) -> Result<(), Stopped> {
+    let entries = plan.log.entries();
+    // Should it fail, the volume's is the only one, and need not be copied to be written to.
+    drop(plan.log);
     let mut objects = backend.objects.lock().await;
     let old = backend.root.lock().clone();
     // The runs that a compaction goes by stay as they are until it is done.
     let free = old.runs().len() - backend.compacted_runs.load(Ordering::Relaxed);
-    let merged = plan_merge(&old, plan.entries.len() as u64).min(free);
+    let merged = plan_merge(&old, entries.len() as u64).min(free);
     let (runs, oldest) = (&old.runs()[..merged], merged == old.runs().len());
     let mut writer = Writer::new(backend);
-    let mut scan = Scan::new(backend, plan.entries.to_vec(), runs, oldest);
+    let mut scan = Scan::new(backend, entries.clone(), runs, oldest);
     while let Some(entry) = scan.next().await? {
         writer.push(entry).await?;
     }
@@ -68,7 +71,7 @@ pub(super) async fn run(backend: &VolumeBackend, plan: &CheckpointPlan) -> Resul
         &mut objects,
         &old,
         root,
-        |objects, map, now_ms| objects.fold(&chunks, &plan.entries, map, now_ms),
+        |objects, map, now_ms| objects.fold(&chunks, &entries, map, now_ms),
         move |head| {
             head.root_write = last_write;
             let after = upto.next();

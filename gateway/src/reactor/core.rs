@@ -77,7 +77,7 @@ impl VolumeSlot {
     /// An operation that took long, or is of a request that is traced, has ended.
     #[cold]
     fn mark(&mut self, op: &CacheOp, now_ns: u64) {
-        let step = match (op.code, op.file) {
+        let step = match (op.moving.code, op.moving.file) {
             (Code::ReceiveFixed { .. }, _) => Step::Receive,
             (Code::Read | Code::ReadFixed { .. }, Target::Cache | Target::CachePages) => {
                 Step::CacheRead
@@ -85,11 +85,11 @@ impl VolumeSlot {
             (Code::Write { .. } | Code::WriteFixed { .. }, Target::Cache) => Step::CacheWrite,
             _ => Step::Copy,
         };
-        match (op.request, op.code) {
+        match (op.request, op.moving.code) {
             (Some(request), _) => {
                 let in_flight = &mut self.inbox.requests[request];
                 self.trails
-                    .part_done(in_flight, step, op.since_ns, now_ns, op.len);
+                    .part_done(in_flight, step, op.since_ns, now_ns, op.moving.len);
             }
             (None, Code::Write { durable: true }) => self.trails.page_written(op.since_ns, now_ns),
             // A fill, for which nobody waits.
@@ -319,7 +319,7 @@ impl Core {
         match op.advance(result) {
             Progress::Again => self.submit_op(index),
             // The kernel reads whole pages, for which it needs memory: what is wrong may not concern this read.
-            Progress::Done(Err(_)) if op.file == Target::CachePages => {
+            Progress::Done(Err(_)) if op.moving.file == Target::CachePages => {
                 op.go_around_pages();
                 self.submit_op(index);
             }
@@ -328,7 +328,7 @@ impl Core {
                 if result.is_ok() {
                     self.decrypt(&op);
                 }
-                let result = match op.code {
+                let result = match op.moving.code {
                     Code::Write { durable: true } => self.syncs.end_write(index, result),
                     _ => result,
                 };
@@ -340,7 +340,7 @@ impl Core {
                 if is_marked {
                     slot.mark(&op, self.batch_ns);
                 }
-                match op.hold {
+                match op.moving.hold {
                     Hold::Body(body) => body.end(result.is_ok()),
                     hold => self.release(hold),
                 }

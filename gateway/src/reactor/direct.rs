@@ -29,7 +29,7 @@ use super::core::Core;
 use super::execute::request_key;
 use super::frontend::BufferKind;
 use super::memory::{ALIGNMENT, AlignedBuf};
-use super::op::{Code, Hold};
+use super::op::{Code, Hold, Move};
 use super::ring::File;
 use crate::trace::Step;
 
@@ -144,17 +144,10 @@ impl Core {
                 let code = Code::ReceiveFixed {
                     buf_index: awaited.buf_index,
                 };
-                self.start(
-                    volume,
-                    io,
-                    Some(awaited.request),
-                    code,
-                    File::Fd(body.fd()),
-                    0,
-                    u64::from(awaited.at),
-                    awaited.len,
-                    Hold::Body(body),
-                );
+                let fd = File::Fd(body.fd());
+                let moving = Move::new(code, fd, 0, awaited.at.into(), awaited.len);
+                let moving = moving.holding(Hold::Body(body));
+                self.start(volume, io, Some(awaited.request), moving);
             }
             None => {
                 self.buffer_released(volume, awaited.request);
@@ -167,7 +160,7 @@ impl Core {
     /// Ends all direct reads under way.
     pub(super) fn cut_direct(&self) {
         for (_, op) in &self.ops {
-            if let Hold::Body(body) = &op.hold {
+            if let Hold::Body(body) = &op.moving.hold {
                 body.cut();
             }
         }

@@ -1,7 +1,8 @@
 //! Actions become ring operations, or are done at once where they are a matter of memory only.
 
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use quarry_volume::{Action, Event, IoId, Op, RequestId};
 use super::core::{Core, index_of};
 use super::frontend::BufferKind;
 use super::memory::{ALIGNMENT, AlignedBuf, POOLED_BYTES_MAX, Pool};
-use super::op::{CacheOp, Code, Hold};
+use super::op::{CacheOp, Code, Hold, Move};
 use super::ring::File;
 use super::runs::Runs;
 use super::token::Token;
@@ -145,17 +146,8 @@ impl Core {
                 let address = copy.ptr().as_ptr() as u64;
                 let code = Code::Write { durable };
                 let len = u32::try_from(page.len()).unwrap_or(u32::MAX);
-                self.start(
-                    volume,
-                    io,
-                    None,
-                    code,
-                    File::Cache,
-                    offset,
-                    address,
-                    len,
-                    Hold::Page(copy),
-                );
+                let page = Move::new(code, File::Cache, offset, address, len);
+                self.start(volume, io, None, page.holding(Hold::Page(copy)));
             }
             Action::Journal {
                 segment,
@@ -214,6 +206,7 @@ impl Core {
             | Action::LoadNodes { .. }
             | Action::Upload(_)
             | Action::Checkpoint(_)
+            | Action::Folded(_)
             | Action::Drained { .. }
             | Action::Warmed { .. }
             | Action::Report(_)) => self.volumes[volume as usize].backend.submit(action),
@@ -230,177 +223,160 @@ impl Core {
         len: u32,
         what: Transfer,
     ) {
-        let key = request_key(request);
-        let in_flight = &mut self.volumes[volume as usize].inbox.requests[key];
-        let buffer = in_flight.buffer;
+        let request = request_key(request);
+        let buffer = self.volumes[volume as usize].inbox.requests[request].buffer;
         assert!(
             at <= buffer.len() && len <= buffer.len() - at,
             "a volume asks for bytes outside of a request's buffer"
         );
-        if len == 0 {
-            self.feed(volume, Event::IoDone { io, result: Ok(()) });
-            return;
-        }
-        let (code, file, offset, address, hold) = match (buffer.0, what) {
-            (BufferKind::None, _) => unreachable!("its length is 0"),
-            (BufferKind::User { ptr, .. }, what) => {
-                self.volumes[volume as usize].machine.copied(len.into());
+        let moving = match buffer.0 {
+            _ if len == 0 => None,
+            BufferKind::None => unreachable!("its length is 0"),
+            BufferKind::User { ptr, .. } => {
                 // SAFETY: `at` is inside the buffer by the assertion, and whoever made the buffer
                 // vouched for its memory (`Buffer::user`).
                 let ptr = unsafe { ptr.add(at as usize) };
-                let address = ptr.as_ptr() as u64;
-                match what {
-                    Transfer::FromCache { offset } => {
-                        let file = match self.page_cache {
-                            Some(_) => File::CachePages,
-                            None => File::Cache,
-                        };
-                        (Code::Read, file, offset, address, Hold::Nothing)
-                    }
-                    Transfer::ToCache { offset } => {
-                        // SAFETY: as above, and `len` bytes from `at` on are inside the buffer, which its owner
-                        // does not change before its request is completed.
-                        let plain =
-                            unsafe { std::slice::from_raw_parts(ptr.as_ptr(), len as usize) };
-                        let (address, hold) = match self.sealed(offset, plain) {
-                            Some(sealed) => (sealed.ptr().as_ptr() as u64, Hold::Sealed(sealed)),
-                            None => (address, Hold::Nothing),
-                        };
-                        // One in several pieces may have a piece in the store, and its segment begun anew, when the last is
-                        // there and it is answered; and one with FUA is answered when its chunk is made, or will be at once.
-                        let slot = &mut self.volumes[volume as usize];
-                        let in_flight = &mut slot.inbox.requests[key];
-                        if in_flight.op == (Op::Write { fua: false })
-                            && len == buffer.len()
-                            && self.kept_writes.wants(len)
-                        {
-                            in_flight.placed = Some(offset);
-                        }
-                        let code = Code::Write { durable: false };
-                        (code, File::Cache, offset, address, hold)
-                    }
-                    Transfer::Zeroes => {
-                        // SAFETY: as above, and `len` bytes from `at` on are inside the buffer.
-                        unsafe { ptr.write_bytes(0, len as usize) };
-                        self.feed(volume, Event::IoDone { io, result: Ok(()) });
-                        return;
-                    }
-                    Transfer::Copy(data) => {
-                        let slot = &mut self.volumes[volume as usize];
-                        let in_flight = &mut slot.inbox.requests[key];
-                        let since_ns = in_flight.trail.as_ref().map(|_| now_ns());
-                        // SAFETY: as above; `data` holds `len` bytes and is memory of its own.
-                        unsafe {
-                            std::ptr::copy_nonoverlapping(data.as_ptr(), ptr.as_ptr(), data.len())
-                        };
-                        if let Some(since_ns) = since_ns {
-                            let end_ns = now_ns();
-                            slot.trails
-                                .part_done(in_flight, Step::Copy, since_ns, end_ns, len);
-                        }
-                        self.feed(volume, Event::IoDone { io, result: Ok(()) });
-                        return;
-                    }
-                }
+                // SAFETY: so are `len` bytes from `at` on.
+                unsafe { self.by_memory(volume, request, ptr, len, what) }
             }
-            (
-                BufferKind::Registered {
-                    buf_index,
-                    char_fd,
-                    user_copy_base,
-                    ..
-                },
-                what,
-            ) => match what {
-                // The kernel would put on the device what nobody has encrypted.
-                Transfer::FromCache { .. } | Transfer::ToCache { .. } if self.cipher.is_some() => {
-                    panic!("a request with registered pages, and an encrypted cache")
-                }
-                Transfer::FromCache { offset } => {
-                    self.volumes[volume as usize]
-                        .machine
-                        .moved_in_place(len.into());
-                    let code = Code::ReadFixed { buf_index };
-                    (code, File::Cache, offset, u64::from(at), Hold::Nothing)
-                }
-                Transfer::ToCache { offset } => {
-                    self.volumes[volume as usize]
-                        .machine
-                        .moved_in_place(len.into());
-                    let code = Code::WriteFixed { buf_index };
-                    (code, File::Cache, offset, u64::from(at), Hold::Nothing)
-                }
-                Transfer::Zeroes => {
-                    let zeroes = File::Fd(self.zeroes.as_raw_fd());
-                    (
-                        Code::ReadFixed { buf_index },
-                        zeroes,
-                        0,
-                        u64::from(at),
-                        Hold::Nothing,
-                    )
-                }
+            BufferKind::Registered {
+                buf_index,
+                char_fd,
+                user_copy_base,
+                ..
+            } => Some(match what {
                 Transfer::Copy(data) => {
-                    self.volumes[volume as usize].machine.copied(len.into());
-                    let address = data.as_ptr() as u64;
                     let offset = user_copy_base + u64::from(at);
-                    (
-                        Code::Write { durable: false },
-                        File::Fd(char_fd),
-                        offset,
-                        address,
-                        Hold::Bytes(data),
-                    )
+                    self.copy_to_pages(volume, char_fd, offset, data)
                 }
-            },
+                what => self.by_pages(volume, buf_index, at, len, &what),
+            }),
         };
-        self.volumes[volume as usize].inbox.requests[key].ops += 1;
-        self.start(
-            volume,
-            io,
-            Some(key),
-            code,
-            file,
-            offset,
-            address,
-            len,
-            hold,
-        );
+        match moving {
+            Some(moving) => {
+                self.volumes[volume as usize].inbox.requests[request].ops += 1;
+                self.start(volume, io, Some(request), moving);
+            }
+            None => self.feed(volume, Event::IoDone { io, result: Ok(()) }),
+        }
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the fields of one operation, named at each call"
-    )]
-    pub(super) fn start(
+    /// What the kernel is to move for a buffer in memory, of which these are `len` bytes; none if it is done.
+    ///
+    /// # Safety
+    /// They are inside the buffer of this request.
+    unsafe fn by_memory(
         &mut self,
         volume: u32,
-        io: IoId,
-        request: Option<usize>,
-        code: Code,
-        file: File,
-        offset: u64,
-        address: u64,
+        request: usize,
+        ptr: NonNull<u8>,
         len: u32,
-        hold: Hold,
-    ) {
+        what: Transfer,
+    ) -> Option<Move> {
+        let slot = &mut self.volumes[volume as usize];
+        slot.machine.copied(len.into());
+        let address = ptr.as_ptr() as u64;
+        match what {
+            Transfer::FromCache { offset } => {
+                let file = match self.page_cache {
+                    Some(_) => File::CachePages,
+                    None => File::Cache,
+                };
+                Some(Move::new(Code::Read, file, offset, address, len))
+            }
+            Transfer::ToCache { offset } => {
+                // One in several pieces may have a piece in the store, and its segment begun anew, when the last is
+                // there and it is answered; and one with FUA is answered when its chunk is made, or will be at once.
+                let in_flight = &mut slot.inbox.requests[request];
+                if in_flight.op == (Op::Write { fua: false })
+                    && len == in_flight.buffer.len()
+                    && self.kept_writes.wants(len)
+                {
+                    in_flight.placed = Some(offset);
+                }
+                // SAFETY: they are the buffer's, and its owner does not change them before the request is completed.
+                let plain = unsafe { std::slice::from_raw_parts(ptr.as_ptr(), len as usize) };
+                let code = Code::Write { durable: false };
+                Some(match self.sealed(offset, plain) {
+                    Some(sealed) => {
+                        let address = sealed.ptr().as_ptr() as u64;
+                        Move::new(code, File::Cache, offset, address, len)
+                            .holding(Hold::Sealed(sealed))
+                    }
+                    None => Move::new(code, File::Cache, offset, address, len),
+                })
+            }
+            Transfer::Zeroes => {
+                // SAFETY: they are the buffer's.
+                unsafe { ptr.write_bytes(0, len as usize) };
+                None
+            }
+            Transfer::Copy(data) => {
+                let in_flight = &mut slot.inbox.requests[request];
+                let since_ns = in_flight.trail.as_ref().map(|_| now_ns());
+                // SAFETY: they are the buffer's; `data` holds `len` bytes and is memory of its own.
+                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), ptr.as_ptr(), data.len()) };
+                if let Some(since_ns) = since_ns {
+                    let trails = &mut slot.trails;
+                    trails.part_done(in_flight, Step::Copy, since_ns, now_ns(), len);
+                }
+                None
+            }
+        }
+    }
+
+    /// What the kernel is to move for `len` bytes from `at` on of a buffer of registered pages, which no byte of ours is for.
+    fn by_pages(
+        &mut self,
+        volume: u32,
+        buf_index: u16,
+        at: u32,
+        len: u32,
+        what: &Transfer,
+    ) -> Move {
+        let (code, file, offset) = match what {
+            // The kernel would put on the device what nobody has encrypted.
+            Transfer::FromCache { .. } | Transfer::ToCache { .. } if self.cipher.is_some() => {
+                panic!("a request with registered pages, and an encrypted cache")
+            }
+            Transfer::FromCache { offset } => (Code::ReadFixed { buf_index }, File::Cache, *offset),
+            Transfer::ToCache { offset } => (Code::WriteFixed { buf_index }, File::Cache, *offset),
+            Transfer::Zeroes => {
+                let zeroes = File::Fd(self.zeroes.as_raw_fd());
+                (Code::ReadFixed { buf_index }, zeroes, 0)
+            }
+            Transfer::Copy(_) => unreachable!("they are not written to so"),
+        };
+        if file == File::Cache {
+            let machine = &mut self.volumes[volume as usize].machine;
+            machine.moved_in_place(len.into());
+        }
+        Move::new(code, file, offset, at.into(), len)
+    }
+
+    /// What the kernel is to move for data of ours that go into a request's pages, by `offset` of its device's file.
+    fn copy_to_pages(&mut self, volume: u32, char_fd: RawFd, offset: u64, data: Bytes) -> Move {
+        let len = u32::try_from(data.len()).expect("a copy is not longer than its request");
+        let machine = &mut self.volumes[volume as usize].machine;
+        machine.copied(len.into());
+        let (code, address) = (Code::Write { durable: false }, data.as_ptr() as u64);
+        Move::new(code, File::Fd(char_fd), offset, address, len).holding(Hold::Bytes(data))
+    }
+
+    /// Begins to move, for the volume's I/O of this name.
+    pub(super) fn start(&mut self, volume: u32, io: IoId, request: Option<usize>, moving: Move) {
         self.volumes[volume as usize].ops += 1;
         let op = CacheOp {
             volume,
             io,
             request,
-            code,
-            file,
-            offset,
-            address,
-            len,
+            moving,
             done: 0,
             tries: 0,
             since_ns: self.batch_ns,
-            hold,
         };
         let may_go_along = Runs::may_take(&op);
-        let is_durable = matches!(op.code, Code::Write { durable: true });
+        let is_durable = matches!(op.moving.code, Code::Write { durable: true });
         let index = index_of(self.ops.insert(op));
         if is_durable {
             self.syncs.begin_write(index);
@@ -434,17 +410,10 @@ impl Core {
             return;
         };
         let (len, advice) = (pages.geometry.segment_size, libc::POSIX_FADV_DONTNEED);
-        let forget = |fd: types::Fd| {
-            opcode::Fadvise::new(fd, len.into(), advice)
-                .offset(begin)
-                .build()
-        };
-        let fixed = |fd: types::Fixed| {
-            opcode::Fadvise::new(fd, len.into(), advice)
-                .offset(begin)
-                .build()
-        };
-        let entry = self.ring.entry_for(File::CachePages, fixed, forget);
+        let entry = self.ring.entry_for(File::CachePages, |fd| {
+            let forget = opcode::Fadvise::new(fd, len.into(), advice);
+            forget.offset(begin).build()
+        });
         // SAFETY: advice points to nothing, and the cache device is open as long as the reactor.
         unsafe { self.ring.push(entry.user_data(Token::Advice.pack())) };
     }
@@ -453,17 +422,10 @@ impl Core {
         if !self.syncs.start() {
             return;
         }
-        let sync = |fd: types::Fd| {
-            opcode::Fsync::new(fd)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build()
-        };
-        let fixed = |fd: types::Fixed| {
-            opcode::Fsync::new(fd)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build()
-        };
-        let entry = self.ring.entry_for(File::Cache, fixed, sync);
+        let flags = types::FsyncFlags::DATASYNC;
+        let entry = self.ring.entry_for(File::Cache, |fd| {
+            opcode::Fsync::new(fd).flags(flags).build()
+        });
         // SAFETY: a sync points to nothing, and the cache device is open as long as the reactor.
         unsafe { self.ring.push(entry.user_data(Token::Sync.pack())) };
     }
@@ -502,16 +464,17 @@ impl Core {
 
     /// Decrypts what a request read from the cache device, where it is.
     pub(super) fn decrypt(&self, op: &CacheOp) {
+        let read = &op.moving;
         let (Some(cipher), Code::Read, File::Cache | File::CachePages) =
-            (&self.cipher, op.code, op.file)
+            (&self.cipher, read.code, read.file)
         else {
             return;
         };
-        let address = op.address as *mut u8;
-        // SAFETY: it lies in its request's buffer, by `transfer`, which is given back after this; and the kernel is
+        let address = read.address as *mut u8;
+        // SAFETY: it lies in its request's buffer, by `by_memory`, which is given back after this; and the kernel is
         // done with it.
-        let data = unsafe { std::slice::from_raw_parts_mut(address, op.len as usize) };
-        cipher.decrypt(op.offset, data);
+        let data = unsafe { std::slice::from_raw_parts_mut(address, read.len as usize) };
+        cipher.decrypt(read.offset, data);
     }
 
     /// Takes back the memory of an operation that is done.
@@ -573,17 +536,8 @@ impl Core {
                 None => (fill.data.as_ptr() as u64, Hold::Bytes(fill.data)),
             };
             let code = Code::Write { durable: false };
-            self.start(
-                fill.volume,
-                fill.io,
-                None,
-                code,
-                File::Cache,
-                fill.offset,
-                address,
-                len,
-                hold,
-            );
+            let moving = Move::new(code, File::Cache, fill.offset, address, len).holding(hold);
+            self.start(fill.volume, fill.io, None, moving);
         }
     }
 }

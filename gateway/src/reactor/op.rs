@@ -44,14 +44,8 @@ pub(super) enum Hold {
     Body(Body),
 }
 
-/// One I/O under way.
-pub(super) struct CacheOp {
-    /// Index of the volume that asked.
-    pub(super) volume: u32,
-    /// The volume's name for it.
-    pub(super) io: IoId,
-    /// The request whose buffer it uses.
-    pub(super) request: Option<usize>,
+/// What the kernel is to move, and between which places.
+pub(super) struct Move {
     pub(super) code: Code,
     pub(super) file: File,
     /// Bytes from the file's start.
@@ -60,12 +54,41 @@ pub(super) struct CacheOp {
     pub(super) address: u64,
     /// Bytes in all.
     pub(super) len: u32,
+    pub(super) hold: Hold,
+}
+
+impl Move {
+    /// One whose memory is the request's.
+    pub(super) const fn new(code: Code, file: File, offset: u64, address: u64, len: u32) -> Self {
+        Self {
+            code,
+            file,
+            offset,
+            address,
+            len,
+            hold: Hold::Nothing,
+        }
+    }
+
+    pub(super) fn holding(self, hold: Hold) -> Self {
+        Self { hold, ..self }
+    }
+}
+
+/// One I/O under way.
+pub(super) struct CacheOp {
+    /// Index of the volume that asked.
+    pub(super) volume: u32,
+    /// The volume's name for it.
+    pub(super) io: IoId,
+    /// The request whose buffer it uses.
+    pub(super) request: Option<usize>,
+    pub(super) moving: Move,
     /// Bytes transferred.
     pub(super) done: u32,
     pub(super) tries: u8,
     /// The batch in which it was begun: nanoseconds of [`now_ns`](crate::clock::now_ns).
     pub(super) since_ns: u64,
-    pub(super) hold: Hold,
 }
 
 /// What a completion means.
@@ -80,69 +103,38 @@ pub(super) enum Step {
 impl CacheOp {
     /// The entry for what is left of it. What it points to lives as long as `self` or the request.
     pub(super) fn entry(&self, ring: &Ring) -> squeue::Entry {
-        let offset = self.offset + u64::from(self.done);
-        let address = (self.address + u64::from(self.done)) as *mut u8;
-        let len = self.len - self.done;
-        match self.code {
-            Code::Read => ring.entry_for(
-                self.file,
-                |fd| opcode::Read::new(fd, address, len).offset(offset).build(),
-                |fd| opcode::Read::new(fd, address, len).offset(offset).build(),
-            ),
-            Code::Write { durable } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                ring.entry_for(
-                    self.file,
-                    |fd| {
-                        opcode::Write::new(fd, address, len)
-                            .offset(offset)
-                            .rw_flags(flags)
-                            .build()
-                    },
-                    |fd| {
-                        opcode::Write::new(fd, address, len)
-                            .offset(offset)
-                            .rw_flags(flags)
-                            .build()
-                    },
-                )
-            }
-            Code::ReadFixed { buf_index } => ring.entry_for(
-                self.file,
-                |fd| {
-                    opcode::ReadFixed::new(fd, address, len, buf_index)
-                        .offset(offset)
-                        .build()
-                },
-                |fd| {
-                    opcode::ReadFixed::new(fd, address, len, buf_index)
-                        .offset(offset)
-                        .build()
-                },
-            ),
-            Code::WriteFixed { buf_index } => ring.entry_for(
-                self.file,
-                |fd| {
-                    opcode::WriteFixed::new(fd, address, len, buf_index)
-                        .offset(offset)
-                        .build()
-                },
-                |fd| {
-                    opcode::WriteFixed::new(fd, address, len, buf_index)
-                        .offset(offset)
-                        .build()
-                },
-            ),
-            Code::ReceiveFixed { buf_index } => match self.file {
+        let Move { code, file, .. } = self.moving;
+        let offset = self.moving.offset + u64::from(self.done);
+        let address = (self.moving.address + u64::from(self.done)) as *mut u8;
+        let len = self.moving.len - self.done;
+        if let Code::ReceiveFixed { buf_index } = code {
+            return match file {
                 File::Fd(fd) => receive_fixed(fd, buf_index, address, len),
                 File::Cache | File::CachePages => unreachable!("the cache device is no socket"),
-            },
+            };
         }
+        ring.entry_for(file, |fd| match code {
+            Code::Read => opcode::Read::new(fd, address, len).offset(offset).build(),
+            Code::Write { durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                let write = opcode::Write::new(fd, address, len).rw_flags(flags);
+                write.offset(offset).build()
+            }
+            Code::ReadFixed { buf_index } => {
+                let read = opcode::ReadFixed::new(fd, address, len, buf_index);
+                read.offset(offset).build()
+            }
+            Code::WriteFixed { buf_index } => {
+                let write = opcode::WriteFixed::new(fd, address, len, buf_index);
+                write.offset(offset).build()
+            }
+            Code::ReceiveFixed { .. } => unreachable!("just made"),
+        })
     }
 
     /// Begins a read anew, past the page cache.
     pub(super) fn go_around_pages(&mut self) {
-        (self.file, self.done, self.tries) = (File::Cache, 0, 0);
+        (self.moving.file, self.done, self.tries) = (File::Cache, 0, 0);
     }
 
     /// Takes a completion's result into account.
@@ -158,13 +150,13 @@ impl CacheOp {
         let Ok(bytes) = u32::try_from(result) else {
             return Step::Done(Err(-result));
         };
-        if bytes == 0 || bytes > self.len - self.done {
+        if bytes == 0 || bytes > self.moving.len - self.done {
             // The end of the file inside the cache device's extent, of a body that is not whole, or nonsense.
             return Step::Done(Err(libc::EIO));
         }
         self.done += bytes;
         self.tries = 0;
-        if self.done == self.len {
+        if self.done == self.moving.len {
             Step::Done(Ok(()))
         } else {
             Step::Again
@@ -181,15 +173,10 @@ pub(super) mod tests {
             volume: 0,
             io: IoId(1),
             request: None,
-            code,
-            file: File::Cache,
-            offset: 0,
-            address: 0,
-            len,
+            moving: Move::new(code, File::Cache, 0, 0, len),
             done: 0,
             tries: 0,
             since_ns: 0,
-            hold: Hold::Nothing,
         }
     }
 
@@ -218,11 +205,11 @@ pub(super) mod tests {
     #[test]
     fn read_that_fails_by_the_page_cache_is_read_whole_past_it() {
         let mut op = op(Code::Read, 4096);
-        op.file = File::CachePages;
+        op.moving.file = File::CachePages;
         assert_eq!(op.advance(100), Step::Again);
         assert_eq!(op.advance(-libc::EIO), Step::Done(Err(libc::EIO)));
         op.go_around_pages();
-        assert_eq!((op.file, op.done), (File::Cache, 0));
+        assert_eq!((op.moving.file, op.done), (File::Cache, 0));
         assert_eq!(op.advance(4096), Step::Done(Ok(())));
     }
 

@@ -21,8 +21,8 @@ const COMPLETION_ENTRIES: u32 = 8 * SUBMISSION_ENTRIES;
 const LOOSE_ENTRIES: u16 = 1024;
 
 /// Indexes in the ring's table of registered files: of the cache device, and of its other file.
-const CACHE_FILE: u32 = 0;
-const CACHE_PAGES_FILE: u32 = 1;
+const CACHE_FILE: RawFd = 0;
+const CACHE_PAGES_FILE: RawFd = 1;
 
 /// A completion, copied out of the queue.
 #[derive(Clone, Copy, Debug)]
@@ -98,19 +98,20 @@ impl Ring {
         })
     }
 
-    /// Builds an entry for `file`, by way of the table of registered files where it is in it.
+    /// The entry for `file` that `make` makes, by way of the table of registered files where it is in it.
     pub(super) fn entry_for(
         &self,
         file: File,
-        fixed: impl FnOnce(types::Fixed) -> squeue::Entry,
-        plain: impl FnOnce(types::Fd) -> squeue::Entry,
+        make: impl FnOnce(types::Fd) -> squeue::Entry,
     ) -> squeue::Entry {
-        match file {
-            File::Cache if self.cache_registered => fixed(types::Fixed(CACHE_FILE)),
-            File::Cache => plain(types::Fd(self.cache_fd)),
-            File::CachePages if self.cache_registered => fixed(types::Fixed(CACHE_PAGES_FILE)),
-            File::CachePages => plain(types::Fd(self.cache_pages_fd)),
-            File::Fd(fd) => plain(types::Fd(fd)),
+        let (registered, fd) = match file {
+            File::Cache => (CACHE_FILE, self.cache_fd),
+            File::CachePages => (CACHE_PAGES_FILE, self.cache_pages_fd),
+            File::Fd(fd) => return make(types::Fd(fd)),
+        };
+        match self.cache_registered {
+            true => make(types::Fd(registered)).flags(squeue::Flags::FIXED_FILE),
+            false => make(types::Fd(fd)),
         }
     }
 
@@ -269,6 +270,19 @@ mod tests {
         let mut names: Vec<u64> = seen.iter().map(|c| c.user_data).collect();
         names.sort_unstable();
         assert!(names.iter().copied().eq(0..count));
+    }
+
+    #[test]
+    fn entry_for_a_registered_file_is_what_the_library_makes_of_its_index() {
+        let (ring, _file) = ring();
+        assert!(ring.cache_registered);
+        let bytes = |entry: squeue::Entry| {
+            // SAFETY: the kernel's struct, 64 bytes by their numbers, all of them set.
+            unsafe { std::mem::transmute::<squeue::Entry, [u8; 64]>(entry) }
+        };
+        let made = ring.entry_for(File::CachePages, |fd| opcode::Fsync::new(fd).build());
+        let index = types::Fixed(CACHE_PAGES_FILE.cast_unsigned());
+        assert_eq!(bytes(made), bytes(opcode::Fsync::new(index).build()));
     }
 
     #[test]

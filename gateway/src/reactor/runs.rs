@@ -51,19 +51,19 @@ impl Run {
     /// Whether this write follows those in it, and there is room.
     fn takes(&self, op: &CacheOp) -> bool {
         self.is_fill == op.request.is_none()
-            && self.begin + u64::from(self.bytes) == op.offset
-            && op.len <= longest_with(op) - self.bytes
+            && self.begin + u64::from(self.bytes) == op.moving.offset
+            && op.moving.len <= longest_with(op) - self.bytes
     }
 
     fn push(&mut self, index: u32, op: &CacheOp) {
         if self.ops.is_empty() {
-            self.begin = op.offset;
+            self.begin = op.moving.offset;
             self.is_fill = op.request.is_none();
         }
-        self.bytes += op.len;
+        self.bytes += op.moving.len;
         self.parts.push(libc::iovec {
-            iov_base: op.address as *mut libc::c_void,
-            iov_len: op.len as usize,
+            iov_base: op.moving.address as *mut libc::c_void,
+            iov_len: op.moving.len as usize,
         });
         self.ops.push(index);
     }
@@ -88,9 +88,9 @@ pub(super) struct Runs {
 impl Runs {
     /// Whether such a write may be part of a run: a request's or a fill, and not a large one.
     pub(super) const fn may_take(op: &CacheOp) -> bool {
-        matches!(op.code, Code::Write { durable: false })
-            && matches!(op.file, File::Cache)
-            && op.len <= longest_with(op) / 2
+        matches!(op.moving.code, Code::Write { durable: false })
+            && matches!(op.moving.file, File::Cache)
+            && op.moving.len <= longest_with(op) / 2
     }
 }
 
@@ -119,11 +119,9 @@ impl Core {
         let count = u32::try_from(run.parts.len()).expect("a run is short");
         let index = self.runs.under_way.insert(run);
         let index = u32::try_from(index).expect("no more runs than operations");
-        let entry = self.ring.entry_for(
-            File::Cache,
-            |fd| opcode::Writev::new(fd, parts, count).offset(begin).build(),
-            |fd| opcode::Writev::new(fd, parts, count).offset(begin).build(),
-        );
+        let entry = self.ring.entry_for(File::Cache, |fd| {
+            opcode::Writev::new(fd, parts, count).offset(begin).build()
+        });
         // SAFETY: the list of parts lies on the heap, owned by a run that stays in the table until its completion is
         // taken; the parts are what the operations hold, by `submit_op`, and no operation ends before its run.
         unsafe {
@@ -137,7 +135,7 @@ impl Core {
         let is_whole = u32::try_from(result) == Ok(run.bytes);
         for index in run.ops.drain(..) {
             if is_whole {
-                let len = self.ops[index as usize].len;
+                let len = self.ops[index as usize].moving.len;
                 let len = i32::try_from(len).expect("a part of a run is small");
                 self.op_done(index, len);
             } else {
@@ -155,11 +153,9 @@ mod tests {
     use crate::reactor::op::tests::op;
 
     fn write(request: Option<usize>, offset: u64, len: u32) -> CacheOp {
-        CacheOp {
-            request,
-            offset,
-            ..op(Code::Write { durable: false }, len)
-        }
+        let mut op = op(Code::Write { durable: false }, len);
+        (op.request, op.moving.offset) = (request, offset);
+        op
     }
 
     #[test]
@@ -182,10 +178,6 @@ mod tests {
                 "full"
             );
         }
-        let flushed = CacheOp {
-            code: Code::Write { durable: true },
-            ..write(None, 0, 4096)
-        };
-        assert!(!Runs::may_take(&flushed));
+        assert!(!Runs::may_take(&op(Code::Write { durable: true }, 4096)));
     }
 }

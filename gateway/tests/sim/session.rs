@@ -310,7 +310,11 @@ impl Session {
     fn take(&mut self, actions: Vec<Action>, cx: &mut Cx<'_>) -> Result<(), Died> {
         for action in actions {
             cx.outcome.coverage.asks(&action);
-            if let Action::Missed { .. } | Action::Waited { .. } | Action::WritesWait(_) = action {
+            if let Action::Missed { .. }
+            | Action::Waited { .. }
+            | Action::WritesWait(_)
+            | Action::Folded(_) = action
+            {
                 // Said, not asked for: no step at which the host could die.
                 continue;
             }

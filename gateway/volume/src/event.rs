@@ -14,6 +14,7 @@ use quarry_objfmt::{
     ChunkId, ChunkSeq, Generation, Lba, LbaRange, MapEntry, Record, Sectors, SegmentId, WriteSeq,
 };
 
+use crate::log::FrozenLog;
 use crate::map::{MapRoot, Node, NodeRef};
 
 /// The front end's name for a request in flight: unique among those of one volume.
@@ -161,8 +162,8 @@ pub struct CheckpointPlan {
     pub upto: ChunkSeq,
     /// The newest write folded in.
     pub last_write: WriteSeq,
-    /// The new entries: sorted, disjoint, each newer than all that the map holds there.
-    pub entries: Arc<Vec<MapEntry>>,
+    /// What is new: each run newer than all that the map holds there.
+    pub log: FrozenLog,
 }
 
 /// What a volume is told.
@@ -400,6 +401,9 @@ pub enum Action {
     Upload(ChunkPlan),
     /// Fold the log into the map and move `head`; answer `Checkpointed` or `Fenced`.
     Checkpoint(CheckpointPlan),
+    /// A checkpoint's log, which nothing is read by any more. To be dropped where nobody waits for it: it is long, and
+    /// here all volumes do. Nothing comes back.
+    Folded(FrozenLog),
     /// The answer to [`Op::Status`], which is completed next. Done at once, before any action that comes
     /// after it; nothing comes back.
     Status {

@@ -8,6 +8,7 @@
 
 pub mod event;
 mod kept;
+mod log;
 pub mod map;
 mod volume;
 
@@ -16,6 +17,7 @@ pub use event::{
     IoId, Op, PlannedExtent, Report, Request, RequestId, StatusRun, WarmEnd, WriteWait,
 };
 pub use kept::{FrameName, KeptFrames};
+pub use log::FrozenLog;
 pub use volume::{
     CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, Opened, Prepared, STATUS_RUNS_MAX, Shared, Tuning,
     Volume, VolumeParams, VolumeState, VolumeStats, WARM_SECTORS_MAX,

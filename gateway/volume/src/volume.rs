@@ -36,13 +36,14 @@ use quarry_cache::{Branch, Cache, CacheLoc, Carried, ExtentMap, Mutation};
 use quarry_objfmt::head::Durability;
 use quarry_objfmt::page::{Record, SegmentKind};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, Location, MapEntry, Sectors, SegmentId,
-    TenantName, VolumeId, WriteSeq,
+    ChunkId, ChunkSeq, Epoch, Generation, Lba, LbaRange, MapEntry, Sectors, SegmentId, TenantName,
+    VolumeId, WriteSeq,
 };
 use slab::Slab;
 
 use crate::event::{Action, Event, IoError, IoId, Op, Report, Request};
 use crate::kept::KeptFrames;
+use crate::log::{Committed, FrozenLog};
 use crate::map::{MapRoot, Node, NodeCache, NodeRef, Nodes};
 
 /// What all volumes of a daemon share. The driver locks it once for a batch of events.
@@ -247,19 +248,6 @@ impl Carried for Dirty {
     }
 }
 
-/// A committed run's location, as the layers keep it.
-#[derive(Clone, Copy, Debug)]
-struct Committed(Location);
-
-impl Carried for Committed {
-    fn skip(self, n: Sectors) -> Self {
-        match self.0 {
-            Location::Zero => self,
-            Location::Data(at) => Self(Location::Data(at.skip(sectors_u32(n)))),
-        }
-    }
-}
-
 /// A request in flight.
 #[derive(Debug)]
 struct Active {
@@ -361,7 +349,7 @@ pub struct Volume {
 
     dirty: ExtentMap<Dirty>,
     tail: ExtentMap<Committed>,
-    frozen: Option<ExtentMap<Committed>>,
+    frozen: Option<FrozenLog>,
     root: Arc<MapRoot>,
     /// How many were here before it.
     maps: u64,
@@ -582,7 +570,7 @@ impl Volume {
 
     /// What is in the store and not in the map.
     fn log_entries(&self) -> usize {
-        self.tail.len() + self.frozen.as_ref().map_or(0, ExtentMap::len)
+        self.tail.len() + self.frozen.as_ref().map_or(0, |log| log.runs().len())
     }
 
     fn request(&mut self, request: Request, cx: &mut Cx<'_>) {
@@ -858,11 +846,11 @@ fn io_key(io: IoId) -> usize {
     usize::try_from(io.0).expect("I/O names are slab keys")
 }
 
-fn sectors_u32(n: Sectors) -> u32 {
+pub(crate) fn sectors_u32(n: Sectors) -> u32 {
     u32::try_from(n.get()).expect("a run inside a segment or a frame is short")
 }
 
-fn entry_range(entry: &MapEntry) -> LbaRange {
+pub(crate) fn entry_range(entry: &MapEntry) -> LbaRange {
     LbaRange::new(entry.start, Sectors::new(u64::from(entry.len)))
         .expect("entries were checked when decoded")
 }

@@ -561,8 +561,8 @@ impl World {
                 };
                 self.store.next_map += 1;
                 let mut builder = MapObjectBuilder::new(id);
-                for entry in plan.entries.iter() {
-                    builder.push(*entry).unwrap();
+                for entry in plan.log.entries() {
+                    builder.push(entry).unwrap();
                 }
                 let table = builder.finish_table().unwrap();
                 self.store.maps.insert(id, builder.into_bytes());
@@ -588,6 +588,7 @@ impl World {
             Action::Report(report) => {
                 self.damage_told += usize::from(matches!(report, Report::Damaged { .. }));
             }
+            Action::Folded(_) => {}
             Action::Journal { .. }
             | Action::Status { .. }
             | Action::Missed { .. }

@@ -275,9 +275,9 @@ impl Bench {
         let plan = CheckpointPlan {
             upto: ChunkSeq::new(writer.next_chunk - 1),
             last_write: WriteSeq::new(writer.last_write),
-            entries: Arc::new(std::mem::take(&mut writer.unfolded).into_values().collect()),
+            log: std::mem::take(&mut writer.unfolded).into_values().collect(),
         };
-        checkpoint::run(&writer.backend, &plan).await.unwrap();
+        checkpoint::run(&writer.backend, plan).await.unwrap();
         // What reclaims space takes its turn.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -270,7 +270,7 @@ impl Volume {
                         Branch::FoundInLog.taken();
                         told.committed(part, found.0);
                     }
-                    (None, Some(frozen)) => frozen.visit(part, |part, found| match found {
+                    (None, Some(frozen)) => frozen.runs().visit(part, |part, found| match found {
                         Some(found) => {
                             Branch::FoundInFolding.taken();
                             told.committed(part, found.0);

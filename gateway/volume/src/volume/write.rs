@@ -653,7 +653,7 @@ impl Volume {
             && self
                 .frozen
                 .as_ref()
-                .is_none_or(|frozen| frozen.has_none_of(range))
+                .is_none_or(|frozen| frozen.runs().has_none_of(range))
             && self.root.is_hole_quick(range)
     }
 }

@@ -10,15 +10,13 @@ use std::sync::Arc;
 
 use quarry_cache::{Branch, CacheLoc, Carried, CleanRun, ExtentMap, Mutation};
 use quarry_objfmt::page::{Record, RecordBody};
-use quarry_objfmt::{ChunkId, ChunkSeq, Lba, LbaRange, MapEntry, Sectors, WriteSeq};
+use quarry_objfmt::{ChunkId, ChunkSeq, LbaRange, MapEntry, Sectors, WriteSeq};
 
 use super::write::record_range;
-use super::{Committed, Cx, Queue, Volume, VolumeState, entry_range, sectors_u32};
+use super::{Cx, Queue, Volume, VolumeState, entry_range, sectors_u32};
 use crate::event::{Action, CheckpointPlan, ChunkPlan, ExtentSource, IoId, PlannedExtent};
+use crate::log::{Committed, FrozenLog};
 use crate::map::MapRoot;
-
-/// Longest map entry, whose length is 32 bits.
-const ENTRY_SECTORS_MAX: usize = 1 << 31;
 
 /// A chunk on its way to the store.
 #[derive(Debug)]
@@ -381,15 +379,8 @@ impl Volume {
             Branch::CheckpointByEntries
         };
         why.taken();
-        let frozen = std::mem::take(&mut self.tail);
-        // All at once: it is long, and made under the lock that all reactors share.
-        let mut entries = Vec::with_capacity(frozen.len());
-        entries.extend(
-            frozen
-                .iter()
-                .flat_map(|(range, found)| committed_entries(range, found)),
-        );
-        self.frozen = Some(frozen);
+        let log = FrozenLog::new(std::mem::take(&mut self.tail));
+        self.frozen = Some(log.clone());
         self.writeback.checkpoint_log = std::mem::take(&mut self.writeback.log);
         self.writeback.checkpoint_upto = Some(upto);
         let last_write = self.writeback.committed;
@@ -397,7 +388,7 @@ impl Volume {
         cx.out.push(Action::Checkpoint(CheckpointPlan {
             upto,
             last_write,
-            entries: Arc::new(entries),
+            log,
         }));
     }
 
@@ -416,7 +407,7 @@ impl Volume {
             "one checkpoint at a time"
         );
         self.use_map(root);
-        self.frozen = None;
+        cx.out.extend(self.frozen.take().map(Action::Folded));
         self.writeback.folded = self.writeback.checkpoint_write;
         self.stats.checkpoints += 1;
         if self.writes.anybody_waits() {
@@ -430,7 +421,7 @@ impl Volume {
     /// The log goes on, longer; what was to be folded lies under what came since.
     pub(super) fn checkpoint_failed(&mut self, cx: &mut Cx<'_>) {
         let frozen = self.frozen.take().expect("a checkpoint was under way");
-        let newer = std::mem::replace(&mut self.tail, frozen);
+        let newer = std::mem::replace(&mut self.tail, frozen.thaw());
         for (range, found) in newer.iter() {
             self.tail.insert(range, found);
         }
@@ -488,19 +479,6 @@ impl Volume {
             self.give_up_segments(cx);
         }
     }
-}
-
-/// A run of the log as map entries: one, but for runs of zeroes longer than an entry can say.
-fn committed_entries(range: LbaRange, found: Committed) -> impl Iterator<Item = MapEntry> {
-    let (start, end) = (range.start.get(), range.end.get());
-    (start..end)
-        .step_by(ENTRY_SECTORS_MAX)
-        .map(move |from| MapEntry {
-            start: Lba::new(from),
-            len: u32::try_from((end - from).min(ENTRY_SECTORS_MAX as u64))
-                .expect("bounded just now"),
-            location: found.skip(Sectors::new(from - start)).0,
-        })
 }
 
 /// The extents of a chunk, data in the order of their places on the cache device: that is the
