@@ -114,18 +114,42 @@ impl Drop for AlignedBuf {
 /// Buffers that others had, which come back from whichever thread drops them.
 #[derive(Default)]
 struct Returned {
+    /// Which those that are kept are counted in; none: in none.
+    budget: Option<Arc<Budget>>,
     buffers: Vec<AlignedBuf>,
     /// How many bytes of them are kept.
     bytes_max: usize,
 }
 
 impl Returned {
+    fn bytes(&self) -> usize {
+        self.buffers.iter().map(AlignedBuf::capacity).sum()
+    }
+
+    /// Keeps one, which the budget has then, if there is room and the budget is ample.
+    fn add(&mut self, buffer: AlignedBuf) {
+        let size = buffer.capacity();
+        if self.bytes() + size > self.bytes_max {
+            return;
+        }
+        if let Some(budget) = &self.budget {
+            if !budget.is_ample() {
+                return;
+            }
+            budget.take(size);
+        }
+        self.buffers.push(buffer);
+    }
+
     fn trim(&mut self) {
-        let mut bytes: usize = self.buffers.iter().map(AlignedBuf::capacity).sum();
+        let mut bytes = self.bytes();
         while bytes > self.bytes_max
             && let Some(buffer) = self.buffers.pop()
         {
             bytes -= buffer.capacity();
+            if let Some(budget) = &self.budget {
+                budget.give(buffer.capacity());
+            }
         }
     }
 }
@@ -153,9 +177,9 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let mut returned = self.to.lock();
-        returned.buffers.extend(self.buffer.take());
-        returned.trim();
+        if let Some(buffer) = self.buffer.take() {
+            self.to.lock().add(buffer);
+        }
     }
 }
 
@@ -180,7 +204,7 @@ impl Total {
     }
 }
 
-/// Memory that some pools may have together, out or kept for reuse; what was lent is not theirs.
+/// Memory that some pools may have together, out or kept for reuse; what is lent is not theirs until it came back and is kept.
 #[derive(Debug)]
 pub(crate) struct Budget {
     used: AtomicUsize,
@@ -236,7 +260,7 @@ impl Budget {
 ///
 /// What a buffer held stays in it: of one that serves several clients no more may leave than was written to it since.
 pub(crate) struct Pool {
-    /// Which what is out and what is free is counted in; none: in none.
+    /// Which what is out, what is free and what came back is counted in; none: in none.
     budget: Option<Arc<Budget>>,
     free: [Vec<AlignedBuf>; CLASSES],
     free_bytes: usize,
@@ -362,7 +386,7 @@ impl Pool {
     }
 
     /// The first `len` bytes of a buffer, for others to read, whoever they are; it is in use no more, and its memory comes back
-    /// when they drop it.
+    /// when they drop it, or is freed then if the budget is not ample.
     ///
     /// # Panics
     /// If it is not as long.
@@ -370,7 +394,13 @@ impl Pool {
         assert!(len <= buf.capacity(), "more bytes than the buffer holds");
         self.out_bytes -= buf.capacity();
         self.discharge(buf.capacity());
-        let to = Arc::clone(self.returned.get_or_insert_default());
+        let budget = &self.budget;
+        let to = Arc::clone(self.returned.get_or_insert_with(|| {
+            Arc::new(Mutex::new(Returned {
+                budget: budget.clone(),
+                ..Returned::default()
+            }))
+        }));
         self.trim();
         Bytes::from_owner(Lent {
             buffer: Some(buf),
@@ -379,18 +409,13 @@ impl Pool {
         })
     }
 
-    /// Takes back those that were lent and dropped.
+    /// Takes back those that were lent and dropped, which are counted already.
     fn collect(&mut self) {
         let Some(returned) = &self.returned else {
             return;
         };
         let back = mem::take(&mut returned.lock().buffers);
         for buf in back {
-            let held = self.out_bytes + self.free_bytes;
-            let fits = |budget: &Arc<Budget>| budget.try_take(buf.capacity(), held);
-            if !self.budget.as_ref().is_none_or(fits) {
-                continue;
-            }
             self.free_bytes += buf.capacity();
             self.free[class_of(buf.capacity())].push(buf);
         }
@@ -541,6 +566,64 @@ mod tests {
         pool.give(busy);
         let returned = pool.returned.as_ref().unwrap().lock().buffers.len();
         assert_eq!(returned, 1);
+    }
+
+    #[test]
+    fn buffers_that_come_back_are_within_the_budget_of_their_pools() {
+        const PIECE: usize = 64 << 10;
+        let total = Total::new(64 * PIECE);
+        let budget = Budget::new(&total, 0, 32 * PIECE);
+        let mut pools: Vec<_> = (0..100)
+            .map(|_| Pool::new(64 * PIECE, 4 * PIECE).within(Arc::clone(&budget)))
+            .collect();
+        let mut lent: [Vec<Bytes>; 5] = Default::default();
+        for pool in &mut pools {
+            let out = [(); 5].map(|()| pool.take(PIECE).unwrap());
+            for (lent, buf) in lent.iter_mut().zip(out) {
+                lent.push(pool.lend(buf, PIECE));
+            }
+        }
+        assert_eq!(total.used(), 0, "what is lent is others'");
+        let [late, back @ ..] = lent;
+        let threads = back.map(|back| std::thread::spawn(move || drop(back)));
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let returned = |pool: &Pool| pool.returned.as_ref().unwrap().lock().bytes();
+        let kept: usize = pools.iter().map(returned).sum();
+        // Half of the budget, and one more of each thread.
+        assert!((17..=20).contains(&(kept / PIECE)), "{kept}");
+        assert_eq!(total.used(), kept);
+        drop(pools);
+        assert_eq!(total.used(), 0);
+        drop(late);
+        assert_eq!(total.used(), 0, "kept for nobody");
+    }
+
+    #[test]
+    fn buffers_that_come_back_and_are_taken_again_are_counted_once() {
+        const MIB: usize = 1 << 20;
+        let total = Total::new(64 * MIB);
+        let budget = Budget::new(&total, 0, 32 * MIB);
+        let mut pool = Pool::new(64 * MIB, MIB)
+            .keeping_while_busy(2 * MIB)
+            .within(budget);
+        let [busy, out @ ..] = [(); 4].map(|()| pool.take(MIB).unwrap());
+        let lent = out.map(|buf| pool.lend(buf, MIB));
+        assert_eq!(total.used(), MIB);
+        drop(lent);
+        assert_eq!(total.used(), 3 * MIB, "two are kept");
+        let again = [(); 2].map(|()| pool.take(MIB).unwrap());
+        assert_eq!((pool.out_bytes(), total.used()), (3 * MIB, 3 * MIB));
+        // One that is given back and one that comes back are kept, when nobody is busy any more.
+        drop(again.map(|buf| pool.lend(buf, MIB)));
+        assert_eq!(total.used(), 3 * MIB);
+        pool.give(busy);
+        assert_eq!((pool.out_bytes(), total.used()), (0, 2 * MIB));
+        let out = [(); 2].map(|()| pool.take(MIB).unwrap());
+        assert_eq!((pool.out_bytes(), total.used()), (2 * MIB, 2 * MIB));
+        drop((pool, out));
+        assert_eq!(total.used(), 0);
     }
 
     #[test]
