@@ -68,6 +68,9 @@ const MISCONFIGURED: u8 = 78;
 /// The program.
 #[must_use]
 pub fn main() -> ExitCode {
+    if let Some(code) = crate::ublk::apart::main(std::env::args_os()) {
+        return code;
+    }
     ExitCode::from(run(
         std::env::args_os(),
         &mut io::stdout(),

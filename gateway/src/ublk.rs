@@ -12,6 +12,7 @@
 //! - The link under `/dev/quarry` exists only while the device node does.
 //! - A start that succeeds has given the device the owner and the mode that were asked for.
 
+pub(crate) mod apart;
 mod control;
 mod link;
 mod node;

@@ -50,6 +50,15 @@ cmp -n 4194304 /mnt/data "$kept" || fail "the device that is wanted has lost its
 [[ $(counter quarry_volume_copied_bytes_total kept) == 0 ]] || fail "hits of a zero-copy device were copied"
 quarry volume attach acme/unlisted --via ublk
 cmp -n 4194304 /mnt/data "$(node unlisted)" || fail "the unlisted volume has lost its data"
+# Somebody who has a device open waits for nothing, nor does its detach for him; what others wrote to its page cache
+# is the volume's.
+exec 9<"$(node kept)"
+dd if=/dev/urandom of=/mnt/unsynced bs=64k count=16 status=none
+dd if=/mnt/unsynced of="$(node kept)" bs=64k seek=512 conv=notrunc status=none
+timeout 20 "$QUARRY_BIN" volume detach acme/kept || fail "a detach waits for somebody who has the device open"
+exec 9<&-
+quarry volume attach acme/kept --via ublk
+cmp -n 1048576 /mnt/unsynced "$(node kept)" 0 33554432 || fail "what was in the page cache is lost"
 for name in kept unlisted; do
     quarry volume detach "acme/$name"
 done

@@ -129,6 +129,30 @@ for signal in TERM KILL; do
 done
 cmp "$disk" /mnt/data || fail "the volume is not what was written"
 
+# A daemon that is killed while it stops a device, which waits for a read that waits for the store, ends all the same; the
+# next one serves the volume by another device, for of that one nothing is left.
+sleep 5
+quarry volume evict "$volume" >/dev/null
+mood stall
+dd if="$disk" of=/dev/null bs=64k skip=77 count=1 iflag=direct status=none 2>/dev/null &
+reader=$!
+sleep 0.5
+"$QUARRY_BIN" volume detach "$volume" >/dev/null 2>&1 &
+detacher=$!
+sleep 1
+kill -KILL "$daemon"
+for _ in $(seq 100); do
+    [[ $(find "/proc/$daemon/task" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l) -le 1 ]] && break
+    sleep 0.1
+done
+[[ $(find "/proc/$daemon/task" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l) -le 1 ]] || fail "a daemon that stops a device cannot die"
+wait "$daemon" 2>/dev/null || true
+mood calm
+start_daemon
+wait "$reader" "$detacher" 2>/dev/null || true
+disk=$(await_device)
+cmp "$disk" /mnt/data || fail "the volume is not what was written"
+
 quarry volume detach "$volume" --output json
 quarry volume create acme/packed --size 1MiB
 quarry volume attach acme/packed --via ublk --direct-reads 2>&1 | grep -q 'no direct reads: the volume was created with --compression lz4' ||

@@ -4,7 +4,8 @@
 //! a control object must not leave its thread; and a command may wait in the kernel for the
 //! device's own requests (starting reads the partition table, stopping writes the page cache back),
 //! so that one stalled volume must not hold up the others' commands. No control object outlives its
-//! command: the kernel and the file under `/run/ublksrvd` are the state.
+//! command: the kernel and the file under `/run/ublksrvd` are the state. What no signal ends of these waits is a
+//! child's ([`super::apart`]).
 //!
 //! A device is started in this order, and a crash between two steps leaves what is said:
 //! 1. add: a dead device without a file, which serves nobody; [`Control::find`] shows it by its word.
@@ -17,7 +18,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ use quarry_objfmt::{Sectors, TenantName, VolumeId};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use tokio::sync::{Semaphore, oneshot};
 
+use super::apart::{self, Answer, Task};
 use super::stamp::{self, Stamp};
 use super::udev::Udev;
 use super::{
@@ -238,9 +240,9 @@ impl Control {
         self.run(Some(&spec.tenant), command).await
     }
 
-    /// Stops and deletes a volume's device. What the page cache holds for it is written first, so
+    /// Stops and deletes a volume's device. What the page cache holds for it is written first, unless `force`, so
     /// the volume must still be served: its front ends are stopped *after* this. A device that is
-    /// gone already is fine.
+    /// gone already is fine. Its number is free when the last who has it open has closed it.
     ///
     /// # Errors
     /// [`UblkError::InUse`] unless `force`: with it, whoever uses the device gets errors.
@@ -298,7 +300,7 @@ impl Control {
 /// Makes the calling thread fit for commands: no signal may end a wait for the kernel early, as
 /// libublk would take the command for failed while the kernel still writes into its buffer; and its
 /// memory must not be reclaimed through the very device that it stops.
-fn prepare_thread() {
+pub(super) fn prepare_thread() {
     let mut all = std::mem::MaybeUninit::uninit();
     // SAFETY: it writes the set it is given.
     unsafe { libc::sigfillset(all.as_mut_ptr()) };
@@ -366,20 +368,22 @@ fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<
         Err(error) => {
             // Takes the commands from the queue, if it has any: the queue ends, the character
             // device is closed, and only then does the deletion return.
-            let _ = ctrl.kill_dev();
+            let _ = apart::stop_device(id, spec.volume, false);
             Udev::default().forget(id, spec.volume);
             Err(error)
         }
     }
 }
 
-/// Takes the I/O scheduler from a new device: the kernel gives one (mq-deadline) to each device of one
-/// queue, for disks that seek. Who wants one all the same sets it afterwards, and keeps it over a
-/// takeover.
+/// Takes the I/O scheduler from a new device, if it has one.
 fn drop_scheduler(id: u32) {
-    let path = format!("/sys/block/ublkb{id}/queue/scheduler");
-    if let Err(error) = fs::write(&path, "none") {
-        tracing::debug!(path, %error, "the device's I/O scheduler stays");
+    let schedulers = fs::read_to_string(format!("/sys/block/ublkb{id}/queue/scheduler"));
+    if schedulers.is_ok_and(|schedulers| schedulers.contains("[none]")) {
+        return;
+    }
+    match apart::run(Task::DropScheduler { id }) {
+        Ok(Answer::Done) => {}
+        answer => tracing::debug!(device = id, ?answer, "the device's I/O scheduler stays"),
     }
 }
 
@@ -623,17 +627,12 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
         Err(error) => return Err(error),
     };
     let node = PathBuf::from(ctrl.get_bdev_path());
-    if !force && is_in_use(&node) {
-        return Err(UblkError::InUse { node });
-    }
+    apart::stop_device(id, stamp.volume, !force)?;
     let name = short_name(&stamp.name, stamp.snapshot.as_ref(), stamp.at);
     link::remove(link_root, &stamp.tenant, &name, &node);
-    ctrl.kill_dev()
-        .and_then(done)
-        .map_err(|error| command(id, "stopping it", error))?;
     // While the number is still this device's.
     Udev::default().forget(id, stamp.volume);
-    match ctrl.del_dev().and_then(done) {
+    match delete(&ctrl) {
         Ok(()) => {}
         Err(error) if errno(&error) == Some(libc::ENODEV) => {}
         Err(error) => return Err(command(id, "deleting it", error)),
@@ -642,14 +641,15 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
     Ok(())
 }
 
-/// Whether somebody holds the device for himself alone. Only a live disk can be asked: the others
-/// do not answer, and then the answer is no.
-fn is_in_use(node: &Path) -> bool {
-    let opened = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
-        .open(node);
-    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+/// Deletes a device that was stopped. Does not wait for who still has it open, whoever that is, where the driver can do
+/// so (from Linux 6.9 on).
+fn delete(ctrl: &UblkCtrl) -> Result<(), libublk::UblkError> {
+    match ctrl.del_dev_async().and_then(done) {
+        Err(error) if matches!(errno(&error), Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
+            ctrl.del_dev().and_then(done)
+        }
+        deleted => deleted,
+    }
 }
 
 /// The control object of a device that exists and is `volume`'s; `ENODEV` if there is none.
@@ -667,7 +667,7 @@ fn open(id: u32, volume: VolumeId) -> Result<UblkCtrl, UblkError> {
 }
 
 /// The control object of a device that exists.
-fn simple(id: u32) -> Result<UblkCtrl, libublk::UblkError> {
+pub(super) fn simple(id: u32) -> Result<UblkCtrl, libublk::UblkError> {
     UblkCtrl::new_simple(i32::try_from(id).map_err(|_| libublk::UblkError::InvalidVal)?)
 }
 
@@ -689,7 +689,7 @@ fn wait_for_node(ctrl: &UblkCtrl) -> Result<PathBuf, UblkError> {
 }
 
 /// libublk counts `EBUSY` among the successes.
-fn done(answer: i32) -> Result<(), libublk::UblkError> {
+pub(super) fn done(answer: i32) -> Result<(), libublk::UblkError> {
     if answer < 0 {
         Err(libublk::UblkError::UringIOError(answer))
     } else {
@@ -697,7 +697,7 @@ fn done(answer: i32) -> Result<(), libublk::UblkError> {
     }
 }
 
-fn errno(error: &libublk::UblkError) -> Option<i32> {
+pub(super) fn errno(error: &libublk::UblkError) -> Option<i32> {
     match error {
         libublk::UblkError::UringIOError(code) | libublk::UblkError::OtherError(code) => {
             Some(code.abs())
@@ -707,7 +707,7 @@ fn errno(error: &libublk::UblkError) -> Option<i32> {
     }
 }
 
-fn command(id: u32, doing: &'static str, error: libublk::UblkError) -> UblkError {
+pub(super) fn command(id: u32, doing: &'static str, error: libublk::UblkError) -> UblkError {
     let source = match (errno(&error), error) {
         (Some(code), _) => io::Error::from_raw_os_error(code),
         (None, libublk::UblkError::IOError(error)) => error,
