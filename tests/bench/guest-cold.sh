@@ -4,15 +4,11 @@
 # usage: guest-cold.sh DIRECTORY ROUNDS BENCH
 dir=$1 rounds=$2 bench=$3
 state=/mnt/state cache=/mnt/cache cache_size=960MiB
-export AWS_ACCESS_KEY_ID=bench AWS_SECRET_ACCESS_KEY=not-a-secret AWS_REGION=us-east-1
 # shellcheck source=../vm/guest.sh
 source "$(dirname "$0")/../vm/guest.sh"
+# shellcheck source=guest-store.sh
+source "$(dirname "$0")/guest-store.sh"
 size_mib=256
-
-# It lives as long as its input is open.
-coproc server { exec "$bench" store --delay-ms 0 --memory-mib 1024; }
-read -r address <&"${server[0]}" || fail "no S3 server"
-export AWS_ENDPOINT_URL=http://$address store=s3://bench/quarry
 
 # VOLUME OPTIONS...: of fio, on what the cache lacks, in JSON.
 cold() {
@@ -41,16 +37,17 @@ threads = 1
 hot_set = false
 TOML
 export QUARRY_CONFIG=/mnt/quarry.toml
+start_server
 start_daemon
 quarry tenant create acme
 for name in disk direct; do
     quarry volume create acme/$name --size ${size_mib}MiB --compression none >/dev/null
     [[ $name == direct ]] && flag=--direct-reads || flag=
     # shellcheck disable=SC2086 # none, or one
-    quarry volume attach acme/$name --via ublk $flag >/dev/null
+    quarry volume attach acme/$name --via ublk $flag >/dev/null 2>&1
     fio --name=fill --filename=/dev/quarry/acme/$name --ioengine=io_uring --direct=1 --size=${size_mib}m --rw=write --bs=1m \
         --iodepth=4 --minimal --eta=never --output=/dev/null
-    quarry volume sync acme/$name >/dev/null
+    quarry volume sync acme/$name >/dev/null 2>&1
 done
 for round in $(seq "$rounds"); do
     read -r whole range _ < <("$bench" bare "$address" --mib $size_mib) || fail "the bare client"
@@ -63,6 +60,6 @@ for round in $(seq "$rounds"); do
     (($(counter direct_reads) - before > 400)) || fail "reads were not direct"
     echo "cold direct $round - $median"
 done
-for name in disk direct; do quarry volume detach acme/$name >/dev/null; done
+for name in disk direct; do quarry volume detach acme/$name >/dev/null 2>&1; done
 stop_daemon
-exec {server[1]}>&-
+stop_server

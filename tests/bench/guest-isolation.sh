@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # In the guest: the 99th percentile of one volume's 4 KiB hits, alone and beside another volume of the same reactor whose
 # every read waits for the store, in turns. Prints a line a round: isolation ALONE BESIDE, in microseconds.
-# usage: guest-isolation.sh DIRECTORY ROUNDS SECONDS
-# The store is in the guest's memory: a pipe in a chunk's place is a store that never answers.
-dir=/mnt/guest rounds=$2 seconds=$3
+# usage: guest-isolation.sh DIRECTORY ROUNDS SECONDS BENCH
+# The store is an S3 server in the guest, which is stopped: it takes connections and never answers.
+dir=$1 rounds=$2 seconds=$3 bench=$4
 state=/mnt/state cache=/mnt/cache cache_size=256MiB
-mkdir -p "$dir"
 # shellcheck source=../vm/guest.sh
 source "$(dirname "$0")/../vm/guest.sh"
+# shellcheck source=guest-store.sh
+source "$(dirname "$0")/guest-store.sh"
 
 node() { readlink -f "/dev/quarry/acme/$1"; }
 
@@ -26,6 +27,7 @@ threads = 1
 hot_set = false
 TOML
 export QUARRY_CONFIG=/mnt/quarry.toml
+start_server
 start_daemon
 quarry tenant create acme
 quarry volume create acme/stuck --size 64MiB --compression none >/dev/null
@@ -40,9 +42,6 @@ quarry volume attach acme/lively --via ublk >/dev/null
 fio --name=f --filename="$(node lively)" --rw=write --bs=1m --size=64m --direct=1 --minimal --output=/dev/null
 quarry volume sync acme/lively
 quarry volume detach acme/lively >/dev/null 2>&1
-id=$(quarry volume show acme/stuck --output json | python3 -c 'import json, sys; print(json.load(sys.stdin)["id"])')
-mapfile -t chunks < <(find "$dir/store" -type f -path "*$id/chunk/*" -size +1M)
-((${#chunks[@]} >= 4)) || fail "the stuck volume has ${#chunks[@]} chunks"
 
 for _ in $(seq "$rounds"); do
     # What the last round fetched is forgotten with a restart.
@@ -50,10 +49,7 @@ for _ in $(seq "$rounds"); do
     start_daemon
     for name in lively stuck; do quarry volume attach "acme/$name" --via ublk >/dev/null 2>&1; done
     dd if="$(node lively)" of=/dev/null bs=1M iflag=direct status=none
-    for chunk in "${chunks[@]}"; do
-        mv "$chunk" "$chunk.away"
-        mkfifo "$chunk"
-    done
+    kill -STOP "$server_PID"
     alone=$(p99)
     fio --name=s --filename="$(node stuck)" --ioengine=io_uring --direct=1 --rw=read --bs=1m --iodepth=24 --size=24m \
         --minimal --output=/dev/null >/dev/null 2>&1 &
@@ -63,15 +59,9 @@ for _ in $(seq "$rounds"); do
     read -r inflight _ <"/sys/block/$(basename "$(node stuck)")/inflight"
     ((inflight == 24)) || fail "$inflight reads were stuck, not 24"
     echo "isolation $alone $beside"
-    # The store answers again: whoever waits at a pipe finds it to be none, and asks once more.
-    for chunk in "${chunks[@]}"; do
-        mv "$chunk" "$chunk.pipe"
-        mv "$chunk.away" "$chunk"
-        exec 3<>"$chunk.pipe"
-        rm "$chunk.pipe"
-        exec 3>&-
-    done
+    kill -CONT "$server_PID"
     wait "$reader" || fail "a read that was stuck failed in the end"
     for name in lively stuck; do quarry volume detach "acme/$name" >/dev/null 2>&1; done
 done
 stop_daemon
+stop_server
