@@ -314,12 +314,16 @@ impl UblkQueue {
             {
                 self.make_bounced(tag, request, buffer, port);
             }
-            // The kernel had to give the write up, and came with another request.
-            _ => {
-                self.bounce.give(buffer);
-                self.arrived(tag, None, port);
-            }
+            _ => self.given_up(tag, buffer, port),
         }
+    }
+
+    /// The kernel had to give a write up whose data it was asked for, and came with another request.
+    fn given_up(&mut self, tag: u16, buffer: AlignedBuf, port: &mut Port<'_>) {
+        self.bounce.give(buffer);
+        self.arrived(tag, None, port);
+        // There may be no other buffer that comes back for those that wait.
+        self.serve_waiting(port);
     }
 
     fn make_bounced(
@@ -448,11 +452,7 @@ impl FrontEnd for UblkQueue {
                 let state = std::mem::replace(&mut self.tags[usize::from(tag)], Tag::Idle);
                 let copied = match state {
                     Tag::Copying(buffer) if result == OK => Some(buffer),
-                    Tag::Copying(buffer) => {
-                        // The kernel had to give the write up, and came with another one.
-                        self.bounce.give(buffer);
-                        None
-                    }
+                    Tag::Copying(buffer) => return self.given_up(tag, buffer, port),
                     _ => None,
                 };
                 self.arrived(tag, copied, port);
@@ -544,23 +544,27 @@ mod tests {
     /// Behind the descriptors' place, of which the kernel has a page for each queue.
     const SHARED_BYTES: u64 = sys::UBLKSRV_CMD_BUF_OFFSET as u64 + 4096;
 
-    /// A stopped queue answers nothing: what comes late stays with the kernel, for the next daemon. It
-    /// once asked the volume for a read whose pages were registered only after the stop, and failed it.
-    #[test]
-    fn request_whose_pages_are_registered_after_the_stop_is_kept_unanswered() -> io::Result<()> {
+    /// What the kernel shares: a queue's descriptors.
+    fn shared(descriptors: &[sys::ublksrv_io_desc]) -> io::Result<OwnedFd> {
         let shared = memfd_create("descriptors", MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&shared, SHARED_BYTES)?;
-        let read = sys::ublksrv_io_desc {
-            op_flags: sys::UBLK_IO_OP_READ,
-            nr_sectors: 8,
-            ..Default::default()
-        };
-        // SAFETY: a plain structure, of which each byte is one.
-        let bytes: [u8; 24] = unsafe { std::mem::transmute(read) };
-        rustix::io::pwrite(&shared, &bytes, sys::UBLKSRV_CMD_BUF_OFFSET.into())?;
+        for (tag, descriptor) in (0..).zip(descriptors) {
+            describe(&shared, tag, *descriptor)?;
+        }
+        Ok(shared)
+    }
 
-        let mut ring = Ring::new(shared.as_raw_fd(), None, 8)?;
-        let mut inbox = Inbox {
+    /// A request comes at a tag.
+    fn describe(shared: &OwnedFd, tag: u16, descriptor: sys::ublksrv_io_desc) -> io::Result<()> {
+        // SAFETY: a plain structure, of which each byte is one.
+        let bytes: [u8; 24] = unsafe { std::mem::transmute(descriptor) };
+        let at = u64::from(sys::UBLKSRV_CMD_BUF_OFFSET) + u64::from(tag) * 24;
+        rustix::io::pwrite(shared, &bytes, at)?;
+        Ok(())
+    }
+
+    fn inbox() -> Inbox {
+        Inbox {
             geometry: Geometry {
                 size: quarry_objfmt::Sectors::new(8),
                 sector_size: 512,
@@ -568,16 +572,33 @@ mod tests {
             },
             requests: Slab::new(),
             events: Vec::new(),
-        };
-        let mut pending = Pending::default();
-        let mut port = Port {
-            ring: &mut ring,
-            inbox: &mut inbox,
+        }
+    }
+
+    fn port<'a>(ring: &'a mut Ring, inbox: &'a mut Inbox, pending: &'a mut Pending) -> Port<'a> {
+        Port {
+            ring,
+            inbox,
             front_end: 0,
-            pending: &mut pending,
+            pending,
             now_ms: 0,
             batch_ns: 0,
-        };
+        }
+    }
+
+    /// A stopped queue answers nothing: what comes late stays with the kernel, for the next daemon. It
+    /// once asked the volume for a read whose pages were registered only after the stop, and failed it.
+    #[test]
+    fn request_whose_pages_are_registered_after_the_stop_is_kept_unanswered() -> io::Result<()> {
+        let shared = shared(&[sys::ublksrv_io_desc {
+            op_flags: sys::UBLK_IO_OP_READ,
+            nr_sectors: 8,
+            ..Default::default()
+        }])?;
+        let mut ring = Ring::new(shared.as_raw_fd(), None, 8)?;
+        let mut inbox = inbox();
+        let mut pending = Pending::default();
+        let mut port = port(&mut ring, &mut inbox, &mut pending);
         for (result, stopped) in [(0, false), (0, true), (-libc::EINVAL, true)] {
             let cdev = shared.try_clone()?;
             let (mut queue, _started) = UblkQueue::open(0, 0, cdev, 1, Mode::ZeroCopyByHand)?;
@@ -592,6 +613,59 @@ mod tests {
             queue.serve_waiting(&mut port);
             assert!(port.inbox.events.is_empty(), "{result}");
         }
+        Ok(())
+    }
+
+    /// The kernel may give up all writes whose data it was asked for, and come with other requests at their tags: all
+    /// buffers are back then, and no request's end wakes those that wait.
+    #[test]
+    fn writes_that_wait_for_buffers_are_served_when_the_kernel_gives_up_all_that_have_them()
+    -> io::Result<()> {
+        const NEED_GET_DATA: i32 = sys::UBLK_IO_RES_NEED_GET_DATA.cast_signed();
+        const HELD: u16 = 16;
+        let of = |op_flags, nr_sectors| sys::ublksrv_io_desc {
+            op_flags,
+            nr_sectors,
+            ..Default::default()
+        };
+        // A buffer for each but the last.
+        let write = of(sys::UBLK_IO_OP_WRITE, (1 << 20) / 512);
+        let shared = shared(&[write; 17])?;
+        let mut ring = Ring::new(shared.as_raw_fd(), None, 8)?;
+        let mut inbox = inbox();
+        let mut pending = Pending::default();
+        let mut port = port(&mut ring, &mut inbox, &mut pending);
+        let copying = |queue: &UblkQueue| {
+            let tags = queue.tags.iter();
+            tags.filter(|tag| matches!(tag, Tag::Copying(_))).count()
+        };
+        let full = |port: &mut Port<'_>| -> io::Result<UblkQueue> {
+            let (mut queue, _started) =
+                UblkQueue::open(0, 0, shared.try_clone()?, HELD + 1, Mode::Plain)?;
+            for tag in 0..=HELD {
+                queue.op_done(Operation::Fetch(tag).pack(), NEED_GET_DATA, 0, port);
+            }
+            assert_eq!((copying(&queue), queue.waiting.len()), (16, 1));
+            Ok(queue)
+        };
+
+        // With other writes.
+        let mut queue = full(&mut port)?;
+        for tag in 0..HELD {
+            queue.op_done(Operation::Fetch(tag).pack(), NEED_GET_DATA, 0, &mut port);
+        }
+        assert_eq!((copying(&queue), queue.waiting.len()), (16, 1));
+        drop(queue);
+
+        // With flushes.
+        let mut queue = full(&mut port)?;
+        let flush = of(sys::UBLK_IO_OP_FLUSH, 0);
+        for tag in 0..HELD {
+            describe(&shared, tag, flush)?;
+            queue.op_done(Operation::Fetch(tag).pack(), 0, 0, &mut port);
+        }
+        assert_eq!((copying(&queue), queue.waiting.len()), (1, 0));
+        assert_eq!(port.inbox.events.len(), usize::from(HELD));
         Ok(())
     }
 }
