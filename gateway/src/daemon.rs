@@ -98,7 +98,14 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         Exporter::check(&config.tracing)?;
         may_listen(&config).await?;
         Daemon::may_start(&config)?;
+        // The other attaches until it ends.
+        let found = found(&settings, &fitness)?;
+        same_store::check_again(&config.daemon.data_dir, &found)?;
         take_over(&config.daemon.socket, &manager).await?;
+        // Its devices wait for a daemon that has their store: this one could take their volumes for deleted.
+        same_store::check_again(&config.daemon.data_dir, &found).inspect_err(|_| {
+            tracing::error!("the daemon that served has ended: what it attached last is in another store than this one's");
+        })?;
         let listeners = Listeners::bind(&config.daemon.socket, config.daemon.listen).await?;
         (listeners, fitness)
     } else {
@@ -272,6 +279,16 @@ enum Fitness {
     Unknown(ProvisionError),
 }
 
+/// The store as it was found.
+fn found(settings: &StoreSettings, fitness: &Fitness) -> anyhow::Result<StoreNote> {
+    let place = settings.place()?.describe();
+    let id = match fitness {
+        Fitness::Fit(id) => id.clone(),
+        Fitness::Unknown(_) => None,
+    };
+    Ok(StoreNote { place, id })
+}
+
 /// Looks at the store before anything is kept in it.
 async fn check_store(settings: &StoreSettings, lane: &Lane) -> Result<Fitness, ProvisionError> {
     let limited = lane.with_deadline(PREPARE_DEADLINE);
@@ -320,7 +337,7 @@ async fn check_store_later(daemon: Arc<Daemon>, settings: StoreSettings, lane: L
     }
 }
 
-/// Notes that the volumes which are attached here are in this store.
+/// Notes that the volumes which are attached here from now on are in this store.
 async fn note_store(daemon: &Daemon, settings: &StoreSettings, id: Option<String>) {
     let Ok(place) = settings.place() else { return };
     let place = place.describe();

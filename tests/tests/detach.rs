@@ -4,8 +4,9 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use quarry_tests::{Daemon, FaultProxy, MIB, NbdError, SeaweedFs, Site, Stamps, StoreDir, seeded};
+use serde_json::Value;
 use tempfile::tempdir;
 
 const VOLUME: &str = "acme/left";
@@ -309,6 +310,35 @@ fn daemon_with_another_store_neither_starts_nor_ends_the_one_that_serves() -> Re
     daemon.stop()?;
     // With nothing to attach again any store will do.
     site.start()?.stop()
+}
+
+/// The list of an older daemon, and a wrong letter at the first start of this one.
+#[test]
+fn volume_of_a_list_that_names_no_store_comes_back_from_its_own_after_a_start_over_another()
+-> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], true)?;
+    drop(nbd);
+    daemon.stop()?;
+    let path = site.root().join("data/attached.json");
+    let mut list: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let fields = list.as_object_mut().context("the list is no object")?;
+    ensure!(fields.remove("store").is_some(), "it names no store");
+    fs::write(&path, serde_json::to_vec(&list)?)?;
+    let there = dir.path().join("another");
+    let misspelt = site.clone().store(&format!("file://{}", there.display()));
+    misspelt.start()?.stop()?;
+    let daemon = site.start()?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [5; 4096]);
+    daemon.stop()?;
+    // That it is there is noted.
+    let refused = misspelt.serve_refused()?;
+    ensure!(refused.code == Some(78), "{refused}");
+    ensure!(refused.stderr.contains(VOLUME), "{refused}");
+    Ok(())
 }
 
 #[test]

@@ -10,7 +10,7 @@ use quarry_config::ConfigError;
 use tokio::time::timeout;
 
 use super::PREPARE_DEADLINE;
-use crate::engine::Wanted;
+use crate::engine::{StoreNote, Wanted};
 use crate::provision;
 use crate::store::{StoreSettings, open_store};
 
@@ -28,13 +28,8 @@ pub(super) async fn check(data_dir: &Path, settings: &StoreSettings) -> anyhow::
     if noted.place == place {
         return Ok(true);
     }
-    let volumes = wanted.all();
-    let Some((first, _)) = volumes.first() else {
+    let Some(which) = which(&wanted) else {
         return Ok(false);
-    };
-    let which = match volumes.len() {
-        1 => first.to_string(),
-        count => format!("{first} and {} more", count - 1),
     };
     if noted.id.is_some() {
         // Without an answer nothing is known, and it is to be tried again: it may be a store that was moved.
@@ -49,20 +44,48 @@ pub(super) async fn check(data_dir: &Path, settings: &StoreSettings) -> anyhow::
             return Ok(false);
         }
     }
-    Err(ConfigError::Value {
+    Err(refused(data_dir, &place, &noted, &which))
+}
+
+/// Refuses as [`check`] does, with what `store` was found to be: the list in `data_dir` may be another since.
+///
+/// # Errors
+/// As [`check`].
+pub(super) fn check_again(data_dir: &Path, store: &StoreNote) -> anyhow::Result<()> {
+    let wanted = Wanted::load(data_dir)?;
+    match (wanted.store(), which(&wanted)) {
+        (Some(noted), Some(which)) if !noted.is_same(store) => {
+            Err(refused(data_dir, &store.place, &noted, &which))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What is to be attached again, if anything is.
+fn which(wanted: &Wanted) -> Option<String> {
+    let volumes = wanted.all();
+    let (first, _) = volumes.first()?;
+    Some(match volumes.len() {
+        1 => first.to_string(),
+        count => format!("{first} and {} more", count - 1),
+    })
+}
+
+fn refused(data_dir: &Path, place: &str, noted: &StoreNote, which: &str) -> anyhow::Error {
+    ConfigError::Value {
         place: None,
         key: "store.url",
-        value: place,
+        value: place.to_owned(),
         why: format!(
             "it is not the store of which {which} is to be attached again, {}",
             noted.place
         ),
         remedy: format!(
-            "correct store.url or its endpoint, or detach these volumes first; if it is the same store at another place, stop the daemon that serves and take \"store\" out of {}",
+            "correct store.url or its endpoint; if the volumes are in this store, which was moved or of which the list is wrong, stop the daemon that serves and take \"store\" out of {}; to go over to another store, detach them first where they are attached, and not while they wait for that",
             Wanted::path_in(data_dir).display()
         ),
     }
-    .into())
+    .into()
 }
 
 /// What the store that `settings` name is called, if it says so.
@@ -79,7 +102,7 @@ async fn id_there(settings: &StoreSettings) -> anyhow::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{How, StoreNote};
+    use crate::engine::How;
 
     fn at(dir: &Path, name: &str) -> StoreSettings {
         StoreSettings {
@@ -89,6 +112,18 @@ mod tests {
         }
     }
 
+    fn how() -> How {
+        serde_json::from_str(r#"{"via":"nbd","read_only":false}"#).unwrap()
+    }
+
+    /// Makes the store, and says what it is.
+    async fn made(settings: &StoreSettings) -> StoreNote {
+        let store = open_store(settings).unwrap();
+        let id = provision::prepare(settings, &*store).await.unwrap().id;
+        let place = settings.place().unwrap().describe();
+        StoreNote { place, id }
+    }
+
     #[tokio::test]
     async fn store_is_another_unless_its_place_or_its_id_is_the_noted_one() {
         let dir = tempfile::tempdir().unwrap();
@@ -96,17 +131,16 @@ mod tests {
         std::fs::create_dir(&data).unwrap();
         let (here, there) = (at(dir.path(), "here"), at(dir.path(), "there"));
         // A list of before says nothing.
-        let how = r#"{"via":"nbd","read_only":false}"#;
-        let how: How = serde_json::from_str(how).unwrap();
         let list = Wanted::load(&data).unwrap();
         let volume = "acme/db".parse().unwrap();
-        list.add(&volume, how).await.unwrap();
+        list.add(&volume, how()).await.unwrap();
         assert!(!check(&data, &here).await.unwrap());
 
         let store = open_store(&here).unwrap();
         let id = provision::prepare(&here, &*store).await.unwrap().id;
         let place = here.url.clone();
         list.note_store(StoreNote { place, id }).await.unwrap();
+        list.found_here().await.unwrap();
         assert!(check(&data, &here).await.unwrap());
         let refused = async || {
             let refused = check(&data, &there).await.unwrap_err();
@@ -131,5 +165,79 @@ mod tests {
 
         list.remove(&volume).await.unwrap();
         assert!(!check(&data, &at(dir.path(), "new")).await.unwrap());
+    }
+
+    /// A list of an older daemon, and a wrong letter at the first start of this one.
+    #[tokio::test]
+    async fn list_that_names_no_store_names_the_one_in_which_a_volume_was_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path();
+        let (right, wrong) = (at(data, "right"), at(data, "wrong"));
+        let volume = "acme/db".parse().unwrap();
+        let list = Wanted::load(data).unwrap();
+        list.add(&volume, how()).await.unwrap();
+
+        assert!(!check(data, &wrong).await.unwrap());
+        let list = Wanted::load(data).unwrap();
+        list.note_store(made(&wrong).await).await.unwrap();
+        let more = "acme/more".parse().unwrap();
+        list.add(&more, how()).await.unwrap();
+        list.remove(&more).await.unwrap();
+        assert!(!check(data, &right).await.unwrap());
+
+        let list = Wanted::load(data).unwrap();
+        list.note_store(made(&right).await).await.unwrap();
+        list.found_here().await.unwrap();
+        assert!(check(data, &right).await.unwrap());
+        let refused = check(data, &wrong).await.unwrap_err();
+        assert!(refused.is::<ConfigError>(), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn store_that_could_not_be_noted_is_with_the_next_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path();
+        let (before, now) = (at(data, "before"), at(data, "now"));
+        let list = Wanted::load(data).unwrap();
+        list.note_store(made(&before).await).await.unwrap();
+
+        let list = Wanted::load(data).unwrap();
+        let in_the_way = data.join("attached.new");
+        std::fs::create_dir(&in_the_way).unwrap();
+        assert!(list.note_store(made(&now).await).await.is_err());
+        std::fs::remove_dir(&in_the_way).unwrap();
+        let volume = "acme/db".parse().unwrap();
+        list.add(&volume, how()).await.unwrap();
+        assert!(check(data, &now).await.unwrap());
+        let refused = check(data, &before).await.unwrap_err();
+        assert!(refused.is::<ConfigError>(), "{refused}");
+    }
+
+    /// A daemon that is replaced attaches until it ends.
+    #[tokio::test]
+    async fn volumes_of_another_store_that_come_in_after_the_check_are_seen_and_their_note_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path();
+        let (old, new) = (at(data, "old"), at(data, "new"));
+        let (old, found) = (made(&old).await, made(&new).await);
+        let serving = Wanted::load(data).unwrap();
+        serving.note_store(old.clone()).await.unwrap();
+        assert!(!check(data, &new).await.unwrap());
+        check_again(data, &found).unwrap();
+
+        let volume = "acme/db".parse().unwrap();
+        serving.add(&volume, how()).await.unwrap();
+        let refused = check_again(data, &found).unwrap_err();
+        assert!(refused.is::<ConfigError>(), "{refused}");
+        assert!(refused.to_string().contains("acme/db"), "{refused}");
+        let next = Wanted::load(data).unwrap();
+        next.note_store(found.clone()).await.unwrap();
+        assert_eq!(Wanted::load(data).unwrap().store(), Some(old.clone()));
+        // Moved.
+        let moved = StoreNote {
+            id: old.id,
+            ..found
+        };
+        check_again(data, &moved).unwrap();
     }
 }

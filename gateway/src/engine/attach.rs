@@ -211,6 +211,9 @@ impl Daemon {
                 slot.set(Stage::Attached(Arc::new(attached)));
                 self.wanted.note(volume, None);
                 self.note_cache(volume, how).await;
+                if before.is_some() {
+                    self.note_found(volume).await;
+                }
                 Ok(info)
             }
             Err((error, Some(left))) => {
@@ -264,6 +267,13 @@ impl Daemon {
         }
         if let Err(error) = self.wanted.add(volume, How { cache, ..how }).await {
             tracing::warn!(%volume, %error, "the list of attached volumes cannot be written, and does not say with which cache it is");
+        }
+    }
+
+    /// Notes that the list's volumes are in the daemon's store, as this one is, which was in the list before.
+    async fn note_found(&self, volume: &ImageRef) {
+        if let Err(error) = self.wanted.found_here().await {
+            tracing::warn!(%volume, %error, "the list of attached volumes cannot be written, and does not say in which store they are");
         }
     }
 

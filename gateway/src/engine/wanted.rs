@@ -6,7 +6,8 @@
 //! - Only who changes the list waits for the disk, and on no thread of the runtime.
 //! - A volume leaves it only when it was detached for good.
 //! - What is attached is on it, and what is being attached: so what it does not take is not in memory either.
-//! - It names the store that its volumes are in, once that was found fit.
+//! - It names the store that its volumes are in, once that is known: an empty list that of the daemon; one of before, which
+//!   names none, once one of its volumes was attached again. What it says of that is on disk with its next change at the latest.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -101,6 +102,13 @@ pub struct StoreNote {
     pub id: Option<String>,
 }
 
+impl StoreNote {
+    /// Whether it is the same store, perhaps moved.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.place == other.place || (self.id.is_some() && self.id == other.id)
+    }
+}
+
 /// The list.
 #[derive(Debug)]
 pub struct Wanted {
@@ -108,8 +116,29 @@ pub struct Wanted {
     path: Arc<tokio::sync::Mutex<PathBuf>>,
     /// Never locked for long.
     entries: Arc<Mutex<Entries>>,
-    /// None in a list of before. Locked after the entries.
-    store: Arc<Mutex<Option<StoreNote>>>,
+    /// Locked after the entries.
+    stores: Arc<Mutex<Stores>>,
+}
+
+/// The list's store and the daemon's.
+#[derive(Debug)]
+struct Stores {
+    /// What the list says. None in a list of before.
+    noted: Option<StoreNote>,
+    /// The one that the daemon serves, once it was found fit.
+    served: Option<StoreNote>,
+}
+
+impl Stores {
+    /// What the list is to say: the daemon's store if its volumes are known to be in that, or if it has none.
+    fn settle(&mut self, is_empty: bool) -> Option<StoreNote> {
+        if let Some(served) = &self.served
+            && (is_empty || self.noted.as_ref().is_some_and(|n| n.is_same(served)))
+        {
+            self.noted = Some(served.clone());
+        }
+        self.noted.clone()
+    }
 }
 
 type Entries = BTreeMap<ImageRef, Entry>;
@@ -132,7 +161,7 @@ impl Wanted {
     /// If it is there and cannot be read, with what to do.
     pub fn load(data_dir: &Path) -> anyhow::Result<Self> {
         let path = Self::path_in(data_dir);
-        let (store, entries) = match fs::read(&path) {
+        let (noted, entries) = match fs::read(&path) {
             Ok(bytes) => parse(&bytes).map_err(|error| {
                 anyhow::anyhow!(
                     "{} cannot be read ({error}): mend it, or remove it and attach the volumes by hand",
@@ -145,7 +174,10 @@ impl Wanted {
         Ok(Self {
             path: Arc::new(tokio::sync::Mutex::new(path)),
             entries: Arc::new(Mutex::new(entries)),
-            store: Arc::new(Mutex::new(store)),
+            stores: Arc::new(Mutex::new(Stores {
+                noted,
+                served: None,
+            })),
         })
     }
 
@@ -156,27 +188,50 @@ impl Wanted {
 
     /// The store that its volumes are in, if it says so.
     pub fn store(&self) -> Option<StoreNote> {
-        self.store.lock().clone()
+        self.stores.lock().noted.clone()
     }
 
-    /// Notes the store that its volumes are in. Nothing is written if that is the same: a start needs no room.
+    /// Notes the store that the daemon serves. The list names it from now on, unless it has volumes that may be in another.
+    /// Nothing is written if it does already: a start needs no room.
     ///
     /// # Errors
-    /// If that cannot be written.
+    /// If that cannot be written. The next change of the list writes it too.
     pub async fn note_store(&self, note: StoreNote) -> io::Result<()> {
         let turn = self.turn().await;
-        if self.store.lock().as_ref() == Some(&note) {
-            return Ok(());
+        {
+            let is_empty = self.entries.lock().is_empty();
+            let mut stores = self.stores.lock();
+            let before = stores.noted.clone();
+            stores.served = Some(note);
+            if stores.settle(is_empty) == before {
+                return Ok(());
+            }
         }
-        let (entries, store) = (Arc::clone(&self.entries), Arc::clone(&self.store));
-        let change = move || -> io::Result<()> {
-            let attached = on_disk(&entries.lock());
-            write(&turn, Some(note.clone()), attached)?;
-            *store.lock() = Some(note);
-            Ok(())
-        };
-        let changed = tokio::task::spawn_blocking(change).await;
-        changed.unwrap_or_else(|error| Err(io::Error::other(error)))
+        self.write_again(turn).await
+    }
+
+    /// One of its volumes was attached again: they are in the store that the daemon serves.
+    ///
+    /// # Errors
+    /// As [`Self::note_store`].
+    pub async fn found_here(&self) -> io::Result<()> {
+        let turn = self.turn().await;
+        {
+            let mut stores = self.stores.lock();
+            if stores.served.is_none() || stores.noted == stores.served {
+                return Ok(());
+            }
+            stores.noted = stores.served.clone();
+        }
+        self.write_again(turn).await
+    }
+
+    /// Writes it as it is in memory.
+    async fn write_again(&self, turn: Turn) -> io::Result<()> {
+        let attached = on_disk(&self.entries.lock());
+        let noted = self.store();
+        let written = tokio::task::spawn_blocking(move || write(&turn, noted, attached)).await;
+        written.unwrap_or_else(|error| Err(io::Error::other(error)))
     }
 
     /// All of it.
@@ -270,15 +325,15 @@ impl Wanted {
     /// Puts a volume in, or takes it out: on disk, then in memory. *Crash in between: the next daemon has what is on disk.*
     /// Its caller may be gone by then: the turn is the change's, so that the next one goes by what became of this.
     async fn set(&self, turn: Turn, volume: &ImageRef, how: Option<How>) -> io::Result<()> {
-        let (entries, store) = (Arc::clone(&self.entries), Arc::clone(&self.store));
+        let (entries, stores) = (Arc::clone(&self.entries), Arc::clone(&self.stores));
         let volume = volume.clone();
         let change = move || -> io::Result<()> {
             let mut attached = on_disk(&entries.lock());
+            let note = stores.lock().settle(attached.is_empty());
             match how.clone() {
                 Some(how) => attached.insert(volume.to_string(), how),
                 None => attached.remove(&volume.to_string()),
             };
-            let note = store.lock().clone();
             write(&turn, note, attached)?;
             // What was noted meanwhile stays.
             let mut entries = entries.lock();
