@@ -496,6 +496,8 @@ impl AttachAgain {
                 }
                 // A key may come back, or a right, or the file system that the store is on.
                 Kind::Denied | Kind::NotFound => self.settle(),
+                // Descriptors or threads may be had again.
+                Kind::Internal if !self.daemon.is_attached(&volume) => self.settle(),
                 _ => {
                     tracing::error!(%volume, %error, "cannot be attached again");
                     break;

@@ -213,7 +213,7 @@ async fn read_if_there(
     }
 }
 
-fn missing(tenant: &TenantName, volume: VolumeId) -> HeadError {
+pub(super) fn missing(tenant: &TenantName, volume: VolumeId) -> HeadError {
     HeadError::Damaged {
         object: keys::head_key(tenant, volume),
         reason: "the volume's head is missing".to_owned(),
@@ -221,7 +221,7 @@ fn missing(tenant: &TenantName, volume: VolumeId) -> HeadError {
 }
 
 /// What came of a conditional PUT.
-enum Replaced {
+pub(super) enum Replaced {
     /// There is no head any more.
     Missing,
     /// It is written.
@@ -247,7 +247,11 @@ pub(super) async fn put(
     }
 }
 
-async fn replace(
+/// As [`put`], but tells what stands there instead.
+///
+/// # Errors
+/// [`HeadError::Damaged`] and [`HeadError::Store`].
+pub(super) async fn replace(
     store: &dyn Store,
     tenant: &TenantName,
     head: &Head,
@@ -272,7 +276,7 @@ async fn replace(
     }
 }
 
-fn fenced(now: &Head) -> HeadError {
+pub(super) fn fenced(now: &Head) -> HeadError {
     let owner = now.owner.as_ref();
     HeadError::Fenced {
         by: owner.map_or_else(

@@ -31,7 +31,7 @@ use quarry_objfmt::{
 };
 use quarry_volume::map::MapRoot;
 
-use super::head::{HeadCell, HeadError, put};
+use super::head::{HeadCell, HeadError, Replaced, fenced, missing, replace};
 use super::objects::{LogChunk, Objects};
 use super::sound::{self, Unsound};
 use crate::moment::Moment;
@@ -43,6 +43,10 @@ pub(crate) const HEADER_GUESS: u64 = 64 << 10;
 /// How often a volume that is being written elsewhere is opened again for reading, if what its head named
 /// was gone.
 pub(super) const REOPENS_MAX: u32 = 3;
+
+/// How often a head is raised anew that is ours and was changed meanwhile: each time, a change that was given up for want of an
+/// answer took effect after all, and of those there is hardly ever more than one.
+const RAISES_MAX: u32 = 4;
 
 /// Chunks of the log looked at side by side.
 pub(super) const REPLAY_CONCURRENCY: usize = 16;
@@ -278,18 +282,19 @@ pub(crate) async fn take(
     kept: Option<&Recovered>,
     claim: &Claim,
 ) -> Result<TakenOver, OpenError> {
-    let (head, tag) = read_head(store, tenant, volume, claim).await?;
-    let kept_since = kept_since(&head, kept, claim)?;
-
     // Step 1.
-    let mut raised = raised(&head, claim);
-    if kept_since > head.epoch {
-        raised.lineage = Some(Lineage {
-            cache: claim.cache,
-            since: raised.epoch,
-        });
-    }
-    let tag = put(store, tenant, &raised, &tag).await?;
+    let mut kept_from = Epoch::ZERO;
+    let raised = raise(store, tenant, volume, claim, |before, raised| {
+        kept_from = kept_since(before, kept, claim)?;
+        if kept_from > before.epoch {
+            raised.lineage = Some(Lineage {
+                cache: claim.cache,
+                since: raised.epoch,
+            });
+        }
+        Ok(())
+    });
+    let (raised, tag) = raised.await?;
 
     // Step 2.
     let log = replay(store, tenant, &raised, Some(claim)).await?;
@@ -314,8 +319,38 @@ pub(crate) async fn take(
         head: cell,
         info,
         log,
-        kept_since,
+        kept_since: kept_from,
     })
+}
+
+/// Puts the head with the next term, which is ours, and with what `change` makes of it, given the head before. Answers it.
+///
+/// Between the look and the PUT a change of our own may take effect that was given up for want of an answer: of a try before this one,
+/// or of a daemon that was killed. Then it is done anew, upon that.
+async fn raise(
+    store: &dyn Store,
+    tenant: &TenantName,
+    volume: VolumeId,
+    claim: &Claim,
+    mut change: impl FnMut(&Head, &mut Head) -> Result<(), OpenError> + Send,
+) -> Result<(Head, Tag), OpenError> {
+    let mut turns = 1;
+    loop {
+        let (before, tag) = read_head(store, tenant, volume, claim).await?;
+        let mut head = raised(&before, claim);
+        change(&before, &mut head)?;
+        match replace(store, tenant, &head, &tag).await? {
+            Replaced::Done(tag) => return Ok((head, tag)),
+            Replaced::Changed(now, _) => {
+                let is_ours = now.owner.as_ref().is_some_and(|o| o.cache == claim.cache);
+                if !is_ours || turns >= RAISES_MAX {
+                    return Err(fenced(&now).into());
+                }
+            }
+            Replaced::Missing => return Err(missing(tenant, volume).into()),
+        }
+        turns += 1;
+    }
 }
 
 /// The head with the next term, which is ours.
@@ -342,11 +377,14 @@ pub async fn hold(
     volume: VolumeId,
     claim: &Claim,
 ) -> Result<(HeadCell, bool), OpenError> {
-    let (head, tag) = read_head(store, tenant, volume, claim).await?;
-    let raised = raised(&head, claim);
-    let tag = put(store, tenant, &raised, &tag).await?;
+    let mut was_ours = false;
+    let raised = raise(store, tenant, volume, claim, |before, _| {
+        was_ours = before.owner.is_some();
+        Ok(())
+    });
+    let (raised, tag) = raised.await?;
     let cell = HeadCell::new(tenant.clone(), raised, tag);
-    Ok((cell, head.owner.is_some()))
+    Ok((cell, was_ours))
 }
 
 /// The volume's head, unless somebody else has the volume and `claim` does not say `force`.

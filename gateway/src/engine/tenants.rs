@@ -7,6 +7,7 @@
 //! Invariant: a tenant's volumes are looked for in one place at a time: its store changes only while it has none.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
@@ -778,13 +779,14 @@ impl Daemon {
 fn cannot_open(tenant: &TenantName, error: &OpenError) -> ApiError {
     let message = format!("the store of tenant {tenant}: {error}");
     let kind = match error {
-        // Such as the folder of a file system that is not mounted: it may come, and nobody is to take what is in it for gone.
-        OpenError::Folder { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            Kind::Denied
-        }
-        OpenError::Folder { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
-            Kind::Unavailable
-        }
+        OpenError::Folder { source, .. } => match source.kind() {
+            // Such as the folder of a file system that is not mounted: it may come, and nobody is to take what is in it for gone.
+            ErrorKind::NotFound | ErrorKind::PermissionDenied => Kind::Denied,
+            ErrorKind::NotADirectory => Kind::Unsupported,
+            _ if source.raw_os_error() == Some(libc::ELOOP) => Kind::Unsupported,
+            // A file system whose server is away answers all kinds of errors.
+            _ => Kind::Unavailable,
+        },
         _ => Kind::Unsupported,
     };
     ApiError::new(kind, message, "")
@@ -898,6 +900,29 @@ mod tests {
         fs::remove_file(dir.path().join(HANGS)).unwrap();
         all.learn(&hung, record(1, Some(folder))).await.unwrap();
         assert!(all.unopened.lock().is_empty());
+    }
+
+    /// A folder of a file system whose server was away had its volumes given up by a start.
+    #[test]
+    fn folder_that_may_answer_later_is_not_told_to_be_none_for_good() {
+        let tenant = TenantName::new("acme").unwrap();
+        for (errno, kind) in [
+            (libc::EIO, Kind::Unavailable),
+            (libc::ENOTCONN, Kind::Unavailable),
+            (libc::ESTALE, Kind::Unavailable),
+            (libc::EMFILE, Kind::Unavailable),
+            (libc::ENOENT, Kind::Denied),
+            (libc::EACCES, Kind::Denied),
+            (libc::ENOTDIR, Kind::Unsupported),
+            (libc::ELOOP, Kind::Unsupported),
+        ] {
+            let error = OpenError::Folder {
+                path: "/mnt".into(),
+                remedy: "",
+                source: std::io::Error::from_raw_os_error(errno),
+            };
+            assert_eq!(cannot_open(&tenant, &error).kind, kind, "{error}");
+        }
     }
 
     #[tokio::test]

@@ -1,5 +1,8 @@
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::map::{DeadObject, MapObjectBuilder, ObjectKind};
 use quarry_objfmt::{
@@ -11,7 +14,7 @@ use super::*;
 use crate::backend::MapEnd;
 use crate::backend::past::open_at;
 use crate::backend::release::release;
-use crate::store::{FolderStore, GET_BYTES_MAX, Lane};
+use crate::store::{FolderStore, GET_BYTES_MAX, Lane, Operation};
 
 /// Looks ahead in the log take all places of this lane, and the seal behind it needs one.
 #[tokio::test(start_paused = true)]
@@ -51,6 +54,124 @@ fn by_force() -> Claim {
         force: true,
         discard_unsent: false,
         must_be_ours: false,
+    }
+}
+
+/// A store that answers a replacement in time or, once told so, not: that one takes effect just before the next.
+#[derive(Debug)]
+struct Late {
+    store: FolderStore,
+    is_slow: AtomicBool,
+    late: parking_lot::Mutex<Option<(Bytes, Tag)>>,
+}
+
+#[async_trait]
+impl Store for Late {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        self.store.get(key).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.store.get_range(key, range).await
+    }
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        self.store.get_prefix(key, len).await
+    }
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        self.store.create(key, body).await
+    }
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        if self.is_slow.swap(false, Ordering::Relaxed) {
+            *self.late.lock() = Some((body, seen.clone()));
+            return Err(StoreError::Unavailable {
+                operation: Operation::Replace,
+                key: key.to_owned(),
+                reason: "slow".to_owned(),
+            });
+        }
+        let late = self.late.lock().take();
+        if let Some((body, seen)) = late {
+            self.store.replace(key, body, &seen).await?;
+        }
+        self.store.replace(key, body, seen).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.store.delete(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.store.list(prefix).await
+    }
+    fn describe(&self) -> String {
+        self.store.describe()
+    }
+}
+
+/// Such a volume was not attached again by a start, and who used its device waited for ever.
+#[tokio::test]
+async fn own_change_given_up_that_takes_effect_during_a_claim_is_raised_upon() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Late {
+        store: FolderStore::open(dir.path(), true).unwrap(),
+        is_slow: AtomicBool::new(false),
+        late: parking_lot::Mutex::new(None),
+    };
+    let tenant = TenantName::new("acme").unwrap();
+    let name = VolumeName::new("db").unwrap();
+    let volume = VolumeId::from_bytes([7; 16]);
+    let head = Head::fresh(volume, &tenant, &name, Sectors::new(2048), 0);
+    let key = keys::head_key(&tenant, volume);
+    store.create(&key, head.encode().into()).await.unwrap();
+    let again = |now_ms| Claim {
+        now_ms,
+        force: false,
+        must_be_ours: true,
+        ..by_force()
+    };
+    let next_is_slow = || store.is_slow.store(true, Ordering::Relaxed);
+    let attached = claim(&store, &tenant, volume, None, &by_force()).await;
+    assert_eq!(attached.unwrap().info.epoch, Epoch::new(1));
+
+    // A try before it.
+    next_is_slow();
+    let given_up = claim(&store, &tenant, volume, None, &again(1)).await;
+    let given_up = given_up.unwrap_err();
+    assert!(
+        matches!(given_up, OpenError::Store(StoreError::Unavailable { .. })),
+        "{given_up}"
+    );
+    let claimed = claim(&store, &tenant, volume, None, &again(2)).await;
+    let claimed = claimed.unwrap();
+    assert_eq!(claimed.info.epoch, Epoch::new(3), "one was given up");
+    assert_eq!(claimed.info.owner.as_ref().unwrap().since_ms, 2);
+
+    // A checkpoint of a daemon that was killed.
+    next_is_slow();
+    let checkpoint = |head: &mut Head| head.stored_bytes += 7;
+    let given_up = claimed.head.update(&store, checkpoint).await;
+    assert!(matches!(given_up, Err(HeadError::Store(_))));
+    let claimed = claim(&store, &tenant, volume, None, &again(3)).await;
+    let claimed = claimed.unwrap();
+    assert_eq!(claimed.info.epoch, Epoch::new(4));
+    assert_eq!(claimed.info.stored_bytes, head.stored_bytes + 7);
+
+    // Only the right to change it.
+    next_is_slow();
+    hold(&store, &tenant, volume, &again(4)).await.unwrap_err();
+    let (held, was_ours) = hold(&store, &tenant, volume, &again(5)).await.unwrap();
+    assert_eq!((held.epoch(), was_ours), (Epoch::new(6), true));
+
+    // Another's is not raised upon.
+    next_is_slow();
+    let others = Claim {
+        cache: CacheId::from_bytes([9; 16]),
+        host: "b".to_owned(),
+        ..by_force()
+    };
+    let given_up = claim(&store, &tenant, volume, None, &others).await;
+    given_up.unwrap_err();
+    let raced = claim(&store, &tenant, volume, None, &again(6)).await;
+    match raced {
+        Err(OpenError::Raced { by }) => assert_eq!(by, "host b"),
+        other => panic!("{other:?}"),
     }
 }
 
