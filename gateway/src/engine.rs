@@ -220,7 +220,7 @@ pub struct Daemon {
     owners: Owners,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
-    /// The devices that dead daemons left, while what was attached is being attached again.
+    /// The host's devices at the start, but for those taken over since, while what was attached is being attached again.
     left: Mutex<Option<Vec<ublk::Found>>>,
     /// Since when the devices that the last daemon left have been waiting.
     waiting_since: Option<handover::Since>,

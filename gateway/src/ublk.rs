@@ -285,6 +285,16 @@ pub enum UblkError {
         /// The process.
         pid: i32,
     },
+    /// A device that may be the volume's is there, and no other is made beside it.
+    #[error(
+        "ublk device {id} may be the one that an earlier daemon left for the volume, and cannot be taken over yet: {why}"
+    )]
+    NotTaken {
+        /// The device.
+        id: u32,
+        /// Why not.
+        why: String,
+    },
     /// The device is not, or no longer, this volume's.
     #[error("ublk device {id} is not volume {volume}'s: it is left alone")]
     Foreign {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # In the guest: what happens to a host. Its clock is set hours back and forth, the kernel kills the daemon for want of
-# memory, a second daemon is started on its cache device, and the device is moved to another host.
+# memory, a device's file is cut off, a second daemon is started on its cache device, and the device is moved to another host.
 # usage: guest-mishaps.sh DIRECTORY
 dir=$1
 state=/mnt/state cache=/dev/ubda cache_size=128MiB
@@ -72,6 +72,19 @@ say "the daemon was killed for want of memory"
 start_daemon
 sleep 1
 works "over a daemon killed for want of memory"
+
+# A daemon that ends while it takes a device over may leave the file that libublk writes of it empty.
+kill_daemon
+file=/run/ublksrvd/$(printf %04d "${disk#/dev/ublkb}").json
+[[ -s $file ]] || fail "there is no file $file"
+: >"$file"
+start_daemon
+[[ $(await_device) == "$disk" ]] || fail "another device was made beside one whose file was cut off"
+devices=(/sys/class/ublk-char/ublkc*)
+((${#devices[@]} == 2)) || fail "there are devices beside those of the two volumes"
+[[ -s $file ]] || fail "$file was not written anew"
+sleep 1
+works "over a device's file that was cut off"
 
 # Another daemon on the same device, by its name and by another node: neither may touch it.
 refused "the cache /dev/ubda is in use by another daemon" --cache /dev/ubda

@@ -88,7 +88,9 @@ impl From<UblkError> for ApiError {
             | UblkError::Served { .. }
             | UblkError::Shape { .. }
             | UblkError::ZeroCopy { .. } => Kind::Conflict,
-            UblkError::Busy | UblkError::TenantBusy(_) => Kind::Unavailable,
+            UblkError::Busy | UblkError::TenantBusy(_) | UblkError::NotTaken { .. } => {
+                Kind::Unavailable
+            }
             _ => Kind::Internal,
         };
         Self::new(kind, error.to_string(), "")
@@ -712,18 +714,23 @@ impl Daemon {
 
     /// The device that a dead daemon left for a volume.
     async fn left_device(&self, spec: &DeviceSpec) -> Result<Option<u32>, UblkError> {
-        let id_in = |left: &[Found]| Some(left.iter().find(|found| found.is_of(spec))?.id);
-        if let Some(left) = &*self.left.lock() {
-            return Ok(id_in(left));
+        let known = self
+            .left
+            .lock()
+            .as_deref()
+            .map(|all| Found::left_for(all, spec));
+        match known {
+            Some(Ok(id)) => Ok(id),
+            // What was in the way at the start may be so no more.
+            Some(Err(_)) | None => Found::left_for(&self.ublk.find().await?, spec),
         }
-        Ok(id_in(&self.ublk.find_recoverable().await?))
     }
 
-    /// Looks once for all devices that dead daemons left, for the attaches that follow a start: each
+    /// Looks once for the devices that dead daemons left, for the attaches that follow a start: each
     /// look asks for every device of the host.
     pub async fn look_for_left_devices(&self) {
-        match self.ublk.find_recoverable().await {
-            Ok(left) => *self.left.lock() = Some(left),
+        match self.ublk.find().await {
+            Ok(all) => *self.left.lock() = Some(all),
             Err(error) => {
                 tracing::warn!(%error, "the devices of earlier daemons cannot be looked for");
             }

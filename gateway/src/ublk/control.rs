@@ -96,19 +96,38 @@ pub struct Found {
     pub id: u32,
     /// What it is doing.
     pub state: State,
-    /// The stamp in its file, if that is there and agrees with the kernel's word.
+    /// The stamp in its file, or else the one that udev was told, if it agrees with the kernel's word.
     pub stamp: Option<Stamp>,
     word: u64,
 }
 
 impl Found {
-    /// Whether it was made for this volume, by the kernel's own word, and not for one of its id of another tenant's, nor
-    /// by a daemon with another cache, which has what the device's users were told to be written.
-    #[must_use]
-    pub fn is_of(&self, spec: &DeviceSpec) -> bool {
-        let stamp = self.stamp.as_ref();
-        self.word == stamp::word(spec.volume)
-            && stamp.is_none_or(|stamp| stamp.tenant == spec.tenant && stamp.cache == spec.cache)
+    /// Of all devices, the one that a dead daemon left for a volume: made for it by the kernel's own word, and not for one of its id
+    /// of another tenant's, nor by a daemon with another cache, which has what the device's users were told to be written.
+    ///
+    /// # Errors
+    /// [`UblkError::NotTaken`] if one may be it and cannot be taken over as it is: who uses that would wait for ever if the volume
+    /// were given another.
+    pub fn left_for(all: &[Self], spec: &DeviceSpec) -> Result<Option<u32>, UblkError> {
+        let word = stamp::word(spec.volume);
+        let mut not_taken = None;
+        let may_be = |found: &&Self| found.word == word && found.state != State::Dead;
+        for found in all.iter().filter(may_be) {
+            let id = found.id;
+            let why = match (&found.stamp, found.state) {
+                (Some(stamp), _) if stamp.tenant != spec.tenant || stamp.cache != spec.cache => {
+                    continue;
+                }
+                (Some(_), State::Live { pid }) => format!("process {pid} still serves it"),
+                (Some(_), _) => return Ok(Some(id)),
+                (None, _) => format!(
+                    "{}/{id:04}.json does not say whose it is; if nobody needs it, end its users and delete it",
+                    UblkCtrl::run_dir()
+                ),
+            };
+            not_taken = Some(UblkError::NotTaken { id, why });
+        }
+        not_taken.map_or(Ok(None), Err)
     }
 
     /// Whether [`Control::recover`] can take it over.
@@ -194,7 +213,7 @@ impl Control {
     /// The ublk devices of this host.
     ///
     /// # Errors
-    /// Only if the driver cannot be asked at all; none without a driver.
+    /// Only if the driver cannot be asked at all, or not about a device that may be ours; none without a driver.
     pub async fn find(&self) -> Result<Vec<Found>, UblkError> {
         self.run(None, find).await
     }
@@ -574,9 +593,15 @@ fn find() -> Result<Vec<Found>, UblkError> {
         else {
             continue;
         };
-        // It may be gone since it was listed, or another user's.
-        let Ok(ctrl) = simple(id) else { continue };
-        found.push(describe(&ctrl));
+        match simple(id) {
+            Ok(ctrl) => found.push(describe(&ctrl)),
+            // It is gone since it was listed, or is another user's.
+            Err(_) if !entry.path().exists() || !Udev::default().knows(id) => {}
+            Err(error) => {
+                let why = command(id, "asking for it", error).to_string();
+                return Err(UblkError::NotTaken { id, why });
+            }
+        }
     }
     found.sort_unstable_by_key(|device| device.id);
     Ok(found)
@@ -605,16 +630,26 @@ fn describe(ctrl: &UblkCtrl) -> Found {
         _ => State::Dead,
     };
     let word = info.ublksrv_flags;
-    let stamp = ctrl
-        .get_target_data_from_json()
-        .and_then(Stamp::from_json)
-        .filter(|stamp| stamp::word(stamp.volume) == word);
+    let id = info.dev_id;
+    let json = ctrl.get_target_data_from_json();
+    // libublk writes its file in place: a daemon that ends meanwhile leaves it empty.
+    let told = || Udev::default().stamp(id);
     Found {
-        id: info.dev_id,
+        id,
         state,
-        stamp,
+        stamp: borne_out(word, json.and_then(Stamp::from_json), told),
         word,
     }
+}
+
+/// Of what a device's two files say, what the kernel's word bears out.
+fn borne_out(
+    word: u64,
+    json: Option<Stamp>,
+    told: impl FnOnce() -> Option<Stamp>,
+) -> Option<Stamp> {
+    let agrees = |stamp: &Stamp| stamp::word(stamp.volume) == word;
+    json.filter(agrees).or_else(|| told().filter(agrees))
 }
 
 fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), UblkError> {
@@ -758,6 +793,76 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(is_gone(pid));
+    }
+
+    fn stamp_of(volume: u8) -> Stamp {
+        Stamp::of(&DeviceSpec {
+            volume: VolumeId::from_bytes([volume; 16]),
+            ..DeviceSpec::example()
+        })
+    }
+
+    #[test]
+    fn stamp_that_is_cut_off_is_had_from_what_udev_was_told_of_the_same_device() {
+        let (own, others) = (stamp_of(7), stamp_of(6));
+        let word = stamp::word(own.volume);
+        let stamp = |json: Option<&Stamp>, told: Option<&Stamp>| {
+            borne_out(word, json.cloned(), || told.cloned())
+        };
+        assert_eq!(stamp(Some(&own), None), Some(own.clone()));
+        assert_eq!(stamp(None, Some(&own)), Some(own.clone()));
+        assert_eq!(stamp(Some(&others), Some(&own)), Some(own.clone()));
+        // The number was another device's before.
+        assert_eq!(stamp(None, Some(&others)), None);
+        assert_eq!(stamp(Some(&others), Some(&others)), None);
+    }
+
+    /// A mounted file system was left on the first for ever.
+    #[test]
+    fn second_device_is_not_made_beside_one_that_may_be_the_volumes() {
+        let spec = DeviceSpec::example();
+        let own = Stamp::of(&spec);
+        let found = |id: u32, state: State, stamp: Option<&Stamp>| Found {
+            id,
+            state,
+            stamp: stamp.cloned(),
+            word: stamp::word(spec.volume),
+        };
+        let other_cache = Stamp::of(&DeviceSpec {
+            cache: quarry_objfmt::CacheId::from_bytes([9; 16]),
+            ..spec.clone()
+        });
+        let other_tenant = Stamp::of(&DeviceSpec {
+            tenant: TenantName::new("zebra").unwrap(),
+            ..spec.clone()
+        });
+        let live = State::Live { pid: 77 };
+        let stranger = Found {
+            word: 0,
+            ..found(9, State::Quiesced, None)
+        };
+        let left = |all: &[Found]| Found::left_for(all, &spec);
+
+        let nobodys = [
+            stranger,
+            found(1, State::Quiesced, Some(&other_cache)),
+            found(2, live, Some(&other_cache)),
+            found(3, State::Failing, Some(&other_tenant)),
+            found(4, State::Dead, None),
+            found(5, State::Dead, Some(&own)),
+        ];
+        assert_eq!(left(&nobodys).unwrap(), None);
+        for state in [State::Quiesced, State::Failing, State::Orphaned] {
+            let all = [found(6, state, None), found(7, state, Some(&own))];
+            assert_eq!(left(&all).unwrap(), Some(7));
+            let told = left(&all[..1]).unwrap_err().to_string();
+            assert!(
+                told.contains("device 6 ") && told.contains("/0006.json"),
+                "{told}"
+            );
+        }
+        let told = left(&[found(8, live, Some(&own))]).unwrap_err();
+        assert!(told.to_string().contains("process 77"), "{told}");
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@
 //! `add` event.
 //!
 //! Invariants:
+//! - A file has the device's stamp, which is read where libublk's file was cut off.
 //! - A file is there before its device is started, and is gone before the device's number can be
 //!   used again. A device that is deleted by other means than ours leaves its file until the next
 //!   start of a daemon.
@@ -24,13 +25,16 @@ use std::time::{Duration, Instant, SystemTime};
 
 use quarry_objfmt::VolumeId;
 
-use super::{DeviceSpec, UblkError, short_name};
+use super::{DeviceSpec, Stamp, UblkError, short_name};
 
 /// Where the rule looks for what it is told; the rule has the same path.
 const TOLD: &str = "/run/quarry/udev";
 
 /// Where udev keeps its state.
 const UDEV: &str = "/run/udev";
+
+/// Before the stamp; udev reads over such a line.
+const STAMP: &str = "# stamp ";
 
 /// How long udev may take over a device.
 const UDEV_MAX: Duration = Duration::from_secs(10);
@@ -101,8 +105,24 @@ impl Udev {
         fs::rename(&new, &file)
     }
 
-    /// Checks the folder and keeps other daemons out of it until the answer is dropped.
-    fn lock(&self) -> io::Result<File> {
+    /// The stamp of the device, if a daemon told one.
+    pub(super) fn stamp(&self, id: u32) -> Option<Stamp> {
+        self.check().ok()?;
+        let text = fs::read_to_string(self.file(id)).ok()?;
+        let stamp = text.lines().find_map(|line| line.strip_prefix(STAMP))?;
+        Stamp::from_json(serde_json::from_str(stamp).ok()?)
+    }
+
+    /// Whether the device may be one that was told of.
+    pub(super) fn knows(&self, id: u32) -> bool {
+        match fs::symlink_metadata(self.file(id)) {
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
+    }
+
+    /// That the folder is the daemon's user's alone.
+    fn check(&self) -> io::Result<()> {
         let user = rustix::process::geteuid().as_raw();
         for folder in self.told.ancestors().take(2) {
             let is = fs::symlink_metadata(folder)?;
@@ -111,6 +131,12 @@ impl Udev {
                 return Err(io::Error::other(problem));
             }
         }
+        Ok(())
+    }
+
+    /// Checks the folder and keeps other daemons out of it until the answer is dropped.
+    fn lock(&self) -> io::Result<File> {
+        self.check()?;
         // Whoever may open a file may hold its lock for ever.
         let lock = OpenOptions::new()
             .create(true)
@@ -233,7 +259,7 @@ fn id_line(volume: VolumeId) -> String {
     format!("QUARRY_VOLUME_ID={volume}")
 }
 
-/// The file's lines, each a variable of the rule.
+/// The file's lines, each a variable of the rule but for the last, the stamp.
 fn text(spec: &DeviceSpec) -> String {
     let mut text = format!(
         "QUARRY_TENANT={}\nQUARRY_VOLUME={}\n{}\n",
@@ -250,6 +276,7 @@ fn text(spec: &DeviceSpec) -> String {
     line("OWNER", permissions.uid.map(|uid| uid.to_string()));
     line("GROUP", permissions.gid.map(|gid| gid.to_string()));
     line("MODE", permissions.mode.map(|mode| format!("{mode:04o}")));
+    text += &format!("{STAMP}{}\n", Stamp::of(spec).to_json());
     text
 }
 
@@ -287,12 +314,13 @@ mod tests {
         let expected = format!(
             "QUARRY_TENANT=acme\nQUARRY_VOLUME=db\nQUARRY_VOLUME_ID={id}\nQUARRY_OWNER=1000\nQUARRY_GROUP=6\nQUARRY_MODE=0040\n"
         );
-        assert_eq!(text(&spec(7)), expected);
+        let stamp = format!("# stamp {}\n", Stamp::of(&spec(7)).to_json());
+        assert_eq!(text(&spec(7)), format!("{expected}{stamp}"));
         let plain = DeviceSpec {
             permissions: Permissions::default(),
             ..spec(7)
         };
-        assert_eq!(text(&plain).lines().count(), 3);
+        assert_eq!(text(&plain).lines().count(), 4);
         let rule = include_str!("../../udev/60-quarry.rules");
         let path = format!("IMPORT{{file}}=\"{TOLD}/%k\"");
         assert!(rule.contains(&path), "the rule reads another folder");
@@ -315,6 +343,22 @@ mod tests {
         udev.forget(3, spec(2).volume);
         assert!(!file.exists());
         udev.forget(3, spec(2).volume);
+    }
+
+    #[test]
+    fn stamp_told_is_read_again_from_a_folder_of_the_daemons_user_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let udev = udev(dir.path());
+        assert!(udev.stamp(3).is_none() && !udev.knows(3));
+        udev.tell(3, &spec(1)).unwrap();
+        assert_eq!(udev.stamp(3), Some(Stamp::of(&spec(1))));
+        assert!(udev.knows(3) && udev.stamp(4).is_none());
+        fs::set_permissions(&udev.told, fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(udev.stamp(3), None);
+        fs::set_permissions(&udev.told, fs::Permissions::from_mode(0o755)).unwrap();
+        // As a daemon before this one told it.
+        fs::write(udev.told.join("ublkb3"), "QUARRY_TENANT=acme\n").unwrap();
+        assert!(udev.stamp(3).is_none() && udev.knows(3));
     }
 
     #[test]
