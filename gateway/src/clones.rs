@@ -69,7 +69,7 @@ async fn fate(
                     Some(Deleted::InTrash { since_ms }) if never_was(&head) => {
                         // Before the record here goes, which alone leads to it otherwise.
                         if now_ms.is_some() {
-                            note_given_up(store, tenant, &head, since_ms).await?;
+                            note_given_up(store, tenant, &head, key, since_ms).await?;
                         }
                         Fate::Gone
                     }
@@ -108,7 +108,7 @@ async fn fate(
         if was_there(store, tenant, &record).await? {
             return Ok(Fate::Live(format!("volume {clone}, whose head is lost")));
         }
-        match give_up(store, tenant, &record, now_ms.unwrap_or_default()).await {
+        match give_up(store, tenant, &record, key, now_ms.unwrap_or_default()).await {
             // Whoever was quicker, or our own lost answer: what is there tells.
             Ok(()) | Err(TrashError::Store(StoreError::Exists { .. })) => {}
             Err(error) => return Err(error),

@@ -410,8 +410,9 @@ pub struct CloneSpec {
 /// 3. The map object: the snapshot's manifest in the clone's own name. Its tables stay the parent's. If they are encrypted,
 ///    the copy of the clone's keys, which are its own and those that the parent's head has. *Crash: garbage.*
 /// 4. The head, create-only: that of one given up may be there by now. *Crash: the clone is there, without a name.*
-/// 5. The record is looked for once more: whoever gave the clone up deletes it, and what stood in the head's place is purged some
-///    day, so a maker that slept for days would come to step 4 as if nothing had been. *Crash before: as after step 4.*
+/// 5. The record is looked for once more: what stands in the head's place for a clone given up is purged some day, so a maker
+///    that slept for days would come to step 4 as if nothing had been. But that purge deletes the record first. *Crash before: as
+///    after step 4.*
 ///
 /// # Errors
 /// [`SnapshotError`]. Up to step 3, and if it was given up, what was made is taken back as far as the store lets

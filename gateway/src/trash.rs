@@ -21,10 +21,11 @@
 //!    damaged is replaced by one that says so. *Crash: whoever purges next goes on, and several at once do no
 //!    harm: each deletes what it finds.*
 //! 2. The copies of its keys, if it may have any: from here on what is left of an encrypted volume's data can be read by
-//!    nobody, but by its clones, whose heads have those keys too. Then every object below the volume's own prefix, the
-//!    head last.
-//! 3. Its record at the snapshot that it was cloned from, which was needed as long as it had a head.
-//! 4. The record `trash/<uuid>`. *Crash before: an empty prefix, and 3 and 4 are done again.*
+//!    nobody, but by its clones, whose heads have those keys too.
+//! 3. Its record at the snapshot that it was cloned from, which protects nothing since 1. It goes before the head does: who
+//!    wakes late over the making of a clone that was given up finds the head's place taken, or that record gone.
+//! 4. Every object below the volume's own prefix, the head last.
+//! 5. The record `trash/<uuid>`. *Crash before: an empty prefix, and 3 and 5 are done again.*
 //!
 //! **Invariants.**
 //! - Only keys below the prefix of a volume that its own head marks as deleted are deleted, or of one whose
@@ -482,9 +483,9 @@ async fn clones_of(
     }
 }
 
-/// Gives up a clone that was begun and has no head: an empty volume in the trash gets its id, create-only, so
-/// that who wakes late finds that taken. *Crash before its record, or an answer lost: whoever meets the empty volume
-/// next writes that* ([`note_given_up`]).
+/// Gives up a clone that was begun, whose record is `key`, and has no head: an empty volume in the trash gets its id,
+/// create-only, so that who wakes late finds that taken. *Crash before its record in the trash, or an answer lost: whoever
+/// meets the empty volume next writes that* ([`note_given_up`]).
 ///
 /// # Errors
 /// Those of the store; [`StoreError::Exists`] if there is a head.
@@ -492,6 +493,7 @@ pub(crate) async fn give_up(
     store: &dyn Store,
     tenant: &TenantName,
     clone: &CloneRecord,
+    key: &str,
     now_ms: u64,
 ) -> Result<(), TrashError> {
     let since_ms = now_ms;
@@ -501,13 +503,14 @@ pub(crate) async fn give_up(
         &clone.name,
         Deleted::InTrash { since_ms },
     );
-    let key = keys::head_key(tenant, clone.volume);
-    store.create(&key, empty.encode().into()).await?;
+    let head_key = keys::head_key(tenant, clone.volume);
+    store.create(&head_key, empty.encode().into()).await?;
     Branch::CloneGivenUp.taken();
-    note_given_up(store, tenant, &empty, since_ms).await
+    note_given_up(store, tenant, &empty, key, since_ms).await
 }
 
-/// Puts an empty volume that stands for a clone given up into the trash's list, where it may be.
+/// Puts an empty volume that stands for a clone given up, whose record is `key`, into the trash's list, where it may be.
+/// Purging it deletes that record, if nobody has before.
 ///
 /// # Errors
 /// Those of the store.
@@ -515,16 +518,27 @@ pub(crate) async fn note_given_up(
     store: &dyn Store,
     tenant: &TenantName,
     empty: &Head,
+    key: &str,
     since_ms: u64,
 ) -> Result<(), TrashError> {
     let left = TrashRecord {
         volume: empty.volume,
         name: empty.name.clone(),
         deleted_ms: since_ms,
-        parent: None,
+        parent: recorded_at(key),
         rates: Rates::NONE,
     };
     note(store, tenant, &left).await
+}
+
+/// The snapshot at which the record of a clone lies, by the record's key.
+fn recorded_at(key: &str) -> Option<CloneOf> {
+    let mut parts = key.rsplit('/');
+    let (_, snapshot, _, volume) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    Some(CloneOf {
+        volume: VolumeId::parse(volume).ok()?,
+        snapshot: snapshot.to_owned(),
+    })
 }
 
 /// Whether the head of a deleted volume is one that [`give_up`] put there: nothing was ever in it.
@@ -811,13 +825,13 @@ pub async fn purge(
     if let MayHaveKeys(true) = keys {
         erase_keys(store, tenant, id, objects).await?;
     }
-    empty(store, tenant, id, objects).await?;
     if let Some(of) = &record.parent
         && let Ok(snapshot) = SnapName::new(of.snapshot.as_str())
     {
         let key = keys::clone_key(tenant, of.volume, &snapshot, id);
         store.delete(&key).await?;
     }
+    empty(store, tenant, id, objects).await?;
     drop_name(store, tenant, &record).await?;
     store.delete(&keys::trash_key(tenant, id)).await?;
     Ok(Purged::Gone)

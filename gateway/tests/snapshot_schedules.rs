@@ -5,8 +5,9 @@
 mod stepped;
 
 use std::cell::{Cell, RefCell};
-use std::pin::pin;
-use std::task::{Context, Waker};
+use std::pin::{Pin, pin};
+use std::sync::atomic::AtomicU64;
+use std::task::{Context, Poll, Waker};
 
 use quarry_gateway::backend::open::{Claim, hold};
 use quarry_gateway::backend::{HeadCell, HeadError};
@@ -14,7 +15,7 @@ use quarry_gateway::control::VolumeRef;
 use quarry_gateway::keys::{copy_problem, first};
 use quarry_gateway::snapshot::{CloneSpec, SnapshotError, clones, create, delete, make_clone};
 use quarry_gateway::store::Store;
-use quarry_gateway::trash::put;
+use quarry_gateway::trash::{Purged, TrashError, purge, put};
 use quarry_objfmt::head::SNAPSHOTS_MAX;
 use quarry_objfmt::map::{Manifest, MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
@@ -26,6 +27,8 @@ use stepped::{Stepped, Task, alone, in_every_order, run};
 
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
 const CLONE: VolumeId = VolumeId::from_bytes([2; 16]);
+/// Another clone of the same snapshot.
+const OTHER: VolumeId = VolumeId::from_bytes([3; 16]);
 /// The cache of who has the volume.
 const HOST: CacheId = CacheId::from_bytes([1; 16]);
 /// When the clone is begun.
@@ -250,17 +253,25 @@ fn clone_beside_the_deletion_of_its_whole_volume_keeps_it_or_is_not_there() {
     assert!(orders > 150 && (1..orders).contains(&refused.get()));
 }
 
-/// Carries a task out for so many calls, and then no more; whether it came to its end.
-fn cut_off<T>(store: &Stepped, calls: usize, task: impl Future<Output = T>) -> bool {
-    let mut task = pin!(task);
+/// Carries a task out for so many calls; what it came to, if that was its end.
+fn carry_on<T>(
+    store: &Stepped,
+    calls: usize,
+    mut task: Pin<&mut impl Future<Output = T>>,
+) -> Option<T> {
     let mut cx = Context::from_waker(Waker::noop());
     for _ in 0..=calls {
         store.begin();
-        if task.as_mut().poll(&mut cx).is_ready() {
-            return true;
+        if let Poll::Ready(done) = task.as_mut().poll(&mut cx) {
+            return Some(done);
         }
     }
-    false
+    None
+}
+
+/// Carries a task out for so many calls, and then no more; whether it came to its end.
+fn cut_off<T>(store: &Stepped, calls: usize, task: impl Future<Output = T>) -> bool {
+    carry_on(store, calls, pin!(task)).is_some()
 }
 
 #[test]
@@ -287,6 +298,55 @@ fn clone_cut_off_after_any_call_is_there_or_can_be_given_up() {
     }
     println!("{calls} calls, and the clone is there after {there} of them");
     assert!(calls >= 5 && there > 0);
+}
+
+/// The parent stayed for the sake of another clone, and with it the record: the maker took that for leave, though its map had
+/// been purged.
+#[test]
+fn clone_whose_maker_sleeps_until_it_is_given_up_and_purged_is_whole_or_not_made() {
+    let parent = VolumeRef {
+        tenant: tenant(),
+        name: VolumeName::new("db").unwrap(),
+    };
+    let (mut calls, mut refused) = (0, 0);
+    loop {
+        let (store, _) = attached();
+        let other = CloneSpec {
+            volume: OTHER,
+            name: VolumeName::new("other").unwrap(),
+            key: Some(wrapped(OTHER)),
+            now_ms: LATE,
+            ..spec()
+        };
+        alone(&store, make_clone(&store, &other)).unwrap();
+        let spec = spec();
+        let mut maker = pin!(make_clone(&store, &spec));
+        let done = carry_on(&store, calls, maker.as_mut());
+        let is_done = done.is_some();
+
+        let deleted = alone(&store, put(&store, &parent, VOLUME, HOST, LATE));
+        assert!(
+            matches!(deleted, Err(TrashError::Clones { .. })),
+            "after {calls} calls: {deleted:?}"
+        );
+        let (acme, objects) = (tenant(), AtomicU64::new(0));
+        let purged = alone(&store, purge(&store, &acme, CLONE, LATE, 0, &objects));
+        assert!(
+            matches!(purged, Ok(Purged::Gone) | Err(TrashError::NotThere)),
+            "after {calls} calls: {purged:?}"
+        );
+
+        let made = done.unwrap_or_else(|| alone(&store, maker.as_mut()));
+        let found = look(&store);
+        assert_eq!(found.clone, made.is_ok(), "after {calls} calls: {made:?}");
+        refused += usize::from(made.is_err());
+        if is_done {
+            break;
+        }
+        calls += 1;
+    }
+    println!("{calls} calls, and the clone is not made after {refused} of them");
+    assert!(calls >= 5 && (1..calls).contains(&refused));
 }
 
 #[test]
