@@ -4,7 +4,7 @@ use bytes::Bytes;
 use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{Epoch, TenantName, VolumeId, keys};
+use quarry_objfmt::{ChunkId, Epoch, TenantName, VolumeId, keys};
 use tokio::sync::Mutex;
 
 use super::sound::{self, Unsound};
@@ -135,19 +135,23 @@ impl HeadCell {
         }
     }
 
-    /// What it means that there is no head: if the map that it named is gone too, the volume was deleted for good, and who still writes
-    /// to it is to know; a head alone comes back with a rescue.
+    /// What it means that there is no head: if the map that it named is gone too, or without a map the first chunk of its log, the
+    /// volume was deleted for good, and who still writes to it is to know; a head alone comes back with a rescue.
     async fn lost(&self, store: &dyn Store, head: &Head) -> HeadError {
-        let Some(root) = head.root else {
-            return missing(&self.tenant, self.volume);
+        let (tenant, volume) = (&self.tenant, self.volume);
+        let named = match (head.root, head.log.first()) {
+            (Some(root), _) => keys::map_key(tenant, volume, root.epoch, root.seq),
+            (None, Some(range)) => {
+                let (epoch, seq) = (range.epoch, range.first);
+                keys::chunk_key(tenant, ChunkId { volume, epoch, seq })
+            }
+            (None, None) => return missing(tenant, volume),
         };
-        let map = keys::map_key(&self.tenant, head.volume, root.epoch, root.seq);
-        let place = u64::from(root.offset)..u64::from(root.offset) + u64::from(root.len);
-        match store.get_range(&map, place).await {
+        match store.get_prefix(&named, 1).await {
             Err(StoreError::NotFound { .. }) => HeadError::Fenced {
                 by: "who deleted it for good".to_owned(),
             },
-            _ => missing(&self.tenant, self.volume),
+            _ => missing(tenant, volume),
         }
     }
 
@@ -288,10 +292,16 @@ pub(super) fn fenced(now: &Head) -> HeadError {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
     use quarry_objfmt::{CacheId, Owner, Sectors, VolumeName};
 
     use super::*;
+    use crate::backend::open::{Claim, take};
+    use crate::backend::release::release;
+    use crate::control::VolumeRef;
     use crate::store::FolderStore;
+    use crate::trash::{self, Purged};
 
     fn attached(epoch: u32, host: &str) -> Head {
         let (tenant, name) = (
@@ -370,6 +380,51 @@ mod tests {
             let error = cell.update(&store, |head| head.stored_bytes += 1).await;
             let error = error.unwrap_err();
             match is_purged && has_root {
+                true => assert!(matches!(error, HeadError::Fenced { .. }), "{error}"),
+                false => assert!(matches!(error, HeadError::Damaged { .. }), "{error}"),
+            }
+        }
+    }
+
+    /// It went on uploading to where nothing is any more, until its log was full.
+    #[tokio::test]
+    async fn writer_without_a_map_is_fenced_when_its_volume_was_released_and_purged() {
+        for is_purged in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let store = FolderStore::open(dir.path(), true).unwrap();
+            let name = VolumeRef::new("acme", "db").unwrap();
+            let (tenant, volume) = (&name.tenant, VolumeId::from_bytes([1; 16]));
+            let fresh = Head::fresh(volume, tenant, &name.name, Sectors::new(1000), 1);
+            let head_key = keys::head_key(tenant, volume);
+            let made = store.create(&head_key, fresh.encode().into());
+            made.await.unwrap();
+            let [ours, others] = [2, 3].map(|n| CacheId::from_bytes([n; 16]));
+            let by = Claim {
+                cache: ours,
+                host: "a".to_owned(),
+                now_ms: 1,
+                force: false,
+                discard_unsent: false,
+                must_be_ours: false,
+            };
+            let taken = take(&store, tenant, volume, None, &by).await.unwrap();
+            let range = &taken.info.log[0];
+            let (epoch, seq) = (range.epoch, range.first);
+            let chunk = keys::chunk_key(tenant, ChunkId { volume, epoch, seq });
+            store.create(&chunk, Bytes::from("a chunk")).await.unwrap();
+            if is_purged {
+                assert!(release(&store, tenant, volume, ours).await.unwrap());
+                let put = trash::put(&store, &name, volume, others, 5);
+                put.await.unwrap();
+                let objects = AtomicU64::new(0);
+                let purged = trash::purge(&store, tenant, volume, 5, 0, &objects).await;
+                assert_eq!(purged.unwrap(), Purged::Gone);
+            } else {
+                store.delete(&head_key).await.unwrap();
+            }
+            let late = taken.head.update(&store, |head| head.stored_bytes += 1);
+            let error = late.await.unwrap_err();
+            match is_purged {
                 true => assert!(matches!(error, HeadError::Fenced { .. }), "{error}"),
                 false => assert!(matches!(error, HeadError::Damaged { .. }), "{error}"),
             }
