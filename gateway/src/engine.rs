@@ -687,17 +687,16 @@ impl Engine for Daemon {
         made?;
         // Whoever deletes the tenant looks for volumes once more after that: of the two one sees the other.
         let (store, name) = (tenant.control(), spec.volume());
-        let refusal = match self.is_still_there(&tenant).await {
-            Ok(true) => return self.show_volume(&name.into()).await,
-            Ok(false) => ApiError::no_tenant(&spec.tenant),
-            // It may be gone. Who has attached the volume since, and may have written to it, keeps it.
-            Err(error) => match registry::bar_unused(&store, &name, volume).await? {
-                true => error,
-                false => return Err(error),
-            },
-        };
-        registry::unmake_volume(&store, &name, volume, copy).await?;
-        Err(refusal)
+        let there = self.is_still_there(&tenant).await;
+        // It is gone, or may be. Who has attached the volume since, and may have written to it, keeps it.
+        let stays = matches!(there, Ok(true))
+            || !registry::unmake_unused(&store, &name, volume, copy).await?;
+        match there {
+            Err(error) => Err(error),
+            // Also if whoever deleted the tenant found the volume, and put the tenant back.
+            Ok(_) if stays => self.show_volume(&name.into()).await,
+            Ok(_) => Err(ApiError::no_tenant(&spec.tenant)),
+        }
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {

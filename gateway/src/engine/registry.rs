@@ -131,11 +131,7 @@ pub(super) async fn create_volume(
 /// not if somebody has attached it since.
 ///
 /// *Crash after that: it is as one whose deletion was broken off, and `quarry volume delete` goes on with that.*
-pub(super) async fn bar_unused(
-    store: &dyn Store,
-    name: &VolumeRef,
-    volume: VolumeId,
-) -> ApiResult<bool> {
+async fn bar_unused(store: &dyn Store, name: &VolumeRef, volume: VolumeId) -> ApiResult<bool> {
     let read = HeadCell::read(store, &name.tenant, volume).await;
     let (head, tag) = read.map_err(|error| head_error(name, &error))?;
     if head.epoch != Epoch::ZERO {
@@ -153,16 +149,21 @@ pub(super) async fn bar_unused(
     }
 }
 
-/// Takes back a volume that was just made, and that nobody can have written to.
-pub(super) async fn unmake_volume(
+/// Takes back a volume that was just made; answers whether it has: not if somebody has attached it since, and may have
+/// written to it.
+pub(super) async fn unmake_unused(
     store: &dyn Store,
     name: &VolumeRef,
     volume: VolumeId,
     keys_revision: Option<u32>,
-) -> ApiResult<()> {
+) -> ApiResult<bool> {
+    if !bar_unused(store, name, volume).await? {
+        return Ok(false);
+    }
     let name_key = keys::name_key(&name.tenant, &name.name);
     store.delete(&name_key).await.map_err(|e| store_error(&e))?;
-    delete_head(store, &name.tenant, volume, keys_revision).await
+    delete_head(store, &name.tenant, volume, keys_revision).await?;
+    Ok(true)
 }
 
 /// Deletes the head of a volume that nobody has, and the copy of its first keys, if it has keys.
@@ -534,5 +535,28 @@ mod tests {
         assert!(bar_unused(&store, &fresh, id(1)).await.unwrap());
         let refused = hold(&store, &fresh.tenant, id(1), &by).await;
         assert!(matches!(refused, Err(OpenError::Deleted)));
+    }
+
+    /// The tenant was gone for a moment, and its volume's head with what had been written.
+    #[tokio::test]
+    async fn volume_is_unmade_unless_it_was_attached_since() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        let (used, key) = made(&store, "used", id(2)).await;
+        let before = store.list("").await.unwrap();
+        let (fresh, _) = made(&store, "fresh", id(1)).await;
+        let by = Claim {
+            cache: CACHE,
+            host: "a".to_owned(),
+            now_ms: 1,
+            force: false,
+            discard_unsent: false,
+            must_be_ours: false,
+        };
+        let (held, _) = hold(&store, &used.tenant, id(2), &by).await.unwrap();
+        assert!(!unmake_unused(&store, &used, id(2), None).await.unwrap());
+        assert_eq!(store.get(&key).await.unwrap().0, held.get().encode());
+        assert!(unmake_unused(&store, &fresh, id(1), None).await.unwrap());
+        assert_eq!(store.list("").await.unwrap(), before);
     }
 }
