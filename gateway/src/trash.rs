@@ -596,17 +596,23 @@ pub(crate) async fn own_name(
     }
 }
 
-/// A record of the trash, if it is there.
+/// A record of the trash, if it is there. One of another volume is as good as damaged: purging goes by what it says.
 async fn record(
     store: &dyn Store,
     tenant: &TenantName,
     id: VolumeId,
 ) -> Result<Option<TrashRecord>, TrashError> {
     let key = keys::trash_key(tenant, id);
-    match backend::record(store, TRASH_KIND, &key).await {
-        Ok(record) => record
-            .map(Some)
-            .map_err(|error| TrashError::Record { key, error }),
+    let misplaced = FormatError::Misplaced {
+        what: "record of the trash",
+        field: "volume",
+    };
+    match backend::record::<TrashRecord>(store, TRASH_KIND, &key).await {
+        Ok(Ok(record)) if record.volume == id => Ok(Some(record)),
+        Ok(read) => {
+            let error = read.err().unwrap_or(misplaced);
+            Err(TrashError::Record { key, error })
+        }
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }

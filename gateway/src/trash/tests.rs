@@ -946,6 +946,30 @@ async fn restoring_that_was_begun_goes_on_under_its_name_and_no_other() {
     assert_eq!(restored.unwrap(), volume("one"));
 }
 
+/// The volume that the record named was marked as purged, and the one at whose place it lay was emptied.
+#[tokio::test]
+async fn record_of_another_volume_is_named_and_purges_neither() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FolderStore::open(dir.path(), true).unwrap();
+    two(&store).await;
+    let tenant = volume("db").tenant;
+    let record = delete(&store).await.unwrap();
+    let key = keys::trash_key(&tenant, id(2));
+    let bytes = encode_record(TRASH_KIND, &record).unwrap();
+    store.create(&key, bytes.into()).await.unwrap();
+    let before = all(&store).await;
+    let objects = AtomicU64::new(0);
+    let refused = purge(&store, &tenant, id(2), NOW + DAY, 0, &objects).await;
+    let refused = refused.unwrap_err().to_string();
+    assert_eq!(
+        refused,
+        format!("{key}: record of the trash belongs to another volume")
+    );
+    assert_eq!(all(&store).await, before);
+    assert_eq!(records(&store, &tenant).await.unwrap(), [record]);
+    assert_eq!(purge_old(&store, NOW, 0).await.unwrap(), Purged::Gone);
+}
+
 #[tokio::test]
 async fn purge_of_more_than_a_page_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
