@@ -104,7 +104,13 @@ impl UnderWay {
             // Before others can take it for ended.
             failure.note(errno);
         }
-        let others = failure.0.order.lock().begun;
+        let order = failure.0.order.lock();
+        // One that is alone waits for nobody.
+        let others = match order.under_way.len() {
+            1 => 0,
+            _ => order.begun,
+        };
+        drop(order);
         drop(self);
         Ended {
             failure,
@@ -131,7 +137,7 @@ impl Drop for UnderWay {
 /// A sync that has ended.
 pub struct Ended {
     failure: SyncFailure,
-    /// How many had begun by then, and are to have ended too.
+    /// How many had begun by then, and are to have ended too; 0 if they had.
     others: u64,
     is_waiting: bool,
 }
@@ -141,6 +147,9 @@ impl Ended {
     /// any more.
     pub fn how(&mut self, wake: impl FnOnce() + Send + 'static) -> Option<Result<(), i32>> {
         let how = self.failure.get();
+        if self.others == 0 {
+            return Some(how);
+        }
         let mut order = self.failure.0.order.lock();
         if how.is_err() || order.have_ended(self.others) {
             drop(order);
@@ -221,6 +230,16 @@ mod tests {
             assert_eq!(ended.how(wake()), Some(how));
             // It ended while the later one was under way, unless it is known to have failed.
             assert_eq!(first.how(wake()), how.err().map(Err));
+        }
+    }
+
+    #[test]
+    fn sync_that_was_alone_waits_for_none_that_began_later() {
+        for (errno, how) in [(None, Ok(())), (Some(5), Err(5))] {
+            let failure = SyncFailure::default();
+            let mut ended = failure.begin().end(errno);
+            let _later = failure.begin();
+            assert_eq!(ended.how(|| {}), Some(how));
         }
     }
 

@@ -10,7 +10,7 @@ use std::{io, mem};
 
 use io_uring::{cqueue, opcode, types};
 use quarry_cache::SectorCipher;
-use quarry_volume::{Action, Event, IoError, StatusRun};
+use quarry_volume::{Action, Event, IoError, IoId, StatusRun};
 use slab::Slab;
 use tokio::sync::{mpsc, oneshot};
 
@@ -236,6 +236,7 @@ impl Core {
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
+            self.answer_writes();
             self.settle();
         }
         self.abandon();
@@ -328,11 +329,11 @@ impl Core {
                 if result.is_ok() {
                     self.decrypt(&op);
                 }
-                let result = match op.moving.code {
-                    Code::Write { durable: true } => self.syncs.end_write(index, result),
-                    _ => result,
-                };
                 let (volume, io, request) = (op.volume, op.io, op.request);
+                let is_durable = matches!(op.moving.code, Code::Write { durable: true });
+                if is_durable {
+                    self.syncs.end_write(index, (volume, io), result);
+                }
                 let slot = &mut self.volumes[volume as usize];
                 let took_ns = self.batch_ns.saturating_sub(op.since_ns);
                 let is_marked = took_ns >= slot.trails.mark_ns
@@ -344,13 +345,21 @@ impl Core {
                     Hold::Body(body) => body.end(result.is_ok()),
                     hold => self.release(hold),
                 }
-                self.volumes[volume as usize].ops -= 1;
                 if let Some(request) = request {
                     self.buffer_released(volume, request);
                 }
-                self.feed(volume, Event::IoDone { io, result });
+                // A durable write is under way until it is answered.
+                if !is_durable {
+                    self.io_done(volume, io, result);
+                }
             }
         }
+    }
+
+    /// An operation of a volume is over.
+    pub(super) fn io_done(&mut self, volume: u32, io: IoId, result: Result<(), i32>) {
+        self.volumes[volume as usize].ops -= 1;
+        self.feed(volume, Event::IoDone { io, result });
     }
 
     /// One operation less uses the request's buffer.

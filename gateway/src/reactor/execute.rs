@@ -444,11 +444,26 @@ impl Core {
         };
         for (volume, io) in waiters {
             let slot = &mut self.volumes[volume as usize];
-            slot.ops -= 1;
             slot.trails.synced(self.batch_ns);
-            self.feed(volume, Event::IoDone { io, result });
+            self.io_done(volume, io, result);
         }
         self.start_sync();
+    }
+
+    /// Answers those whose durable writes have ended, but for those that are to wait for others. Once a batch: what ended
+    /// together need not wait for each other.
+    pub(super) fn answer_writes(&mut self) {
+        loop {
+            let doorbell = &self.doorbell;
+            let answer = self.syncs.answer_write(|| {
+                let doorbell = Arc::clone(doorbell);
+                move || doorbell.ring()
+            });
+            let Some(((volume, io), result)) = answer else {
+                return;
+            };
+            self.io_done(volume, io, result);
+        }
     }
 
     /// What is to lie at `offset` of the cache device in place of `plain`, if that is encrypted: a copy, for whoever
@@ -760,6 +775,46 @@ mod tests {
             ),
             "{event:?}"
         );
+        reactor.shutdown();
+    }
+
+    #[test]
+    fn durable_write_keeps_its_volume_until_the_syncs_beside_it_have_ended() {
+        let sync_failure = quarry_cache::SyncFailure::default();
+        let config = super::super::ReactorConfig {
+            index: 0,
+            page_cache: None,
+            cache: Arc::new(tempfile::tempfile().unwrap()),
+            kept_writes: Default::default(),
+            sync_failure: sync_failure.clone(),
+            buffer_entries: 0,
+            cipher: None,
+        };
+        let reactor = super::super::Reactor::spawn(config).unwrap();
+        // Another reactor's.
+        let sync = sync_failure.begin();
+        let page = Action::WritePage {
+            io: IoId(1),
+            offset: 0,
+            page: Box::new([1; 4096]),
+            durable: true,
+        };
+        let (key, events, _) = add(&reactor.handle(), vec![page], |_| Vec::new());
+        drain(&reactor.handle(), key);
+        let (done, gone) = tokio::sync::oneshot::channel();
+        let remove = Message::RemoveVolume { key, done };
+        reactor.handle().send_blocking(remove).unwrap();
+        assert!(matches!(events.recv_timeout(LIMIT).unwrap(), Event::Stop));
+        assert!(events.recv_timeout(Duration::from_millis(100)).is_err());
+        let _ = sync.end(None);
+        assert!(matches!(
+            events.recv_timeout(LIMIT).unwrap(),
+            Event::IoDone {
+                io: IoId(1),
+                result: Ok(())
+            }
+        ));
+        assert!(gone.blocking_recv().unwrap().is_some());
         reactor.shutdown();
     }
 

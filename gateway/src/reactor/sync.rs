@@ -5,7 +5,7 @@
 //! - A failure is everybody's, and for ever: the kernel tells of a write that it lost once for each
 //!   open file, to whoever syncs next, and that one need not be whose write it was. So a sync that
 //!   failed on any reactor fails all that end after it, and one that ended well is answered when all that were under way
-//!   beside it have ended (a record page that is written through is a sync, too).
+//!   beside it have ended. A durable write is a sync, too: to most devices it is a write and a flush.
 
 use quarry_cache::{Ended, SyncFailure, UnderWay};
 use quarry_volume::IoId;
@@ -22,6 +22,8 @@ pub(super) struct Syncs {
     waiting: Vec<Waiter>,
     /// Durable writes, by their operation.
     writes: Vec<(u32, UnderWay)>,
+    /// Those that have ended and are not answered, and who waits for each.
+    written: Vec<(Waiter, Ended)>,
 }
 
 enum Stage {
@@ -39,6 +41,7 @@ impl Syncs {
             running: Vec::new(),
             waiting: Vec::new(),
             writes: Vec::new(),
+            written: Vec::new(),
         }
     }
 
@@ -47,12 +50,24 @@ impl Syncs {
         self.writes.push((op, self.failure.begin()));
     }
 
-    /// How a durable write went. It vouches for itself alone, so others are not waited for.
-    pub(super) fn end_write(&mut self, op: u32, result: Result<(), i32>) -> Result<(), i32> {
+    /// A durable write has ended; [`Self::answer_write`] has the answer.
+    pub(super) fn end_write(&mut self, op: u32, waiter: Waiter, result: Result<(), i32>) {
         let place = self.writes.iter().position(|(of, _)| *of == op);
         let (_, write) = self.writes.swap_remove(place.expect("it has begun"));
-        let _ = write.end(result.err());
-        self.failure.get()
+        self.written.push((waiter, write.end(result.err())));
+    }
+
+    /// Whom a durable write that has ended was for, and how it went; `None` if there is none for which nothing is to be
+    /// waited for. What `wake` makes is called when it is to be asked again.
+    pub(super) fn answer_write<W: FnOnce() + Send + 'static>(
+        &mut self,
+        wake: impl Fn() -> W,
+    ) -> Option<(Waiter, Result<(), i32>)> {
+        let mut written = self.written.iter_mut().enumerate();
+        let (place, how) =
+            written.find_map(|(place, (_, ended))| Some((place, ended.how(wake())?)))?;
+        let (waiter, _) = self.written.remove(place);
+        Some((waiter, how))
     }
 
     /// One more waits.
@@ -95,6 +110,9 @@ impl Syncs {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
 
     fn end(syncs: &mut Syncs, result: i32) -> Option<(Vec<Waiter>, Result<(), i32>)> {
@@ -137,7 +155,35 @@ mod tests {
         assert!(one.start());
         assert_eq!(how(end(&mut one, 0)), Some(Err(libc::EIO)));
         // Nor is a record page that arrived of any use: its data may not have.
-        assert_eq!(other.end_write(3, Ok(())), Err(libc::EIO));
+        other.end_write(3, (7, IoId(8)), Ok(()));
+        let answer = other.answer_write(|| || {});
+        assert_eq!(answer, Some(((7, IoId(8)), Err(libc::EIO))));
+    }
+
+    #[test]
+    fn durable_write_is_answered_when_the_syncs_beside_it_have_ended_and_well_if_they_did() {
+        for (result, how) in [(0, Ok(())), (-libc::EIO, Err(libc::EIO))] {
+            let failure = SyncFailure::default();
+            let (mut one, mut other) = (Syncs::new(failure.clone()), Syncs::new(failure));
+            one.ask((1, IoId(1)));
+            assert!(one.start());
+            other.begin_write(3);
+            other.end_write(3, (7, IoId(7)), Ok(()));
+            let woken = Arc::new(AtomicU32::new(0));
+            let wake = || {
+                let woken = Arc::clone(&woken);
+                move || {
+                    woken.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            // Of what the device lost it may have told the other alone.
+            assert_eq!(other.answer_write(wake), None);
+            assert_eq!(woken.load(Ordering::Relaxed), 0);
+            one.end(result);
+            assert_eq!(woken.load(Ordering::Relaxed), 1);
+            assert_eq!(other.answer_write(wake), Some(((7, IoId(7)), how)));
+            assert_eq!(other.answer_write(wake), None);
+        }
     }
 
     #[test]
@@ -150,7 +196,8 @@ mod tests {
         other.ask((7, IoId(7)));
         assert!(other.start());
         assert_eq!(end(&mut other, 0), None);
-        assert_eq!(one.end_write(9, Ok(())), Ok(()));
+        one.end_write(9, (1, IoId(9)), Ok(()));
+        assert_eq!(one.answer_write(|| || {}), None);
         assert_eq!(other.answer(|| {}), None);
         // The reactor ends, with I/O under way.
         drop(one);

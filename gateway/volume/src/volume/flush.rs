@@ -5,8 +5,8 @@
 //!    number), but may sit in the device's volatile cache. *Crash: they may be lost; no flush that
 //!    covers them was acknowledged.*
 //! 2. Sync. The data are stable. *Crash: no record names them; old content is read.*
-//! 3. Record pages, each durable when it completes. *Crash between two pages: a gap in the
-//!    numbers, behind which recovery cuts off.*
+//! 3. Record pages, each durable when it completes, as far as the syncs beside it tell. *Crash
+//!    between two pages: a gap in the numbers, behind which recovery cuts off.*
 //! 4. All pages are durable: the waiters complete.
 //!
 //! The data never pass through our memory, so no checksum vouches for them: the sync before the
