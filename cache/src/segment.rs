@@ -181,7 +181,8 @@ pub struct CacheCounts {
 }
 
 /// Segments being filled, each for another group: at least so many at most, and this part of a larger device's. Past that
-/// who fills closes the one that was not filled for the longest time, full or not.
+/// who fills closes the one that was not filled for the longest time, full or not; so does who writes, if there is nothing
+/// else to be had.
 const FILLS_OPEN_MIN: usize = 8;
 const FILLS_OPEN_SHARE: usize = 16;
 
@@ -353,7 +354,7 @@ impl Cache {
         let is_anothers = is_full && before.into_iter().any(|other| other.is_for_its_groups);
         let segment = match is_anothers {
             true => None,
-            false => self.take_free(group),
+            false => self.take_free_or_filled(group),
         };
         let Some(segment) = segment else {
             self.stand_in_line(volume, group, is_full);
@@ -698,6 +699,27 @@ impl Cache {
             .find_map(|other| self.reclaim_from(other))
     }
 
+    /// The same, for which fills are closed if need be: while they are open nobody can reclaim them, and who fills them may
+    /// not come again. One with I/O under way is clean a moment later.
+    fn take_free_or_filled(&mut self, group: u32) -> Option<SegmentId> {
+        loop {
+            if let Some(id) = self.take_free(group) {
+                return Some(id);
+            }
+            let is_full = self.groups.is_full(group);
+            let may_have = |fill: &Fill| match is_full {
+                true => fill.group == group,
+                false => {
+                    let of = std::iter::once(fill.group);
+                    !self.groups.most_over(group, of).is_empty()
+                }
+            };
+            let longest_unused = self.fills.iter().position(may_have)?;
+            let fill = self.fills.remove(longest_unused);
+            let _ = self.release(fill.segment);
+        }
+    }
+
     /// A clean segment of a group: FIFO with a second chance, twice round at most, once to cool what was hot.
     fn reclaim_from(&mut self, group: u32) -> Option<SegmentId> {
         let count = self.fifos.get(&group)?.len();
@@ -1019,6 +1041,64 @@ mod tests {
         assert_eq!(more.count(), 511);
         cache.finish_fill(chunk(1), run(at, 128), false);
         assert!(cache.reserve_fill(0, chunk(1), 0, 128).is_some());
+    }
+
+    #[test]
+    fn writer_gets_what_was_being_filled_if_all_is_the_longest_unused_first() {
+        let geometry = Geometry {
+            segments: 8,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 5, Generation::new(1), &[]);
+        for group in 0..8_u32 {
+            let filled = chunk(group.into());
+            let at = cache.reserve_fill(group, filled, 0, 8).unwrap();
+            cache.finish_fill(filled, run(at, 8), true);
+        }
+        assert_eq!((cache.counts().free, cache.counts().filling), (0, 8));
+        cache.open_for_writes(VOLUME, 0).unwrap();
+        assert_eq!(cache.counts().filling, 7);
+        let at = cache.reserve_fill(1, chunk(9), 0, 8).unwrap();
+        for _ in 1..5 {
+            cache.open_for_writes(VOLUME, 0).unwrap();
+        }
+        assert_eq!(cache.counts().filling, 3);
+        cache.finish_fill(chunk(9), run(at, 8), true);
+        let held = (0..8).filter(|group| cache.clean(*group).chunks() > 0);
+        assert!(held.eq([1, 6, 7]));
+    }
+
+    #[test]
+    fn writer_gets_what_is_being_filled_once_that_has_ended_and_nothing_that_is_reserved() {
+        let geometry = Geometry {
+            segments: 16,
+            ..GEOMETRY
+        };
+        let mut cache = Cache::new(ID, geometry, 10, Generation::new(1), &[]);
+        let limits = GroupLimits {
+            reserve: 1,
+            ..GroupLimits::default()
+        };
+        cache.set_group(1, limits);
+        cache.join_group(1, false);
+        for _ in 0..8 {
+            cache.open_for_writes(VOLUME, 0).unwrap();
+        }
+        let places: Vec<_> = (1..9_u32)
+            .map(|group| {
+                cache
+                    .reserve_fill(group, chunk(group.into()), 0, 8)
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(cache.open_for_writes(VOLUME, 0), Err(NoSpace::Busy));
+        for (group, at) in (1..).zip(places).take(2) {
+            cache.finish_fill(chunk(group), run(at, 8), true);
+        }
+        cache.open_for_writes(VOLUME, 0).unwrap();
+        assert_eq!(cache.open_for_writes(VOLUME, 0), Err(NoSpace::Busy));
+        assert!(cache.clean(1).holds(&chunk(1), 0, 8));
+        assert_eq!(cache.counts().filling, 1);
     }
 
     #[test]
