@@ -196,19 +196,6 @@ impl CacheDevice {
                 }
                 allocate(&file, size).map_err(fail("allocate"))?;
             }
-            if fresh_key.is_some() {
-                // What an earlier cache left in the clear. Before the superblock: a crash comes back here.
-                let whole = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-                match rustix::fs::fallocate(&file, whole, 0, size) {
-                    Ok(()) => {}
-                    // Of memory, say: what is cut off is gone.
-                    Err(Errno::OPNOTSUPP) if !is_device => {
-                        file.set_len(0).map_err(fail("cut"))?;
-                        allocate(&file, size).map_err(fail("allocate"))?;
-                    }
-                    Err(errno) => return Err(fail("zero")(errno.into())),
-                }
-            }
             let superblock = Superblock {
                 cache: fresh_id,
                 created_ms: now_ms,
@@ -218,11 +205,7 @@ impl CacheDevice {
                 data_start: geometry.data_start,
                 key: fresh_key.cloned(),
             };
-            // Last, and synced: a crash before this line leaves a blank first page, and the next
-            // start formats again.
-            file.write_all_at(&superblock.encode()[..], 0)
-                .map_err(fail("format"))?;
-            file.sync_all().map_err(fail("sync"))?;
+            format(&file, &superblock, size).map_err(|(action, error)| fail(action)(error))?;
             (fresh_id, geometry, fresh_key.cloned(), true)
         } else {
             let first = &start[..start.len().min(4096)];
@@ -558,6 +541,60 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
     })
 }
 
+/// What is asked of a file to make a cache of it.
+trait Blank {
+    /// Its first `size` bytes are to be zeroes.
+    fn zero(&self, size: u64) -> io::Result<()>;
+    /// It is to begin with this.
+    fn write(&self, first: &[u8]) -> io::Result<()>;
+    /// What was asked is to be stable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl Blank for File {
+    fn zero(&self, size: u64) -> io::Result<()> {
+        let whole = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(self, whole, 0, size) {
+            // Of memory, say: what is cut off is gone.
+            Err(Errno::OPNOTSUPP) if self.metadata()?.is_file() => {
+                self.set_len(0)?;
+                allocate(self, size)
+            }
+            done => done.map_err(io::Error::from),
+        }
+    }
+
+    fn write(&self, first: &[u8]) -> io::Result<()> {
+        self.write_all_at(first, 0)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// Makes a cache of `size` bytes of what is blank where it begins. Fails with what was tried, and why not.
+///
+/// The order, and what a crash leaves between the steps:
+/// 1. If it is to be encrypted: zeroes over what an earlier cache left in the clear, and a sync, for a block device may
+///    write in any order until then. *Crash: the first page is blank, and the next start comes back here.*
+/// 2. The superblock. *Crash: it may be there or not; what it says of what lies behind it is true.*
+/// 3. Sync.
+fn format(
+    file: &impl Blank,
+    superblock: &Superblock,
+    size: u64,
+) -> Result<(), (&'static str, io::Error)> {
+    let failed = |action| move |error: io::Error| (action, error);
+    if superblock.key.is_some() {
+        file.zero(size).map_err(failed("zero"))?;
+        file.sync().map_err(failed("sync"))?;
+    }
+    let page = superblock.encode();
+    file.write(&page[..]).map_err(failed("format"))?;
+    file.sync().map_err(failed("sync"))
+}
+
 /// On btrfs a block that is written again is put elsewhere, for which there may be no room, whatever was allocated. Only an
 /// empty file can be told not to; other file systems know nothing of it.
 fn rewrite_in_place(file: &File) {
@@ -656,6 +693,10 @@ fn rustix_device_size(file: &File) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
+    use quarry_objfmt::KeyName;
+
     use super::*;
 
     const ID: CacheId = CacheId::from_bytes([3; 16]);
@@ -710,6 +751,58 @@ mod tests {
         std::fs::set_permissions(&path, open).unwrap();
         drop(CacheDevice::open(&path, None, ID, "a", 1).unwrap());
         assert_eq!(mode(), 0o600);
+    }
+
+    /// Tells what it was asked, in order.
+    #[derive(Default)]
+    struct Asked(RefCell<Vec<&'static str>>);
+
+    impl Asked {
+        fn note(&self, what: &'static str) -> io::Result<()> {
+            self.0.borrow_mut().push(what);
+            Ok(())
+        }
+    }
+
+    impl Blank for Asked {
+        fn zero(&self, _: u64) -> io::Result<()> {
+            self.note("zero")
+        }
+
+        fn write(&self, _: &[u8]) -> io::Result<()> {
+            self.note("write")
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            self.note("sync")
+        }
+    }
+
+    #[test]
+    fn cache_says_that_it_is_encrypted_once_what_was_there_is_gone_for_good() {
+        let key = CacheKey {
+            by: KeyName::new("host-a").unwrap(),
+            bytes: vec![7; 92],
+        };
+        let cases: [(_, &[&str]); 2] = [
+            (None, &["write", "sync"]),
+            (Some(key), &["zero", "sync", "write", "sync"]),
+        ];
+        for (key, order) in cases {
+            let geometry = cut(64 << 20).unwrap();
+            let superblock = Superblock {
+                cache: ID,
+                created_ms: 1,
+                host: "a".to_owned(),
+                segment_size: geometry.segment_size,
+                segments: geometry.segments,
+                data_start: geometry.data_start,
+                key,
+            };
+            let asked = Asked::default();
+            format(&asked, &superblock, 64 << 20).unwrap();
+            assert_eq!(*asked.0.borrow(), order);
+        }
     }
 
     #[test]
