@@ -28,9 +28,9 @@
 //! nothing since, left no trace outside the head: so all hosts are to be stopped first.
 //!
 //! A clone's map names objects of the volumes that it comes from; what it was cloned from is told by its record there.
-//! Snapshots come back from their copies, those that are whole. An encrypted volume's keys come back from all of
-//! their copies that are whole, each as the newest has it: one that no head came to name may lack some
-//! (`crate::keys::rotate`).
+//! Snapshots come back from their copies, those that are whole, also of a later map than the one that was found. An encrypted
+//! volume's keys come back from all of their copies that are whole, each as the newest has it: one that no head came to name
+//! may lack some (`crate::keys::rotate`).
 //!
 //! The order of making it so, and what a crash between the steps leaves:
 //! 1. Seal the log's end, for an epoch far above all that were found. *Crash: the seal stays, and

@@ -189,7 +189,10 @@ pub async fn create(
             // A change before this one, whose answer was lost, may have filled it.
             None if head.snapshots.len() >= SNAPSHOTS_MAX => Err(Not::Full),
             None => {
-                head.snapshots.push(snapshot.clone());
+                // The last, but where a rescue went back to an older map than a snapshot has.
+                let map = |s: &SnapshotRef| s.root.map(|root| root.seq);
+                let at = head.snapshots.partition_point(|s| map(s) <= map(&snapshot));
+                head.snapshots.insert(at, snapshot.clone());
                 renew(head);
                 Ok(())
             }

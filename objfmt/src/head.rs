@@ -265,7 +265,7 @@ pub struct Head {
     /// How long objects that nothing needs any more are kept, in milliseconds: so far back the volume
     /// can be opened as it was.
     pub retain_ms: u64,
-    /// Its snapshots, oldest first.
+    /// Its snapshots, in the order of their maps.
     pub snapshots: Vec<SnapshotRef>,
     /// The data keys that its chunks and those of its parents need; none if it is not encrypted, or being
     /// purged.

@@ -65,13 +65,17 @@ pub(super) async fn run(backend: &VolumeBackend, plan: CheckpointPlan) -> Result
     let root = old.with_new_run(merged, tables);
     let chunks = backend.log_up_to(plan.upto);
     let (upto, last_write) = (plan.upto, plan.last_write);
+    let born = backend
+        .root_ref
+        .lock()
+        .map_or(MapSeq::ZERO, |root| root.seq.next());
     let root = publish(
         backend,
         writer,
         &mut objects,
         &old,
         root,
-        |objects, map, now_ms| objects.fold(&chunks, &entries, map, now_ms),
+        |objects, map, now_ms| objects.fold(&chunks, &entries, born, map, now_ms),
         move |head| {
             head.root_write = last_write;
             let after = upto.next();

@@ -221,7 +221,7 @@ async fn stage(
     }
     let list = |objects: &mut Objects, map, now_ms| {
         for (_, (chunk, _)) in &moved {
-            objects.add(chunk, chunk.data_sectors, map, now_ms);
+            objects.add(chunk, chunk.data_sectors, map);
         }
         objects.take(&taken);
         if let (None, Victims::Own(victims)) = (next, victims) {

@@ -1,9 +1,10 @@
 //! What is known of a volume's own objects: which the map needs, and which are dead and still there.
 //!
-//! A map's number is the clock of their lives. An object that the maps from `born` on needed, and the map
+//! A map's number is the clock of their lives. An object that no map before `born` needed, and the map
 //! `died` not any more, is needed by a snapshot of any map in between, and by nothing else. Maps are
 //! only ever made from the one before, so what is dead stays dead, whoever makes the next; but for a rollback
-//! to a snapshot, which needs nothing that the snapshot did not.
+//! to a snapshot, which needs nothing that the snapshot did not, and a rescue, which may go on from an older map than
+//! a snapshot has: what is folded from then on may be in that snapshot's map too.
 //!
 //! Owns: the lists. Does not own: the counting ([`super::reclaim`]), the deleting, or the chunks of the log
 //! behind the map.
@@ -189,11 +190,14 @@ impl Objects {
         })
     }
 
-    /// Chunks go from the log into the map numbered `map`, which needs `entries` of them.
+    /// Chunks go from the log into the map numbered `map`, which needs `entries` of them. No map before the one
+    /// numbered `born` needed them: that is the number behind the map that the new one is made from. A snapshot's may lie
+    /// between the two and need them, where a rescue went back to an older map.
     pub(super) fn fold(
         &mut self,
         chunks: &[LogChunk],
         entries: &[MapEntry],
+        born: MapSeq,
         map: MapSeq,
         now_ms: u64,
     ) {
@@ -204,28 +208,29 @@ impl Objects {
             }
         }
         for chunk in chunks {
-            let needed = needed.get(&(chunk.id.epoch, chunk.id.seq));
-            self.add(chunk, needed.map_or(0, |n| n.sectors), map, now_ms);
+            let name = (chunk.id.epoch, chunk.id.seq);
+            let needed = needed.get(&name).map_or(0, |need| need.sectors);
+            self.add(chunk, needed, born);
+            if needed == 0 {
+                self.end_chunk(name, map, now_ms);
+            }
             self.log_ms = self.log_ms.max(chunk.cut_ms);
         }
     }
 
-    /// The map numbered `map` is the first that needs the chunk, or the first that could have.
-    pub(super) fn add(&mut self, chunk: &LogChunk, needed: u32, map: MapSeq, now_ms: u64) {
+    /// The map numbered `born` is the first that could have needed the chunk.
+    pub(super) fn add(&mut self, chunk: &LogChunk, needed: u32, born: MapSeq) {
         let name = (chunk.id.epoch, chunk.id.seq);
         let used = ChunkUse {
             epoch: chunk.id.epoch,
             seq: chunk.id.seq,
-            born: map,
+            born,
             data_sectors: chunk.data_sectors,
             needed_sectors: needed,
             stored_bytes: chunk.stored_bytes,
             generation: chunk.generation,
         };
         self.chunks.insert(name, used);
-        if needed == 0 {
-            self.end_chunk(name, map, now_ms);
-        }
     }
 
     /// The chunk of this volume that an entry is in.
@@ -571,7 +576,7 @@ mod tests {
         let mut objects = Objects::new(VOLUME, Usage::default());
         let (a, b) = (chunk(1), chunk(2));
         let entries = [entry(0, 60, &a), entry(100, 100, &b)];
-        objects.fold(&[a, b], &entries, MapSeq::new(3), 0);
+        objects.fold(&[a, b], &entries, MapSeq::new(3), MapSeq::new(3), 0);
         assert!(due(&objects, &[]).is_empty());
         let needed = Needed::from([((b.id.epoch, b.id.seq), need(50))]);
         objects.count(&needed, MapSeq::new(7), 0);
@@ -598,7 +603,7 @@ mod tests {
         assert_eq!(objects.earliest_generation(), None);
         let (a, b, c) = (sealed(1, 1), sealed(2, 1), sealed(3, 2));
         let entries = [entry(0, 100, &a), entry(100, 100, &b), entry(200, 100, &c)];
-        objects.fold(&[a, b, c], &entries, MapSeq::new(3), 0);
+        objects.fold(&[a, b, c], &entries, MapSeq::new(3), MapSeq::new(3), 0);
         let snapshots = [snapshot(1), snapshot(4)];
         let in_use = |objects: &Objects, number, snapshots| {
             let sealed = objects.sealed_by(generation(number), snapshots).unwrap();
@@ -641,8 +646,28 @@ mod tests {
     fn chunk_overwritten_within_the_log_was_never_needed() {
         let mut objects = Objects::new(VOLUME, Usage::default());
         let (a, b) = (chunk(1), chunk(2));
-        objects.fold(&[a, b], &[entry(0, 100, &b)], MapSeq::new(3), 0);
+        let map = MapSeq::new(3);
+        objects.fold(&[a, b], &[entry(0, 100, &b)], map, map, 0);
         assert_eq!(due(&objects, &[1, 2, 3, 4]), [1]);
+    }
+
+    #[test]
+    fn chunk_that_was_folded_before_into_a_map_that_a_snapshot_keeps_stays_for_that() {
+        // A rescue went back from map 3, which a snapshot has, to map 2: the next is the fourth.
+        let mut objects = Objects::new(VOLUME, Usage::default());
+        let (a, b) = (chunk(1), chunk(2));
+        let (born, map) = (MapSeq::new(3), MapSeq::new(4));
+        objects.fold(&[a, b], &[entry(0, 100, &b)], born, map, 0);
+        let held = |snapshots: &[u64]| -> Vec<bool> {
+            let snapshots: Vec<_> = snapshots.iter().map(|map| snapshot(*map)).collect();
+            let chunks = objects.chunks();
+            chunks.map(|(_, used)| is_held(used, &snapshots)).collect()
+        };
+        assert_eq!((held(&[2]), held(&[3])), (vec![false], vec![true]));
+        objects.count(&Needed::new(), MapSeq::new(5), 0);
+        assert!(due(&objects, &[3]).is_empty());
+        assert_eq!(due(&objects, &[4]), [1]);
+        assert_eq!(due(&objects, &[2, 5]), [1, 2]);
     }
 
     #[test]
@@ -650,7 +675,8 @@ mod tests {
         let mut objects = Objects::new(VOLUME, Usage::default());
         let live = |n| [entry(n * 100, 100, &chunk(n))];
         for n in 1..=3 {
-            objects.fold(&[chunk(n)], &live(n), MapSeq::new(n * 2), 0);
+            let map = MapSeq::new(n * 2);
+            objects.fold(&[chunk(n)], &live(n), map, map, 0);
         }
         // Chunk 1 lives from map 2 to 7, chunk 2 from 4 to 9; chunk 3 lives on.
         let needed = |numbers: &[u64]| -> Needed {
@@ -686,7 +712,8 @@ mod tests {
     fn chunk_younger_than_the_map_that_was_counted_lives() {
         let mut objects = Objects::new(VOLUME, Usage::default());
         let a = chunk(1);
-        objects.fold(&[a], &[entry(0, 100, &a)], MapSeq::new(9), 0);
+        let map = MapSeq::new(9);
+        objects.fold(&[a], &[entry(0, 100, &a)], map, map, 0);
         objects.count(&Needed::new(), MapSeq::new(8), 0);
         assert!(due(&objects, &[]).is_empty());
         objects.count(&Needed::new(), MapSeq::new(9), 0);
@@ -697,7 +724,8 @@ mod tests {
     fn map_without_usage_has_it_once_it_is_counted() {
         let mut objects = Objects::uncounted(VOLUME);
         let (old, young) = (chunk(1), chunk(2));
-        objects.fold(&[young], &[entry(0, 70, &young)], MapSeq::new(5), 0);
+        let map = MapSeq::new(5);
+        objects.fold(&[young], &[entry(0, 70, &young)], map, map, 0);
         assert_eq!(objects.usage(Basis::default()), None);
         let name = |chunk: &LogChunk| (chunk.id.epoch, chunk.id.seq);
         let needed = Needed::from([(name(&old), need(30)), (name(&young), need(70))]);
@@ -743,7 +771,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn dead_objects_wait_for_the_horizon_and_for_their_retention() {
         let mut objects = Objects::new(VOLUME, Usage::default());
-        objects.fold(&[chunk(1)], &[], MapSeq::new(3), 1_000);
+        let map = MapSeq::new(3);
+        objects.fold(&[chunk(1)], &[], map, map, 1_000);
         let horizon = Duration::from_secs(60);
         let due = |objects: &Objects, retain, now| objects.due(&[], horizon, retain, now).len();
         assert_eq!(due(&objects, 0, 1_000_000), 0);

@@ -180,11 +180,12 @@ async fn usage(
         generation,
     };
     let mut left: Vec<DeadObject> = Vec::new();
-    // No map ever needed them.
+    // Not in the map that is left; but after a rescue perhaps in a later one, which a snapshot has.
+    let born = info.root.map_or(MapSeq::ZERO, |root| root.seq.next());
     let chunk = |chunk: &LogChunk| {
         let (epoch, seq) = (chunk.id.epoch, chunk.id.seq.get());
         let (bytes, key) = (chunk.stored_bytes.into(), chunk.generation);
-        dead(ObjectKind::Chunk, epoch, seq, at, bytes, key)
+        dead(ObjectKind::Chunk, epoch, seq, born, bytes, key)
     };
     left.extend(taken.log.chunks.iter().map(chunk));
     // A map object is needed by no map before the one of its own number.

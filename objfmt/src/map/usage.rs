@@ -36,7 +36,7 @@ pub struct ChunkUse {
     pub epoch: Epoch,
     /// Its number.
     pub seq: ChunkSeq,
-    /// The first map that needed it.
+    /// No map before this one needed it.
     pub born: MapSeq,
     /// Sectors of data in it.
     pub data_sectors: u32,
@@ -67,9 +67,9 @@ pub struct DeadObject {
     pub epoch: Epoch,
     /// Its number.
     pub number: u64,
-    /// The first map that needed it.
+    /// No map before this one needed it.
     pub born: MapSeq,
-    /// The first map that did not: as `born` if none ever did.
+    /// The first map from there on that did not.
     pub died: MapSeq,
     /// When that was found, in milliseconds since 1970.
     pub died_ms: u64,

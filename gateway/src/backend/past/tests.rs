@@ -14,7 +14,8 @@ use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
 use quarry_objfmt::head::{LogRange, Parent};
 use quarry_objfmt::map::ChunkUse;
 use quarry_objfmt::{
-    CacheId, Compression, Lba, LbaRange, Location, MapEntry, SnapName, VolumeName, decode_frame,
+    CacheId, Compression, Lba, LbaRange, Location, MapEntry, SnapName, SnapshotRef, VolumeName,
+    decode_frame,
 };
 use quarry_volume::{CheckpointPlan, ChunkPlan, ExtentSource, PlannedExtent};
 
@@ -24,11 +25,11 @@ use super::super::scan::Scan;
 use super::super::{Common, Fetches, NotSent, READ_RETRY_DELAY, ReclaimSettings, VolumeBackend};
 use super::*;
 use crate::backend::Buffers;
-use crate::control::{RescueSpec, VolumeRef};
+use crate::control::{RescueReport, RescueSpec, VerifySpec, VolumeRef};
 use crate::fair::{Gate, plain_share};
 use crate::reactor::ReactorHandle;
 use crate::store::FolderStore;
-use crate::{rescue, snapshot};
+use crate::{rescue, snapshot, verify};
 
 const BLOCKS: usize = 64;
 const BLOCK_SECTORS: u32 = 8;
@@ -368,6 +369,60 @@ impl Bench {
         assert_eq!(found.unwrap(), self.expected(at_ms), "at {at_ms}");
     }
 
+    /// Flips a bit of the usage of this map; the second time it is as it was.
+    async fn damage_usage(&self, map: RootRef) {
+        let key = keys::map_key(&self.tenant, self.volume, map.epoch, map.seq);
+        let mut object = self.store.get(&key).await.unwrap().0.to_vec();
+        let (offset, len) = map.usage.unwrap();
+        object[(offset + len - 1) as usize] ^= 1;
+        self.store.delete(&key).await.unwrap();
+        self.store.create(&key, object.into()).await.unwrap();
+    }
+
+    /// Gives the newest map a name.
+    async fn snapshot(&self, writer: &Writer, name: &str) -> SnapshotRef {
+        let name = SnapName::new(name).unwrap();
+        let (head, at) = (writer.backend.head(), WriteSeq::new(writer.last_write));
+        let made = snapshot::create(&*self.store, head, &name, at, NOW_MS.get()).await;
+        made.unwrap()
+    }
+
+    /// Nobody has the volume, and its head is lost: it is made anew.
+    async fn rescue(&self) -> RescueReport {
+        let key = keys::head_key(&self.tenant, self.volume);
+        self.store.delete(&key).await.unwrap();
+        let (store, volume) = (Arc::clone(&self.store), self.named());
+        let spec = RescueSpec {
+            apply: true,
+            ..RescueSpec::default()
+        };
+        let now_ms = NOW_MS.get();
+        let report = rescue::run(store, &volume, self.volume, &spec, "r", now_ms).await;
+        report.unwrap()
+    }
+
+    fn named(&self) -> VolumeRef {
+        VolumeRef {
+            tenant: self.tenant.clone(),
+            name: VolumeName::new("db").unwrap(),
+        }
+    }
+
+    /// That the volume and its snapshots, so many, are whole.
+    async fn assert_sound(&self, snapshots: usize) {
+        let spec = VerifySpec {
+            deep: true,
+            snapshots: true,
+        };
+        let (store, image) = (Arc::clone(&self.store), self.named().into());
+        let report = verify::run(store, &image, self.volume, spec, None, Arc::default()).await;
+        let report = report.unwrap().unwrap();
+        let of_snapshots = report.snapshots.iter().flat_map(|s| &s.findings);
+        let findings: Vec<_> = report.findings.iter().chain(of_snapshots).collect();
+        assert!(findings.is_empty(), "{findings:?}");
+        assert_eq!(report.snapshots.len(), snapshots);
+    }
+
     async fn refused(&self, at_ms: u64) -> String {
         self.open(at_ms).await.unwrap_err().to_string()
     }
@@ -663,13 +718,7 @@ async fn snapshot_whose_usage_alone_is_damaged_is_gone_back_to() {
     bench.crash(writer).await;
 
     let (tenant, volume) = (bench.tenant.clone(), bench.volume);
-    let then = root.unwrap();
-    let key = keys::map_key(&tenant, volume, then.epoch, then.seq);
-    let mut object = bench.store.get(&key).await.unwrap().0.to_vec();
-    let (offset, len) = then.usage.unwrap();
-    object[(offset + len - 1) as usize] ^= 1;
-    bench.store.delete(&key).await.unwrap();
-    bench.store.create(&key, object.into()).await.unwrap();
+    bench.damage_usage(root.unwrap()).await;
 
     let back = snapshot::roll_back(&*bench.store, &tenant, volume, &name, &bench.by()).await;
     let now = back.unwrap().root;
@@ -684,6 +733,71 @@ async fn snapshot_whose_usage_alone_is_damaged_is_gone_back_to() {
     bench.checkpoint(&mut writer).await;
     let counted = writer.backend.head().get().root;
     assert!(counted.unwrap().usage.is_some());
+}
+
+/// What is wrong with a snapshot's map may be its usage alone, which no read needs: a rescue passes it over and keeps the
+/// snapshot.
+#[tokio::test(start_paused = true)]
+async fn snapshot_of_a_later_map_than_a_rescue_went_back_to_keeps_what_it_needs() {
+    for goes_back in [false, true] {
+        let mut bench = Bench::new(0).await;
+        let mut writer = bench.attach().await;
+        bench.chunk(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+        bench.snapshot(&writer, "older").await;
+        bench.chunk_over_the_last(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+        let map = bench.snapshot(&writer, "newer").await.root.unwrap();
+        bench.crash(writer).await;
+        bench.damage_usage(map).await;
+        let report = bench.rescue().await;
+        assert_eq!(report.snapshots, ["older", "newer"]);
+        assert_eq!(report.log.len(), 1, "{report:?}");
+
+        if goes_back {
+            let (tenant, name) = (bench.tenant.clone(), SnapName::new("older").unwrap());
+            let by = bench.by();
+            let back = snapshot::roll_back(&*bench.store, &tenant, bench.volume, &name, &by);
+            back.await.unwrap();
+        }
+        writer = bench.attach().await;
+        bench.checkpoint(&mut writer).await;
+        bench.chunk_over_the_last(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+        // Longer than the horizon.
+        bench.pass(MINUTE_MS).await;
+        bench.damage_usage(map).await;
+        bench.assert_sound(2).await;
+        assert!(writer.backend.space().pinned >= 16 * 4096);
+        bench.crash(writer).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn snapshot_is_made_of_an_older_map_than_another_has_after_a_rescue() {
+    let mut bench = Bench::new(0).await;
+    let mut writer = bench.attach().await;
+    bench.chunk(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    // A map without a log, as compaction makes it.
+    bench.checkpoint(&mut writer).await;
+    let map = bench.snapshot(&writer, "before").await.root.unwrap();
+    bench.crash(writer).await;
+    bench.damage_usage(map).await;
+    bench.rescue().await;
+
+    let mut writer = bench.attach().await;
+    let made = bench.snapshot(&writer, "after").await;
+    assert!(made.root.unwrap().seq < map.seq);
+    let snapshots = writer.backend.head().get().snapshots;
+    let names: Vec<&str> = snapshots.iter().map(|s| &*s.name).collect();
+    assert_eq!(names, ["after", "before"]);
+    bench.chunk_over_the_last(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    bench.pass(MINUTE_MS).await;
+    bench.damage_usage(map).await;
+    bench.assert_sound(2).await;
+    bench.crash(writer).await;
 }
 
 /// The map of a rollback that was broken off, before the head, is no state that the volume had.
