@@ -46,7 +46,7 @@ use tokio::task::JoinError;
 
 pub(crate) use map_end::{MapEnd, named};
 use open::{Claimed, Entry};
-use reclaim::Reclaim;
+use reclaim::{Reclaim, first_credit};
 pub(crate) use sound::{DAMAGE_RETRIES_MAX, Unsound, insist, record, told};
 
 pub use buffers::Buffers;
@@ -218,13 +218,15 @@ impl VolumeBackend {
         assert_eq!(encrypted, claimed.keys.is_some(), "{name}: keys");
         let log = claimed.chunks.iter().map(|chunk| (chunk.id.seq, *chunk));
         let times = claimed.chunks.iter().map(|chunk| chunk.cut_ms);
+        let space = claimed.objects.space(&claimed.info.snapshots);
+        let credit = first_credit(&claimed.info, &claimed.root, (common.now_ms)());
         Arc::new(Self {
             common,
             name,
             volume: claimed.info.volume,
             cut_ms: AtomicU64::new(times.fold(claimed.objects.log_ms(), u64::max)),
             log: parking_lot::Mutex::new(log.collect()),
-            reclaim: Reclaim::new(claimed.objects.space(&claimed.info.snapshots)),
+            reclaim: Reclaim::new(space, credit),
             objects: tokio::sync::Mutex::new(claimed.objects),
             orphans: orphans::Orphans::default(),
             compacted_runs: AtomicUsize::new(0),

@@ -25,6 +25,16 @@ use tokio::time::Instant;
 /// Longest time for which dead objects are retained: 100 years.
 pub const RETAIN_MS_MAX: u64 = 36_525 * 86_400_000;
 
+/// So much longer than the horizon must an object have been dead, by clocks, for the horizon to be over though this process
+/// has not waited for it: else what is never attached for that long in one go would keep all its dead objects.
+///
+/// The horizon is for who reads by a map of before the death: an attachment elsewhere that is read-only, or a writer that
+/// was fenced and does not know it yet. Two clocks are asked, and the earlier is believed: that of the host that is attached
+/// now, and that by which attachments before it cut the newest chunk of the map. So a clock that is years ahead deletes
+/// nothing too early until the volume was written by it, let go, and attached again by such a one. Even then nothing goes
+/// that the head or a snapshot needs: such a reader gets errors, as one that reads for longer than the horizon does.
+pub(super) const CLOCK_MARGIN: Duration = Duration::from_secs(86_400);
+
 /// A chunk as it came into the log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LogChunk {
@@ -122,12 +132,24 @@ struct Dead {
 }
 
 impl Dead {
-    /// Until when it is kept, whether or not a snapshot needs it.
-    fn kept_until(&self, now: Instant, horizon: Duration, retain_ms: u64, now_ms: u64) -> Instant {
+    /// Until when it is kept, whether or not a snapshot needs it. Before this process began it was `found_ms` at least.
+    fn kept_until(
+        &self,
+        now: Instant,
+        horizon: Duration,
+        retain_ms: u64,
+        (found_ms, now_ms): (u64, u64),
+    ) -> Instant {
         let age_ms = now_ms.saturating_sub(self.object.died_ms);
         let retain_ms = retain_ms.min(RETAIN_MS_MAX);
         let retained = Duration::from_millis(retain_ms.saturating_sub(age_ms));
-        (self.since + horizon).max(now + retained)
+        let known_ms = found_ms.min(now_ms).saturating_sub(self.object.died_ms);
+        let is_long_dead = Duration::from_millis(known_ms) >= horizon.saturating_add(CLOCK_MARGIN);
+        let unread = match is_long_dead {
+            true => now,
+            false => self.since + horizon,
+        };
+        unread.max(now + retained)
     }
 }
 
@@ -140,6 +162,8 @@ pub struct Objects {
     counted: bool,
     /// The time of the map, as its basis has it.
     log_ms: u64,
+    /// The same of the map that this process began with.
+    found_ms: u64,
     chunks: BTreeMap<ChunkName, ChunkUse>,
     dead: Vec<Dead>,
 }
@@ -153,6 +177,7 @@ impl Objects {
             volume,
             counted: true,
             log_ms: usage.basis.log_ms,
+            found_ms: usage.basis.log_ms,
             chunks: usage
                 .chunks
                 .iter()
@@ -354,7 +379,7 @@ impl Objects {
     }
 
     /// Dead objects that nobody can need any more: no snapshot does, and for `horizon` no reader
-    /// was given a map that does; by the wall's clock they died `retain` ago or longer.
+    /// was given a map that does ([`CLOCK_MARGIN`]); by the wall's clock they died `retain` ago or longer.
     pub(super) fn due(
         &self,
         snapshots: &[SnapshotRef],
@@ -362,9 +387,9 @@ impl Objects {
         retain_ms: u64,
         now_ms: u64,
     ) -> Vec<DeadObject> {
-        let now = Instant::now();
+        let (now, clocks) = (Instant::now(), (self.found_ms, now_ms));
         let due = self.dead.iter().filter(|dead| {
-            dead.kept_until(now, horizon, retain_ms, now_ms) <= now
+            dead.kept_until(now, horizon, retain_ms, clocks) <= now
                 && !is_pinned(&dead.object, snapshots)
         });
         due.map(|dead| dead.object).collect()
@@ -378,14 +403,14 @@ impl Objects {
         retain_ms: u64,
         now_ms: u64,
     ) -> (Option<Instant>, bool) {
-        let now = Instant::now();
+        let (now, clocks) = (Instant::now(), (self.found_ms, now_ms));
         let (pinned, free): (Vec<&Dead>, Vec<&Dead>) = self
             .dead
             .iter()
             .partition(|dead| is_pinned(&dead.object, snapshots));
         let due = free
             .iter()
-            .map(|dead| dead.kept_until(now, horizon, retain_ms, now_ms));
+            .map(|dead| dead.kept_until(now, horizon, retain_ms, clocks));
         (due.min(), !pinned.is_empty())
     }
 
@@ -784,8 +809,28 @@ mod tests {
         assert_eq!(due(&objects, 0, 0), 1);
         assert_eq!(due(&objects, 5_000, 5_999), 0);
         assert_eq!(due(&objects, 5_000, 6_000), 1);
-        // Known anew, it waits anew.
-        let again = Objects::new(VOLUME, objects.usage(Basis::default()).unwrap());
-        assert_eq!(due(&again, 0, 1_000_000), 0);
+        // Known anew, it waits anew; but not if it died long ago by the log and by the clock.
+        let long_ms = 1_000 + 60_000 + 86_400_000;
+        for (log_ms, now_ms, count) in [
+            (0, 1_000_000, 0),
+            (0, long_ms, 0),
+            (long_ms, 1_000_000, 0),
+            (long_ms, long_ms - 1, 0),
+            (long_ms - 1, long_ms, 0),
+            (long_ms, long_ms, 1),
+        ] {
+            let mut usage = objects.usage(Basis::default()).unwrap();
+            usage.basis.log_ms = log_ms;
+            let mut again = Objects::new(VOLUME, usage);
+            assert_eq!(due(&again, 0, now_ms), count, "{log_ms} {now_ms}");
+            assert_eq!(due(&again, long_ms, now_ms), 0);
+            let (next, _) = again.next_due(&[], horizon, 0, now_ms);
+            let waits = horizon * u32::from(count == 0);
+            assert_eq!(next, Some(Instant::now() + waits));
+            // What this process cuts is by the same clock.
+            let late = chunk(2).cut_at(long_ms);
+            again.fold(&[late], &[entry(0, 100, &late)], map, map, long_ms);
+            assert_eq!(due(&again, 0, now_ms), count);
+        }
     }
 }

@@ -284,8 +284,16 @@ fn parse(rest: &str) -> Option<(Epoch, u64)> {
     Some((Epoch::new(epoch), u64::from_str_radix(number, 16).ok()?))
 }
 
-/// A part of the interval, by chance, but the same for the same attachment: nothing here draws numbers.
+/// A part of the interval, as [`chance`] has it.
 fn share(interval: Duration, volume: VolumeId, epoch: Epoch) -> Duration {
+    interval / CHANCES * chance(volume, epoch)
+}
+
+/// Of how many.
+pub(super) const CHANCES: u32 = 0x1_0000;
+
+/// A number below [`CHANCES`], by chance, but the same for the same attachment: nothing here draws numbers.
+pub(super) fn chance(volume: VolumeId, epoch: Epoch) -> u32 {
     let bytes = volume
         .to_bytes()
         .into_iter()
@@ -293,6 +301,5 @@ fn share(interval: Duration, volume: VolumeId, epoch: Epoch) -> Duration {
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
-    let part = u32::try_from((hash >> 32) & 0xffff).expect("16 bits");
-    interval / 0x1_0000 * part
+    u32::try_from((hash >> 32) & 0xffff).expect("16 bits")
 }

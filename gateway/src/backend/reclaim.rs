@@ -23,7 +23,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use quarry_cache::Mutation;
 use quarry_objfmt::map::{ChunkUse, DeadObject, ObjectKind};
-use quarry_objfmt::{ChunkId, ChunkSeq, MapSeq, SECTOR_SIZE, SnapshotRef, keys};
+use quarry_objfmt::{ChunkId, ChunkSeq, Head, MapSeq, SECTOR_SIZE, SnapshotRef, keys};
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Event, Report};
 use tokio::sync::Notify;
@@ -35,7 +35,8 @@ use super::checkpoint::Stopped;
 use super::chores::{Chores, Order};
 use super::compact::{self, Victims, WINDOW_BYTES_MIN};
 use super::head::HeadError;
-use super::objects::{ChunkName, Need, Needed, Objects, Space, is_held};
+use super::objects::{CLOCK_MARGIN, ChunkName, Need, Needed, Objects, Space, is_held};
+use super::orphans::{CHANCES, chance};
 use super::renew::Renewed;
 use super::scan::Scan;
 use crate::store::{Operation, StoreError};
@@ -112,6 +113,22 @@ pub(super) struct Reclaim {
     deleted_objects: AtomicU64,
 }
 
+/// Bytes of the map that are read where there is something to do: once for the count, once for what a compaction gathers.
+fn cost(root: &MapRoot) -> u64 {
+    2 * root.stored_bytes()
+}
+
+/// The credit that an attachment begins with. How much was written since the last count nothing durable says, so it is a
+/// part of what a count costs, by chance: attachments that are each too short for a count have one as often, in the long
+/// run, as one that lasts as long as all of them. It is never enough for a count where nothing is written. Of a volume
+/// that is younger than a day there is no more to be found than a day's writes.
+pub(super) fn first_credit(head: &Head, root: &MapRoot, now_ms: u64) -> u64 {
+    if Duration::from_millis(now_ms.saturating_sub(head.created_ms)) < CLOCK_MARGIN {
+        return 0;
+    }
+    cost(root).saturating_mul(chance(head.volume, head.epoch).into()) / u64::from(CHANCES)
+}
+
 /// What reclaiming has done since the attach.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Reclaimed {
@@ -124,13 +141,14 @@ pub struct Reclaimed {
 }
 
 impl Reclaim {
-    pub(super) fn new(space: Space) -> Self {
+    /// `credit` is [`first_credit`].
+    pub(super) fn new(space: Space, credit: u64) -> Self {
         Self {
             wake: Notify::new(),
             stopping: AtomicBool::new(false),
             task: parking_lot::Mutex::new(None),
             space: parking_lot::Mutex::new(space),
-            credit: AtomicU64::new(0),
+            credit: AtomicU64::new(credit),
             patience: AtomicU64::new(1),
             chores: Chores::default(),
             unsound: parking_lot::Mutex::new(BTreeSet::new()),
@@ -273,8 +291,7 @@ impl VolumeBackend {
         let Some(map) = map else {
             return Ok(());
         };
-        // Once for the count, once for what a compaction gathers.
-        let cost = 2 * root.stored_bytes();
+        let cost = cost(&root);
         let patience = self.reclaim.patience.load(Ordering::Relaxed);
         let credit = self.reclaim.credit.load(Ordering::Relaxed);
         if counted && (credit == 0 || credit < cost * patience) {
@@ -513,5 +530,50 @@ impl VolumeBackend {
         tokio::time::timeout(DELETE_TIME_MAX, deleted)
             .await
             .map_err(late)?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::map::{Manifest, MapObjectId, TableRef};
+    use quarry_objfmt::{Epoch, Lba, Sectors, TenantName, VolumeId, VolumeName};
+
+    use super::*;
+
+    #[test]
+    fn attachments_too_short_for_a_count_have_one_as_often_as_their_writes_are_worth() {
+        let volume = VolumeId::from_bytes([7; 16]);
+        let table = TableRef {
+            object: MapObjectId {
+                volume,
+                epoch: Epoch::new(1),
+                seq: MapSeq::ZERO,
+            },
+            first: Lba::ZERO,
+            end: Lba::new(8),
+            entries: 1,
+            index_offset: 0,
+            index_len: 24,
+            stored_bytes: 500_000,
+        };
+        let root = MapRoot::new(Manifest {
+            runs: vec![vec![table]],
+        });
+        let (tenant, name) = (
+            TenantName::new("acme").unwrap(),
+            VolumeName::new("db").unwrap(),
+        );
+        let mut head = Head::fresh(volume, &tenant, &name, Sectors::new(8), 1);
+        let mut counts = 0;
+        for epoch in 1..=1000 {
+            head.epoch = Epoch::new(epoch);
+            assert_eq!(first_credit(&head, &root, 86_400_000), 0);
+            let credit = first_credit(&head, &root, 86_400_001);
+            assert!(credit < cost(&root));
+            // Each writes a tenth of what a count is worth.
+            counts += u32::from(credit + cost(&root) / 10 >= cost(&root));
+        }
+        assert!((80..=120).contains(&counts), "{counts}");
+        assert_eq!(first_credit(&head, &MapRoot::empty(), 86_400_001), 0);
     }
 }

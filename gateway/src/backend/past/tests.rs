@@ -543,6 +543,27 @@ async fn retention_that_is_lowered_frees_what_is_too_old_then() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn volume_that_is_never_attached_for_the_horizon_gives_back_what_it_overwrote() {
+    let mut bench = Bench::new(0).await;
+    bench.common.reclaim.horizon = Duration::from_secs(15 * 60);
+    let mut dead = 0;
+    for _ in 0..30 {
+        let mut writer = bench.attach().await;
+        bench.chunk_over_the_last(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+        bench.pass(10 * MINUTE_MS).await;
+        let epoch = writer.backend.head().epoch().get();
+        bench.crash(writer).await;
+        NOW_MS.set(NOW_MS.get() + 6 * HOUR_MS);
+        // But for the seals, one of each attach but the first.
+        let objects = bench.store.list("").await.unwrap().len();
+        dead = objects - (usize::try_from(epoch).unwrap() - 1);
+    }
+    // Of a day and some of it, each with a chunk and its map.
+    assert!(dead < 30, "{dead}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn fenced_writer_deletes_nothing_that_its_successor_was_told_to_retain() {
     for is_fenced in [false, true] {
         let mut bench = Bench::new(0).await;
