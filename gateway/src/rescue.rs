@@ -313,6 +313,18 @@ pub async fn run(
     let mut head = rescue.head(&found, spec)?;
     head.epoch = epoch;
     head.snapshots = snapshots;
+    // What this map's lists call dead, a rollback behind it may have made alive again, for a snapshot that is kept. Without
+    // lists nothing of before is deleted that somebody may need.
+    let newest = head
+        .snapshots
+        .iter()
+        .filter_map(|kept| kept.root)
+        .max_by_key(|root| root.seq);
+    if let Some(root) = &mut head.root
+        && newest.is_some_and(|newest| newest.seq > root.seq)
+    {
+        root.usage = None;
+    }
     if !keys.keys.is_empty() {
         head.encryption = Encryption::Aes256Gcm;
         head.keys = keys;

@@ -31,7 +31,8 @@ pub const RETAIN_MS_MAX: u64 = 36_525 * 86_400_000;
 /// The horizon is for who reads by a map of before the death: an attachment elsewhere that is read-only, or a writer that
 /// was fenced and does not know it yet. Two clocks are asked, and the earlier is believed: that of the host that is attached
 /// now, and that by which attachments before it cut the newest chunk of the map. So a clock that is years ahead deletes
-/// nothing too early until the volume was written by it, let go, and attached again by such a one. Even then nothing goes
+/// nothing too early until the volume was written by it, let go, and attached again by such a one; one that was days behind
+/// when it noted a death has it over sooner. Even then nothing goes
 /// that the head or a snapshot needs: such a reader gets errors, as one that reads for longer than the horizon does.
 pub(super) const CLOCK_MARGIN: Duration = Duration::from_secs(86_400);
 
@@ -162,8 +163,9 @@ pub struct Objects {
     counted: bool,
     /// The time of the map, as its basis has it.
     log_ms: u64,
-    /// The same of the map that this process began with.
-    found_ms: u64,
+    /// The same of the map that this process began with, once it has made one: what is deleted is off the list with the
+    /// next, and else would be deleted by each attachment anew.
+    found_ms: Option<u64>,
     chunks: BTreeMap<ChunkName, ChunkUse>,
     dead: Vec<Dead>,
 }
@@ -177,7 +179,7 @@ impl Objects {
             volume,
             counted: true,
             log_ms: usage.basis.log_ms,
-            found_ms: usage.basis.log_ms,
+            found_ms: None,
             chunks: usage
                 .chunks
                 .iter()
@@ -226,6 +228,7 @@ impl Objects {
         map: MapSeq,
         now_ms: u64,
     ) {
+        self.found_ms.get_or_insert(self.log_ms);
         let mut needed = Needed::new();
         for entry in entries {
             if let Some(name) = Self::chunk_of(self.volume, entry) {
@@ -387,7 +390,7 @@ impl Objects {
         retain_ms: u64,
         now_ms: u64,
     ) -> Vec<DeadObject> {
-        let (now, clocks) = (Instant::now(), (self.found_ms, now_ms));
+        let (now, clocks) = (Instant::now(), (self.found_ms.unwrap_or(0), now_ms));
         let due = self.dead.iter().filter(|dead| {
             dead.kept_until(now, horizon, retain_ms, clocks) <= now
                 && !is_pinned(&dead.object, snapshots)
@@ -403,7 +406,7 @@ impl Objects {
         retain_ms: u64,
         now_ms: u64,
     ) -> (Option<Instant>, bool) {
-        let (now, clocks) = (Instant::now(), (self.found_ms, now_ms));
+        let (now, clocks) = (Instant::now(), (self.found_ms.unwrap_or(0), now_ms));
         let (pinned, free): (Vec<&Dead>, Vec<&Dead>) = self
             .dead
             .iter()
@@ -822,6 +825,8 @@ mod tests {
             let mut usage = objects.usage(Basis::default()).unwrap();
             usage.basis.log_ms = log_ms;
             let mut again = Objects::new(VOLUME, usage);
+            assert_eq!(due(&again, 0, now_ms), 0, "an attachment without a map");
+            again.fold(&[], &[], map, map, 0);
             assert_eq!(due(&again, 0, now_ms), count, "{log_ms} {now_ms}");
             assert_eq!(due(&again, long_ms, now_ms), 0);
             let (next, _) = again.next_due(&[], horizon, 0, now_ms);
