@@ -4,7 +4,7 @@ use bytes::Bytes;
 use quarry_cache::{Branch, Mutation};
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::Head;
-use quarry_objfmt::{ChunkId, Epoch, TenantName, VolumeId, keys};
+use quarry_objfmt::{ChunkId, Epoch, TenantName, VolumeId, VolumeName, keys};
 use tokio::sync::Mutex;
 
 use super::sound::{self, Unsound};
@@ -135,23 +135,29 @@ impl HeadCell {
         }
     }
 
-    /// What it means that there is no head: if the map that it named is gone too, or without a map the first chunk of its log, the
-    /// volume was deleted for good, and who still writes to it is to know; a head alone comes back with a rescue.
+    /// What it means that there is no head: if the map that it named is gone too, or without a map the first chunk of its log and
+    /// its name, the volume was deleted for good, and who still writes to it is to know; a head alone comes back with a rescue.
     async fn lost(&self, store: &dyn Store, head: &Head) -> HeadError {
         let (tenant, volume) = (&self.tenant, self.volume);
-        let named = match (head.root, head.log.first()) {
-            (Some(root), _) => keys::map_key(tenant, volume, root.epoch, root.seq),
+        let mut named = Vec::new();
+        match (head.root, head.log.first()) {
+            (Some(root), _) => named.push(keys::map_key(tenant, volume, root.epoch, root.seq)),
             (None, Some(range)) => {
                 let (epoch, seq) = (range.epoch, range.first);
-                keys::chunk_key(tenant, ChunkId { volume, epoch, seq })
+                named.push(keys::chunk_key(tenant, ChunkId { volume, epoch, seq }));
+                // There may have been no chunk yet. A deletion takes the name first.
+                named.extend(VolumeName::new(&head.name).map(|name| keys::name_key(tenant, &name)));
             }
             (None, None) => return missing(tenant, volume),
-        };
-        match store.get_prefix(&named, 1).await {
-            Err(StoreError::NotFound { .. }) => HeadError::Fenced {
-                by: "who deleted it for good".to_owned(),
-            },
-            _ => missing(tenant, volume),
+        }
+        for object in &named {
+            match store.get_prefix(object, 1).await {
+                Err(StoreError::NotFound { .. }) => {}
+                _ => return missing(tenant, volume),
+            }
+        }
+        HeadError::Fenced {
+            by: "who deleted it for good".to_owned(),
         }
     }
 
@@ -294,7 +300,7 @@ pub(super) fn fenced(now: &Head) -> HeadError {
 mod tests {
     use std::sync::atomic::AtomicU64;
 
-    use quarry_objfmt::{CacheId, Owner, Sectors, VolumeName};
+    use quarry_objfmt::{CacheId, Owner, Sectors};
 
     use super::*;
     use crate::backend::open::{Claim, take};
@@ -389,7 +395,7 @@ mod tests {
     /// It went on uploading to where nothing is any more, until its log was full.
     #[tokio::test]
     async fn writer_without_a_map_is_fenced_when_its_volume_was_released_and_purged() {
-        for is_purged in [false, true] {
+        for (is_purged, has_chunk) in [(false, true), (false, false), (true, true)] {
             let dir = tempfile::tempdir().unwrap();
             let store = FolderStore::open(dir.path(), true).unwrap();
             let name = VolumeRef::new("acme", "db").unwrap();
@@ -411,8 +417,13 @@ mod tests {
             let range = &taken.info.log[0];
             let (epoch, seq) = (range.epoch, range.first);
             let chunk = keys::chunk_key(tenant, ChunkId { volume, epoch, seq });
-            store.create(&chunk, Bytes::from("a chunk")).await.unwrap();
+            if has_chunk {
+                store.create(&chunk, Bytes::from("a chunk")).await.unwrap();
+            }
+            let named = keys::name_key(tenant, &name.name);
+            store.create(&named, Bytes::from("a name")).await.unwrap();
             if is_purged {
+                store.delete(&named).await.unwrap();
                 assert!(release(&store, tenant, volume, ours).await.unwrap());
                 let put = trash::put(&store, &name, volume, others, 5);
                 put.await.unwrap();

@@ -37,7 +37,8 @@ use crate::store::{Store, StoreStats};
 use crate::trace::Whose;
 use crate::trash::check_name;
 use crate::ublk::{
-    Device, DeviceSpec, Found, Mode, Permissions, Stamp, UblkError, past_device, snapshot_device,
+    Device, DeviceSpec, Found, Mode, Permissions, Stamp, State, UblkError, past_device,
+    snapshot_device,
 };
 
 /// How long the front ends of a volume may take to end. A ublk queue ends when its device is
@@ -88,9 +89,8 @@ impl From<UblkError> for ApiError {
             | UblkError::Served { .. }
             | UblkError::Shape { .. }
             | UblkError::ZeroCopy { .. } => Kind::Conflict,
-            UblkError::Busy | UblkError::TenantBusy(_) | UblkError::NotTaken { .. } => {
-                Kind::Unavailable
-            }
+            UblkError::Busy | UblkError::TenantBusy(_) => Kind::Unavailable,
+            // `NotTaken` among them, which is tried again, and which others do not wait for.
             _ => Kind::Internal,
         };
         Self::new(kind, error.to_string(), "")
@@ -742,7 +742,7 @@ impl Daemon {
     /// daemon's devices are left alone.
     pub async fn remove_left_devices(&self) {
         *self.left.lock() = None;
-        let left = match self.ublk.find_recoverable().await {
+        let left = match self.ublk.find().await {
             Ok(left) => left,
             Err(error) => {
                 tracing::warn!(%error, "the devices of earlier daemons cannot be looked for");
@@ -750,17 +750,27 @@ impl Daemon {
             }
         };
         for found in left {
+            let (is_dead, is_recoverable) = (found.state == State::Dead, found.is_recoverable());
             let Some(stamp) = found.stamp.filter(|s| s.cache == self.common.device.id()) else {
                 continue;
             };
             let volume = image_of(&stamp);
-            if self.wanted.contains(&volume) {
-                // It may be on its way, from a store that hangs.
+            // One that is wanted may be on its way, from a store that hangs.
+            if !is_dead && (!is_recoverable || self.wanted.contains(&volume)) {
                 continue;
             }
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
-            if !self.wanted.contains(&volume) && slot.is_detached() {
+            // What was stopped while its daemon died serves nobody; one that is being made is made with this lock.
+            let is_another = || match slot.stage().attached() {
+                Some(attached) => attached.device.as_ref().map(|(id, _)| *id) != Some(found.id),
+                None => slot.is_detached(),
+            };
+            let is_left = match is_dead {
+                true => is_another(),
+                false => !self.wanted.contains(&volume) && slot.is_detached(),
+            };
+            if is_left {
                 // Told in the log.
                 let _ = self.remove_left_device(&volume, found.id, stamp).await;
             }
@@ -810,9 +820,10 @@ impl Daemon {
 
     /// Its device goes, as who uses it would wait for ever. Only by who holds the right to change the volume's place.
     async fn remove_devices_left_of(&self, volume: &ImageRef) -> ApiResult<()> {
-        let left = self.ublk.find_recoverable().await.inspect_err(|error| {
+        let mut left = self.ublk.find().await.inspect_err(|error| {
             tracing::warn!(%volume, %error, "the device that an earlier daemon left cannot be looked for");
         })?;
+        left.retain(|device| device.is_recoverable() || device.state == State::Dead);
         for (device, stamp) in left.into_iter().filter_map(|d| Some((d.id, d.stamp?))) {
             if stamp.cache == self.common.device.id() && image_of(&stamp) == *volume {
                 self.remove_left_device(volume, device, stamp).await?;

@@ -9,7 +9,7 @@
 //! **Invariant:** a child does nothing after its daemon's end but what it was in the middle of.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
@@ -128,14 +128,15 @@ fn stop(id: u32, word: u64, gently: bool) -> Answer {
         Ok(_) => return Answer::Foreign,
         Err(error) => return failed(error),
     };
-    let node = ctrl.get_bdev_path();
-    let mut written = Ok(());
-    if gently {
-        if is_in_use(Path::new(&node)) {
-            return Answer::InUse;
-        }
-        written = write_back(Path::new(&node));
-    }
+    // Held until it has stopped: nobody mounts it in between.
+    let held = match gently {
+        true => hold(Path::new(&ctrl.get_bdev_path())),
+        false => Ok(None),
+    };
+    let Ok(held) = held else {
+        return Answer::InUse;
+    };
+    let written = held.as_ref().map_or(Ok(()), File::sync_data);
     match (ctrl.kill_dev().and_then(done), written) {
         (Ok(()), Ok(())) => Answer::Done,
         (Ok(()), Err(error)) => Answer::Unsynced {
@@ -145,22 +146,16 @@ fn stop(id: u32, word: u64, gently: bool) -> Answer {
     }
 }
 
-/// Whether somebody holds the device for himself alone. Only a live disk can be asked: the others
-/// do not answer, and then the answer is no.
-fn is_in_use(node: &Path) -> bool {
+/// The device, held for oneself alone; an error if somebody else holds it so. Only a live disk can be held: of others there
+/// is none, and nothing in the page cache.
+fn hold(node: &Path) -> io::Result<Option<File>> {
     let opened = fs::OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
         .open(node);
-    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-}
-
-/// Writes what the page cache has of the device. One that cannot be opened has nothing.
-fn write_back(node: &Path) -> io::Result<()> {
-    let mut options = fs::OpenOptions::new();
-    match options.read(true).custom_flags(libc::O_NONBLOCK).open(node) {
-        Ok(device) => device.sync_data(),
-        Err(_) => Ok(()),
+    match opened {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(error),
+        opened => Ok(opened.ok()),
     }
 }
 
@@ -219,9 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn device_that_is_not_there_is_neither_in_use_nor_written_back() {
-        let node = Path::new("/dev/ublkb-none");
-        assert!(!is_in_use(node));
-        write_back(node).unwrap();
+    fn device_that_is_not_there_is_not_in_use() {
+        assert!(hold(Path::new("/dev/ublkb-none")).unwrap().is_none());
     }
 }

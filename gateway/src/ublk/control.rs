@@ -218,17 +218,6 @@ impl Control {
         self.run(None, find).await
     }
 
-    /// The devices of dead daemons that carry our stamp: what is to be checked against the volumes
-    /// of this daemon, and recovered.
-    ///
-    /// # Errors
-    /// See [`Control::find`].
-    pub async fn find_recoverable(&self) -> Result<Vec<Found>, UblkError> {
-        let mut found = self.find().await?;
-        found.retain(|device| device.is_recoverable() && device.stamp.is_some());
-        Ok(found)
-    }
-
     /// Takes over the device that a dead daemon left for a volume. Requests that were under way
     /// come again, writes among them perhaps for the second time.
     ///
@@ -667,7 +656,7 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
     link::remove(link_root, &stamp.tenant, &name, &node);
     // While the number is still this device's.
     Udev::default().forget(id, stamp.volume);
-    match delete(&ctrl) {
+    match delete(|| ctrl.del_dev_async(), || ctrl.del_dev()) {
         Ok(()) => {}
         Err(error) if errno(&error) == Some(libc::ENODEV) => {}
         Err(error) => return Err(command(id, "deleting it", error)),
@@ -677,12 +666,13 @@ fn remove(id: u32, stamp: &Stamp, force: bool, link_root: &Path) -> Result<(), U
 }
 
 /// Deletes a device that was stopped. Does not wait for who still has it open, whoever that is, where the driver can do
-/// so (from Linux 6.9 on).
-fn delete(ctrl: &UblkCtrl) -> Result<(), libublk::UblkError> {
-    match ctrl.del_dev_async().and_then(done) {
-        Err(error) if matches!(errno(&error), Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
-            ctrl.del_dev().and_then(done)
-        }
+/// so (from Linux 6.9 on; before, it answers by several numbers that it does not know the command).
+fn delete(
+    without_waiting: impl FnOnce() -> Result<i32, libublk::UblkError>,
+    waiting: impl FnOnce() -> Result<i32, libublk::UblkError>,
+) -> Result<(), libublk::UblkError> {
+    match without_waiting().and_then(done) {
+        Err(error) if errno(&error) != Some(libc::ENODEV) => waiting().and_then(done),
         deleted => deleted,
     }
 }
@@ -781,6 +771,18 @@ mod tests {
             Err(Some(libc::EBUSY))
         );
         assert!(done(0).is_ok());
+    }
+
+    #[test]
+    fn device_is_deleted_by_the_older_command_where_the_newer_is_not_known() {
+        let answer = |code: i32| move || Err(libublk::UblkError::UringIOError(-code));
+        // The second is the kernel's own ENOTSUPP.
+        for unknown in [libc::EOPNOTSUPP, 524, libc::EINVAL] {
+            delete(answer(unknown), || Ok(0)).unwrap();
+            assert!(delete(answer(unknown), answer(libc::EBUSY)).is_err());
+        }
+        let gone = delete(answer(libc::ENODEV), || Ok(0)).unwrap_err();
+        assert_eq!(errno(&gone), Some(libc::ENODEV));
     }
 
     #[test]
