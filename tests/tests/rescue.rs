@@ -105,7 +105,10 @@ fn volume_without_its_head_or_its_newest_maps_comes_back_whole() -> Result<()> {
         let site = Site::with_folder(scratch.path(), "c")?;
         let daemon = site.start()?;
         let refused = site.quarry_json(&["volume", "attach", VOLUME, "--via", "nbd"])?;
-        ensure!(refused.refusal()?.mentions("head"));
+        let refused = refused.refusal()?;
+        ensure!(refused.mentions("head"), "{refused:?}");
+        let remedy = format!("quarry volume rescue {VOLUME}");
+        ensure!(refused.mentions(&remedy), "{refused:?}");
         let looked = rescue(&daemon, &[])?;
         let no_map = damaged_maps == maps;
         ensure!(looked["map"].is_null() == no_map, "{looked}");
@@ -150,6 +153,25 @@ fn volume_that_lost_its_name_too_comes_back_by_its_id() -> Result<()> {
     let none = "00000000-0000-4000-8000-000000000000";
     let refused = site.quarry_json(&["volume", "rescue", VOLUME, "--id", none])?;
     ensure!(refused.refusal()?.kind == "conflict");
+    daemon.stop()
+}
+
+#[test]
+fn volume_without_a_head_that_is_deleted_comes_back_as_the_answer_says() -> Result<()> {
+    let (_, seed) = seeded("rescue from the trash");
+    let (dir, store, image) = written(seed)?;
+    fs::write(&store.objects("head")?[0], b"junk")?;
+    let site = Site::with_folder(dir.path(), "c")?;
+    let daemon = site.start()?;
+    let told = site.quarry(&["volume", "delete", VOLUME])?;
+    ensure!(told.code == Some(0), "{told}");
+    ensure!(!told.stdout.contains("volume restore"), "{told}");
+    let (_, line) = told.stdout.split_once("`quarry ").context("no command")?;
+    let (line, _) = line.split_once('`').context("no end of it")?;
+    let line: Vec<&str> = line.split(' ').collect();
+    ensure!(line.contains(&"rescue"), "{told}");
+    daemon.quarry(&line)?;
+    assert_image(&daemon, &image)?;
     daemon.stop()
 }
 

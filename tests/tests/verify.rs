@@ -287,6 +287,14 @@ fn check_without_deep_finds_what_is_missing_and_not_what_is_flipped() -> Result<
     fs::remove_file(&heads[0])?;
     let report = damaged(&site, true)?;
     ensure!(report.objects == BTreeSet::from([sound.store.key(&heads[0])]));
+    let ran = site.quarry(&["volume", "verify", VOLUME])?;
+    for words in [
+        "nothing can be read until its head is made anew".to_owned(),
+        format!("quarry volume rescue {VOLUME}"),
+    ] {
+        ensure!(ran.stderr.contains(&words), "no {words}: {ran}");
+    }
+    ensure!(ran.stdout.contains("all, until its head"), "{ran}");
     let refused = site.quarry_json(&["volume", "verify", "acme/none"])?;
     ensure!(refused.refusal()?.kind == "not_found");
     daemon.stop()

@@ -46,13 +46,20 @@ pub(super) async fn run(
 
 /// What became of a volume that was deleted.
 pub(super) fn deleted_text(info: &TrashInfo) -> String {
-    let TrashInfo { tenant, name, .. } = info;
+    let TrashInfo {
+        tenant, name, id, ..
+    } = info;
     let until = time_ms(info.purge_ms)
         .map(|time| format!(" until {time}"))
         .unwrap_or_default();
-    format!(
-        "{tenant}/{name}: it is in the trash{until}; `quarry volume restore {tenant}/{name}` brings it back"
-    )
+    let back = match &info.problem {
+        // Not by `restore`: it goes by what the head says.
+        Some(problem) => {
+            format!("{problem}: `quarry volume rescue {tenant}/{name} --id {id} --apply`")
+        }
+        None => format!("`quarry volume restore {tenant}/{name}`"),
+    };
+    format!("{tenant}/{name}: it is in the trash{until}; {back} brings it back")
 }
 
 fn list_text(list: &TrashList) -> String {

@@ -25,16 +25,26 @@ pub(super) async fn run(
     }
     let unreadable: u64 = all().map(|r| r.unreadable_bytes).sum();
     let hit = match unreadable {
+        _ if is_headless(&report) => "nothing can be read until its head is made anew".to_owned(),
         0 => "all of its data can be read".to_owned(),
         hit => format!("{} of its data cannot be read", bytes(hit)),
     };
     let remedy = match (unreadable, spec.deep) {
-        (0, false) => "restore the objects from a copy, and verify it with --deep",
-        _ => "restore the objects from a copy, or the data from a backup",
+        _ if is_headless(&report) => {
+            let volume = &volume.volume;
+            format!("make it anew with `quarry volume rescue {volume}`, and verify it again")
+        }
+        (0, false) => "restore the objects from a copy, and verify it with --deep".to_owned(),
+        _ => "restore the objects from a copy, or the data from a backup".to_owned(),
     };
     let message = format!("{volume} is damaged in the store: {count} findings, {hit}");
     let failure = Failure::new("damaged", message, remedy);
     console.show_failed(&report, text, failure)
+}
+
+/// Whether there is no head that can be read, by which alone the rest is found.
+fn is_headless(report: &VerifyReport) -> bool {
+    report.epoch.is_none() && !report.findings.is_empty()
 }
 
 fn text(report: &VerifyReport) -> String {
@@ -88,6 +98,7 @@ fn text_of_one(report: &VerifyReport) -> String {
             "unreadable",
             Some(match report.unreadable_bytes {
                 0 if report.findings.is_empty() => "nothing, and nothing is wrong".to_owned(),
+                0 if is_headless(report) => "all, until its head is made anew".to_owned(),
                 0 => "nothing".to_owned(),
                 hit => bytes(hit),
             }),

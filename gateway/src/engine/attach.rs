@@ -74,6 +74,7 @@ impl From<OpenError> for ApiError {
         };
         let remedy = match &error {
             OpenError::NotKept { .. } => "`quarry volume retain` keeps more from now on",
+            OpenError::Damaged { object, .. } => registry::damage_remedy(object),
             _ => "",
         };
         Self::new(kind, error.to_string(), remedy)
@@ -517,7 +518,7 @@ impl Daemon {
         } else {
             // First: nobody is fenced by who could not read or write it. What they are wrapped by does not matter here.
             let read = HeadCell::read(store, name, id).await;
-            let (head, _) = read.map_err(OpenError::from)?;
+            let (head, _) = read.map_err(|e| registry::head_error(&volume.volume, &e))?;
             // By the other name it may be attached here.
             if head.deleted().is_none() {
                 let called = check_name(store, &head, &volume.volume).await;

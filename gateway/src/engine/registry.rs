@@ -350,8 +350,18 @@ pub(super) fn head_error(volume: &VolumeRef, error: &HeadError) -> ApiError {
         error => ApiError::new(
             Kind::Damaged,
             format!("{volume}: {error}"),
-            "restore the object from a copy",
+            format!(
+                "make it anew with `quarry volume rescue {volume}`, or restore the object from a copy"
+            ),
         ),
+    }
+}
+
+/// What to do about an object that is damaged or gone, without which a volume cannot be opened.
+pub(super) fn damage_remedy(object: &str) -> &'static str {
+    match object.ends_with("/head") {
+        true => "make it anew with `quarry volume rescue NAME`, or restore the object from a copy",
+        false => "",
     }
 }
 
@@ -493,6 +503,26 @@ mod tests {
         for key in [&key, &others_key] {
             assert_eq!(store.get(key).await.unwrap().0, others);
         }
+    }
+
+    #[tokio::test]
+    async fn head_that_is_missing_or_damaged_is_told_with_its_rescue() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        let (volume, key) = made(&store, "db", id(1)).await;
+        store.delete(&key).await.unwrap();
+        let missing = head(&store, &volume).await.unwrap_err();
+        let junk = Bytes::from_static(b"QYHDx");
+        store.create(&key, junk).await.unwrap();
+        let damaged = head(&store, &volume).await.unwrap_err();
+        for error in [missing, damaged] {
+            assert_eq!(error.kind, Kind::Damaged, "{error}");
+            let rescue = "`quarry volume rescue acme/db`";
+            assert!(error.remedy.contains(rescue), "{error}");
+        }
+        let error = HeadCell::read(&store, &volume.tenant, id(1)).await;
+        let refused = ApiError::from(OpenError::from(error.unwrap_err()));
+        assert!(refused.remedy.contains("rescue"), "{refused}");
     }
 
     /// Who was told to try again found that it is so already, and then the first try arrived.

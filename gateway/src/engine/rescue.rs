@@ -77,7 +77,7 @@ impl Daemon {
             Some(id) => id,
             None => registry::find(&control, volume)
                 .await
-                .map_err(|e| e.with_remedy("if its name is lost, give its id with --id"))?,
+                .map_err(|e| e.with_remedy("if its name is lost, give its id with --id; of one that was deleted `quarry trash list` shows it"))?,
         };
         let name = registry::name_state(&control, volume, id).await?;
         // It reads much, and waits for the store as other work does.

@@ -110,9 +110,11 @@ fn not_ours(volume: &VolumeRef, error: &OpenError) -> ApiError {
             ApiError::new(Kind::Conflict, message, remedy)
         }
         OpenError::Store(error) => registry::store_error(error),
-        OpenError::Damaged { .. } | OpenError::Cache(_) => {
-            ApiError::new(Kind::Damaged, error.to_string(), "")
+        OpenError::Damaged { object, .. } => {
+            let remedy = registry::damage_remedy(object);
+            ApiError::new(Kind::Damaged, error.to_string(), remedy)
         }
+        OpenError::Cache(_) => ApiError::new(Kind::Damaged, error.to_string(), ""),
         _ => ApiError::new(Kind::Conflict, error.to_string(), ""),
     }
 }

@@ -88,7 +88,7 @@ pub(super) fn trash_error(volume: &impl std::fmt::Display, error: TrashError) ->
         ),
         TrashError::Headless => (
             Kind::Damaged,
-            "make it anew with `quarry volume rescue --id`, which gives the volume its name too",
+            "make it anew with `quarry volume rescue NAME --id ID`, which gives the volume its name too",
         ),
         TrashError::Newer(_) => (Kind::Unsupported, "use a build of that version"),
         TrashError::Record { .. } => (Kind::Damaged, "restore the object from a copy"),
@@ -100,13 +100,16 @@ pub(super) fn trash_error(volume: &impl std::fmt::Display, error: TrashError) ->
     ApiError::new(kind, format!("{volume}: {error}"), remedy)
 }
 
+/// What is different with a volume that `restore` does not bring back.
+const HEADLESS: &str = "its head is missing or damaged";
+
 fn tell(tenant: &TenantName, found: &Trashed, grace_ms: u64) -> TrashInfo {
     let (record, head) = (&found.record, found.head.as_ref());
     let problem = match head.map(quarry_objfmt::Head::deleted) {
         Some(Some(Deleted::InTrash { .. })) => None,
         Some(Some(Deleted::Purging)) => Some("it is being purged"),
         Some(None) => Some("it was being restored: restore it again to finish that"),
-        None => Some("its head is missing or damaged"),
+        None => Some(HEADLESS),
     };
     TrashInfo {
         size_bytes: head.map(|head| head.size.bytes()),
@@ -203,13 +206,14 @@ impl Daemon {
         self.forget_kept(&volume.tenant, id).await;
         self.trash.told.notify_one();
         tracing::info!(%volume, %id, "put into the trash");
+        let problem = match trash::look(&store, &volume.tenant, id).await {
+            Ok(trash::Found::Missing | trash::Found::Damaged(_)) => Some(HEADLESS.to_owned()),
+            // It is in the trash, whatever the store says now.
+            _ => None,
+        };
         let since_ms = record.deleted_ms;
-        Ok(tell_record(
-            &volume.tenant,
-            &record,
-            since_ms,
-            self.grace_ms(),
-        ))
+        let told = tell_record(&volume.tenant, &record, since_ms, self.grace_ms());
+        Ok(TrashInfo { problem, ..told })
     }
 
     /// Whether the cache has something of a tenant's volume that nobody serves.
