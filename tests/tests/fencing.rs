@@ -1,5 +1,6 @@
 //! Two daemons and one volume: never two writers, and nobody loses anything without being told.
 
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -155,6 +156,48 @@ fn volume_that_went_on_elsewhere_and_is_free_again_is_not_taken_back_at_a_start(
     drop(nbd);
     second.stop()?;
     first.stop()
+}
+
+#[test]
+fn fenced_volume_is_exported_with_what_was_not_sent_and_what_stays_is_told() -> Result<()> {
+    let dir = tempdir()?;
+    let old = Site::with_folder(dir.path(), "old")?;
+    let new = Site::with_folder(dir.path(), "new")?;
+    let (first, second) = (old.start()?, new.start()?);
+    let mut nbd = first.fresh_volume(VOLUME, 16 * MIB, &[])?;
+    nbd.write(0, &[1; 4096], true)?;
+    first.sync(VOLUME)?;
+    drop(second.attach(VOLUME, &["--force"])?);
+    nbd.write(MIB, &[2; 4096], false)?;
+    let begun = Instant::now();
+    while first.show(VOLUME)?["state"] != "fenced" {
+        ensure!(begun.elapsed() < NOTICES, "never fenced");
+        thread::sleep(Duration::from_millis(100));
+    }
+    drop(nbd);
+    let image = dir.path().join("saved.img");
+    let name = image.to_string_lossy().into_owned();
+    first.quarry(&["volume", "export", VOLUME, &name])?;
+    let saved = fs::read(&image)?;
+    ensure!(saved.len() as u64 == 16 * MIB);
+    ensure!(saved[..4096] == [1; 4096], "what was sent is not in it");
+    let (_, unsent) = saved.split_at(1 << 20);
+    ensure!(
+        unsent[..4096] == [2; 4096],
+        "what was not sent is not in it"
+    );
+    ensure!(first.show(VOLUME)?["state"] == "fenced");
+
+    first.quarry(&["volume", "detach", VOLUME])?;
+    let shown = first.show(VOLUME)?;
+    ensure!(shown["kept_bytes"].as_u64() >= Some(4096), "{shown}");
+    let doctor = old.quarry(&["doctor"])?;
+    let told = |line: &str| line.starts_with("warning") && line.contains(VOLUME);
+    ensure!(doctor.stdout.lines().any(told), "{doctor}");
+    drop(first.attach(VOLUME, &["--force", "--discard-unsent"])?);
+    ensure!(first.show(VOLUME)?["kept_bytes"].is_null());
+    first.stop()?;
+    second.stop()
 }
 
 #[test]

@@ -55,6 +55,8 @@ impl<'a> Attachment<'a> {
         let found = match (info.state, &info.attached) {
             (State::Detached, _) => None,
             (State::Attached, Some(attached)) => Some(attached),
+            // What it takes no more can still be read, with what was not sent.
+            (State::Fenced, Some(attached)) if read_only => Some(attached),
             (State::AttachedElsewhere, _) => {
                 let owner = info.owner.as_ref().map_or("another host", |o| &o.host);
                 let message = format!("{volume} is attached on {owner}");
@@ -99,7 +101,7 @@ impl<'a> Attachment<'a> {
             place: place(&attached)?,
             uri: attached.uri,
             ours: found.is_none(),
-            in_use: found.is_some() && !attached.read_only,
+            in_use: found.is_some() && !attached.read_only && info.state != State::Fenced,
         })
     }
 

@@ -350,6 +350,13 @@ fn place(attached: &crate::control::AttachedInfo) -> String {
         .unwrap_or_else(|| attached.via.to_string())
 }
 
+fn kept_text(kept: u64) -> String {
+    format!(
+        "up to {} written here that may never have been sent; `attach` sends them, or `attach --discard-unsent` gives them up",
+        bytes(kept)
+    )
+}
+
 fn show_text(v: &VolumeInfo) -> String {
     let here = v.attached.as_ref();
     let mode = here.map(|a| {
@@ -443,6 +450,7 @@ fn show_text(v: &VolumeInfo) -> String {
             "oldest dirty",
             (v.dirty_bytes > 0).then(|| span_ms(v.rpo_ms)),
         ),
+        ("kept here", v.kept_bytes.map(kept_text)),
         ("reads", counted(v.reads, v.read_bytes)),
         ("writes", counted(v.writes, v.write_bytes)),
         ("hits", v.hit_ratio.map(percent)),
@@ -486,6 +494,16 @@ mod tests {
             text.contains("acme/db  100GiB  attached on node7"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn volume_that_is_gone_from_here_says_what_the_cache_keeps_of_it() {
+        let mut volume = VolumeInfo::default();
+        assert!(!show_text(&volume).contains("kept here"));
+        volume.kept_bytes = Some(1 << 20);
+        let text = show_text(&volume);
+        assert!(text.contains("up to 1MiB written here"), "{text}");
+        assert!(text.contains("--discard-unsent"), "{text}");
     }
 
     #[test]

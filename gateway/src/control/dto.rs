@@ -587,6 +587,10 @@ pub struct VolumeInfo {
     pub dirty_bytes: u64,
     /// Age of the oldest write that the store does not have yet: what losing the host now costs.
     pub rpo_ms: u64,
+    /// Of one that is not attached here to be written to: bytes at most that this host's cache keeps of what was written here
+    /// and may never have been sent; none if it keeps nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_bytes: Option<u64>,
     /// Its data on the cache device.
     pub cached_bytes: u64,
     /// Its chunks in the store.

@@ -8,10 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
+use quarry_config::Size;
+use quarry_objfmt::{TenantName, VolumeId};
 
 use super::tenants::Site;
 use super::{Daemon, registry};
-use crate::control::{Check, Kind, Verdict};
+use crate::backend::HeadCell;
+use crate::control::{Check, Kind, Verdict, VolumeRef};
 use crate::provision;
 use crate::store::{Lane, Store as _, StoreSettings, StoreState};
 
@@ -52,6 +55,7 @@ impl Daemon {
         });
         checks.push(examine_files());
         checks.extend(self.examine_volumes().await);
+        checks.extend(self.examine_kept().await);
         checks
     }
 
@@ -187,6 +191,43 @@ impl Daemon {
             checks.push(Check::ok("volumes", finding));
         }
         checks
+    }
+}
+
+impl Daemon {
+    /// What the cache keeps unsent of volumes that are not attached here to be written to, nor wait to be.
+    async fn examine_kept(&self) -> Vec<Check> {
+        let until = tokio::time::Instant::now() + ANSWER_TIME_MAX;
+        let looks = self.all_kept().into_iter().map(|(tenant, id)| async move {
+            let name = tokio::time::timeout_at(until, self.name_of(&tenant, id)).await;
+            let volume = name.ok().flatten();
+            let how = volume.clone().and_then(|v| self.wanted.how(&v.into()));
+            if how.is_some_and(|how| !how.read_only) {
+                return None;
+            }
+            // Unless somebody has taken it up meanwhile.
+            let kept = Size::new(self.kept_bytes(&tenant, id)?);
+            let what = match &volume {
+                Some(volume) => format!("volume {volume}"),
+                None => format!("volume {id} of tenant {tenant}"),
+            };
+            Some(Check::new(
+                what,
+                Verdict::Warning,
+                format!("it is not attached here, and the cache keeps up to {kept} written to it that may never have been sent"),
+                "attach it here, which sends them, or says why not",
+            ))
+        });
+        let looks = futures::stream::iter(looks).buffered(RECORDS_AT_ONCE);
+        let looks: Vec<Option<Check>> = looks.collect().await;
+        looks.into_iter().flatten().collect()
+    }
+
+    /// What a volume is called, if its head can be had.
+    async fn name_of(&self, tenant: &TenantName, id: VolumeId) -> Option<VolumeRef> {
+        let store = self.control(tenant).await.ok()?;
+        let (head, _) = HeadCell::read(&store, tenant, id).await.ok()?;
+        VolumeRef::new(tenant.as_str(), head.name.as_str()).ok()
     }
 }
 

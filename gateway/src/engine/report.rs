@@ -131,6 +131,9 @@ impl Daemon {
             problem: self.wanted.problem(image).or(deleted),
             ..VolumeInfo::default()
         };
+        if !image.is_past() && attached.as_ref().is_none_or(|attached| attached.read_only) {
+            info.kept_bytes = self.kept_bytes(&volume.tenant, head.volume);
+        }
         let Some(attached) = attached else {
             return Ok(info);
         };
