@@ -766,7 +766,19 @@ impl Engine for Daemon {
         let attached = self.attached_here(&image)?;
         let backend = &attached.backend;
         if attached.read_only {
-            return Ok(());
+            // What was written elsewhere is not known here.
+            let head = registry::head(&attached.tenant.control(), volume).await;
+            let owner = head.ok().filter(|head| head.deleted().is_none());
+            let owner = owner.and_then(|head| head.owner);
+            let there = owner.map_or_else(
+                || "on the host that writes to it".to_owned(),
+                |owner| format!("on the host that writes to it, {}", owner.shown_host()),
+            );
+            return Err(ApiError::new(
+                Kind::Conflict,
+                format!("{volume} is attached here for reading only"),
+                format!("sync it {there}"),
+            ));
         }
         if backend.drain(false).await {
             return Ok(());

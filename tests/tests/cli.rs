@@ -337,6 +337,31 @@ fn read_only_attachment_refuses_writes() -> Result<()> {
 }
 
 #[test]
+fn sync_where_a_volume_is_only_read_is_refused_with_the_host_that_writes() -> Result<()> {
+    let dir = tempdir()?;
+    let (site, other) = (
+        Site::with_folder(dir.path(), "a")?,
+        Site::with_folder(dir.path(), "b")?,
+    );
+    let (writer, reader) = (site.start()?, other.start()?);
+    let mut nbd = writer.fresh_volume("acme/db", 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], false)?;
+    drop(reader.attach("acme/db", &["--read-only", "--force"])?);
+    let refusal = other
+        .quarry_json(&["volume", "sync", "acme/db"])?
+        .refusal()?;
+    let host = rustix::system::uname();
+    let host = host.nodename().to_string_lossy();
+    assert_eq!(refusal.kind, "conflict", "{refusal:?}");
+    assert!(refusal.mentions("reading only"), "{refusal:?}");
+    assert!(refusal.mentions(&host), "{refusal:?}");
+    writer.sync("acme/db")?;
+    drop(nbd);
+    reader.stop()?;
+    writer.stop()
+}
+
+#[test]
 fn what_a_daemon_keeps_on_its_host_is_its_users_alone() -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     let dir = tempdir()?;
