@@ -254,6 +254,29 @@ fn start_with_another_cache_takes_nothing_off_the_list_of_the_right_one() -> Res
 }
 
 #[test]
+fn volume_that_another_cache_has_is_given_up_with_the_word_that_it_still_does() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let daemon = site.start()?;
+    drop(daemon.fresh_volume(VOLUME, 64 * MIB, &[])?);
+    let owner = daemon.show(VOLUME)?["owner"]["cache"].clone();
+    let cache = owner.as_str().context("nobody has it")?;
+    daemon.kill()?;
+    fs::rename(site.cache(), site.root().join("aside"))?;
+    let daemon = site.start()?;
+    let shown = daemon.show(VOLUME)?;
+    ensure!(shown["problem"].is_string(), "{shown}");
+    let told = site.quarry_json(&["volume", "detach", VOLUME])?.refusal()?;
+    for words in ["given up here", "nothing of it was sent", cache] {
+        ensure!(told.mentions(words), "no {words}: {told:?}");
+    }
+    let shown = daemon.show(VOLUME)?;
+    ensure!(shown["state"] == "attached elsewhere", "{shown}");
+    ensure!(shown["owner"]["cache"] == owner, "{shown}");
+    daemon.stop()
+}
+
+#[test]
 fn daemon_that_cannot_serve_does_not_end_the_one_that_does() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;

@@ -13,6 +13,7 @@ use super::access::Access;
 use super::kept::{Taken, Unsettled, settle, take_up};
 use super::keys::same_data_keys;
 use super::owners::Owned;
+use super::release::Whose::OtherCache;
 use super::slot::{Attached, Slot, Stage};
 use super::snapshot::no_snapshot;
 use super::tenants::Tenant;
@@ -787,7 +788,16 @@ impl Daemon {
     }
 
     /// A volume that could not be attached again, and is not to be any more: says what stays of it.
-    async fn leave_waiting(&self, volume: &ImageRef) -> ApiResult<()> {
+    async fn leave_waiting(&self, volume: &ImageRef, how: &How) -> ApiResult<()> {
+        let writes = !how.read_only && !volume.is_past();
+        if writes && let Ok(OtherCache(cache)) = self.whose_is(volume, how).await {
+            let message = format!(
+                "{volume} is given up here, and nothing of it was sent: cache {cache}, with which it was attached, has it still"
+            );
+            let remedy =
+                "attach it where that cache is; if that is lost, attach it anywhere with --force";
+            return Err(ApiError::new(Kind::Conflict, message, remedy));
+        }
         let keeps = match self.control(&volume.volume.tenant).await {
             Ok(store) => match registry::find(&store, &volume.volume).await {
                 Ok(id) => self.keeps(&volume.volume.tenant, id),
@@ -910,7 +920,7 @@ impl Daemon {
                 removed?;
             }
             self.unlist(volume).await?;
-            self.leave_waiting(volume).await?;
+            self.leave_waiting(volume, &how).await?;
             return Ok(DetachInfo::new(volume, None));
         };
         slot.set(Stage::Detaching(Arc::clone(&attached)));
