@@ -74,6 +74,18 @@ pub enum CacheError {
         /// Why it is not taken for ours.
         reason: String,
     },
+    /// It is a cache of ours, and its end is not there.
+    #[error("{} is Quarry cache {id}, cut short: it has {length} of its {needed} bytes; give it these back (a file by `truncate -s {needed}`), and what the rest holds is found again", path.display())]
+    Short {
+        /// The device.
+        path: PathBuf,
+        /// Which cache it is.
+        id: CacheId,
+        /// Its size, in bytes.
+        length: u64,
+        /// What its superblock speaks of.
+        needed: u64,
+    },
     /// Too small to work with.
     #[error("the cache {} has {size} bytes; it needs at least {CACHE_SIZE_MIN}", path.display())]
     TooSmall {
@@ -221,10 +233,11 @@ impl CacheDevice {
             let needed = geometry.data_start
                 + u64::from(geometry.segments) * u64::from(geometry.segment_size);
             if length < needed {
-                let reason = format!("its superblock speaks of {needed} bytes, there are {length}");
-                return Err(CacheError::Foreign {
+                return Err(CacheError::Short {
                     path: path.to_owned(),
-                    reason,
+                    id: superblock.cache,
+                    length,
+                    needed,
                 });
             }
             if !is_device {
@@ -855,6 +868,29 @@ mod tests {
             ));
             assert!(std::fs::read(&path).unwrap() == content);
         }
+    }
+
+    #[test]
+    fn cache_that_is_cut_short_is_told_as_ours_and_works_when_it_has_its_length_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        drop(CacheDevice::open(&path, Some(64 << 20), ID, "a", 1).unwrap());
+        let whole = std::fs::metadata(&path).unwrap().len();
+        let resize = |len: u64| {
+            let file = OpenOptions::new().write(true).open(&path).unwrap();
+            file.set_len(len).unwrap();
+        };
+        resize(32 << 20);
+        let error = CacheDevice::open(&path, None, ID, "a", 1).unwrap_err();
+        let is_ours = matches!(error, CacheError::Short { id, .. } if id == ID);
+        assert!(is_ours, "{error}");
+        let words = error.to_string();
+        assert!(words.contains(&ID.to_string()), "{words}");
+        assert!(words.contains(&whole.to_string()), "{words}");
+        assert!(!words.contains("wipe"), "{words}");
+        resize(whole);
+        let device = CacheDevice::open(&path, None, ID, "a", 1).unwrap();
+        assert!(!device.fresh());
     }
 
     #[test]
