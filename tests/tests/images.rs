@@ -366,6 +366,13 @@ fn standard_input_and_output_are_raw_images() -> Result<()> {
     ensure!(status.success());
     File::options().write(true).open(&raw)?.set_len(48 * MIB)?;
     same_files(&back, &raw)?;
+    let full = File::options().write(true).open("/dev/full")?;
+    let mut export = daemon.site().command(&["volume", "export", VOLUME, "-"]);
+    let ended = export.stdout(full).output()?;
+    let words = String::from_utf8_lossy(&ended.stderr);
+    ensure!(ended.status.code() == Some(1), "{words}");
+    ensure!(words.contains("standard output"), "{words}");
+    ensure!(!words.contains("NBD") && !words.contains("log"), "{words}");
     daemon.stop()
 }
 

@@ -28,6 +28,10 @@ use super::volume::image_at;
 use crate::control::{Client, Kind, VolumeInfo};
 use crate::image::qemu::{self, Served};
 use crate::image::{CopyError, Disk, Feed, ImageFormat, Progress};
+use crate::nbd::client::{ClientError, read_full};
+
+/// Bytes of a device that are read at once for standard output.
+const STREAM_BYTES: usize = 1 << 20;
 
 /// What was exported.
 #[derive(Serialize)]
@@ -239,7 +243,8 @@ impl Export<'_> {
 
     fn failed(&self, error: CopyError) -> Failure {
         let (volume, image) = (self.flags.volume.to_string(), self.flags.image.display());
-        failed(error, &volume, &image.to_string(), "see the daemon's log")
+        let remedy = remedy(&error);
+        failed(error, &volume, &image.to_string(), remedy)
     }
 
     /// Writes all to standard output, in order.
@@ -256,16 +261,28 @@ impl Export<'_> {
         match ended {
             None => Err(interrupted()),
             Some(Ok(Ok(()))) => Ok(size),
+            Some(Ok(Err(StreamError::Output(error)))) => {
+                let message = format!("standard output cannot be written: {error}");
+                let remedy = "check where it goes, and the space there";
+                Err(Failure::new("failed", message, remedy))
+            }
             Some(ended) => {
                 let why = match ended {
-                    Ok(Err(error)) => chain(&error),
+                    Ok(Err(StreamError::Volume(error))) => chain(&error),
                     _ => "its thread has ended".to_owned(),
                 };
                 let message = format!("{}: it cannot be exported: {why}", self.flags.volume);
-                let remedy = "check where standard output goes, and the daemon's log";
-                Err(Failure::new("failed", message, remedy))
+                Err(Failure::new("failed", message, "see the daemon's log"))
             }
         }
+    }
+}
+
+/// What to do about an export that failed: of the image and of the volume another thing.
+const fn remedy(error: &CopyError) -> &'static str {
+    match error {
+        CopyError::Write { .. } => "check the space and the permissions there",
+        _ => "see the daemon's log",
     }
 }
 
@@ -273,19 +290,41 @@ fn interrupted() -> Failure {
     Failure::new(INTERRUPTED, "interrupted", "")
 }
 
-fn to_stdout(disk: Disk, bar: &ProgressBar) -> anyhow::Result<()> {
+/// Why a stream of a volume ended early.
+enum StreamError {
+    /// Where it goes takes no more.
+    Output(io::Error),
+    /// It cannot be read.
+    Volume(anyhow::Error),
+}
+
+fn to_stdout(disk: Disk, bar: &ProgressBar) -> Result<(), StreamError> {
     let size = disk.size();
     let mut out = io::stdout().lock();
     match disk {
         Disk::Nbd(mut client) => {
-            client.copy_out(&mut out, 0, size, &mut |done| bar.set_position(done))?
+            let copied = client.copy_out(&mut out, 0, size, &mut |done| bar.set_position(done));
+            copied.map_err(|error| match error {
+                ClientError::Output(error) => StreamError::Output(error),
+                error => StreamError::Volume(error.into()),
+            })?;
         }
         Disk::File { file, .. } => {
-            (&*file).rewind()?;
-            io::copy(&mut &*file, &mut bar.wrap_write(&mut out))?;
+            let mut source = &*file;
+            let unread = |error: io::Error| StreamError::Volume(error.into());
+            source.rewind().map_err(unread)?;
+            let mut buf = vec![0; STREAM_BYTES];
+            loop {
+                let n = read_full(&mut source, &mut buf).map_err(unread)?;
+                if n == 0 {
+                    break;
+                }
+                out.write_all(&buf[..n]).map_err(StreamError::Output)?;
+                bar.inc(n as u64);
+            }
         }
     }
-    Ok(out.flush()?)
+    out.flush().map_err(StreamError::Output)
 }
 
 /// The image to be made.
@@ -433,5 +472,22 @@ impl Drop for Target {
             // It is of no use; that it cannot be removed is no reason to say anything else.
             let _ = fs::remove_file(&self.part);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::DiskError;
+
+    #[test]
+    fn image_that_cannot_be_written_is_not_looked_for_in_the_daemons_log() {
+        let full = || DiskError::Nbd(ClientError::Request { errno: 28 });
+        let (offset, source) = (4096, full());
+        let unwritten = remedy(&CopyError::Write { offset, source });
+        assert!(unwritten.contains("space"), "{unwritten}");
+        let source = full();
+        let unread = remedy(&CopyError::Read { offset, source });
+        assert!(unread.contains("log"), "{unread}");
     }
 }

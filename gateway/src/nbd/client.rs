@@ -40,8 +40,11 @@ pub enum ClientError {
         /// Why.
         reason: String,
     },
+    /// What is read cannot be written to where it is to go.
+    #[error("the output cannot be written")]
+    Output(#[source] io::Error),
     /// A request failed.
-    #[error("the request failed with NBD error {errno}")]
+    #[error("the request failed with NBD error {errno}: {}", in_words(*errno))]
     Request {
         /// The protocol's errno.
         errno: u32,
@@ -49,6 +52,11 @@ pub enum ClientError {
     /// The server broke the protocol.
     #[error("the server does not speak NBD as it should: {0}")]
     Protocol(&'static str),
+}
+
+/// The protocol's errors have the numbers of Linux.
+fn in_words(errno: u32) -> io::Error {
+    io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0))
 }
 
 /// What to ask for.
@@ -614,7 +622,7 @@ impl Client {
             }
             while let Some((_, data @ Some(_))) = order.front_mut() {
                 let data = data.take().unwrap_or_default();
-                sink.write_all(&data)?;
+                sink.write_all(&data).map_err(ClientError::Output)?;
                 done += data.len() as u64;
                 progress(done);
                 order.pop_front();

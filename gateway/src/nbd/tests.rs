@@ -275,6 +275,20 @@ fn copy_in_and_out_is_the_same() {
 }
 
 #[test]
+fn copy_to_what_is_full_blames_the_output_and_not_the_connection() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let mut room = [0; 512];
+    let mut full = &mut room[..];
+    let copied = client.copy_out(&mut full, 0, 4096, &mut |_| ());
+    assert!(matches!(copied, Err(ClientError::Output(_))), "{copied:?}");
+    let no_room = ClientError::Request {
+        errno: errno::ENOSPC,
+    };
+    assert!(no_room.to_string().contains("No space left"), "{no_room}");
+}
+
+#[test]
 fn requests_that_cannot_be_served_get_their_error_and_the_stream_goes_on() {
     let bench = Bench::with(geometry(BYTES, 4096), |_| {});
     let mut client = bench.client();
