@@ -307,9 +307,10 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
     /// Make a token, and print it; it cannot be had again.
+    #[command(group = ArgGroup::new("bearer").args(["tenant", "operator"]).required(true))]
     Create {
         /// The tenant that its bearer acts for.
-        #[arg(long, required_unless_present = "operator", requires = "role")]
+        #[arg(long, requires = "role")]
         tenant: Option<TenantName>,
         /// What its bearer may do with what is the tenant's.
         #[arg(long, value_enum, requires = "tenant")]

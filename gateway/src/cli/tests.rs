@@ -137,6 +137,16 @@ fn every_line_of_the_manual_parses() {
 }
 
 #[tokio::test]
+async fn token_of_nobody_is_refused_with_both_that_it_can_be_of() {
+    let nowhere = std::path::Path::new("/nonexistent/q.sock");
+    let ran = quarry(nowhere, "token create").await;
+    assert_eq!(ran.code, MISUSED);
+    for flag in ["--tenant", "--operator"] {
+        assert!(ran.err.contains(flag), "{}", ran.err);
+    }
+}
+
+#[tokio::test]
 async fn misuse_is_refused_before_any_daemon_is_asked() {
     let nowhere = std::path::Path::new("/nonexistent/q.sock");
     for line in [
