@@ -69,7 +69,9 @@ fn fitting(
                 device: attached.device.clone(),
                 link: attached.link.clone(),
                 uri: attached.uri.clone(),
-                warning: None,
+                warning: (options.read_only && !attached.read_only).then(|| {
+                    format!("writes let through, as it was attached so before; for reading only, detach it first: `quarry volume detach {image}`")
+                }),
             });
         }
     };
@@ -85,7 +87,12 @@ fn fitting(
 mod tests {
     use super::*;
 
-    fn fits(via: Option<Via>, read_only: bool, attached: &AttachedInfo) -> Result<(), String> {
+    /// With the warning, if there is one.
+    fn fits(
+        via: Option<Via>,
+        read_only: bool,
+        attached: &AttachedInfo,
+    ) -> Result<Option<String>, String> {
         let image: ImageRef = "acme/db".parse().unwrap();
         let options = AttachOptions {
             via,
@@ -95,7 +102,7 @@ mod tests {
         match fitting(&image, attached, &options) {
             Ok(info) => {
                 assert_eq!(info.device, attached.device);
-                Ok(())
+                Ok(info.warning)
             }
             Err(failure) => Err(failure.message),
         }
@@ -108,13 +115,23 @@ mod tests {
             device: Some("/dev/ublkb0".to_owned()),
             ..AttachedInfo::default()
         };
-        assert_eq!(fits(None, false, &attached), Ok(()));
-        assert_eq!(fits(Some(Via::Ublk), true, &attached), Ok(()));
+        assert_eq!(fits(None, false, &attached), Ok(None));
+        assert_eq!(fits(Some(Via::Ublk), false, &attached), Ok(None));
         let wrong = fits(Some(Via::Nbd), false, &attached).unwrap_err();
         assert_eq!(wrong, "acme/db is attached as a block device, not by NBD");
         attached.read_only = true;
-        assert_eq!(fits(None, true, &attached), Ok(()));
+        assert_eq!(fits(None, true, &attached), Ok(None));
         let wrong = fits(None, false, &attached).unwrap_err();
         assert_eq!(wrong, "acme/db is attached for reading only");
+    }
+
+    #[test]
+    fn volume_attached_for_writing_where_reading_was_asked_for_is_warned_of() {
+        let attached = AttachedInfo {
+            via: Via::Nbd,
+            ..AttachedInfo::default()
+        };
+        let warning = fits(None, true, &attached).unwrap().unwrap();
+        assert!(warning.starts_with("writes let through"), "{warning}");
     }
 }
