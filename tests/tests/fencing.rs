@@ -58,6 +58,9 @@ fn take_over(old: &Site, new: &Site) -> Result<()> {
     let problem = shown["problem"].as_str().unwrap_or_default();
     ensure!(!problem.is_empty(), "the fence is not explained: {shown}");
     ensure!(shown["state"] == "fenced", "{shown}");
+    let refused = old.quarry_json(&["volume", "compact", VOLUME])?;
+    let refusal = refused.refusal()?;
+    ensure!(refusal.mentions("fenced"), "{refusal:?}");
     if acknowledged > 0 {
         ensure!(shown["dirty_bytes"].as_u64() > Some(0), "unsent: {shown}");
     }

@@ -1,7 +1,7 @@
 //! `quarry volume compact` and `quarry volume flatten`, at the volume that is attached here.
 
 use super::Daemon;
-use crate::backend::{Chore, ChoreError, ChoreProgress};
+use crate::backend::{Chore, ChoreError, ChoreProgress, Condition};
 use crate::control::{ApiError, ApiResult, ImageRef, Kind, MoveReport, VolumeRef};
 
 fn report(progress: &ChoreProgress) -> MoveReport {
@@ -13,12 +13,23 @@ fn report(progress: &ChoreProgress) -> MoveReport {
     }
 }
 
-fn refusal(volume: &VolumeRef, error: &ChoreError) -> ApiError {
+fn refusal(volume: &VolumeRef, error: &ChoreError, condition: Condition) -> ApiError {
+    let elsewhere = "ask the host that has it now";
+    // A volume that takes no writes any more ends what is asked of it.
+    if let (ChoreError::Ended, Some(problem)) = (error, condition.problem)
+        && (condition.fenced || condition.failed)
+    {
+        let remedy = match condition.fenced {
+            true => elsewhere.to_owned(),
+            false => format!("see `quarry volume show {volume}`"),
+        };
+        return ApiError::new(Kind::Conflict, format!("{volume}: {problem}"), remedy);
+    }
     let message = format!("{volume}: {error}");
     let (kind, remedy) = match error {
         ChoreError::Busy => (Kind::Conflict, "wait for that to end".to_owned()),
         ChoreError::Ended => (Kind::Conflict, "attach it, and ask again".to_owned()),
-        ChoreError::Fenced { .. } => (Kind::Conflict, "ask the host that has it now".to_owned()),
+        ChoreError::Fenced { .. } => (Kind::Conflict, elsewhere.to_owned()),
         ChoreError::Damaged { .. } => (
             Kind::Damaged,
             format!("see what is wrong with `quarry volume verify {volume}`"),
@@ -43,8 +54,9 @@ impl Daemon {
             let remedy = "attach it for writing: only who may write may move its data";
             return Err(ApiError::new(Kind::Conflict, message, remedy));
         }
-        let done = attached.backend.do_chore(chore).await;
-        let progress = done.map_err(|error| refusal(volume, &error))?;
+        let backend = &attached.backend;
+        let done = backend.do_chore(chore).await;
+        let progress = done.map_err(|error| refusal(volume, &error, backend.condition()))?;
         Ok(report(&progress))
     }
 
@@ -60,5 +72,44 @@ impl Daemon {
             ApiError::new(Kind::NotFound, message, remedy)
         })?;
         Ok(report(&progress))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(condition: Condition) -> ApiError {
+        let volume: VolumeRef = "acme/db".parse().unwrap();
+        refusal(&volume, &ChoreError::Ended, condition)
+    }
+
+    #[test]
+    fn chore_of_a_fenced_volume_is_refused_as_such() {
+        let fenced = refused(Condition {
+            problem: Some("fenced: b has taken the volume over".to_owned()),
+            fenced: true,
+            ..Condition::default()
+        });
+        assert_eq!(
+            fenced.message,
+            "acme/db: fenced: b has taken the volume over"
+        );
+        assert_eq!(fenced.remedy, "ask the host that has it now");
+
+        let failed = refused(Condition {
+            problem: Some("the cache device failed".to_owned()),
+            failed: true,
+            ..Condition::default()
+        });
+        assert_eq!(failed.message, "acme/db: the cache device failed");
+
+        // What may pass did not end it.
+        let detached = refused(Condition {
+            problem: Some("the store refuses a chunk".to_owned()),
+            ..Condition::default()
+        });
+        assert!(detached.message.contains("was ended"), "{detached:?}");
+        assert_eq!(detached.remedy, "attach it, and ask again");
     }
 }
