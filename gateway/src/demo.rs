@@ -58,7 +58,10 @@ pub async fn run(options: DemoOptions) -> anyhow::Result<bool> {
 async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
     let input = match &options.input {
         Some(input) => input.clone(),
-        None => tokio::task::block_in_place(|| make_image(home))?,
+        None => {
+            let program = std::env::current_exe()?;
+            tokio::task::block_in_place(|| make_image(home, &program))?
+        }
     };
     let length = std::fs::metadata(&input)
         .with_context(|| format!("cannot read {}", input.display()))?
@@ -296,29 +299,46 @@ fn copy_out(mut disk: Disk, size: u64) -> anyhow::Result<Vec<u8>> {
     Ok(hash.finish().as_ref().to_vec())
 }
 
-/// An ext4 image with this program in it, or without mkfs.ext4 an image of the same size.
-fn make_image(home: &Path) -> anyhow::Result<PathBuf> {
+/// Bytes of an image that is made up.
+const IMAGE_BYTES: u64 = 128 << 20;
+
+/// As much of this program goes into it: the rest is the file system's.
+const CONTENT_BYTES_MAX: u64 = 64 << 20;
+
+/// An ext4 image with the beginning of `program` in it, or without mkfs.ext4 that over and over.
+fn make_image(home: &Path, program: &Path) -> anyhow::Result<PathBuf> {
     let image = home.join("input.img");
     let file = File::create(&image)?;
-    file.set_len(128 << 20)?;
+    file.set_len(IMAGE_BYTES)?;
+    let mut part = Vec::new();
+    File::open(program)?
+        .take(CONTENT_BYTES_MAX)
+        .read_to_end(&mut part)?;
     let content = home.join("content");
     std::fs::create_dir_all(&content)?;
-    let program = std::env::current_exe()?;
-    std::fs::copy(&program, content.join("quarry"))?;
+    std::fs::write(content.join("quarry"), &part)?;
     let made = std::process::Command::new("mkfs.ext4")
         .args(["-q", "-F", "-d"])
         .arg(&content)
         .arg(&image)
-        .status();
-    if made.is_ok_and(|status| status.success()) {
-        return Ok(image);
-    }
-    say("no mkfs.ext4 here: the input is this program, over and over");
-    let program = std::fs::read(program)?;
+        .output();
+    let why = match made {
+        Ok(made) if made.status.success() => return Ok(image),
+        Ok(made) => format!(
+            "mkfs.ext4 failed: {}",
+            String::from_utf8_lossy(&made.stderr).trim()
+        ),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            "no mkfs.ext4 here".to_owned()
+        }
+        Err(error) => format!("mkfs.ext4 cannot be run: {error}"),
+    };
+    say(&format!("{why}; the input is this program, over and over"));
+    ensure!(!part.is_empty(), "{} is empty", program.display());
     let mut at = 0;
-    while at < 128 << 20 {
-        file.write_all_at(&program, at)?;
-        at += program.len() as u64;
+    while at < IMAGE_BYTES {
+        file.write_all_at(&part, at)?;
+        at += part.len() as u64;
     }
     Ok(image)
 }
@@ -338,4 +358,34 @@ fn usage(folder: &Path) -> anyhow::Result<(u64, u64)> {
         }
     }
     Ok((files, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn image_has_room_for_its_file_system_however_large_the_program_is() {
+        let home = tempfile::tempdir().unwrap();
+        let program = home.path().join("program");
+        let mebibytes = usize::try_from(IMAGE_BYTES >> 20).unwrap() + 32;
+        let mut file = File::create(&program).unwrap();
+        for _ in 0..mebibytes {
+            file.write_all(&[7; STEP]).unwrap();
+        }
+        let image = make_image(home.path(), &program).unwrap();
+        assert_eq!(std::fs::metadata(&image).unwrap().len(), IMAGE_BYTES);
+        if std::process::Command::new("mkfs.ext4")
+            .arg("-V")
+            .output()
+            .is_err()
+        {
+            quarry_tests::skip("the program mkfs.ext4 is not installed");
+            return;
+        }
+        let mut magic = [0; 2];
+        let file = File::open(&image).unwrap();
+        file.read_exact_at(&mut magic, 1024 + 56).unwrap();
+        assert_eq!(magic, [0x53, 0xef]);
+    }
 }
