@@ -700,7 +700,7 @@ impl Engine for Daemon {
     }
 
     async fn list_volumes(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<VolumeInfo>> {
-        let volumes = self.volumes(tenant).await?;
+        let volumes = self.and_attached(self.volumes(tenant).await?, tenant);
         let volumes = volumes.into_iter().map(Into::into);
         let images = volumes.chain(self.past_images(tenant)).collect();
         self.show_all(images, tenant.is_some()).await
@@ -712,6 +712,7 @@ impl Engine for Daemon {
         page: &Page,
     ) -> ApiResult<VolumeList> {
         let (volumes, incomplete) = self.volumes_or_here(tenant).await?;
+        let volumes = self.and_attached(volumes, tenant);
         let mut all: Vec<ImageRef> = volumes.into_iter().map(Into::into).collect();
         all.append(&mut self.past_images(tenant));
         // Only what is on the page is looked at, which costs a read each.

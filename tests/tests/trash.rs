@@ -142,6 +142,36 @@ fn purged_without_a_trace(site: &Site, bucket: &dyn Bucket) -> Result<()> {
 }
 
 #[test]
+fn volume_deleted_elsewhere_is_listed_with_that_where_it_is_attached() -> Result<()> {
+    let dir = tempdir()?;
+    let reading = Site::with_folder(dir.path(), "reading")?.start()?;
+    let deleting = Site::with_folder(dir.path(), "deleting")?.start()?;
+    written(&deleting, "acme/db", 1)?;
+    let nbd = reading.attach("acme/db", &["--read-only"])?;
+    let listed = || -> Result<Vec<Value>> {
+        let list = reading.json(&["volume", "list"])?;
+        Ok(list["volumes"].as_array().context("no list")?.clone())
+    };
+    let before = listed()?;
+    ensure!(
+        before.len() == 1 && before[0]["problem"].is_null(),
+        "{before:?}"
+    );
+
+    deleting.quarry(&["volume", "delete", "acme/db"])?;
+    let after = listed()?;
+    ensure!(after.len() == 1, "{after:?}");
+    for shown in [&after[0], &reading.show("acme/db")?] {
+        ensure!(shown["state"] == "attached", "{shown}");
+        let problem = shown["problem"].as_str().unwrap_or_default();
+        ensure!(problem.contains("deleted elsewhere"), "{shown}");
+    }
+    drop(nbd);
+    reading.stop()?;
+    deleting.stop()
+}
+
+#[test]
 fn volume_purged_leaves_no_object_in_a_folder_and_all_of_the_others() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;

@@ -25,6 +25,9 @@ use crate::control::{
 /// How long the store is waited for whose a volume is, where all else is known here.
 const OWNER_WAIT_MAX: Duration = Duration::from_secs(2);
 
+/// What is told of a volume that is attached here, and in no list of the store's any more.
+const DELETED_ELSEWHERE: &str = "it was deleted elsewhere, and can be read until it is purged";
+
 /// Volumes shown side by side, each by two reads of its store at most.
 const SHOWN_AT_ONCE: usize = 16;
 
@@ -74,17 +77,35 @@ impl Daemon {
             let found = all.find(|s| s.name == name.as_str());
             head.size = found.ok_or_else(|| no_snapshot(image))?.size;
         }
-        // Whose it is now, this host was not told: of a volume that it only reads, or that was taken from it.
+        // Whose it is now, and whether it still is, this host was not told: of a volume that it only reads, or that was taken
+        // from it.
+        let mut is_gone = false;
         if let Some(attached) = &attached
             && (attached.read_only || attached.backend.condition().fenced)
             && !image.is_past()
         {
+            let id = head.volume;
             let asked = async {
                 let store = self.control(&volume.tenant).await?;
-                registry::head(&store, volume).await
+                match registry::find(&store, volume).await {
+                    Ok(found) if found == id => {}
+                    // Another may have its name.
+                    Ok(_) => return Ok(None),
+                    Err(error) if error.kind == Kind::NotFound => return Ok(None),
+                    Err(error) => return Err(error),
+                }
+                match HeadCell::read(&store, &volume.tenant, id).await {
+                    Ok((now, _)) => Ok(Some(now)),
+                    Err(error) => Err(registry::head_error(volume, &error)),
+                }
             };
-            if let Ok(Ok(now)) = tokio::time::timeout(OWNER_WAIT_MAX, asked).await {
-                head.owner = now.owner;
+            match tokio::time::timeout(OWNER_WAIT_MAX, asked).await {
+                Ok(Ok(Some(now))) => {
+                    is_gone = now.deleted().is_some();
+                    head.owner = now.owner;
+                }
+                Ok(Ok(None)) => is_gone = true,
+                Ok(Err(_)) | Err(_) => {}
             }
         }
         let owner = head.owner.as_ref().filter(|_| head.deleted().is_none());
@@ -168,7 +189,8 @@ impl Daemon {
         info.uploaded_bytes = stats.uploaded_bytes;
         info.stalled = stats.stalled;
         info.requests = Some(self.requests(&attached.account));
-        info.problem = attached.backend.condition().problem;
+        let gone = is_gone.then(|| DELETED_ELSEWHERE.to_owned());
+        info.problem = attached.backend.condition().problem.or(gone);
         Ok(info)
     }
 

@@ -218,6 +218,21 @@ impl Daemon {
         here.into_iter().collect()
     }
 
+    /// With those attached here that have no name any more, as they were deleted elsewhere.
+    pub(super) fn and_attached(
+        &self,
+        volumes: Vec<VolumeRef>,
+        tenant: Option<&TenantName>,
+    ) -> Vec<VolumeRef> {
+        let of = |image: &ImageRef| {
+            tenant.is_none_or(|tenant| image.volume.tenant == *tenant) && !image.is_past()
+        };
+        let attached = self.attached().into_iter().map(|(image, _)| image);
+        let attached = attached.filter(of).map(|image| image.volume);
+        let all: BTreeSet<VolumeRef> = volumes.into_iter().chain(attached).collect();
+        all.into_iter().collect()
+    }
+
     fn attached_of(&self, tenant: &TenantName) -> Vec<VolumeRef> {
         let of = |image: &ImageRef| image.volume.tenant == *tenant && !image.is_past();
         let attached = self.attached().into_iter();
