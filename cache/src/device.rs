@@ -120,6 +120,7 @@ pub struct CacheDevice {
     cipher: Option<Arc<SectorCipher>>,
     direct: bool,
     fresh: bool,
+    kept_size: Option<u64>,
     failure: SyncFailure,
 }
 
@@ -247,6 +248,11 @@ impl CacheDevice {
             (superblock.cache, geometry, superblock.key, false)
         };
 
+        let kept_size = size.filter(|_| !fresh).and_then(|size| {
+            let size = if is_device { size.min(length) } else { size };
+            other_size(geometry, size)
+        });
+
         // Not before: now it is known to be a cache.
         if !is_device {
             keep_to_ourselves(&file, &meta, path);
@@ -278,6 +284,7 @@ impl CacheDevice {
             cipher: None,
             direct,
             fresh,
+            kept_size,
             failure: SyncFailure::default(),
         })
     }
@@ -321,6 +328,12 @@ impl CacheDevice {
     #[must_use]
     pub const fn fresh(&self) -> bool {
         self.fresh
+    }
+
+    /// Its size in bytes, if it was opened with another than that of which it was made.
+    #[must_use]
+    pub const fn kept_size(&self) -> Option<u64> {
+        self.kept_size
     }
 
     /// The device opened once more, for a ring, with a share in the lock: so the lock lasts until the
@@ -654,6 +667,15 @@ fn cut(size: u64) -> Option<Geometry> {
     })
 }
 
+/// How many bytes a cache of this geometry has, if they are not those of one that is made of `size`.
+fn other_size(geometry: Geometry, size: u64) -> Option<u64> {
+    let segment_size = u64::from(geometry.segment_size);
+    let has = geometry.data_start + u64::from(geometry.segments) * segment_size;
+    // A last part that is no whole segment is left unused.
+    let same = has..has + segment_size;
+    (!same.contains(&size)).then_some(has)
+}
+
 /// A share in the lock; see [`lock`].
 fn share(file: &File) -> rustix::io::Result<()> {
     rustix::fs::flock(file, FlockOperation::NonBlockingLockShared)
@@ -728,6 +750,28 @@ mod tests {
             (again.id(), again.geometry(), again.fresh()),
             (ID, geometry, false)
         );
+    }
+
+    #[test]
+    fn cache_opened_with_another_size_tells_which_it_keeps() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache");
+        // Not whole segments.
+        let size = (64 << 20) + 5000;
+        let kept = |size| {
+            let device = CacheDevice::open(&path, size, ID, "a", 1).unwrap();
+            (device.kept_size(), device.geometry())
+        };
+        let (none, geometry) = kept(Some(size));
+        assert_eq!(none, None);
+        let segment = u64::from(geometry.segment_size);
+        let has = geometry.data_start + u64::from(geometry.segments) * segment;
+        for same in [None, Some(size), Some(has), Some(has + segment - 1)] {
+            assert_eq!(kept(same).0, None, "{same:?}");
+        }
+        for other in [32 << 20, has - 1, has + segment, 128 << 20] {
+            assert_eq!(kept(Some(other)).0, Some(has), "{other}");
+        }
     }
 
     #[test]

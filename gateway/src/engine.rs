@@ -215,6 +215,8 @@ pub struct Daemon {
     tenants: Tenants,
     common: Common,
     shared: Arc<Mutex<Shared>>,
+    /// What is told of a cache that was made of another size than is configured.
+    other_cache_size: Option<String>,
     reactors: Mutex<Vec<Reactor>>,
     /// Whose the volumes are that are attached here.
     owners: Owners,
@@ -315,6 +317,7 @@ impl Daemon {
             .into_owned();
         let path = config.cache_path();
         let device = Arc::new(cache_key::open(&config, cache_key, &host)?);
+        let other_cache_size = cache_key::other_size(&config, &device);
         let journal_dir = &config.daemon.journal_dir;
         let journals =
             Journals::open(journal_dir, device.id()).with_context(|| unusable_journals(&config))?;
@@ -426,6 +429,7 @@ impl Daemon {
             lane,
             common,
             shared,
+            other_cache_size,
             reactors: Mutex::new(reactors),
             owners: Owners::default(),
             kept: Mutex::new(scan.volumes),

@@ -374,6 +374,23 @@ fn what_a_daemon_keeps_on_its_host_is_its_users_alone() -> Result<()> {
     daemon.stop()
 }
 
+#[test]
+fn cache_of_another_size_than_is_configured_is_told_of() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?.cache_size("64MiB");
+    site.start()?.stop()?;
+    let told = "cache.size is 96MiB";
+    for (site, wanted) in [(site.clone(), false), (site.cache_size("96MiB"), true)] {
+        let daemon = site.start()?;
+        let doctor = site.quarry(&["doctor"])?;
+        assert_eq!(doctor.stdout.contains(told), wanted, "{doctor}");
+        let log = fs::read_to_string(site.log())?;
+        assert_eq!(log.contains(told), wanted, "{log}");
+        daemon.stop()?;
+    }
+    Ok(())
+}
+
 /// 78 (`EX_CONFIG`): service managers do not try again.
 #[test]
 fn daemon_with_a_wrong_value_ends_with_the_code_of_the_configuration() -> Result<()> {

@@ -114,5 +114,20 @@ pub(super) fn open(
         }
         device.unlock(prepared.cipher);
     }
+    if let Some(words) = other_size(config, &device) {
+        tracing::warn!(path = %path.display(), "{words}: {OTHER_SIZE_REMEDY}");
+    }
     Ok(device)
+}
+
+/// What to do about a cache of another size than is configured.
+pub(super) const OTHER_SIZE_REMEDY: &str = "set cache.size to that, or make the cache anew: detach all volumes, stop the daemon, remove the cache, and start the daemon";
+
+/// What is told of a cache that was made of another size than is configured.
+pub(super) fn other_size(config: &quarry_config::Config, device: &CacheDevice) -> Option<String> {
+    let (wanted, kept) = (config.cache.size?, device.kept_size()?);
+    let kept = quarry_config::Size::new(kept);
+    Some(format!(
+        "cache.size is {wanted}, and the cache was made before and keeps its {kept}"
+    ))
 }

@@ -12,7 +12,7 @@ use quarry_config::Size;
 use quarry_objfmt::{TenantName, VolumeId};
 
 use super::tenants::Site;
-use super::{Daemon, registry};
+use super::{Daemon, cache_key, registry};
 use crate::backend::HeadCell;
 use crate::control::{Check, Kind, Verdict, VolumeRef};
 use crate::provision;
@@ -43,6 +43,7 @@ impl Daemon {
         let mut checks = self.examine_stores().await;
         checks.push(self.examine_sync().await);
         checks.push(self.examine_room());
+        checks.extend(self.examine_size());
         checks.push(examine_journals(&self.config.daemon.journal_dir));
         checks.push(match self.ublk.probe().await {
             Ok(_) => Check::ok("ublk", "the kernel can"),
@@ -158,6 +159,13 @@ impl Daemon {
         }
         let remedy = "see what `quarry volume list` tells of stores that do not take them";
         Check::new(what, Verdict::Failed, words, remedy)
+    }
+
+    /// Whether the cache is as large as it is said to be.
+    fn examine_size(&self) -> Option<Check> {
+        let words = self.other_cache_size.clone()?;
+        let remedy = cache_key::OTHER_SIZE_REMEDY;
+        Some(Check::new("cache: size", Verdict::Warning, words, remedy))
     }
 
     /// What is attached here, and what waits to be.
