@@ -50,7 +50,9 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
 use quarry_cache::{Cache, Journal, Journals, Recovered, Scan};
-use quarry_objfmt::{Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName};
+use quarry_objfmt::{
+    CacheKey, Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName,
+};
 use quarry_volume::map::NodeCache;
 use quarry_volume::{KeptFrames, Shared, Tuning, Volume};
 
@@ -217,6 +219,8 @@ pub struct Daemon {
     shared: Arc<Mutex<Shared>>,
     /// What is told of a cache that was made of another size than is configured.
     other_cache_size: Option<String>,
+    /// The wrapped key of the cache's data, if they are encrypted.
+    wrapped_cache_key: Option<CacheKey>,
     reactors: Mutex<Vec<Reactor>>,
     /// Whose the volumes are that are attached here.
     owners: Owners,
@@ -318,6 +322,7 @@ impl Daemon {
         let path = config.cache_path();
         let device = Arc::new(cache_key::open(&config, cache_key, &host)?);
         let other_cache_size = cache_key::other_size(&config, &device);
+        let wrapped_cache_key = device.key().cloned();
         let journal_dir = &config.daemon.journal_dir;
         let journals =
             Journals::open(journal_dir, device.id()).with_context(|| unusable_journals(&config))?;
@@ -430,6 +435,7 @@ impl Daemon {
             common,
             shared,
             other_cache_size,
+            wrapped_cache_key,
             reactors: Mutex::new(reactors),
             owners: Owners::default(),
             kept: Mutex::new(scan.volumes),

@@ -127,6 +127,14 @@ impl KeyService {
         Self(source)
     }
 
+    /// Whether the keyring can be used; `None` if keys are not had from one.
+    pub async fn check_keyring(&self) -> Option<Result<(), KeyError>> {
+        match &self.0 {
+            Source::Keyring(keyring) => Some(keyring.check().await),
+            Source::None | Source::Command(_) | Source::Service(_) => None,
+        }
+    }
+
     /// Wraps `secret` for `context` with the key of this name, so that it was opened again. `tenant` is whose it is; none:
     /// the daemon's own.
     ///

@@ -391,6 +391,23 @@ fn cache_of_another_size_than_is_configured_is_told_of() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn doctor_fails_where_the_audit_log_cannot_be_written() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?
+        .settings("[access]\naudit_log = \"/proc/none/audit\"\n");
+    let daemon = site.start()?;
+    let doctor = site.quarry(&["doctor"])?;
+    assert_eq!(doctor.code, Some(1), "{doctor}");
+    assert!(doctor.stdout.contains("/proc/none/audit"), "{doctor}");
+    let data = site.root().join("data").display().to_string();
+    assert!(
+        doctor.stdout.contains(&format!("room in {data}")),
+        "{doctor}"
+    );
+    daemon.stop()
+}
+
 /// 78 (`EX_CONFIG`): service managers do not try again.
 #[test]
 fn daemon_with_a_wrong_value_ends_with_the_code_of_the_configuration() -> Result<()> {

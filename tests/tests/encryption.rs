@@ -101,6 +101,40 @@ fn detach(daemon: &Daemon, volume: &str) -> Result<()> {
 }
 
 #[test]
+fn doctor_fails_where_the_keyring_lacks_what_is_in_use() -> Result<()> {
+    let dir = tempdir()?;
+    let root = dir.path();
+    let bare = Site::with_folder(root, "a")?;
+    let (acme, other) = (key(&bare, "acme")?, key(&bare, "other")?);
+    let (site_a, ring) = site(root, "a", &acme)?;
+    let daemon = site_a.start()?;
+    drop(daemon.fresh_volume("acme/db", SIZE, &["--key", "acme"])?);
+    let well = site_a.quarry(&["doctor"])?;
+    ensure!(
+        well.code == Some(0) && well.stdout.contains("opens all that is encrypted"),
+        "{well}"
+    );
+    let told = |words: &str| -> Result<()> {
+        let doctor = site_a.quarry(&["doctor"])?;
+        ensure!(
+            doctor.code == Some(1) && doctor.stdout.contains(words),
+            "{words}: {doctor}"
+        );
+        Ok(())
+    };
+    keyring(&ring, &other)?;
+    told("has no key acme")?;
+    // Another of the same name.
+    keyring(&ring, &key(&bare, "acme")?)?;
+    told("is not opened by key acme")?;
+    fs::set_permissions(&ring, fs::Permissions::from_mode(0o640))?;
+    told("chmod 600")?;
+    fs::remove_file(&ring)?;
+    told("cannot be read")?;
+    daemon.stop()
+}
+
+#[test]
 fn volume_encrypted_leaves_no_plaintext_in_the_store_whatever_is_done_with_it() -> Result<()> {
     let dir = tempdir()?;
     let root = dir.path();

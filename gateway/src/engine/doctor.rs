@@ -2,6 +2,8 @@
 //!
 //! Each check looks at one thing and says what it found; none mends anything, and what the store's probe writes it deletes.
 
+mod host;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use quarry_config::Size;
+use quarry_objfmt::wrapped::cache_key_context;
 use quarry_objfmt::{TenantName, VolumeId};
 
 use super::tenants::Site;
 use super::{Daemon, cache_key, registry};
 use crate::backend::HeadCell;
-use crate::control::{Check, Kind, Verdict, VolumeRef};
+use crate::control::{ApiError, Check, Kind, Verdict, VolumeRef};
 use crate::provision;
 use crate::store::{Lane, Store as _, StoreSettings, StoreState};
 
@@ -44,7 +47,14 @@ impl Daemon {
         checks.push(self.examine_sync().await);
         checks.push(self.examine_room());
         checks.extend(self.examine_size());
-        checks.push(examine_journals(&self.config.daemon.journal_dir));
+        let folders = &self.config.daemon;
+        checks.push(examine_journals(&folders.journal_dir));
+        let used = "each volume that is attached has a journal there";
+        checks.push(host::examine_room(&folders.journal_dir, used));
+        let used = "the list of what is attached is written there, and the audit log if it has no place of its own";
+        checks.push(host::examine_room(&folders.data_dir, used));
+        checks.push(host::examine_audit(self.access.audit_problem()));
+        checks.extend(self.examine_keyring().await);
         checks.push(match self.ublk.probe().await {
             Ok(_) => Check::ok("ublk", "the kernel can"),
             Err(error) => Check::new(
@@ -166,6 +176,46 @@ impl Daemon {
         let words = self.other_cache_size.clone()?;
         let remedy = cache_key::OTHER_SIZE_REMEDY;
         Some(Check::new("cache: size", Verdict::Warning, words, remedy))
+    }
+
+    /// Whether the keyring still opens what it opened when it was attached: the next start needs it. Programs and services
+    /// are not asked, as each key would be a call.
+    async fn examine_keyring(&self) -> Vec<Check> {
+        let what = match &self.config.keys.keyring {
+            Some(path) => format!("keyring {}", path.display()),
+            None => return Vec::new(),
+        };
+        let failed = |of: String, error: ApiError| {
+            let finding = format!("{of}{}", error.message);
+            Check::new(what.clone(), Verdict::Failed, finding, error.remedy)
+        };
+        match self.keys.check_keyring().await {
+            None => return Vec::new(),
+            Some(Err(error)) => return vec![failed(String::new(), error.into())],
+            Some(Ok(())) => {}
+        }
+        let mut checks = Vec::new();
+        if let Some(wrapped) = &self.wrapped_cache_key {
+            let context = cache_key_context(self.common.device.id());
+            let of = "the key of the cache";
+            let opened = self
+                .keys
+                .unwrap(None, &wrapped.by, &context, &wrapped.bytes, of);
+            if let Err(error) = opened.await {
+                checks.push(failed("the cache: ".to_owned(), error.into()));
+            }
+        }
+        for (image, attached) in self.attached() {
+            let head = attached.backend.head().get();
+            if let Err(error) = self.unlock(&image.volume.tenant, &head).await {
+                checks.push(failed(format!("volume {image}: "), error));
+            }
+        }
+        if checks.is_empty() {
+            let finding = "it opens all that is encrypted and in use here";
+            checks.push(Check::ok(what, finding));
+        }
+        checks
     }
 
     /// What is attached here, and what waits to be.

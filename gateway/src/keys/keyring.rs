@@ -68,15 +68,24 @@ impl Keyring {
     }
 
     async fn named(&self, name: &KeyName) -> Result<Keys, KeyError> {
+        let mut keys = self.all().await?;
+        keys.retain(|(other, _)| other == name);
+        Ok(keys)
+    }
+
+    /// Whether it can be used.
+    pub(super) async fn check(&self) -> Result<(), KeyError> {
+        self.all().await.map(drop)
+    }
+
+    async fn all(&self) -> Result<Keys, KeyError> {
         let path = self.0.clone();
         let read = tokio::task::spawn_blocking(move || read(&path)).await;
         let read = read.unwrap_or_else(|error| Err(error.to_string()));
-        let mut keys = read.map_err(|why| KeyError::Keyring {
+        read.map_err(|why| KeyError::Keyring {
             keyring: self.0.display().to_string(),
             why,
-        })?;
-        keys.retain(|(other, _)| other == name);
-        Ok(keys)
+        })
     }
 }
 
