@@ -108,6 +108,12 @@ impl TenantGate {
         self.suspended.store(suspended, Ordering::Relaxed);
     }
 
+    /// Whether it is suspended, in whichever way.
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::Relaxed) != 0
+    }
+
     /// Its rates.
     #[must_use]
     pub fn rates(&self) -> Rates {
@@ -152,6 +158,8 @@ pub struct VolumeGate {
 #[derive(Debug, Default)]
 struct Counts {
     held: AtomicU64,
+    /// Since when the oldest of them is.
+    held_since_ns: AtomicU64,
     held_total: AtomicU64,
     held_ns: AtomicU64,
     requests: AtomicU64,
@@ -174,6 +182,8 @@ struct Meter {
 pub struct GateStats {
     /// Requests held now.
     pub held: u64,
+    /// For how long the oldest of them, in milliseconds; none: there are none.
+    pub oldest_held_ms: Option<u64>,
     /// Requests that were held.
     pub held_total: u64,
     /// For how long, all together, in milliseconds; those that are held now not counted.
@@ -223,9 +233,13 @@ impl VolumeGate {
     pub fn stats(&self) -> GateStats {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let meter = *self.counts.meter.lock();
-        let is_old = now_ns().saturating_sub(meter.since_ns) > METER_OLD_NS;
+        let now_ns = now_ns();
+        let is_old = now_ns.saturating_sub(meter.since_ns) > METER_OLD_NS;
+        let held = read(&self.counts.held);
+        let held_ns = now_ns.saturating_sub(read(&self.counts.held_since_ns));
         GateStats {
-            held: read(&self.counts.held),
+            held,
+            oldest_held_ms: (held > 0).then_some(held_ns / 1_000_000),
             held_total: read(&self.counts.held_total),
             held_ms: read(&self.counts.held_ns) / 1_000_000,
             requests_a_second: if is_old { 0 } else { meter.requests_a_second },
@@ -236,9 +250,7 @@ impl VolumeGate {
     /// Whether requests must be looked at one by one. Asked once a batch.
     #[inline]
     pub(crate) fn is_limited(&self) -> bool {
-        self.own.is_limited()
-            || self.tenant.buckets.is_limited()
-            || self.tenant.suspended.load(Ordering::Relaxed) != 0
+        self.own.is_limited() || self.tenant.buckets.is_limited() || self.tenant.is_suspended()
     }
 
     pub(crate) fn passage(&self) -> Passage {
@@ -275,7 +287,11 @@ impl VolumeGate {
         self.own.take(now_ns, requests, bytes).max(of_tenant)
     }
 
-    pub(crate) fn note_held(&self, held: usize, new: usize) {
+    /// So many are held now, `new` ones among them, the oldest since then.
+    pub(crate) fn note_held(&self, held: usize, new: usize, since_ns: u64) {
+        if held > 0 {
+            self.counts.held_since_ns.store(since_ns, Ordering::Relaxed);
+        }
         self.counts.held.store(held as u64, Ordering::Relaxed);
         self.counts
             .held_total
@@ -372,6 +388,7 @@ mod tests {
                 (gate.passage(), gate.is_limited()),
                 (passage, suspended.is_some())
             );
+            assert_eq!(tenant.is_suspended(), suspended.is_some());
         }
         tenant.set(&TenantSettings {
             suspended: Some(Suspended::Stall),
@@ -379,5 +396,20 @@ mod tests {
         });
         gate.set_leaving(true);
         assert_eq!(gate.passage(), Passage::Open);
+    }
+
+    #[test]
+    fn oldest_request_is_told_of_while_it_is_held() {
+        let gate = VolumeGate::new(Arc::new(TenantGate::default()));
+        assert_eq!(gate.stats().oldest_held_ms, None);
+        gate.note_held(2, 2, now_ns());
+        let stats = gate.stats();
+        // None of them has passed.
+        assert_eq!((stats.held, stats.held_ms), (2, 0));
+        assert!(stats.oldest_held_ms < Some(60_000), "{stats:?}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        assert!(gate.stats().oldest_held_ms >= Some(5));
+        gate.note_held(0, 0, 0);
+        assert_eq!(gate.stats().oldest_held_ms, None);
     }
 }

@@ -564,6 +564,37 @@ fn settings_of_a_tenant_are_checked_and_kept() -> Result<()> {
     daemon.stop()
 }
 
+/// What is told of a suspension of `acme`, and not of `globex`: `how`, if there is one.
+fn ensure_suspended(daemon: &Daemon, how: Option<&str>) -> Result<()> {
+    let list = daemon.json(&["volume", "list"])?;
+    let listed = list["volumes"].as_array().context("no list")?;
+    ensure!(listed.len() == 2, "{list}");
+    for info in listed {
+        let problem = info["problem"].as_str().unwrap_or_default();
+        let told = problem.contains("its tenant is suspended");
+        ensure!(
+            told == (how.is_some() && info["tenant"] == "acme"),
+            "{list}"
+        );
+    }
+    let doctor = daemon.site().quarry(&["doctor"])?;
+    ensure!(doctor.code == Some(0), "{doctor}");
+    let line = doctor
+        .stdout
+        .lines()
+        .find(|line| line.contains("tenant acme"));
+    ensure!(line.is_some() == how.is_some(), "{doctor}");
+    if let (Some(line), Some(how)) = (line, how) {
+        ensure!(line.contains("warning") && line.contains(how), "{doctor}");
+    }
+    for (tenant, wanted) in [("acme", u64::from(how.is_some())), ("globex", 0)] {
+        let label = format!("tenant=\"{tenant}\"");
+        let told = daemon.count("quarry_tenant_suspended", &label)?;
+        ensure!(told == wanted, "{tenant}: {told}");
+    }
+    Ok(())
+}
+
 #[test]
 fn tenant_suspended_reads_only_or_waits_and_goes_on_where_it_was() -> Result<()> {
     let dir = tempdir()?;
@@ -576,9 +607,11 @@ fn tenant_suspended_reads_only_or_waits_and_goes_on_where_it_was() -> Result<()>
     let mut other = daemon.fresh_volume("globex/db", 16 * MIB, &[])?;
     nbd.write(0, &[7; 4096], true)?;
 
+    ensure_suspended(&daemon, None)?;
     daemon.quarry(&["tenant", "suspend", "acme"])?;
     let refused = nbd.write(4096, &[8; 4096], false);
     ensure!(refused.is_err(), "a write passed");
+    ensure_suspended(&daemon, Some("take no writes"))?;
     ensure!(nbd.read_vec(0, 8192)? == [[7; 4096], [0; 4096]].concat());
     other.write(0, &[9; 4096], true)?;
 
@@ -589,11 +622,16 @@ fn tenant_suspended_reads_only_or_waits_and_goes_on_where_it_was() -> Result<()>
     });
     thread::sleep(Duration::from_secs(1));
     ensure!(!waiting.is_finished(), "a request passed");
+    ensure_suspended(&daemon, Some("wait"))?;
+    let shown = daemon.show("acme/db")?;
+    let oldest_held_ms = shown["limits"]["oldest_held_ms"].as_u64();
+    ensure!(oldest_held_ms >= Some(500), "{shown}");
     ensure!(other.read_vec(0, 4096)? == [9; 4096]);
     daemon.quarry(&["tenant", "resume", "acme"])?;
     let (mut nbd, read) = waiting.join().expect("a reader does not panic");
     ensure!(read? == [7; 4096]);
     nbd.write(4096, &[8; 4096], true)?;
+    ensure_suspended(&daemon, None)?;
 
     // Said on another host, it is seen here.
     let far = sites[1].start()?;

@@ -71,9 +71,13 @@ pub(super) fn rates_text(rates: &RatesSpec) -> Option<String> {
 /// What limits do just now; none if they have done nothing.
 pub(super) fn held_text(limits: &LimitsInfo) -> Option<String> {
     (limits.held_total > 0).then(|| {
+        let oldest = limits
+            .oldest_held_ms
+            .map(|ms| format!(", the oldest for {}", span_ms(ms)));
         format!(
-            "{} requests now, {} so far, for {}; {} IOPS, {}/s let through now",
+            "{} requests now{}; {} so far, those let through for {}; {} IOPS, {}/s let through now",
             limits.held,
+            oldest.unwrap_or_default(),
             limits.held_total,
             span_ms(limits.held_ms),
             limits.iops_now,
@@ -92,6 +96,20 @@ mod tests {
             assert_eq!(bandwidth(text), Ok(Size::new(200 << 20)));
         }
         assert!(bandwidth("fast").is_err());
+    }
+
+    #[test]
+    fn held_text_says_for_how_long_what_is_held_now_waits() {
+        let mut limits = LimitsInfo::default();
+        assert_eq!(held_text(&limits), None);
+        limits.held_total = 1;
+        let passed = held_text(&limits).unwrap();
+        assert!(passed.starts_with("0 requests now; 1 so far"), "{passed}");
+        limits.held = 1;
+        limits.oldest_held_ms = Some(3000);
+        let text = held_text(&limits).unwrap();
+        let oldest = format!("1 requests now, the oldest for {};", span_ms(3000));
+        assert!(text.starts_with(&oldest), "{text}");
     }
 
     #[test]

@@ -97,9 +97,12 @@ pub struct LimitsInfo {
     pub bandwidth_bytes_now: u64,
     /// Requests held now.
     pub held: u64,
+    /// For how long the oldest of them; none: there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oldest_held_ms: Option<u64>,
     /// Requests that were held.
     pub held_total: u64,
-    /// For how long, all together.
+    /// For how long, all together; those that are held now not counted.
     pub held_ms: u64,
 }
 

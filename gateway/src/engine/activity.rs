@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use quarry_objfmt::TenantName;
 
+use super::report::problem_of;
 use super::scrape::{LOOKS_AT_ONCE, look_at};
 use super::slot::Attached;
 use super::{Daemon, now_ms};
@@ -106,7 +107,7 @@ async fn volume_activity(
         uploaded_bytes: s.uploaded_bytes,
         times: times(&seen.latencies),
         stalled: s.stalled,
-        problem: attached.backend.condition().problem,
+        problem: problem_of(attached),
     }
 }
 

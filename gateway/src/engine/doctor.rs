@@ -4,6 +4,7 @@
 
 mod host;
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use super::{Daemon, cache_key, registry};
 use crate::backend::HeadCell;
 use crate::control::{ApiError, Check, Kind, Verdict, VolumeRef};
 use crate::provision;
+use crate::qos::Passage;
 use crate::store::{Lane, Store as _, StoreSettings, StoreState};
 
 /// A sync of the cache device that takes longer is told of: each flush waits for one or two.
@@ -65,6 +67,7 @@ impl Daemon {
             ),
         });
         checks.push(examine_files());
+        checks.extend(self.examine_suspended());
         checks.extend(self.examine_volumes().await);
         checks.extend(self.examine_kept().await);
         checks
@@ -216,6 +219,25 @@ impl Daemon {
             checks.push(Check::ok(what, finding));
         }
         checks
+    }
+
+    /// Tenants that are suspended, of those with something attached here.
+    fn examine_suspended(&self) -> Vec<Check> {
+        let mut findings = BTreeMap::new();
+        for (image, attached) in self.attached() {
+            let finding = match attached.gate.passage() {
+                Passage::Open => continue,
+                Passage::ReadOnly => "it is suspended, and its volumes take no writes",
+                Passage::Stalled => "it is suspended, and requests to its volumes wait",
+            };
+            findings.insert(image.volume.tenant, finding);
+        }
+        let check = |(tenant, finding): (TenantName, &str)| {
+            let what = format!("tenant {tenant}");
+            let remedy = format!("`quarry tenant resume {tenant}` lets it go on");
+            Check::new(what, Verdict::Warning, finding, remedy)
+        };
+        findings.into_iter().map(check).collect()
     }
 
     /// What is attached here, and what waits to be.

@@ -110,6 +110,7 @@ pub(super) fn limits_info(gate: &VolumeGate) -> LimitsInfo {
         iops_now: stats.requests_a_second,
         bandwidth_bytes_now: stats.bytes_a_second,
         held: stats.held,
+        oldest_held_ms: stats.oldest_held_ms,
         held_total: stats.held_total,
         held_ms: stats.held_ms,
     }

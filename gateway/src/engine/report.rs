@@ -21,6 +21,7 @@ use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec,
     SegmentsInfo, State, StatusInfo, VolumeInfo, VolumeRef,
 };
+use crate::qos::Passage;
 
 /// How long the store is waited for whose a volume is, where all else is known here.
 const OWNER_WAIT_MAX: Duration = Duration::from_secs(2);
@@ -190,7 +191,7 @@ impl Daemon {
         info.stalled = stats.stalled;
         info.requests = Some(self.requests(&attached.account));
         let gone = is_gone.then(|| DELETED_ELSEWHERE.to_owned());
-        info.problem = attached.backend.condition().problem.or(gone);
+        info.problem = problem_of(&attached).or(gone);
         Ok(info)
     }
 
@@ -350,6 +351,25 @@ impl Daemon {
     }
 }
 
+/// What is wrong with what is attached here, in a sentence.
+pub(super) fn problem_of(attached: &Attached) -> Option<String> {
+    let problem = attached.backend.condition().problem;
+    let suspended = suspension(attached.gate.passage(), attached.read_only);
+    match (problem, suspended) {
+        (Some(problem), Some(suspended)) => Some(format!("{problem}; {suspended}")),
+        (problem, suspended) => problem.or(suspended.map(str::to_owned)),
+    }
+}
+
+/// What its tenant's suspension does to a volume.
+const fn suspension(passage: Passage, read_only: bool) -> Option<&'static str> {
+    match passage {
+        Passage::Stalled => Some("its tenant is suspended: its requests wait"),
+        Passage::ReadOnly if !read_only => Some("its tenant is suspended: it takes no writes"),
+        Passage::ReadOnly | Passage::Open => None,
+    }
+}
+
 /// How a volume or a snapshot is attached here.
 pub(super) fn attached_info(attached: &Attached) -> AttachedInfo {
     AttachedInfo {
@@ -367,5 +387,21 @@ pub(super) fn attached_info(attached: &Attached) -> AttachedInfo {
         device_mode: attached.access.mode.map(|mode| mode.to_string()),
         direct_reads: attached.direct == Some(Ok(())),
         direct_reads_refused: attached.direct.clone().and_then(Result::err),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suspension_is_told_of_where_it_changes_something() {
+        for read_only in [false, true] {
+            assert_eq!(suspension(Passage::Open, read_only), None);
+            let stalled = suspension(Passage::Stalled, read_only);
+            assert!(stalled.is_some_and(|words| words.contains("wait")));
+            let takes_none = suspension(Passage::ReadOnly, read_only);
+            assert_eq!(takes_none.is_some(), !read_only);
+        }
     }
 }

@@ -199,6 +199,7 @@ impl Daemon {
             stats: TenantStats {
                 limit_iops: limits.iops.unwrap_or(0),
                 limit_bytes: limits.bandwidth_bytes.unwrap_or(0),
+                suspended: tenant.gate().is_suspended().into(),
                 dirty_bytes,
                 cache_bytes,
                 read_bytes: account.bytes_read,

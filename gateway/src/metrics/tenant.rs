@@ -12,6 +12,8 @@ pub struct TenantStats {
     pub limit_iops: u64,
     /// Bytes a second of all its volumes; 0 without a limit.
     pub limit_bytes: u64,
+    /// 1 while it is suspended.
+    pub suspended: u64,
     /// Bytes of the cache's segments with its unsent data.
     pub dirty_bytes: u64,
     /// Bytes of all segments of the cache that it has.
@@ -156,6 +158,11 @@ pub(super) static TABLE: &[Definition] = &[
         "quarry_tenant_stored_max_bytes",
         "Bytes of the tenant's objects in the store at which nothing more is made; absent without a quota.",
         Source::TenantIf(|stats| stats.stored_max_bytes),
+    ),
+    gauge(
+        "quarry_tenant_suspended",
+        "1 while the tenant is suspended, and its volumes here refuse writes or wait.",
+        of!(Tenant.suspended),
     ),
     gauge(
         "quarry_tenant_volumes",

@@ -43,6 +43,7 @@ fn volume(name: &str) -> VolumeSample {
 fn tenant(name: &str) -> TenantSample {
     let stats = TenantStats {
         limit_iops: 5000,
+        suspended: 1,
         cost_micros: 1_500,
         usage: Some(crate::control::TenantUsage {
             volumes: 2,
@@ -154,6 +155,7 @@ fn scrape_of_a_snapshot_has_its_values_and_labels() {
         r#"quarry_tenant_volumes_max{tenant="acme"} 3"#,
         r#"quarry_volume_held_seconds_total{tenant="acme",volume="db"} 0.25"#,
         r#"quarry_tenant_limit_iops{tenant="acme"} 5000"#,
+        r#"quarry_tenant_suspended{tenant="acme"} 1"#,
         "quarry_uploads_slow 3",
         r#"quarry_volume_info{tenant="acme",volume="db",via="ublk",mode="zero copy"} 1"#,
         r#"quarry_reactor_requests_total{reactor="1"} 9"#,

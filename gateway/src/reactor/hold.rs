@@ -223,7 +223,8 @@ impl Core {
             }
         }
         let left = held.queue.len();
-        gate.note_held(left, came.min(left));
+        let oldest_ns = held.queue.front().map_or(0, |(_, since_ns)| *since_ns);
+        gate.note_held(left, came.min(left), oldest_ns);
         if count > 0 {
             gate.note_passed(now_ns, count as u64, bytes, held_ns);
         }
@@ -279,7 +280,7 @@ impl Core {
             events.push(Event::Request(request));
         }
         held.paid = 0;
-        gate.note_held(0, 0);
+        gate.note_held(0, 0, 0);
         gate.note_passed(now_ns, count, bytes, held_ns);
         self.touch(index);
     }

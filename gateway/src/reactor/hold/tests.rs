@@ -337,7 +337,9 @@ fn stalled_tenants_requests_wait_and_all_end_when_the_volume_goes() {
     tenant.set(&of_tenant(Rates::default(), Some(Suspended::Stall)));
     let load = add(&reactor, &tenant, &iops(1000), (Op::Read, 4096, 16));
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!((load.seen.done(), load.gate.stats().held), (0, 16));
+    let stats = load.gate.stats();
+    assert_eq!((load.seen.done(), stats.held), (0, 16));
+    assert!(stats.oldest_held_ms >= Some(100), "{stats:?}");
     tenant.set(&of_tenant(Rates::default(), None));
     let (counts, _) = passed(&[&load], Duration::from_millis(200));
     assert!(counts[0] > 0);
