@@ -155,14 +155,7 @@ impl CacheDevice {
         host: &str,
         now_ms: u64,
     ) -> Result<Self, CacheError> {
-        let fail = |action| {
-            let path = path.to_owned();
-            move |source: io::Error| CacheError::Io {
-                action,
-                path,
-                source,
-            }
-        };
+        let fail = |action| failed(action, path);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -189,20 +182,16 @@ impl CacheDevice {
             meta.len()
         };
 
-        // All before the first segment: other file systems and volume managers leave the first page blank.
-        let mut start = vec![0; usize::try_from(length.min(DATA_START)).expect("1 MiB")];
-        file.read_exact_at(&mut start, 0).map_err(fail("read"))?;
-        let blank = start.iter().all(|b| *b == 0);
-        let (id, geometry, key, fresh) = if blank {
-            let size = if is_device {
-                size.unwrap_or(u64::MAX).min(length)
-            } else {
-                size.unwrap_or(CACHE_FILE_SIZE_DEFAULT)
-            };
-            let geometry = cut(size).ok_or_else(|| CacheError::TooSmall {
-                path: path.to_owned(),
-                size,
-            })?;
+        let (id, geometry, key, fresh) = if let Some(superblock) = look(&file, path, length)? {
+            let geometry = geometry_of(&superblock);
+            if !is_device {
+                // A copy of a cache may have holes.
+                allocate(&file, end_of(geometry)).map_err(fail("allocate"))?;
+            }
+            (superblock.cache, geometry, superblock.key, false)
+        } else {
+            let size = blank_size(size, is_device, length);
+            let geometry = cut(size).ok_or_else(|| too_small(path, size))?;
             if !is_device {
                 if length == 0 {
                     rewrite_in_place(&file);
@@ -220,32 +209,6 @@ impl CacheDevice {
             };
             format(&file, &superblock, size).map_err(|(action, error)| fail(action)(error))?;
             (fresh_id, geometry, fresh_key.cloned(), true)
-        } else {
-            let first = &start[..start.len().min(4096)];
-            let superblock = Superblock::decode(first).map_err(|e| CacheError::Foreign {
-                path: path.to_owned(),
-                reason: e.to_string(),
-            })?;
-            let geometry = Geometry {
-                data_start: superblock.data_start,
-                segment_size: superblock.segment_size,
-                segments: superblock.segments,
-            };
-            let needed = geometry.data_start
-                + u64::from(geometry.segments) * u64::from(geometry.segment_size);
-            if length < needed {
-                return Err(CacheError::Short {
-                    path: path.to_owned(),
-                    id: superblock.cache,
-                    length,
-                    needed,
-                });
-            }
-            if !is_device {
-                // A copy of a cache may have holes.
-                allocate(&file, needed).map_err(fail("allocate"))?;
-            }
-            (superblock.cache, geometry, superblock.key, false)
         };
 
         let kept_size = size.filter(|_| !fresh).and_then(|size| {
@@ -526,6 +489,22 @@ fn claim(file: &File, path: &Path) -> Result<File, CacheError> {
     }
 }
 
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CacheError {
+    let path = path.to_owned();
+    move |source| CacheError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+fn too_small(path: &Path, size: u64) -> CacheError {
+    CacheError::TooSmall {
+        path: path.to_owned(),
+        size,
+    }
+}
+
 fn refused(action: &'static str, path: &Path, errno: rustix::io::Errno) -> CacheError {
     CacheError::Io {
         action,
@@ -565,6 +544,25 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
         let _ = file.set_len(before);
         errno.into()
     })
+}
+
+/// That a file beside `path` gets so many bytes. It has no name, and is gone with the answer.
+fn room(path: &Path, bytes: u64) -> Result<(), CacheError> {
+    let folder = path.parent().unwrap_or(path);
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(folder, flags, Mode::from_raw_mode(FILE_MODE)) {
+        Ok(file) => File::from(file),
+        // Not every file system has files without a name.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => return Ok(()),
+        Err(errno) => return Err(refused("open", path, errno)),
+    };
+    // What is too much by far is not to take from others what they need meanwhile.
+    if let Ok(stat) = rustix::fs::fstatvfs(&file)
+        && stat.f_bfree.saturating_mul(stat.f_frsize) < bytes
+    {
+        return Err(refused("allocate", path, Errno::NOSPC));
+    }
+    allocate(&file, bytes).map_err(failed("allocate", path))
 }
 
 /// What is asked of a file to make a cache of it.
@@ -649,6 +647,54 @@ fn keep_to_ourselves(file: &File, meta: &Metadata, path: &Path) {
     }
 }
 
+/// The superblock of what is `length` bytes long; `None` if it is blank.
+fn look(file: &File, path: &Path, length: u64) -> Result<Option<Superblock>, CacheError> {
+    // All before the first segment: other file systems and volume managers leave the first page blank.
+    let mut start = vec![0; usize::try_from(length.min(DATA_START)).expect("1 MiB")];
+    file.read_exact_at(&mut start, 0)
+        .map_err(failed("read", path))?;
+    if start.iter().all(|b| *b == 0) {
+        return Ok(None);
+    }
+    let first = &start[..start.len().min(4096)];
+    let superblock = Superblock::decode(first).map_err(|e| CacheError::Foreign {
+        path: path.to_owned(),
+        reason: e.to_string(),
+    })?;
+    let needed = end_of(geometry_of(&superblock));
+    if length < needed {
+        return Err(CacheError::Short {
+            path: path.to_owned(),
+            id: superblock.cache,
+            length,
+            needed,
+        });
+    }
+    Ok(Some(superblock))
+}
+
+/// How large a cache is that is made now, of what is `length` bytes long.
+fn blank_size(asked: Option<u64>, is_device: bool, length: u64) -> u64 {
+    if is_device {
+        asked.unwrap_or(u64::MAX).min(length)
+    } else {
+        asked.unwrap_or(CACHE_FILE_SIZE_DEFAULT)
+    }
+}
+
+const fn geometry_of(superblock: &Superblock) -> Geometry {
+    Geometry {
+        data_start: superblock.data_start,
+        segment_size: superblock.segment_size,
+        segments: superblock.segments,
+    }
+}
+
+/// Where its last segment ends.
+fn end_of(geometry: Geometry) -> u64 {
+    geometry.data_start + u64::from(geometry.segments) * u64::from(geometry.segment_size)
+}
+
 /// The geometry for `size` bytes; `None` if they are too few.
 fn cut(size: u64) -> Option<Geometry> {
     if size < CACHE_SIZE_MIN {
@@ -720,6 +766,56 @@ pub fn peek(path: &Path) -> Option<Superblock> {
     let mut first = vec![0; 4096];
     File::open(path).ok()?.read_exact_at(&mut first, 0).ok()?;
     Superblock::decode(&first).ok()
+}
+
+/// Refuses what [`CacheDevice::open`] would refuse, as far as that can be told without changing anything. `is_given_up` knows
+/// what is in use by who is to end before.
+///
+/// # Errors
+/// [`CacheError`], each naming the path and what to do.
+pub fn check(
+    path: &Path,
+    size: Option<u64>,
+    is_given_up: impl FnOnce(&Metadata) -> bool,
+) -> Result<(), CacheError> {
+    let fail = |action| failed(action, path);
+    let meta = match std::fs::metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let size = blank_size(size, false, 0);
+            cut(size).ok_or_else(|| too_small(path, size))?;
+            return room(path, size);
+        }
+        Err(error) => return Err(fail("inspect")(error)),
+    };
+    let is_device = meta.file_type().is_block_device();
+    // A block device that was open for writing is looked at by udev when it is closed.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!is_device)
+        .open(path)
+        .map_err(fail("open"))?;
+    // Let go with the answer.
+    if !is_given_up(&meta) {
+        lock(&file, path)?;
+        if is_device {
+            claim(&file, path)?;
+        }
+    }
+    let length = if is_device {
+        rustix_device_size(&file).map_err(fail("measure"))?
+    } else {
+        meta.len()
+    };
+    if look(&file, path, length)?.is_some() {
+        return Ok(());
+    }
+    let size = blank_size(size, is_device, length);
+    cut(size).ok_or_else(|| too_small(path, size))?;
+    match size.saturating_sub(meta.blocks() * 512) {
+        missing if missing > 0 && !is_device => room(path, missing),
+        _ => Ok(()),
+    }
 }
 
 fn rustix_device_size(file: &File) -> io::Result<u64> {
@@ -935,6 +1031,43 @@ mod tests {
         resize(whole);
         let device = CacheDevice::open(&path, None, ID, "a", 1).unwrap();
         assert!(!device.fresh());
+    }
+
+    #[test]
+    fn check_refuses_what_opening_would_and_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let ours = |_: &Metadata| true;
+        let others = |_: &Metadata| false;
+        let size = Some(16 << 20);
+        check(&at("new"), size, others).unwrap();
+        assert!(!at("new").exists());
+        let huge = check(&at("new"), Some(1 << 60), others).unwrap_err();
+        assert!(huge.to_string().starts_with("cannot allocate"), "{huge}");
+        let small = check(&at("new"), Some(1 << 20), others);
+        assert!(matches!(small, Err(CacheError::TooSmall { .. })));
+        let nowhere = check(&at("none/cache"), size, others).unwrap_err();
+        assert!(nowhere.to_string().contains("make its folder"), "{nowhere}");
+        let folder = check(dir.path(), size, others).unwrap_err();
+        assert!(folder.to_string().starts_with("cannot open"), "{folder}");
+
+        std::fs::write(at("foreign"), [b'x'; 8192]).unwrap();
+        let foreign = check(&at("foreign"), size, others);
+        assert!(matches!(foreign, Err(CacheError::Foreign { .. })));
+        std::fs::write(at("blank"), [0; 8192]).unwrap();
+        check(&at("blank"), size, others).unwrap();
+        assert_eq!(std::fs::metadata(at("blank")).unwrap().len(), 8192);
+
+        let device = CacheDevice::open(&at("cache"), size, ID, "a", 1).unwrap();
+        check(&at("cache"), size, ours).unwrap();
+        let locked = check(&at("cache"), size, others);
+        assert!(matches!(locked, Err(CacheError::Locked { .. })));
+        drop(device);
+        check(&at("cache"), size, others).unwrap();
+        let file = OpenOptions::new().write(true).open(at("cache")).unwrap();
+        file.set_len(8 << 20).unwrap();
+        let cut_off = check(&at("cache"), size, others);
+        assert!(matches!(cut_off, Err(CacheError::Short { .. })));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! folded into the map; the volumes stay ours, and their ublk devices stay for the next daemon to
 //! take over.
 
+mod held;
 mod notify;
 mod replace;
 mod same_store;
@@ -23,6 +24,7 @@ use quarry_objfmt::TenantName;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use self::held::Held;
 use self::notify::Manager;
 use self::replace::Predecessor;
 use crate::clock;
@@ -31,7 +33,7 @@ use crate::control::{
 };
 use crate::engine::{Daemon, How, StoreNote, Whose, prepare_cache_key};
 use crate::fair::{Gate, Place, Share, plain_share};
-use crate::nbd::listen_unix;
+use crate::nbd::{listen_unix, may_listen_unix};
 use crate::provision::{self, ProvisionError};
 use crate::store::{Lane, LaneSettings, Store as _, StoreSettings, open_store};
 use crate::tls::{Tls, TlsError, TlsFiles};
@@ -96,8 +98,11 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         Network::check(&config.access)?;
         nbd_certificates(&config.access)?;
         Exporter::check(&config.tracing)?;
-        may_listen(&config).await?;
-        Daemon::may_start(&config)?;
+        let ends = predecessor(&config.daemon.socket)?;
+        let held = Held::of(ends.as_ref());
+        may_listen(&config, &held).await?;
+        may_listen_unix(&config.nbd_socket(), ends.as_ref().map(Predecessor::pid))?;
+        Daemon::may_start(&config, &|file| held.has_file(file))?;
         // The other attaches until it ends.
         let found = found(&settings, &fitness)?;
         same_store::check_again(&config.daemon.data_dir, &found)?;
@@ -208,8 +213,8 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     Ok(())
 }
 
-/// That the addresses can be listened on, but for those that somebody has: mostly the daemon that is to be replaced.
-async fn may_listen(config: &quarry_config::Config) -> Result<(), ListenError> {
+/// That the addresses can be listened on, once who is to be replaced has let go of what it has.
+async fn may_listen(config: &quarry_config::Config, held: &Held) -> Result<(), ListenError> {
     let wanted = [
         (config.daemon.listen, "daemon.listen"),
         (config.daemon.nbd_listen, "daemon.nbd_listen"),
@@ -218,14 +223,17 @@ async fn may_listen(config: &quarry_config::Config) -> Result<(), ListenError> {
     for (address, key) in wanted {
         let Some(address) = address else { continue };
         match tokio::net::TcpListener::bind(address).await {
-            Err(source) if source.kind() != std::io::ErrorKind::AddrInUse => {
+            Ok(_) => {}
+            Err(source)
+                if source.kind() == std::io::ErrorKind::AddrInUse
+                    && !held.others_listen_on(address) => {}
+            Err(source) => {
                 return Err(ListenError::Tcp {
                     address,
                     key,
                     source,
                 });
             }
-            _ => {}
         }
     }
     Ok(())
@@ -248,15 +256,19 @@ fn nbd_certificates(access: &quarry_config::Access) -> Result<Option<Arc<Tls>>, 
     Tls::load(files, &[]).map(Some)
 }
 
-/// Stops the daemon that serves at `socket`, if there is one, and waits until it has ended.
-async fn take_over(socket: &Path, manager: &Manager) -> anyhow::Result<()> {
-    let found = Predecessor::find(socket).with_context(|| {
+/// The daemon that serves at `socket`, if there is one.
+fn predecessor(socket: &Path) -> anyhow::Result<Option<Predecessor>> {
+    Predecessor::find(socket).with_context(|| {
         format!(
             "the daemon at {} cannot be replaced: stop it by hand",
             socket.display()
         )
-    })?;
-    let Some(predecessor) = found else {
+    })
+}
+
+/// Stops the daemon that serves at `socket`, if there is one, and waits until it has ended.
+async fn take_over(socket: &Path, manager: &Manager) -> anyhow::Result<()> {
+    let Some(predecessor) = predecessor(socket)? else {
         tracing::info!("no daemon is running that could be replaced");
         return Ok(());
     };

@@ -42,6 +42,7 @@ mod wanted;
 mod warm;
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -49,7 +50,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
-use quarry_cache::{Cache, Journal, Journals, Recovered, Scan};
+use quarry_cache::{Cache, Journal, Journals, Recovered, Scan, device};
 use quarry_objfmt::{
     CacheKey, Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName,
 };
@@ -285,10 +286,14 @@ pub(crate) fn now_ms() -> u64 {
 
 impl Daemon {
     /// Whether [`Daemon::start`] will find what it needs of the host, as far as that can be told while another daemon runs.
+    /// `is_given_up` knows what is in use by one that is to end before.
     ///
     /// # Errors
     /// With what is missing, and what to do.
-    pub fn may_start(config: &quarry_config::Config) -> anyhow::Result<()> {
+    pub fn may_start(
+        config: &quarry_config::Config,
+        is_given_up: &dyn Fn(&Metadata) -> bool,
+    ) -> anyhow::Result<()> {
         let data_dir = &config.daemon.data_dir;
         own::create_dir_all(data_dir)
             .with_context(|| format!("daemon.data_dir {} cannot be made", data_dir.display()))?;
@@ -296,12 +301,8 @@ impl Daemon {
         Wanted::load(data_dir)?;
         let journals = Journals::make_root(&config.daemon.journal_dir);
         journals.with_context(|| unusable_journals(config))?;
-        let path = config.cache_path();
-        let folder = path.parent().unwrap_or(&path);
-        std::fs::metadata(folder).with_context(|| {
-            let (path, folder) = (path.display(), folder.display());
-            format!("cache.path {path} cannot be had: {folder} is not there")
-        })?;
+        let size = config.cache.size.map(quarry_config::Size::bytes);
+        device::check(&config.cache_path(), size, is_given_up)?;
         Ok(())
     }
 

@@ -30,6 +30,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use rustix::fs::{Access, access};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -91,7 +92,9 @@ pub enum ListenError {
         path: PathBuf,
     },
     /// The system refused.
-    #[error("{path}: the socket cannot be opened")]
+    #[error(
+        "{path}: the socket cannot be opened; make its folder, or choose another path with daemon.nbd_socket"
+    )]
     Io {
         /// The path.
         path: PathBuf,
@@ -106,34 +109,64 @@ pub enum ListenError {
 /// # Errors
 /// See [`ListenError`].
 pub fn listen_unix(path: &Path) -> Result<UnixListener, ListenError> {
-    let fail = |source| ListenError::Io {
+    let fail = io_error(path);
+    if is_left_over(path, |_| false)? {
+        fs::remove_file(path).map_err(&fail)?;
+    }
+    let listener = UnixListener::bind(path).map_err(&fail)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(&fail)?;
+    Ok(listener)
+}
+
+/// Refuses what [`listen_unix`] would refuse, as far as that can be told without changing anything. `ends`: the process that
+/// is to end before, if one is.
+///
+/// # Errors
+/// See [`ListenError`].
+pub fn may_listen_unix(path: &Path, ends: Option<i32>) -> Result<(), ListenError> {
+    let fail = io_error(path);
+    is_left_over(path, |peer| {
+        let found = sockopt::socket_peercred(peer);
+        found.is_ok_and(|found| Some(found.pid.as_raw_pid()) == ends)
+    })?;
+    // A socket's path may be of 107 bytes.
+    std::os::unix::net::SocketAddr::from_pathname(path).map_err(&fail)?;
+    let folder = path.parent().unwrap_or(path);
+    access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| fail(errno.into()))
+}
+
+fn io_error(path: &Path) -> impl Fn(io::Error) -> ListenError {
+    move |source| ListenError::Io {
         path: path.to_owned(),
         source,
-    };
+    }
+}
+
+/// Whether there is a socket that nobody listens at any more, or only who ends.
+fn is_left_over(
+    path: &Path,
+    ends: impl Fn(&std::os::unix::net::UnixStream) -> bool,
+) -> Result<bool, ListenError> {
+    let fail = io_error(path);
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(ListenError::NotASocket {
                 path: path.to_owned(),
             });
         }
-        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => {
-                return Err(ListenError::InUse {
-                    path: path.to_owned(),
-                });
-            }
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).map_err(fail)?
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(fail(error)),
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(fail(error)),
     }
-    let listener = UnixListener::bind(path).map_err(fail)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(fail)?;
-    Ok(listener)
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(peer) if ends(&peer) => Ok(true),
+        Ok(_) => Err(ListenError::InUse {
+            path: path.to_owned(),
+        }),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(fail(error)),
+    }
 }
 
 /// Accepts connections and hands them to the reactors of their volumes. Cheap to clone.

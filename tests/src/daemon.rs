@@ -29,30 +29,63 @@ pub struct Daemon {
 
 impl Daemon {
     pub(crate) fn start(site: Site) -> Result<Self> {
+        let mut daemon = Self::spawn(site, &[])?;
+        daemon.await_ready()?;
+        Ok(daemon)
+    }
+
+    /// Has a daemon of `site` replace it, and waits until that one is ready.
+    ///
+    /// # Errors
+    /// If this one ends badly or not at all, or the other does not come up.
+    pub fn replaced_by(mut self, site: &Site) -> Result<Self> {
+        let mut next = Self::spawn(site.clone(), &["--replace"])?;
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                ensure!(status.success(), "quarry serve ended with {status}");
+                break;
+            }
+            next.assert_alive()?;
+            ensure!(
+                begun.elapsed() < STOP_PATIENCE,
+                "quarry serve was not replaced in {STOP_PATIENCE:?}"
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+        next.await_ready()?;
+        Ok(next)
+    }
+
+    fn spawn(site: Site, flags: &[&str]) -> Result<Self> {
         let log = OpenOptions::new()
             .create(true)
             .append(true)
             .open(site.log())?;
         let mut command = site.server()?;
         command
+            .args(flags)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
         let child = command.spawn().with_context(|| format!("{command:?}"))?;
-        let mut daemon = Self { child, site };
+        Ok(Self { child, site })
+    }
+
+    fn await_ready(&mut self) -> Result<()> {
         let begun = Instant::now();
-        while !daemon.is_ready() {
-            if let Some(status) = daemon.child.try_wait()? {
-                bail!("quarry serve ended at once ({status})\n{}", daemon.log());
+        while !self.is_ready() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("quarry serve ended at once ({status})\n{}", self.log());
             }
             ensure!(
                 begun.elapsed() < START_PATIENCE,
                 "quarry serve is not ready after {START_PATIENCE:?}\n{}",
-                daemon.log()
+                self.log()
             );
             thread::sleep(Duration::from_millis(10));
         }
-        Ok(daemon)
+        Ok(())
     }
 
     fn is_ready(&self) -> bool {

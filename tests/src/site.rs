@@ -22,6 +22,8 @@ pub struct Site {
     listen: SocketAddr,
     environment: Vec<(String, String)>,
     settings: Option<String>,
+    cache: Option<PathBuf>,
+    data: Option<PathBuf>,
 }
 
 impl Site {
@@ -38,6 +40,8 @@ impl Site {
             listen: SocketAddrV4::new(Ipv4Addr::LOCALHOST, free_port()).into(),
             environment: Vec::new(),
             settings: None,
+            cache: None,
+            data: None,
         })
     }
 
@@ -89,6 +93,27 @@ impl Site {
         self
     }
 
+    /// With its cache here.
+    #[must_use]
+    pub fn cache_at(mut self, path: &Path) -> Self {
+        self.cache = Some(path.to_owned());
+        self
+    }
+
+    /// With its data folder here.
+    #[must_use]
+    pub fn data_at(mut self, path: &Path) -> Self {
+        self.data = Some(path.to_owned());
+        self
+    }
+
+    /// With its metrics at this address.
+    #[must_use]
+    pub const fn listen_at(mut self, address: SocketAddr) -> Self {
+        self.listen = address;
+        self
+    }
+
     /// Over the store at this URL.
     #[must_use]
     pub fn store(mut self, url: &str) -> Self {
@@ -119,7 +144,15 @@ impl Site {
     /// The cache file.
     #[must_use]
     pub fn cache(&self) -> PathBuf {
-        self.root.join("cache")
+        let here = || self.root.join("cache");
+        self.cache.clone().unwrap_or_else(here)
+    }
+
+    /// Its data folder.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        let here = || self.root.join("data");
+        self.data.clone().unwrap_or_else(here)
     }
 
     /// The daemon's socket.
@@ -164,6 +197,14 @@ impl Site {
         self.refused(&["--replace"])
     }
 
+    /// As [`Site::replace_refused`], by the command that a service's reload is.
+    ///
+    /// # Errors
+    /// If it succeeded.
+    pub fn reload_refused(&self) -> Result<Ran> {
+        self.refused(&["--replace", "--background"])
+    }
+
     fn refused(&self, flags: &[&str]) -> Result<Ran> {
         let ran = Ran::run(self.server()?.args(flags))?;
         ensure!(
@@ -178,7 +219,7 @@ impl Site {
     /// # Errors
     /// If something cannot be removed.
     pub fn lose_host(&self) -> Result<()> {
-        for path in [self.cache(), self.root.join("data")] {
+        for path in [self.cache(), self.data()] {
             let gone = if path.is_dir() {
                 fs::remove_dir_all(&path)
             } else {
@@ -238,7 +279,7 @@ impl Site {
         }
         command
             .arg("--data-dir")
-            .arg(self.root.join("data"))
+            .arg(self.data())
             .args(["--store", &self.store])
             .arg("--cache")
             .arg(self.cache())

@@ -1,11 +1,16 @@
 //! Detaching and stopping where something is in the way: they end, and say what is left.
 
 use std::fs;
+use std::io::Read as _;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use quarry_tests::{Daemon, FaultProxy, MIB, NbdError, SeaweedFs, Site, Stamps, StoreDir, seeded};
+use quarry_tests::{
+    Daemon, FaultProxy, MIB, NbdError, SeaweedFs, Site, Stamps, StoreDir, free_port, seeded,
+};
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -294,6 +299,80 @@ fn daemon_that_cannot_serve_does_not_end_the_one_that_does() -> Result<()> {
     ensure!(refused.stderr.contains("audit"), "{refused}");
     daemon.assert_alive()?;
     ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [0; 4096]);
+    daemon.stop()
+}
+
+/// What is wrong shows before the one that serves is told to stop.
+#[test]
+fn reload_with_a_cache_an_address_or_a_socket_that_cannot_be_had_leaves_the_daemon_serving()
+-> Result<()> {
+    let dir = tempdir()?;
+    let neighbour = Site::with_folder(dir.path(), "b")?;
+    let beside = neighbour.start()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let mut daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], true)?;
+
+    let at = |name: &str| dir.path().join(name);
+    fs::write(at("foreign"), [b'x'; 8192])?;
+    fs::create_dir(at("folder"))?;
+    let mut start = vec![0; 2 << 20];
+    fs::File::open(site.cache())?.read_exact(&mut start)?;
+    fs::write(at("shortened"), start)?;
+    let taken = TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?;
+    let daemon_with = |setting: String| site.clone().settings(&format!("[daemon]\n{setting}\n"));
+    let socket = |path: &Path| daemon_with(format!("nbd_socket = \"{}\"", path.display()));
+    let cache = |path: &Path| site.clone().cache_at(path);
+    let mistakes = [
+        (cache(&at("foreign")), "not a Quarry cache"),
+        (cache(&at("folder")), "cannot open the cache"),
+        (cache(&at("shortened")), "its superblock speaks of"),
+        (cache(&at("none/cache")), "make its folder"),
+        (
+            cache(&at("new")).cache_size("1000000GiB"),
+            "cannot allocate",
+        ),
+        (cache(&neighbour.cache()), "in use by another daemon"),
+        (site.clone().listen_at(address), "cannot listen on"),
+        (
+            daemon_with(format!("nbd_listen = \"{address}\"")),
+            "cannot listen on",
+        ),
+        (socket(&at("none/nbd.sock")), "the socket cannot be opened"),
+        (socket(&at("foreign")), "a file that is not a socket"),
+        (
+            socket(&neighbour.root().join("q-nbd.sock")),
+            "another daemon is listening",
+        ),
+    ];
+    for (wrong, words) in mistakes {
+        let refused = wrong.reload_refused()?;
+        ensure!(refused.stderr.contains(words), "{words}: {refused}");
+        ensure!(refused.stderr.contains("serves on"), "{refused}");
+        daemon.assert_alive()?;
+        ensure!(nbd.read_vec(0, 4096)? == [5; 4096]);
+    }
+    ensure!(!at("new").exists(), "a cache was made");
+    drop((nbd, taken));
+    beside.stop()?;
+    daemon.stop()
+}
+
+#[test]
+fn daemon_replaced_hands_over_its_cache_its_addresses_and_its_sockets() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let nbd_listen = format!("127.0.0.1:{}", free_port());
+    let site = site.settings(&format!("[daemon]\nnbd_listen = \"{nbd_listen}\"\n"));
+    let daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], true)?;
+    drop(nbd);
+    let daemon = daemon.replaced_by(&site)?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [5; 4096]);
+    drop(TcpStream::connect(&nbd_listen)?);
     daemon.stop()
 }
 

@@ -26,6 +26,9 @@ const FLAG: &str = "--background";
 /// Between two looks at the daemon.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// How long is waited for the answer of the daemon before, once the new one has ended.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(10);
+
 /// Starts the same command in the background, and waits until it is the daemon that answers at `socket`. To be called before
 /// there are threads.
 ///
@@ -36,18 +39,20 @@ pub(super) fn run(socket: &Path) -> Result<(), Failure> {
     let mut command = Command::new(program);
     command.args(without_flag(std::env::args_os().skip(1)));
     let pid = spawn_orphan(command.stdin(Stdio::null())).map_err(failed)?;
-    let ended = || {
-        let remedy = "see what it said; the one before it serves on, if it was still running";
-        Failure::new("failed", "the new daemon ended before it served", remedy)
-    };
-    let process = pidfd_open(pid, PidfdFlags::empty()).map_err(|_| ended())?;
+    // None: it has ended already.
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok();
     let number = pid.as_raw_pid().unsigned_abs();
     let client = Client::new(socket)?;
     super::wait(async {
         loop {
-            let mut end = [PollFd::new(&process, PollFlags::IN)];
-            if poll(&mut end, Some(&rustix::time::Timespec::default())) == Ok(1) {
-                return Err(ended());
+            let has_ended = process.as_ref().is_none_or(|process| {
+                let mut end = [PollFd::new(process, PollFlags::IN)];
+                poll(&mut end, Some(&rustix::time::Timespec::default())) == Ok(1)
+            });
+            if has_ended {
+                let serves = tokio::time::timeout(LOOK_TIME_MAX, client.status()).await;
+                let serves = serves.ok().and_then(Result::ok).map(|status| status.pid);
+                return Err(ended(socket, serves));
             }
             if client.status().await.is_ok_and(|s| s.pid == number) {
                 return Ok(());
@@ -55,6 +60,18 @@ pub(super) fn run(socket: &Path) -> Result<(), Failure> {
             tokio::time::sleep(PAUSE).await;
         }
     })
+}
+
+/// `serves`: the process that answers at the socket now, if one does.
+fn ended(socket: &Path, serves: Option<u32>) -> Failure {
+    let remedy = match serves {
+        Some(pid) => format!("see what it said; the one before it, process {pid}, serves on"),
+        None => format!(
+            "see what it said; none answers at {} now: start one",
+            socket.display()
+        ),
+    };
+    Failure::new("failed", "the new daemon ended before it served", remedy)
 }
 
 fn failed(why: io::Error) -> Failure {
@@ -104,6 +121,15 @@ mod tests {
         let args = ["serve", "--replace", FLAG, "--config", "/c"].map(OsString::from);
         let left: Vec<_> = without_flag(args.into_iter()).collect();
         assert_eq!(left, ["serve", "--replace", "--config", "/c"]);
+    }
+
+    #[test]
+    fn end_of_the_daemon_says_whether_another_serves() {
+        let socket = Path::new("/run/q.sock");
+        let failure = ended(socket, Some(7)).to_string();
+        assert!(failure.ends_with("process 7, serves on"), "{failure}");
+        let failure = ended(socket, None).to_string();
+        assert!(failure.contains("none answers at /run/q.sock"), "{failure}");
     }
 
     #[test]

@@ -949,6 +949,32 @@ fn socket_of_a_dead_daemon_is_replaced_and_of_a_live_one_not() {
     ));
 }
 
+#[test]
+fn socket_path_is_refused_before_it_is_needed_unless_who_listens_there_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nbd.sock");
+    may_listen_unix(&path, None).unwrap();
+    assert!(!path.exists());
+    let here = std::process::id().cast_signed();
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    may_listen_unix(&path, Some(here)).unwrap();
+    for ends in [None, Some(here + 1)] {
+        let refused = may_listen_unix(&path, ends);
+        assert!(matches!(refused, Err(ListenError::InUse { .. })));
+    }
+    drop(listener);
+    may_listen_unix(&path, None).unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let refused = may_listen_unix(&file, Some(here));
+    assert!(matches!(refused, Err(ListenError::NotASocket { .. })));
+    let long = "x".repeat(120);
+    for path in ["none/nbd.sock", "file/nbd.sock", long.as_str()] {
+        let refused = may_listen_unix(&dir.path().join(path), None);
+        assert!(matches!(refused, Err(ListenError::Io { .. })), "{path}");
+    }
+}
+
 /// A server on loopback, and its address.
 fn over_tcp(bench: &Bench) -> std::net::SocketAddr {
     let directory = Directory(vec![("acme/db".into(), bench.export())]);
