@@ -10,6 +10,7 @@
 mod held;
 mod notify;
 mod replace;
+mod same_cache;
 mod same_store;
 mod watchdog;
 
@@ -103,6 +104,9 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         may_listen(&config, &held).await?;
         may_listen_unix(&config.nbd_socket(), ends.as_ref().map(Predecessor::pid))?;
         Daemon::may_start(&config, &|file| held.has_file(file))?;
+        if ends.is_some() {
+            same_cache::check(&config.daemon.data_dir, &config.cache_path(), &held)?;
+        }
         // The other attaches until it ends.
         let found = found(&settings, &fitness)?;
         same_store::check_again(&config.daemon.data_dir, &found)?;

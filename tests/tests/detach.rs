@@ -360,6 +360,38 @@ fn reload_with_a_cache_an_address_or_a_socket_that_cannot_be_had_leaves_the_daem
     daemon.stop()
 }
 
+/// As if the file system that the cache is on had been mounted elsewhere, while the daemon serves.
+#[test]
+fn daemon_with_another_cache_does_not_end_the_one_that_serves() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let mut daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], true)?;
+    let status = daemon.json(&["status"])?;
+    let id = status["cache"]["id"].as_str().unwrap_or_default();
+    let elsewhere = Site::with_folder(dir.path(), "b")?;
+    elsewhere.start()?.stop()?;
+    let new = site.clone().cache_at(&dir.path().join("new"));
+    for wrong in [&new, &site.clone().cache_at(&elsewhere.cache())] {
+        let refused = wrong.replace_refused()?;
+        ensure!(refused.code == Some(78), "{refused}");
+        for words in [VOLUME, "cache.path", id] {
+            ensure!(refused.stderr.contains(words), "{words}: {refused}");
+        }
+        daemon.assert_alive()?;
+        ensure!(nbd.read_vec(0, 4096)? == [5; 4096]);
+    }
+    ensure!(!new.cache().exists(), "a cache was made");
+    drop(nbd);
+
+    // With nothing to attach again any cache will do.
+    daemon.quarry(&["volume", "detach", VOLUME])?;
+    let daemon = daemon.replaced_by(&new)?;
+    ensure!(daemon.attach(VOLUME, &[])?.read_vec(0, 4096)? == [5; 4096]);
+    daemon.stop()
+}
+
 #[test]
 fn daemon_replaced_hands_over_its_cache_its_addresses_and_its_sockets() -> Result<()> {
     let dir = tempdir()?;
