@@ -80,7 +80,8 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         path: "daemon.data_dir",
         doc: "Directory for what this host keeps itself: which volumes are attached, and the cache unless\n\
-              [cache] path puts it elsewhere. /var/lib/quarry for root, else quarry/ under $XDG_STATE_HOME.",
+              [cache] path puts it elsewhere. Each daemon needs one of its own. /var/lib/quarry for root, else quarry/\n\
+              under $XDG_STATE_HOME.",
         expected: PATH,
         sample: "",
         secret: false,

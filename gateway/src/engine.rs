@@ -15,6 +15,7 @@ mod attach;
 mod cache_key;
 mod chores;
 mod costs;
+mod data_dir;
 mod direct;
 mod doctor;
 mod handover;
@@ -59,6 +60,7 @@ use quarry_volume::{KeptFrames, Shared, Tuning, Volume};
 
 use self::access::Access as DeviceAccess;
 pub use self::cache_key::{PreparedKey, prepare as prepare_cache_key};
+use self::data_dir::DataDir;
 use self::owners::Owners;
 use self::quota::Wish;
 pub(crate) use self::registry::store_error;
@@ -82,7 +84,6 @@ use crate::keys::KeyService;
 use crate::latency::{Latencies, Timed};
 use crate::metrics;
 use crate::nbd::{Clients, Export, ExportDirectory, NbdServer};
-use crate::own;
 use crate::qos::VolumeGate;
 use crate::reactor::{
     Geometry, Machine, PageCache, Reactor, ReactorConfig, ReactorGone, ReactorHandle, Traced,
@@ -209,6 +210,8 @@ impl Machine for VolumeMachine {
 /// The engine of one daemon.
 pub struct Daemon {
     config: quarry_config::Config,
+    /// Held, not used: it keeps others out.
+    _data_dir: DataDir,
     host: String,
     keys: KeyService,
     started_ms: u64,
@@ -295,8 +298,7 @@ impl Daemon {
         is_given_up: &dyn Fn(&Metadata) -> bool,
     ) -> anyhow::Result<()> {
         let data_dir = &config.daemon.data_dir;
-        own::create_dir_all(data_dir)
-            .with_context(|| format!("daemon.data_dir {} cannot be made", data_dir.display()))?;
+        DataDir::check(data_dir, is_given_up)?;
         Access::without_tokens(&config.access, data_dir)?;
         Wanted::load(data_dir)?;
         let journals = Journals::make_root(&config.daemon.journal_dir);
@@ -315,7 +317,7 @@ impl Daemon {
         lane: Lane,
         cache_key: Option<PreparedKey>,
     ) -> anyhow::Result<Arc<Self>> {
-        own::create_dir_all(&config.daemon.data_dir)?;
+        let data_dir = DataDir::take(&config.daemon.data_dir)?;
         let host = rustix::system::uname()
             .nodename()
             .to_string_lossy()
@@ -458,6 +460,7 @@ impl Daemon {
             warms: warm::Warms::default(),
             exporter: Mutex::new(exporter),
             config,
+            _data_dir: data_dir,
         }))
     }
 

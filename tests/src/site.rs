@@ -109,7 +109,7 @@ impl Site {
 
     /// With its metrics at this address.
     #[must_use]
-    pub const fn listen_at(mut self, address: SocketAddr) -> Self {
+    pub fn listen_at(mut self, address: SocketAddr) -> Self {
         self.listen = address;
         self
     }

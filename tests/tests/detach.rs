@@ -393,6 +393,34 @@ fn daemon_with_another_cache_does_not_end_the_one_that_serves() -> Result<()> {
 }
 
 #[test]
+fn daemon_with_the_data_folder_of_another_is_refused_until_that_ends() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let mut daemon = site.start()?;
+    let mut nbd = daemon.fresh_volume(VOLUME, 64 * MIB, &[])?;
+    nbd.write(0, &[5; 4096], true)?;
+    let beside = Site::with_folder(dir.path(), "b")?;
+    let intruder = beside.clone().data_at(&site.data());
+    let serves = beside.start()?;
+    let refused = intruder.replace_refused()?;
+    ensure!(refused.stderr.contains("--data-dir"), "{refused}");
+    serves.quarry(&["status"])?;
+    serves.stop()?;
+    let refused = intruder.serve_refused()?;
+    ensure!(refused.stderr.contains("--data-dir"), "{refused}");
+    daemon.assert_alive()?;
+    ensure!(nbd.read_vec(0, 4096)? == [5; 4096]);
+    drop(nbd);
+
+    let daemon = daemon.replaced_by(&site)?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [5; 4096]);
+    daemon.kill()?;
+    let daemon = site.start()?;
+    ensure!(daemon.connect(VOLUME)?.read_vec(0, 4096)? == [5; 4096]);
+    daemon.stop()
+}
+
+#[test]
 fn daemon_replaced_hands_over_its_cache_its_addresses_and_its_sockets() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;
