@@ -420,6 +420,21 @@ fn daemon_with_a_wrong_value_ends_with_the_code_of_the_configuration() -> Result
 }
 
 #[test]
+fn data_folder_that_cannot_be_is_named_with_its_key() -> Result<()> {
+    let dir = tempdir()?;
+    let site = Site::with_folder(dir.path(), "a")?;
+    let file = dir.path().join("file");
+    fs::write(&file, "")?;
+    for path in [file.as_path(), Path::new("/proc/none")] {
+        let refused = site.clone().data_at(path).serve_refused()?;
+        let named = format!("the data folder {} cannot be used", path.display());
+        assert!(refused.stderr.contains(&named), "{refused}");
+        assert!(refused.stderr.contains("daemon.data_dir"), "{refused}");
+    }
+    Ok(())
+}
+
+#[test]
 fn second_daemon_on_the_same_socket_is_refused() -> Result<()> {
     let dir = tempdir()?;
     let site = Site::with_folder(dir.path(), "a")?;

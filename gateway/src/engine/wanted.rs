@@ -15,12 +15,14 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use parking_lot::Mutex;
 use quarry_objfmt::TenantName;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
 use super::access::Access;
+use super::data_dir;
 use crate::control::{AttachOptions, ImageRef, Via};
 
 /// Version of the file.
@@ -169,7 +171,7 @@ impl Wanted {
                 )
             })?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => (None, BTreeMap::new()),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error).context(data_dir::unusable(data_dir)),
         };
         Ok(Self {
             path: Arc::new(tokio::sync::Mutex::new(path)),
