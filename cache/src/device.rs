@@ -548,7 +548,10 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
 
 /// That a file beside `path` gets so many bytes. It has no name, and is gone with the answer.
 fn room(path: &Path, bytes: u64) -> Result<(), CacheError> {
-    let folder = path.parent().unwrap_or(path);
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
     let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
     let file = match rustix::fs::open(folder, flags, Mode::from_raw_mode(FILE_MODE)) {
         Ok(file) => File::from(file),

@@ -14,7 +14,7 @@
 //! data are on the device, perhaps not stable: recovery does for them what a flush would have done. After a sync that failed
 //! they may not be: then the journal says what is to be missed, as headers and pages do of what was flushed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::ops::Range;
 
@@ -170,10 +170,15 @@ impl Recovered {
             RecordBody::Data { .. } => u64::from(r.len) * 512,
             RecordBody::Zero | RecordBody::Discard => 0,
         };
-        self.unsent(WriteSeq::ZERO)
-            .iter()
-            .map(|(_, r)| data(r))
-            .sum()
+        let journal = self.journal.iter();
+        let mut journal: HashMap<WriteSeq, u64> = journal.map(|(_, r)| (r.seq, data(r))).collect();
+        let pages = self.segments.iter().flat_map(|s| &s.pages);
+        let in_pages = pages.flat_map(|p| &p.records).map(|r| {
+            // A record may be in both.
+            journal.remove(&r.seq);
+            data(r)
+        });
+        in_pages.sum::<u64>() + journal.values().sum::<u64>()
     }
 
     /// Every record newer than `stored`, oldest first, with its segment: what the store lacks.

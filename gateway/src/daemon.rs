@@ -102,7 +102,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let ends = predecessor(&config.daemon.socket)?;
         let held = Held::of(ends.as_ref());
         may_listen(&config, &held).await?;
-        may_listen_unix(&config.nbd_socket(), ends.as_ref().map(Predecessor::pid))?;
+        may_listen_nbd(&config, ends.as_ref())?;
         Daemon::may_start(&config, &|file| held.has_file(file))?;
         if ends.is_some() {
             same_cache::check(&config.daemon.data_dir, &config.cache_path(), &held)?;
@@ -215,6 +215,21 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
     daemon.stop().await;
     daemon.stop_asking();
     Ok(())
+}
+
+/// That NBD's socket can be made when the daemon to be replaced has ended. Without one, nothing is lost by finding out.
+fn may_listen_nbd(
+    config: &quarry_config::Config,
+    ends: Option<&Predecessor>,
+) -> anyhow::Result<()> {
+    let Some(ends) = ends else { return Ok(()) };
+    let socket = config.nbd_socket();
+    let folder = socket.parent().filter(|folder| !folder.exists());
+    // That one is made with the control socket.
+    if folder.is_some() && folder == config.daemon.socket.parent() {
+        return Ok(());
+    }
+    Ok(may_listen_unix(&socket, Some(ends.pid()))?)
 }
 
 /// That the addresses can be listened on, once who is to be replaced has let go of what it has.

@@ -30,7 +30,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::fs::{Access, access};
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -131,8 +131,13 @@ pub fn may_listen_unix(path: &Path, ends: Option<i32>) -> Result<(), ListenError
     })?;
     // A socket's path may be of 107 bytes.
     std::os::unix::net::SocketAddr::from_pathname(path).map_err(&fail)?;
-    let folder = path.parent().unwrap_or(path);
-    access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| fail(errno.into()))
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // By what the process may do, not by who started it.
+    let (may, flags) = (Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
+    accessat(CWD, folder, may, flags).map_err(|errno| fail(errno.into()))
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> ListenError {

@@ -328,7 +328,7 @@ fn reload_with_a_cache_an_address_or_a_socket_that_cannot_be_had_leaves_the_daem
     let mistakes = [
         (cache(&at("foreign")), "not a Quarry cache"),
         (cache(&at("folder")), "cannot open the cache"),
-        (cache(&at("shortened")), "its superblock speaks of"),
+        (cache(&at("shortened")), "cut short"),
         (cache(&at("none/cache")), "make its folder"),
         (
             cache(&at("new")).cache_size("1000000GiB"),

@@ -350,11 +350,15 @@ fn place(attached: &crate::control::AttachedInfo) -> String {
         .unwrap_or_else(|| attached.via.to_string())
 }
 
-fn kept_text(kept: u64) -> String {
-    format!(
-        "up to {} written here that may never have been sent; `attach` sends them, or `attach --discard-unsent` gives them up",
-        bytes(kept)
-    )
+fn kept_text(kept: u64, state: State) -> String {
+    let what = match state {
+        State::AttachedElsewhere => {
+            "an attach here, which would take the volume from that host, gives them up with --discard-unsent"
+        }
+        _ => "`attach` sends them, or `attach --discard-unsent` gives them up",
+    };
+    let kept = bytes(kept);
+    format!("up to {kept} written here that may never have been sent; {what}")
 }
 
 fn show_text(v: &VolumeInfo) -> String {
@@ -450,7 +454,10 @@ fn show_text(v: &VolumeInfo) -> String {
             "oldest dirty",
             (v.dirty_bytes > 0).then(|| span_ms(v.rpo_ms)),
         ),
-        ("kept here", v.kept_bytes.map(kept_text)),
+        (
+            "kept here",
+            v.kept_bytes.map(|kept| kept_text(kept, v.state)),
+        ),
         ("reads", counted(v.reads, v.read_bytes)),
         ("writes", counted(v.writes, v.write_bytes)),
         ("hits", v.hit_ratio.map(percent)),

@@ -64,6 +64,11 @@ impl Held {
         !self.is_known || self.files.contains(&identity(file))
     }
 
+    /// Whether it has this file or block device open, for all that is known.
+    pub(super) fn is_seen_with(&self, file: &Metadata) -> bool {
+        self.files.contains(&identity(file))
+    }
+
     /// Whether an address in use is in use by somebody else.
     pub(super) fn others_listen_on(&self, address: SocketAddr) -> bool {
         if !self.is_known {

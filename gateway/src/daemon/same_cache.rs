@@ -12,12 +12,12 @@ use super::held::Held;
 use crate::engine::Wanted;
 
 /// Refuses a cache with which no volume of the list in `data_dir` was attached, if some were with another, unless `held`,
-/// the daemon to be replaced, has it open.
+/// the daemon to be replaced, is seen to have it open.
 ///
 /// # Errors
 /// If it is another; if the list cannot be read.
 pub(super) fn check(data_dir: &Path, cache: &Path, held: &Held) -> anyhow::Result<()> {
-    if std::fs::metadata(cache).is_ok_and(|file| held.has_file(&file)) {
+    if std::fs::metadata(cache).is_ok_and(|file| held.is_seen_with(&file)) {
         return Ok(());
     }
     let here = device::peek(cache).map(|there| there.cache.to_string());

@@ -15,8 +15,8 @@ use crate::own;
 /// A data folder that is this daemon's.
 #[derive(Debug)]
 pub(super) struct DataDir {
-    /// Held, not used: see the module's invariant.
-    _lock: File,
+    /// Held, not used: see the module's invariant. There is none in a folder that nobody can write to.
+    _lock: Option<File>,
 }
 
 impl DataDir {
@@ -41,10 +41,10 @@ impl DataDir {
         is_given_up: impl FnOnce(&Metadata) -> bool,
     ) -> anyhow::Result<()> {
         let (lock, is_ours) = lock(path)?;
-        if is_ours || is_given_up(&lock.metadata()?) {
-            return Ok(());
+        match lock {
+            Some(lock) if !is_ours && !is_given_up(&lock.metadata()?) => in_use(path),
+            _ => Ok(()),
         }
-        in_use(path)
     }
 }
 
@@ -64,22 +64,39 @@ fn in_use<T>(path: &Path) -> anyhow::Result<T> {
 }
 
 /// The folder's lock, and whether it could be had.
-fn lock(path: &Path) -> anyhow::Result<(File, bool)> {
-    let opened = || -> io::Result<(File, bool)> {
+fn lock(path: &Path) -> anyhow::Result<(Option<File>, bool)> {
+    let locked = || -> io::Result<(Option<File>, bool)> {
         own::create_dir_all(path)?;
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(own::FILE_MODE)
-            .open(path.join("daemon.lock"))?;
+        let Some(file) = open(&path.join("daemon.lock"))? else {
+            tracing::warn!(path = %path.display(), "the data folder's file system takes no writes: what is attached again is what its list says");
+            return Ok((None, true));
+        };
         match file.try_lock() {
-            Ok(()) => Ok((file, true)),
-            Err(TryLockError::WouldBlock) => Ok((file, false)),
+            Ok(()) => Ok((Some(file), true)),
+            Err(TryLockError::WouldBlock) => Ok((Some(file), false)),
             Err(TryLockError::Error(error)) => Err(error),
         }
     };
-    opened().with_context(|| unusable(path))
+    locked().with_context(|| unusable(path))
+}
+
+/// The file to be locked, made if need be; none if it is not there and cannot be, on a file system that became read-only: what
+/// is attached there is to be served all the same.
+fn open(path: &Path) -> io::Result<Option<File>> {
+    let mut options = OpenOptions::new();
+    options
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(own::FILE_MODE);
+    let opened = match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => File::open(path),
+        opened => opened,
+    };
+    match opened {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
+    }
 }
 
 #[cfg(test)]

@@ -209,6 +209,11 @@ impl Daemon {
             }
         }
         for (image, attached) in self.attached() {
+            let fenced = attached.backend.condition().fenced;
+            // What does not write goes by the head that it was attached with: the keys may be others by now.
+            if attached.read_only || fenced || image.is_past() || image.snapshot.is_some() {
+                continue;
+            }
             let head = attached.backend.head().get();
             if let Err(error) = self.unlock(&image.volume.tenant, &head).await {
                 checks.push(failed(format!("volume {image}: "), error));
@@ -291,12 +296,19 @@ impl Daemon {
                 Some(volume) => format!("volume {volume}"),
                 None => format!("volume {id} of tenant {tenant}"),
             };
-            Some(Check::new(
-                what,
-                Verdict::Warning,
-                format!("it is not attached here, and the cache keeps up to {kept} written to it that may never have been sent"),
-                "attach it here, which sends them, or says why not",
-            ))
+            let keeps =
+                format!("the cache keeps up to {kept} written to it that may never have been sent");
+            let (finding, remedy) = match volume {
+                Some(_) => (
+                    format!("it is not attached here, and {keeps}"),
+                    "attach it here, which sends them, or says why not",
+                ),
+                None => (
+                    format!("{keeps}, and what it is called cannot be had now"),
+                    "unless it waits to be attached again: when its store answers, attach it here",
+                ),
+            };
+            Some(Check::new(what, Verdict::Warning, finding, remedy))
         });
         let looks = futures::stream::iter(looks).buffered(RECORDS_AT_ONCE);
         let looks: Vec<Option<Check>> = looks.collect().await;

@@ -58,6 +58,9 @@ const TENANT_COMMANDS_MAX: usize = 32;
 /// How long a reactor may take to give a new queue's commands to the kernel.
 const QUEUE_START_MAX: Duration = Duration::from_secs(10);
 
+/// How long a new device's first reads are waited for before its I/O scheduler is taken away all the same.
+const IDLE_WAIT_MAX: Duration = Duration::from_secs(5);
+
 /// How long a device's node may take to appear.
 const NODE_MAX: Duration = Duration::from_secs(5);
 
@@ -389,10 +392,22 @@ fn drop_scheduler(id: u32) {
     if schedulers.is_ok_and(|schedulers| schedulers.contains("[none]")) {
         return;
     }
+    // The first reads, of a partition table, may wait for the store: a child that waits for them outlives a daemon that
+    // dies, and a service manager waits for it.
+    let deadline = Instant::now() + IDLE_WAIT_MAX;
+    while is_busy(id) && Instant::now() < deadline {
+        std::thread::sleep(POLL);
+    }
     match apart::run(Task::DropScheduler { id }) {
         Ok(Answer::Done) => {}
         answer => tracing::debug!(device = id, ?answer, "the device's I/O scheduler stays"),
     }
+}
+
+/// Whether requests of the device are under way.
+fn is_busy(id: u32) -> bool {
+    let under_way = fs::read_to_string(format!("/sys/block/ublkb{id}/inflight"));
+    under_way.is_ok_and(|counts| counts.split_whitespace().any(|count| count != "0"))
 }
 
 /// Makes the folder of libublk's files, which would make it writable to all: then anybody could have
