@@ -257,7 +257,7 @@ fn volume_whose_head_was_lost_is_rescued_from_the_trash() -> Result<()> {
     let refused = site
         .quarry_json(&["volume", "restore", "acme/db"])?
         .refusal()?;
-    ensure!(refused.mentions("rescue --id"), "{refused:?}");
+    ensure!(refused.mentions("rescue NAME --id"), "{refused:?}");
     let line =
         "volume rescue acme/db --size 32MiB --sector-size 512 --durability local --compression lz4";
     let mut line: Vec<_> = line.split(' ').collect();
