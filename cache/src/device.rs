@@ -548,12 +548,9 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
 
 /// That a file beside `path` gets so many bytes. It has no name, and is gone with the answer.
 fn room(path: &Path, bytes: u64) -> Result<(), CacheError> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = path.with_file_name(".");
     let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
-    let file = match rustix::fs::open(folder, flags, Mode::from_raw_mode(FILE_MODE)) {
+    let file = match rustix::fs::open(&folder, flags, Mode::from_raw_mode(FILE_MODE)) {
         Ok(file) => File::from(file),
         // Not every file system has files without a name.
         Err(Errno::OPNOTSUPP | Errno::ISDIR) => return Ok(()),
@@ -718,10 +715,9 @@ fn cut(size: u64) -> Option<Geometry> {
 
 /// How many bytes a cache of this geometry has, if they are not those of one that is made of `size`.
 fn other_size(geometry: Geometry, size: u64) -> Option<u64> {
-    let segment_size = u64::from(geometry.segment_size);
-    let has = geometry.data_start + u64::from(geometry.segments) * segment_size;
+    let has = end_of(geometry);
     // A last part that is no whole segment is left unused.
-    let same = has..has + segment_size;
+    let same = has..has + u64::from(geometry.segment_size);
     (!same.contains(&size)).then_some(has)
 }
 

@@ -131,13 +131,10 @@ pub fn may_listen_unix(path: &Path, ends: Option<i32>) -> Result<(), ListenError
     })?;
     // A socket's path may be of 107 bytes.
     std::os::unix::net::SocketAddr::from_pathname(path).map_err(&fail)?;
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = path.with_file_name(".");
     // By what the process may do, not by who started it.
     let (may, flags) = (Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
-    accessat(CWD, folder, may, flags).map_err(|errno| fail(errno.into()))
+    accessat(CWD, &folder, may, flags).map_err(|errno| fail(errno.into()))
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> ListenError {

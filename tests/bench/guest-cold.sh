@@ -29,14 +29,6 @@ counter() { # METRIC: of the volume with direct reads.
     busybox wget -q -O - http://127.0.0.1:9400/metrics | awk -v m="quarry_volume_$1_total{" -v v='volume="direct"' 'index($0, m) == 1 && index($0, v) { print $2 }'
 }
 
-cat >/mnt/quarry.toml <<TOML
-[reactor]
-threads = 1
-[cache]
-# What was hot would be fetched at once.
-hot_set = false
-TOML
-export QUARRY_CONFIG=/mnt/quarry.toml
 start_server
 start_daemon
 quarry tenant create acme

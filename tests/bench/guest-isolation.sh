@@ -19,14 +19,6 @@ p99() {
         python3 -c 'import json, sys; print(json.load(sys.stdin)["jobs"][0]["read"]["clat_ns"]["percentile"]["99.000000"] / 1000)'
 }
 
-cat >/mnt/quarry.toml <<TOML
-[reactor]
-threads = 1
-[cache]
-# What was hot would be fetched at once.
-hot_set = false
-TOML
-export QUARRY_CONFIG=/mnt/quarry.toml
 start_server
 start_daemon
 quarry tenant create acme

@@ -544,20 +544,24 @@ mod tests {
         assert_eq!(head.retain_ms, WEEK_MS);
     }
 
-    #[tokio::test]
-    async fn volume_to_be_taken_back_is_nobodys_any_more_and_one_attached_since_stays_theirs() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = FolderStore::open(dir.path(), true).unwrap();
-        let (fresh, _) = made(&store, "fresh", id(1)).await;
-        let (used, key) = made(&store, "used", id(2)).await;
-        let by = Claim {
+    fn claim() -> Claim {
+        Claim {
             cache: CACHE,
             host: "a".to_owned(),
             now_ms: 1,
             force: false,
             discard_unsent: false,
             must_be_ours: false,
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn volume_to_be_taken_back_is_nobodys_any_more_and_one_attached_since_stays_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FolderStore::open(dir.path(), true).unwrap();
+        let (fresh, _) = made(&store, "fresh", id(1)).await;
+        let (used, key) = made(&store, "used", id(2)).await;
+        let by = claim();
         let (held, _) = hold(&store, &used.tenant, id(2), &by).await.unwrap();
         assert!(!bar_unused(&store, &used, id(2)).await.unwrap());
         let there = store.get(&key).await.unwrap().0;
@@ -575,14 +579,7 @@ mod tests {
         let (used, key) = made(&store, "used", id(2)).await;
         let before = store.list("").await.unwrap();
         let (fresh, _) = made(&store, "fresh", id(1)).await;
-        let by = Claim {
-            cache: CACHE,
-            host: "a".to_owned(),
-            now_ms: 1,
-            force: false,
-            discard_unsent: false,
-            must_be_ours: false,
-        };
+        let by = claim();
         let (held, _) = hold(&store, &used.tenant, id(2), &by).await.unwrap();
         assert!(!unmake_unused(&store, &used, id(2), None).await.unwrap());
         assert_eq!(store.get(&key).await.unwrap().0, held.get().encode());

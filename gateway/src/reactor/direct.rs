@@ -223,6 +223,7 @@ mod tests {
     use quarry_volume::{IoError, Op};
     use tokio::net::TcpListener;
 
+    use super::super::ring::tests::bytes;
     use super::super::testing::{geometry, reactor};
     use super::super::{BackendSink, Buffer, FrontEnd, Geometry, Machine, Message, Port, Reactor};
     use super::*;
@@ -392,10 +393,6 @@ mod tests {
 
     #[test]
     fn entry_is_that_of_a_send_from_a_registered_buffer_but_for_its_code() {
-        let bytes = |entry: squeue::Entry| {
-            // SAFETY: the kernel's struct, 64 bytes by their numbers, all of them set.
-            unsafe { std::mem::transmute::<squeue::Entry, [u8; 64]>(entry) }
-        };
         let address = std::ptr::without_provenance_mut::<u8>(0x4200);
         let mut receive = bytes(receive_fixed(3, 0x1234, address, 8));
         let send = opcode::SendZc::new(types::Fd(3), address, 8)

@@ -568,6 +568,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use quarry_cache::SyncFailure;
     use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, Lba, LbaRange, Sectors, VolumeId};
     use quarry_volume::{Fetch, IoError};
 
@@ -741,28 +742,36 @@ mod tests {
 
     /// Its cache device is open for reading alone.
     fn reactor_that_cannot_write() -> super::super::Reactor {
+        let cache = std::fs::File::open("/dev/null").unwrap();
+        reactor_with(cache, SyncFailure::default())
+    }
+
+    fn reactor_with(cache: std::fs::File, sync_failure: SyncFailure) -> super::super::Reactor {
         let config = super::super::ReactorConfig {
             index: 7,
             page_cache: None,
-            cache: std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap()),
+            cache: Arc::new(cache),
             kept_writes: Default::default(),
-            sync_failure: Default::default(),
+            sync_failure,
             buffer_entries: 0,
             cipher: None,
         };
         super::super::Reactor::spawn(config).unwrap()
     }
 
-    #[test]
-    fn cache_write_that_fails_says_its_errno() {
-        let reactor = reactor_that_cannot_write();
-        let page = Action::WritePage {
+    fn durable_page() -> Action {
+        Action::WritePage {
             io: IoId(1),
             offset: 0,
             page: Box::new([1; 4096]),
             durable: true,
-        };
-        let (key, events, _) = add(&reactor.handle(), vec![page], |_| Vec::new());
+        }
+    }
+
+    #[test]
+    fn cache_write_that_fails_says_its_errno() {
+        let reactor = reactor_that_cannot_write();
+        let (key, events, _) = add(&reactor.handle(), vec![durable_page()], |_| Vec::new());
         drain(&reactor.handle(), key);
         let event = events.recv_timeout(LIMIT).unwrap();
         assert!(
@@ -780,26 +789,11 @@ mod tests {
 
     #[test]
     fn durable_write_keeps_its_volume_until_the_syncs_beside_it_have_ended() {
-        let sync_failure = quarry_cache::SyncFailure::default();
-        let config = super::super::ReactorConfig {
-            index: 0,
-            page_cache: None,
-            cache: Arc::new(tempfile::tempfile().unwrap()),
-            kept_writes: Default::default(),
-            sync_failure: sync_failure.clone(),
-            buffer_entries: 0,
-            cipher: None,
-        };
-        let reactor = super::super::Reactor::spawn(config).unwrap();
+        let sync_failure = SyncFailure::default();
+        let reactor = reactor_with(tempfile::tempfile().unwrap(), sync_failure.clone());
         // Another reactor's.
         let sync = sync_failure.begin();
-        let page = Action::WritePage {
-            io: IoId(1),
-            offset: 0,
-            page: Box::new([1; 4096]),
-            durable: true,
-        };
-        let (key, events, _) = add(&reactor.handle(), vec![page], |_| Vec::new());
+        let (key, events, _) = add(&reactor.handle(), vec![durable_page()], |_| Vec::new());
         drain(&reactor.handle(), key);
         let (done, gone) = tokio::sync::oneshot::channel();
         let remove = Message::RemoveVolume { key, done };

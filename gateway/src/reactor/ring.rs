@@ -242,12 +242,17 @@ fn build() -> io::Result<IoUring> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::fd::AsRawFd;
 
     use io_uring::opcode;
 
     use super::*;
+
+    pub(in crate::reactor) fn bytes(entry: squeue::Entry) -> [u8; 64] {
+        // SAFETY: the kernel's struct, 64 bytes by their numbers, all of them set.
+        unsafe { std::mem::transmute::<squeue::Entry, [u8; 64]>(entry) }
+    }
 
     fn ring() -> (Ring, std::fs::File) {
         let file = std::fs::File::open("/dev/null").unwrap();
@@ -276,10 +281,6 @@ mod tests {
     fn entry_for_a_registered_file_is_what_the_library_makes_of_its_index() {
         let (ring, _file) = ring();
         assert!(ring.cache_registered);
-        let bytes = |entry: squeue::Entry| {
-            // SAFETY: the kernel's struct, 64 bytes by their numbers, all of them set.
-            unsafe { std::mem::transmute::<squeue::Entry, [u8; 64]>(entry) }
-        };
         let made = ring.entry_for(File::CachePages, |fd| opcode::Fsync::new(fd).build());
         let index = types::Fixed(CACHE_PAGES_FILE.cast_unsigned());
         assert_eq!(bytes(made), bytes(opcode::Fsync::new(index).build()));

@@ -387,6 +387,13 @@ impl Bench {
         made.unwrap()
     }
 
+    /// Nobody has the volume: it becomes what the snapshot of this name is.
+    async fn roll_back(&self, name: &str) -> Head {
+        let (name, by) = (SnapName::new(name).unwrap(), self.by());
+        let back = snapshot::roll_back(&*self.store, &self.tenant, self.volume, &name, &by);
+        back.await.unwrap()
+    }
+
     /// Nobody has the volume, and its head is lost: it is made anew.
     async fn rescue(&self) -> RescueReport {
         let key = keys::head_key(&self.tenant, self.volume);
@@ -701,9 +708,7 @@ async fn volume_that_went_back_to_a_snapshot_is_what_it_was_before_and_after() {
     bench.pass(MINUTE_MS).await;
     let back_ms = NOW_MS.get();
     let (tenant, volume) = (bench.tenant.clone(), bench.volume);
-    let name = SnapName::new("s").unwrap();
-    let back = snapshot::roll_back(&*bench.store, &tenant, volume, &name, &bench.by()).await;
-    let map = back.unwrap().root.unwrap();
+    let map = bench.roll_back("s").await.root.unwrap();
     let then = bench.past[3].1.clone();
     bench.past.push((back_ms, then.clone()));
     bench.image = then;
@@ -779,10 +784,7 @@ async fn snapshot_of_a_later_map_than_a_rescue_went_back_to_keeps_what_it_needs(
         assert_eq!(report.log.len(), 1, "{report:?}");
 
         if goes_back {
-            let (tenant, name) = (bench.tenant.clone(), SnapName::new("older").unwrap());
-            let by = bench.by();
-            let back = snapshot::roll_back(&*bench.store, &tenant, bench.volume, &name, &by);
-            back.await.unwrap();
+            bench.roll_back("older").await;
         }
         writer = bench.attach().await;
         bench.checkpoint(&mut writer).await;
@@ -810,10 +812,7 @@ async fn snapshot_keeps_what_a_rollback_made_alive_though_a_rescue_went_back_beh
     bench.checkpoint(&mut writer).await;
     bench.snapshot(&writer, "before").await;
     bench.crash(writer).await;
-    let (tenant, older) = (bench.tenant.clone(), SnapName::new("older").unwrap());
-    let by = bench.by();
-    let back = snapshot::roll_back(&*bench.store, &tenant, bench.volume, &older, &by);
-    back.await.unwrap();
+    bench.roll_back("older").await;
     let writer = bench.attach().await;
     let map = bench.snapshot(&writer, "after").await.root.unwrap();
     bench.crash(writer).await;
@@ -822,6 +821,7 @@ async fn snapshot_keeps_what_a_rollback_made_alive_though_a_rescue_went_back_beh
     assert_eq!(report.snapshots, ["older", "before", "after"]);
 
     let mut writer = bench.attach().await;
+    let older = SnapName::new("older").unwrap();
     let deleted = snapshot::delete(&*bench.store, writer.backend.head(), &older, NOW_MS.get());
     deleted.await.unwrap();
     bench.chunk_over_the_last(&mut writer).await;
