@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasherDefault;
 
-use quarry_objfmt::{ChunkId, SECTOR_SIZE, SegmentId, VolumeId};
+use quarry_objfmt::{ChunkId, Epoch, SECTOR_SIZE, SegmentId, VolumeId};
 
 use crate::{CacheLoc, NameHasher};
 
@@ -39,15 +39,35 @@ pub struct CleanIndex {
     chunks: HashMap<ChunkId, Vec<CleanRun>, BuildHasherDefault<NameHasher>>,
     /// Runs of all chunks.
     runs: u64,
-    /// Sectors of each volume's chunks.
-    sectors: HashMap<VolumeId, u64, BuildHasherDefault<NameHasher>>,
+    /// Of whose chunks something is here.
+    volumes: Volumes,
+}
+
+/// What there is of a volume's chunks.
+#[derive(Default, Debug)]
+struct OfVolume {
+    sectors: u64,
+    /// The latest term of any that was added.
+    newest: Epoch,
+}
+
+type Volumes = HashMap<VolumeId, OfVolume, BuildHasherDefault<NameHasher>>;
+
+/// So many sectors of a volume are here no more.
+fn take_off(volumes: &mut Volumes, volume: VolumeId, sectors: u64) {
+    if let Some(of) = volumes.get_mut(&volume) {
+        of.sectors -= sectors;
+        if of.sectors == 0 {
+            volumes.remove(&volume);
+        }
+    }
 }
 
 /// Of a group of which nothing is on the device.
 static NOTHING: CleanIndex = CleanIndex {
     chunks: HashMap::with_hasher(BuildHasherDefault::new()),
     runs: 0,
-    sectors: HashMap::with_hasher(BuildHasherDefault::new()),
+    volumes: HashMap::with_hasher(BuildHasherDefault::new()),
 };
 
 /// The groups' indices.
@@ -76,8 +96,8 @@ impl CleanIndices {
         self.change(group, |index| index.forget(chunk, segment));
     }
 
-    pub(crate) fn forget_volume(&mut self, group: u32, volume: VolumeId) {
-        self.change(group, |index| index.forget_volume(volume));
+    pub(crate) fn forget_where(&mut self, group: u32, is_forgotten: impl Fn(&ChunkId) -> bool) {
+        self.change(group, |index| index.forget_where(is_forgotten));
     }
 
     fn change(&mut self, group: u32, change: impl FnOnce(&mut CleanIndex)) {
@@ -109,7 +129,9 @@ impl CleanIndex {
             }
         });
         for gap in gaps {
-            *self.sectors.entry(chunk.volume).or_default() += u64::from(gap.len);
+            let of = self.volumes.entry(chunk.volume).or_default();
+            of.sectors += u64::from(gap.len);
+            of.newest = of.newest.max(chunk.epoch);
             let place = runs.partition_point(|r| r.raw < gap.raw);
             match place.checked_sub(1).and_then(|before| runs.get_mut(before)) {
                 Some(before) if before.end() == gap.raw && before.at.skip(before.len) == gap.at => {
@@ -157,32 +179,50 @@ impl CleanIndex {
                 stays
             });
             self.runs -= (before - runs.len()) as u64;
-            if let Some(sectors) = self.sectors.get_mut(&chunk.volume) {
-                *sectors -= forgotten;
-                if *sectors == 0 {
-                    self.sectors.remove(&chunk.volume);
-                }
-            }
+            take_off(&mut self.volumes, chunk.volume, forgotten);
             if runs.is_empty() {
                 self.chunks.remove(chunk);
             }
         }
     }
 
-    /// Forgets all of a volume's chunks.
-    pub fn forget_volume(&mut self, volume: VolumeId) {
-        self.chunks.retain(|chunk, runs| {
-            let stays = chunk.volume != volume;
-            self.runs -= if stays { 0 } else { runs.len() as u64 };
-            stays
+    /// Forgets these chunks.
+    fn forget_where(&mut self, is_forgotten: impl Fn(&ChunkId) -> bool) {
+        let Self {
+            chunks,
+            runs,
+            volumes,
+        } = self;
+        chunks.retain(|chunk, of_chunk| {
+            let goes = is_forgotten(chunk);
+            if goes {
+                *runs -= of_chunk.len() as u64;
+                let sectors = of_chunk.iter().map(|run| u64::from(run.len)).sum();
+                take_off(volumes, chunk.volume, sectors);
+            }
+            !goes
         });
-        self.sectors.remove(&volume);
+    }
+
+    /// What a segment holds of a chunk.
+    pub(crate) fn runs_in(
+        &self,
+        chunk: &ChunkId,
+        segment: SegmentId,
+    ) -> impl Iterator<Item = &CleanRun> + use<'_> {
+        let runs = self.chunks.get(chunk).map_or(&[][..], Vec::as_slice);
+        runs.iter().filter(move |run| run.at.segment == segment)
+    }
+
+    /// The latest term of which there ever was a chunk of a volume here, since there is one.
+    pub(crate) fn newest_of(&self, volume: VolumeId) -> Option<Epoch> {
+        self.volumes.get(&volume).map(|of| of.newest)
     }
 
     /// Bytes of a volume's chunks that are on the device.
     #[must_use]
     pub fn bytes_of(&self, volume: VolumeId) -> u64 {
-        let sectors = self.sectors.get(&volume).copied().unwrap_or_default();
+        let sectors = self.volumes.get(&volume).map_or(0, |of| of.sectors);
         sectors * u64::from(SECTOR_SIZE)
     }
 
@@ -329,7 +369,7 @@ mod tests {
         indices.insert(0, chunk(), run(16));
         indices.insert(1, chunk(), run(0));
         assert_eq!(indices.ram_bytes(), 2 * CHUNK_BYTES + 3 * RUN_BYTES);
-        indices.forget_volume(0, chunk().volume);
+        indices.forget_where(0, |of| of.volume == chunk().volume);
         assert_eq!(indices.ram_bytes(), CHUNK_BYTES + RUN_BYTES);
         indices.forget(1, &chunk(), SegmentId::new(1));
         assert_eq!(indices.ram_bytes(), 0);

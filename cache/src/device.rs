@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use quarry_objfmt::index::Session;
 use quarry_objfmt::page::Superblock;
-use quarry_objfmt::{CacheId, CacheKey};
+use quarry_objfmt::{CacheId, CacheKey, PAGE_SIZE, SessionPage};
 use rustix::fs::{FallocateFlags, FlockOperation, IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -28,6 +29,9 @@ const FILE_MODE: u32 = 0o600;
 
 /// Bytes kept at the front of the device for the superblock and what may come to stand beside it.
 const DATA_START: u64 = 1 << 20;
+
+/// Where the session page is: behind the superblock.
+const SESSION_AT: u64 = PAGE_SIZE as u64;
 
 /// Largest segment, and the size on any cache of 512 MiB or more.
 const SEGMENT_SIZE_MAX: u32 = 8 << 20;
@@ -120,6 +124,7 @@ pub struct CacheDevice {
     cipher: Option<Arc<SectorCipher>>,
     direct: bool,
     fresh: bool,
+    has_sessions: bool,
     kept_size: Option<u64>,
     failure: SyncFailure,
 }
@@ -182,34 +187,42 @@ impl CacheDevice {
             meta.len()
         };
 
-        let (id, geometry, key, fresh) = if let Some(superblock) = look(&file, path, length)? {
-            let geometry = geometry_of(&superblock);
-            if !is_device {
-                // A copy of a cache may have holes.
-                allocate(&file, end_of(geometry)).map_err(fail("allocate"))?;
-            }
-            (superblock.cache, geometry, superblock.key, false)
-        } else {
-            let size = blank_size(size, is_device, length);
-            let geometry = cut(size).ok_or_else(|| too_small(path, size))?;
-            if !is_device {
-                if length == 0 {
-                    rewrite_in_place(&file);
+        let (id, geometry, key, has_sessions, fresh) =
+            if let Some(superblock) = look(&file, path, length)? {
+                let geometry = geometry_of(&superblock);
+                if !is_device {
+                    // A copy of a cache may have holes.
+                    allocate(&file, end_of(geometry)).map_err(fail("allocate"))?;
                 }
-                allocate(&file, size).map_err(fail("allocate"))?;
-            }
-            let superblock = Superblock {
-                cache: fresh_id,
-                created_ms: now_ms,
-                host: host.to_owned(),
-                segment_size: geometry.segment_size,
-                segments: geometry.segments,
-                data_start: geometry.data_start,
-                key: fresh_key.cloned(),
+                let Superblock {
+                    cache,
+                    key,
+                    has_sessions,
+                    ..
+                } = superblock;
+                (cache, geometry, key, has_sessions, false)
+            } else {
+                let size = blank_size(size, is_device, length);
+                let geometry = cut(size).ok_or_else(|| too_small(path, size))?;
+                if !is_device {
+                    if length == 0 {
+                        rewrite_in_place(&file);
+                    }
+                    allocate(&file, size).map_err(fail("allocate"))?;
+                }
+                let superblock = Superblock {
+                    cache: fresh_id,
+                    created_ms: now_ms,
+                    host: host.to_owned(),
+                    segment_size: geometry.segment_size,
+                    segments: geometry.segments,
+                    data_start: geometry.data_start,
+                    key: fresh_key.cloned(),
+                    has_sessions: true,
+                };
+                format(&file, &superblock, size).map_err(|(action, error)| fail(action)(error))?;
+                (fresh_id, geometry, fresh_key.cloned(), true, true)
             };
-            format(&file, &superblock, size).map_err(|(action, error)| fail(action)(error))?;
-            (fresh_id, geometry, fresh_key.cloned(), true)
-        };
 
         let kept_size = size.filter(|_| !fresh).and_then(|size| {
             let size = if is_device { size.min(length) } else { size };
@@ -247,6 +260,7 @@ impl CacheDevice {
             cipher: None,
             direct,
             fresh,
+            has_sessions,
             kept_size,
             failure: SyncFailure::default(),
         })
@@ -291,6 +305,25 @@ impl CacheDevice {
     #[must_use]
     pub const fn fresh(&self) -> bool {
         self.fresh
+    }
+
+    /// Says on the device, durably, that this session has it, and answers which had it before: one of zeroes, if that is not
+    /// known. `None`, and nothing is said, on a device that was made by a build without sessions: such a build would use it and
+    /// not say so.
+    ///
+    /// # Errors
+    /// If the device cannot be read, written or synced.
+    pub fn begin_session(&self, session: Session) -> io::Result<Option<Session>> {
+        if !self.has_sessions {
+            return Ok(None);
+        }
+        let mut page = AlignedBuf::zeroed(PAGE_SIZE);
+        self.read_at(&mut page, SESSION_AT)?;
+        let before = SessionPage::decode(&page, self.id).map(|page| page.session);
+        let page = AlignedBuf::copy_of(&SessionPage { session }.encode(self.id)[..]);
+        self.write_at(&page, SESSION_AT)?;
+        self.sync()?;
+        Ok(Some(before.unwrap_or_default()))
     }
 
     /// Its size in bytes, if it was opened with another than that of which it was made.
@@ -950,6 +983,7 @@ mod tests {
                 segments: geometry.segments,
                 data_start: geometry.data_start,
                 key,
+                has_sessions: true,
             };
             let asked = Asked::default();
             format(&asked, &superblock, 64 << 20).unwrap();

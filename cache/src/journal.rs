@@ -10,6 +10,7 @@
 //!
 //! Invariant: an entry that reads as valid names data that the device had taken in this very boot.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -17,12 +18,15 @@ use std::path::{Path, PathBuf};
 
 use memmap2::MmapMut;
 use quarry_objfmt::{
-    CacheId, Epoch, Generation, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE, Record, SegmentId,
-    VolumeId, WriteSeq,
+    CacheId, Epoch, Generation, IndexTableHeader, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE,
+    Record, SegmentId, VolumeId, WriteSeq,
 };
 
 /// Where the kernel tells which boot this is.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The index table's name among the journals, which no volume has.
+const INDEX_TABLE: &str = "index";
 
 /// The folder of one cache device's journals, one file for each attached volume.
 #[derive(Clone, Debug)]
@@ -246,6 +250,74 @@ impl Journals {
             }
             moved => moved,
         }
+    }
+
+    /// The boot that this is.
+    pub(crate) const fn boot(&self) -> [u8; 16] {
+        self.boot
+    }
+
+    /// What the index table with this header says; `None` if there is none, or another's.
+    ///
+    /// # Errors
+    /// If it is there and cannot be read.
+    pub(crate) fn read_index_table(
+        &self,
+        header: &IndexTableHeader,
+    ) -> io::Result<Option<BTreeMap<SegmentId, Generation>>> {
+        let bytes = match fs::read(self.folder.join(INDEX_TABLE)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let Some((page, generations)) = bytes.split_at_checked(PAGE_SIZE) else {
+            return Ok(None);
+        };
+        if IndexTableHeader::decode(page, self.cache) != Ok(*header) {
+            return Ok(None);
+        }
+        let generations = generations.chunks_exact(8).map(|bytes| {
+            let bytes = bytes.try_into().expect("eight");
+            Generation::new(u64::from_le_bytes(bytes))
+        });
+        let of_segments = (0..header.segments).map(SegmentId::new).zip(generations);
+        let said = of_segments.filter(|(_, generation)| *generation != Generation::ZERO);
+        Ok(Some(said.collect()))
+    }
+
+    /// Makes the index table anew, of what it is to say at first. It lies beside the journals, and is set aside with them.
+    ///
+    /// # Errors
+    /// If there is no room for it.
+    pub(crate) fn make_index_table(
+        &self,
+        header: &IndexTableHeader,
+        generations: &BTreeMap<SegmentId, Generation>,
+    ) -> io::Result<MmapMut> {
+        let path = self.folder.join(INDEX_TABLE);
+        let new = path.with_extension("new");
+        let make = || {
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&new)?;
+            let mut bytes = header.encode(self.cache).to_vec();
+            for segment in (0..header.segments).map(SegmentId::new) {
+                let generation = generations.get(&segment).copied().unwrap_or_default();
+                bytes.extend_from_slice(&generation.get().to_le_bytes());
+            }
+            // All of it now: a store into a page that the file system has no room for kills the process.
+            file.write_all(&bytes)?;
+            let map = map(&file)?;
+            fs::rename(&new, &path)?;
+            Ok(map)
+        };
+        make().inspect_err(|_| {
+            let _ = fs::remove_file(&new);
+        })
     }
 
     /// Removes a volume's journals: everything is in the store, or given up.

@@ -6,14 +6,18 @@
 //! in flight, records not yet in the store, record pages in flight. `pins` counts reads and header
 //! writes in flight. Only a segment with neither is ever reclaimed.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::hash::BuildHasherDefault;
+use std::ops::Range;
 
-use quarry_objfmt::{CacheId, ChunkId, Generation, SegmentId, VolumeId};
+use quarry_objfmt::index::INDEX_RUNS_MAX;
+use quarry_objfmt::{
+    CacheId, ChunkId, Epoch, Generation, IndexRun, SECTOR_SIZE, SegmentId, VolumeId,
+};
 
 use crate::clean::CleanIndices;
 use crate::group::{GroupLimits, Groups};
-use crate::{Branch, CleanIndex, CleanRun, Mutation, NameHasher};
+use crate::{Branch, CleanIndex, CleanRun, IndexTable, Mutation, NameHasher};
 
 /// Bytes of a page: segment headers and record pages.
 pub const PAGE_SIZE: u64 = 4096;
@@ -139,6 +143,19 @@ pub struct OpenedSegment {
     pub generation: Generation,
 }
 
+/// What a clean segment holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CleanSegment {
+    /// Whose it is.
+    pub group: u32,
+    /// Which.
+    pub segment: SegmentId,
+    /// Which opening of it.
+    pub generation: Generation,
+    /// By chunk and sector.
+    pub runs: Vec<IndexRun>,
+}
+
 /// Why no segment can be had just now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoSpace {
@@ -220,6 +237,10 @@ pub struct Cache {
     line: VecDeque<InLine>,
     groups: Groups,
     clean: CleanIndices,
+    /// Which segments are described in the index log as they are; none: there is no log.
+    described: Option<IndexTable>,
+    /// Clean segments that are to be described there.
+    undescribed: BTreeSet<SegmentId>,
     reclaimed: u64,
     /// The errno of a sync that failed.
     in_doubt: Option<i32>,
@@ -272,10 +293,164 @@ impl Cache {
             line: VecDeque::new(),
             groups: Groups::new(dirty_max, geometry.segments),
             clean: CleanIndices::default(),
+            described: None,
+            undescribed: BTreeSet::new(),
             reclaimed: 0,
             in_doubt: None,
             segments,
         }
+    }
+
+    /// Keeps this table from now on, which is the index log's and says what it was true of before.
+    pub fn describe_in(&mut self, table: IndexTable) {
+        self.described = Some(table);
+    }
+
+    /// Whether what the index log says of a segment's generation is so: nothing was put there since.
+    #[must_use]
+    pub fn is_described(&self, id: SegmentId, generation: Generation) -> bool {
+        let table = self.described.as_ref();
+        generation != Generation::ZERO && table.is_some_and(|table| table.get(id) == generation)
+    }
+
+    /// All segments of which that is so.
+    #[must_use]
+    pub fn all_described(&self) -> Vec<(SegmentId, Generation)> {
+        self.described.iter().flat_map(IndexTable::iter).collect()
+    }
+
+    fn forget_description(&mut self, id: SegmentId) {
+        if let Some(table) = &mut self.described {
+            table.set(id, Generation::ZERO);
+        }
+        self.undescribed.remove(&id);
+    }
+
+    /// It holds other clean data than were described, or was not described yet.
+    fn is_to_be_described(&mut self, id: SegmentId) {
+        if let Some(table) = &mut self.described {
+            table.set(id, Generation::ZERO);
+            self.undescribed.insert(id);
+        }
+    }
+
+    /// Some of the segments that are to be described, with about so many runs; nothing if there are none.
+    #[must_use]
+    pub fn take_undescribed(&mut self, runs_max: usize) -> Vec<CleanSegment> {
+        let (mut taken, mut runs) = (Vec::new(), 0);
+        while runs < runs_max
+            && let Some(id) = self.undescribed.pop_first()
+        {
+            let found = self.describe(id);
+            runs += found.as_ref().map_or(1, |found| found.runs.len());
+            taken.extend(found);
+        }
+        taken
+    }
+
+    /// The segments of `range` that are described, as they are.
+    #[must_use]
+    pub fn described_in(&self, range: Range<u32>) -> Vec<CleanSegment> {
+        range
+            .map(SegmentId::new)
+            .filter(|id| self.is_described(*id, self.segments[id.get() as usize].generation))
+            .filter_map(|id| self.describe(id))
+            .collect()
+    }
+
+    /// What a clean segment holds, if it holds anything; none of one with more runs than can be described.
+    fn describe(&self, id: SegmentId) -> Option<CleanSegment> {
+        let segment = &self.segments[id.get() as usize];
+        let group = segment.group.filter(|_| segment.state == State::Clean)?;
+        let mut chunks = segment.chunks.clone();
+        chunks.sort_unstable();
+        chunks.dedup();
+        let index = self.clean.of(group);
+        let of_chunk = |chunk: &ChunkId| {
+            let chunk = *chunk;
+            index.runs_in(&chunk, id).map(move |run| IndexRun {
+                chunk,
+                raw: run.raw,
+                len: run.len,
+                offset: run.at.offset,
+            })
+        };
+        let runs: Vec<IndexRun> = chunks.iter().flat_map(of_chunk).collect();
+        (!runs.is_empty() && runs.len() <= INDEX_RUNS_MAX).then_some(CleanSegment {
+            group,
+            segment: id,
+            generation: segment.generation,
+            runs,
+        })
+    }
+
+    /// The index log has what [`Self::take_undescribed`] gave of a segment. It counts unless the segment has changed since.
+    pub fn described(&mut self, id: SegmentId, generation: Generation) {
+        let segment = &self.segments[id.get() as usize];
+        let is_as_it_was = segment.state == State::Clean
+            && segment.generation == generation
+            && !segment.chunks.is_empty();
+        if let Some(table) = &mut self.described
+            && is_as_it_was
+            && !self.undescribed.contains(&id)
+        {
+            table.set(id, generation);
+        }
+    }
+
+    /// Takes up segments as the index log describes them; those of which it is not true any more, or that recovery took, are
+    /// passed over. Answers how many bytes were taken up.
+    pub fn take_up(&mut self, found: Vec<CleanSegment>) -> u64 {
+        let mut sectors = 0;
+        let room = self.geometry.segment_sectors();
+        for found in found {
+            let id = found.segment;
+            let is_true = self.is_described(id, found.generation);
+            let Some(segment) = self.segments.get_mut(id.get() as usize) else {
+                continue;
+            };
+            if !is_true || segment.state != State::Free || self.in_doubt.is_some() {
+                continue;
+            }
+            segment.state = State::Clean;
+            segment.generation = found.generation;
+            segment.group = Some(found.group);
+            self.groups.took(found.group, false);
+            self.fifos.entry(found.group).or_default().push_back(id);
+            for run in found.runs {
+                if run.offset + run.len > room {
+                    continue;
+                }
+                let (raw, len) = (run.raw, run.len);
+                let at = CacheLoc {
+                    segment: id,
+                    offset: run.offset,
+                };
+                sectors += u64::from(len);
+                self.add_clean(run.chunk, CleanRun { raw, len, at });
+            }
+        }
+        let segments = &self.segments;
+        self.free
+            .retain(|id| segments[id.get() as usize].state == State::Free);
+        sectors * u64::from(SECTOR_SIZE)
+    }
+
+    /// Closes all segments that are being filled, so that they can be described: nothing is filled any more.
+    pub fn close_fills(&mut self) {
+        for fill in std::mem::take(&mut self.fills) {
+            let _ = self.release(fill.segment);
+        }
+    }
+
+    /// Forgets what is clean of a volume's chunks of this term and later ones: a writer that begins it names others so. There are
+    /// such if the store was put back to an earlier state.
+    pub fn forget_since(&mut self, group: u32, volume: VolumeId, epoch: Epoch) {
+        if self.clean.of(group).newest_of(volume) < Some(epoch) {
+            return;
+        }
+        let is_forgotten = |chunk: &ChunkId| chunk.volume == volume && chunk.epoch >= epoch;
+        self.forget_where(group, is_forgotten);
     }
 
     /// A sync of the device failed: what was not known to be stable before may be what was there earlier, another tenant's
@@ -285,6 +460,10 @@ impl Cache {
             return;
         }
         self.in_doubt = Some(errno);
+        if let Some(mut table) = self.described.take() {
+            table.clear();
+        }
+        self.undescribed.clear();
         self.clean = CleanIndices::default();
         for segment in &mut self.segments {
             segment.chunks = Vec::new();
@@ -458,6 +637,8 @@ impl Cache {
         let generation = self.next_generation;
         self.next_generation = generation.next();
         self.groups.took(group, state == State::Dirty);
+        // Before anything of the new generation is put there.
+        self.forget_description(id);
         let segment = self.segment_mut(id);
         assert_eq!(
             (segment.holds, segment.pins),
@@ -508,6 +689,7 @@ impl Cache {
         if was_dirty && !Mutation::DirtyNotCountedDown.is_on() {
             self.dirty -= 1;
         }
+        self.is_to_be_described(id);
         was_dirty
     }
 
@@ -572,6 +754,7 @@ impl Cache {
 
     /// Forgets all clean data in a segment, after a read of it failed.
     pub fn distrust(&mut self, id: SegmentId) {
+        self.forget_description(id);
         let segment = self.segment_mut(id);
         let chunks = std::mem::take(&mut segment.chunks);
         let Some(group) = segment.group else { return };
@@ -584,27 +767,39 @@ impl Cache {
     /// being read. Dirty data stay. Answers how many bytes were forgotten. It takes a look at every segment.
     pub fn evict(&mut self, group: u32, volume: VolumeId) -> u64 {
         let bytes = self.clean.of(group).bytes_of(volume);
-        self.clean.forget_volume(group, volume);
-        for (id, segment) in (0..).map(SegmentId::new).zip(&mut self.segments) {
+        self.forget_where(group, |chunk| chunk.volume == volume);
+        bytes
+    }
+
+    /// Forgets these of a group's chunks, and frees what held nothing else and is not being read.
+    fn forget_where(&mut self, group: u32, is_forgotten: impl Fn(&ChunkId) -> bool) {
+        self.clean.forget_where(group, &is_forgotten);
+        for id in (0..self.geometry.segments).map(SegmentId::new) {
+            let segment = self.segment_mut(id);
             if segment.group != Some(group) {
                 continue;
             }
             let before = segment.chunks.len();
-            segment.chunks.retain(|chunk| chunk.volume != volume);
-            let is_empty = segment.chunks.is_empty() && before > 0;
-            if is_empty && segment.state == State::Clean && segment.pins == 0 {
-                segment.state = State::Free;
-                self.free.push_back(id);
-                if let Some(group) = segment.group.take() {
-                    self.groups.gave(group);
-                }
+            segment.chunks.retain(|chunk| !is_forgotten(chunk));
+            if segment.chunks.len() == before || segment.state != State::Clean {
+                continue;
             }
+            if !segment.chunks.is_empty() {
+                self.is_to_be_described(id);
+                continue;
+            }
+            if segment.pins == 0 {
+                segment.state = State::Free;
+                segment.group = None;
+                self.free.push_back(id);
+                self.groups.gave(group);
+            }
+            self.forget_description(id);
         }
         let segments = &self.segments;
         for fifo in self.fifos.values_mut() {
             fifo.retain(|id| segments[id.get() as usize].state == State::Clean);
         }
-        bytes
     }
 
     /// Whether a fill of a chunk from `raw` on is under way for the group.
@@ -753,7 +948,7 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
-    use quarry_objfmt::{ChunkSeq, Epoch};
+    use quarry_objfmt::ChunkSeq;
 
     use super::*;
 
@@ -1190,5 +1385,171 @@ mod tests {
             }),
             (1 << 20) + 3 * (64 << 10)
         );
+    }
+
+    /// A cache with a table, and a filled segment of each of these chunks, described.
+    fn described(chunks: &[u64]) -> (Cache, Vec<CleanSegment>) {
+        let mut cache = cache();
+        cache.describe_in(IndexTable::of_this_process(GEOMETRY.segments).unwrap());
+        for n in chunks {
+            let at = cache.reserve_fill(7, chunk(*n), 0, 120).unwrap();
+            cache.finish_fill(chunk(*n), run(at, 120), true);
+        }
+        cache.close_fills();
+        let clean = cache.take_undescribed(usize::MAX);
+        for clean in &clean {
+            cache.described(clean.segment, clean.generation);
+        }
+        (cache, clean)
+    }
+
+    /// The next daemon's, with the same table.
+    fn next(before: &Cache) -> Cache {
+        let mut table = IndexTable::of_this_process(GEOMETRY.segments).unwrap();
+        for (segment, generation) in before.all_described() {
+            table.set(segment, generation);
+        }
+        let mut cache = Cache::new(ID, GEOMETRY, 2, Generation::new(100), &[]);
+        cache.describe_in(table);
+        cache
+    }
+
+    #[test]
+    fn what_was_described_is_clean_again_where_it_was_and_is_reclaimed_as_ever() {
+        let (before, clean) = described(&[1, 2]);
+        let mut cache = next(&before);
+        assert_eq!(cache.take_up(clean.clone()), 2 * 120 * 512);
+        for n in [1, 2] {
+            let (mut was, mut is) = (None, None);
+            before
+                .clean(7)
+                .visit(&chunk(n), 0, 120, |_, _, at| was = at);
+            cache.clean(7).visit(&chunk(n), 0, 120, |_, _, at| is = at);
+            assert!(is.is_some() && is == was);
+        }
+        assert_eq!(cache.counts().free, 2);
+        assert_eq!(
+            cache.bytes_of_group(7),
+            2 * u64::from(GEOMETRY.segment_size)
+        );
+        // Twice is once.
+        assert_eq!(cache.take_up(clean), 0);
+        for n in 3..7 {
+            let at = cache.reserve_fill(7, chunk(n), 0, 120).unwrap();
+            cache.finish_fill(chunk(n), run(at, 120), true);
+        }
+        assert!(
+            [1, 2]
+                .iter()
+                .all(|n| !cache.clean(7).holds(&chunk(*n), 0, 120))
+        );
+        assert!(
+            [4, 5, 6]
+                .iter()
+                .all(|n| cache.clean(7).holds(&chunk(*n), 0, 120))
+        );
+    }
+
+    #[test]
+    fn segment_begun_anew_is_not_what_was_described_though_nobody_says_so_again() {
+        let (mut before, clean) = described(&[1, 2, 3, 4]);
+        assert_eq!(before.all_described().len(), 4);
+        let opened = before.open_for_writes(VOLUME, 7).unwrap();
+        // And one that is filled, of which nothing was told yet.
+        let at = before.reserve_fill(7, chunk(5), 0, 120).unwrap();
+        before.finish_fill(chunk(5), run(at, 120), true);
+        let mut cache = next(&before);
+        assert_eq!(cache.take_up(clean.clone()), 2 * 120 * 512);
+        let gone = |clean: &&CleanSegment| [opened.segment, at.segment].contains(&clean.segment);
+        for of_gone in clean.iter().filter(gone).flat_map(|clean| &clean.runs) {
+            assert!(!cache.clean(7).holds(&of_gone.chunk, 0, 120));
+        }
+        // Nor is it once it holds something else: the record is to be of its generation.
+        before.close_fills();
+        for clean in before.take_undescribed(usize::MAX) {
+            before.described(clean.segment, clean.generation);
+        }
+        let mut cache = next(&before);
+        assert_eq!(cache.take_up(clean), 2 * 120 * 512);
+    }
+
+    #[test]
+    fn segment_that_changes_while_its_record_is_written_is_not_described_by_it() {
+        let mut cache = cache();
+        cache.describe_in(IndexTable::of_this_process(GEOMETRY.segments).unwrap());
+        let fill = |cache: &mut Cache, chunks: [u64; 2]| {
+            for n in chunks {
+                let at = cache.reserve_fill(7, chunk(n), 0, 50).unwrap();
+                cache.finish_fill(chunk(n), run(at, 50), true);
+            }
+            cache.close_fills();
+        };
+        let other = ChunkId {
+            volume: VolumeId::from_bytes([2; 16]),
+            ..chunk(9)
+        };
+        fill(&mut cache, [1, 2]);
+        let told = cache.take_undescribed(usize::MAX);
+        cache.distrust(told[0].segment);
+        cache.described(told[0].segment, told[0].generation);
+        assert_eq!(cache.all_described(), []);
+        assert_eq!(cache.take_undescribed(usize::MAX), []);
+        // What is left of one is described anew.
+        let at = cache.reserve_fill(7, other, 0, 8).unwrap();
+        cache.finish_fill(other, run(at, 8), true);
+        fill(&mut cache, [3, 4]);
+        let told = cache.take_undescribed(usize::MAX);
+        let told = told
+            .iter()
+            .find(|clean| clean.segment == at.segment)
+            .unwrap();
+        assert_eq!(told.runs.len(), 3);
+        cache.evict(7, VOLUME);
+        cache.described(told.segment, told.generation);
+        assert!(!cache.is_described(told.segment, told.generation));
+        let left = cache.take_undescribed(usize::MAX);
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].runs.len(), 1);
+        assert_eq!(left[0].runs[0].chunk, other);
+        cache.described(told.segment, told.generation);
+        assert!(cache.is_described(told.segment, told.generation));
+    }
+
+    #[test]
+    fn nothing_is_described_of_a_device_that_failed_a_sync_or_of_segments_that_recovery_took() {
+        let (mut before, clean) = described(&[1, 2]);
+        let mut cache = next(&before);
+        let dirty = [(clean[0].segment, clean[0].generation)];
+        let mut table = IndexTable::of_this_process(GEOMETRY.segments).unwrap();
+        for (segment, generation) in before.all_described() {
+            table.set(segment, generation);
+        }
+        let mut with_dirty = Cache::new(ID, GEOMETRY, 2, Generation::new(100), &dirty);
+        with_dirty.describe_in(table);
+        assert_eq!(with_dirty.take_up(clean.clone()), 120 * 512);
+        before.put_in_doubt(5);
+        assert_eq!(before.all_described(), []);
+        cache.put_in_doubt(5);
+        assert_eq!(cache.take_up(clean), 0);
+    }
+
+    #[test]
+    fn chunks_of_a_term_that_begins_are_forgotten_and_earlier_ones_are_not() {
+        let mut cache = cache();
+        let of_term = |epoch| ChunkId {
+            epoch: Epoch::new(epoch),
+            ..chunk(1)
+        };
+        for epoch in [1, 2, 3] {
+            let at = cache.reserve_fill(7, of_term(epoch), 0, 8).unwrap();
+            cache.finish_fill(of_term(epoch), run(at, 8), true);
+        }
+        let holds =
+            |cache: &Cache| [1, 2, 3].map(|epoch| cache.clean(7).holds(&of_term(epoch), 0, 8));
+        cache.forget_since(7, VOLUME, Epoch::new(4));
+        assert_eq!(holds(&cache), [true; 3]);
+        cache.forget_since(7, VOLUME, Epoch::new(2));
+        assert_eq!(holds(&cache), [true, false, false]);
+        assert_eq!(cache.clean(7).bytes_of(VOLUME), 8 * 512);
     }
 }

@@ -489,6 +489,17 @@ pub(crate) const KEYS: &[Key] = &[
         get: |c| Some(quoted(c.cache.ram)),
     },
     Key {
+        path: "cache.keep_index",
+        doc: "Whether what the cache has of the store is known again after a restart. Start once with false after objects were\n\
+              put back from a copy: the cache goes by their names. A cache that a version without\n\
+              this made forgets it in any case.",
+        expected: "write true or false",
+        sample: "",
+        secret: false,
+        set: |c, v, _| boolean(v).map(|b| c.cache.keep_index = b),
+        get: |c| Some(c.cache.keep_index.to_string()),
+    },
+    Key {
         path: "cache.page_cache",
         doc: "Whether reads that pass the daemon's memory (by NBD, and by ublk without zero copy) may come from the\n\
               kernel's page cache, which keeps what was read lately as long as nobody else needs the memory. Only with\n\

@@ -219,6 +219,8 @@ pub struct Cache {
     pub dirty_max: Bound,
     /// Memory for cached data and map nodes.
     pub ram: Size,
+    /// Whether what it has of the store is known again after a restart.
+    pub keep_index: bool,
     /// Whether reads that pass the daemon's memory may come from the kernel's page cache.
     pub page_cache: bool,
     /// Whether what is hot goes with a volume to the next host.
@@ -238,6 +240,7 @@ impl Default for Cache {
             size: None,
             dirty_max: Bound::Percent(70),
             ram: Size::new(256 << 20),
+            keep_index: true,
             page_cache: true,
             hot_set: true,
             warm_rate: Size::new(200 << 20),

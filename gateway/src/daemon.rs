@@ -190,6 +190,7 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
         let daemon = Arc::clone(&daemon);
         async move { daemon.empty_trash().await }
     });
+    tokio::spawn(Arc::clone(&daemon).keep_index());
     let rates = tokio::spawn({
         let daemon = Arc::clone(&daemon);
         async move { daemon.look_at_rates().await }

@@ -19,6 +19,7 @@ mod data_dir;
 mod direct;
 mod doctor;
 mod handover;
+mod index;
 pub mod kept;
 mod keys;
 mod memory;
@@ -51,7 +52,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
-use quarry_cache::{Cache, Journal, Journals, Recovered, Scan, device};
+use quarry_cache::{Cache, IndexTable, Journal, Journals, Recovered, Scan, device};
 use quarry_objfmt::{
     CacheKey, Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName,
 };
@@ -61,6 +62,7 @@ use quarry_volume::{KeptFrames, Shared, Tuning, Volume};
 use self::access::Access as DeviceAccess;
 pub use self::cache_key::{PreparedKey, prepare as prepare_cache_key};
 use self::data_dir::DataDir;
+use self::index::Index;
 use self::owners::Owners;
 use self::quota::Wish;
 pub(crate) use self::registry::store_error;
@@ -230,6 +232,7 @@ pub struct Daemon {
     owners: Owners,
     /// What the cache kept from before the start, until its volume is attached.
     kept: Mutex<BTreeMap<VolumeId, Recovered>>,
+    index: Index,
     /// The host's devices at the start, but for those taken over since, while what was attached is being attached again.
     left: Mutex<Option<Vec<ublk::Found>>>,
     /// Since when the devices that the last daemon left have been waiting.
@@ -341,6 +344,8 @@ impl Daemon {
             })?
         };
         scan.add_journals(&journals)?;
+        let (described, index) = index::begin(&config, &device, &journals)
+            .with_context(|| format!("the cache {} cannot be written", path.display()))?;
         let geometry = device.geometry();
         let total = u64::from(geometry.segments) * u64::from(geometry.segment_size);
         let dirty_max = config.cache.dirty_max.of(total) / u64::from(geometry.segment_size);
@@ -349,13 +354,18 @@ impl Daemon {
             .values()
             .flat_map(|v| v.segments.iter().map(|s| (s.segment, s.generation)))
             .collect();
-        let cache = Cache::new(
+        let newest = described.iter().flat_map(IndexTable::iter);
+        let newest = newest.map(|(_, generation)| generation.next()).max();
+        let mut cache = Cache::new(
             device.id(),
             geometry,
             u32::try_from(dirty_max).unwrap_or(u32::MAX),
-            unguessed(scan.next_generation),
+            unguessed(scan.next_generation.max(newest.unwrap_or_default())),
             &dirty,
         );
+        if let Some(described) = described {
+            cache.describe_in(described);
+        }
         let ram = config.cache.ram.bytes();
         let mut nodes = NodeCache::new(usize::try_from(ram / NODE_SHARE)?);
         nodes.set_beside(memory::beside(ram));
@@ -442,6 +452,7 @@ impl Daemon {
             reactors: Mutex::new(reactors),
             owners: Owners::default(),
             kept: Mutex::new(scan.volumes),
+            index,
             left: Mutex::default(),
             waiting_since: handover::take(&config.daemon.data_dir),
             unsettled: Mutex::default(),
@@ -623,12 +634,16 @@ impl Daemon {
     }
 
     /// Ends the reactors. Requests under way are answered; what comes later is not taken.
-    pub async fn stop(&self) {
+    pub async fn stop(self: &Arc<Self>) {
         let reactors = std::mem::take(&mut *self.reactors.lock());
         handover::leave(&self.config.daemon.data_dir);
         let join = move || reactors.into_iter().for_each(Reactor::shutdown);
         if let Err(error) = tokio::task::spawn_blocking(join).await {
             tracing::error!(%error, "a reactor did not end well");
+        }
+        let daemon = Arc::clone(self);
+        if let Err(error) = tokio::task::spawn_blocking(move || daemon.end_index()).await {
+            tracing::error!(%error, "the index log did not end well");
         }
         let exporter = self.exporter.lock().take();
         if let Some(exporter) = exporter {

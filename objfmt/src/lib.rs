@@ -9,6 +9,7 @@ pub mod codec;
 pub mod error;
 pub mod frame;
 pub mod head;
+pub mod index;
 pub mod journal;
 pub mod keys;
 pub mod map;
@@ -30,6 +31,7 @@ pub use codec::{Compression, DataKey, DataKeys, Encryption, KeyGeneration};
 pub use error::FormatError;
 pub use frame::{decode_frame, open_frame};
 pub use head::{Deleted, Durability, Head, Lineage, LogRange, Owner, Parent, RootRef, SnapshotRef};
+pub use index::{IndexEnd, IndexRecord, IndexRun, IndexTableHeader, SessionPage};
 pub use journal::{JOURNAL_ENTRY_LEN, JournalHeader};
 pub use keys::{KeyName, NameError, SnapName, TenantName, VolumeName};
 pub use page::{

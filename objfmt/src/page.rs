@@ -58,6 +58,8 @@ pub struct Superblock {
     pub data_start: u64,
     /// What the data on it are encrypted with, if they are.
     pub key: Option<CacheKey>,
+    /// Whether whoever uses it says so in a session page: then what it has of the store can be known again.
+    pub has_sessions: bool,
 }
 
 /// The key of a cache device's data, wrapped.
@@ -156,10 +158,12 @@ pub(crate) struct Kind {
 const SUPERBLOCK: Kind = Kind {
     magic: *b"QYSB",
     what: "cache superblock",
-    version: SUPERBLOCK_KEYED,
+    version: SUPERBLOCK_SESSIONS,
 };
-/// The version of a superblock with a key; without one it is version 1.
+/// The version of a superblock with a key, and no sessions; without either it is version 1.
 const SUPERBLOCK_KEYED: u16 = 2;
+/// The version of one of a device with sessions, with a key or without.
+const SUPERBLOCK_SESSIONS: u16 = 3;
 const SEGMENT: Kind = Kind {
     magic: *b"QYSG",
     what: "segment header",
@@ -195,8 +199,12 @@ impl Superblock {
         let host = cut(&self.host);
         page.put(&[u8::try_from(host.len()).expect("cut to 255 bytes")]);
         page.put(host.as_bytes());
+        match (&self.key, self.has_sessions) {
+            (None, false) => {}
+            (Some(_), false) => page.version(SUPERBLOCK_KEYED),
+            (_, true) => page.version(SUPERBLOCK_SESSIONS),
+        }
         if let Some(key) = &self.key {
-            page.version(SUPERBLOCK_KEYED);
             page.put(&[u8::try_from(key.by.as_str().len()).expect("names are short")]);
             page.put(key.by.as_str().as_bytes());
             let len = u16::try_from(key.bytes.len()).expect("validated");
@@ -234,8 +242,13 @@ impl Superblock {
             host: read_str(&mut reader)?,
             key: match version(bytes) {
                 SUPERBLOCK_KEYED => Some(CacheKey::read(&mut reader)?),
+                // No name is empty.
+                SUPERBLOCK_SESSIONS if reader.peek() != Some(0) => {
+                    Some(CacheKey::read(&mut reader)?)
+                }
                 _ => None,
             },
+            has_sessions: version(bytes) == SUPERBLOCK_SESSIONS,
         };
         finish(reader)?;
         superblock.validate()?;
@@ -675,6 +688,7 @@ mod tests {
             segments: 128,
             data_start: 1 << 20,
             key: None,
+            has_sessions: false,
         }
     }
 
@@ -871,10 +885,10 @@ mod tests {
     #[test]
     fn page_of_a_later_version_is_named_so() {
         let mut page = superblock().encode();
-        page[4] = 3;
+        page[4] = 4;
         reseal(&mut page[..]);
         let refused = Superblock::decode(&page[..]);
-        let (what, found, supported) = ("cache superblock", 3, 2);
+        let (what, found, supported) = ("cache superblock", 4, 3);
         assert_eq!(
             refused,
             Err(FormatError::Version {
@@ -894,6 +908,15 @@ mod tests {
             }),
             ..superblock()
         };
+        for key in [None, keyed.key.clone()] {
+            let with_sessions = Superblock {
+                key,
+                has_sessions: true,
+                ..superblock()
+            };
+            let page = with_sessions.encode();
+            assert_eq!(Superblock::decode(&page[..]), Ok(with_sessions));
+        }
         let page = keyed.encode();
         assert_eq!(Superblock::decode(&page[..]), Ok(keyed));
         for bit in 0..512 * 8 {

@@ -69,6 +69,12 @@ impl<'a> Reader<'a> {
         Ok(out)
     }
 
+    /// The next byte, which is still to be read.
+    #[must_use]
+    pub fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
     /// One byte.
     ///
     /// # Errors

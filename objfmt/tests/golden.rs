@@ -14,10 +14,11 @@ use quarry_objfmt::record::{NAME_KIND, TENANT_KIND};
 use quarry_objfmt::{
     CHUNK_PREFIX_LEN, CacheId, CacheKey, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq,
     Compression, DataKey, DataKeys, Durability, Encryption, Epoch, ExtentBody, Generation, Head,
-    JournalHeader, KeyGeneration, KeyName, KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody,
-    RecordPage, Seal, Sectors, SegmentHeader, SegmentId, SegmentKind, Snapshot, Superblock,
-    TenantName, TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame,
-    decode_header, decode_record, encode_chunk, encode_record,
+    IndexEnd, IndexRecord, IndexRun, IndexTableHeader, JournalHeader, KeyGeneration, KeyName,
+    KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody, RecordPage, Seal, Sectors,
+    SegmentHeader, SegmentId, SegmentKind, SessionPage, Snapshot, Superblock, TenantName,
+    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame, decode_header,
+    decode_record, encode_chunk, encode_record,
 };
 
 const VOLUME: VolumeId = VolumeId::from_bytes(*b"golden volume id");
@@ -286,6 +287,7 @@ fn superblock() -> Superblock {
         segments: 1000,
         data_start: 1 << 20,
         key: None,
+        has_sessions: false,
     }
 }
 
@@ -297,6 +299,58 @@ fn keyed_superblock() -> Superblock {
             bytes: vec![0x44; 92],
         }),
         ..superblock()
+    }
+}
+
+/// With sessions it is of version 3, and has a key or none.
+fn superblock_with_sessions() -> Superblock {
+    Superblock {
+        has_sessions: true,
+        ..superblock()
+    }
+}
+
+fn keyed_superblock_with_sessions() -> Superblock {
+    Superblock {
+        has_sessions: true,
+        ..keyed_superblock()
+    }
+}
+
+fn session_page() -> SessionPage {
+    SessionPage {
+        session: *b"a golden session",
+    }
+}
+
+fn index_table() -> IndexTableHeader {
+    IndexTableHeader {
+        segments: 1000,
+        boot: *b"golden boot id..",
+        session: *b"a golden session",
+    }
+}
+
+fn index_record() -> IndexRecord {
+    IndexRecord {
+        cache: CACHE,
+        segment: SegmentId::new(17),
+        generation: Generation::new(4711),
+        owner: r#"{"name":"acme"}"#.to_owned(),
+        runs: vec![IndexRun {
+            chunk: chunk_id(),
+            raw: 128,
+            len: 64,
+            offset: 4096,
+        }],
+    }
+}
+
+fn index_end() -> IndexEnd {
+    IndexEnd {
+        cache: CACHE,
+        session: *b"a golden session",
+        segments: vec![(SegmentId::new(17), Generation::new(4711))],
     }
 }
 
@@ -452,6 +506,18 @@ fn current() -> Vec<(&'static str, Vec<u8>)> {
         ("superblock-v1.bin", superblock().encode().to_vec()),
         ("superblock-v2.bin", keyed_superblock().encode().to_vec()),
         (
+            "superblock-v3.bin",
+            superblock_with_sessions().encode().to_vec(),
+        ),
+        (
+            "superblock-keyed-v3.bin",
+            keyed_superblock_with_sessions().encode().to_vec(),
+        ),
+        ("session-v1.bin", session_page().encode(CACHE).to_vec()),
+        ("index-table-v1.bin", index_table().encode(CACHE).to_vec()),
+        ("index-record-v1.bin", index_record().encode()),
+        ("index-end-v1.bin", index_end().encode()),
+        (
             "segment-header-v1.bin",
             segment_header().encode(CACHE).to_vec(),
         ),
@@ -549,6 +615,16 @@ fn golden_files_of_the_cache_read_as_ever() {
         Superblock::decode(&golden("superblock-v2.bin")),
         Ok(keyed_superblock())
     );
+    assert_eq!(
+        Superblock::decode(&golden("superblock-v3.bin")),
+        Ok(superblock_with_sessions())
+    );
+    assert_eq!(
+        Superblock::decode(&golden("superblock-keyed-v3.bin")),
+        Ok(keyed_superblock_with_sessions())
+    );
+    let page = SessionPage::decode(&golden("session-v1.bin"), CACHE);
+    assert_eq!(page, Ok(session_page()));
     let header = SegmentHeader::decode(&golden("segment-header-v1.bin"), CACHE);
     assert_eq!(header, Ok(segment_header()));
     let header = SegmentHeader::decode(&golden("segment-header-v2.bin"), CACHE);
@@ -568,6 +644,16 @@ fn golden_files_of_the_journal_read_as_ever() {
     let entry = golden("journal-entry-v1.bin");
     let entry = journal().decode_entry(17, &entry, |_| Some(JOURNAL_GENERATION));
     assert_eq!(entry, Ok(journal_entry()));
+}
+
+#[test]
+fn golden_files_of_the_index_read_as_ever() {
+    let header = IndexTableHeader::decode(&golden("index-table-v1.bin"), CACHE);
+    assert_eq!(header, Ok(index_table()));
+    let record = IndexRecord::decode(&golden("index-record-v1.bin"));
+    assert_eq!(record, Ok(index_record()));
+    let end = IndexEnd::decode(&golden("index-end-v1.bin"));
+    assert_eq!(end, Ok(index_end()));
 }
 
 #[test]

@@ -242,6 +242,7 @@ impl Daemon {
                 ("clean", u64::from(counts.clean) - filling),
             ],
             reclaims: counts.reclaimed,
+            found_bytes: self.index.found_bytes(),
             index_bytes,
             node_bytes: nodes.bytes as u64,
             node_max_bytes: nodes.budget as u64,

@@ -6,7 +6,7 @@
 //!
 //! Invariant: a tenant's volumes are looked for in one place at a time: its store changes only while it has none.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::ErrorKind;
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use quarry_config::UploadCheck;
 use quarry_objfmt::record::{TENANT_KIND, TenantRecord, TenantStore, decode_record, encode_record};
 use quarry_objfmt::{TenantName, TenantSettings, keys};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{CONTROL_DEADLINE, Daemon, registry};
@@ -278,12 +279,16 @@ impl Tenant {
 
 /// Whose what is cached is: a tenant's, as long as it is the same one in the same store. It is remembered for as long as
 /// the daemon runs, since what is cached outlives what is known of a tenant that nobody asks for.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
+#[derive(PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 struct GroupOf {
     name: TenantName,
     created_ms: u64,
-    /// The store's URL and its server's, if it has one of its own.
-    place: Option<(String, Option<String>)>,
+    /// Whether it has a store of its own.
+    has_own: bool,
+    /// The store's URL.
+    url: String,
+    /// And its server's.
+    endpoint: Option<String>,
 }
 
 /// The tenants that were asked for, and the stores that they are in.
@@ -365,15 +370,40 @@ impl Tenants {
 
     /// Which group in the cache a tenant is, as it is in its record.
     fn group(&self, name: &TenantName, record: &TenantRecord) -> u32 {
-        let place = |store: &TenantStore| (store.url.clone(), store.endpoint.clone());
-        let of = GroupOf {
+        let home = &self.home.settings;
+        let own = record.settings.store.as_ref();
+        let (url, endpoint) = match own {
+            Some(store) => (&store.url, &store.endpoint),
+            None => (&home.url, &home.endpoint),
+        };
+        self.group_of(GroupOf {
             name: name.clone(),
             created_ms: record.created_ms,
-            place: record.settings.store.as_ref().map(place),
-        };
+            has_own: own.is_some(),
+            url: url.clone(),
+            endpoint: endpoint.clone(),
+        })
+    }
+
+    fn group_of(&self, of: GroupOf) -> u32 {
         let mut groups = self.groups.lock();
         let next = u32::try_from(groups.len() + 1).expect("fewer tenants than u32 counts");
         *groups.entry(of).or_insert(next)
+    }
+
+    /// The groups' names, by which another daemon knows them.
+    pub(super) fn names_of_groups(&self) -> HashMap<u32, String> {
+        let groups = self.groups.lock();
+        let name = |(of, group): (&GroupOf, &u32)| Some((*group, serde_json::to_string(of).ok()?));
+        groups.iter().filter_map(name).collect()
+    }
+
+    /// The group of that name; none if it is none, or one of another store than the daemon has now.
+    pub(super) fn group_named(&self, name: &str) -> Option<u32> {
+        let of: GroupOf = serde_json::from_str(name).ok()?;
+        let home = &self.home.settings;
+        let is_here = of.has_own || (of.url == home.url && of.endpoint == home.endpoint);
+        is_here.then(|| self.group_of(of))
     }
 
     /// Takes up what a record says.

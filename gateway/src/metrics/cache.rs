@@ -17,6 +17,8 @@ pub struct CacheStats {
     pub segments: [(&'static str, u64); 5],
     /// Segments reclaimed since the start.
     pub reclaims: u64,
+    /// Bytes cached before the start that were known again.
+    pub found_bytes: u64,
     /// Memory of the index of what is cached and in the store.
     pub index_bytes: u64,
     /// Memory of map nodes.
@@ -49,6 +51,11 @@ pub(super) static TABLE: &[Definition] = &[
         "quarry_cache_dirty_max_bytes",
         "How many bytes may be dirty before writes wait.",
         of!(Cache.dirty_max_bytes),
+    ),
+    gauge(
+        "quarry_cache_found_bytes",
+        "Bytes that were cached before the daemon was started, and are known again.",
+        of!(Cache.found_bytes),
     ),
     gauge(
         "quarry_cache_index_bytes",

@@ -830,6 +830,12 @@ impl Prepared {
             out,
         };
         cx.cache.join_group(group, !volume.params.read_only);
+        // A reader's term is the last writer's, whose chunks there are.
+        let since = match volume.params.read_only {
+            true => volume.params.epoch.next(),
+            false => volume.params.epoch,
+        };
+        cx.cache.forget_since(group, volume.params.id, since);
         cx.cache.note_unsent(group, volume.writes.unsent().len());
         for (segment, writes) in holds {
             (0..writes).for_each(|_| cx.cache.hold(segment));

@@ -1,0 +1,558 @@
+//! What lets the next daemon know what is clean on the device: the index log and the index table.
+//!
+//! The *log* is a file in the data folder, of a record for each segment that became clean: which chunks' sectors lie where in it.
+//! Records are only added, and old ones are found again whatever became of their segment. Which of them are true is what the
+//! *table* says, a file of mapped memory beside the journals: the generation of each segment whose newest record is. A store
+//! into it is no syscall, so that a segment's number is taken out of it the moment the segment is begun anew.
+//!
+//! It outlives the daemon's process, as a journal does, and says nothing in another boot, for what it speaks of may not have
+//! been stable. A daemon that ends in good order syncs the device, and then the log, and writes the *end*: what the table
+//! says, for whichever boot comes next.
+//!
+//! Both say in which *session* of the device they were made. A daemon that begins has its own written on the device before it
+//! puts anything there: so what another host, or a daemon without these files, has done to the device since makes them void.
+//!
+//! **Invariant:** if the table has a segment's generation, what the newest record of that generation says is on the device.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use memmap2::MmapMut;
+use quarry_objfmt::index::{INDEX_PREFIX_LEN, Session};
+use quarry_objfmt::{
+    CacheId, Generation, IndexEnd, IndexRecord, IndexTableHeader, PAGE_SIZE, SegmentId,
+};
+
+use crate::{CacheDevice, Journals};
+
+/// Bytes of the table for a segment.
+const GENERATION_LEN: usize = 8;
+
+/// A log is written anew once it is twice as long as it was when that was done last, and so much more.
+const REWRITE_MIN: u64 = 8 << 20;
+
+/// Which segments' records are true.
+pub struct IndexTable {
+    map: MmapMut,
+}
+
+impl IndexTable {
+    /// One that dies with the process.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn of_this_process(segments: u32) -> io::Result<Self> {
+        let map = MmapMut::map_anon(PAGE_SIZE + segments as usize * GENERATION_LEN)?;
+        Ok(Self { map })
+    }
+
+    fn place(segment: SegmentId) -> usize {
+        PAGE_SIZE + segment.get() as usize * GENERATION_LEN
+    }
+
+    /// The generation of which a segment's newest record is true; zero if there is none.
+    #[must_use]
+    pub fn get(&self, segment: SegmentId) -> Generation {
+        let place = Self::place(segment);
+        let bytes = self.map.get(place..place + GENERATION_LEN);
+        let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
+        Generation::new(bytes.map_or(0, u64::from_le_bytes))
+    }
+
+    /// Its newest record, of this generation, is true from now on; with zero none is.
+    pub fn set(&mut self, segment: SegmentId, generation: Generation) {
+        let place = Self::place(segment);
+        self.map[place..place + GENERATION_LEN].copy_from_slice(&generation.get().to_le_bytes());
+    }
+
+    /// No record is true any more.
+    pub fn clear(&mut self) {
+        self.map[PAGE_SIZE..].fill(0);
+    }
+
+    /// All that it says.
+    pub fn iter(&self) -> impl Iterator<Item = (SegmentId, Generation)> {
+        let generations = self.map[PAGE_SIZE..].chunks_exact(GENERATION_LEN);
+        (0..)
+            .map(SegmentId::new)
+            .zip(generations)
+            .map(|(id, bytes)| {
+                let bytes = bytes.try_into().expect("eight");
+                (id, Generation::new(u64::from_le_bytes(bytes)))
+            })
+            .filter(|(_, generation)| *generation != Generation::ZERO)
+    }
+}
+
+impl std::fmt::Debug for IndexTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
+    }
+}
+
+/// The log of one cache device, open.
+#[derive(Debug)]
+pub struct IndexLog {
+    cache: CacheId,
+    session: Session,
+    folder: PathBuf,
+    file: File,
+    len: u64,
+    /// How long it was when it was written anew, or begun.
+    len_then: u64,
+    /// A record may have been written in part: nothing behind it would be found.
+    is_torn: bool,
+}
+
+impl IndexLog {
+    /// Begins with a session of the device, the second one; the first had it before. Answers with the table, which says what was
+    /// true before, and the log in `folder`.
+    ///
+    /// **Order:** the device says that this session has it, durably ([`CacheDevice::begin_session`]); then the table is made
+    /// anew with what was true. *Killed in between: the device says another session than table and end do, and nothing is true.*
+    ///
+    /// # Errors
+    /// If one of the files cannot be read or written.
+    pub fn begin(
+        device: &CacheDevice,
+        journals: &Journals,
+        folder: &Path,
+        (before, session): (Session, Session),
+    ) -> io::Result<(IndexTable, Self)> {
+        let (cache, segments) = (device.id(), device.geometry().segments);
+        let end_path = folder.join(format!("index-{cache}.end"));
+        let header = |session| IndexTableHeader {
+            segments,
+            boot: journals.boot(),
+            session,
+        };
+        let of_table = journals.read_index_table(&header(before))?;
+        let of_end = || read_end(&end_path, cache, before);
+        let generations = match of_table {
+            Some(generations) => generations,
+            None => of_end()?,
+        };
+        // The device has said that it is of the past.
+        remove(&end_path)?;
+        let map = journals.make_index_table(&header(session), &generations)?;
+        let path = folder.join(format!("index-{cache}.log"));
+        let file = open(&path)?;
+        if generations.is_empty() {
+            file.set_len(0)?;
+        }
+        let len = file.metadata()?.len();
+        let log = Self {
+            cache,
+            session,
+            folder: folder.to_owned(),
+            file,
+            len,
+            len_then: len,
+            is_torn: false,
+        };
+        Ok((IndexTable { map }, log))
+    }
+
+    /// Calls `each` with every record that `is_true` by its segment and generation, the newest of them, in the order in which
+    /// they were written. What lies behind one that was written in part is cut off.
+    ///
+    /// # Errors
+    /// If the log cannot be read.
+    pub fn read(
+        &mut self,
+        is_true: impl Fn(SegmentId, Generation) -> bool,
+        mut each: impl FnMut(IndexRecord),
+    ) -> io::Result<()> {
+        (&self.file).seek(SeekFrom::Start(0))?;
+        let mut reader = BufReader::with_capacity(1 << 20, &self.file);
+        let (mut newest, mut at) = (BTreeMap::new(), 0);
+        let mut bytes = Vec::new();
+        while let Some(record) = next(&mut reader, &mut bytes)? {
+            if record.cache == self.cache && is_true(record.segment, record.generation) {
+                newest.insert(record.segment, (at, bytes.len()));
+            }
+            at += bytes.len() as u64;
+        }
+        if at < self.len {
+            tracing::warn!(at, "the index log ends in the middle of a record");
+            self.file.set_len(at)?;
+            self.len = at;
+        }
+        let mut places: Vec<(u64, usize)> = newest.into_values().collect();
+        places.sort_unstable();
+        for (at, len) in places {
+            bytes.resize(len, 0);
+            self.file.read_exact_at(&mut bytes, at)?;
+            each(IndexRecord::decode(&bytes).map_err(io::Error::other)?);
+        }
+        Ok(())
+    }
+
+    /// Adds records. They are to be called true after that, not before.
+    ///
+    /// # Errors
+    /// If they cannot be written. What was there stays.
+    pub fn add(&mut self, records: &[IndexRecord]) -> io::Result<()> {
+        let bytes: Vec<u8> = records.iter().flat_map(IndexRecord::encode).collect();
+        let written = (&self.file).write_all(&bytes);
+        if written.is_err() {
+            self.is_torn = self.file.set_len(self.len).is_err();
+            return written;
+        }
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Whether it is to be written anew: most of it is of the past, or nothing can be added.
+    #[must_use]
+    pub const fn is_due(&self) -> bool {
+        self.is_torn || self.len > 2 * self.len_then + REWRITE_MIN
+    }
+
+    /// Writes it anew, of what `next` gives until that is nothing: all records that are true, or are called so later. The old
+    /// one stays until the new one is whole.
+    ///
+    /// # Errors
+    /// If it cannot be written: then the old one is the log.
+    pub fn rewrite(
+        &mut self,
+        mut next: impl FnMut() -> Option<Vec<IndexRecord>>,
+    ) -> io::Result<()> {
+        let new = self.path().with_extension("new");
+        remove(&new)?;
+        let file = open(&new)?;
+        let mut len = 0;
+        let mut write = || -> io::Result<()> {
+            while let Some(records) = next() {
+                let bytes: Vec<u8> = records.iter().flat_map(IndexRecord::encode).collect();
+                (&file).write_all(&bytes)?;
+                len += bytes.len() as u64;
+            }
+            fs::rename(&new, self.path())
+        };
+        if let Err(error) = write() {
+            let _ = fs::remove_file(&new);
+            return Err(error);
+        }
+        (self.file, self.len, self.len_then) = (file, len, len);
+        self.is_torn = false;
+        Ok(())
+    }
+
+    /// Says that the daemon has ended, and these records are true. The caller has synced the device since it wrote to it for the
+    /// last time, and puts nothing there any more.
+    ///
+    /// # Errors
+    /// If that cannot be made durable: then nothing is true in another boot.
+    pub fn end(self, segments: Vec<(SegmentId, Generation)>) -> io::Result<()> {
+        if self.is_torn || segments.len() > IndexEnd::SEGMENTS_MAX {
+            return Ok(());
+        }
+        // Before the end that speaks of it.
+        self.file.sync_all()?;
+        let end = IndexEnd {
+            cache: self.cache,
+            session: self.session,
+            segments,
+        };
+        let path = self.path().with_extension("end");
+        let new = self.path().with_extension("new");
+        remove(&new)?;
+        let mut file = open(&new)?;
+        file.write_all(&end.encode())?;
+        file.sync_all()?;
+        fs::rename(&new, path)?;
+        File::open(&self.folder)?.sync_all()
+    }
+
+    /// The cache device.
+    #[must_use]
+    pub const fn cache(&self) -> CacheId {
+        self.cache
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.join(format!("index-{}.log", self.cache))
+    }
+}
+
+/// The next record, and in `bytes` what it is made of; `None` at the end, or where no record is.
+fn next(reader: &mut impl io::Read, bytes: &mut Vec<u8>) -> io::Result<Option<IndexRecord>> {
+    bytes.resize(INDEX_PREFIX_LEN, 0);
+    if !fill(reader, bytes)? {
+        return Ok(None);
+    }
+    let Ok(len) = IndexRecord::encoded_len(bytes) else {
+        return Ok(None);
+    };
+    bytes.resize(len, 0);
+    if !fill(reader, &mut bytes[INDEX_PREFIX_LEN..])? {
+        return Ok(None);
+    }
+    Ok(IndexRecord::decode(bytes).ok())
+}
+
+/// Fills all of `part`; false if the file ends before.
+fn fill(reader: &mut impl io::Read, part: &mut [u8]) -> io::Result<bool> {
+    match reader.read_exact(part) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// What the end of that session says.
+fn read_end(
+    path: &Path,
+    cache: CacheId,
+    session: Session,
+) -> io::Result<BTreeMap<SegmentId, Generation>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) => return Err(error),
+    };
+    match IndexEnd::decode(&bytes) {
+        Ok(end) if end.cache == cache && end.session == session => {
+            Ok(end.segments.into_iter().collect())
+        }
+        Ok(_) => Ok(BTreeMap::new()),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "it says nothing");
+            Ok(BTreeMap::new())
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, IndexRun, VolumeId};
+
+    use super::*;
+
+    const ID: CacheId = CacheId::from_bytes([3; 16]);
+
+    /// A host with a cache device.
+    struct Host {
+        dir: tempfile::TempDir,
+        sessions: u8,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            Self { dir, sessions: 0 }
+        }
+
+        fn device(&self) -> CacheDevice {
+            CacheDevice::open(&self.dir.path().join("cache"), Some(32 << 20), ID, "a", 1).unwrap()
+        }
+
+        /// A daemon begins.
+        fn begin(&mut self) -> (CacheDevice, IndexTable, IndexLog) {
+            let device = self.device();
+            self.sessions += 1;
+            let session = [self.sessions; 16];
+            let before = device.begin_session(session).unwrap().unwrap();
+            let journals = Journals::open(&self.dir.path().join("journals"), ID).unwrap();
+            let folder = self.dir.path();
+            let (table, log) =
+                IndexLog::begin(&device, &journals, folder, (before, session)).unwrap();
+            (device, table, log)
+        }
+
+        /// The host was started anew: what is in its memory is gone.
+        fn boot(&self) {
+            std::fs::remove_dir_all(self.dir.path().join("journals")).unwrap();
+        }
+    }
+
+    fn record(segment: u32, generation: u64, seq: u64) -> IndexRecord {
+        IndexRecord {
+            cache: ID,
+            segment: SegmentId::new(segment),
+            generation: Generation::new(generation),
+            owner: "acme".to_owned(),
+            runs: vec![IndexRun {
+                chunk: ChunkId {
+                    volume: VolumeId::from_bytes([9; 16]),
+                    epoch: Epoch::new(1),
+                    seq: ChunkSeq::new(seq),
+                },
+                raw: 0,
+                len: 8,
+                offset: 0,
+            }],
+        }
+    }
+
+    fn describe(table: &mut IndexTable, log: &mut IndexLog, record: IndexRecord) {
+        log.add(std::slice::from_ref(&record)).unwrap();
+        table.set(record.segment, record.generation);
+    }
+
+    fn found(table: &IndexTable, log: &mut IndexLog) -> Vec<IndexRecord> {
+        let mut found = Vec::new();
+        let is_true = |segment, generation| table.get(segment) == generation;
+        log.read(is_true, |record| found.push(record)).unwrap();
+        found
+    }
+
+    #[test]
+    fn daemon_that_is_killed_leaves_what_is_true_to_the_next_and_in_another_boot_nothing() {
+        let mut host = Host::new();
+        let (device, mut table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), []);
+        for record in [record(1, 10, 1), record(2, 11, 2), record(3, 12, 3)] {
+            describe(&mut table, &mut log, record);
+        }
+        // The second is described again, and the third begun anew.
+        describe(&mut table, &mut log, record(2, 11, 22));
+        table.set(SegmentId::new(3), Generation::ZERO);
+        drop((device, table, log));
+        for _ in 0..2 {
+            let (_device, table, mut log) = host.begin();
+            assert_eq!(
+                found(&table, &mut log),
+                [record(1, 10, 1), record(2, 11, 22)]
+            );
+        }
+        host.boot();
+        let (_device, table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), []);
+        assert_eq!(log.len, 0);
+    }
+
+    #[test]
+    fn daemon_that_ends_leaves_it_to_another_boot_once() {
+        let mut host = Host::new();
+        let (device, mut table, mut log) = host.begin();
+        describe(&mut table, &mut log, record(1, 10, 1));
+        let said = table.iter().collect();
+        device.sync().unwrap();
+        log.end(said).unwrap();
+        drop((device, table));
+        host.boot();
+        let (device, table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), [record(1, 10, 1)]);
+        // It was begun, and the power went.
+        drop((device, table, log));
+        host.boot();
+        let (_device, table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), []);
+    }
+
+    #[test]
+    fn device_that_another_had_meanwhile_is_not_what_was_described() {
+        for ends in [false, true] {
+            let mut host = Host::new();
+            let (device, mut table, mut log) = host.begin();
+            describe(&mut table, &mut log, record(1, 10, 1));
+            if ends {
+                log.end(table.iter().collect()).unwrap();
+            } else {
+                drop(log);
+            }
+            drop((device, table));
+            // Another host, with folders of its own.
+            host.device().begin_session([99; 16]).unwrap();
+            let (_device, table, mut log) = host.begin();
+            assert_eq!(found(&table, &mut log), [], "ends: {ends}");
+        }
+    }
+
+    #[test]
+    fn log_that_ends_in_the_middle_of_a_record_is_read_up_to_there_and_added_to() {
+        let mut host = Host::new();
+        let (device, mut table, mut log) = host.begin();
+        describe(&mut table, &mut log, record(1, 10, 1));
+        let whole = log.len;
+        table.set(SegmentId::new(2), Generation::new(11));
+        let half = &record(2, 11, 2).encode()[..40];
+        (&log.file).write_all(half).unwrap();
+        drop((device, table, log));
+        let (device, mut table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), [record(1, 10, 1)]);
+        assert_eq!(log.len, whole);
+        describe(&mut table, &mut log, record(2, 12, 4));
+        drop((device, table, log));
+        let (_device, table, mut log) = host.begin();
+        assert_eq!(
+            found(&table, &mut log),
+            [record(1, 10, 1), record(2, 12, 4)]
+        );
+    }
+
+    #[test]
+    fn log_is_written_anew_of_what_is_true_and_stays_as_it_was_if_that_fails() {
+        let mut host = Host::new();
+        let (_device, mut table, mut log) = host.begin();
+        for generation in 1..=40 {
+            describe(&mut table, &mut log, record(1, generation, generation));
+        }
+        assert!(!log.is_due());
+        let before = log.len;
+        log.len_then = 0;
+        log.len += REWRITE_MIN;
+        assert!(log.is_due());
+        log.len = before;
+        // A folder is in the way.
+        let new = log.path().with_extension("new");
+        std::fs::create_dir(&new).unwrap();
+        assert!(log.rewrite(|| None).is_err());
+        assert_eq!(found(&table, &mut log), [record(1, 40, 40)]);
+        std::fs::remove_dir(&new).unwrap();
+        let mut parts = vec![vec![record(1, 40, 40)], vec![]].into_iter();
+        log.rewrite(|| parts.next()).unwrap();
+        assert_eq!(log.len * 40, before);
+        assert!(!log.is_due());
+        describe(&mut table, &mut log, record(2, 50, 50));
+        assert_eq!(
+            found(&table, &mut log),
+            [record(1, 40, 40), record(2, 50, 50)]
+        );
+    }
+
+    #[test]
+    fn device_made_without_sessions_has_none() {
+        let host = Host::new();
+        let path = host.dir.path().join("cache");
+        drop(host.device());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let mut page = vec![0; PAGE_SIZE];
+        file.read_exact_at(&mut page, 0).unwrap();
+        let superblock = quarry_objfmt::Superblock {
+            has_sessions: false,
+            ..quarry_objfmt::Superblock::decode(&page).unwrap()
+        };
+        file.write_all_at(&superblock.encode()[..], 0).unwrap();
+        let device = host.device();
+        assert_eq!(device.begin_session([1; 16]).unwrap(), None);
+        let mut page = [1; PAGE_SIZE];
+        file.read_exact_at(&mut page, PAGE_SIZE as u64).unwrap();
+        assert_eq!(page, [0; PAGE_SIZE]);
+    }
+}

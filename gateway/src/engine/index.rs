@@ -1,0 +1,224 @@
+//! What is clean in the cache, known again after a restart: the index log is read once at the start, and from then on told what
+//! becomes clean. All of it is in the background, and losing any of it costs fetching anew.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use quarry_cache::{CacheDevice, CleanSegment, IndexLog, IndexTable, Journals};
+use quarry_objfmt::{CacheId, IndexRecord};
+
+use super::{Daemon, Slot};
+
+/// How long after it became clean a segment is in the log.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The same, where the log could not be written.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
+
+/// Runs that are looked up, or taken up, while others wait for the lock on the cache: some tenths of a millisecond.
+const RUNS_AT_ONCE: usize = 2048;
+
+/// Segments that are looked at so while the log is written anew.
+const SEGMENTS_AT_ONCE: u32 = 64;
+
+/// The index log of the daemon's cache device.
+#[derive(Default)]
+pub(super) struct Index {
+    /// None where there is none, and once the daemon has ended.
+    log: Mutex<Option<IndexLog>>,
+    /// Whether it was read.
+    is_read: AtomicBool,
+    /// The daemon ends: who reads it still stops doing so.
+    ends: AtomicBool,
+    /// Bytes that were known again.
+    found_bytes: AtomicU64,
+}
+
+impl Index {
+    fn new(log: IndexLog) -> Self {
+        Self {
+            log: Mutex::new(Some(log)),
+            ..Self::default()
+        }
+    }
+
+    /// Bytes that were clean before the daemon was started, and were known again.
+    pub(super) fn found_bytes(&self) -> u64 {
+        self.found_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// Begins the daemon's session on the device, and the index log's, if there is to be one. What else can be wrong with its files is no
+/// reason not to serve.
+///
+/// # Errors
+/// If the device cannot be told who has it: what was true of it before would be believed after what comes now.
+pub(super) fn begin(
+    config: &quarry_config::Config,
+    device: &CacheDevice,
+    journals: &Journals,
+) -> std::io::Result<(Option<IndexTable>, Index)> {
+    let session = uuid::Uuid::new_v4().into_bytes();
+    let Some(before) = device.begin_session(session)? else {
+        tracing::info!(
+            "the cache was made by an earlier version: what is clean in it is not known again after a restart"
+        );
+        return Ok((None, Index::default()));
+    };
+    if !config.cache.keep_index {
+        return Ok((None, Index::default()));
+    }
+    let folder = &config.daemon.data_dir;
+    match IndexLog::begin(device, journals, folder, (before, session)) {
+        Ok((table, log)) => Ok((Some(table), Index::new(log))),
+        Err(error) => {
+            tracing::warn!(%error, folder = %folder.display(), "the index log cannot be kept: what is clean in the cache is fetched anew after a restart");
+            Ok((None, Index::default()))
+        }
+    }
+}
+
+impl Daemon {
+    /// Takes up what the index log tells, and tells it what becomes clean, for as long as the daemon serves.
+    pub async fn keep_index(self: Arc<Self>) {
+        loop {
+            let daemon = Arc::clone(&self);
+            let kept = tokio::task::spawn_blocking(move || {
+                let mut log = daemon.index.log.lock();
+                log.as_mut().map_or(Ok(()), |log| daemon.keep(log))
+            });
+            let pause = match kept.await {
+                Ok(Ok(())) => PAUSE,
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "the index log cannot be written: what becomes clean meanwhile is fetched anew after a restart");
+                    PAUSE_AFTER_FAILURE
+                }
+                // The runtime ends.
+                Err(_) => return,
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn keep(&self, log: &mut IndexLog) -> std::io::Result<()> {
+        if !self.index.is_read.swap(true, Ordering::Relaxed)
+            && let Err(error) = self.read_index(log)
+        {
+            tracing::warn!(%error, "the index log cannot be read: what was clean in the cache is fetched anew");
+        }
+        if log.is_due() {
+            self.rewrite_index(log)?;
+        }
+        self.describe_clean(log)
+    }
+
+    fn read_index(&self, log: &mut IndexLog) -> std::io::Result<()> {
+        let begun = Instant::now();
+        let (mut found, mut runs) = (Vec::new(), 0);
+        let take_up = |found: &mut Vec<CleanSegment>| {
+            let bytes = self.shared.lock().cache.take_up(std::mem::take(found));
+            self.index.found_bytes.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let is_true = {
+            let described = self.shared.lock().cache.all_described();
+            let described: HashMap<_, _> = described.into_iter().collect();
+            move |segment, generation| described.get(&segment) == Some(&generation)
+        };
+        log.read(is_true, |record| {
+            let Some(group) = self.tenants.group_named(&record.owner) else {
+                return;
+            };
+            if self.index.ends.load(Ordering::Relaxed) {
+                return;
+            }
+            runs += record.runs.len();
+            found.push(CleanSegment {
+                group,
+                segment: record.segment,
+                generation: record.generation,
+                runs: record.runs,
+            });
+            if runs >= RUNS_AT_ONCE {
+                take_up(&mut found);
+                runs = 0;
+            }
+        })?;
+        take_up(&mut found);
+        tracing::info!(bytes = self.index.found_bytes(), elapsed = ?begun.elapsed(), "what was clean in the cache is known again");
+        Ok(())
+    }
+
+    /// **Order:** the record, then the word that it is true. *Killed in between: it is as if it were not there.*
+    fn describe_clean(&self, log: &mut IndexLog) -> std::io::Result<()> {
+        loop {
+            let clean = self.shared.lock().cache.take_undescribed(RUNS_AT_ONCE);
+            if clean.is_empty() {
+                return Ok(());
+            }
+            let places: Vec<_> = clean.iter().map(|c| (c.segment, c.generation)).collect();
+            log.add(&self.records(log.cache(), clean))?;
+            let mut shared = self.shared.lock();
+            for (segment, generation) in places {
+                shared.cache.described(segment, generation);
+            }
+        }
+    }
+
+    fn rewrite_index(&self, log: &mut IndexLog) -> std::io::Result<()> {
+        let segments = self.common.device.geometry().segments;
+        let cache = log.cache();
+        let mut parts = (0..segments).step_by(SEGMENTS_AT_ONCE as usize);
+        log.rewrite(|| {
+            let first = parts.next()?;
+            let part = first..(first + SEGMENTS_AT_ONCE).min(segments);
+            let clean = self.shared.lock().cache.described_in(part);
+            Some(self.records(cache, clean))
+        })
+    }
+
+    fn records(&self, cache: CacheId, clean: Vec<CleanSegment>) -> Vec<IndexRecord> {
+        let owners = self.tenants.names_of_groups();
+        let record = |clean: CleanSegment| {
+            Some(IndexRecord {
+                cache,
+                segment: clean.segment,
+                generation: clean.generation,
+                owner: owners.get(&clean.group)?.clone(),
+                runs: clean.runs,
+            })
+        };
+        clean.into_iter().filter_map(record).collect()
+    }
+
+    /// The last of it, when nothing is written to the cache device any more. Where devices wait for the next daemon it is not
+    /// made durable: that daemon comes in this boot.
+    pub(super) fn end_index(&self) {
+        self.index.ends.store(true, Ordering::Relaxed);
+        let Some(mut log) = self.index.log.lock().take() else {
+            return;
+        };
+        let end = || -> std::io::Result<()> {
+            self.shared.lock().cache.close_fills();
+            self.describe_clean(&mut log)?;
+            let slots: Vec<_> = self.slots.lock().values().cloned().collect();
+            let has_device = |slot: &Arc<Slot>| {
+                let stage = slot.stage();
+                stage
+                    .attached()
+                    .is_some_and(|attached| attached.device.is_some())
+            };
+            if slots.iter().any(has_device) {
+                return Ok(());
+            }
+            self.common.device.sync()?;
+            let described = self.shared.lock().cache.all_described();
+            log.end(described)
+        };
+        if let Err(error) = end() {
+            tracing::warn!(%error, "the index log is not whole: some of what is clean in the cache is fetched anew");
+        }
+    }
+}
