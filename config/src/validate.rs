@@ -15,9 +15,9 @@ const DIRTY_PERCENT: RangeInclusive<u8> = 1..=95;
 const THREADS: RangeInclusive<u32> = 1..=64;
 const DELAY_MAX: Duration = Duration::from_secs(3600);
 
-/// Objects kept longer are a snapshot's business.
-const ORPHAN_INTERVALS: std::ops::RangeInclusive<Duration> =
+const ORPHAN_INTERVALS: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(365 * 24 * 3600);
+/// Objects kept longer are a snapshot's business.
 const HORIZON_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 const CHUNK_BYTES: RangeInclusive<u64> = 64 << 10..=8 << 20;
 /// Chunks hold whole pages of the cache.

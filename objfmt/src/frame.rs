@@ -1,17 +1,7 @@
 //! Frames: the unit that a read fetches, checks, decrypts and decompresses.
 //!
-//! | at | bytes | what |
-//! |---|---|---|
-//! | 0 | 2 | magic `QF` |
-//! | 2 | 1 | version |
-//! | 3 | 1 | compression (low 4 bits), encryption (high 4 bits) |
-//! | 4 | 4 | raw length, in sectors; version 2: in 2 bytes, then the key's generation in 2 |
-//! | 8 | 4 | payload length, in bytes |
-//! | 12 | 4 | CRC32C over identity, bytes 0..12 and payload |
-//! | 16 | | payload; encrypted: nonce (12), ciphertext, tag (16) |
-//!
-//! The identity (volume, epoch, seq, index; 32 bytes) is not stored: it goes into the checksum
-//! and, encrypted, into the additional data. Invariant: no byte of a frame is handed out that is
+//! Byte table in `FORMAT.md`. The identity (volume, epoch, seq, index) is not stored: it goes into
+//! the checksum and, encrypted, into the additional data. Invariant: no byte of a frame is handed out that is
 //! not of exactly the frame asked for.
 
 use bytes::Bytes;

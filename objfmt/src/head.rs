@@ -242,7 +242,7 @@ pub struct Head {
     pub encryption: Encryption,
     /// When a flush is durable.
     pub durability: Durability,
-    /// How large it is; it only grows.
+    /// How large it is.
     pub size: Sectors,
     /// The term of the newest attach; 0 before the first.
     pub epoch: Epoch,

@@ -1,12 +1,6 @@
 //! The 16 bytes that every structure in the object store begins with, frames excepted.
 //!
-//! | at | bytes | what |
-//! |---|---|---|
-//! | 0 | 4 | magic |
-//! | 4 | 2 | version |
-//! | 6 | 2 | flags, 0 |
-//! | 8 | 4 | length of the whole structure, these 16 bytes included |
-//! | 12 | 4 | CRC32C over bytes 0..12 and 16..length |
+//! Byte table in `FORMAT.md`.
 //!
 //! Invariant: a body is handed out only after its magic, version, length and checksum passed.
 

@@ -449,7 +449,7 @@ impl Client {
         }
     }
 
-    /// Gives a volume a larger size.
+    /// Gives a volume another size.
     ///
     /// # Errors
     /// The daemon's, or that there is none.

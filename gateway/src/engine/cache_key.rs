@@ -36,7 +36,7 @@ pub async fn prepare(config: &quarry_config::Config) -> anyhow::Result<Option<Pr
     };
     let name = KeyName::new(name.as_str()).context("cache.key")?;
     let service = KeyService::new(&config.keys);
-    let made = |error| format!("the cache {} cannot be opened: {error}", path.display());
+    let failed = |error| format!("the cache {} cannot be opened: {error}", path.display());
     if let Some(superblock) = there
         && let Some(wrapped) = superblock.key
     {
@@ -47,7 +47,7 @@ pub async fn prepare(config: &quarry_config::Config) -> anyhow::Result<Option<Pr
             .unwrap(None, &wrapped.by, &context, &wrapped.bytes, &what)
             .await;
         let secret = secret.map_err(crate::control::ApiError::from);
-        let secret = secret.map_err(|error| anyhow::anyhow!(made(error)))?;
+        let secret = secret.map_err(|error| anyhow::anyhow!(failed(error)))?;
         let Ok(key) = <&[u8; CIPHER_KEY_LEN]>::try_from(&secret[..]) else {
             bail!("{what} is not {CIPHER_KEY_LEN} bytes long");
         };
@@ -63,7 +63,7 @@ pub async fn prepare(config: &quarry_config::Config) -> anyhow::Result<Option<Pr
     let context = cache_key_context(cache);
     let wrapped = service.wrap(None, &name, &context, &*key).await;
     let bytes = wrapped.map_err(crate::control::ApiError::from);
-    let bytes = bytes.map_err(|error| anyhow::anyhow!(made(error)))?;
+    let bytes = bytes.map_err(|error| anyhow::anyhow!(failed(error)))?;
     Ok(Some(PreparedKey {
         cache,
         wrapped: CacheKey { by: name, bytes },

@@ -594,7 +594,7 @@ impl Tokens {
 
 /// A token's id, of the id or of the whole token.
 pub(super) fn without_secret(text: &str) -> &str {
-    match text.strip_prefix("qry_") {
+    match text.strip_prefix(PREFIX) {
         Some(token) => token.rsplit_once('_').map_or(token, |(id, _)| id),
         None => text,
     }
