@@ -11,7 +11,7 @@
 use bytes::Bytes;
 
 use crate::codec::{Compression, Compressor, DataKey, KeyGeneration};
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::frame::{FRAME_HEADER_LEN, FRAME_OVERHEAD_MAX, encode_frame, frame_sectors_valid};
 use crate::prologue::{Format, PROLOGUE_LEN};
 use crate::types::{
@@ -500,15 +500,8 @@ fn read_extents(reader: &mut Reader<'_>, shift: u8) -> Result<Vec<ChunkExtent>> 
     }
     // An extent takes two bytes or more, so the count is bounded by what is there.
     let count = reader.count(2)?;
-    if count > CHUNK_EXTENTS_MAX {
-        let (value, limit) = (count as u64, CHUNK_EXTENTS_MAX as u64);
-        return Err(FormatError::TooLarge {
-            what: WHAT,
-            field: "number of extents",
-            value,
-            limit,
-        });
-    }
+    let limit = CHUNK_EXTENTS_MAX as u64;
+    check_up_to(WHAT, "number of extents", count as u64, limit)?;
     let mut extents = Vec::with_capacity(count);
     let mut expected = 0i64;
     let mut raw = 0u32;
@@ -592,15 +585,8 @@ fn read_frames(
 
 /// Checks all rules that extents obey, and answers the sectors of raw space they fill.
 fn check_extents(extents: &[ChunkExtent]) -> Result<u32> {
-    if extents.len() > CHUNK_EXTENTS_MAX {
-        let (value, limit) = (extents.len() as u64, CHUNK_EXTENTS_MAX as u64);
-        return Err(FormatError::TooLarge {
-            what: WHAT,
-            field: "number of extents",
-            value,
-            limit,
-        });
-    }
+    let limit = CHUNK_EXTENTS_MAX as u64;
+    check_up_to(WHAT, "number of extents", extents.len() as u64, limit)?;
     let mut raw_sectors = 0u32;
     let mut runs = Vec::with_capacity(extents.len());
     for extent in extents {
@@ -622,15 +608,8 @@ fn check_extents(extents: &[ChunkExtent]) -> Result<u32> {
                 return Err(FormatError::invalid(WHAT, "the data are not end to end"));
             }
             raw_sectors = raw_sectors.saturating_add(extent.len);
-            if raw_sectors > CHUNK_SECTORS_MAX {
-                let (value, limit) = (raw_sectors.into(), CHUNK_SECTORS_MAX.into());
-                return Err(FormatError::TooLarge {
-                    what: WHAT,
-                    field: "raw length",
-                    value,
-                    limit,
-                });
-            }
+            let limit = CHUNK_SECTORS_MAX.into();
+            check_up_to(WHAT, "raw length", raw_sectors.into(), limit)?;
         }
         runs.push((start, end));
     }

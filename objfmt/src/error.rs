@@ -132,3 +132,21 @@ impl FormatError {
         Self::Invalid { what, why }
     }
 }
+
+/// Refuses a value of a field above its limit.
+pub(crate) fn check_up_to(
+    what: &'static str,
+    field: &'static str,
+    value: u64,
+    limit: u64,
+) -> Result<()> {
+    if value <= limit {
+        return Ok(());
+    }
+    Err(FormatError::TooLarge {
+        what,
+        field,
+        value,
+        limit,
+    })
+}

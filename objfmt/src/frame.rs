@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crate::codec::{
     Compression, Compressor, DataKeys, Encryption, KeyGeneration, NONCE_LEN, Sealer, TAG_LEN,
 };
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::types::{ChunkId, SECTOR_SIZE};
 use crate::wire::Reader;
 
@@ -218,15 +218,7 @@ fn decode<'a>(
         _ => (raw_sectors, KeyGeneration::FIRST),
     };
     let limit = raw_len_sectors_max.min(FRAME_SECTORS_MAX);
-    if raw_sectors > limit {
-        let (value, limit) = (raw_sectors.into(), limit.into());
-        return Err(FormatError::TooLarge {
-            what: WHAT,
-            field: "raw length",
-            value,
-            limit,
-        });
-    }
+    check_up_to(WHAT, "raw length", raw_sectors.into(), limit.into())?;
     if raw_sectors == 0 {
         return Err(FormatError::invalid(WHAT, "the raw length is 0"));
     }

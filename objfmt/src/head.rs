@@ -8,7 +8,7 @@
 //! new field therefore raises the version; every build reads all versions up to its own.
 
 use crate::codec::{Compression, Encryption};
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::frame::frame_sectors_valid;
 use crate::keys::{NAME_LEN_MAX, SnapName, TenantName, VolumeName};
 use crate::prologue::{Format, PROLOGUE_LEN, printable, put_str, read_str};
@@ -506,15 +506,7 @@ impl Head {
         if !frame_sectors_valid(self.frame_sectors) {
             return invalid("the frame length is out of range");
         }
-        if self.size.get() > VOLUME_SECTORS_MAX {
-            let (value, limit) = (self.size.get(), VOLUME_SECTORS_MAX);
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "size",
-                value,
-                limit,
-            });
-        }
+        check_up_to(WHAT, "size", self.size.get(), VOLUME_SECTORS_MAX)?;
         if self.size == Sectors::ZERO || !self.size.bytes().is_multiple_of(self.sector_size.into())
         {
             return invalid("the size is not a number of logical blocks");
@@ -546,15 +538,8 @@ impl Head {
 
     fn validate_snapshots(&self) -> Result<()> {
         let invalid = |why| Err(FormatError::invalid(WHAT, why));
-        if self.snapshots.len() > SNAPSHOTS_MAX {
-            let (value, limit) = (self.snapshots.len() as u64, SNAPSHOTS_MAX as u64);
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "number of snapshots",
-                value,
-                limit,
-            });
-        }
+        let (count, limit) = (self.snapshots.len() as u64, SNAPSHOTS_MAX as u64);
+        check_up_to(WHAT, "number of snapshots", count, limit)?;
         let mut names = std::collections::HashSet::with_capacity(self.snapshots.len());
         for snapshot in &self.snapshots {
             if snapshot.name.parse::<SnapName>().is_err() {
@@ -579,15 +564,8 @@ impl Head {
 
     fn validate_log(&self) -> Result<()> {
         let invalid = |why| Err(FormatError::invalid(WHAT, why));
-        if self.log.len() > LOG_RANGES_MAX {
-            let (value, limit) = (self.log.len() as u64, LOG_RANGES_MAX as u64);
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "number of log ranges",
-                value,
-                limit,
-            });
-        }
+        let (count, limit) = (self.log.len() as u64, LOG_RANGES_MAX as u64);
+        check_up_to(WHAT, "number of log ranges", count, limit)?;
         for range in &self.log {
             if range.epoch > self.epoch {
                 return invalid("a log range is of a later epoch than the newest");
@@ -706,15 +684,7 @@ fn read_parent(reader: &mut Reader<'_>) -> Result<Parent> {
 }
 
 fn read_snapshots(reader: &mut Reader<'_>) -> Result<Vec<SnapshotRef>> {
-    let count = reader.u32()? as usize;
-    if count > reader.remaining() / SNAPSHOT_LEN_MIN {
-        let (need, have) = ((count * SNAPSHOT_LEN_MIN) as u64, reader.remaining() as u64);
-        return Err(FormatError::Truncated {
-            what: WHAT,
-            need,
-            have,
-        });
-    }
+    let count = reader.count_u32(SNAPSHOT_LEN_MIN)?;
     (0..count).map(|_| SnapshotRef::read(reader)).collect()
 }
 
@@ -737,15 +707,7 @@ fn read_lineage(reader: &mut Reader<'_>) -> Result<Lineage> {
 }
 
 fn read_log(reader: &mut Reader<'_>) -> Result<Vec<LogRange>> {
-    let count = reader.u32()? as usize;
-    if count > reader.remaining() / LOG_RANGE_LEN {
-        let (need, have) = ((count * LOG_RANGE_LEN) as u64, reader.remaining() as u64);
-        return Err(FormatError::Truncated {
-            what: WHAT,
-            need,
-            have,
-        });
-    }
+    let count = reader.count_u32(LOG_RANGE_LEN)?;
     let mut log = Vec::with_capacity(count);
     for _ in 0..count {
         let epoch = Epoch::new(reader.u32()?);

@@ -7,7 +7,7 @@
 //! Byte tables are in `FORMAT.md`. Does not own: where pages lie, and in which order they are
 //! written.
 
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::keys::{KeyName, TenantName};
 use crate::prologue::{cut, read_str};
 use crate::types::{
@@ -437,15 +437,7 @@ impl RecordPage {
         let (mut reader, count) = open(&RECORDS, bytes, cache)?;
         let says_durable = version(bytes) >= RECORDS_DURABLE;
         let most = records_max(says_durable);
-        if usize::from(count) > most {
-            let (value, limit) = (count.into(), most as u64);
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "number of records",
-                value,
-                limit,
-            });
-        }
+        check_up_to(WHAT, "number of records", count.into(), most as u64)?;
         let segment = SegmentId::new(reader.u32()?);
         let generation = Generation::new(reader.u64()?);
         let volume = VolumeId::from_bytes(reader.array()?);

@@ -4,7 +4,7 @@
 //!
 //! Invariant: a body is handed out only after its magic, version, length and checksum passed.
 
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::wire::{Reader, put_u16};
 
 /// Bytes of the prologue.
@@ -66,14 +66,7 @@ impl Format {
         }
         reader.bytes(4)?;
         let len = reader.u32()?;
-        if len as usize > self.len_max {
-            return Err(FormatError::TooLarge {
-                what: self.what,
-                field: "length",
-                value: u64::from(len),
-                limit: self.len_max as u64,
-            });
-        }
+        check_up_to(self.what, "length", len.into(), self.len_max as u64)?;
         if (len as usize) < PROLOGUE_LEN {
             return Err(FormatError::invalid(
                 self.what,

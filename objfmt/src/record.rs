@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::prologue::{Format, put_str, read_str};
 use crate::types::VolumeId;
 
@@ -139,15 +139,7 @@ pub fn encode_record(kind: &str, json: &impl Serialize) -> Result<Vec<u8>> {
     let mut out = FORMAT.begin();
     put_str(&mut out, kind);
     out.extend_from_slice(&text);
-    if out.len() > FORMAT.len_max {
-        let (value, limit) = (out.len() as u64, FORMAT.len_max as u64);
-        return Err(FormatError::TooLarge {
-            what: WHAT,
-            field: "length",
-            value,
-            limit,
-        });
-    }
+    check_up_to(WHAT, "length", out.len() as u64, FORMAT.len_max as u64)?;
     FORMAT.seal(&mut out);
     Ok(out)
 }

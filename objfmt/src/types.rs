@@ -8,6 +8,8 @@ use std::fmt;
 
 use uuid::Uuid;
 
+use crate::error::check_up_to;
+
 /// Bytes in a sector; the unit of every address in a volume, whatever its logical block size.
 pub const SECTOR_SIZE: u32 = 512;
 
@@ -249,24 +251,6 @@ impl ChunkSeq {
     pub const fn is_compacted(self) -> bool {
         self.0 >= Self::COMPACTED.0
     }
-}
-
-/// Refuses a value of a field above its limit.
-pub(crate) fn check_up_to(
-    what: &'static str,
-    field: &'static str,
-    value: u64,
-    limit: u64,
-) -> Result<(), crate::FormatError> {
-    if value <= limit {
-        return Ok(());
-    }
-    Err(crate::FormatError::TooLarge {
-        what,
-        field,
-        value,
-        limit,
-    })
 }
 
 /// Numbers that what comes from a store must not exceed: one more is made of each in the life of a volume, and none that was not made

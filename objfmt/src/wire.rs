@@ -156,6 +156,19 @@ impl<'a> Reader<'a> {
     /// As [`Reader::varint`], or if the bytes left cannot hold so many.
     pub fn count(&mut self, min_len: usize) -> Result<usize> {
         let count = self.varint()?;
+        self.fits(count, min_len)
+    }
+
+    /// A count as [`Reader::count`] has it, of four bytes.
+    ///
+    /// # Errors
+    /// As [`Reader::u32`], or if the bytes left cannot hold so many.
+    pub fn count_u32(&mut self, min_len: usize) -> Result<usize> {
+        let count = self.u32()?;
+        self.fits(count.into(), min_len)
+    }
+
+    fn fits(&self, count: u64, min_len: usize) -> Result<usize> {
         let most = (self.remaining() / min_len.max(1)) as u64;
         if count > most {
             return Err(FormatError::Truncated {

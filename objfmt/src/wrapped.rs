@@ -14,7 +14,7 @@ use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit, Nonce, Tag};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::codec::{KeyGeneration, NONCE_LEN, TAG_LEN};
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::keys::{KeyName, NAME_LEN_MAX, TenantName};
 use crate::prologue::{Format, PROLOGUE_LEN, put_str, read_str};
 use crate::types::{CacheId, VolumeId};
@@ -93,15 +93,8 @@ impl WrappedKeys {
     /// # Errors
     /// With the rule that is broken.
     pub(crate) fn validate(&self, what: &'static str) -> Result<()> {
-        if self.keys.len() > KEYS_MAX {
-            let (value, limit) = (self.keys.len() as u64, KEYS_MAX as u64);
-            return Err(FormatError::TooLarge {
-                what,
-                field: "number of keys",
-                value,
-                limit,
-            });
-        }
+        let keys = self.keys.len() as u64;
+        check_up_to(what, "number of keys", keys, KEYS_MAX as u64)?;
         let name = |key: &WrappedKey| (key.volume, key.generation);
         if !self.keys.is_sorted_by(|a, b| name(a) < name(b)) {
             return Err(FormatError::invalid(what, "the keys are not ascending"));
@@ -135,11 +128,7 @@ impl WrappedKeys {
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self> {
         let what = reader.what();
         let revision = reader.u32()?;
-        let count = reader.u32()? as usize;
-        if count > reader.remaining() / KEY_LEN_MIN {
-            let (need, have) = ((count * KEY_LEN_MIN) as u64, reader.remaining() as u64);
-            return Err(FormatError::Truncated { what, need, have });
-        }
+        let count = reader.count_u32(KEY_LEN_MIN)?;
         let mut keys = Vec::with_capacity(count);
         for _ in 0..count {
             let volume = VolumeId::from_bytes(reader.array()?);

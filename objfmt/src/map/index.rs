@@ -1,9 +1,9 @@
 //! The index node of a table: where its leaves are and what they span.
 
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::map::NODE_HEADER_LEN;
 use crate::map::leaf::LEAF_BYTES_MAX;
-use crate::types::{Lba, VOLUME_SECTORS_MAX, check_up_to};
+use crate::types::{Lba, VOLUME_SECTORS_MAX};
 use crate::wire::{Reader, put_varint};
 
 /// Most bytes of an index node with its header: of a table of 8 MiB of leaves, each at its shortest (a byte an entry), with its place at its

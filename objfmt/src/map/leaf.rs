@@ -4,7 +4,7 @@
 //! entries that name a chunk by its number. In RAM an entry takes 24 bytes and a chunk 16, so that
 //! even a leaf whose entries are all of different chunks takes 40 bytes an entry.
 
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::frame::FRAME_STORED_MAX;
 use crate::types::{
     ChunkId, ChunkSeq, DataLoc, Epoch, Lba, Location, MapEntry, Sectors, VOLUME_SECTORS_MAX,
@@ -227,14 +227,7 @@ fn count_up_to(keys: &[u64], target: u64) -> usize {
 }
 
 fn limited(value: usize, field: &'static str, limit: u64) -> Result<usize> {
-    if value as u64 > limit {
-        return Err(FormatError::TooLarge {
-            what: WHAT,
-            field,
-            value: value as u64,
-            limit,
-        });
-    }
+    check_up_to(WHAT, field, value as u64, limit)?;
     Ok(value)
 }
 

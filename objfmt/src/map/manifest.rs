@@ -1,9 +1,9 @@
 //! The manifest: which tables make up a map, and in which order they shadow each other.
 
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::map::index::{INDEX_BYTES_MAX, read_span};
 use crate::map::{MapObjectId, NODE_HEADER_LEN, NodeKind, open_node};
-use crate::types::{Epoch, Lba, MapSeq, VolumeId, check_up_to};
+use crate::types::{Epoch, Lba, MapSeq, VolumeId};
 use crate::wire::{Reader, put_u32, put_varint};
 
 const WHAT: &str = "map manifest";
@@ -68,14 +68,7 @@ impl Manifest {
             })
             .collect::<Result<Vec<_>>>()?;
         let runs = reader.count(1)?;
-        if runs > RUNS_MAX {
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "count of runs",
-                value: runs as u64,
-                limit: RUNS_MAX as u64,
-            });
-        }
+        check_up_to(WHAT, "count of runs", runs as u64, RUNS_MAX as u64)?;
         let runs = (0..runs)
             .map(|_| decode_run(&mut reader, &origins))
             .collect::<Result<Vec<_>>>()?;
@@ -88,14 +81,8 @@ impl Manifest {
     /// # Errors
     /// If it is not what a reader would accept: too many runs, an empty run, tables out of order.
     pub(super) fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
-        if self.runs.len() > RUNS_MAX {
-            return Err(FormatError::TooLarge {
-                what: WHAT,
-                field: "count of runs",
-                value: self.runs.len() as u64,
-                limit: RUNS_MAX as u64,
-            });
-        }
+        let runs = self.runs.len() as u64;
+        check_up_to(WHAT, "count of runs", runs, RUNS_MAX as u64)?;
         let mut origins: Vec<(VolumeId, Epoch)> = self
             .runs
             .iter()

@@ -9,10 +9,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::codec::{Compression, KeyGeneration};
-use crate::error::{FormatError, Result};
+use crate::error::{FormatError, Result, check_up_to};
 use crate::head::{Durability, Head};
 use crate::map::{MapObjectId, NodeKind, open_node};
-use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, WriteSeq, check_up_to};
+use crate::types::{ChunkSeq, Epoch, MapSeq, Sectors, VOLUME_SECTORS_MAX, WriteSeq};
 use crate::wire::{Reader, put_u8, put_varint, unzigzag, zigzag};
 
 const WHAT: &str = "map usage";
