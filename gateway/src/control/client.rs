@@ -174,11 +174,21 @@ impl Client {
         serde_json::from_slice(&text).map_err(|_| self.stranger(status))
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> ApiResult<T> {
-        let response = self
-            .call(Method::GET, path, None::<&()>, Patience::Answer)
-            .await?;
+    /// Calls, and reads the answer.
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+        patience: Patience,
+    ) -> ApiResult<T> {
+        let response = self.call(method, path, body, patience).await?;
         self.json(response).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> ApiResult<T> {
+        self.ask(Method::GET, path, None::<&()>, Patience::Answer)
+            .await
     }
 
     /// A list, page by page.
@@ -302,10 +312,8 @@ impl Client {
         patch: &serde_json::Map<String, serde_json::Value>,
     ) -> ApiResult<TenantInfo> {
         let path = format!("/v1/tenants/{name}");
-        let response = self
-            .call(Method::PATCH, &path, Some(patch), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::PATCH, &path, Some(patch), Patience::Work)
+            .await
     }
 
     /// Holds a tenant's volumes up, or lets them go on.
@@ -317,21 +325,19 @@ impl Client {
         name: &TenantName,
         how: Option<Suspended>,
     ) -> ApiResult<TenantInfo> {
-        let response = match how {
+        match how {
             Some(how) => {
                 let path = format!("/v1/tenants/{name}/suspend");
                 let spec = SuspendSpec { how };
-                self.call(Method::POST, &path, Some(&spec), Patience::Work)
-                    .await?
+                self.ask(Method::POST, &path, Some(&spec), Patience::Work)
+                    .await
             }
             None => {
                 let path = format!("/v1/tenants/{name}/resume");
-                let nothing: Option<&()> = None;
-                self.call(Method::POST, &path, nothing, Patience::Work)
-                    .await?
+                self.ask(Method::POST, &path, None::<&()>, Patience::Work)
+                    .await
             }
-        };
-        self.json(response).await
+        }
     }
 
     /// All tenants.
@@ -356,10 +362,8 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn create_token(&self, spec: &TokenSpec) -> ApiResult<TokenMade> {
-        let response = self
-            .call(Method::POST, "/v1/tokens", Some(spec), Patience::Answer)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, "/v1/tokens", Some(spec), Patience::Answer)
+            .await
     }
 
     /// All tokens, or those of one tenant.
@@ -428,10 +432,8 @@ impl Client {
         options: &AttachOptions,
     ) -> ApiResult<AttachInfo> {
         let path = format!("/v1/volumes/{volume}/attach");
-        let response = self
-            .call(Method::POST, &path, Some(options), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(options), Patience::Work)
+            .await
     }
 
     /// Detaches a volume.
@@ -455,10 +457,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn resize(&self, volume: &VolumeRef, spec: ResizeSpec) -> ApiResult<ResizeInfo> {
         let path = format!("/v1/volumes/{volume}/resize");
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(&spec), Patience::Work)
+            .await
     }
 
     /// Sets how long what a volume needs no more is kept.
@@ -468,10 +468,8 @@ impl Client {
     pub async fn retain(&self, volume: &VolumeRef, retain_ms: u64) -> ApiResult<RetainInfo> {
         let path = format!("/v1/volumes/{volume}/retain");
         let spec = RetainSpec { retain_ms };
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(&spec), Patience::Work)
+            .await
     }
 
     /// Sets how fast a volume may be used.
@@ -480,10 +478,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn set_rates(&self, volume: &VolumeRef, rates: RatesSpec) -> ApiResult<RatesInfo> {
         let path = format!("/v1/volumes/{volume}/rates");
-        let response = self
-            .call(Method::PUT, &path, Some(&rates), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::PUT, &path, Some(&rates), Patience::Work)
+            .await
     }
 
     /// Wraps a volume's data keys anew, or gives it a new one.
@@ -492,10 +488,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn rekey(&self, volume: &VolumeRef, spec: &RekeySpec) -> ApiResult<RekeyInfo> {
         let path = format!("/v1/volumes/{volume}/rekey");
-        let response = self
-            .call(Method::POST, &path, Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(spec), Patience::Work)
+            .await
     }
 
     /// Takes the right to write from a host that is lost.
@@ -504,10 +498,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn release(&self, volume: &VolumeRef, spec: ReleaseSpec) -> ApiResult<ReleaseInfo> {
         let path = format!("/v1/volumes/{volume}/release");
-        let response = self
-            .call(Method::POST, &path, Some(&spec), Patience::Answer)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(&spec), Patience::Answer)
+            .await
     }
 
     /// Waits until all that was acknowledged before is in the object store.
@@ -525,10 +517,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn rescue(&self, volume: &VolumeRef, spec: &RescueSpec) -> ApiResult<RescueReport> {
         let path = format!("/v1/volumes/{volume}/rescue");
-        let response = self
-            .call(Method::POST, &path, Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(spec), Patience::Work)
+            .await
     }
 
     /// Checks a volume in the store; ends when the answer is not waited for any more.
@@ -537,10 +527,8 @@ impl Client {
     /// The daemon's, or that there is none; that something is wrong with the volume is none.
     pub async fn verify(&self, volume: &ImageRef, spec: &VerifySpec) -> ApiResult<VerifyReport> {
         let path = format!("/v1/volumes/{volume}/verify");
-        let response = self
-            .call(Method::POST, &path, Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(spec), Patience::Work)
+            .await
     }
 
     /// How far the check of a volume is.
@@ -631,10 +619,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn rollback(&self, snapshot: &SnapRef) -> ApiResult<VolumeInfo> {
         let path = format!("{}/rollback", snapshot_path(snapshot));
-        let response = self
-            .call(Method::POST, &path, None::<&()>, Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, None::<&()>, Patience::Work)
+            .await
     }
 
     /// Fetches a volume into the cache; ends when the answer is not waited for any more.
@@ -643,10 +629,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn warm(&self, volume: &VolumeRef, spec: &WarmSpec) -> ApiResult<WarmReport> {
         let path = format!("/v1/volumes/{volume}/warm");
-        let response = self
-            .call(Method::POST, &path, Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(spec), Patience::Work)
+            .await
     }
 
     /// How far the warming of a volume is.
@@ -663,10 +647,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn compact(&self, volume: &VolumeRef, spec: &CompactSpec) -> ApiResult<MoveReport> {
         let path = format!("/v1/volumes/{volume}/compact");
-        let response = self
-            .call(Method::POST, &path, Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, Some(spec), Patience::Work)
+            .await
     }
 
     /// Makes a clone need nothing of its parent; ends when the answer is not waited for any more.
@@ -675,10 +657,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn flatten(&self, volume: &VolumeRef) -> ApiResult<MoveReport> {
         let path = format!("/v1/volumes/{volume}/flatten");
-        let response = self
-            .call(Method::POST, &path, None::<&()>, Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, None::<&()>, Patience::Work)
+            .await
     }
 
     /// How far the compacting or flattening of a volume is.
@@ -695,10 +675,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn evict(&self, volume: &VolumeRef) -> ApiResult<EvictInfo> {
         let path = format!("/v1/volumes/{volume}/evict");
-        let response = self
-            .call(Method::POST, &path, None::<&()>, Patience::Answer)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, &path, None::<&()>, Patience::Answer)
+            .await
     }
 
     /// Puts a volume into the trash.
@@ -711,10 +689,8 @@ impl Client {
         discard_unsent: bool,
     ) -> ApiResult<TrashInfo> {
         let path = format!("/v1/volumes/{volume}?discard_unsent={discard_unsent}");
-        let response = self
-            .call(Method::DELETE, &path, None::<&()>, Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::DELETE, &path, None::<&()>, Patience::Work)
+            .await
     }
 
     /// What is in the trash, of one tenant or of all.
@@ -730,15 +706,13 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn restore(&self, spec: &RestoreSpec) -> ApiResult<VolumeInfo> {
-        let response = self
-            .call(
-                Method::POST,
-                "/v1/trash/restore",
-                Some(spec),
-                Patience::Work,
-            )
-            .await?;
-        self.json(response).await
+        self.ask(
+            Method::POST,
+            "/v1/trash/restore",
+            Some(spec),
+            Patience::Work,
+        )
+        .await
     }
 
     /// Deletes volumes of the trash for good.
@@ -746,10 +720,8 @@ impl Client {
     /// # Errors
     /// The daemon's, or that there is none.
     pub async fn purge_trash(&self, spec: &PurgeSpec) -> ApiResult<PurgeReport> {
-        let response = self
-            .call(Method::POST, "/v1/trash/purge", Some(spec), Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, "/v1/trash/purge", Some(spec), Patience::Work)
+            .await
     }
 
     /// What is not as it should be around the daemon.
@@ -758,10 +730,8 @@ impl Client {
     /// The daemon's, or that there is none.
     pub async fn doctor(&self) -> ApiResult<DoctorReport> {
         let nothing: Option<&()> = None;
-        let response = self
-            .call(Method::POST, "/v1/doctor", nothing, Patience::Work)
-            .await?;
-        self.json(response).await
+        self.ask(Method::POST, "/v1/doctor", nothing, Patience::Work)
+            .await
     }
 
     /// That the daemon runs.
