@@ -286,13 +286,13 @@ impl VolumeBackend {
         retain_ms: u64,
     ) -> Result<Head, HeadError> {
         let changed = self.head.update(store, |head| head.retain(retain_ms)).await;
-        self.reclaim.look_again();
+        self.reclaim.wake();
         changed
     }
 
     /// A snapshot was deleted: what only it needed can go.
     pub fn snapshot_is_gone(&self) {
-        self.reclaim.look_again();
+        self.reclaim.wake();
     }
 
     /// Bytes of chunks stored over the volume's life, and bytes of map objects since the attach.

@@ -275,8 +275,8 @@ pub struct ReactorHandle {
 }
 
 impl ReactorHandle {
-    /// A handle to no reactor: what is sent comes out at the other end, for whoever drives volumes
-    /// without a ring.
+    /// A handle to no reactor yet, and the other end, where what is sent comes out: a reactor's, or for
+    /// whoever drives volumes without a ring.
     ///
     /// # Errors
     /// If the process has too many descriptors.
@@ -485,7 +485,7 @@ impl Reactor {
     /// # Errors
     /// If the kernel refuses a thread or an io_uring.
     pub fn spawn(config: ReactorConfig) -> io::Result<Self> {
-        let (handle, receiver) = mailbox()?;
+        let (handle, receiver) = ReactorHandle::detached()?;
         let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
@@ -524,7 +524,7 @@ impl Reactor {
     /// # Errors
     /// If the kernel refuses an io_uring.
     pub fn run_here(config: &ReactorConfig, start: impl FnOnce(ReactorHandle)) -> io::Result<()> {
-        let (handle, receiver) = mailbox()?;
+        let (handle, receiver) = ReactorHandle::detached()?;
         let (doorbell, stats) = (Arc::clone(&handle.doorbell), Arc::clone(&handle.stats));
         let core = Core::new(config, receiver, doorbell, stats)?;
         start(handle);
@@ -554,18 +554,6 @@ impl Drop for Reactor {
     fn drop(&mut self) {
         self.handle.doorbell.stop();
     }
-}
-
-/// A new reactor's handle, and where its messages arrive.
-fn mailbox() -> io::Result<(ReactorHandle, mpsc::Receiver<Message>)> {
-    let (messages, receiver) = mpsc::channel(MESSAGES_MAX);
-    let handle = ReactorHandle {
-        messages,
-        doorbell: Arc::new(Doorbell::new()?),
-        next_key: Arc::new(AtomicU32::new(0)),
-        stats: Arc::new(ReactorStats::default()),
-    };
-    Ok((handle, receiver))
 }
 
 /// From `linux/prctl.h`.

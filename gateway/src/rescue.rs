@@ -48,7 +48,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quarry_objfmt::chunk::{decode_header, encode_seal, is_encrypted};
+use quarry_objfmt::chunk::{ChunkHeader, encode_seal, is_encrypted};
 use quarry_objfmt::error::FormatError;
 use quarry_objfmt::head::{Head, LogRange, Parent, RootRef, SNAPSHOTS_MAX, SnapshotRef};
 use quarry_objfmt::map::{Basis, Manifest, MapObjectId};
@@ -684,7 +684,7 @@ impl Rescue {
                 Err(error) => return Err(error),
             };
             // A seal, a damaged one, or one of zeroes alone says nothing.
-            let Ok(header) = decode_header(&bytes, chunk) else {
+            let Ok(header) = ChunkHeader::decode(&bytes, chunk) else {
                 continue;
             };
             let first = header

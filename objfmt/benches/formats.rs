@@ -12,10 +12,10 @@ use std::hint::black_box;
 
 use quarry_objfmt::map::{MapObjectBuilder, MapObjectId};
 use quarry_objfmt::{
-    CacheId, ChunkExtent, ChunkId, ChunkParams, ChunkSeq, Compression, DataKey, DataKeys, DataLoc,
-    Epoch, ExtentBody, Generation, JournalHeader, Lba, Location, MapEntry, MapSeq,
-    RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentId, VolumeId, WriteSeq, decode_frame,
-    decode_header, encode_chunk,
+    CacheId, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq, Compression, DataKey,
+    DataKeys, DataLoc, Epoch, ExtentBody, Generation, JournalHeader, Lba, Location, MapEntry,
+    MapSeq, RECORDS_PER_PAGE, Record, RecordBody, RecordPage, SegmentId, VolumeId, WriteSeq,
+    decode_frame, encode_chunk,
 };
 
 /// Bytes of a block, the unit of all writes here.
@@ -187,7 +187,7 @@ fn header_decode(count: u64) {
     let chunk = encode_chunk(&params(Compression::None, None), &extents, &raw);
     let mut nth = 0;
     while nth < count {
-        black_box(decode_header(&chunk.bytes, CHUNK).expect("just made"));
+        black_box(ChunkHeader::decode(&chunk.bytes, CHUNK).expect("just made"));
         nth += CHUNK_BLOCKS;
     }
 }

@@ -290,14 +290,6 @@ impl<'a> Contents<'a> {
     }
 }
 
-/// The header that the chunk `expect` begins with; bytes behind the header are ignored.
-///
-/// # Errors
-/// If it is damaged, cut short, or another chunk's.
-pub fn decode_header(bytes: &[u8], expect: ChunkId) -> Result<ChunkHeader> {
-    ChunkHeader::decode(bytes, expect)
-}
-
 impl ChunkHeader {
     /// How many bytes the header has, by the object's first [`CHUNK_PREFIX_LEN`].
     ///
@@ -414,7 +406,11 @@ impl ChunkHeader {
         out
     }
 
-    fn decode(bytes: &[u8], expect: ChunkId) -> Result<Self> {
+    /// The header that the chunk `expect` begins with; bytes behind the header are ignored.
+    ///
+    /// # Errors
+    /// If it is damaged, cut short, or another chunk's.
+    pub fn decode(bytes: &[u8], expect: ChunkId) -> Result<Self> {
         let (version, mut reader) = FORMAT.open_leading(bytes)?;
         let header_len = FORMAT.encoded_len(bytes)?;
         let id = read_id(&mut reader, expect)?;
@@ -740,7 +736,7 @@ mod tests {
             let params = ChunkParams { key: key.as_ref(), cut_ms, ..params(1 << frame_shift) };
             let chunk = encode_chunk(&params, &extents, &raw);
             let len = ChunkHeader::encoded_len(&chunk.bytes[..CHUNK_PREFIX_LEN]).unwrap();
-            let header = decode_header(&chunk.bytes[..len], id()).unwrap();
+            let header = ChunkHeader::decode(&chunk.bytes[..len], id()).unwrap();
             prop_assert_eq!(&header, &chunk.header);
             prop_assert_eq!(&header.extents, &extents);
             prop_assert_eq!(header.object_len(), chunk.bytes.len() as u64);
@@ -784,8 +780,8 @@ mod tests {
             let at = at.index(len);
             let mut bad = chunk.bytes[..len].to_vec();
             bad[at] ^= 1 << bit;
-            prop_assert!(decode_header(&bad, id()).is_err());
-            prop_assert!(decode_header(&chunk.bytes[..at], id()).is_err());
+            prop_assert!(ChunkHeader::decode(&bad, id()).is_err());
+            prop_assert!(ChunkHeader::decode(&chunk.bytes[..at], id()).is_err());
         }
 
         #[test]
@@ -802,7 +798,7 @@ mod tests {
                 bad[at] = value;
             }
             FORMAT.seal(&mut bad);
-            if let Ok(header) = decode_header(&bad, id()) {
+            if let Ok(header) = ChunkHeader::decode(&bad, id()) {
                 prop_assert!(header.map_entries().len() >= header.extents.len());
             }
         }
@@ -815,7 +811,7 @@ mod tests {
             put_u64(&mut bad, id().seq.get());
             bad.extend_from_slice(&tail);
             FORMAT.seal(&mut bad);
-            let _ = decode_header(&bad, id());
+            let _ = ChunkHeader::decode(&bad, id());
         }
     }
 
@@ -869,7 +865,7 @@ mod tests {
         };
         let old = encode_chunk(&timeless, &[zero(0, 8)], &[]).bytes;
         assert_eq!(old[4], 1);
-        assert_eq!(decode_header(&old, id()).unwrap().cut_ms, 0);
+        assert_eq!(ChunkHeader::decode(&old, id()).unwrap().cut_ms, 0);
         let new = encode_chunk(&params(128), &[zero(0, 8)], &[]).bytes;
         assert_eq!((new[4], new.len()), (2, old.len() + 6));
         // The time lies behind the two numbers of writes.
@@ -878,7 +874,7 @@ mod tests {
         none.extend_from_slice(&old[48..]);
         none[4] = 2;
         FORMAT.seal(&mut none);
-        let refused = decode_header(&none, id()).unwrap_err().to_string();
+        let refused = ChunkHeader::decode(&none, id()).unwrap_err().to_string();
         assert!(refused.contains("no time"), "{refused}");
     }
 
@@ -891,14 +887,14 @@ mod tests {
             Ok(chunk.bytes.len())
         );
         assert_eq!(chunk.header.object_len(), chunk.bytes.len() as u64);
-        assert_eq!(decode_header(&chunk.bytes, id()), Ok(chunk.header));
+        assert_eq!(ChunkHeader::decode(&chunk.bytes, id()), Ok(chunk.header));
     }
 
     #[test]
     fn chunk_extent_at_the_end_of_the_largest_volume_round_trips() {
         let extents = [data(VOLUME_SECTORS_MAX - 1, 1, 0), data(0, 1, 1)];
         let chunk = encode_chunk(&params(128), &extents, &content(&extents));
-        assert_eq!(decode_header(&chunk.bytes, id()), Ok(chunk.header));
+        assert_eq!(ChunkHeader::decode(&chunk.bytes, id()), Ok(chunk.header));
     }
 
     #[test]
@@ -908,7 +904,7 @@ mod tests {
             seq: ChunkSeq::new(3),
             ..id()
         };
-        let refused = decode_header(&chunk.bytes, other);
+        let refused = ChunkHeader::decode(&chunk.bytes, other);
         let field = "place in the log";
         assert_eq!(
             refused,

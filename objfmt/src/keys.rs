@@ -230,12 +230,6 @@ pub fn hot_key(tenant: &TenantName, volume: VolumeId) -> String {
     format!("t/{tenant}/v/{volume}/hot")
 }
 
-/// Where a volume's snapshots lie, to list them.
-#[must_use]
-pub fn snaps_prefix(tenant: &TenantName, volume: VolumeId) -> String {
-    format!("t/{tenant}/v/{volume}/snap/")
-}
-
 /// A snapshot.
 #[must_use]
 pub fn snap_key(tenant: &TenantName, volume: VolumeId, name: &SnapName) -> String {

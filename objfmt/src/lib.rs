@@ -25,7 +25,7 @@ pub mod wrapped;
 
 pub use chunk::{
     CHUNK_PREFIX_LEN, ChunkExtent, ChunkHeader, ChunkParams, EncodedChunk, ExtentBody, FrameEntry,
-    decode_header, encode_chunk,
+    encode_chunk,
 };
 pub use codec::{Compression, DataKey, DataKeys, Encryption, KeyGeneration};
 pub use error::FormatError;

@@ -17,7 +17,7 @@ use quarry_objfmt::{
     IndexEnd, IndexRecord, IndexRun, IndexTableHeader, JournalHeader, KeyGeneration, KeyName,
     KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody, RecordPage, Seal, Sectors,
     SegmentHeader, SegmentId, SegmentKind, SessionPage, Snapshot, Superblock, TenantName,
-    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame, decode_header,
+    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame,
     decode_record, encode_chunk, encode_record,
 };
 
@@ -674,7 +674,7 @@ fn golden_chunks_read_as_ever() {
         let name = &format!("{name}-v{version}.bin");
         let bytes = golden(name);
         let len = ChunkHeader::encoded_len(&bytes[..CHUNK_PREFIX_LEN]).unwrap();
-        let header = decode_header(&bytes[..len], chunk_id()).unwrap();
+        let header = ChunkHeader::decode(&bytes[..len], chunk_id()).unwrap();
         assert_eq!(header.extents, extents(), "{name}");
         assert_eq!(header.first_write, WriteSeq::new(1000));
         assert_eq!(header.last_write, WriteSeq::new(1003));

@@ -20,9 +20,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use quarry_cache::{Branch, CutError, Mutation, Recovered};
 use quarry_objfmt::FormatError;
-use quarry_objfmt::chunk::{
-    CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, decode_header, encode_seal,
-};
+use quarry_objfmt::chunk::{CHUNK_PREFIX_LEN, ChunkHeader, LogObject, Seal, classify, encode_seal};
 use quarry_objfmt::head::{Head, Lineage, LogRange, Owner, RootRef};
 use quarry_objfmt::map::{Manifest, MapObjectId, Usage};
 use quarry_objfmt::{
@@ -724,7 +722,8 @@ pub(crate) async fn log_entry(
             }
             error => Unsound::Damaged(error.to_string()),
         })?;
-        let header = decode_header(&header, id).map_err(|e| Unsound::Damaged(e.to_string()))?;
+        let header =
+            ChunkHeader::decode(&header, id).map_err(|e| Unsound::Damaged(e.to_string()))?;
         Ok(Entry::Chunk(header))
     };
     match sound::insist(attempt).await {
@@ -768,7 +767,7 @@ fn look(prefix: &Bytes, id: ChunkId) -> Result<Look, String> {
             let Some(header) = prefix.get(..needed) else {
                 return Ok(Look::Longer(needed));
             };
-            let header = decode_header(header, id).map_err(|e| e.to_string())?;
+            let header = ChunkHeader::decode(header, id).map_err(|e| e.to_string())?;
             Ok(Look::Entry(Entry::Chunk(header)))
         }
     }

@@ -158,7 +158,7 @@ impl Reclaim {
         }
     }
 
-    /// There is something to do.
+    /// There is something to do, or what is dead may be deleted earlier.
     pub(super) fn wake(&self) {
         self.wake.notify_one();
     }
@@ -166,11 +166,6 @@ impl Reclaim {
     /// Chunks of so many bytes went from the log into the map.
     pub(super) fn folded(&self, bytes: u64) {
         self.credit.fetch_add(bytes / READ_SHARE, Ordering::Relaxed);
-        self.wake.notify_one();
-    }
-
-    /// What is dead may be deleted earlier.
-    pub(super) fn look_again(&self) {
         self.wake.notify_one();
     }
 

@@ -277,9 +277,7 @@ impl Daemon {
         }
         checks
     }
-}
 
-impl Daemon {
     /// What the cache keeps unsent of volumes that are not attached here to be written to, nor wait to be.
     async fn examine_kept(&self) -> Vec<Check> {
         let until = tokio::time::Instant::now() + ANSWER_TIME_MAX;

@@ -313,10 +313,4 @@ impl Port<'_> {
     pub fn now_ms(&self) -> u64 {
         self.now_ms
     }
-
-    /// Requests of this front end that are under way.
-    #[must_use]
-    pub fn requests_under_way(&self) -> u32 {
-        self.pending.requests
-    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use quarry_objfmt::chunk::{
-    CHUNK_PREFIX_LEN, ChunkHeader, ExtentBody, LogObject, classify, decode_header, open_frame,
+    CHUNK_PREFIX_LEN, ChunkHeader, ExtentBody, LogObject, classify, open_frame,
 };
 use quarry_objfmt::frame::FRAME_OVERHEAD_MAX;
 use quarry_objfmt::{ChunkId, DataLoc, Encryption, MapEntry, SECTOR_SIZE, WrappedKey, keys};
@@ -169,7 +169,7 @@ impl OneChunk<'_> {
                 Err(error) => return Err(error),
             }
         };
-        Ok(decode_header(&bytes, self.id).map_err(|e| e.to_string()))
+        Ok(ChunkHeader::decode(&bytes, self.id).map_err(|e| e.to_string()))
     }
 
     /// Whether the header says the same as the map.

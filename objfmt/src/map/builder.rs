@@ -77,12 +77,6 @@ impl MapObjectBuilder {
         self.table_entries + self.pending.len() as u64
     }
 
-    /// Bytes of the object so far, the last leaf and index of the table under way left out.
-    #[must_use]
-    pub fn object_bytes(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// Ends the table under way; the next entry starts a new one. `None` if it has no entry.
     ///
     /// # Errors

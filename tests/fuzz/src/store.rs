@@ -4,8 +4,7 @@ use quarry_objfmt::{
     CHUNK_PREFIX_LEN, ChunkExtent, ChunkHeader, ChunkId, ChunkParams, ChunkSeq, Compression,
     DataKey, DataKeys, Epoch, ExtentBody, Head, KeysCopy, Lba, Location, NameRecord, SECTOR_SIZE,
     Seal, Snapshot, TenantRecord, VOLUME_SECTORS_MAX, VolumeId, WriteSeq, classify, decode_frame,
-    decode_header, decode_record, encode_chunk, encode_record, record::NAME_KIND,
-    record::TENANT_KIND,
+    decode_record, encode_chunk, encode_record, record::NAME_KIND, record::TENANT_KIND,
 };
 
 use crate::mend;
@@ -104,7 +103,7 @@ pub(crate) fn chunk_header(input: &[u8]) {
     for bytes in both(input) {
         let id = chunk_named(&bytes);
         let len = ChunkHeader::encoded_len(&bytes);
-        let Ok(header) = decode_header(&bytes, id) else {
+        let Ok(header) = ChunkHeader::decode(&bytes, id) else {
             continue;
         };
         let len = len.expect("its length was told before");
@@ -147,7 +146,7 @@ pub(crate) fn chunk_header(input: &[u8]) {
         // The unit of extents may be smaller than it could be: then there is a shorter encoding.
         let again = header.encode();
         assert!(again.len() <= len);
-        let read = decode_header(&again, id).expect("its own header");
+        let read = ChunkHeader::decode(&again, id).expect("its own header");
         assert_eq!(read.extents, header.extents);
         assert_eq!(
             (read.first_write, read.last_write, read.frames.len()),

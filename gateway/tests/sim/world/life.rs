@@ -5,7 +5,7 @@ use quarry_gateway::backend::open::{Claim, OpenError};
 use quarry_gateway::backend::{ChoreError, HeadError};
 use quarry_gateway::snapshot::SnapshotError;
 use quarry_gateway::trash::TrashError;
-use quarry_objfmt::chunk::decode_header;
+use quarry_objfmt::chunk::ChunkHeader;
 use quarry_objfmt::head::{Deleted, Head};
 use quarry_objfmt::map::{MapObjectId, Usage};
 use quarry_objfmt::{ChunkId, KeyGeneration, VolumeId, keys};
@@ -328,7 +328,7 @@ impl World {
                 let Some(object) = self.core.bucket.peek(&key) else {
                     continue;
                 };
-                let header = decode_header(&object, id).map_err(|error| error.to_string())?;
+                let header = ChunkHeader::decode(&object, id).map_err(|error| error.to_string())?;
                 if !has(head.volume, header.generation) || header.generation < chunk.generation {
                     return Err(format!(
                         "{key} is encrypted with key {}, which is dropped, or listed as {}",
