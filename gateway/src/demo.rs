@@ -15,7 +15,8 @@ use anyhow::{Context, bail, ensure};
 
 use crate::control::{AttachOptions, Engine, Via, VolumeRef, VolumeSpec};
 use crate::engine::Daemon;
-use crate::nbd::client::Client;
+use crate::image::Disk;
+use crate::nbd::client::{Client, read_full};
 use crate::nbd::listen_unix;
 use crate::store::{Lane, LaneSettings, StoreSettings, open_store};
 
@@ -93,7 +94,7 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
         no_encryption: false,
     };
     first.daemon.create_volume(spec).await?;
-    let (disk, place) = first.attach(&volume).await?;
+    let (disk, place) = first.attach(&volume, size).await?;
     say(&format!(
         "made tenant demo and volume {volume} of {}, attached as {place}",
         bytes(size)
@@ -117,7 +118,7 @@ async fn in_folder(home: &Path, options: &DemoOptions) -> anyhow::Result<bool> {
     say("threw the cache away");
 
     let second = Host::start(home, "second", options.cache_bytes).await?;
-    let (disk, place) = second.attach(&volume).await?;
+    let (disk, place) = second.attach(&volume, size).await?;
     let begun = Instant::now();
     let hash_out = tokio::task::block_in_place(|| copy_out(disk, size))?;
     say(&format!(
@@ -201,7 +202,8 @@ impl Host {
         })
     }
 
-    async fn attach(&self, volume: &VolumeRef) -> anyhow::Result<(Disk, String)> {
+    /// The attached volume of so many bytes, as its user sees it, and where that is.
+    async fn attach(&self, volume: &VolumeRef, size: u64) -> anyhow::Result<(Disk, String)> {
         let info = self
             .daemon
             .attach(&volume.clone().into(), AttachOptions::default())
@@ -209,8 +211,8 @@ impl Host {
         match (info.via, info.device) {
             (Via::Ublk, Some(device)) => {
                 let file = File::options().read(true).write(true).open(&device);
-                let file = file.with_context(|| format!("cannot open {device}"))?;
-                Ok((Disk::Device(file), device))
+                let file = Arc::new(file.with_context(|| format!("cannot open {device}"))?);
+                Ok((Disk::File { file, size }, device))
             }
             (Via::Ublk, None) => bail!("the volume is attached, but no device was named"),
             (Via::Nbd, _) => {
@@ -230,39 +232,6 @@ impl Host {
     }
 }
 
-/// The attached volume, as its user sees it.
-enum Disk {
-    Device(File),
-    Nbd(Client),
-}
-
-impl Disk {
-    fn read(&mut self, buf: &mut [u8], offset: u64) -> anyhow::Result<()> {
-        match self {
-            Self::Device(file) => Ok(file.read_exact_at(buf, offset)?),
-            Self::Nbd(client) => {
-                let data = client.read_at(offset, u32::try_from(buf.len())?)?;
-                buf.copy_from_slice(&data);
-                Ok(())
-            }
-        }
-    }
-
-    fn write(&mut self, buf: &[u8], offset: u64) -> anyhow::Result<()> {
-        match self {
-            Self::Device(file) => Ok(file.write_all_at(buf, offset)?),
-            Self::Nbd(client) => Ok(client.write_at(offset, buf)?),
-        }
-    }
-
-    fn flush(&mut self) -> anyhow::Result<()> {
-        match self {
-            Self::Device(file) => Ok(file.sync_all()?),
-            Self::Nbd(client) => Ok(client.flush()?),
-        }
-    }
-}
-
 /// SHA-256 of the input, zeroes to the volume's end included.
 fn copy_in(input: &Path, mut disk: Disk, size: u64) -> anyhow::Result<Vec<u8>> {
     let mut file = File::open(input)?;
@@ -271,15 +240,9 @@ fn copy_in(input: &Path, mut disk: Disk, size: u64) -> anyhow::Result<Vec<u8>> {
     while offset < size {
         let step = usize::try_from((size - offset).min(STEP as u64))?;
         let mut buf = vec![0; step];
-        let mut filled = 0;
-        while filled < step {
-            match file.read(&mut buf[filled..])? {
-                0 => break,
-                n => filled += n,
-            }
-        }
+        read_full(&mut file, &mut buf)?;
         hash.update(&buf);
-        disk.write(&buf, offset)?;
+        disk.write_at(offset, &buf)?;
         offset += step as u64;
     }
     disk.flush()?;
@@ -292,7 +255,7 @@ fn copy_out(mut disk: Disk, size: u64) -> anyhow::Result<Vec<u8>> {
     while offset < size {
         let step = usize::try_from((size - offset).min(STEP as u64))?;
         let mut buf = vec![0; step];
-        disk.read(&mut buf, offset)?;
+        disk.read_at(offset, &mut buf)?;
         hash.update(&buf);
         offset += step as u64;
     }
