@@ -65,7 +65,6 @@ use self::data_dir::DataDir;
 use self::index::Index;
 use self::owners::Owners;
 use self::quota::Wish;
-pub(crate) use self::registry::store_error;
 pub use self::release::Whose;
 use self::slot::{Attached, Slot, Stage};
 pub(crate) use self::tenants::read as tenant_record;

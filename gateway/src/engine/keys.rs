@@ -253,8 +253,7 @@ impl Daemon {
             revision: head.keys.revision,
         };
         let store = of.control();
-        let put = keys::put_next_copy(&store, &of.name, head.volume, next);
-        put.await.map_err(|error| registry::store_error(&error))
+        Ok(keys::put_next_copy(&store, &of.name, head.volume, next).await?)
     }
 
     /// The keys and a new one, all wrapped by `by`, and their copy.
@@ -284,7 +283,7 @@ impl Daemon {
         let put = put_new_key(&store, tenant, id, &head.keys, make).await;
         put.map_err(|error| match error {
             RotateError::Key(error) => error.into(),
-            RotateError::Store(error) => registry::store_error(&error),
+            RotateError::Store(error) => error.into(),
             error @ RotateError::Copy { .. } => {
                 let remedy = "`quarry volume rekey` without --data makes the copies anew";
                 ApiError::new(Kind::Damaged, error.to_string(), remedy)

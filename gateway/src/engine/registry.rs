@@ -22,7 +22,7 @@ use crate::keys::put_first_copy;
 use crate::store::{Store, StoreError, create_own};
 
 /// A store's error as the API tells it.
-pub(crate) fn store_error(error: &StoreError) -> ApiError {
+pub(super) fn store_error(error: &StoreError) -> ApiError {
     let (kind, remedy) = match error {
         StoreError::Denied { .. } => (Kind::Denied, "check the store's keys and their rights"),
         StoreError::Unavailable { .. } => (Kind::Unavailable, "try again when the store answers"),
@@ -30,6 +30,12 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         _ => (Kind::Damaged, ""),
     };
     ApiError::new(kind, error.to_string(), remedy)
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        store_error(&error)
+    }
 }
 
 fn damaged(key: &str, error: &impl std::fmt::Display) -> ApiError {
@@ -46,18 +52,14 @@ fn internal(error: &impl std::fmt::Display) -> ApiError {
 
 /// The names of all tenants, in order, whatever their records say.
 pub(super) async fn tenant_names(store: &dyn Store) -> ApiResult<Vec<TenantName>> {
-    let listed = store.list(keys::TENANTS_PREFIX).await;
-    let listed = listed.map_err(|e| store_error(&e))?;
+    let listed = store.list(keys::TENANTS_PREFIX).await?;
     let name = |key: &String| key.strip_prefix(keys::TENANTS_PREFIX).map(TenantName::new);
     Ok(listed.iter().filter_map(|key| name(key)?.ok()).collect())
 }
 
 /// An error if a tenant has volumes.
 pub(super) async fn check_no_volumes(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
-    let names = store
-        .list(&keys::names_prefix(tenant))
-        .await
-        .map_err(|e| store_error(&e))?;
+    let names = store.list(&keys::names_prefix(tenant)).await?;
     if !names.is_empty() {
         let message = format!("tenant {tenant} has {} volumes", names.len());
         return Err(ApiError::new(Kind::Conflict, message, "delete them first"));
@@ -68,8 +70,7 @@ pub(super) async fn check_no_volumes(store: &dyn Store, tenant: &TenantName) -> 
 /// An error if a tenant has volumes or trash: nobody would purge that without it.
 pub(super) async fn check_is_empty(store: &dyn Store, tenant: &TenantName) -> ApiResult<()> {
     check_no_volumes(store, tenant).await?;
-    let trash = store.list(&keys::trash_prefix(tenant)).await;
-    let trash = trash.map_err(|e| store_error(&e))?;
+    let trash = store.list(&keys::trash_prefix(tenant)).await?;
     if !trash.is_empty() {
         let message = format!("tenant {tenant} has {} volumes in the trash", trash.len());
         let remedy = "restore them, or delete it with --purge, which purges them";
@@ -104,15 +105,11 @@ pub(super) async fn create_volume(
     let keys_revision = head.keys.revision;
     let encrypted = !head.keys.keys.is_empty();
     if encrypted {
-        put_first_copy(store, &spec.tenant, volume, &head.keys)
-            .await
-            .map_err(|e| store_error(&e))?;
+        put_first_copy(store, &spec.tenant, volume, &head.keys).await?;
     }
     let head_key = keys::head_key(&spec.tenant, volume);
     // Of an id that nobody else has: one that is there is our own, whose answer was lost.
-    create_own(store, &head_key, Bytes::from(head.encode()))
-        .await
-        .map_err(|e| store_error(&e))?;
+    create_own(store, &head_key, Bytes::from(head.encode())).await?;
     let record = NameRecord {
         rates: spec.rates.into(),
         ..NameRecord::new(volume, created_ms)
@@ -161,7 +158,7 @@ pub(super) async fn unmake_unused(
         return Ok(false);
     }
     let name_key = keys::name_key(&name.tenant, &name.name);
-    store.delete(&name_key).await.map_err(|e| store_error(&e))?;
+    store.delete(&name_key).await?;
     delete_head(store, &name.tenant, volume, keys_revision).await?;
     Ok(true)
 }
@@ -175,7 +172,7 @@ async fn delete_head(
 ) -> ApiResult<()> {
     let copy = keys_revision.map(|revision| keys::keys_key(tenant, volume, revision));
     for key in std::iter::once(keys::head_key(tenant, volume)).chain(copy) {
-        store.delete(&key).await.map_err(|e| store_error(&e))?;
+        store.delete(&key).await?;
     }
     Ok(())
 }
@@ -188,7 +185,7 @@ pub(super) async fn check_free(store: &dyn Store, volume: &VolumeRef) -> ApiResu
     {
         Ok(_) => Err(taken(volume)),
         Err(StoreError::NotFound { .. }) => Ok(()),
-        Err(error) => Err(store_error(&error)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -211,7 +208,7 @@ pub(super) async fn name_fresh(
         // The lost answer of our own try, or somebody quicker: the record tells.
         Err(StoreError::Exists { .. }) if find(store, name).await? == record.volume => Ok(()),
         Err(StoreError::Exists { .. }) => Err(taken(name)),
-        Err(error) => Err(store_error(&error)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -226,7 +223,7 @@ pub(super) async fn find_record(store: &dyn Store, volume: &VolumeRef) -> ApiRes
     match backend::record::<NameRecord>(store, NAME_KIND, &key).await {
         Ok(record) => record.map_err(|e| damaged(&key, &e)),
         Err(StoreError::NotFound { .. }) => Err(ApiError::no_volume(volume)),
-        Err(error) => Err(store_error(&error)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -244,7 +241,7 @@ pub(super) async fn set_rates(
         let (bytes, tag) = match store.get(&key).await {
             Ok(found) => found,
             Err(StoreError::NotFound { .. }) => return Err(ApiError::no_volume(volume)),
-            Err(error) => return Err(store_error(&error)),
+            Err(error) => return Err(error.into()),
         };
         let mut record: NameRecord =
             decode_record(NAME_KIND, &bytes).map_err(|e| damaged(&key, &e))?;
@@ -258,7 +255,7 @@ pub(super) async fn set_rates(
             Ok(_) => return Ok(()),
             // Changed, or deleted: another look tells.
             Err(StoreError::Changed { .. } | StoreError::NotFound { .. }) => {}
-            Err(error) => return Err(store_error(&error)),
+            Err(error) => return Err(error.into()),
         }
     }
     let message = format!("the rates of {volume} are set by others at the same time");
@@ -288,7 +285,7 @@ pub(super) async fn name_state(
     let (bytes, tag) = match store.get(&key).await {
         Ok(found) => found,
         Err(StoreError::NotFound { .. }) => return Ok(Name::Missing),
-        Err(error) => return Err(store_error(&error)),
+        Err(error) => return Err(error.into()),
     };
     match decode_record::<NameRecord>(NAME_KIND, &bytes) {
         Ok(record) if record.volume == id => Ok(Name::There),
@@ -322,7 +319,7 @@ pub(super) async fn name_anew(
         Err(StoreError::Exists { .. } | StoreError::Changed { .. }) => {
             name_state(store, volume, id).await.map(drop)
         }
-        Err(error) => Err(store_error(&error)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -451,7 +448,7 @@ pub(super) async fn volume_names(
     tenant: &TenantName,
 ) -> ApiResult<Vec<VolumeRef>> {
     let prefix = keys::names_prefix(tenant);
-    let listed = store.list(&prefix).await.map_err(|e| store_error(&e))?;
+    let listed = store.list(&prefix).await?;
     let name = |key: &String| key.strip_prefix(&prefix).map(VolumeName::new);
     let of = |name| VolumeRef {
         tenant: tenant.clone(),

@@ -19,7 +19,7 @@ use quarry_objfmt::{TenantName, TenantSettings, keys};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{CONTROL_DEADLINE, Daemon, registry};
+use super::{CONTROL_DEADLINE, Daemon};
 use crate::backend::{Common, DirectWay};
 use crate::control::{ApiError, ApiResult, Kind, TenantUsage};
 use crate::provision;
@@ -536,7 +536,7 @@ pub(crate) async fn read(store: &dyn Store, tenant: &TenantName) -> ApiResult<(T
         let (bytes, tag) = match store.get(&key).await {
             Ok(found) => found,
             Err(StoreError::NotFound { .. }) => return Err(ApiError::no_tenant(tenant)),
-            Err(error) => return Err(registry::store_error(&error)),
+            Err(error) => return Err(error.into()),
         };
         match decode_record(TENANT_KIND, &bytes) {
             Ok(record) => return Ok((record, tag)),
@@ -564,12 +564,9 @@ async fn write_first(store: &dyn Store, name: &TenantName, record: &TenantRecord
     match store.create(&key, bytes.clone()).await {
         Ok(_) => return Ok(()),
         Err(StoreError::Exists { .. }) => {}
-        Err(error) => return Err(registry::store_error(&error)),
+        Err(error) => return Err(error.into()),
     }
-    let (found, tag) = store
-        .get(&key)
-        .await
-        .map_err(|e| registry::store_error(&e))?;
+    let (found, tag) = store.get(&key).await?;
     if found == bytes {
         // Our own, whose answer was lost.
         return Ok(());
@@ -580,8 +577,8 @@ async fn write_first(store: &dyn Store, name: &TenantName, record: &TenantRecord
         return Err(ApiError::new(Kind::Exists, message, remedy));
     }
     tracing::warn!(tenant = %name, "its record was damaged, and is made anew");
-    let written = store.replace(&key, bytes, &tag).await;
-    written.map(drop).map_err(|e| registry::store_error(&e))
+    store.replace(&key, bytes, &tag).await?;
+    Ok(())
 }
 
 /// What becomes of a record that is as it is to be already.
@@ -614,7 +611,7 @@ async fn change_record(
             Ok(_) => return Ok(record),
             // Somebody quicker, or our own lost answer: what is there tells, and the change is made of that.
             Err(StoreError::Changed { .. }) => {}
-            Err(error) => return Err(registry::store_error(&error)),
+            Err(error) => return Err(error.into()),
         }
     }
     let message = format!("tenant {name} is being changed by many others");

@@ -325,7 +325,7 @@ impl Daemon {
         let bytes = match HeadCell::read(&store, &tenant, id).await {
             Ok((head, _)) => head.size.bytes(),
             Err(HeadError::Store(error)) if !matches!(error, StoreError::NotFound { .. }) => {
-                return Err(registry::store_error(&error));
+                return Err(error.into());
             }
             // Restoring it will tell.
             Err(_) => 0,
@@ -402,7 +402,7 @@ impl Daemon {
         match self.control(tenant).await?.get(&key).await {
             Ok(_) => Ok(true),
             Err(StoreError::NotFound { .. }) => Ok(false),
-            Err(error) => Err(registry::store_error(&error)),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -562,8 +562,7 @@ impl Daemon {
         }
         registry::check_is_empty(&store, tenant).await?;
         let (record, _) = tenants::read(&self.home, tenant).await?;
-        let deleted = self.home.delete(&keys::tenant_key(tenant)).await;
-        deleted.map_err(|error| registry::store_error(&error))?;
+        self.home.delete(&keys::tenant_key(tenant)).await?;
         // Who made a volume meanwhile, by what was known of the tenant, gave it its name before looking whether the tenant is still
         // there. *Crash here: such a volume is the next tenant's of that name.*
         if let Err(error) = registry::check_is_empty(&store, tenant).await {

@@ -106,8 +106,7 @@ impl Daemon {
             true => self.keys_to_verify(&tenant, id).await?,
             false => None,
         };
-        let report = verify::run(store, image, id, spec, keys, progress).await;
-        let report = report.map_err(|error| registry::store_error(&error))?;
+        let report = verify::run(store, image, id, spec, keys, progress).await?;
         report.ok_or_else(|| no_snapshot(image))
     }
 
@@ -126,7 +125,7 @@ impl Daemon {
                     opened = self.unlock(&tenant.name, &head).await?;
                     before = Some(head);
                 }
-                Err(HeadError::Store(error)) => return Err(registry::store_error(&error)),
+                Err(HeadError::Store(error)) => return Err(error.into()),
                 Err(_) => return Ok(None),
             }
         }

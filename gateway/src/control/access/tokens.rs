@@ -213,10 +213,6 @@ fn no_token(id: &str) -> ApiError {
     )
 }
 
-fn store_error(error: &StoreError) -> ApiError {
-    crate::engine::store_error(error)
-}
-
 impl Tokens {
     /// Those in `store`, which answers soon or says that it does not.
     #[must_use]
@@ -393,7 +389,7 @@ impl Tokens {
                 }
             },
             Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(store_error(&error)),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -466,7 +462,7 @@ impl Tokens {
                 }
                 // Somebody quicker, or our own try, its answer lost: the record tells.
                 Err(StoreError::Exists { .. } | StoreError::Changed { .. }) => {}
-                Err(error) => return Err(store_error(&error)),
+                Err(error) => return Err(error.into()),
             }
         }
         let message = "others change these tokens all the time";
@@ -526,8 +522,7 @@ impl Tokens {
     pub async fn list(&self, tenant: Option<&TenantName>) -> ApiResult<Vec<TokenInfo>> {
         let mut holders = vec![tenant.cloned()];
         if tenant.is_none() {
-            let found = self.store.list(keys::TOKENS_PREFIX).await;
-            let found = found.map_err(|error| store_error(&error))?;
+            let found = self.store.list(keys::TOKENS_PREFIX).await?;
             let names = found
                 .iter()
                 .filter_map(|key| key.strip_prefix(keys::TOKENS_PREFIX));
@@ -588,7 +583,7 @@ impl Tokens {
         let _turn = self.changing.lock().await;
         let deleted = self.store.delete(&keys::tokens_key(Some(tenant))).await;
         self.changed(&holder, None);
-        deleted.map_err(|error| store_error(&error))
+        Ok(deleted?)
     }
 }
 
