@@ -344,6 +344,7 @@ pub(super) async fn head_and_rates(
 pub(super) fn head_error(volume: &VolumeRef, error: &HeadError) -> ApiError {
     match error {
         HeadError::Store(error) => store_error(error),
+        HeadError::Fenced { by } => changed_elsewhere(volume, by),
         error => ApiError::new(
             Kind::Damaged,
             format!("{volume}: {error}"),
@@ -420,11 +421,8 @@ pub(super) async fn grow_volume(
         return Ok(());
     }
     let grown = cell.update(store, |head| head.size = head.size.max(size));
-    match grown.await {
-        Ok(head) => larger(volume, &head, size_bytes).map(|_| ()),
-        Err(HeadError::Fenced { by }) => Err(changed_elsewhere(volume, &by)),
-        Err(error) => Err(head_error(volume, &error)),
-    }
+    let head = grown.await.map_err(|error| head_error(volume, &error))?;
+    larger(volume, &head, size_bytes).map(|_| ())
 }
 
 /// Sets how long dead objects of such a volume are retained.
@@ -435,11 +433,10 @@ pub(super) async fn retain_volume(
     cache: CacheId,
 ) -> ApiResult<()> {
     let (_, cell) = free_head(store, volume, cache, "set that").await?;
-    match cell.update(store, |head| head.retain(retain_ms)).await {
-        Ok(_) => Ok(()),
-        Err(HeadError::Fenced { by }) => Err(changed_elsewhere(volume, &by)),
-        Err(error) => Err(head_error(volume, &error)),
-    }
+    let changed = cell.update(store, |head| head.retain(retain_ms)).await;
+    changed
+        .map(drop)
+        .map_err(|error| head_error(volume, &error))
 }
 
 /// The names of a tenant's volumes, in order.

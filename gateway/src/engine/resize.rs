@@ -19,13 +19,11 @@ use std::time::Duration;
 use quarry_config::Size;
 use quarry_objfmt::Sectors;
 use quarry_objfmt::head::Head;
-use quarry_volume::Event;
 
 use super::quota::Wish;
 use super::shrink::refuse_attached;
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, registry};
-use crate::backend::HeadError;
 use crate::control::dto::check_size;
 use crate::control::{ApiError, ApiResult, ImageRef, Kind, ResizeInfo, ResizeSpec, VolumeRef};
 use crate::ublk::UblkError;
@@ -117,11 +115,10 @@ impl Daemon {
             self.settle(admission).await;
             match grown? {
                 Ok(head) => head,
-                Err(HeadError::Fenced { by }) => {
-                    backend.tell(Event::Fenced { by: by.clone() }).await;
-                    return Err(registry::changed_elsewhere(volume, &by));
+                Err(error) => {
+                    attached.tell_if_fenced(&error).await;
+                    return Err(registry::head_error(volume, &error));
                 }
-                Err(error) => return Err(registry::head_error(volume, &error)),
             }
         };
         let note = self.show_size(volume, attached, head.size).await?;

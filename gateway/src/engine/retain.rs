@@ -6,9 +6,7 @@
 use super::resize::HEAD_WAIT_MAX;
 use super::slot::{Attached, Stage};
 use super::{Daemon, registry};
-use crate::backend::HeadError;
 use crate::control::{ApiResult, ImageRef, RetainInfo, VolumeRef};
-use quarry_volume::Event;
 
 impl Daemon {
     pub(super) async fn retain_volume(
@@ -44,16 +42,14 @@ impl Daemon {
         retain_ms: u64,
     ) -> ApiResult<()> {
         self.may_change(volume, attached)?;
-        let backend = &attached.backend;
         let store = attached.tenant.control();
-        let changed = backend.set_retention(&store, retain_ms);
+        let changed = attached.backend.set_retention(&store, retain_ms);
         match registry::in_time(volume, HEAD_WAIT_MAX, changed).await? {
             Ok(_) => Ok(()),
-            Err(HeadError::Fenced { by }) => {
-                backend.tell(Event::Fenced { by: by.clone() }).await;
-                Err(registry::changed_elsewhere(volume, &by))
+            Err(error) => {
+                attached.tell_if_fenced(&error).await;
+                Err(registry::head_error(volume, &error))
             }
-            Err(error) => Err(registry::head_error(volume, &error)),
         }
     }
 }

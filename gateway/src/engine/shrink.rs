@@ -24,7 +24,6 @@ use super::attach::After;
 use super::resize::{HEAD_WAIT_MAX, resized};
 use super::slot::{Attached, Slot, Stage};
 use super::{Daemon, registry};
-use crate::backend::HeadError;
 use crate::backend::open::OpenError;
 use crate::control::dto::check_size;
 use crate::control::{ApiError, ApiResult, AttachOptions, ImageRef, Kind, ResizeInfo, VolumeRef};
@@ -152,11 +151,10 @@ impl Daemon {
         }
         let store = self.control(&volume.tenant).await?;
         let smaller = backend.head().update(&store, |head| head.size = size);
-        match registry::in_time(volume, HEAD_WAIT_MAX, smaller).await? {
-            Ok(_) => Ok(()),
-            Err(HeadError::Fenced { by }) => Err(registry::changed_elsewhere(volume, &by)),
-            Err(error) => Err(registry::head_error(volume, &error)),
-        }
+        let smaller = registry::in_time(volume, HEAD_WAIT_MAX, smaller).await?;
+        smaller
+            .map(drop)
+            .map_err(|error| registry::head_error(volume, &error))
     }
 }
 

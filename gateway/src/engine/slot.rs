@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
+use quarry_volume::Event;
 
 use super::access::Access;
 use super::owners::Owned;
 use super::tenants::Tenant;
-use crate::backend::VolumeBackend;
+use crate::backend::{HeadError, VolumeBackend};
 use crate::control::{AttachInfo, State};
 use crate::qos::VolumeGate;
 use crate::store::StoreStats;
@@ -38,6 +39,15 @@ pub(super) struct Attached {
     pub(super) shown: AtomicU64,
     /// Whether misses go around the daemon's memory, or why not; `None` if nobody asked for that.
     pub(super) direct: Option<Result<(), String>>,
+}
+
+impl Attached {
+    /// Tells the volume that it is fenced, if a change of its head found that.
+    pub(super) async fn tell_if_fenced(&self, error: &HeadError) {
+        if let HeadError::Fenced { by } = error {
+            self.backend.tell(Event::Fenced { by: by.clone() }).await;
+        }
+    }
 }
 
 /// How far a volume is attached.

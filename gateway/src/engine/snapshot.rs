@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use quarry_objfmt::{Head, NameRecord, Sectors, SnapName, VolumeId, VolumeName};
-use quarry_volume::Event;
 
 use super::attach::After;
 use super::quota::Wish;
@@ -189,7 +188,9 @@ impl Daemon {
         let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
         self.settle(admission).await;
         let made = made?;
-        let made = tell_if_fenced(attached, made).await;
+        if let Err(SnapshotError::Head(error)) = &made {
+            attached.tell_if_fenced(error).await;
+        }
         made.map(|made| info_of(volume, &made))
             .map_err(|error| told(volume, error))
     }
@@ -423,7 +424,9 @@ impl Daemon {
             let (store, head) = (attached.tenant.control(), attached.backend.head());
             let deleted = snapshot::delete(&store, head, name, now_ms());
             let deleted = registry::in_time(volume, STORE_WAIT_MAX, deleted).await?;
-            let deleted = tell_if_fenced(attached, deleted).await;
+            if let Err(SnapshotError::Head(error)) = &deleted {
+                attached.tell_if_fenced(error).await;
+            }
             attached.backend.snapshot_is_gone();
             return deleted.map_err(|error| told(volume, error));
         }
@@ -551,20 +554,6 @@ async fn find_by_its_name(store: &Lane, volume: &VolumeRef) -> ApiResult<(Volume
 fn size_of(head: &Head, name: &SnapName) -> Option<Sectors> {
     let mut all = head.snapshots.iter();
     Some(all.find(|s| s.name == name.as_str())?.size)
-}
-
-/// Tells an attachment that it is fenced, if that was found.
-async fn tell_if_fenced<T>(
-    attached: &Attached,
-    done: Result<T, SnapshotError>,
-) -> Result<T, SnapshotError> {
-    if let Err(SnapshotError::Head(HeadError::Fenced { by })) = &done {
-        attached
-            .backend
-            .tell(Event::Fenced { by: by.clone() })
-            .await;
-    }
-    done
 }
 
 #[cfg(test)]
