@@ -55,6 +55,7 @@ pub use dto::{
     VerifySpec, Via, VolumeInfo, VolumeList, VolumeSpec,
 };
 pub use endpoints::routes;
+pub(crate) use error::if_found;
 pub use error::{ApiError, Kind, Problem};
 pub use name::{ImageRef, SnapRef, VolumeRef};
 pub use network::Network;

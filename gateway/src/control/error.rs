@@ -8,7 +8,7 @@ use quarry_objfmt::TenantName;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::VolumeRef;
+use super::{ApiResult, VolumeRef};
 
 /// Media type of an error's body (RFC 9457).
 pub const PROBLEM_JSON: &str = "application/problem+json";
@@ -141,6 +141,15 @@ impl ApiError {
     #[must_use]
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Kind::Internal, message, "see the daemon's log")
+    }
+}
+
+/// What was asked for, or none: that it is not there is an answer, not an error.
+pub(crate) fn if_found<T>(asked: ApiResult<T>) -> ApiResult<Option<T>> {
+    match asked {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind == Kind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

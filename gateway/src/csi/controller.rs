@@ -19,7 +19,7 @@ use super::Topology;
 use super::answer::{Answer, Answered, Calls, given};
 use super::peers::Peers;
 use super::{capability, ids};
-use crate::control::{Client, ImageRef, State, VolumeInfo, VolumeRef};
+use crate::control::{Client, ImageRef, State, VolumeInfo, VolumeRef, if_found};
 
 /// What it can do.
 const CAN: [Can; 10] = [
@@ -48,6 +48,12 @@ impl ControllerService {
     async fn show(&self, volume: &VolumeRef) -> Answer<VolumeInfo> {
         let image = ImageRef::from(volume.clone());
         Ok(self.client.show_volume(&image).await?)
+    }
+
+    /// The volume, if there is one.
+    async fn there(&self, volume: &VolumeRef) -> Answer<Option<VolumeInfo>> {
+        let image = ImageRef::from(volume.clone());
+        Ok(if_found(self.client.show_volume(&image).await)?)
     }
 
     /// The daemon that may change this volume; none: it is on another host, whose daemon cannot be reached from here.

@@ -19,7 +19,7 @@ use crate::backend::HeadCell;
 use crate::backend::open::OpenError;
 use crate::control::{
     ApiResult, AttachedInfo, CacheStatus, ImageRef, Kind, OwnerInfo, ParentInfo, RatesSpec,
-    SegmentsInfo, State, StatusInfo, VolumeInfo, VolumeRef,
+    SegmentsInfo, State, StatusInfo, VolumeInfo, VolumeRef, if_found,
 };
 use crate::qos::Passage;
 
@@ -88,12 +88,10 @@ impl Daemon {
             let id = head.volume;
             let asked = async {
                 let store = self.control(&volume.tenant).await?;
-                match registry::find(&store, volume).await {
-                    Ok(found) if found == id => {}
-                    // Another may have its name.
-                    Ok(_) => return Ok(None),
-                    Err(error) if error.kind == Kind::NotFound => return Ok(None),
-                    Err(error) => return Err(error),
+                let named = if_found(registry::find(&store, volume).await)?;
+                // Another may have its name.
+                if named != Some(id) {
+                    return Ok(None);
                 }
                 match HeadCell::read(&store, &volume.tenant, id).await {
                     Ok((now, _)) => Ok(Some(now)),

@@ -16,7 +16,7 @@ use super::super::{
     RatesInfo, RatesSpec, RekeyInfo, RekeySpec, ReleaseInfo, ReleaseSpec, RescueReport, RescueSpec,
     ResizeInfo, ResizeSpec, RetainInfo, SnapRef, SnapshotInfo, StatusInfo, TenantInfo, TenantSpec,
     TrashInfo, TrashRef, VerifyProgress, VerifyReport, VerifySpec, Via, VolumeInfo, VolumeList,
-    VolumeRef, VolumeSpec, WarmReport, WarmSpec,
+    VolumeRef, VolumeSpec, WarmReport, WarmSpec, if_found,
 };
 use crate::places::Place;
 
@@ -160,11 +160,8 @@ impl Engine for Tenanted {
 
     async fn list_tenants(&self) -> ApiResult<Vec<TenantInfo>> {
         // Of the others nothing is read, so that what is wrong with theirs is not told.
-        match self.show_tenant(&self.tenant).await {
-            Ok(own) => Ok(vec![own]),
-            Err(error) if error.kind == Kind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
+        let own = if_found(self.show_tenant(&self.tenant).await)?;
+        Ok(own.into_iter().collect())
     }
 
     async fn delete_tenant(&self, _: &TenantName, _: bool) -> ApiResult<()> {

@@ -12,7 +12,7 @@ use super::ControllerService;
 use super::snapshots::told as told_snapshot;
 use super::volumes::told as told_volume;
 use crate::control::dto::VOLUME_BYTES_MAX;
-use crate::control::{ApiError, ImageRef, Kind, SnapRef, VolumeRef};
+use crate::control::{ApiError, ImageRef, Kind, SnapRef, VolumeRef, if_found};
 use crate::csi::answer::{Answer, given};
 use crate::csi::capability::{Unfit, Use};
 use crate::csi::class::{Class, bytes};
@@ -104,11 +104,10 @@ impl ControllerService {
                     return nothing;
                 };
                 let page = self.client.page_of_snapshots(Some(&volume), limit, after);
-                match page.await {
-                    Ok(page) => (page.snapshots, page.next),
-                    Err(error) if error.kind == Kind::NotFound => return nothing,
-                    Err(error) => return Err(error.into()),
-                }
+                let Some(page) = if_found(page.await)? else {
+                    return nothing;
+                };
+                (page.snapshots, page.next)
             }
             (id, of) => {
                 let Ok(snapshot) = ids::snapshot(id) else {
@@ -117,11 +116,8 @@ impl ControllerService {
                 if !of.is_empty() && of != snapshot.volume.to_string() {
                     return nothing;
                 }
-                match self.client.show_snapshot(&snapshot).await {
-                    Ok(found) => (vec![found], None),
-                    Err(error) if error.kind == Kind::NotFound => return nothing,
-                    Err(error) => return Err(error.into()),
-                }
+                let found = if_found(self.client.show_snapshot(&snapshot).await)?;
+                (found.into_iter().collect(), None)
             }
         };
         let entry = |info| list_snapshots_response::Entry {

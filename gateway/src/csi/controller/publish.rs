@@ -18,7 +18,7 @@ use quarry_csi_proto::v1::ControllerPublishVolumeResponse;
 use tonic::Status;
 
 use super::ControllerService;
-use crate::control::{Client, ImageRef, Kind, ReleaseSpec, VolumeRef};
+use crate::control::{Client, ImageRef, ReleaseSpec, VolumeRef, if_found};
 use crate::csi::answer::Answer;
 use crate::csi::capability::Use;
 use crate::csi::ids::NodeId;
@@ -65,9 +65,8 @@ impl ControllerService {
 
     /// `node` may be empty, which means whichever has it.
     pub(super) async fn unpublish(&self, volume: &VolumeRef, node: &str) -> Answer<()> {
-        let info = match self.client.show_volume(&volume.clone().into()).await {
-            Err(error) if error.kind == Kind::NotFound => return Ok(()),
-            shown => shown?,
+        let Some(info) = self.there(volume).await? else {
+            return Ok(());
         };
         let owner = info.owner.as_ref().and_then(NodeId::owner);
         let named = match node {
@@ -87,11 +86,8 @@ impl ControllerService {
         }
         // Whatever came of that: who detaches need not have reached the store, which alone knows whose it is.
         let spec = ReleaseSpec { from: node.cache };
-        match self.client.release(volume, spec).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind == Kind::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        if_found(self.client.release(volume, spec).await)?;
+        Ok(())
     }
 }
 

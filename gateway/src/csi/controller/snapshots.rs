@@ -6,7 +6,7 @@ use quarry_objfmt::SnapName;
 use tonic::Status;
 
 use super::ControllerService;
-use crate::control::{ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef};
+use crate::control::{Kind, SnapRef, SnapshotInfo, VolumeRef, if_found};
 use crate::csi::answer::{Answer, quota};
 use crate::csi::class::bytes;
 use crate::csi::ids;
@@ -53,13 +53,11 @@ impl ControllerService {
             volume: volume.clone(),
             name: name.clone(),
         };
-        match self.client.show_snapshot(&snapshot).await {
-            Ok(found) if found.deleting => {
+        match if_found(self.client.show_snapshot(&snapshot).await)? {
+            Some(found) if found.deleting => {
                 Err(Status::aborted(format!("{snapshot} is being deleted")))
             }
-            Ok(found) => Ok(Some(found)),
-            Err(error) if error.kind == Kind::NotFound => Ok(None),
-            Err(error) => Err(error.into()),
+            found => Ok(found),
         }
     }
 
@@ -79,10 +77,8 @@ impl ControllerService {
     }
 
     pub(super) async fn delete_snapshot_of(&self, snapshot: &SnapRef) -> Answer<()> {
-        let image = ImageRef::from(snapshot.volume.clone());
-        let info = match self.client.show_volume(&image).await {
-            Err(error) if error.kind == Kind::NotFound => return Ok(()),
-            shown => shown?,
+        let Some(info) = self.there(&snapshot.volume).await? else {
+            return Ok(());
         };
         if let Err(error) = self.client.show_snapshot(snapshot).await
             && error.kind == Kind::NotFound
@@ -90,11 +86,8 @@ impl ControllerService {
             return Ok(());
         }
         let daemon = self.must_at_owner(&snapshot.volume, &info)?;
-        match daemon.delete_snapshot(snapshot).await {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind == Kind::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        if_found(daemon.delete_snapshot(snapshot).await)?;
+        Ok(())
     }
 
     /// Deletes what was made to clone a volume and has no clone any more, but for `newest` and what may just be about to

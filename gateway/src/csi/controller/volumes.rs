@@ -15,7 +15,9 @@ use quarry_objfmt::VolumeName;
 use tonic::Status;
 
 use super::{ControllerService, is_elsewhere};
-use crate::control::{Kind, ParentInfo, ResizeSpec, SnapRef, State, VolumeInfo, VolumeRef};
+use crate::control::{
+    Kind, ParentInfo, ResizeSpec, SnapRef, State, VolumeInfo, VolumeRef, if_found,
+};
 use crate::csi::answer::{Answer, given, quota};
 use crate::csi::capability::{Access, Unfit, Use};
 use crate::csi::class::{Class, Topology, Wanted, bytes};
@@ -155,14 +157,6 @@ impl ControllerService {
         Ok(made)
     }
 
-    /// The volume, if there is one.
-    async fn there(&self, volume: &VolumeRef) -> Answer<Option<VolumeInfo>> {
-        match self.show(volume).await {
-            Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
-            shown => shown.map(Some),
-        }
-    }
-
     /// The steps: the clone, its size, its rates and retention. *Crash between them: the same call finds the clone,
     /// as large as its snapshot and attached nowhere, and goes on.*
     async fn create_of_snapshot(&self, plan: &Plan, snapshot: &SnapRef) -> Answer<VolumeInfo> {
@@ -213,9 +207,8 @@ impl ControllerService {
     }
 
     pub(super) async fn delete(&self, volume: &VolumeRef) -> Answer<()> {
-        let info = match self.client.show_volume(&volume.clone().into()).await {
-            Err(error) if error.kind == Kind::NotFound => return Ok(()),
-            shown => shown?,
+        let Some(info) = self.there(volume).await? else {
+            return Ok(());
         };
         if is_elsewhere(&info) || info.attached.is_some() {
             let host = info.owner.as_ref().map_or("this host", |o| &o.host);
@@ -239,11 +232,8 @@ impl ControllerService {
             let snapshot: SnapRef = format!("{volume}@{}", snapshot.name).parse()?;
             self.delete_snapshot_of(&snapshot).await?;
         }
-        match self.client.delete_volume(volume, false).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind == Kind::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        if_found(self.client.delete_volume(volume, false).await)?;
+        Ok(())
     }
 
     pub(super) async fn expand(

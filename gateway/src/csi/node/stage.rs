@@ -15,6 +15,7 @@ use super::mounts::{Device, Mounts};
 use super::{NodeService, disk, mounts};
 use crate::control::{
     AttachOptions, AttachedInfo, ImageRef, Kind, SnapRef, State, Via, VolumeInfo, VolumeRef,
+    if_found,
 };
 use crate::csi::answer::Answer;
 use crate::csi::capability::{Access, Fs, Use};
@@ -229,9 +230,8 @@ impl NodeService {
             return Ok(());
         };
         let image = ImageRef::from(volume.clone());
-        let info = match self.client.show_volume(&image).await {
-            Err(error) if error.kind == Kind::NotFound => return Ok(()),
-            shown => shown?,
+        let Some(info) = if_found(self.client.show_volume(&image).await)? else {
+            return Ok(());
         };
         if info.attached.is_none() {
             match (info.state, &info.owner) {
@@ -258,11 +258,8 @@ impl NodeService {
             };
             self.client.attach(&image, &options).await?;
         }
-        match self.client.detach(&image).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind == Kind::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        if_found(self.client.detach(&image).await)?;
+        Ok(())
     }
 }
 
