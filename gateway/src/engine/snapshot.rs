@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use quarry_objfmt::{Head, NameRecord, Sectors, SnapName, VolumeId, VolumeName};
+use quarry_objfmt::{
+    Head, NameRecord, Sectors, SnapName, SnapshotRef, VolumeId, VolumeName, WriteSeq,
+};
 
 use super::attach::After;
 use super::quota::Wish;
@@ -19,7 +21,7 @@ use super::tenants::Tenant;
 use super::trash::trash_error;
 use super::{Daemon, VolumeMachine, now_ms, registry};
 use crate::backend::open::{Claim, OpenError, give_back, hold, load_usage};
-use crate::backend::{HeadError, unique_bytes};
+use crate::backend::{HeadCell, HeadError, unique_bytes};
 use crate::control::{
     ApiError, ApiResult, AttachOptions, ImageRef, Kind, SnapRef, SnapshotInfo, VolumeRef,
 };
@@ -118,7 +120,7 @@ fn not_ours(volume: &VolumeRef, error: &OpenError) -> ApiError {
     }
 }
 
-fn info_of(volume: &VolumeRef, snapshot: &quarry_objfmt::SnapshotRef) -> SnapshotInfo {
+fn info_of(volume: &VolumeRef, snapshot: &SnapshotRef) -> SnapshotInfo {
     SnapshotInfo {
         volume: volume.to_string(),
         name: snapshot.name.clone(),
@@ -180,14 +182,9 @@ impl Daemon {
             let message = format!("{volume} was detached meanwhile");
             return Err(ApiError::new(Kind::Conflict, message, "try again"));
         }
-        let (head, name) = (backend.head(), &snapshot.name);
-        let store = attached.tenant.control();
-        let tenant = self.now_of(&attached.tenant);
-        let admission = self.admit(&tenant, &Wish::snapshot(snapshot)).await?;
-        let made = snapshot::create(&store, head, name, acknowledged, now_ms());
-        let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
-        self.settle(admission).await;
-        let made = made?;
+        let (store, tenant) = (attached.tenant.control(), self.now_of(&attached.tenant));
+        let made = self.make_snapshot(&tenant, &store, backend.head(), snapshot, acknowledged);
+        let made = made.await?;
         if let Err(SnapshotError::Head(error)) = &made {
             attached.tell_if_fenced(error).await;
         }
@@ -195,12 +192,25 @@ impl Daemon {
             .map_err(|error| told(volume, error))
     }
 
-    /// Brings all that is acknowledged by now into the map; answers up to which write.
-    async fn fold(
+    /// Makes a snapshot of all up to `acknowledged`, as far as the tenant may have one more.
+    async fn make_snapshot(
         &self,
-        volume: &VolumeRef,
-        attached: &Attached,
-    ) -> ApiResult<quarry_objfmt::WriteSeq> {
+        tenant: &Arc<Tenant>,
+        store: &Lane,
+        head: &HeadCell,
+        snapshot: &SnapRef,
+        acknowledged: WriteSeq,
+    ) -> ApiResult<Result<SnapshotRef, SnapshotError>> {
+        let SnapRef { volume, name } = snapshot;
+        let admission = self.admit(tenant, &Wish::snapshot(snapshot)).await?;
+        let made = snapshot::create(store, head, name, acknowledged, now_ms());
+        let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
+        self.settle(admission).await;
+        made
+    }
+
+    /// Brings all that is acknowledged by now into the map; answers up to which write.
+    async fn fold(&self, volume: &VolumeRef, attached: &Attached) -> ApiResult<WriteSeq> {
         let backend = &attached.backend;
         let (reactor, key) = backend.place();
         let look = |m: &VolumeMachine| m.volume.last_acknowledged();
@@ -257,20 +267,11 @@ impl Daemon {
         let opening = served.inspect_err(|_| slot.set(Stage::Detached))?;
         let attached = self.without_front_end(image, &opening);
         let made = match self.fold(volume, &attached).await {
-            Ok(acknowledged) => match self
-                .admit(&attached.tenant, &Wish::snapshot(snapshot))
-                .await
-            {
-                Ok(admission) => {
-                    let head = opening.backend.head();
-                    let name = &snapshot.name;
-                    let made = snapshot::create(&store, head, name, acknowledged, now_ms());
-                    let made = registry::in_time(volume, STORE_WAIT_MAX, made).await;
-                    self.settle(admission).await;
-                    made.and_then(|made| made.map_err(|error| told(volume, error)))
-                }
-                Err(error) => Err(error),
-            },
+            Ok(acknowledged) => {
+                let (tenant, head) = (&attached.tenant, opening.backend.head());
+                self.make_snapshot(tenant, &store, head, snapshot, acknowledged)
+                    .await
+            }
             Err(error) => Err(error),
         };
         match self.let_go(&attached, After::of(options.stays)).await {
@@ -280,7 +281,9 @@ impl Daemon {
                 return Err(error);
             }
         }
-        made.map(|made| info_of(volume, &made))
+        made?
+            .map(|made| info_of(volume, &made))
+            .map_err(|error| told(volume, error))
     }
 
     /// Whether the volume's head is this attachment's to change.
