@@ -42,7 +42,7 @@ const READAHEAD_STRIDE_MAX: u64 = (4 << 20) / 512;
 
 /// Someone who waits for a run of a frame.
 #[derive(Debug)]
-struct Waiter {
+pub(super) struct Waiter {
     slot: usize,
     buffer_offset: u32,
     /// Bytes from the frame's start.
@@ -112,7 +112,7 @@ pub(super) struct Reads {
     pub(super) heat: super::heat::Heat,
     /// Kept between calls for their memory: what a read is resolved into, and a look-up's answer.
     pieces: Vec<Piece>,
-    pub(super) found: Vec<MapEntry>,
+    found: Vec<MapEntry>,
 }
 
 impl Reads {
@@ -198,19 +198,10 @@ impl Volume {
                 self.piece_done(slot, Ok(()), cx);
             }
             Err(missing) => {
-                self.active[slot].left = 1;
                 cx.out.push(Action::Missed {
                     request: request.id,
                 });
-                let io = self.io(Io::Nodes {
-                    slot: Some(slot),
-                    map: self.maps,
-                });
-                cx.out.push(Action::LoadNodes {
-                    io,
-                    nodes: missing,
-                    foreground: true,
-                });
+                self.load_nodes(Some(slot), missing, cx);
             }
         }
         self.reads.pieces = pieces;
@@ -391,14 +382,27 @@ impl Volume {
         }
     }
 
-    /// Adds a frame to `wanted`, for nobody yet, unless it is being fetched.
-    pub(super) fn want_frame(&mut self, at: DataLoc, wanted: &mut Vec<(ChunkId, FrameRef)>) {
+    /// Adds what the store alone has of these pieces to `wanted`, for nobody yet.
+    pub(super) fn want_missing(&mut self, pieces: &[Piece], wanted: &mut Vec<(ChunkId, FrameRef)>) {
+        for piece in pieces {
+            if let Source::Store(at) = piece.source {
+                self.want_frame(at, wanted);
+            }
+        }
+    }
+
+    /// Adds a frame to `wanted`, for nobody yet, unless it is being fetched. Answers who waits for it.
+    pub(super) fn want_frame(
+        &mut self,
+        at: DataLoc,
+        wanted: &mut Vec<(ChunkId, FrameRef)>,
+    ) -> &mut Vec<Waiter> {
         let frame = self.frame_of(at);
         let fetching = &mut self.reads.fetching;
         fetching.entry((at.chunk, frame.index)).or_insert_with(|| {
             wanted.push((at.chunk, frame));
             Vec::new()
-        });
+        })
     }
 
     /// Lets a piece wait for its frame; one that nobody fetches yet is added to `wanted`.
@@ -409,16 +413,8 @@ impl Volume {
         at: DataLoc,
         wanted: &mut Vec<(ChunkId, FrameRef)>,
     ) {
-        let frame = self.frame_of(at);
         let waiter = self.waiter(slot, piece, at);
-        let waiters = self
-            .reads
-            .fetching
-            .entry((at.chunk, frame.index))
-            .or_insert_with(|| {
-                wanted.push((at.chunk, frame));
-                Vec::new()
-            });
+        let waiters = self.want_frame(at, wanted);
         if !waiters.is_empty() {
             Branch::FrameAwaited.taken();
         }
@@ -676,6 +672,23 @@ impl Volume {
         }
     }
 
+    /// Asks for map nodes that a request lacks, which is resolved anew when they are there, or readahead.
+    pub(super) fn load_nodes(&mut self, slot: Option<usize>, nodes: Vec<NodeRef>, cx: &mut Cx<'_>) {
+        match slot {
+            Some(slot) => self.active[slot].left = 1,
+            None => self.reads.readahead_nodes = true,
+        }
+        let io = self.io(Io::Nodes {
+            slot,
+            map: self.maps,
+        });
+        cx.out.push(Action::LoadNodes {
+            io,
+            nodes,
+            foreground: slot.is_some(),
+        });
+    }
+
     /// Looks up anew where a request's data are.
     fn start_again(&mut self, slot: usize, cx: &mut Cx<'_>) {
         match self.active[slot].request.op {
@@ -734,27 +747,11 @@ impl Volume {
             match resolved {
                 Ok(()) => {
                     let mut wanted = Vec::new();
-                    for piece in &pieces {
-                        let Source::Store(at) = piece.source else {
-                            continue;
-                        };
-                        self.want_frame(at, &mut wanted);
-                    }
+                    self.want_missing(&pieces, &mut wanted);
                     self.fetch(&wanted, Why::Readahead, cx);
                     stream.asked_up_to(until, usual);
                 }
-                Err(nodes) => {
-                    self.reads.readahead_nodes = true;
-                    let io = self.io(Io::Nodes {
-                        slot: None,
-                        map: self.maps,
-                    });
-                    cx.out.push(Action::LoadNodes {
-                        io,
-                        nodes,
-                        foreground: false,
-                    });
-                }
+                Err(nodes) => self.load_nodes(None, nodes, cx),
             }
         }
         self.reads.streams.push_back(stream);

@@ -7,7 +7,7 @@ use quarry_cache::CacheLoc;
 use quarry_objfmt::{LbaRange, Location, Sectors, WriteSeq};
 
 use super::read::Layered;
-use super::{Cx, Io, Volume};
+use super::{Cx, Volume};
 use crate::event::{Action, StatusRun};
 
 /// Most runs of an answer: one of 8 KiB, in NBD.
@@ -35,17 +35,7 @@ impl Volume {
                 self.walk_layers(LbaRange { start: at, end }, &mut cx.nodes, &mut told)
             {
                 if at == request.range.start {
-                    self.active[slot].left = 1;
-                    let io = self.io(Io::Nodes {
-                        slot: Some(slot),
-                        map: self.maps,
-                    });
-                    let foreground = true;
-                    return cx.out.push(Action::LoadNodes {
-                        io,
-                        nodes,
-                        foreground,
-                    });
+                    return self.load_nodes(Some(slot), nodes, cx);
                 }
                 // The parts in front of a missing node do not say where it is: the step is undone.
                 told.runs.truncate(before);
@@ -56,8 +46,7 @@ impl Volume {
             }
             at = end;
         }
-        // A walk's answer is not for keeping: it is much longer than a request's.
-        self.reads.found = Vec::new();
+        self.reads.forget_found();
         told.runs.truncate(STATUS_RUNS_MAX);
         cx.out.push(Action::Status {
             request: request.id,

@@ -8,9 +8,8 @@
 use quarry_cache::Branch;
 use quarry_objfmt::{Lba, LbaRange, Sectors};
 
-use super::read::{READAHEAD_FRAMES_MAX, Source, Why};
-use super::{Cx, Io, Queue, Volume};
-use crate::event::Action;
+use super::read::{READAHEAD_FRAMES_MAX, Why};
+use super::{Cx, Queue, Volume};
 
 /// Readers told apart.
 const STRIDES_MAX: usize = 8;
@@ -137,23 +136,10 @@ impl Volume {
             };
             pieces.clear();
             if let Err(nodes) = self.resolve(range, true, cx, &mut pieces) {
-                self.reads.readahead_nodes = true;
-                let io = self.io(Io::Nodes {
-                    slot: None,
-                    map: self.maps,
-                });
-                cx.out.push(Action::LoadNodes {
-                    io,
-                    nodes,
-                    foreground: false,
-                });
+                self.load_nodes(None, nodes, cx);
                 break;
             }
-            for piece in &pieces {
-                if let Source::Store(at) = piece.source {
-                    self.want_frame(at, &mut wanted);
-                }
-            }
+            self.want_missing(&pieces, &mut wanted);
             stride.ahead += 1;
         }
         self.reads.forget_found();
