@@ -41,7 +41,7 @@ use quarry_objfmt::{ChunkId, DataKeys, Location, SnapName, TenantName, VolumeId,
 use self::chunk::{Fault, Ref, check_chunk};
 use self::counted::Counted;
 use self::findings::Findings;
-use self::log::{Log, end_of};
+use self::log::Log;
 use self::walk::{Walk, lost_by};
 use crate::backend::{HeadCell, HeadError, Unsound};
 use crate::control::{ImageRef, VerifyProgress, VerifyReport, VerifySpec, VolumeRef};
@@ -410,7 +410,7 @@ impl Check {
                 let Location::Data(data) = entry.location else {
                     continue;
                 };
-                let (start, end) = (entry.start.get(), end_of(&entry).get());
+                let (start, end) = (entry.start.get(), entry.end().get());
                 if let Some(finding) = lost_by(&data) {
                     // What is lost of a node behind the end of a volume that was shrunk is nobody's.
                     let inside = end.min(size).saturating_sub(start);

@@ -99,6 +99,17 @@ pub struct ChunkExtent {
     pub body: ExtentBody,
 }
 
+impl ChunkExtent {
+    /// The first sector behind it.
+    ///
+    /// # Panics
+    /// On overflow: what is read is checked to end inside a volume, so it is our own mistake.
+    #[must_use]
+    pub const fn end(&self) -> Lba {
+        self.start.add(Sectors::new(self.len as u64))
+    }
+}
+
 /// Where a frame lies in its chunk's object.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FrameEntry {
@@ -745,8 +756,7 @@ mod tests {
             let mut entries = header.map_entries().into_iter();
             for extent in &extents {
                 let mut at = extent.start;
-                let end = at.add(Sectors::new(extent.len.into()));
-                while at < end {
+                while at < extent.end() {
                     let entry = entries.next().unwrap();
                     prop_assert_eq!(entry.start, at);
                     let ExtentBody::Data { raw: first } = extent.body else {

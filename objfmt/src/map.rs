@@ -47,9 +47,7 @@ mod tests {
 
     use super::*;
     use crate::error::FormatError;
-    use crate::types::{
-        ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, Sectors, VOLUME_SECTORS_MAX,
-    };
+    use crate::types::{ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, VOLUME_SECTORS_MAX};
 
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/map-v1.bin");
 
@@ -110,15 +108,11 @@ mod tests {
                 decoded.get(0).unwrap(),
                 decoded.get(decoded.len() - 1).unwrap(),
             );
-            assert_eq!((leaf.first, leaf.last_end), (first.start, end_of(&last)));
+            assert_eq!((leaf.first, leaf.last_end), (first.start, last.end()));
             entries.extend(decoded.iter());
         }
         assert_eq!(entries.len() as u64, table.entries);
         entries
-    }
-
-    fn end_of(entry: &MapEntry) -> Lba {
-        entry.start.add(Sectors::new(u64::from(entry.len)))
     }
 
     fn build_table(entries: &[MapEntry]) -> (TableRef, Vec<u8>) {
@@ -160,7 +154,7 @@ mod tests {
             let mut entries = Vec::new();
             for (gap, mut entry, raw, frame) in parts {
                 entry.start = Lba::new(at + gap);
-                at = end_of(&entry).get();
+                at = entry.end().get();
                 if let Location::Data(loc) = &mut entry.location {
                     if let (None, Some((before, len))) = (raw, last) {
                         let raw = before.raw.saturating_add(len);
@@ -204,12 +198,12 @@ mod tests {
             let leaf = Leaf::decode(&payload).unwrap();
             let near = near.into_iter().map(|(at, by)| {
                 let entry = &entries[at.index(entries.len())];
-                let at = if by % 2 == 0 { entry.start } else { end_of(entry) };
+                let at = if by % 2 == 0 { entry.start } else { entry.end() };
                 at.get().saturating_add_signed(by)
             });
             for lba in near.chain(far).chain([0, VOLUME_SECTORS_MAX]) {
                 let lba = Lba::new(lba);
-                let plain = entries.partition_point(|entry| end_of(entry) <= lba);
+                let plain = entries.partition_point(|entry| entry.end() <= lba);
                 prop_assert_eq!(leaf.find(lba), plain);
             }
             for number in 0..=entries.len() {
@@ -258,7 +252,7 @@ mod tests {
                 let mut end = Lba::ZERO;
                 for entry in leaf.iter() {
                     prop_assert!(leaf::check_entry(&entry, end).is_ok());
-                    end = end_of(&entry);
+                    end = entry.end();
                     prop_assert!(end.get() <= VOLUME_SECTORS_MAX);
                 }
             }

@@ -400,3 +400,14 @@ pub struct MapEntry {
     /// Where it is.
     pub location: Location,
 }
+
+impl MapEntry {
+    /// The first sector behind it.
+    ///
+    /// # Panics
+    /// On overflow: what is read is checked to end inside a volume, so it is our own mistake.
+    #[must_use]
+    pub const fn end(&self) -> Lba {
+        self.start.add(Sectors::new(self.len as u64))
+    }
+}

@@ -361,7 +361,7 @@ fn extents(pieces: &[Piece]) -> Vec<ChunkExtent> {
     let mut raw = 0;
     for piece in pieces {
         match extents.last_mut() {
-            Some(last) if last.start.add(Sectors::new(last.len.into())) == piece.start => {
+            Some(last) if last.end() == piece.start => {
                 last.len += piece.len;
             }
             _ => extents.push(ChunkExtent {

@@ -16,7 +16,7 @@ use quarry_cache::Mutation;
 use quarry_objfmt::chunk::ChunkHeader;
 use quarry_objfmt::map::{Basis, ChunkUse, DeadObject, MapObjectId, ObjectKind, Usage};
 use quarry_objfmt::{
-    ChunkId, ChunkSeq, Epoch, KeyGeneration, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE, Sectors,
+    ChunkId, ChunkSeq, Epoch, KeyGeneration, Lba, Location, MapEntry, MapSeq, SECTOR_SIZE,
     SnapshotRef, VolumeId,
 };
 use quarry_volume::map::MapRoot;
@@ -89,7 +89,7 @@ pub(super) struct Need {
 impl Need {
     /// What entries of one chunk, which come in the order of addresses, need of it.
     pub(super) fn add(needed: &mut Needed, name: ChunkName, entry: &MapEntry) {
-        let end = entry.start.add(Sectors::new(entry.len.into()));
+        let end = entry.end();
         let none = Self {
             sectors: 0,
             start: entry.start,
@@ -535,7 +535,7 @@ pub(super) fn is_held(chunk: &ChunkUse, snapshots: &[SnapshotRef]) -> bool {
 mod tests {
     use quarry_objfmt::map::Manifest;
     use quarry_objfmt::map::TableRef;
-    use quarry_objfmt::{DataLoc, RootRef, WriteSeq};
+    use quarry_objfmt::{DataLoc, RootRef, Sectors, WriteSeq};
 
     use super::*;
 

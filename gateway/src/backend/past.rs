@@ -152,7 +152,7 @@ struct Base {
 /// may have been, for what it lacked then reads as zeroes.
 fn size(around: &[Sectors], headers: &[ChunkHeader]) -> Sectors {
     let extents = headers.iter().flat_map(|header| &header.extents);
-    let ends = extents.map(|extent| extent.start.get() + u64::from(extent.len));
+    let ends = extents.map(|extent| extent.end().get());
     let sizes = around.iter().map(|size| size.get());
     Sectors::new(sizes.chain(ends).max().unwrap_or(0))
 }

@@ -134,7 +134,7 @@ impl Follow<'_> {
                     last_write = Some(header.last_write);
                     frame_sectors.get_or_insert(header.frame_sectors);
                     let ends = header.extents.iter();
-                    let ends = ends.map(|e| e.start.get() + u64::from(e.len));
+                    let ends = ends.map(|e| e.end().get());
                     size_min = ends.fold(size_min, u64::max);
                     end = end.next();
                 }

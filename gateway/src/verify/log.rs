@@ -151,7 +151,7 @@ impl LogWalk<'_> {
         self.last_write = header.last_write;
         let mut entries = header.map_entries();
         entries.sort_unstable_by_key(|entry| entry.start);
-        let end = entries.last().map_or(Lba::ZERO, end_of);
+        let end = entries.last().map_or(Lba::ZERO, MapEntry::end);
         self.reached = self.reached.max(end);
         self.chunks.push(entries);
     }
@@ -163,10 +163,6 @@ fn chunk_id(check: &Check, range: &LogRange, seq: u64) -> ChunkId {
         epoch: range.epoch,
         seq: ChunkSeq::new(seq),
     }
-}
-
-pub(super) const fn end_of(entry: &MapEntry) -> Lba {
-    entry.start.add(Sectors::new(entry.len as u64))
 }
 
 /// Makes one of lists of entries, the newest list first, each sorted and disjoint.
@@ -220,7 +216,7 @@ mod tests {
         for count in 0..9 {
             let lists = (0..count).map(|n| vec![zeroes(n * 10, 15), zeroes(500 - n * 10, 10)]);
             let merged = fold(lists.collect());
-            assert!(merged.windows(2).all(|w| end_of(&w[0]) <= w[1].start));
+            assert!(merged.windows(2).all(|w| w[0].end() <= w[1].start));
             let sectors: u64 = merged.iter().map(|e| u64::from(e.len)).sum();
             let expected = if count == 0 { 0 } else { count * 20 + 5 };
             assert_eq!(sectors, expected, "{count}: {merged:?}");

@@ -11,7 +11,6 @@ use quarry_objfmt::{
 use quarry_volume::map::{MapRoot, Merger, Node, NodeRef, RunCursor, Step};
 
 use super::findings::Findings;
-use super::log::end_of;
 use super::{Check, add, is_damage, unsound};
 use crate::backend::{Unsound, insist, told};
 use crate::store::{Store, StoreError, get_long};
@@ -50,7 +49,7 @@ fn lost(finding: u64, range: LbaRange) -> impl Iterator<Item = MapEntry> {
             len: u32::try_from(left).unwrap_or(u32::MAX),
             location: Location::Data(data),
         };
-        start = end_of(&entry);
+        start = entry.end();
         Some(entry)
     })
 }
@@ -322,7 +321,7 @@ fn foreign_lost(
         });
         let range = LbaRange {
             start: entry.start,
-            end: end_of(entry),
+            end: entry.end(),
         };
         *entry = lost(number, range).next().expect("no entry is empty");
     }

@@ -28,7 +28,7 @@ pub use plan::{RUN_ENTRIES_FLOOR, RUN_RATIO, RUNS_TARGET_MAX, plan_merge, plan_r
 pub use root::{Lookup, MapRoot};
 
 use quarry_objfmt::map::{IndexEntry, IndexNode, Leaf, MapObjectId, NodeKind, TableRef, open_node};
-use quarry_objfmt::{FormatError, Lba, LbaRange, Location, MapEntry, Sectors};
+use quarry_objfmt::{FormatError, LbaRange, Location, MapEntry};
 
 /// Where a node is, in as many words as one ranged GET and its checksum need.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -109,15 +109,10 @@ impl Node {
     }
 }
 
-/// The end of an entry that was checked to fit a volume.
-const fn end_of(entry: &MapEntry) -> Lba {
-    entry.start.add(Sectors::new(entry.len as u64))
-}
-
 /// The part of `entry` inside `range`, which it must touch.
 fn trim(entry: &MapEntry, range: LbaRange) -> MapEntry {
     let start = entry.start.max(range.start);
-    let end = end_of(entry).min(range.end);
+    let end = entry.end().min(range.end);
     let within = "a part of an entry is no longer than the entry";
     let skip = u32::try_from(start.since(entry.start).get()).expect(within);
     MapEntry {
@@ -136,7 +131,7 @@ fn join(last: &mut MapEntry, next: &MapEntry) -> bool {
     let Some(len) = last.len.checked_add(next.len) else {
         return false;
     };
-    let joins = end_of(last) == next.start
+    let joins = last.end() == next.start
         && match (&last.location, &next.location) {
             (Location::Zero, Location::Zero) => true,
             (Location::Data(a), Location::Data(b)) => {
@@ -158,7 +153,9 @@ mod tests {
 
     use proptest::prelude::*;
     use quarry_objfmt::map::{Manifest, MapObjectBuilder};
-    use quarry_objfmt::{ChunkId, ChunkSeq, DataLoc, Epoch, MapSeq, VOLUME_SECTORS_MAX, VolumeId};
+    use quarry_objfmt::{
+        ChunkId, ChunkSeq, DataLoc, Epoch, Lba, MapSeq, VOLUME_SECTORS_MAX, VolumeId,
+    };
 
     use super::*;
 
@@ -317,7 +314,7 @@ mod tests {
         let mut at = range.start;
         for entry in entries {
             assert!(entry.start == at && entry.len > 0, "{entries:?}");
-            at = end_of(entry);
+            at = entry.end();
         }
         assert_eq!(at, range.end.max(range.start));
         for pair in entries.windows(2) {
@@ -404,7 +401,7 @@ mod tests {
             for count in 0..=root.runs().len() {
                 let merged = objects.merge(&root, &new, count);
                 for pair in merged.windows(2) {
-                    prop_assert!(pair[1].start >= end_of(&pair[0]));
+                    prop_assert!(pair[1].start >= pair[0].end());
                     prop_assert!(!join(&mut pair[0].clone(), &pair[1]));
                 }
                 let tables = objects.store(&merged, 7);
@@ -520,7 +517,7 @@ mod tests {
             let root = MapRoot::new(Manifest { runs });
             let mut nodes = NodeCache::new(1 << 20);
             let (found, _) = objects.lookup(&root, range(0, 100_000), &mut nodes.of(0));
-            assert_eq!(end_of(found.last().unwrap()), Lba::new(100_000));
+            assert_eq!(found.last().unwrap().end(), Lba::new(100_000));
             let mut cursor = RunCursor::new(&root.runs()[0]);
             let index = cursor.next_node(Lba::ZERO).unwrap();
             assert!(cursor.accept(&objects.load(&index)).is_err());

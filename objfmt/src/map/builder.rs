@@ -5,7 +5,7 @@ use crate::map::index::{IndexEntry, encode_index};
 use crate::map::leaf::{LEAF_ENTRIES_MAX, check_entry, encode_leaf};
 use crate::map::node::{NodeKind, put_node};
 use crate::map::{Manifest, MapObjectId, TableRef, Usage};
-use crate::types::{Lba, MapEntry, Sectors};
+use crate::types::{Lba, MapEntry};
 
 /// Builds a map object in RAM: push sorted entries, finish a table where it is to be cut, push on,
 /// and in the end finish the manifest.
@@ -56,7 +56,7 @@ impl MapObjectBuilder {
     /// if the object outgrows 4 GiB. The builder is of no use afterwards.
     pub fn push(&mut self, entry: MapEntry) -> Result<()> {
         check_entry(&entry, self.table_end)?;
-        self.table_end = entry.start.add(Sectors::new(u64::from(entry.len)));
+        self.table_end = entry.end();
         self.pending.push(entry);
         if self.pending.len() == LEAF_ENTRIES_MAX {
             self.finish_leaf()?;

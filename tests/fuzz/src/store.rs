@@ -112,12 +112,7 @@ pub(crate) fn chunk_header(input: &[u8]) {
         let mut covered: Vec<_> = header
             .extents
             .iter()
-            .map(|extent| {
-                (
-                    extent.start.get(),
-                    extent.start.get() + u64::from(extent.len),
-                )
-            })
+            .map(|extent| (extent.start.get(), extent.end().get()))
             .collect();
         covered.sort_unstable();
         assert!(covered.iter().all(|(start, end)| start < end));

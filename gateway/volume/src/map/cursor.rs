@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use quarry_objfmt::map::TableRef;
 use quarry_objfmt::{FormatError, Lba, LbaRange, MapEntry};
 
-use crate::map::{Node, NodeRef, end_of};
+use crate::map::{Node, NodeRef};
 
 /// Walks a run: [`RunCursor::next_node`] names the node to load, [`RunCursor::accept`] takes it.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl RunCursor {
             (Some(Due::Leaf(_, first, last_end)), Node::Leaf(leaf)) => {
                 let entries: Vec<MapEntry> = leaf.iter().collect();
                 let start = entries.first().map(|entry| entry.start);
-                let end = entries.last().map(end_of);
+                let end = entries.last().map(MapEntry::end);
                 if (start, end) != (Some(first), Some(last_end)) {
                     return Err(FormatError::invalid(
                         "map leaf",

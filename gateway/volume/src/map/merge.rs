@@ -2,7 +2,7 @@
 
 use quarry_objfmt::{Lba, LbaRange, Location, MapEntry};
 
-use crate::map::{end_of, join, trim};
+use crate::map::{join, trim};
 
 /// What a merge needs or gives next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -118,7 +118,7 @@ impl Merger {
                     at: entry.start,
                 });
             }
-            source.fed = end_of(entry);
+            source.fed = entry.end();
         }
         source.entries = entries.into_iter();
         Ok(())
@@ -132,7 +132,7 @@ impl Merger {
                 Ok(None) => return self.last.take().map_or(Step::Done, Step::Entry),
                 Err(source) => return Step::Need(source),
             };
-            self.covered = end_of(&part);
+            self.covered = part.end();
             if self.drop_zeroes && part.location == Location::Zero {
                 continue;
             }
@@ -181,11 +181,11 @@ impl Source {
     fn head_from(&mut self, covered: Lba, number: usize) -> Result<Option<MapEntry>, usize> {
         loop {
             match self.head {
-                Some(head) if end_of(&head) > covered => {
+                Some(head) if head.end() > covered => {
                     if head.start < covered {
                         let rest = LbaRange {
                             start: covered,
-                            end: end_of(&head),
+                            end: head.end(),
                         };
                         self.head = Some(trim(&head, rest));
                     }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use quarry_objfmt::map::{Manifest, MapObjectId, TableRef};
 use quarry_objfmt::{Lba, LbaRange, Location, MapEntry};
 
-use crate::map::{Node, NodeRef, Nodes, end_of, join, trim};
+use crate::map::{Node, NodeRef, Nodes, join, trim};
 
 /// The longest entry, in sectors; a longer hole is several.
 const ENTRY_SECTORS_MAX: u64 = u32::MAX as u64;
@@ -202,7 +202,7 @@ impl Walk<'_, '_> {
             let below = match locate(run, rest, self.nodes) {
                 Located::Entry(entry) => {
                     let part = trim(&entry, rest);
-                    at = end_of(&part);
+                    at = part.end();
                     self.push(part);
                     continue;
                 }
@@ -243,7 +243,7 @@ impl Walk<'_, '_> {
                 len: u32::try_from(len).unwrap_or(u32::MAX),
                 location: Location::Zero,
             };
-            at = end_of(&part);
+            at = part.end();
             self.push(part);
         }
     }
