@@ -181,48 +181,37 @@ impl CacheDevice {
         let meta = file.metadata().map_err(fail("inspect"))?;
         let is_device = meta.file_type().is_block_device();
         let claim = is_device.then(|| claim(&file, path)).transpose()?;
-        let length = if is_device {
-            rustix_device_size(&file).map_err(fail("measure"))?
-        } else {
-            meta.len()
-        };
+        let length = length_of(&file, &meta).map_err(fail("measure"))?;
 
-        let (id, geometry, key, has_sessions, fresh) =
-            if let Some(superblock) = look(&file, path, length)? {
-                let geometry = geometry_of(&superblock);
-                if !is_device {
-                    // A copy of a cache may have holes.
-                    allocate(&file, end_of(geometry)).map_err(fail("allocate"))?;
+        let (superblock, fresh) = if let Some(superblock) = look(&file, path, length)? {
+            if !is_device {
+                // A copy of a cache may have holes.
+                let end = end_of(geometry_of(&superblock));
+                allocate(&file, end).map_err(fail("allocate"))?;
+            }
+            (superblock, false)
+        } else {
+            let (size, geometry) = blank(path, size, is_device, length)?;
+            if !is_device {
+                if length == 0 {
+                    rewrite_in_place(&file);
                 }
-                let Superblock {
-                    cache,
-                    key,
-                    has_sessions,
-                    ..
-                } = superblock;
-                (cache, geometry, key, has_sessions, false)
-            } else {
-                let size = blank_size(size, is_device, length);
-                let geometry = cut(size).ok_or_else(|| too_small(path, size))?;
-                if !is_device {
-                    if length == 0 {
-                        rewrite_in_place(&file);
-                    }
-                    allocate(&file, size).map_err(fail("allocate"))?;
-                }
-                let superblock = Superblock {
-                    cache: fresh_id,
-                    created_ms: now_ms,
-                    host: host.to_owned(),
-                    segment_size: geometry.segment_size,
-                    segments: geometry.segments,
-                    data_start: geometry.data_start,
-                    key: fresh_key.cloned(),
-                    has_sessions: true,
-                };
-                format(&file, &superblock, size).map_err(|(action, error)| fail(action)(error))?;
-                (fresh_id, geometry, fresh_key.cloned(), true, true)
+                allocate(&file, size).map_err(fail("allocate"))?;
+            }
+            let superblock = Superblock {
+                cache: fresh_id,
+                created_ms: now_ms,
+                host: host.to_owned(),
+                segment_size: geometry.segment_size,
+                segments: geometry.segments,
+                data_start: geometry.data_start,
+                key: fresh_key.cloned(),
+                has_sessions: true,
             };
+            format(&file, &superblock, size).map_err(|(action, error)| fail(action)(error))?;
+            (superblock, true)
+        };
+        let geometry = geometry_of(&superblock);
 
         let kept_size = size.filter(|_| !fresh).and_then(|size| {
             let size = if is_device { size.min(length) } else { size };
@@ -254,13 +243,13 @@ impl CacheDevice {
             file,
             _claim: claim,
             path: path.to_owned(),
-            id,
+            id: superblock.cache,
             geometry,
-            key,
+            key: superblock.key,
             cipher: None,
             direct,
             fresh,
-            has_sessions,
+            has_sessions: superblock.has_sessions,
             kept_size,
             failure: SyncFailure::default(),
         })
@@ -503,7 +492,7 @@ fn lock(file: &File, path: &Path) -> Result<(), CacheError> {
         Err(rustix::io::Errno::WOULDBLOCK) => Err(CacheError::Locked {
             path: path.to_owned(),
         }),
-        locked => locked.map_err(|errno| refused("lock", path, errno)),
+        locked => locked.map_err(|errno| failed("lock", path)(errno.into())),
     }
 }
 
@@ -518,7 +507,7 @@ fn claim(file: &File, path: &Path) -> Result<File, CacheError> {
         Err(rustix::io::Errno::BUSY) => Err(CacheError::Claimed {
             path: path.to_owned(),
         }),
-        Err(errno) => Err(refused("claim", path, errno)),
+        Err(errno) => Err(failed("claim", path)(errno.into())),
     }
 }
 
@@ -528,21 +517,6 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CacheE
         action,
         path,
         source,
-    }
-}
-
-fn too_small(path: &Path, size: u64) -> CacheError {
-    CacheError::TooSmall {
-        path: path.to_owned(),
-        size,
-    }
-}
-
-fn refused(action: &'static str, path: &Path, errno: rustix::io::Errno) -> CacheError {
-    CacheError::Io {
-        action,
-        path: path.to_owned(),
-        source: errno.into(),
     }
 }
 
@@ -587,13 +561,13 @@ fn room(path: &Path, bytes: u64) -> Result<(), CacheError> {
         Ok(file) => File::from(file),
         // Not every file system has files without a name.
         Err(Errno::OPNOTSUPP | Errno::ISDIR) => return Ok(()),
-        Err(errno) => return Err(refused("open", path, errno)),
+        Err(errno) => return Err(failed("open", path)(errno.into())),
     };
     // What is too much by far is not to take from others what they need meanwhile.
     if let Ok(stat) = rustix::fs::fstatvfs(&file)
         && stat.f_bfree.saturating_mul(stat.f_frsize) < bytes
     {
-        return Err(refused("allocate", path, Errno::NOSPC));
+        return Err(failed("allocate", path)(Errno::NOSPC.into()));
     }
     allocate(&file, bytes).map_err(failed("allocate", path))
 }
@@ -706,13 +680,23 @@ fn look(file: &File, path: &Path, length: u64) -> Result<Option<Superblock>, Cac
     Ok(Some(superblock))
 }
 
-/// How large a cache is that is made now, of what is `length` bytes long.
-fn blank_size(asked: Option<u64>, is_device: bool, length: u64) -> u64 {
-    if is_device {
+/// How large a cache is that is made now, of what is `length` bytes long, and how it is cut up.
+fn blank(
+    path: &Path,
+    asked: Option<u64>,
+    is_device: bool,
+    length: u64,
+) -> Result<(u64, Geometry), CacheError> {
+    let size = if is_device {
         asked.unwrap_or(u64::MAX).min(length)
     } else {
         asked.unwrap_or(CACHE_FILE_SIZE_DEFAULT)
-    }
+    };
+    let geometry = cut(size).ok_or_else(|| CacheError::TooSmall {
+        path: path.to_owned(),
+        size,
+    })?;
+    Ok((size, geometry))
 }
 
 const fn geometry_of(superblock: &Superblock) -> Geometry {
@@ -814,8 +798,7 @@ pub fn check(
     let meta = match std::fs::metadata(path) {
         Ok(meta) => meta,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let size = blank_size(size, false, 0);
-            cut(size).ok_or_else(|| too_small(path, size))?;
+            let (size, _) = blank(path, size, false, 0)?;
             return room(path, size);
         }
         Err(error) => return Err(fail("inspect")(error)),
@@ -834,23 +817,22 @@ pub fn check(
             claim(&file, path)?;
         }
     }
-    let length = if is_device {
-        rustix_device_size(&file).map_err(fail("measure"))?
-    } else {
-        meta.len()
-    };
+    let length = length_of(&file, &meta).map_err(fail("measure"))?;
     if look(&file, path, length)?.is_some() {
         return Ok(());
     }
-    let size = blank_size(size, is_device, length);
-    cut(size).ok_or_else(|| too_small(path, size))?;
+    let (size, _) = blank(path, size, is_device, length)?;
     match size.saturating_sub(meta.blocks() * 512) {
         missing if missing > 0 && !is_device => room(path, missing),
         _ => Ok(()),
     }
 }
 
-fn rustix_device_size(file: &File) -> io::Result<u64> {
+/// How long a file or a block device is, in bytes.
+fn length_of(file: &File, meta: &Metadata) -> io::Result<u64> {
+    if !meta.file_type().is_block_device() {
+        return Ok(meta.len());
+    }
     rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(io::Error::from)
 }
 
