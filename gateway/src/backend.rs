@@ -37,7 +37,9 @@ use quarry_objfmt::chunk::{
 };
 use quarry_objfmt::codec::Compression;
 use quarry_objfmt::head::{Head, RootRef};
-use quarry_objfmt::{ChunkSeq, DataKey, DataKeys, Encryption, SnapshotRef, VolumeId, keys};
+use quarry_objfmt::{
+    ChunkId, ChunkSeq, DataKey, DataKeys, Encryption, SnapshotRef, VolumeId, WriteSeq, keys,
+};
 use quarry_volume::map::MapRoot;
 use quarry_volume::{Action, ChunkPlan, Event, ExtentSource, IoId, PlannedExtent, Report};
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -840,6 +842,19 @@ struct How {
 }
 
 impl How {
+    /// What makes a chunk of that name, of these writes.
+    fn params(&self, id: ChunkId, first_write: WriteSeq, last_write: WriteSeq) -> ChunkParams<'_> {
+        ChunkParams {
+            id,
+            first_write,
+            last_write,
+            cut_ms: self.cut_ms,
+            frame_sectors: self.frame_sectors,
+            compression: self.compression,
+            key: self.key(),
+        }
+    }
+
     /// The key that a chunk which is made now is encrypted with.
     ///
     /// # Panics
@@ -927,15 +942,7 @@ fn make_chunk(
             }
         })
         .collect();
-    let params = ChunkParams {
-        id: plan.id,
-        first_write: plan.first_write,
-        last_write: plan.last_write,
-        cut_ms: how.cut_ms,
-        frame_sectors: how.frame_sectors,
-        compression: how.compression,
-        key: how.key(),
-    };
+    let params = how.params(plan.id, plan.first_write, plan.last_write);
     let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &pieces);
     drop(pieces);
     buffers.give_raw(read);

@@ -87,7 +87,6 @@ pub(super) async fn run(backend: &VolumeBackend, plan: CheckpointPlan) -> Result
         },
     )
     .await?;
-    backend.note_space(&objects);
     backend.folded(&chunks);
     // With the right to change the map: the volume hears of its maps in their order.
     backend.tell(Event::Checkpointed { root, upto }).await;
@@ -114,11 +113,24 @@ pub(super) async fn merge(
         writer.push(entry).await?;
     }
     let root = old.with_new_run(count, writer.end_tables());
-    let root = publish(backend, writer, objects, &old, root, |_, _, _| {}, change).await?;
-    backend.note_space(objects);
+    remap(backend, writer, objects, &old, root, |_, _, _| {}, change).await?;
+    Ok(true)
+}
+
+/// As [`publish`], of a map that says what the one before it said, and tells the volume.
+pub(super) async fn remap(
+    backend: &VolumeBackend,
+    writer: Writer<'_>,
+    objects: &mut Objects,
+    old: &Arc<MapRoot>,
+    root: MapRoot,
+    list: impl FnOnce(&mut Objects, MapSeq, u64),
+    change: impl Fn(&mut Head) + Send,
+) -> Result<(), Stopped> {
+    let root = publish(backend, writer, objects, old, root, list, change).await?;
     // With the right to change the map: the volume hears of its maps in their order.
     backend.tell(Event::Remapped { root }).await;
-    Ok(true)
+    Ok(())
 }
 
 /// Writes the manifest of `root` and its usage behind the tables, and moves the head to them. `list` makes
@@ -131,7 +143,7 @@ pub(super) async fn merge(
 ///
 /// # Panics
 /// If `old` is not the map: what was folded since would be gone with it.
-pub(super) async fn publish(
+async fn publish(
     backend: &VolumeBackend,
     mut writer: Writer<'_>,
     objects: &mut Objects,
@@ -214,6 +226,7 @@ pub(super) async fn publish(
     *backend.root.lock() = Arc::clone(&root);
     *backend.root_ref.lock() = named;
     *objects = next;
+    backend.note_space(objects);
     Ok(root)
 }
 

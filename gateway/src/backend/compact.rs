@@ -25,16 +25,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use quarry_cache::Mutation;
-use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk_in};
+use quarry_objfmt::chunk::{ChunkExtent, ExtentBody, encode_chunk_in};
 use quarry_objfmt::{
     ChunkId, ChunkSeq, DataLoc, Lba, Location, MapEntry, SECTOR_SIZE, Sectors, VolumeId, WriteSeq,
     keys,
 };
+use quarry_volume::DataError;
 use quarry_volume::map::{MapRoot, RUNS_TARGET_MAX, plan_merge};
-use quarry_volume::{DataError, Event};
 use tokio::time::Instant;
 
-use super::checkpoint::{Stopped, Writer, merge, publish, refused};
+use super::checkpoint::{Stopped, Writer, merge, refused, remap};
 use super::chores::Order;
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::scan::Scan;
@@ -230,10 +230,7 @@ async fn stage(
             }
         }
     };
-    let root = publish(backend, writer, &mut objects, &now, root, list, |_| {}).await?;
-    backend.note_space(&objects);
-    // With the right to change the map: the volume hears of its maps in their order.
-    backend.tell(Event::Remapped { root }).await;
+    remap(backend, writer, &mut objects, &now, root, list, |_| {}).await?;
     Ok(next)
 }
 
@@ -328,15 +325,7 @@ async fn write(
     let buffers = backend.common.buffers.clone();
     let encode = move || {
         let pieces: Vec<&[u8]> = data.iter().map(|piece| &piece[..]).collect();
-        let params = ChunkParams {
-            id,
-            first_write: WriteSeq::ZERO,
-            last_write: WriteSeq::ZERO,
-            cut_ms: how.cut_ms,
-            frame_sectors: how.frame_sectors,
-            compression: how.compression,
-            key: how.key(),
-        };
+        let params = how.params(id, WriteSeq::ZERO, WriteSeq::ZERO);
         let (out, start, header) = encode_chunk_in(buffers.encoded(), &params, &extents, &pieces);
         (buffers.lend(out, start), header)
     };

@@ -27,10 +27,9 @@ use quarry_objfmt::map::ChunkUse;
 use quarry_objfmt::{
     DataKeys, Head, KeyGeneration, SECTOR_SIZE, SnapshotRef, WrappedKey, WrappedKeys,
 };
-use quarry_volume::Event;
 
 use super::VolumeBackend;
-use super::checkpoint::{Stopped, Writer, publish, refused};
+use super::checkpoint::{Stopped, Writer, refused, remap};
 use super::chores::Order;
 use super::compact::{self, REST_MAX, Victims};
 use super::objects::{ChunkName, Sealed, is_held};
@@ -245,10 +244,7 @@ impl VolumeBackend {
             }
         };
         let writer = Writer::new(self);
-        let root = publish(self, writer, &mut objects, &old, root, |_, _, _| {}, change).await?;
-        self.note_space(&objects);
-        // With the right to change the map: the volume hears of its maps in their order.
-        self.tell(Event::Remapped { root }).await;
+        remap(self, writer, &mut objects, &old, root, |_, _, _| {}, change).await?;
         drop(objects);
         if self.head.get().keys != next {
             return Ok(Renewed::Waits);

@@ -123,9 +123,7 @@ impl S3Store {
         };
         match self.upload(&path, body, options).await {
             Ok(done) => tag(asked, done.e_tag),
-            Err(error) => Err(asked.explain(&error).unwrap_or_else(|| {
-                asked.unavailable("the server refuses a range that was not set")
-            })),
+            Err(error) => Err(asked.explain_whole(&error)),
         }
     }
 
@@ -265,11 +263,7 @@ impl Store for S3Store {
             operation: Operation::Get,
             key,
         };
-        let failed = |error| {
-            asked
-                .explain(&error)
-                .unwrap_or_else(|| asked.unavailable("the server refuses a range that was not set"))
-        };
+        let failed = |error| asked.explain_whole(&error);
         let got = self.inner.get(&path).await.map_err(failed)?;
         if got.meta.size > GET_BYTES_MAX {
             return Err(StoreError::too_large(key));
@@ -368,10 +362,9 @@ impl Store for S3Store {
         let Err(error) = self.inner.delete(&path).await else {
             return Ok(());
         };
-        match asked.explain(&error) {
-            Some(StoreError::NotFound { .. }) => Ok(()),
-            Some(error) => Err(error),
-            None => Err(asked.unavailable("the server refuses a range that was not set")),
+        match asked.explain_whole(&error) {
+            StoreError::NotFound { .. } => Ok(()),
+            error => Err(error),
         }
     }
 
@@ -421,11 +414,7 @@ impl S3Store {
             path.map_err(|error| StoreError::invalid(prefix, error.to_string()))
         };
         let below = path(&whole)?;
-        let failed = |error| {
-            asked
-                .explain(&error)
-                .unwrap_or_else(|| asked.unavailable("the server refuses a range that was not set"))
-        };
+        let failed = |error| asked.explain_whole(&error);
         let mut keys = Vec::new();
         let mut pages = match after {
             None => self.inner.list(Some(&below)),

@@ -86,6 +86,12 @@ impl Asked<'_> {
         })
     }
 
+    /// As [`Self::explain`], where no range was asked for.
+    pub(super) fn explain_whole(self, error: &object_store::Error) -> StoreError {
+        let explained = self.explain(error);
+        explained.unwrap_or_else(|| self.unavailable("the server refuses a range that was not set"))
+    }
+
     fn precondition(self) -> StoreError {
         match self.operation {
             Operation::Create => StoreError::exists(self.key),
