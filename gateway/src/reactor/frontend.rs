@@ -245,12 +245,8 @@ impl Port<'_> {
     /// # Panics
     /// If a read's or write's buffer is not as long as its range.
     pub fn request(&mut self, op: Op, range: LbaRange, buffer: Buffer, tag: u32) -> RequestId {
-        let bytes = match op {
-            Op::Read | Op::Write { .. } => range.len().bytes(),
-            Op::Flush | Op::Discard | Op::WriteZeroes { .. } | Op::Status => 0,
-        };
         assert_eq!(
-            bytes,
+            op.data_bytes(range),
             u64::from(buffer.len()),
             "a request's buffer is as long as its range"
         );

@@ -17,9 +17,9 @@ use std::collections::VecDeque;
 use std::mem;
 
 use io_uring::{opcode, types};
-use quarry_volume::{Event, IoError, Op, Request};
+use quarry_volume::{Event, IoError, Op, Request, RequestId};
 
-use super::core::Core;
+use super::core::{Core, VolumeSlot};
 use super::execute::request_key;
 use super::token::Token;
 use crate::clock::now_ns;
@@ -60,6 +60,17 @@ impl Held {
         self.queue.is_empty()
     }
 
+    /// Takes all requests among the events behind those that are held. Answers how many.
+    fn take_in(&mut self, events: &mut Vec<Event>, now_ns: u64) -> usize {
+        let before = self.queue.len();
+        for event in events.extract_if(.., |event| matches!(event, Event::Request(_))) {
+            if let Event::Request(request) = event {
+                self.queue.push_back((request, now_ns));
+            }
+        }
+        self.queue.len() - before
+    }
+
     /// How many may pass now.
     fn passable(&mut self, gate: &VolumeGate, now_ns: u64) -> usize {
         let changes = gate.changes();
@@ -79,7 +90,7 @@ impl Held {
             }
             let (mut count, mut bytes) = (0, 0);
             for (request, _) in self.queue.range(passable..) {
-                let more = bytes + bytes_of(request);
+                let more = bytes + request.op.data_bytes(request.range);
                 if count > 0 && gate.cost_ns(count + 1, more) > TURN_NS {
                     break;
                 }
@@ -93,19 +104,13 @@ impl Held {
 
 /// Has what passes whatever the rates owed for by what comes later: a volume that goes and comes back would else get round them.
 fn charge<'a>(gate: &VolumeGate, now_ns: u64, passing: impl Iterator<Item = &'a Request>) {
-    let add = |(count, bytes), request| (count + 1, bytes + bytes_of(request));
+    let add = |(count, bytes), request: &Request| {
+        (count + 1, bytes + request.op.data_bytes(request.range))
+    };
     let (count, bytes) = passing.fold((0, 0), add);
     if count > 0 {
         // When it were its turn matters to nobody.
         let _ = gate.take(now_ns, count, bytes);
-    }
-}
-
-/// What a request costs of a rate of bytes.
-fn bytes_of(request: &Request) -> u64 {
-    match request.op {
-        Op::Read | Op::Write { .. } => request.range.len().bytes(),
-        Op::Flush | Op::Discard | Op::WriteZeroes { .. } | Op::Status => 0,
     }
 }
 
@@ -143,6 +148,48 @@ impl Default for Holds {
             armed_ns: u64::MAX,
             timers: 0,
         }
+    }
+}
+
+impl VolumeSlot {
+    /// Lets the `count` oldest through; `came` of all that are held are new. Answers the writes that are not let through
+    /// where the volume is read-only.
+    fn pass(
+        &mut self,
+        count: usize,
+        came: usize,
+        is_read_only: bool,
+        now_ns: u64,
+    ) -> Vec<RequestId> {
+        let held = &mut self.held;
+        held.paid = held.paid.saturating_sub(count);
+        let (mut bytes, mut held_ns, mut refused) = (0, 0, Vec::new());
+        for (request, since_ns) in held.queue.drain(..count) {
+            bytes += request.op.data_bytes(request.range);
+            held_ns += now_ns.saturating_sub(since_ns);
+            if since_ns < now_ns {
+                let in_flight = &mut self.inbox.requests[request_key(request.id)];
+                self.trails.held(in_flight, since_ns, now_ns);
+                // What the request itself takes is counted from here on.
+                in_flight.since_ns = now_ns;
+                self.machine
+                    .took(Timed::Held, now_ns.saturating_sub(since_ns));
+            }
+            if is_read_only && is_write(request.op) {
+                refused.push(request.id);
+            } else {
+                self.inbox.events.push(Event::Request(request));
+            }
+        }
+        let left = held.queue.len();
+        let oldest_ns = held.queue.front().map_or(0, |(_, since_ns)| *since_ns);
+        if let Some(gate) = &self.gate {
+            gate.note_held(left, came.min(left), oldest_ns);
+            if count > 0 {
+                gate.note_passed(now_ns, count as u64, bytes, held_ns);
+            }
+        }
+        refused
     }
 }
 
@@ -186,13 +233,8 @@ impl Core {
             }
             return !refused.is_empty();
         }
-        let (now_ns, before) = (now_ns(), held.queue.len());
-        for event in events.extract_if(.., |event| matches!(event, Event::Request(_))) {
-            if let Event::Request(request) = event {
-                held.queue.push_back((request, now_ns));
-            }
-        }
-        let came = held.queue.len() - before;
+        let now_ns = now_ns();
+        let came = held.take_in(events, now_ns);
         let passage = gate.passage();
         let count = match passage {
             Passage::Stalled => 0,
@@ -203,32 +245,9 @@ impl Core {
             }
             _ => held.passable(gate, now_ns),
         };
-        held.paid = held.paid.saturating_sub(count);
-        let (mut bytes, mut held_ns, mut refused) = (0, 0, Vec::new());
-        for (request, since_ns) in held.queue.drain(..count) {
-            bytes += bytes_of(&request);
-            held_ns += now_ns.saturating_sub(since_ns);
-            if since_ns < now_ns {
-                let in_flight = &mut slot.inbox.requests[request_key(request.id)];
-                slot.trails.held(in_flight, since_ns, now_ns);
-                // What the request itself takes is counted from here on.
-                in_flight.since_ns = now_ns;
-                slot.machine
-                    .took(Timed::Held, now_ns.saturating_sub(since_ns));
-            }
-            if passage == Passage::ReadOnly && is_write(request.op) {
-                refused.push(request.id);
-            } else {
-                events.push(Event::Request(request));
-            }
-        }
-        let left = held.queue.len();
-        let oldest_ns = held.queue.front().map_or(0, |(_, since_ns)| *since_ns);
-        gate.note_held(left, came.min(left), oldest_ns);
-        if count > 0 {
-            gate.note_passed(now_ns, count as u64, bytes, held_ns);
-        }
-        if left > 0 {
+        let refused = slot.pass(count, came, passage == Passage::ReadOnly, now_ns);
+        let held = &mut slot.held;
+        if !held.is_empty() {
             let look_ns = now_ns + LOOK_NS;
             held.look_ns = match passage {
                 Passage::Stalled => look_ns,
@@ -254,34 +273,15 @@ impl Core {
         let slot = &mut self.volumes[index as usize];
         let held = &mut slot.held;
         held.is_off = is_off;
-        let Some(gate) = slot.gate.as_ref().filter(|_| is_off && !held.is_empty()) else {
+        if !is_off || held.is_empty() {
             return;
-        };
-        let (now_ns, events) = (now_ns(), &mut slot.inbox.events);
+        }
+        let now_ns = now_ns();
         // What came in this batch stays behind what came before.
-        for event in events.extract_if(.., |event| matches!(event, Event::Request(_))) {
-            if let Event::Request(request) = event {
-                held.queue.push_back((request, now_ns));
-            }
-        }
+        let came = held.take_in(&mut slot.inbox.events, now_ns);
         // What they owe is charged when they come by `admit`, in this batch.
-        let count = held.queue.len() as u64;
-        let (mut bytes, mut held_ns) = (0, 0);
-        for (request, since_ns) in held.queue.drain(..) {
-            bytes += bytes_of(&request);
-            held_ns += now_ns.saturating_sub(since_ns);
-            if since_ns < now_ns {
-                let in_flight = &mut slot.inbox.requests[request_key(request.id)];
-                slot.trails.held(in_flight, since_ns, now_ns);
-                in_flight.since_ns = now_ns;
-                slot.machine
-                    .took(Timed::Held, now_ns.saturating_sub(since_ns));
-            }
-            events.push(Event::Request(request));
-        }
-        held.paid = 0;
-        gate.note_held(0, 0, 0);
-        gate.note_passed(now_ns, count, bytes, held_ns);
+        let count = held.queue.len();
+        slot.pass(count, came, false, now_ns);
         self.touch(index);
     }
 

@@ -49,6 +49,17 @@ pub enum Op {
     Status,
 }
 
+impl Op {
+    /// How many bytes of data a request of it has in its buffer, of this range.
+    #[must_use]
+    pub const fn data_bytes(self, range: LbaRange) -> u64 {
+        match self {
+            Self::Read | Self::Write { .. } => range.len().bytes(),
+            Self::Flush | Self::Discard | Self::WriteZeroes { .. } | Self::Status => 0,
+        }
+    }
+}
+
 /// A run of a volume and whether it is known to read as zeroes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StatusRun {
