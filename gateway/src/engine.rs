@@ -518,30 +518,6 @@ impl Daemon {
         Ok((handle, key))
     }
 
-    /// Gives up what the cache kept of a volume that is no more. The order: the journal goes, at once, for should the volume
-    /// be restored and attached meanwhile the next one is not this; the device says so, for good; others may have the room.
-    /// *Crash, or an error, before that: what is left is found again at the next start.*
-    async fn forget(&self, volume: VolumeId, kept: Recovered) {
-        let removed = self.journals.remove(volume);
-        let device = Arc::clone(&self.common.device);
-        let shared = Arc::clone(&self.shared);
-        // To its end, whether or not anybody waits for it.
-        let forget = move || -> std::io::Result<()> {
-            removed?;
-            Recovered::forget(&*device, volume, &kept.segments)?;
-            let mut shared = shared.lock();
-            for segment in &kept.segments {
-                shared.cache.part_with(segment.segment, false);
-            }
-            Ok(())
-        };
-        let forgotten = tokio::task::spawn_blocking(forget).await;
-        let forgotten = forgotten.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        if let Err(error) = forgotten {
-            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there");
-        }
-    }
-
     /// A server of what can be had over NBD.
     pub fn nbd_server(&self) -> NbdServer {
         let directory: Arc<dyn ExportDirectory> = Arc::clone(&self.exports) as _;

@@ -1,8 +1,13 @@
-//! What a cache device keeps of a volume that nobody serves: found when it goes, taken up when it comes.
+//! What a cache device keeps of a volume that nobody serves: found when it goes, taken up when it comes, given up when it
+//! is no more.
+
+use std::sync::Arc;
 
 use quarry_cache::{BlockDevice, CutError, Journals, Recovered};
 use quarry_objfmt::page::Record;
 use quarry_objfmt::{Epoch, Generation, SegmentId, TenantName, VolumeId, WriteSeq};
+
+use super::Daemon;
 
 /// What the device and the journal say of the segments that a volume left; `None` if it left none.
 ///
@@ -86,4 +91,80 @@ pub fn take_up(
         segments,
         given_up,
     })
+}
+
+impl Daemon {
+    /// Whether the cache has something of a tenant's volume that nobody serves.
+    pub(super) fn keeps(&self, tenant: &TenantName, id: VolumeId) -> bool {
+        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
+        kept.get(&id).is_some_and(|kept| kept.is_of(tenant))
+            || unsettled
+                .get(&id)
+                .is_some_and(|left| left.tenant == *tenant)
+    }
+
+    /// How much that is at most, in bytes; none if it has nothing.
+    pub(super) fn kept_bytes(&self, tenant: &TenantName, id: VolumeId) -> Option<u64> {
+        let segment_size = u64::from(self.common.device.geometry().segment_size);
+        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
+        let found = kept.get(&id).filter(|kept| kept.is_of(tenant));
+        let left = unsettled.get(&id).filter(|left| left.tenant == *tenant);
+        // Of what was not found again nobody knows more.
+        let left = left.map(|left| left.segments.len() as u64 * segment_size);
+        found.map(Recovered::data_bytes).or(left)
+    }
+
+    /// The volumes of which it has something, and whose they are; but for those of which it does not say whose.
+    pub(super) fn all_kept(&self) -> Vec<(TenantName, VolumeId)> {
+        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
+        let found = kept.iter();
+        let found = found.filter_map(|(id, kept)| Some((kept.tenants.first()?.clone(), *id)));
+        let left = unsettled
+            .iter()
+            .map(|(id, left)| (left.tenant.clone(), *id));
+        found.chain(left).collect()
+    }
+
+    /// Whether it may hold some of any of the tenant's volumes.
+    pub(super) fn keeps_any(&self, tenant: &TenantName) -> bool {
+        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
+        kept.values().any(|kept| kept.is_of(tenant))
+            || unsettled.values().any(|left| left.tenant == *tenant)
+    }
+
+    /// Gives up what it has of a tenant's volume that is no more. What another tenant has of the same id stays.
+    pub(super) async fn forget_kept(&self, tenant: &TenantName, id: VolumeId) {
+        let found = {
+            let mut kept = self.kept.lock();
+            let is_its_own = kept.get(&id).is_some_and(|kept| kept.is_of(tenant));
+            is_its_own.then(|| kept.remove(&id)).flatten()
+        };
+        if let Some(kept) = found {
+            self.forget(id, kept).await;
+        }
+    }
+
+    /// The order: the journal goes, at once, for should the volume be restored and attached meanwhile the next one is not
+    /// this; the device says so, for good; others may have the room. *Crash, or an error, before that: what is left is found
+    /// again at the next start.*
+    async fn forget(&self, volume: VolumeId, kept: Recovered) {
+        let removed = self.journals.remove(volume);
+        let device = Arc::clone(&self.common.device);
+        let shared = Arc::clone(&self.shared);
+        // To its end, whether or not anybody waits for it.
+        let forget = move || -> std::io::Result<()> {
+            removed?;
+            Recovered::forget(&*device, volume, &kept.segments)?;
+            let mut shared = shared.lock();
+            for segment in &kept.segments {
+                shared.cache.part_with(segment.segment, false);
+            }
+            Ok(())
+        };
+        let forgotten = tokio::task::spawn_blocking(forget).await;
+        let forgotten = forgotten.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        if let Err(error) = forgotten {
+            tracing::warn!(%volume, %error, "what the cache kept of a deleted volume stays there");
+        }
+    }
 }

@@ -216,56 +216,6 @@ impl Daemon {
         Ok(TrashInfo { problem, ..told })
     }
 
-    /// Whether the cache has something of a tenant's volume that nobody serves.
-    pub(super) fn keeps(&self, tenant: &TenantName, id: VolumeId) -> bool {
-        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
-        kept.get(&id).is_some_and(|kept| kept.is_of(tenant))
-            || unsettled
-                .get(&id)
-                .is_some_and(|left| left.tenant == *tenant)
-    }
-
-    /// How much that is at most, in bytes; none if it has nothing.
-    pub(super) fn kept_bytes(&self, tenant: &TenantName, id: VolumeId) -> Option<u64> {
-        let segment_size = u64::from(self.common.device.geometry().segment_size);
-        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
-        let found = kept.get(&id).filter(|kept| kept.is_of(tenant));
-        let left = unsettled.get(&id).filter(|left| left.tenant == *tenant);
-        // Of what was not found again nobody knows more.
-        let left = left.map(|left| left.segments.len() as u64 * segment_size);
-        found.map(Recovered::data_bytes).or(left)
-    }
-
-    /// The volumes of which it has something, and whose they are; but for those of which it does not say whose.
-    pub(super) fn all_kept(&self) -> Vec<(TenantName, VolumeId)> {
-        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
-        let found = kept.iter();
-        let found = found.filter_map(|(id, kept)| Some((kept.tenants.first()?.clone(), *id)));
-        let left = unsettled
-            .iter()
-            .map(|(id, left)| (left.tenant.clone(), *id));
-        found.chain(left).collect()
-    }
-
-    /// Whether it may hold some of any of the tenant's volumes.
-    pub(super) fn keeps_any(&self, tenant: &TenantName) -> bool {
-        let (kept, unsettled) = (self.kept.lock(), self.unsettled.lock());
-        kept.values().any(|kept| kept.is_of(tenant))
-            || unsettled.values().any(|left| left.tenant == *tenant)
-    }
-
-    /// What another tenant has of the same id stays.
-    async fn forget_kept(&self, tenant: &TenantName, id: VolumeId) {
-        let found = {
-            let mut kept = self.kept.lock();
-            let is_its_own = kept.get(&id).is_some_and(|kept| kept.is_of(tenant));
-            is_its_own.then(|| kept.remove(&id)).flatten()
-        };
-        if let Some(kept) = found {
-            self.forget(id, kept).await;
-        }
-    }
-
     async fn tenants_of(&self, only: Option<&TenantName>) -> ApiResult<Vec<TenantName>> {
         if let Some(tenant) = only {
             self.tenant(tenant).await?;
