@@ -723,7 +723,7 @@ impl FrontEnd for Connection {
         }
     }
 
-    fn flush(&mut self, port: &mut Port<'_>) {
+    fn end_batch(&mut self, port: &mut Port<'_>) {
         self.send(port);
         if self.stalled {
             self.parse(port);

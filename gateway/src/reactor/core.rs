@@ -280,7 +280,7 @@ impl Core {
                 self.end_run();
                 return self.arm_holds();
             };
-            self.with_front_end(index, FrontEnd::flush);
+            self.with_front_end(index, FrontEnd::end_batch);
             if let Some(slot) = self.front_ends.get_mut(index as usize) {
                 slot.touched = false;
             }

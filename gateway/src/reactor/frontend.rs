@@ -7,7 +7,7 @@
 //!
 //! Life: [`FrontEnd::start`] once; then [`FrontEnd::op_done`] for each completion of its own
 //! operations, [`FrontEnd::request_done`] exactly once for each request it made,
-//! [`FrontEnd::flush`] once at the end of each batch in which it was called (the place to push what
+//! [`FrontEnd::end_batch`] once at the end of each batch in which it was called (the place to push what
 //! was gathered: the batch is submitted right after it), [`FrontEnd::tick`] about ten times a
 //! second if it wants that; [`FrontEnd::stop`] when the volume is taken away. It is dropped as soon as
 //! [`FrontEnd::is_finished`] holds *and* none of its operations and requests are under way: the
@@ -57,7 +57,7 @@ pub trait FrontEnd: Send {
     fn status_told(&mut self, _tag: u32, _runs: &[StatusRun]) {}
 
     /// The batch is about to be submitted: push what was gathered in it.
-    fn flush(&mut self, _port: &mut Port<'_>) {}
+    fn end_batch(&mut self, _port: &mut Port<'_>) {}
 
     /// Time has passed; [`Port::now_ms`] tells how much. Called while [`FrontEnd::wants_tick`] holds.
     fn tick(&mut self, _port: &mut Port<'_>) {}
