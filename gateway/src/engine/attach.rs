@@ -739,33 +739,42 @@ impl Daemon {
         }
     }
 
+    /// The devices that an earlier daemon on this cache device left.
+    async fn devices_left_here(&self) -> Result<Vec<(u32, State, Stamp)>, UblkError> {
+        let mut all = self.ublk.find().await?;
+        all.retain(|device| device.is_recoverable() || device.state == State::Dead);
+        let cache = self.common.device.id();
+        let left = all.into_iter().filter_map(|found| {
+            let stamp = found.stamp.filter(|stamp| stamp.cache == cache)?;
+            Some((found.id, found.state, stamp))
+        });
+        Ok(left.collect())
+    }
+
     /// Removes the devices that an earlier daemon on this cache device left and that are not to be
     /// attached: one that died before it had noted the device, or whose volume is no more. Another
     /// daemon's devices are left alone.
     pub async fn remove_left_devices(&self) {
         *self.left.lock() = None;
-        let left = match self.ublk.find().await {
+        let left = match self.devices_left_here().await {
             Ok(left) => left,
             Err(error) => {
                 tracing::warn!(%error, "the devices of earlier daemons cannot be looked for");
                 return;
             }
         };
-        for found in left {
-            let (is_dead, is_recoverable) = (found.state == State::Dead, found.is_recoverable());
-            let Some(stamp) = found.stamp.filter(|s| s.cache == self.common.device.id()) else {
-                continue;
-            };
+        for (device, state, stamp) in left {
+            let is_dead = state == State::Dead;
             let volume = image_of(&stamp);
             // One that is wanted may be on its way, from a store that hangs.
-            if !is_dead && (!is_recoverable || self.wanted.contains(&volume)) {
+            if !is_dead && self.wanted.contains(&volume) {
                 continue;
             }
             let slot = self.slot(&volume);
             let _change = slot.change.lock().await;
             // What was stopped while its daemon died serves nobody; one that is being made is made with this lock.
             let is_another = || match slot.stage().attached() {
-                Some(attached) => attached.device.as_ref().map(|(id, _)| *id) != Some(found.id),
+                Some(attached) => attached.device.as_ref().map(|(id, _)| *id) != Some(device),
                 None => slot.is_detached(),
             };
             let is_left = match is_dead {
@@ -774,7 +783,7 @@ impl Daemon {
             };
             if is_left {
                 // Told in the log.
-                let _ = self.remove_left_device(&volume, found.id, stamp).await;
+                let _ = self.remove_left_device(&volume, device, stamp).await;
             }
             self.forget_idle(&volume, &slot);
         }
@@ -831,12 +840,11 @@ impl Daemon {
 
     /// Its device goes, as who uses it would wait for ever. Only by who holds the right to change the volume's place.
     async fn remove_devices_left_of(&self, volume: &ImageRef) -> ApiResult<()> {
-        let mut left = self.ublk.find().await.inspect_err(|error| {
+        let left = self.devices_left_here().await.inspect_err(|error| {
             tracing::warn!(%volume, %error, "the device that an earlier daemon left cannot be looked for");
         })?;
-        left.retain(|device| device.is_recoverable() || device.state == State::Dead);
-        for (device, stamp) in left.into_iter().filter_map(|d| Some((d.id, d.stamp?))) {
-            if stamp.cache == self.common.device.id() && image_of(&stamp) == *volume {
+        for (device, _, stamp) in left {
+            if image_of(&stamp) == *volume {
                 self.remove_left_device(volume, device, stamp).await?;
             }
         }
