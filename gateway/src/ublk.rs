@@ -17,6 +17,7 @@ mod control;
 mod link;
 mod node;
 mod params;
+mod run_folder;
 mod stamp;
 mod udev;
 
@@ -356,8 +357,10 @@ pub enum UblkError {
         /// Why.
         source: io::Error,
     },
-    /// The folder of the devices' files cannot be made.
-    #[error("/run/ublksrvd cannot be made: {0}")]
+    /// The folder of the devices' files cannot be used.
+    #[error(
+        "/run/ublksrvd cannot be used ({0}): it must be a directory of the daemon's user, writable by nobody else"
+    )]
     Folder(#[source] io::Error),
     /// Too many commands wait for the kernel already.
     #[error("too many ublk commands are under way: try again when they are done")]

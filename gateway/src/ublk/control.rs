@@ -18,7 +18,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ use super::stamp::{self, Stamp};
 use super::udev::Udev;
 use super::{
     Device, DeviceSpec, Features, IO_BYTES_MAX, LINK_ROOT, Mode, QUEUE_DEPTH, UblkError, link,
-    params, short_name,
+    params, run_folder, short_name,
 };
 use crate::places::Places;
 use crate::reactor::ublk_queue::{Running, UblkQueue};
@@ -337,7 +337,7 @@ fn probe() -> Result<Features, UblkError> {
 fn start(spec: &DeviceSpec, host: Host, best: Mode, link_root: &Path) -> Result<Device, UblkError> {
     let features = probe()?;
     let mode = features.mode(best)?;
-    make_run_folder().map_err(UblkError::Folder)?;
+    run_folder::secure()?;
     let ctrl = UblkCtrlBuilder::default()
         .name(TARGET)
         .id(-1)
@@ -408,18 +408,6 @@ fn drop_scheduler(id: u32) {
 fn is_busy(id: u32) -> bool {
     let under_way = fs::read_to_string(format!("/sys/block/ublkb{id}/inflight"));
     under_way.is_ok_and(|counts| counts.split_whitespace().any(|count| count != "0"))
-}
-
-/// Makes the folder of libublk's files, which would make it writable to all: then anybody could have
-/// us write through a symbolic link.
-fn make_run_folder() -> io::Result<()> {
-    match fs::DirBuilder::new()
-        .mode(0o755)
-        .create(UblkCtrl::run_dir())
-    {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
-    }
 }
 
 fn recover(
@@ -597,12 +585,14 @@ fn find() -> Result<Vec<Found>, UblkError> {
         else {
             continue;
         };
-        match simple(id) {
+        let asked = run_folder::secure()
+            .and_then(|()| simple(id).map_err(|error| command(id, "asking for it", error)));
+        match asked {
             Ok(ctrl) => found.push(describe(&ctrl)),
             // It is gone since it was listed, or is another user's.
             Err(_) if !entry.path().exists() || !Udev::default().knows(id) => {}
             Err(error) => {
-                let why = command(id, "asking for it", error).to_string();
+                let why = error.to_string();
                 return Err(UblkError::NotTaken { id, why });
             }
         }
@@ -694,6 +684,7 @@ fn delete(
 
 /// The control object of a device that exists and is `volume`'s; `ENODEV` if there is none.
 fn open(id: u32, volume: VolumeId) -> Result<UblkCtrl, UblkError> {
+    run_folder::secure()?;
     let ctrl = simple(id).map_err(|error| {
         // libublk tries an older command then, and tells what the driver thinks of that.
         let gone = !Path::new(LIST_PATH).join(format!("ublkc{id}")).exists();
@@ -706,7 +697,7 @@ fn open(id: u32, volume: VolumeId) -> Result<UblkCtrl, UblkError> {
     Ok(ctrl)
 }
 
-/// The control object of a device that exists.
+/// The control object of a device that exists; after [`run_folder::secure`], by this process or the one that started it.
 pub(super) fn simple(id: u32) -> Result<UblkCtrl, libublk::UblkError> {
     UblkCtrl::new_simple(i32::try_from(id).map_err(|_| libublk::UblkError::InvalidVal)?)
 }

@@ -3,9 +3,9 @@
 //!
 //! The kernel keeps 64 bits of ours with the device (`ublksrv_flags`), which nobody can change: the
 //! first half of the volume's id. The file that libublk keeps for the device under `/run/ublksrvd`
-//! holds the [`Stamp`] in words, among them whose device it is: each daemon has a cache device of its own. That directory is
-//! open to all, so the stamp counts only where it agrees with the kernel's word. libublk writes the file in place, so a daemon that
-//! ends meanwhile may leave it empty: the stamp is in what udev is told of the device too.
+//! holds the [`Stamp`] in words, among them whose device it is: each daemon has a cache device of its own. Other programs may
+//! have written there before, so the stamp counts only where it agrees with the kernel's word. libublk writes the file in place, so a
+//! daemon that ends meanwhile may leave it empty: the stamp is in what udev is told of the device too.
 
 use quarry_objfmt::{CacheId, SnapName, TenantName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
