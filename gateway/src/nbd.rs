@@ -41,8 +41,8 @@ pub use self::connection::Connection;
 use crate::reactor::memory::{Budget, Total};
 use crate::reactor::{Geometry, Message, ReactorHandle, VolumeKey};
 
-/// Most memory of all connections' requests and replies, in bytes; and of a tenant's. What others have leaves a tenant a part: of
-/// more tenants than have that part there may be more together.
+/// Most memory of all connections' requests and replies, in bytes; and of a tenant's. What others have, and what its own idle
+/// connections keep, leaves a tenant a part: by so much a tenant there may be more together.
 const MEMORY_BYTES_MAX: usize = 1 << 30;
 const TENANT_MEMORY_BYTES_MAX: usize = 256 << 20;
 const TENANT_MEMORY_BYTES_MIN: usize = 32 << 20;

@@ -209,8 +209,10 @@ impl Total {
 pub(crate) struct Budget {
     used: AtomicUsize,
     max: usize,
-    /// So much whatever the pools of others have.
+    /// So much may be out whatever the pools of others have, and whatever those of its own keep.
     min: usize,
+    /// What is out of each pool: a number each, for they change with every request, on several threads.
+    out: Mutex<Vec<Arc<AtomicUsize>>>,
     total: Arc<Total>,
 }
 
@@ -223,21 +225,29 @@ impl Budget {
             used: AtomicUsize::new(0),
             max,
             min,
+            out: Mutex::default(),
             total: Arc::clone(total),
         })
     }
 
     /// Takes so much for a pool that has `held`, if there is so much to be had: a pool has no more than is left to the others then,
     /// so that a few clients that do not take their replies never have all. What two take at the same moment may be past the
-    /// bounds by the one.
+    /// bounds by the one, and of the total each budget may have its least past the bound: what others keep, nobody can have back.
     fn try_take(&self, bytes: usize, held: usize) -> bool {
         let own = self.used.load(Ordering::Relaxed) + bytes;
-        let is_there = own <= self.min || self.total.used() + bytes <= self.total.max;
+        let is_there =
+            self.total.used() + bytes <= self.total.max || self.out() + bytes <= self.min;
         let fits = is_there && held + bytes <= self.max.saturating_sub(own);
         if fits {
             self.take(bytes);
         }
         fits
+    }
+
+    /// Bytes in use but for what is only kept.
+    fn out(&self) -> usize {
+        let all = self.out.lock();
+        all.iter().map(|out| out.load(Ordering::Relaxed)).sum()
     }
 
     fn take(&self, bytes: usize) {
@@ -265,6 +275,8 @@ pub(crate) struct Pool {
     free: [Vec<AlignedBuf>; CLASSES],
     free_bytes: usize,
     out_bytes: usize,
+    /// The same, for the budget.
+    out_told: Arc<AtomicUsize>,
     out_bytes_max: usize,
     free_bytes_max: usize,
     /// The same while some are out.
@@ -283,6 +295,7 @@ impl Pool {
             free: std::array::from_fn(|_| Vec::new()),
             free_bytes: 0,
             out_bytes: 0,
+            out_told: Arc::default(),
             out_bytes_max,
             free_bytes_max,
             busy_bytes_max: free_bytes_max,
@@ -301,6 +314,7 @@ impl Pool {
     /// What it has is of this budget. Before anything is taken.
     pub(crate) fn within(mut self, budget: Arc<Budget>) -> Self {
         debug_assert_eq!((self.out_bytes, self.free_bytes), (0, 0));
+        budget.out.lock().push(Arc::clone(&self.out_told));
         self.budget = Some(budget);
         self
     }
@@ -331,8 +345,13 @@ impl Pool {
             None if self.charge(size) => AlignedBuf::zeroed(size),
             None => return None,
         };
-        self.out_bytes += size;
+        self.set_out(self.out_bytes + size);
         Some(buf)
+    }
+
+    fn set_out(&mut self, bytes: usize) {
+        self.out_bytes = bytes;
+        self.out_told.store(bytes, Ordering::Relaxed);
     }
 
     /// So much more is its own; whether the budget had it. What is only kept is given up for that.
@@ -371,7 +390,7 @@ impl Pool {
     /// Takes a buffer back.
     pub(crate) fn give(&mut self, buf: AlignedBuf) {
         let size = buf.capacity();
-        self.out_bytes -= size;
+        self.set_out(self.out_bytes - size);
         if self
             .budget
             .as_ref()
@@ -392,7 +411,7 @@ impl Pool {
     /// If it is not as long.
     pub(crate) fn lend(&mut self, buf: AlignedBuf, len: usize) -> Bytes {
         assert!(len <= buf.capacity(), "more bytes than the buffer holds");
-        self.out_bytes -= buf.capacity();
+        self.set_out(self.out_bytes - buf.capacity());
         self.discharge(buf.capacity());
         let budget = &self.budget;
         let to = Arc::clone(self.returned.get_or_insert_with(|| {
@@ -451,6 +470,10 @@ impl Drop for Pool {
         }
         // Buffers that are out go with whoever has the pool.
         self.discharge(self.out_bytes + self.free_bytes);
+        if let Some(budget) = &self.budget {
+            let mut all = budget.out.lock();
+            all.retain(|out| !Arc::ptr_eq(out, &self.out_told));
+        }
     }
 }
 
@@ -526,6 +549,41 @@ mod tests {
         assert_eq!(total.used(), before - MIB);
         drop((first, second, third, other, lent));
         assert_eq!(total.used(), 0);
+    }
+
+    /// Its idle clients' memory had used up the tenant's part, and larger requests waited for other tenants' clients.
+    #[test]
+    fn what_idle_pools_keep_leaves_a_budget_its_least() {
+        const MIB: usize = 1 << 20;
+        let total = Total::new(20 * MIB);
+        let budgets = [(); 2].map(|()| Budget::new(&total, 8 * MIB, 16 * MIB));
+        let pool = |of: usize| Pool::new(64 * MIB, 4 * MIB).within(Arc::clone(&budgets[of]));
+        let take_all =
+            |pool: &mut Pool| -> Vec<_> { std::iter::from_fn(|| pool.take(MIB)).collect() };
+        let mut idle = [pool(0), pool(0)];
+        let out = idle
+            .each_mut()
+            .map(|pool| [(); 4].map(|()| pool.take(MIB).unwrap()));
+        for (pool, out) in idle.iter_mut().zip(out) {
+            out.into_iter().for_each(|buf| pool.give(buf));
+        }
+        assert_eq!(idle.each_ref().map(|pool| pool.free_bytes), [4 * MIB; 2]);
+        let mut others = [pool(1), pool(1)];
+        let of_others = others.each_mut().map(take_all);
+        assert_eq!(of_others.each_ref().map(Vec::len), [8, 4]);
+        assert_eq!(total.used(), 20 * MIB, "there is no more");
+
+        let mut busy = pool(0);
+        assert!(busy.take(2 * MIB).is_some());
+        let rest = take_all(&mut busy);
+        assert_eq!((rest.len(), total.used()), (2, 24 * MIB));
+        // What is kept may be used again, and no more than its least is had beside others' memory.
+        let again = idle.each_mut().map(take_all);
+        assert_eq!(again.each_ref().map(Vec::len), [4, 4]);
+        assert!(pool(0).take(2 * MIB).is_none());
+        assert_eq!(total.used(), 24 * MIB);
+        drop((idle, others, busy));
+        assert_eq!((total.used(), budgets[0].out()), (0, 0));
     }
 
     #[test]
