@@ -612,7 +612,7 @@ impl Daemon {
     pub async fn stop(self: &Arc<Self>) {
         let reactors = std::mem::take(&mut *self.reactors.lock());
         handover::leave(&self.config.daemon.data_dir);
-        let join = move || reactors.into_iter().for_each(Reactor::shutdown);
+        let join = move || Reactor::shutdown_all(reactors);
         if let Err(error) = tokio::task::spawn_blocking(join).await {
             tracing::error!(%error, "a reactor did not end well");
         }

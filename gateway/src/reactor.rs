@@ -548,6 +548,14 @@ impl Reactor {
             tracing::error!("the reactor's thread ended by a panic");
         }
     }
+
+    /// The same of all of them, which wait for their clients at the same time.
+    pub fn shutdown_all(reactors: Vec<Self>) {
+        for reactor in &reactors {
+            reactor.handle.doorbell.stop();
+        }
+        reactors.into_iter().for_each(Self::shutdown);
+    }
 }
 
 impl Drop for Reactor {
@@ -581,5 +589,82 @@ pub fn set_io_flusher() {
     if result != 0 {
         let error = io::Error::last_os_error();
         tracing::debug!(%error, "PR_SET_IO_FLUSHER was refused (it needs CAP_SYS_RESOURCE)");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+    use std::sync::mpsc;
+
+    use quarry_volume::IoError;
+
+    use super::testing::{Mirror, NoBackend, Seen, geometry, reactor};
+    use super::{FrontEnd, Message, Port, Reactor};
+
+    /// A front end that comes to an end only when the volume of another reactor was stopped too.
+    struct Waits {
+        other: Arc<Seen>,
+        is_stopped: bool,
+        /// At its start, and whether it had come to its end when it is dropped.
+        told: mpsc::Sender<bool>,
+    }
+
+    impl FrontEnd for Waits {
+        fn start(&mut self, _: &mut Port<'_>) {
+            self.told.send(false).unwrap();
+        }
+
+        fn op_done(&mut self, _: u32, _: i32, _: u32, _: &mut Port<'_>) {}
+
+        fn request_done(&mut self, _: u32, _: Result<(), IoError>, _: &mut Port<'_>) {}
+
+        fn wants_tick(&self) -> bool {
+            true
+        }
+
+        fn stop(&mut self, _: &mut Port<'_>) {
+            self.is_stopped = true;
+        }
+
+        fn is_finished(&self) -> bool {
+            self.is_stopped && self.other.stops.load(Ordering::SeqCst) > 0
+        }
+    }
+
+    impl Drop for Waits {
+        fn drop(&mut self) {
+            let _ = self.told.send(self.is_finished());
+        }
+    }
+
+    /// One after the other they waited for their clients for 2 s each.
+    #[test]
+    fn reactors_shut_down_together_are_all_told_before_one_is_waited_for() {
+        let shape = geometry(1 << 20, 512);
+        let reactors = [(); 2].map(|()| reactor(1 << 20).0);
+        let [one, two] = [(); 2].map(|()| Mirror::new(shape));
+        let others = [&two.1, &one.1].map(Arc::clone);
+        let (told, hear) = mpsc::channel();
+        for ((reactor, machine), other) in reactors.iter().zip([one.0, two.0]).zip(others) {
+            let handle = reactor.handle();
+            let key = handle.new_key();
+            let send = |message| handle.send_blocking(message).unwrap();
+            send(Message::AddVolume {
+                key,
+                machine: Box::new(machine),
+                backend: Box::new(NoBackend),
+            });
+            let front_end = Box::new(Waits {
+                other,
+                is_stopped: false,
+                told: told.clone(),
+            });
+            send(Message::AddFrontEnd { key, front_end });
+            assert!(!hear.recv().unwrap(), "it has begun");
+        }
+        Reactor::shutdown_all(reactors.into());
+        assert_eq!([(); 2].map(|()| hear.recv().unwrap()), [true; 2]);
     }
 }
