@@ -17,8 +17,8 @@ use quarry_objfmt::{
     IndexEnd, IndexRecord, IndexRun, IndexTableHeader, JournalHeader, KeyGeneration, KeyName,
     KeysCopy, Lba, MapSeq, NameRecord, Record, RecordBody, RecordPage, Seal, Sectors,
     SegmentHeader, SegmentId, SegmentKind, SessionPage, Snapshot, Superblock, TenantName,
-    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame,
-    decode_record, encode_chunk, encode_record,
+    TenantRecord, VolumeId, WrappedKey, WrappedKeys, WriteSeq, decode_frame, decode_record,
+    encode_chunk, encode_record,
 };
 
 const VOLUME: VolumeId = VolumeId::from_bytes(*b"golden volume id");

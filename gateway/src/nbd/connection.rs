@@ -22,6 +22,7 @@ use bytes::Bytes;
 use io_uring::{opcode, types};
 use quarry_objfmt::{Lba, LbaRange, SECTOR_SIZE, Sectors};
 use quarry_volume::{IoError, Op, StatusRun};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::Shutdown;
 use slab::Slab;
 
@@ -490,7 +491,7 @@ impl Connection {
     fn received(&mut self, result: i32, port: &mut Port<'_>) {
         let target = mem::replace(&mut self.receiving, Receiving::Idle);
         let n = match usize::try_from(result) {
-            // The client has gone; what it asked for is done nevertheless.
+            // The client has gone; what it asked for is done nevertheless, but for what a suspension holds.
             Ok(0) => return self.end(port.now_ms()),
             Ok(n) => n,
             Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => 0,
@@ -757,6 +758,11 @@ impl FrontEnd for Connection {
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Read);
     }
 
+    fn is_gone(&self) -> bool {
+        // At a bound nothing is received that would tell.
+        self.ending_since.is_some() || self.stalled && is_closed(&self.fd)
+    }
+
     fn is_finished(&self) -> bool {
         self.ending_since.is_some()
             && self.requests.is_empty()
@@ -764,6 +770,13 @@ impl FrontEnd for Connection {
             && !self.outgoing.under_way
             && self.receiving == Receiving::Idle
     }
+}
+
+/// Whether the other end sends no more. Does not wait.
+fn is_closed(socket: &OwnedFd) -> bool {
+    let mut end = [PollFd::new(socket, PollFlags::RDHUP)];
+    let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut end, Some(&Timespec::default())).is_ok() && end[0].revents().intersects(closed)
 }
 
 /// The range of a flush.

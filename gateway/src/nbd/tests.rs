@@ -15,8 +15,10 @@ use super::admission::ADDRESS_HANDSHAKES_MAX;
 use super::client::{Ask, Client, ClientError};
 use super::wire::{self, Put, RequestHeader, command, errno, option, reply};
 use super::*;
+use crate::qos::{TenantGate, VolumeGate};
 use crate::reactor::testing::{Mirror, NoBackend, Seen, geometry, reactor, reactor_with};
 use crate::reactor::{Machine, PageCache, Reactor, VolumeKey};
+use quarry_objfmt::record::{Suspended, TenantSettings};
 use quarry_objfmt::{Lba, Sectors};
 use quarry_volume::{Event, IoId};
 
@@ -45,6 +47,7 @@ pub(super) struct Bench {
     key: VolumeKey,
     seen: Arc<Seen>,
     server: NbdServer,
+    clients: Arc<Clients>,
     socket: PathBuf,
     _dir: tempfile::TempDir,
 }
@@ -83,9 +86,10 @@ impl Bench {
         };
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("nbd");
+        let clients = Arc::<Clients>::default();
         let server = NbdServer::new(
             Arc::new(Directory(vec![("acme/db".into(), export)])),
-            Arc::default(),
+            Arc::clone(&clients),
         );
         let listener = {
             let _inside = runtime.enter();
@@ -100,6 +104,7 @@ impl Bench {
             key,
             seen,
             server,
+            clients,
             socket,
             _dir: dir,
         }
@@ -494,6 +499,42 @@ fn client_gone_with_requests_under_way_leaves_nothing_behind() {
             .unwrap();
     });
     bench.client().read_at(0, 4096).unwrap();
+}
+
+/// Their places were kept for as long as the suspension lasted.
+#[test]
+fn clients_gone_while_their_tenant_is_stalled_give_their_places_back() {
+    let tenant = Arc::new(TenantGate::default());
+    let gate = VolumeGate::new(Arc::clone(&tenant));
+    let suspend = |suspended| {
+        tenant.set(&TenantSettings {
+            suspended,
+            ..TenantSettings::default()
+        });
+    };
+    suspend(Some(Suspended::Stall));
+    let bench = Bench::with(geometry(BYTES, 512), |mirror| {
+        mirror.gate = Some(Arc::clone(&gate));
+    });
+    let asking = |count: usize| {
+        let mut raw = Raw::go(&bench.socket);
+        for _ in 0..count {
+            raw.ask(command::READ, 0, 0, 4096);
+        }
+        raw
+    };
+    // The second has more requests than are taken of one, so that its socket is read no more.
+    let [first, second, mut stays] = [1, 300, 2].map(asking);
+    let limit = Duration::from_secs(5);
+    within(limit, || gate.stats().held == 1 + 256 + 2);
+    drop((first, second));
+    within(limit, || bench.clients.stats().connections == 1);
+    within(limit, || gate.stats().held == 2);
+    suspend(None);
+    for _ in 0..2 {
+        assert_eq!(stays.simple_reply(), 0);
+        stays.0.read_exact(&mut [0; 4096]).unwrap();
+    }
 }
 
 #[test]

@@ -98,9 +98,9 @@ impl VolumeSlot {
     }
 }
 
-struct FrontEndSlot {
-    front_end: Box<dyn FrontEnd>,
-    volume: u32,
+pub(super) struct FrontEndSlot {
+    pub(super) front_end: Box<dyn FrontEnd>,
+    pub(super) volume: u32,
     pending: Pending,
     touched: bool,
 }
@@ -135,7 +135,7 @@ pub(super) struct Core {
     _cache: Arc<File>,
     pub(super) fixed: Box<Fixed>,
     keys: HashMap<VolumeKey, u32>,
-    front_ends: Slab<FrontEndSlot>,
+    pub(super) front_ends: Slab<FrontEndSlot>,
     touched_volumes: Vec<u32>,
     touched_front_ends: Vec<u32>,
     messages: mpsc::Receiver<Message>,

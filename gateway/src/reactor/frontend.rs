@@ -82,6 +82,11 @@ pub trait FrontEnd: Send {
         true
     }
 
+    /// Whether its client is gone: what a suspension holds of its requests is refused then, so that it comes to its end.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
     /// Whether it wants nothing more, ever. Asked after each call.
     fn is_finished(&self) -> bool;
 }

@@ -12,6 +12,8 @@
 //!   covers nothing that is held.)
 //! - A volume without limits pays a look at them, once a batch.
 //! - Of a volume that goes, or whose front ends are stopped, nothing is held.
+//! - Of a front end whose client is gone no suspension holds anything for long: its requests never come to the volume, and
+//!   it ends.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -19,7 +21,7 @@ use std::mem;
 use io_uring::{opcode, types};
 use quarry_volume::{Event, IoError, Op, Request, RequestId};
 
-use super::core::{Core, VolumeSlot};
+use super::core::{Core, VolumeSlot, index_of};
 use super::execute::request_key;
 use super::token::Token;
 use crate::clock::now_ns;
@@ -69,6 +71,21 @@ impl Held {
             }
         }
         self.queue.len() - before
+    }
+
+    /// Takes out those whose client is gone.
+    fn give_up(&mut self, is_gone: impl Fn(&Request) -> bool) -> Vec<RequestId> {
+        let paid = self.queue.iter().take(self.paid);
+        self.paid -= paid.filter(|(request, _)| is_gone(request)).count();
+        let mut given_up = Vec::new();
+        self.queue.retain(|(request, _)| {
+            let is_gone = is_gone(request);
+            if is_gone {
+                given_up.push(request.id);
+            }
+            !is_gone
+        });
+        given_up
     }
 
     /// How many may pass now.
@@ -200,7 +217,7 @@ impl Core {
         while self.admit_some(index) {}
     }
 
-    /// Whether some were refused.
+    /// Whether some were refused or given up.
     fn admit_some(&mut self, index: u32) -> bool {
         let slot = &mut self.volumes[index as usize];
         let Some(gate) = &slot.gate else {
@@ -236,6 +253,26 @@ impl Core {
         let now_ns = now_ns();
         let came = held.take_in(events, now_ns);
         let passage = gate.passage();
+        let given_up = match passage {
+            // Now and then, not with every request that comes.
+            Passage::Stalled if held.look_ns <= now_ns => {
+                let of_volume = self.front_ends.iter();
+                let of_volume = of_volume.filter(|(_, slot)| slot.volume == index);
+                let gone = of_volume.filter(|(_, slot)| slot.front_end.is_gone());
+                // Sorted, as the slab is.
+                let gone: Vec<u32> = gone.map(|(n, _)| index_of(n)).collect();
+                let requests = &slot.inbox.requests;
+                held.give_up(|request| {
+                    let front_end = requests[request_key(request.id)].front_end;
+                    gone.binary_search(&front_end).is_ok()
+                })
+            }
+            _ => Vec::new(),
+        };
+        for request in &given_up {
+            // It took no time of the volume's.
+            slot.inbox.requests[request_key(*request)].since_ns = now_ns;
+        }
         let count = match passage {
             Passage::Stalled => 0,
             _ if gate.is_free() => {
@@ -250,6 +287,7 @@ impl Core {
         if !held.is_empty() {
             let look_ns = now_ns + LOOK_NS;
             held.look_ns = match passage {
+                Passage::Stalled if held.look_ns > now_ns => look_ns.min(held.look_ns),
                 Passage::Stalled => look_ns,
                 Passage::Open | Passage::ReadOnly => look_ns.min(held.due_ns),
             };
@@ -260,7 +298,10 @@ impl Core {
             holds.next_ns = holds.next_ns.min(held.look_ns);
             holds.now_ns = now_ns;
         }
-        let some = !refused.is_empty();
+        let some = !refused.is_empty() || !given_up.is_empty();
+        for request in given_up {
+            self.request_done(index, request_key(request), Err(IoError::ShuttingDown));
+        }
         for request in refused {
             self.request_done(index, request_key(request), Err(IoError::ReadOnly));
         }

@@ -17,6 +17,7 @@ use super::{
     BackendSink, Geometry, Machine, Message, PageCache, Reactor, ReactorConfig, ReactorHandle,
     VolumeKey,
 };
+use crate::qos::VolumeGate;
 
 /// What a test can see of a machine from outside.
 #[derive(Default)]
@@ -49,6 +50,8 @@ pub(crate) struct Mirror {
     pub(crate) synthetic_from: u64,
     /// Reads of this sector fail.
     pub(crate) unreadable: Option<Lba>,
+    /// How fast it may be used.
+    pub(crate) gate: Option<Arc<VolumeGate>>,
 }
 
 impl Mirror {
@@ -64,6 +67,7 @@ impl Mirror {
             held: Vec::new(),
             synthetic_from: u64::MAX,
             unreadable: None,
+            gate: None,
         };
         (mirror, seen)
     }
@@ -229,6 +233,10 @@ impl Machine for Mirror {
 
     fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    fn gate(&self) -> Option<Arc<VolumeGate>> {
+        self.gate.clone()
     }
 }
 
