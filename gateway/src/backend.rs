@@ -438,7 +438,11 @@ impl VolumeBackend {
                             error.reason
                         ),
                     });
-                    self.tell(Event::CheckpointFailed).await;
+                    self.tell(Event::CheckpointFailed { for_good: true }).await;
+                }
+                Err(checkpoint::Stopped::Refused(error)) => {
+                    self.problem(format!("{}: {}", checkpoint::REFUSED, error.reason));
+                    self.tell(Event::CheckpointFailed { for_good: false }).await;
                 }
             },
             Action::Folded(log) => drop(log),

@@ -37,7 +37,12 @@ pub(super) enum Stopped {
     },
     /// The map that is there cannot be read.
     Damaged(DataError),
+    /// The store does not take what is to be stored: nothing that waiting alone mends, but somebody can mend it.
+    Refused(DataError),
 }
+
+/// What begins the problem of a store that takes no map.
+pub(super) const REFUSED: &str = "the store takes no new map";
 
 impl From<DataError> for Stopped {
     fn from(error: DataError) -> Self {
@@ -227,11 +232,17 @@ async fn publish(
     *backend.root_ref.lock() = named;
     *objects = next;
     backend.note_space(objects);
+    backend.over(REFUSED);
     Ok(root)
 }
 
 pub(super) fn refused(object: &str, error: &StoreError) -> Stopped {
-    damaged(object, error.to_string())
+    let (object, reason) = (object.to_owned(), error.to_string());
+    let why = DataError { object, reason };
+    match error {
+        StoreError::Invalid { .. } => Stopped::Refused(why),
+        _ => Stopped::Damaged(why),
+    }
 }
 
 fn damaged(object: &str, reason: String) -> Stopped {

@@ -100,7 +100,7 @@ impl From<Stopped> for ChoreError {
     fn from(stopped: Stopped) -> Self {
         match stopped {
             Stopped::Fenced { by } => Self::Fenced { by },
-            Stopped::Damaged(error) => Self::Damaged {
+            Stopped::Damaged(error) | Stopped::Refused(error) => Self::Damaged {
                 object: error.object,
                 reason: error.reason,
             },

@@ -31,7 +31,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::VolumeBackend;
-use super::checkpoint::Stopped;
+use super::checkpoint::{self, Stopped};
 use super::chores::{Chores, Order};
 use super::compact::{self, Victims, WINDOW_BYTES_MIN};
 use super::head::HeadError;
@@ -243,6 +243,14 @@ impl VolumeBackend {
                         object: error.object,
                         reason: format!("{}; space is not reclaimed", error.reason),
                     });
+                    Renewed::All
+                }
+                Err(Stopped::Refused(error)) => {
+                    let reason = error.reason;
+                    self.problem(format!(
+                        "{}: {reason}; space is not reclaimed",
+                        checkpoint::REFUSED
+                    ));
                     Renewed::All
                 }
             };

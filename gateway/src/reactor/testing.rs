@@ -225,7 +225,7 @@ impl Machine for Mirror {
             | Event::Checkpointed { .. }
             | Event::Remapped { .. }
             | Event::DirectReads(_)
-            | Event::CheckpointFailed
+            | Event::CheckpointFailed { .. }
             | Event::CacheFailed { .. }
             | Event::Fenced { .. } => {}
         }

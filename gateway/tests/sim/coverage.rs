@@ -150,7 +150,7 @@ fn told(event: &Event) -> Option<Told> {
         Event::NodesLoaded { result: Err(_), .. } => Told::NodesDamaged,
         Event::Uploaded { .. } => Told::Uploaded,
         Event::Checkpointed { .. } => Told::Checkpointed,
-        Event::CheckpointFailed => Told::CheckpointFailed,
+        Event::CheckpointFailed { .. } => Told::CheckpointFailed,
         Event::CacheFailed { .. } => Told::CacheFailed,
         Event::Remapped { .. } => Told::Remapped,
         Event::Fenced { .. } => Told::Fenced,

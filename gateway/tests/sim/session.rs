@@ -279,7 +279,7 @@ impl Session {
                     self.epoch
                 );
             }
-            Event::CheckpointFailed => self.sees_damage("a checkpoint is given up", cx),
+            Event::CheckpointFailed { .. } => self.sees_damage("a checkpoint is given up", cx),
             _ => {}
         }
     }

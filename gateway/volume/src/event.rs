@@ -226,9 +226,12 @@ pub enum Event {
         /// The map as it is now.
         root: Arc<MapRoot>,
     },
-    /// The checkpoint under way cannot be made: the map that is there is damaged. The log stays as it
-    /// is, and no other checkpoint is tried.
-    CheckpointFailed,
+    /// The checkpoint under way cannot be made. The log stays as it is.
+    CheckpointFailed {
+        /// The map that is there is damaged: no other checkpoint is tried. Else the store refuses what is to be stored, and
+        /// another is tried later.
+        for_good: bool,
+    },
     /// What is unsent cannot be read on the cache device any more, or not be believed: a sync failed, whoever's it was, or it is
     /// given up where it cannot be read.
     CacheFailed {

@@ -461,7 +461,7 @@ impl Volume {
             Event::Drain { io, checkpoint } => self.drain(io, checkpoint, cx),
             Event::Remapped { root } => self.use_map(root),
             Event::Warm { io, range } => self.warm(io, range, cx),
-            Event::CheckpointFailed => self.checkpoint_failed(cx),
+            Event::CheckpointFailed { for_good } => self.checkpoint_failed(for_good, cx),
             Event::CacheFailed { errno } => {
                 self.fail(errno, "syncing, or reading what is unsent", cx)
             }
@@ -540,7 +540,10 @@ impl Volume {
     /// Whether ticks matter to it: something waits for time or space.
     #[must_use]
     pub fn wants_ticks(&self) -> bool {
-        !self.active.is_empty() || self.writes.holds_segments() || self.writeback.pending()
+        !self.active.is_empty()
+            || self.writes.holds_segments()
+            || self.writeback.pending()
+            || self.writeback.refused_until.is_some()
     }
 
     /// What was read most since the attach, hottest first, in at most `ranges_max` ranges.

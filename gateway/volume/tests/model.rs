@@ -1594,7 +1594,7 @@ fn write_beside_a_long_log_is_refused_when_the_map_is_damaged() {
         seq: ChunkSeq::ZERO,
     };
     world.damaged = Some((map, 0));
-    world.feed(Event::CheckpointFailed);
+    world.feed(Event::CheckpointFailed { for_good: true });
     world.settle();
     assert!(world.asked.is_empty() && world.writes_wait.is_none());
     assert_eq!(world.hurt.len(), 1);
@@ -1605,6 +1605,52 @@ fn write_beside_a_long_log_is_refused_when_the_map_is_damaged() {
     });
     world.settle();
     assert_eq!(world.drains, 1);
+}
+
+/// Does all that is due but checkpoints; answers how many of those there were.
+fn hold_checkpoints_back(world: &mut World) -> usize {
+    let mut held = 0;
+    loop {
+        let before = world.due.len();
+        world
+            .due
+            .retain(|action| !matches!(action, Action::Checkpoint(_)));
+        held += before - world.due.len();
+        if !world.step() {
+            return held;
+        }
+    }
+}
+
+#[test]
+fn checkpoint_that_the_store_refuses_is_made_later_and_keeps_no_drain_waiting() {
+    let (mut world, _) = with_a_long_log();
+    let refused = || Event::CheckpointFailed { for_good: false };
+    world.feed(refused());
+    assert_eq!(hold_checkpoints_back(&mut world), 0);
+    assert_eq!(world.writes_wait, Some(WriteWait::Log));
+    assert!(world.asked.len() == 1 && world.hurt.is_empty());
+    // Who asks for it has it tried at once, and goes when that is refused.
+    world.feed(Event::Drain {
+        io: IoId(1),
+        checkpoint: true,
+    });
+    assert_eq!(hold_checkpoints_back(&mut world), 1);
+    assert_eq!(world.drains, 0);
+    world.feed(refused());
+    assert_eq!(hold_checkpoints_back(&mut world), 0);
+    assert_eq!(world.drains, 1);
+    for (ms, tried) in [(9_999, 0), (1, 1)] {
+        world.now_ms += ms;
+        let now_ms = world.now_ms;
+        world.feed(Event::Tick { now_ms });
+        let due = world.due.iter();
+        let is_tried = |action: &&Action| matches!(action, Action::Checkpoint(_));
+        assert_eq!(due.filter(is_tried).count(), tried);
+    }
+    world.settle();
+    assert!(world.asked.is_empty() && world.writes_wait.is_none() && world.hurt.is_empty());
+    world.read_all();
 }
 
 #[test]

@@ -4,10 +4,12 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use quarry_cache::{AlignedBuf, BlockDevice, CacheDevice};
 use quarry_objfmt::chunk::{ChunkExtent, ChunkParams, ExtentBody, encode_chunk};
@@ -17,7 +19,8 @@ use quarry_objfmt::{
     CacheId, Compression, Lba, LbaRange, Location, MapEntry, SnapName, SnapshotRef, VolumeName,
     decode_frame,
 };
-use quarry_volume::{CheckpointPlan, ChunkPlan, ExtentSource, PlannedExtent};
+use quarry_volume::{Action, CheckpointPlan, ChunkPlan, Event, ExtentSource, PlannedExtent};
+use tokio::sync::mpsc;
 
 use super::super::checkpoint;
 use super::super::open::{Claim, claim};
@@ -28,7 +31,7 @@ use super::*;
 use crate::backend::Buffers;
 use crate::control::{RescueReport, RescueSpec, VerifySpec, VolumeRef};
 use crate::fair::{Gate, plain_share};
-use crate::reactor::ReactorHandle;
+use crate::reactor::{Message, ReactorHandle};
 use crate::store::FolderStore;
 use crate::{rescue, snapshot, verify};
 
@@ -64,6 +67,17 @@ struct Writer {
     last_write: u64,
     /// What the map lacks.
     unfolded: BTreeMap<Lba, MapEntry>,
+}
+
+impl Writer {
+    /// A checkpoint of all that the map lacks.
+    fn plan(&mut self) -> CheckpointPlan {
+        CheckpointPlan {
+            upto: ChunkSeq::new(self.next_chunk - 1),
+            last_write: WriteSeq::new(self.last_write),
+            log: std::mem::take(&mut self.unfolded).into_values().collect(),
+        }
+    }
 }
 
 impl Bench {
@@ -150,19 +164,28 @@ impl Bench {
     }
 
     fn serve(&self, claimed: Claimed) -> Arc<VolumeBackend> {
-        let (reactor, mut inbox) = ReactorHandle::detached().unwrap();
+        let (backend, mut inbox) = self.serve_heard(claimed);
         tokio::spawn(async move { while inbox.recv().await.is_some() {} });
+        backend
+    }
+
+    /// The same, and what it tells its volume.
+    fn serve_heard(&self, claimed: Claimed) -> (Arc<VolumeBackend>, mpsc::Receiver<Message>) {
+        let (reactor, inbox) = ReactorHandle::detached().unwrap();
         let key = reactor.new_key();
-        VolumeBackend::new(
-            self.common.clone(),
-            "acme/db".to_owned(),
-            claimed,
-            key,
-            reactor,
-        )
+        let name = "acme/db".to_owned();
+        let backend = VolumeBackend::new(self.common.clone(), name, claimed, key, reactor);
+        (backend, inbox)
     }
 
     async fn attach(&self) -> Writer {
+        let (writer, mut inbox) = self.attach_heard().await;
+        tokio::spawn(async move { while inbox.recv().await.is_some() {} });
+        writer
+    }
+
+    /// The same, and what its backend tells it.
+    async fn attach_heard(&self) -> (Writer, mpsc::Receiver<Message>) {
         let by = self.by();
         let claimed = claim(&*self.store, &self.tenant, self.volume, None, &by).await;
         let claimed = claimed.unwrap();
@@ -173,14 +196,15 @@ impl Bench {
             .flatten()
             .map(|e| (e.start, *e))
             .collect();
-        let backend = self.serve(claimed);
+        let (backend, inbox) = self.serve_heard(claimed);
         backend.start_reclaiming();
-        Writer {
+        let writer = Writer {
             backend,
             next_chunk,
             last_write,
             unfolded,
-        }
+        };
+        (writer, inbox)
     }
 
     /// The keys of all chunks and seals.
@@ -274,11 +298,7 @@ impl Bench {
     }
 
     async fn checkpoint(&self, writer: &mut Writer) {
-        let plan = CheckpointPlan {
-            upto: ChunkSeq::new(writer.next_chunk - 1),
-            last_write: WriteSeq::new(writer.last_write),
-            log: std::mem::take(&mut writer.unfolded).into_values().collect(),
-        };
+        let plan = writer.plan();
         checkpoint::run(&writer.backend, plan).await.unwrap();
         // What reclaims space takes its turn.
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -1050,6 +1070,108 @@ async fn clone_cut_off_from_its_parent_is_refused_as_it_was_before() {
     let last = bench.past.len() - 1;
     for n in last - 1..=last {
         bench.assert_is_as_it_was(bench.past[n].0).await;
+    }
+}
+
+/// A store with something wrong about what is written.
+#[derive(Debug)]
+struct Hindered {
+    store: Arc<dyn Store>,
+    /// The next write of such a key is refused.
+    refuses: parking_lot::Mutex<Option<&'static str>>,
+    /// A replacement takes so long.
+    takes: Duration,
+}
+
+/// What is written in the background meets such a store.
+fn hinder(bench: &mut Bench, refuses: Option<&'static str>, takes: Duration) {
+    bench.common.background = Arc::new(Hindered {
+        store: Arc::clone(&bench.store),
+        refuses: parking_lot::Mutex::new(refuses),
+        takes,
+    });
+}
+
+impl Hindered {
+    fn look(&self, key: &str) -> Result<(), StoreError> {
+        let mut refuses = self.refuses.lock();
+        match refuses.take_if(|part| key.contains(*part)) {
+            Some(_) => Err(StoreError::Invalid {
+                key: key.to_owned(),
+                reason: "the server answered 413".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl Store for Hindered {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        self.store.get(key).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.store.get_range(key, range).await
+    }
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        self.store.get_prefix(key, len).await
+    }
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        self.look(key)?;
+        self.store.create(key, body).await
+    }
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        self.look(key)?;
+        tokio::time::sleep(self.takes).await;
+        self.store.replace(key, body, seen).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.store.delete(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.store.list(prefix).await
+    }
+    fn describe(&self) -> String {
+        self.store.describe()
+    }
+}
+
+/// One answer of a proxy whose limit was too small for some seconds ended all checkpoints of the attachment.
+#[tokio::test(start_paused = true)]
+async fn checkpoint_that_the_store_refuses_once_damages_nothing_and_is_made_the_next_time() {
+    for part in ["/map/", "/head"] {
+        let mut bench = Bench::new(0).await;
+        hinder(&mut bench, Some(part), Duration::ZERO);
+        let (mut writer, mut inbox) = bench.attach_heard().await;
+        bench.chunk(&mut writer).await;
+        let plan = writer.plan();
+        let last_write = plan.last_write;
+        for is_refused in [true, false] {
+            let checkpoint = Action::Checkpoint(plan.clone());
+            Arc::clone(&writer.backend).carry_out(checkpoint, 0).await;
+            let Some(Message::VolumeEvent { event, .. }) = inbox.recv().await else {
+                panic!("{part}: nothing is told");
+            };
+            match is_refused {
+                true => assert!(
+                    matches!(event, Event::CheckpointFailed { for_good: false }),
+                    "{part}: {event:?}"
+                ),
+                false => assert!(
+                    matches!(event, Event::Checkpointed { .. }),
+                    "{part}: {event:?}"
+                ),
+            }
+            let condition = writer.backend.condition();
+            assert_eq!(condition.damaged, 0, "{condition:?}");
+            let told = condition.problem.is_some_and(|p| p.contains("413"));
+            assert_eq!(told, is_refused, "{part}");
+        }
+        let (head, _) = HeadCell::read(&*bench.store, &bench.tenant, bench.volume)
+            .await
+            .unwrap();
+        assert_eq!(head.root_write, last_write);
+        bench.crash(writer).await;
     }
 }
 

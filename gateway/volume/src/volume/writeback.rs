@@ -41,6 +41,9 @@ pub const CHECKPOINT_SHARE: u64 = 16;
 /// Fewer chunks of the log than this start none: each costs two PUTs.
 pub const CHECKPOINT_CHUNKS_MIN: u64 = 8;
 
+/// Between tries to make a checkpoint that the store refuses.
+const CHECKPOINT_RETRY_MS: u64 = 10_000;
+
 /// How much a log is.
 #[derive(Clone, Copy, Default, Debug)]
 pub(super) struct LogLength {
@@ -82,6 +85,8 @@ pub(super) struct Writeback {
     checkpoint_log: LogLength,
     /// The map cannot be read, so that nothing can be folded into it.
     pub(super) map_damaged: bool,
+    /// The store has refused a checkpoint: until then no other is tried, unless a drain asks for it.
+    pub(super) refused_until: Option<u64>,
     drains: Vec<Drain>,
 }
 
@@ -112,6 +117,7 @@ impl Writeback {
             checkpoint_write: WriteSeq::ZERO,
             checkpoint_log: LogLength::default(),
             map_damaged: false,
+            refused_until: None,
             drains: Vec::new(),
         }
     }
@@ -352,6 +358,9 @@ impl Volume {
     }
 
     fn pump_checkpoint(&mut self, cx: &mut Cx<'_>) {
+        let now_ms = self.now_ms;
+        let until = &mut self.writeback.refused_until;
+        *until = until.filter(|until| now_ms < *until);
         let wb = &self.writeback;
         let tuning = &self.params.tuning;
         let serving = self.state == VolumeState::Serving;
@@ -361,10 +370,10 @@ impl Volume {
             .any(|d| d.checkpoint && d.target <= wb.committed && d.target > wb.folded);
         // What is in the store can be folded whatever the cache device does: who leaves is to be let go.
         let may = serving || (asked && matches!(self.state, VolumeState::Failed { .. }));
-        let due = wb.log.chunks >= tuning.checkpoint_chunks
+        let is_long = wb.log.chunks >= tuning.checkpoint_chunks
             || self.log_is_much()
-            || self.tail.len() >= tuning.checkpoint_entries
-            || asked;
+            || self.tail.len() >= tuning.checkpoint_entries;
+        let due = asked || (is_long && wb.refused_until.is_none());
         let (Some(upto), true) = (
             wb.last_chunk,
             due && may && !wb.map_damaged && wb.log.chunks > 0 && self.frozen.is_none(),
@@ -419,7 +428,7 @@ impl Volume {
     }
 
     /// The log goes on, longer; what was to be folded lies under what came since.
-    pub(super) fn checkpoint_failed(&mut self, cx: &mut Cx<'_>) {
+    pub(super) fn checkpoint_failed(&mut self, for_good: bool, cx: &mut Cx<'_>) {
         let frozen = self.frozen.take().expect("a checkpoint was under way");
         let newer = std::mem::replace(&mut self.tail, frozen.thaw());
         for (range, found) in newer.iter() {
@@ -430,7 +439,15 @@ impl Volume {
         let back = std::mem::take(&mut wb.checkpoint_log);
         wb.log.chunks += back.chunks;
         wb.log.sectors += back.sectors;
-        wb.map_damaged = true;
+        if for_good {
+            wb.map_damaged = true;
+        } else {
+            wb.refused_until = Some(self.now_ms + CHECKPOINT_RETRY_MS);
+            // Who leaves is to be let go: what is in the log is in the store.
+            for drain in &mut wb.drains {
+                drain.checkpoint &= drain.target > wb.committed;
+            }
+        }
         self.finish_drains(cx);
         if self.writes.anybody_waits() {
             // Not for the log any more.
