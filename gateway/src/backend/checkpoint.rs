@@ -230,6 +230,7 @@ async fn publish(
     let root = Arc::new(root);
     *backend.root.lock() = Arc::clone(&root);
     *backend.root_ref.lock() = named;
+    next.head_names(id.seq);
     *objects = next;
     backend.note_space(objects);
     backend.over(REFUSED);

@@ -128,7 +128,7 @@ pub struct Sealed {
 #[derive(Clone, Copy, Debug)]
 struct Dead {
     object: DeadObject,
-    /// Since when this process knows: a clock that does not jump.
+    /// Since when this process knows, and the head names the map that does not need it: a clock that does not jump.
     since: Instant,
 }
 
@@ -324,6 +324,17 @@ impl Objects {
             object,
             since: Instant::now(),
         });
+    }
+
+    /// The head names the map numbered `map`: from now on nobody is given the one before, though what it needs was written
+    /// down as dead when there was no telling how long the head would take.
+    pub(super) fn head_names(&mut self, map: MapSeq) {
+        let since = Instant::now();
+        for dead in &mut self.dead {
+            if dead.object.died == map {
+                dead.since = since;
+            }
+        }
     }
 
     /// The map numbered `map`, which this one was made from or is, needs so much of each chunk: what it

@@ -1175,6 +1175,27 @@ async fn checkpoint_that_the_store_refuses_once_damages_nothing_and_is_made_the_
     }
 }
 
+/// Who opened the old map meanwhile, a minute before the head moved, found its objects deleted.
+#[tokio::test(start_paused = true)]
+async fn map_whose_head_took_longer_than_the_horizon_is_kept_for_it_from_then_on() {
+    let mut bench = Bench::new(0).await;
+    bench.common.reclaim.horizon = Duration::from_millis(15 * MINUTE_MS);
+    hinder(&mut bench, None, Duration::from_millis(20 * MINUTE_MS));
+    let mut writer = bench.attach().await;
+    bench.chunk_over_the_last(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    let old = writer.backend.head().get().root.unwrap();
+    let old = keys::map_key(&bench.tenant, bench.volume, old.epoch, old.seq);
+    bench.chunk_over_the_last(&mut writer).await;
+    bench.checkpoint(&mut writer).await;
+    for (minutes, is_there) in [(14, true), (2, false)] {
+        bench.pass(minutes * MINUTE_MS).await;
+        let there = bench.store.list("").await.unwrap();
+        assert_eq!(there.contains(&old), is_there, "{minutes}");
+    }
+    bench.crash(writer).await;
+}
+
 /// The writer's next chunk: one write, of which the cache device is to have the data.
 fn one_write(bench: &Bench, writer: &Writer) -> ChunkPlan {
     let write = WriteSeq::new(writer.last_write + 1);
