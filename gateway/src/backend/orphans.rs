@@ -3,7 +3,8 @@
 //! its log, or puts there late.
 //!
 //! One task for each volume attached for writing, seldom (`reclaim.orphan_interval`): *look*, wait for
-//! the horizon, *look* again, and delete what was an orphan both times. A look lists the volume's objects page by page.
+//! the horizon, and for as long as what is dead is retained, *look* again, and delete what was an orphan both times.
+//! A look lists the volume's objects page by page.
 //!
 //! **Invariants.** What is deleted
 //! - is of an epoch before ours: of our own there may be PUTs under way, later ones are a successor's;
@@ -27,6 +28,7 @@ use quarry_objfmt::head::LogRange;
 use quarry_objfmt::map::{Manifest, ObjectKind, Usage};
 use quarry_objfmt::{ChunkSeq, Epoch, Head, RootRef, VolumeId, keys};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::open::{OpenError, load_map, load_usage};
 use super::{HeadError, VolumeBackend};
@@ -155,8 +157,7 @@ impl VolumeBackend {
         if seen.is_empty() {
             return Ok(0);
         }
-        let retained = Duration::from_millis(self.head.get().retain_ms);
-        tokio::time::sleep(self.common.reclaim.horizon.max(retained)).await;
+        self.wait_for_the_horizon().await;
         let orphans: Vec<String> = self
             .find_orphans()
             .await?
@@ -174,6 +175,20 @@ impl VolumeBackend {
         };
         deletes.try_for_each(count).await?;
         Ok(self.orphans_deleted() - before)
+    }
+
+    /// Waits for the horizon, and for as long as dead objects are retained, as the head says meanwhile.
+    async fn wait_for_the_horizon(&self) {
+        let begun = Instant::now();
+        loop {
+            let retained = Duration::from_millis(self.head.get().retain_ms);
+            let whole = self.common.reclaim.horizon.max(retained);
+            let rest = whole.saturating_sub(begun.elapsed());
+            if rest.is_zero() {
+                return;
+            }
+            tokio::time::sleep(rest.min(self.common.orphan_interval)).await;
+        }
     }
 
     /// The keys of what is an orphan now.

@@ -1073,6 +1073,38 @@ async fn clone_cut_off_from_its_parent_is_refused_as_it_was_before() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn orphan_waits_for_the_retention_as_it_is_while_it_waits() {
+    for (before, after, minutes, is_there) in [
+        (24 * HOUR_MS, 0, 2, false),
+        (10 * MINUTE_MS, HOUR_MS, 30, true),
+        (10 * MINUTE_MS, HOUR_MS, 62, false),
+    ] {
+        let mut bench = Bench::new(before).await;
+        bench.common.orphan_interval = Duration::from_millis(MINUTE_MS);
+        let mut writer = bench.attach().await;
+        let epoch = writer.backend.head().epoch();
+        bench.chunk(&mut writer).await;
+        bench.checkpoint(&mut writer).await;
+        bench.crash(writer).await;
+        let (volume, seq) = (bench.volume, ChunkSeq::COMPACTED);
+        let stray = keys::chunk_key(&bench.tenant, ChunkId { volume, epoch, seq });
+        bench.store.create(&stray, "a chunk".into()).await.unwrap();
+        let writer = bench.attach().await;
+        writer.backend.start_sweeping_orphans();
+        // The first look is within an interval.
+        bench.pass(2 * MINUTE_MS).await;
+        assert!(bench.chunks().await.contains(&stray));
+        let told = writer.backend.set_retention(&*bench.store, after).await;
+        assert_eq!(told.unwrap().retain_ms, after);
+        bench.pass(minutes * MINUTE_MS).await;
+        let there = bench.chunks().await.contains(&stray);
+        assert_eq!(there, is_there, "{before} {after} {minutes}");
+        writer.backend.stop_sweeping_orphans().await;
+        bench.crash(writer).await;
+    }
+}
+
 /// A store with something wrong about what is written.
 #[derive(Debug)]
 struct Hindered {
