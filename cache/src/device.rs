@@ -33,6 +33,9 @@ const DATA_START: u64 = 1 << 20;
 /// Where the session page is: behind the superblock.
 const SESSION_AT: u64 = PAGE_SIZE as u64;
 
+/// Largest logical block of a device: of less it zeroes nothing.
+const BLOCK_SIZE_MAX: u64 = 4096;
+
 /// Largest segment, and the size on any cache of 512 MiB or more.
 const SEGMENT_SIZE_MAX: u32 = 8 << 20;
 
@@ -574,7 +577,7 @@ fn room(path: &Path, bytes: u64) -> Result<(), CacheError> {
 
 /// What is asked of a file to make a cache of it.
 trait Blank {
-    /// Its first `size` bytes are to be zeroes.
+    /// Its first `size` bytes are to be zeroes, as far as it has so many.
     fn zero(&self, size: u64) -> io::Result<()>;
     /// It is to begin with this.
     fn write(&self, first: &[u8]) -> io::Result<()>;
@@ -584,6 +587,7 @@ trait Blank {
 
 impl Blank for File {
     fn zero(&self, size: u64) -> io::Result<()> {
+        let size = size.min(rustix_device_size(self)?);
         let whole = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(self, whole, 0, size) {
             // Of memory, say: what is cut off is gone.
@@ -618,7 +622,9 @@ fn format(
 ) -> Result<(), (&'static str, io::Error)> {
     let failed = |action| move |error: io::Error| (action, error);
     if superblock.key.is_some() {
-        file.zero(size).map_err(failed("zero"))?;
+        // What is behind the last segment, too.
+        let whole = size.next_multiple_of(BLOCK_SIZE_MAX);
+        file.zero(whole).map_err(failed("zero"))?;
         file.sync().map_err(failed("sync"))?;
     }
     let page = superblock.encode();
@@ -838,7 +844,7 @@ fn length_of(file: &File, meta: &Metadata) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     use quarry_objfmt::KeyName;
 
@@ -922,17 +928,21 @@ mod tests {
 
     /// Tells what it was asked, in order.
     #[derive(Default)]
-    struct Asked(RefCell<Vec<&'static str>>);
+    struct Asked {
+        order: RefCell<Vec<&'static str>>,
+        zeroed: Cell<u64>,
+    }
 
     impl Asked {
         fn note(&self, what: &'static str) -> io::Result<()> {
-            self.0.borrow_mut().push(what);
+            self.order.borrow_mut().push(what);
             Ok(())
         }
     }
 
     impl Blank for Asked {
-        fn zero(&self, _: u64) -> io::Result<()> {
+        fn zero(&self, size: u64) -> io::Result<()> {
+            self.zeroed.set(size);
             self.note("zero")
         }
 
@@ -945,32 +955,57 @@ mod tests {
         }
     }
 
-    #[test]
-    fn cache_says_that_it_is_encrypted_once_what_was_there_is_gone_for_good() {
-        let key = CacheKey {
+    /// What is asked of it to become a cache of `size` bytes.
+    fn asked_for(size: u64, key: Option<CacheKey>) -> Asked {
+        let geometry = cut(size).unwrap();
+        let superblock = Superblock {
+            cache: ID,
+            created_ms: 1,
+            host: "a".to_owned(),
+            segment_size: geometry.segment_size,
+            segments: geometry.segments,
+            data_start: geometry.data_start,
+            key,
+            has_sessions: true,
+        };
+        let asked = Asked::default();
+        format(&asked, &superblock, size).unwrap();
+        asked
+    }
+
+    fn some_key() -> CacheKey {
+        CacheKey {
             by: KeyName::new("host-a").unwrap(),
             bytes: vec![7; 92],
-        };
+        }
+    }
+
+    #[test]
+    fn cache_says_that_it_is_encrypted_once_what_was_there_is_gone_for_good() {
         let cases: [(_, &[&str]); 2] = [
             (None, &["write", "sync"]),
-            (Some(key), &["zero", "sync", "write", "sync"]),
+            (Some(some_key()), &["zero", "sync", "write", "sync"]),
         ];
         for (key, order) in cases {
-            let geometry = cut(64 << 20).unwrap();
-            let superblock = Superblock {
-                cache: ID,
-                created_ms: 1,
-                host: "a".to_owned(),
-                segment_size: geometry.segment_size,
-                segments: geometry.segments,
-                data_start: geometry.data_start,
-                key,
-                has_sessions: true,
-            };
-            let asked = Asked::default();
-            format(&asked, &superblock, 64 << 20).unwrap();
-            assert_eq!(*asked.0.borrow(), order);
+            assert_eq!(*asked_for(64 << 20, key).order.borrow(), order);
         }
+    }
+
+    /// A block device refuses to zero a part of a block.
+    #[test]
+    fn encrypted_cache_of_any_size_is_zeroed_in_whole_blocks() {
+        for (size, zeroed) in [
+            (64 << 20, 64 << 20),
+            ((64 << 20) + 1, (64 << 20) + 4096),
+            ((64 << 20) + 5000, (64 << 20) + 8192),
+        ] {
+            assert_eq!(asked_for(size, Some(some_key())).zeroed.get(), zeroed);
+        }
+        // And no further than there is something.
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(5000).unwrap();
+        file.zero(8192).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 5000);
     }
 
     #[test]
