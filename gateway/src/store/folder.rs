@@ -24,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,7 +37,7 @@ use rustix::fs::{
     linkat, mkdirat, openat, openat2, renameat, statat, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use uuid::Uuid;
 
 use crate::own;
@@ -60,9 +61,10 @@ const SYNCED_DIRS_MAX: usize = 65_536;
 
 /// Most threads at once in a folder: the places of a lane. Of a file system that hangs they come back when it does not any more.
 const THREADS_MAX: usize = 64;
-/// Most threads at once in folders, whichever: half of those that the runtime has for work of all kinds.
+/// Most threads at once in the folders of tenants, whichever: half of those that the runtime has for work of all kinds. The
+/// daemon's own store takes none of them.
 const ALL_THREADS_MAX: usize = 256;
-static ALL_THREADS: Semaphore = Semaphore::const_new(ALL_THREADS_MAX);
+static ALL_THREADS: Threads = Threads::new();
 /// Folders being opened, each on one thread, however often one that hangs is asked for.
 static OPENING: Mutex<BTreeMap<PathBuf, Weak<Semaphore>>> = Mutex::new(BTreeMap::new());
 
@@ -75,7 +77,29 @@ pub(crate) const HANGS: &str = ".hangs";
 pub struct FolderStore {
     folder: Arc<Folder>,
     threads: Arc<Semaphore>,
+    /// Its part of the threads of all tenants' folders, if it is one of them.
+    part: Option<Arc<Part>>,
 }
+
+/// Threads that folders share. Of them a folder takes only as many as it leaves free: ones that hang leave some to the others.
+#[derive(Debug)]
+struct Threads {
+    free: Mutex<usize>,
+    freed: Notify,
+}
+
+/// What one folder has of [`Threads`].
+#[derive(Debug)]
+struct Part {
+    of: &'static Threads,
+    /// Changed together with what is free.
+    taken: AtomicUsize,
+    /// For who waits, one at a time: all that wait are woken whenever one is freed.
+    turn: Semaphore,
+}
+
+/// One of [`Threads`], in use.
+struct Taken(Arc<Part>);
 
 #[derive(Debug)]
 struct Folder {
@@ -121,10 +145,12 @@ impl FolderStore {
         Ok(Self {
             folder: Arc::new(folder),
             threads: Arc::new(Semaphore::new(THREADS_MAX)),
+            part: None,
         })
     }
 
-    /// As [`FolderStore::open`], but on a thread made for that, and waited for at most so long.
+    /// As [`FolderStore::open`], for a tenant's folder: on a thread made for that, and waited for at most so long. With it and all
+    /// others that are opened so it shares the threads for what is asked of it.
     ///
     /// # Errors
     /// Those of [`FolderStore::open`]; [`io::ErrorKind::TimedOut`] in [`OpenError::Folder`] if the folder does not answer.
@@ -137,11 +163,11 @@ impl FolderStore {
         let opened = async {
             // As in `run`: who waits no longer leaves a thread behind, one a folder.
             let thread = being_opened(root).acquire_owned().await;
-            let of_all = ALL_THREADS.acquire().await;
-            let threads = (thread, of_all);
+            let part = Part::new(&ALL_THREADS);
+            let threads = (thread, part.take().await);
             let opened = tokio::task::spawn_blocking(move || {
                 let _threads = threads;
-                Self::open(&owned, may_make)
+                Self::open(&owned, may_make).map(|store| store.sharing(part))
             });
             opened.await
         };
@@ -157,6 +183,14 @@ impl FolderStore {
         })
     }
 
+    /// The same store, which takes its threads from those that others take theirs from too.
+    fn sharing(self, part: Arc<Part>) -> Self {
+        Self {
+            part: Some(part),
+            ..self
+        }
+    }
+
     /// Does blocking `work` on a thread made for that.
     async fn run<T: Send + 'static>(
         &self,
@@ -168,7 +202,10 @@ impl FolderStore {
         let owned = key.to_owned();
         // Who waits no longer for a file system that hangs leaves its thread behind.
         let thread = Arc::clone(&self.threads).acquire_owned().await;
-        let of_all = ALL_THREADS.acquire().await;
+        let of_all = match &self.part {
+            Some(part) => Some(part.take().await),
+            None => None,
+        };
         let threads = (thread, of_all);
         let done = tokio::task::spawn_blocking(move || {
             let _threads = threads;
@@ -178,6 +215,64 @@ impl FolderStore {
             Ok(result) => result,
             Err(error) => Err(StoreError::unavailable(operation, key, error.to_string())),
         }
+    }
+}
+
+impl Threads {
+    const fn new() -> Self {
+        Self {
+            free: Mutex::new(ALL_THREADS_MAX),
+            freed: Notify::const_new(),
+        }
+    }
+}
+
+impl Part {
+    /// Of a folder that has none of them yet.
+    fn new(of: &'static Threads) -> Arc<Self> {
+        Arc::new(Self {
+            of,
+            taken: AtomicUsize::new(0),
+            turn: Semaphore::new(1),
+        })
+    }
+
+    /// Takes one, as soon as the folder has fewer than are free.
+    async fn take(self: &Arc<Self>) -> Taken {
+        if let Some(taken) = self.try_take() {
+            return taken;
+        }
+        let _turn = self.turn.acquire().await;
+        loop {
+            // Before the look: what is freed after it is not missed.
+            let freed = self.of.freed.notified();
+            if let Some(taken) = self.try_take() {
+                return taken;
+            }
+            freed.await;
+        }
+    }
+
+    fn try_take(self: &Arc<Self>) -> Option<Taken> {
+        let mut free = self.of.free.lock();
+        if self.taken.load(Ordering::Relaxed) >= *free {
+            return None;
+        }
+        *free -= 1;
+        self.taken.fetch_add(1, Ordering::Relaxed);
+        Some(Taken(Arc::clone(self)))
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let Part { of, taken, .. } = &*self.0;
+        {
+            let mut free = of.free.lock();
+            *free += 1;
+            taken.fetch_sub(1, Ordering::Relaxed);
+        }
+        of.freed.notify_waiters();
     }
 }
 
@@ -748,7 +843,8 @@ mod tests {
             .build()
             .unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let store = open(dir.path());
+        let all: &'static Threads = Box::leak(Box::new(Threads::new()));
+        let store = open(dir.path()).sharing(Part::new(all));
         fs::write(dir.path().join(HANGS), "").unwrap();
         runtime.block_on(async {
             for _ in 0..2 * THREADS_MAX {
@@ -764,10 +860,50 @@ mod tests {
             let done = tokio::time::timeout(Duration::from_secs(5), other).await;
             assert_eq!(done.unwrap().unwrap(), 7);
         });
-        let all = ALL_THREADS_MAX - ALL_THREADS.available_permits();
-        assert!(all >= THREADS_MAX, "{all}");
+        assert_eq!(ALL_THREADS_MAX - *all.free.lock(), THREADS_MAX);
         fs::remove_file(dir.path().join(HANGS)).unwrap();
         runtime.shutdown_timeout(Duration::from_secs(5));
+    }
+
+    /// Four of them stopped the daemon's own store, and those of all other tenants.
+    #[test]
+    fn folders_that_hang_leave_threads_to_the_others() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(2 * ALL_THREADS_MAX)
+            .enable_time()
+            .build()
+            .unwrap();
+        let all: &'static Threads = Box::leak(Box::new(Threads::new()));
+        let dirs: [_; 4] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
+        let store_in = |dir: &Path| open(dir).sharing(Part::new(all));
+        runtime.block_on(async {
+            for dir in &dirs {
+                let store = store_in(dir.path());
+                fs::write(dir.path().join(HANGS), "").unwrap();
+                let hang_once = |_| {
+                    store.run(Operation::Get, "t", |folder, _| {
+                        hang(&folder.root);
+                        Ok(())
+                    })
+                };
+                let hang_all = futures::future::join_all((0..THREADS_MAX).map(hang_once));
+                let got = tokio::time::timeout(Duration::from_millis(100), hang_all).await;
+                assert!(got.is_err(), "{got:?}");
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let (sound, own) = (store_in(dir.path()), open(dir.path()));
+            for store in [sound, own] {
+                let work = store.run(Operation::Get, "t", |_, _| Ok(7));
+                let done = tokio::time::timeout(Duration::from_secs(5), work).await;
+                assert_eq!(done.unwrap().unwrap(), 7);
+            }
+        });
+        for dir in &dirs {
+            fs::remove_file(dir.path().join(HANGS)).unwrap();
+        }
+        runtime.shutdown_timeout(Duration::from_secs(5));
+        assert_eq!(*all.free.lock(), ALL_THREADS_MAX);
     }
 
     #[test]
