@@ -423,6 +423,7 @@ impl S3Store {
                 self.inner.list_with_offset(Some(&below), &after)
             }
         };
+        let mut last = after.map(str::to_owned);
         while keys.len() < max
             && let Some(meta) = pages.try_next().await.map_err(failed)?
         {
@@ -432,6 +433,18 @@ impl S3Store {
             };
             if !key.starts_with(prefix) || check_key(key).is_err() {
                 continue;
+            }
+            if let Some(last) = &mut last {
+                // The mark of a folder comes without the slash that gave it its place behind this one.
+                if last.starts_with(key) {
+                    continue;
+                }
+                // Who turns pages would never come to an end.
+                if !is_behind(key, last) {
+                    let reason = "the server does not list from where it was asked";
+                    return Err(StoreError::invalid(prefix, reason));
+                }
+                key.clone_into(last);
             }
             keys.push(key.to_owned());
         }
@@ -489,6 +502,12 @@ impl S3Store {
     }
 }
 
+/// Whether a listing that is in order has `key` behind `other`: by their bytes, or part by part, as servers do that keep
+/// objects in folders.
+fn is_behind(key: &str, other: &str) -> bool {
+    key > other || key.split('/').gt(other.split('/'))
+}
+
 /// An answer that began well was not whole.
 fn broken_off(key: &str, error: &object_store::Error) -> StoreError {
     let asked = Asked {
@@ -541,6 +560,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::store::contract;
+    use crate::store::stub::{Answer, stub_store};
 
     /// The adapter over a store in memory.
     pub(crate) fn in_memory(prefix: &str) -> S3Store {
@@ -562,6 +582,47 @@ pub(crate) mod tests {
         assert_eq!(store("a").list("").await.unwrap(), ["x/1"]);
         assert_eq!(store("").list("").await.unwrap(), ["a/x/1", "ab/x/2"]);
         assert!(store("a").get("x/2").await.is_err());
+    }
+
+    /// A server whose listings are these keys, wherever they are to begin.
+    async fn listing(keys: &[&str]) -> S3Store {
+        let contents = keys.iter().map(|key| {
+            format!(
+                "<Contents><Key>some/prefix/{key}</Key><LastModified>2026-11-23T00:00:00.000Z</LastModified>\
+                 <ETag>\"t\"</ETag><Size>1</Size></Contents>"
+            )
+        });
+        let contents: String = contents.collect();
+        let body = format!("<ListBucketResult>{contents}</ListBucketResult>");
+        stub_store(Answer::new(200, &body)).await
+    }
+
+    /// Whoever went through the pages of such a server got the first one again and again.
+    #[tokio::test]
+    async fn listing_that_does_not_begin_where_it_was_asked_to_is_refused() {
+        let store = listing(&["t/a", "t/b"]).await;
+        assert_eq!(
+            store.list_after("t/", "t/", 2).await.unwrap(),
+            ["t/a", "t/b"]
+        );
+        let again = store.list_after("t/", "t/b", 2).await.unwrap_err();
+        assert!(matches!(again, StoreError::Invalid { .. }), "{again:?}");
+        assert!(again.to_string().contains("does not list from"), "{again}");
+        // Nothing turns the pages of these.
+        assert_eq!(store.list_some("t/", 1).await.unwrap(), ["t/a"]);
+        let store = listing(&["t/b", "t/c", "t/a"]).await;
+        assert!(store.list_after("t/", "t/", 3).await.is_err());
+        assert_eq!(store.list("t/").await.unwrap(), ["t/a", "t/b", "t/c"]);
+    }
+
+    #[tokio::test]
+    async fn listing_in_the_order_of_folders_or_with_their_marks_is_one_in_order() {
+        let store = listing(&["t/x/1", "t/x-1"]).await;
+        let all = store.list_after("t/", "t/", 9).await.unwrap();
+        assert_eq!(all, ["t/x/1", "t/x-1"]);
+        let store = listing(&["t/x-1", "t/x/", "t/x/1"]).await;
+        let all = store.list_after("t/", "t/", 9).await.unwrap();
+        assert_eq!(all, ["t/x-1", "t/x/1"]);
     }
 
     #[test]
