@@ -10,6 +10,9 @@ use tokio::sync::Mutex;
 use super::sound::{self, Unsound};
 use crate::store::{Store, StoreError, Tag};
 
+/// How often a change is refused though the head is the one that it was made to, before that is taken for the truth.
+const REFUSALS_MAX: u32 = 4;
+
 /// Why the head could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum HeadError {
@@ -105,11 +108,12 @@ impl HeadCell {
     /// head; so what stands there is read, and if it is what we were writing, it is ours. So is
     /// another head of the same epoch and owner: a change before this one, given up for want of an
     /// answer, that arrived after all. Then `change` is made to that. Each turn means that another
-    /// change got through, and of those there is one a call at most.
+    /// change got through, and of those there is one a call at most; a store that refuses a tag of
+    /// its own is asked a few times.
     ///
     /// # Errors
-    /// [`HeadError::Fenced`] if somebody else changed it. After [`HeadError::Store`] it may be
-    /// changed or not; the next change tells.
+    /// [`HeadError::Fenced`] if somebody else changed it, [`HeadError::Damaged`] if nobody did and the
+    /// store refuses. After [`HeadError::Store`] it may be changed or not; the next change tells.
     pub async fn update(
         &self,
         store: &dyn Store,
@@ -172,6 +176,7 @@ impl HeadCell {
         change: impl Fn(&mut Head) -> Result<(), E> + Send,
     ) -> Result<Result<Head, E>, HeadError> {
         let mut state = self.state.lock().await;
+        let mut refusals = 0;
         loop {
             let mut head = state.0.clone();
             if let Err(error) = change(&mut head) {
@@ -186,6 +191,13 @@ impl HeadCell {
                     {
                         Branch::HeadFenced.taken();
                         return Err(fenced(&now));
+                    }
+                    refusals += u32::from(*now == state.0);
+                    if refusals >= REFUSALS_MAX {
+                        return Err(HeadError::Damaged {
+                            object: keys::head_key(&self.tenant, self.volume),
+                            reason: "the store refuses a tag that it gave itself".to_owned(),
+                        });
                     }
                     Branch::HeadOfBefore.taken();
                     (false, (*now, tag))
@@ -298,8 +310,11 @@ pub(super) fn fenced(now: &Head) -> HeadError {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
 
+    use async_trait::async_trait;
     use quarry_objfmt::{CacheId, Owner, Sectors};
 
     use super::*;
@@ -359,6 +374,61 @@ mod tests {
         // And the one that is behind now goes on in the same way.
         let head = late.update(&store, |head| head.stored_bytes += 3);
         assert_eq!(head.await.unwrap().stored_bytes, 10);
+    }
+
+    /// A store that takes no replacement, whichever tag it is for.
+    #[derive(Debug)]
+    struct Refusing(FolderStore);
+
+    #[async_trait]
+    impl Store for Refusing {
+        async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+            self.0.get(key).await
+        }
+        async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+            self.0.get_range(key, range).await
+        }
+        async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+            self.0.get_prefix(key, len).await
+        }
+        async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+            self.0.create(key, body).await
+        }
+        async fn replace(&self, key: &str, _: Bytes, _: &Tag) -> Result<Tag, StoreError> {
+            Err(StoreError::Changed {
+                key: key.to_owned(),
+                after_retry: false,
+            })
+        }
+        async fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.0.delete(key).await
+        }
+        async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            self.0.list(prefix).await
+        }
+        fn describe(&self) -> String {
+            self.0.describe()
+        }
+    }
+
+    /// It was asked for ever, as fast as it answered.
+    #[tokio::test]
+    async fn store_that_refuses_its_own_tag_is_asked_a_few_times() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, cell, _) = two_cells(dir.path()).await;
+        let store = Refusing(store);
+        let update = cell.update(&store, |head| head.stored_bytes += 7);
+        let update = tokio::time::timeout(Duration::from_secs(10), update).await;
+        match update.expect("it is asked for ever") {
+            Err(HeadError::Damaged { object, reason }) => {
+                let head = cell.get();
+                assert_eq!(object, keys::head_key(cell.tenant(), head.volume));
+                assert!(reason.contains("refuses a tag"), "{reason}");
+            }
+            updated => panic!("{updated:?}"),
+        }
+        let head = cell.update(&store.0, |head| head.stored_bytes += 7);
+        assert_eq!(head.await.unwrap().stored_bytes, 7);
     }
 
     #[tokio::test]
