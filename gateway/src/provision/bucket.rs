@@ -11,6 +11,7 @@ use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::create_bucket::CreateBucketError;
+use aws_sdk_s3::operation::get_bucket_lifecycle_configuration::GetBucketLifecycleConfigurationOutput as Lifecycle;
 use aws_sdk_s3::types::{
     AbortIncompleteMultipartUpload, BucketLifecycleConfiguration, BucketLocationConstraint,
     BucketVersioningStatus, CreateBucketConfiguration, ExpirationStatus, LifecycleRule,
@@ -191,11 +192,9 @@ impl Bucket {
         let asked = self.client.get_bucket_versioning().bucket(&self.name);
         match asked.send().await {
             Ok(found) if found.status() == Some(&BucketVersioningStatus::Enabled) => {
-                let rules = self.rules().await.unwrap_or_default();
-                if rules
-                    .iter()
-                    .any(|rule| expires_versions(rule, &self.prefix))
-                {
+                let expires = |rule: &LifecycleRule| expires_versions(rule, &self.prefix);
+                let lifecycle = self.lifecycle().await;
+                if lifecycle.is_some_and(|found| found.rules().iter().any(expires)) {
                     return Ok(None);
                 }
                 Err(ProvisionError::Versioning {
@@ -222,13 +221,13 @@ impl Bucket {
     /// make none. What cannot be done is a warning. *Whoever changes the rules at the same moment may undo it, or be undone:
     /// S3 takes all rules at once, without a condition.*
     pub(super) async fn ensure_uploads_end(&self) -> Option<String> {
-        let mut rules = self.rules().await?;
+        let found = self.lifecycle().await?;
         let ends = |rule: &LifecycleRule| {
             *rule.status() == ExpirationStatus::Enabled
                 && rule.abort_incomplete_multipart_upload().is_some()
                 && covers(rule, &self.prefix)
         };
-        if rules.iter().any(ends) {
+        if found.rules().iter().any(ends) {
             return None;
         }
         let abort = AbortIncompleteMultipartUpload::builder()
@@ -240,12 +239,17 @@ impl Bucket {
             .filter(LifecycleRuleFilter::builder().prefix(&self.prefix).build())
             .abort_incomplete_multipart_upload(abort)
             .build();
+        let mut rules = found.rules.unwrap_or_default();
         rules.push(rule.ok()?);
         let all = BucketLifecycleConfiguration::builder().set_rules(Some(rules));
         let request = self.client.put_bucket_lifecycle_configuration();
         let request = request
             .bucket(&self.name)
-            .lifecycle_configuration(all.build().ok()?);
+            .lifecycle_configuration(all.build().ok()?)
+            // Without it the server takes its own for all rules.
+            .set_transition_default_minimum_object_size(
+                found.transition_default_minimum_object_size,
+            );
         let error = request.send().await.err()?;
         match status(&error) {
             Some(404 | 405 | 501) => None,
@@ -259,12 +263,12 @@ impl Bucket {
         }
     }
 
-    /// The lifecycle rules, if they can be read; a bucket without any has none.
-    async fn rules(&self) -> Option<Vec<LifecycleRule>> {
+    /// The lifecycle rules and what is set for all of them, if they can be read; a bucket without any has none.
+    async fn lifecycle(&self) -> Option<Lifecycle> {
         let request = self.client.get_bucket_lifecycle_configuration();
         match request.bucket(&self.name).send().await {
-            Ok(found) => Some(found.rules().to_vec()),
-            Err(error) if status(&error) == Some(404) => Some(Vec::new()),
+            Ok(found) => Some(found),
+            Err(error) if status(&error) == Some(404) => Some(Lifecycle::builder().build()),
             Err(_) => None,
         }
     }
@@ -407,7 +411,7 @@ mod tests {
     use aws_sdk_s3::types::{LifecycleExpiration, LifecycleRuleAndOperator, Tag, Transition};
 
     use super::*;
-    use crate::store::stub::{Answer, settings_at, stub_settings};
+    use crate::store::stub::{Answer, noting_settings, settings_at, stub_settings};
 
     fn rule(filter: Option<LifecycleRuleFilter>) -> LifecycleRule {
         let days = LifecycleExpiration::builder().days(30).build();
@@ -503,6 +507,27 @@ mod tests {
             text.contains("\"tidy\"") && text.contains("deletes"),
             "{text}"
         );
+    }
+
+    /// All rules went by the server's own again.
+    #[tokio::test]
+    async fn rule_that_ends_uploads_leaves_the_smallest_size_for_transitions_as_it_was() {
+        let rules = "<LifecycleConfiguration><Rule><ID>tidy</ID><Filter><Prefix>other</Prefix></Filter>\
+            <Status>Enabled</Status><Expiration><Days>7</Days></Expiration></Rule></LifecycleConfiguration>";
+        let name = "x-amz-transition-default-minimum-object-size";
+        let put = async |answer: Answer| {
+            let (settings, heads) = noting_settings(answer).await;
+            let bucket = Bucket::open(&settings).await.unwrap();
+            assert_eq!(bucket.ensure_uploads_end().await, None);
+            let heads = heads.lock();
+            let put = heads.iter().find(|head| head.starts_with("put "));
+            put.cloned().unwrap()
+        };
+        let set = put(Answer::new(200, rules).with(name, "varies_by_storage_class")).await;
+        let header = format!("{name}: varies_by_storage_class");
+        assert!(set.lines().any(|line| line == header), "{set}");
+        let unset = put(Answer::new(200, rules)).await;
+        assert!(!unset.contains(name), "{unset}");
     }
 
     #[tokio::test]

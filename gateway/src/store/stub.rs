@@ -1,7 +1,9 @@
 //! For tests: an S3 server that answers every request the same.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use quarry_config::{Secret, UploadCheck};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -43,10 +45,14 @@ impl Answer {
         self
     }
 
-    async fn serve(self, mut stream: TcpStream) -> std::io::Result<()> {
+    async fn serve(
+        self,
+        mut stream: TcpStream,
+        heads: Arc<Mutex<Vec<String>>>,
+    ) -> std::io::Result<()> {
         let mut request = vec![0; 65536];
         let mut len = 0;
-        // Head and body come together or one after the other; no body here has more than a byte.
+        // Head and body come together or one after the other; all bodies here are short.
         loop {
             len += match stream.read(&mut request[len..]).await? {
                 0 => return Ok(()),
@@ -61,6 +67,7 @@ impl Answer {
                 .and_then(|(_, rest)| rest.lines().next()?.parse().ok())
                 .unwrap_or_default();
             if len >= head + 4 + body {
+                heads.lock().push(text);
                 break;
             }
         }
@@ -86,14 +93,21 @@ pub(crate) async fn stub_store(answer: Answer) -> S3Store {
 
 /// How to reach a server that answers everything with `answer`.
 pub(crate) async fn stub_settings(answer: Answer) -> S3Settings {
+    noting_settings(answer).await.0
+}
+
+/// The same, and where that server notes the requests' heads, in lower case.
+pub(crate) async fn noting_settings(answer: Answer) -> (S3Settings, Arc<Mutex<Vec<String>>>) {
+    let heads = Arc::<Mutex<Vec<String>>>::default();
+    let noted = Arc::clone(&heads);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(answer.clone().serve(stream));
+            tokio::spawn(answer.clone().serve(stream, Arc::clone(&noted)));
         }
     });
-    settings_at(format!("http://{address}"))
+    (settings_at(format!("http://{address}")), heads)
 }
 
 /// How to reach a server of a test.
