@@ -28,6 +28,7 @@ use quarry_objfmt::{
     WriteSeq, keys,
 };
 use quarry_volume::map::MapRoot;
+use quarry_volume::{LOG_CHUNK_ENTRIES, LOG_REPLAY_MAX};
 
 use super::head::{HeadCell, HeadError, Replaced, fenced, missing, replace};
 use super::objects::{LogChunk, Objects};
@@ -48,6 +49,14 @@ const RAISES_MAX: u32 = 4;
 
 /// Chunks of the log looked at side by side.
 pub(super) const REPLAY_CONCURRENCY: usize = 16;
+
+/// Most that a log has, in entries, each chunk counted as [`LOG_CHUNK_ENTRIES`] more: what is written at most beside it, the unsent
+/// writes that come in addition, and twice that, for extents and frames are counted apart here. So few in tests that they reach it.
+const LOG_ENTRIES_MAX: u64 = if cfg!(test) {
+    1 << 16
+} else {
+    4 * LOG_REPLAY_MAX
+};
 
 /// Why a volume cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -542,11 +551,12 @@ async fn replay(
 ) -> Result<Replayed, OpenError> {
     let (mut log, mut chunks) = (Vec::new(), Vec::new());
     let mut stored_write = head.root_write;
+    let mut left = LogLeft::default();
     let first = head.log.first();
     let mut end = first.map_or(ChunkSeq::new(1), |range| range.first);
     for range in &head.log {
         end = range.first;
-        for header in replay_range(store, tenant, range, head, claim).await? {
+        for header in replay_range(store, tenant, range, head, claim, &mut left).await? {
             if claim.is_none() && is_of_a_later_key(head, &header) {
                 return Ok(Replayed {
                     log,
@@ -602,14 +612,36 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
     }
 }
 
+/// What a log may still have: a store that has a chunk for every number takes no more memory than that.
+pub(super) struct LogLeft(u64);
+
+impl Default for LogLeft {
+    fn default() -> Self {
+        Self(LOG_ENTRIES_MAX)
+    }
+}
+
+impl LogLeft {
+    fn take(&mut self, tenant: &TenantName, header: &ChunkHeader) -> Result<(), OpenError> {
+        let entries = (header.extents.len() + header.frames.len()) as u64;
+        let left = self.0.checked_sub(entries + LOG_CHUNK_ENTRIES);
+        self.0 = left.ok_or_else(|| OpenError::Damaged {
+            object: keys::chunk_key(tenant, header.id),
+            reason: "the log is longer than any of ours".to_owned(),
+        })?;
+        Ok(())
+    }
+}
+
 /// The headers of a log range, in order, up to its end; the end of an open range is sealed if we
-/// have a claim.
+/// have a claim. `left` is what the log may have with it.
 pub(super) async fn replay_range(
     store: &dyn Store,
     tenant: &TenantName,
     range: &LogRange,
     head: &Head,
     claim: Option<&Claim>,
+    left: &mut LogLeft,
 ) -> Result<Vec<ChunkHeader>, OpenError> {
     let id = |seq: u64| ChunkId {
         volume: head.volume,
@@ -619,7 +651,7 @@ pub(super) async fn replay_range(
     let last = range.end.map_or(u64::MAX, ChunkSeq::get);
     let (mut found, mut at) = (Vec::new(), range.first.get());
     loop {
-        let (mut headers, stop) = stretch(store, tenant, id(at), last).await?;
+        let (mut headers, stop) = stretch(store, tenant, id(at), last, left).await?;
         at += headers.len() as u64;
         found.append(&mut headers);
         match stop {
@@ -643,7 +675,10 @@ pub(super) async fn replay_range(
         }
         match seal(store, tenant, id(at), head, claim).await? {
             // The old writer was quicker: its chunk belongs to the log, and more may follow.
-            Some(header) => found.push(header),
+            Some(header) => {
+                left.take(tenant, &header)?;
+                found.push(header);
+            }
             None => return Ok(found),
         }
         at += 1;
@@ -669,6 +704,7 @@ pub(super) async fn stretch(
     tenant: &TenantName,
     first: ChunkId,
     end: u64,
+    left: &mut LogLeft,
 ) -> Result<(Vec<ChunkHeader>, Stop), OpenError> {
     let mut found = Vec::new();
     let mut looks = Box::pin(
@@ -681,7 +717,10 @@ pub(super) async fn stretch(
     );
     while let Some(entry) = looks.next().await {
         match entry? {
-            Some(Entry::Chunk(header)) => found.push(header),
+            Some(Entry::Chunk(header)) => {
+                left.take(tenant, &header)?;
+                found.push(header);
+            }
             Some(Entry::Seal(seal)) => return Ok((found, Stop::Sealed(seal))),
             None => return Ok((found, Stop::Missing)),
         }

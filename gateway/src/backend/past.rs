@@ -37,8 +37,8 @@ use super::HeadCell;
 use super::map_end::{self, MapEnd};
 use super::objects::{ChunkName, LogChunk, Objects};
 use super::open::{
-    Claimed, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, is_of_a_later_key, load_map,
-    load_usage, log_entry, replay_range, stretch,
+    Claimed, LogLeft, OpenError, REOPENS_MAX, REPLAY_CONCURRENCY, Stop, is_of_a_later_key,
+    load_map, load_usage, log_entry, replay_range, stretch,
 };
 use super::scan::Scan;
 use super::sound::Unsound;
@@ -252,9 +252,9 @@ impl Past<'_> {
     /// The head's own map, and its log as far as it was there.
     async fn of_newest_map(&self, basis: &Basis) -> Result<State, OpenError> {
         let head = self.head;
-        let mut headers = Vec::new();
+        let (mut headers, mut left) = (Vec::new(), LogLeft::default());
         for range in &head.log {
-            let found = replay_range(self.store, self.tenant, range, head, None).await?;
+            let found = replay_range(self.store, self.tenant, range, head, None, &mut left).await?;
             headers.extend(found);
         }
         let known_ms = match head.root {
@@ -412,6 +412,7 @@ impl Past<'_> {
         let mut kept = Vec::new();
         let mut epoch = None;
         let mut sealed_by = begun;
+        let mut left = LogLeft::default();
         while at < above.log_end {
             let of = match epoch {
                 Some(epoch) => epoch,
@@ -424,7 +425,7 @@ impl Past<'_> {
             };
             let end = above.log_end.get().min(at.get() + STRETCH);
             let first = self.chunk(of, at.get());
-            let (headers, stop) = stretch(self.store, self.tenant, first, end).await?;
+            let (headers, stop) = stretch(self.store, self.tenant, first, end, &mut left).await?;
             if let Some(newest) = headers.last() {
                 at = newest.id.seq.next();
             }

@@ -71,6 +71,7 @@ const TUNING: Tuning = Tuning {
     readahead_sectors_max: 256,
     journal_entries: 24,
     log_entries_max: 4 << 20,
+    log_replay_max: quarry_volume::LOG_REPLAY_MAX,
 };
 
 /// What a host owes a volume when it comes back with its cache.

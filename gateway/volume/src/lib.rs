@@ -19,6 +19,7 @@ pub use event::{
 pub use kept::{FrameName, KeptFrames};
 pub use log::FrozenLog;
 pub use volume::{
-    CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, Opened, Prepared, STATUS_RUNS_MAX, Shared, Tuning,
-    Volume, VolumeParams, VolumeState, VolumeStats, WARM_SECTORS_MAX,
+    CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, LOG_CHUNK_ENTRIES, LOG_REPLAY_MAX, Opened, Prepared,
+    STATUS_RUNS_MAX, Shared, Tuning, Volume, VolumeParams, VolumeState, VolumeStats,
+    WARM_SECTORS_MAX,
 };

@@ -25,7 +25,7 @@ mod write;
 mod writeback;
 
 pub use warm::WARM_SECTORS_MAX;
-pub use writeback::{CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE};
+pub use writeback::{CHECKPOINT_CHUNKS_MIN, CHECKPOINT_SHARE, LOG_CHUNK_ENTRIES};
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -66,6 +66,10 @@ impl Shared {
     }
 }
 
+/// [`Tuning::log_replay_max`], if nothing else is said: far more than starts a checkpoint, for an entry covers a sector at least, and
+/// [`Tuning::checkpoint_sectors`] are fewer.
+pub const LOG_REPLAY_MAX: u64 = 16 << 20;
+
 /// The limits of a volume, each with its reason.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Tuning {
@@ -83,6 +87,9 @@ pub struct Tuning {
     /// Entries of the log, those that a checkpoint folds just now among them, with which no write is placed until there are fewer: bounds
     /// the memory they take, about 200 bytes each, beside a map that cannot be written.
     pub log_entries_max: usize,
+    /// The same for all that its chunks have, written over or not, each counted as [`LOG_CHUNK_ENTRIES`] more: bounds what it takes
+    /// to read it again.
+    pub log_replay_max: u64,
     /// Sectors that chunks of the log cover, which start a checkpoint: bounds what nobody knows to be useless.
     pub checkpoint_sectors: u64,
     /// Chunks of the log that start a checkpoint, however small: bounds the time to replay them.
@@ -103,6 +110,7 @@ impl Default for Tuning {
             uploads_max: 8,
             checkpoint_entries: 256 << 10,
             log_entries_max: 4 << 20,
+            log_replay_max: LOG_REPLAY_MAX,
             checkpoint_sectors: (1 << 30) / 512,
             checkpoint_chunks: 1024,
             readahead_sectors_max: (64 << 20) / 512,
@@ -378,6 +386,7 @@ impl Volume {
         let mut tail = ExtentMap::default();
         let mut log = writeback::LogLength {
             chunks: opened.log.len() as u64,
+            entries: opened.log.iter().map(|chunk| chunk.len() as u64).sum(),
             sectors: 0,
         };
         for entry in opened.log.iter().flatten() {

@@ -175,6 +175,93 @@ async fn own_change_given_up_that_takes_effect_during_a_claim_is_raised_upon() {
     }
 }
 
+/// A store that has a chunk at every place of a log.
+#[derive(Debug)]
+struct Endless(FolderStore);
+
+#[async_trait]
+impl Store for Endless {
+    async fn get(&self, key: &str) -> Result<(Bytes, Tag), StoreError> {
+        self.0.get(key).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.0.get_range(key, range).await
+    }
+    async fn get_prefix(&self, key: &str, len: u64) -> Result<Bytes, StoreError> {
+        let Some((_, number)) = key.rsplit_once("/chunk/00000001/") else {
+            return self.0.get_prefix(key, len).await;
+        };
+        let seq = u64::from_str_radix(number, 16).unwrap();
+        let params = ChunkParams {
+            id: ChunkId {
+                volume: VolumeId::from_bytes([7; 16]),
+                epoch: Epoch::new(1),
+                seq: ChunkSeq::new(seq),
+            },
+            first_write: WriteSeq::new(seq),
+            last_write: WriteSeq::new(seq),
+            cut_ms: 1,
+            frame_sectors: 128,
+            compression: Compression::None,
+            key: None,
+        };
+        let zero = ChunkExtent {
+            start: Lba::new(0),
+            len: 8,
+            body: ExtentBody::Zero,
+        };
+        Ok(encode_chunk(&params, &[zero], &[]).bytes)
+    }
+    async fn create(&self, key: &str, body: Bytes) -> Result<Tag, StoreError> {
+        self.0.create(key, body).await
+    }
+    async fn replace(&self, key: &str, body: Bytes, seen: &Tag) -> Result<Tag, StoreError> {
+        self.0.replace(key, body, seen).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.0.delete(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.0.list(prefix).await
+    }
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+}
+
+/// It took all memory of the daemon, and of all other tenants with it.
+#[tokio::test]
+async fn log_without_an_end_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Endless(FolderStore::open(dir.path(), true).unwrap());
+    let tenant = TenantName::new("acme").unwrap();
+    let name = VolumeName::new("db").unwrap();
+    let volume = VolumeId::from_bytes([7; 16]);
+    let head = Head {
+        log: vec![LogRange {
+            epoch: Epoch::new(1),
+            first: ChunkSeq::new(1),
+            end: None,
+        }],
+        epoch: Epoch::new(1),
+        ..Head::fresh(volume, &tenant, &name, Sectors::new(2048), 0)
+    };
+    let key = keys::head_key(&tenant, volume);
+    store.create(&key, head.encode().into()).await.unwrap();
+    let by = by_force();
+    let read_only = open_read_only(&store, &tenant, volume, None, &by).await;
+    let claimed = claim(&store, &tenant, volume, None, &by).await;
+    for refused in [read_only, claimed] {
+        match refused {
+            Err(OpenError::Damaged { object, reason }) => {
+                assert!(object.contains("/chunk/"), "{object}");
+                assert!(reason.contains("longer than any"), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// Whoever put the wrong copy back had another volume served under this one's name.
 #[tokio::test]
 async fn head_of_another_volume_is_refused_by_all_who_open_or_take_one() {

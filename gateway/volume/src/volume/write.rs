@@ -252,7 +252,10 @@ impl Volume {
                 self.starve(cx);
                 return Err(WriteWait::Unsent);
             }
-            if self.log_entries() >= self.params.tuning.log_entries_max {
+            let tuning = &self.params.tuning;
+            if self.log_entries() >= tuning.log_entries_max
+                || self.writeback.log_replay() >= tuning.log_replay_max
+            {
                 Branch::LogFull.taken();
                 self.leave_line(cx.cache);
                 // With a damaged map it is refused, not kept waiting.

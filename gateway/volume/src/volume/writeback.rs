@@ -44,12 +44,24 @@ pub const CHECKPOINT_CHUNKS_MIN: u64 = 8;
 /// Between tries to make a checkpoint that the store refuses.
 const CHECKPOINT_RETRY_MS: u64 = 10_000;
 
+/// What a chunk of the log counts as beside its entries, in such: its header, and what is kept of it.
+pub const LOG_CHUNK_ENTRIES: u64 = 32;
+
 /// How much a log is.
 #[derive(Clone, Copy, Default, Debug)]
 pub(super) struct LogLength {
     pub(super) chunks: u64,
+    /// Of all of them, also those that later ones hide.
+    pub(super) entries: u64,
     /// What they cover, each for itself.
     pub(super) sectors: u64,
+}
+
+impl LogLength {
+    /// What reading it again takes, in entries.
+    const fn replay(self) -> u64 {
+        self.entries + self.chunks * LOG_CHUNK_ENTRIES
+    }
 }
 
 #[derive(Debug)]
@@ -91,6 +103,14 @@ pub(super) struct Writeback {
 }
 
 impl Writeback {
+    /// What reading the log again takes, in entries; what a checkpoint folds just now is still in it.
+    pub(super) fn log_replay(&self) -> u64 {
+        let folding = self
+            .checkpoint_upto
+            .map_or(0, |_| self.checkpoint_log.replay());
+        self.log.replay() + folding
+    }
+
     /// `log`: what is in the log already.
     pub(super) fn new(next_chunk: ChunkSeq, stored: WriteSeq, log: LogLength) -> Self {
         Self {
@@ -350,6 +370,7 @@ impl Volume {
         }
         self.writeback.committed = planned.last_write;
         self.writeback.log.chunks += 1;
+        self.writeback.log.entries += entries.len() as u64;
         self.writeback.last_chunk = Some(planned.seq);
         self.stats.uploaded_chunks += 1;
         self.stats.uploaded_bytes += stored_bytes;
@@ -438,6 +459,7 @@ impl Volume {
         wb.checkpoint_upto = None;
         let back = std::mem::take(&mut wb.checkpoint_log);
         wb.log.chunks += back.chunks;
+        wb.log.entries += back.entries;
         wb.log.sectors += back.sectors;
         if for_good {
             wb.map_damaged = true;
