@@ -399,7 +399,24 @@ fn snapshots_and_clones_are_made_once_and_keep_what_they_need() -> Result<()> {
         Code::FailedPrecondition,
     )?;
     done("delete", csi.delete("acme/copy"))?;
-    daemon.quarry(&["trash", "purge", "--all"])?;
+    // Cloned anew under the same name it has what the source has now: while the first is in the trash and needs its
+    // snapshot, and when nothing does.
+    for bytes in [[9_u8; 4096], [10; 4096]] {
+        let again = done("clone anew", csi.create(clone("copy")))?;
+        ensure!(done("again", csi.create(clone("copy")))? == again);
+        let read = daemon.attach("acme/copy", &[])?.read_vec(0, 4096)?;
+        ensure!(read == bytes, "{} instead of {}", read[0], bytes[0]);
+        daemon.quarry(&["volume", "detach", "acme/copy"])?;
+        done("delete", csi.delete("acme/copy"))?;
+        daemon.quarry(&["trash", "purge", "--all"])?;
+        daemon.attach(&source, &[])?.write(0, &[10; 4096], true)?;
+        daemon.quarry(&["volume", "detach", &source])?;
+    }
+    let left = daemon.json(&["snapshot", "list", &source])?;
+    ensure!(
+        left.to_string().matches("csi-clone-").count() == 1,
+        "{left}"
+    );
     done("delete", csi.delete(&source))?;
 
     // A hundred calls at once for one volume make one, and those that come too early are told so.

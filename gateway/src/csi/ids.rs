@@ -70,9 +70,20 @@ pub(super) fn snapshot_names(volume: &VolumeRef, name: &str) -> Answer<Vec<SnapN
     })
 }
 
-/// What the snapshot is called that is made to clone a volume under this name.
-pub(super) fn clone_snapshot(clone: &VolumeName) -> SnapName {
-    SnapName::new(hashed(FOR_CLONE, clone.as_str())).expect("a hash is a name")
+/// What the snapshot is called that is made to clone a volume under this name, if `tries` such names are taken.
+pub(super) fn clone_snapshot(clone: &VolumeName, tries: usize) -> SnapName {
+    let first = hashed(FOR_CLONE, clone.as_str());
+    let name = match tries {
+        0 => first,
+        tries => format!("{first}-{tries}"),
+    };
+    SnapName::new(name).expect("a hash and a number are a name")
+}
+
+/// Whether a snapshot was made to clone a volume under this name.
+pub(super) fn is_for_clone_called(snapshot: &str, clone: &VolumeName) -> bool {
+    let rest = snapshot.strip_prefix(&hashed(FOR_CLONE, clone.as_str()));
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
 }
 
 /// Whether a snapshot was made to clone a volume, and nobody asked for it.
@@ -183,8 +194,21 @@ mod tests {
         assert!(format!("{}@{}", volume(50), short[0]).len() <= STRING_MAX);
         assert_eq!(names(63).unwrap_err().code(), Code::InvalidArgument);
         assert!(is_unique(name) && !is_unique("nightly") && !is_unique("ü"));
-        let made = clone_snapshot(&volume_name(PVC).unwrap());
-        assert!(is_for_clone(made.as_str()) && !is_for_clone(short[0].as_str()));
+    }
+
+    #[test]
+    fn snapshots_made_to_clone_a_volume_are_known_by_its_name() {
+        let (clone, other) = (volume_name(PVC).unwrap(), volume_name("copy").unwrap());
+        let made = [0, 1, 1024, usize::MAX].map(|tries| clone_snapshot(&clone, tries));
+        assert_eq!(made[2].as_str(), format!("{}-1024", made[0]));
+        for name in &made {
+            assert!(is_for_clone(name.as_str()));
+            assert!(is_for_clone_called(name.as_str(), &clone));
+            assert!(!is_for_clone_called(name.as_str(), &other));
+        }
+        let asked = snapshot_names(&VolumeRef::new("acme", PVC).unwrap(), made[0].as_str());
+        let asked = asked.unwrap();
+        assert!(asked.iter().all(|name| !is_for_clone(name.as_str())));
     }
 
     #[test]

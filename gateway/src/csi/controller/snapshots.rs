@@ -2,7 +2,7 @@
 
 use quarry_csi_proto::Timestamp;
 use quarry_csi_proto::v1::Snapshot;
-use quarry_objfmt::SnapName;
+use quarry_objfmt::{SnapName, VolumeName};
 use tonic::Status;
 
 use super::ControllerService;
@@ -90,6 +90,44 @@ impl ControllerService {
         Ok(())
     }
 
+    /// What a snapshot can be called that is made to clone `volume` under a name that nothing has. One that is left of
+    /// a call before has the bytes of then: it is deleted. Where that cannot be, as by a clone of that name in the
+    /// trash, or by one that was begun, another name is free.
+    pub(super) async fn free_for_clone(
+        &self,
+        volume: &VolumeRef,
+        clone: &VolumeName,
+    ) -> Answer<SnapName> {
+        let list = self.client.list_snapshots(Some(volume)).await?;
+        let is_left = |s: &&SnapshotInfo| ids::is_for_clone_called(&s.name, clone);
+        let mut taken = Vec::new();
+        for left in list.snapshots.iter().filter(is_left) {
+            if !self.try_delete(volume, &left.name).await {
+                taken.push(left.name.as_str());
+            }
+        }
+        let mut tries = 0;
+        loop {
+            let name = ids::clone_snapshot(clone, tries);
+            if !taken.contains(&name.as_str()) {
+                return Ok(name);
+            }
+            tries += 1;
+        }
+    }
+
+    /// Whether a snapshot is gone now.
+    async fn try_delete(&self, volume: &VolumeRef, name: &str) -> bool {
+        let Ok(snapshot) = format!("{volume}@{name}").parse() else {
+            return false;
+        };
+        let deleted = self.delete_snapshot_of(&snapshot).await;
+        if let Err(status) = &deleted {
+            tracing::debug!(%snapshot, error = status.message(), "it stays");
+        }
+        deleted.is_ok()
+    }
+
     /// Deletes what was made to clone a volume and has no clone any more, but for `newest` and what may just be about to
     /// have one, by another call. What cannot be deleted now is the next time.
     pub(super) async fn sweep(&self, volume: &VolumeRef, newest: &SnapRef) {
@@ -100,12 +138,7 @@ impl ControllerService {
         let is_left = |s: &&SnapshotInfo| ids::is_for_clone(&s.name) && s.created_ms < old_ms;
         let made = list.snapshots.iter().filter(is_left);
         for snapshot in made.filter(|s| s.name != newest.name.as_str()) {
-            let Ok(snapshot) = format!("{volume}@{}", snapshot.name).parse() else {
-                continue;
-            };
-            if let Err(status) = self.delete_snapshot_of(&snapshot).await {
-                tracing::debug!(%snapshot, error = status.message(), "it stays");
-            }
+            self.try_delete(volume, &snapshot.name).await;
         }
     }
 }

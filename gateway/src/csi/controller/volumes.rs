@@ -1,8 +1,8 @@
 //! Volumes: made empty, of a snapshot or of another volume, grown, deleted.
 //!
 //! A volume of a snapshot is its clone; one of another volume is a clone of a snapshot that is made for it, whose
-//! name the clone's name gives, so that a call made again finds it. It stays as long as the clone needs it, and is
-//! deleted with the source, or when something else is cloned of that.
+//! name the clone's name gives. A call made again finds it by the clone, and makes it anew if that is not there. It
+//! stays as long as the clone needs it, and is deleted with the source, or when something else is cloned of that.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use quarry_csi_proto::v1::{
     ControllerExpandVolumeRequest, ControllerExpandVolumeResponse, CreateVolumeRequest,
     CreateVolumeResponse, Topology as Place, TopologyRequirement, Volume, VolumeContentSource,
 };
-use quarry_objfmt::VolumeName;
+use quarry_objfmt::{SnapName, VolumeName};
 use tonic::Status;
 
 use super::{ControllerService, is_elsewhere};
@@ -140,18 +140,24 @@ impl ControllerService {
     async fn create_of_volume(&self, plan: &Plan, source: &VolumeRef) -> Answer<VolumeInfo> {
         let info = self.show(source).await?;
         same_tenant(plan, source)?;
-        let snapshot = SnapRef {
+        let of = |name| SnapRef {
             volume: source.clone(),
-            name: ids::clone_snapshot(&plan.name),
+            name,
         };
-        // Else it would be made anew for a clone that is there, and is another's.
-        if self.there(&plan.volume()).await?.is_none() {
-            let daemon = self.must_at_owner(source, &info)?;
-            match daemon.create_snapshot(&snapshot).await {
-                Err(error) if error.kind != Kind::Exists => return Err(quota(error)),
-                _ => {}
+        // Of a clone that is there none is made anew: if it is of another, that is told below.
+        let snapshot = match self.there(&plan.volume()).await? {
+            Some(there) => of(made_of(&there, source, &plan.name)),
+            None => {
+                let snapshot = of(self.free_for_clone(source, &plan.name).await?);
+                let daemon = self.must_at_owner(source, &info)?;
+                match daemon.create_snapshot(&snapshot).await {
+                    // By another controller, since it was found to be free.
+                    Err(error) if error.kind == Kind::Exists => {}
+                    made => drop(made.map_err(quota)?),
+                }
+                snapshot
             }
-        }
+        };
         let made = self.create_of_snapshot(plan, &snapshot).await?;
         self.sweep(source, &snapshot).await;
         Ok(made)
@@ -281,6 +287,15 @@ fn same_tenant(plan: &Plan, source: &VolumeRef) -> Answer<()> {
         plan.class.tenant
     );
     Err(Status::invalid_argument(message))
+}
+
+/// The snapshot of `source` that this clone was made of; of another's clone, what it would be called.
+fn made_of(clone: &VolumeInfo, source: &VolumeRef, name: &VolumeName) -> SnapName {
+    let parent = clone.parent.as_ref();
+    let parent = parent.filter(|parent| parent.volume == source.to_string());
+    let made = parent.filter(|parent| ids::is_for_clone_called(&parent.snapshot, name));
+    let made = made.and_then(|parent| SnapName::new(&parent.snapshot).ok());
+    made.unwrap_or_else(|| ids::clone_snapshot(name, 0))
 }
 
 /// Refuses a volume that is there and is not what the plan makes.
