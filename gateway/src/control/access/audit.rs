@@ -10,6 +10,7 @@
 //! **Invariant:** nothing of a request's body is written but the names in it ([`NAMES`]) and what it is to do with them
 //! ([`OPTIONS`]), and of its headers nothing: no secret is.
 
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -41,9 +42,11 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 const FILES_MAX: usize = 8;
 /// Bytes of a path that are written.
 const TARGET_BYTES_MAX: usize = 512;
-/// Calls of nobody that are written, in so much time; the others are counted. What strangers send must not push
-/// out what was done.
-const STRANGERS_MAX: (u32, Duration) = (20, Duration::from_secs(1));
+/// Bytes of names and options that are written of a body.
+const BODY_BYTES_MAX: usize = 1024;
+/// Refused calls that are written, of nobody and of each tenant, in so much time; the others are counted. What they
+/// send must not push out what was done.
+const REFUSALS_MAX: (u32, Duration) = (20, Duration::from_secs(1));
 
 /// What of a body is written as names.
 const NAMES: [&str; 5] = ["tenant", "name", "volume", "id", "role"];
@@ -108,6 +111,9 @@ pub(super) struct Told {
     /// What the body says that is to be done.
     #[serde(skip_serializing_if = "Map::is_empty")]
     options: Map<String, Value>,
+    /// There were too many of these, or too long ones: some are left out.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    shortened: bool,
     from: String,
     /// None: nobody was known.
     caller: Option<String>,
@@ -133,7 +139,7 @@ struct Line<'a> {
     outcome: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     duration_ms: Option<u64>,
-    /// Refused calls of nobody that were not written since the last that was.
+    /// Refused calls, of nobody or of the tenant, that were not written since the last that was.
     #[serde(skip_serializing_if = "is_zero")]
     left_out: u32,
 }
@@ -164,6 +170,7 @@ impl Told {
             target: target.get(..cut).unwrap_or_default().to_owned(),
             names: Map::new(),
             options: Map::new(),
+            shortened: false,
             from: Peer::of_request(parts).to_string(),
             caller: None,
             tenant: None,
@@ -181,16 +188,36 @@ impl Told {
         let Ok(Value::Object(fields)) = serde_json::from_slice::<Value>(body) else {
             return;
         };
-        for (key, value) in &fields {
-            let is_text = value.is_string();
-            if NAMES.contains(&key.as_str()) && is_text && is_short(value) {
-                self.names.insert(key.clone(), value.clone());
-            }
+        let nested = fields.get(NESTED).and_then(Value::as_object);
+        let is_name =
+            |(key, value): &(&String, &Value)| NAMES.contains(&key.as_str()) && value.is_string();
+        let is_option = |(key, value): &(&String, &Value)| {
+            OPTIONS.contains(&key.as_str()) && !value.is_array() && !value.is_object()
+        };
+        let names = fields.iter().filter(is_name).map(|field| (0, field));
+        let options = fields.iter().filter(is_option).map(|field| (1, field));
+        let inner = nested.into_iter().flatten().filter(is_option);
+        let all = names.chain(options).chain(inner.map(|field| (2, field)));
+        let mut all: Vec<(usize, usize, &String, &Value)> = all
+            .map(|(kind, (key, value))| (key.len() + value.to_string().len(), kind, key, value))
+            .collect();
+        // The short ones first: no `force` is hidden by texts that fill the line.
+        all.sort_by_key(|(bytes, ..)| *bytes);
+        let mut kinds = [Map::new(), Map::new(), Map::new()];
+        let mut room = BODY_BYTES_MAX;
+        for (bytes, kind, key, value) in all {
+            let is_long = value.as_str().is_some_and(|t| t.len() > TARGET_BYTES_MAX);
+            let Some(rest) = room.checked_sub(bytes).filter(|_| !is_long) else {
+                self.shortened = true;
+                break;
+            };
+            room = rest;
+            kinds[kind].insert(key.clone(), value.clone());
         }
-        self.options = options_of(&fields);
-        if let Some(Value::Object(nested)) = fields.get(NESTED) {
-            let nested = options_of(nested);
-            self.options.insert(NESTED.to_owned(), nested.into());
+        let [names, options, inner] = kinds;
+        (self.names, self.options) = (names, options);
+        if nested.is_some() {
+            self.options.insert(NESTED.to_owned(), inner.into());
         }
     }
 
@@ -214,24 +241,6 @@ fn tenants_in(template: &str, uri: &Uri) -> Vec<String> {
     named.into_iter().chain(asked).collect()
 }
 
-/// Whether a value of a body has no more in it than a line of the log should.
-fn is_short(value: &Value) -> bool {
-    match value {
-        Value::String(text) => text.len() <= TARGET_BYTES_MAX,
-        Value::Array(_) | Value::Object(_) => false,
-        Value::Null | Value::Bool(_) | Value::Number(_) => true,
-    }
-}
-
-fn options_of(fields: &Map<String, Value>) -> Map<String, Value> {
-    let is_option =
-        |(key, value): &(&String, &Value)| OPTIONS.contains(&key.as_str()) && is_short(value);
-    let options = fields.iter().filter(is_option);
-    options
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect()
-}
-
 /// The file, as it was opened.
 struct Open {
     file: File,
@@ -240,8 +249,8 @@ struct Open {
     torn: bool,
 }
 
-/// Refused calls of nobody.
-struct Strangers {
+/// Refused calls of nobody, or of a tenant.
+struct Refusals {
     since: Instant,
     written: u32,
     left_out: u32,
@@ -253,7 +262,8 @@ struct Inner {
     file_bytes_max: u64,
     open: Mutex<Option<Open>>,
     problem: Mutex<Option<String>>,
-    strangers: Mutex<Strangers>,
+    /// By tenant, those of nobody included; as many as have sent some of late, or some that are yet to be told.
+    refusals: Mutex<HashMap<Option<String>, Refusals>>,
     started_ms: u64,
     calls: AtomicU64,
     lines: AtomicU64,
@@ -280,11 +290,7 @@ impl Audit {
             file_bytes_max,
             open: Mutex::default(),
             problem: Mutex::default(),
-            strangers: Mutex::new(Strangers {
-                since: Instant::now(),
-                written: 0,
-                left_out: 0,
-            }),
+            refusals: Mutex::default(),
             started_ms: now_ms(),
             calls: AtomicU64::new(0),
             lines: AtomicU64::new(0),
@@ -341,11 +347,9 @@ impl Audit {
 
     /// Notes that somebody was refused.
     pub(super) async fn denied(&self, told: Told, refused: &Refused) {
-        let left_out = match told.caller {
-            Some(_) => Some(0),
-            None => self.0.strangers.lock().next(),
+        let Some(left_out) = self.0.left_out_before(&told) else {
+            return;
         };
-        let Some(left_out) = left_out else { return };
         let call = self.call();
         let line = Line {
             status: Some(refused.0.as_u16()),
@@ -359,10 +363,14 @@ impl Audit {
 
     /// Notes that a tenant looked at what is another's, or at nobody's.
     pub(super) async fn asked_for_anothers(&self, told: Told, outcome: Outcome) {
+        let Some(left_out) = self.0.left_out_before(&told) else {
+            return;
+        };
         let call = self.call();
         let line = Line {
             status: Some(outcome.status),
             outcome: outcome.word,
+            left_out,
             ..Line::new("denied", &call, &told)
         };
         drop(self.write(&line).await);
@@ -419,10 +427,18 @@ impl<'a> Line<'a> {
     }
 }
 
-impl Strangers {
+impl Refusals {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            written: 0,
+            left_out: 0,
+        }
+    }
+
     /// How many were left out before this one; `None` if it is to be left out too.
     fn next(&mut self) -> Option<u32> {
-        let (max, time) = STRANGERS_MAX;
+        let (max, time) = REFUSALS_MAX;
         if self.since.elapsed() >= time {
             self.since = Instant::now();
             self.written = 0;
@@ -437,6 +453,19 @@ impl Strangers {
 }
 
 impl Inner {
+    /// How many refused calls of the same tenant, or of nobody, were left out before this one; `None` if it is to be
+    /// left out too. An operator's are all written.
+    fn left_out_before(&self, told: &Told) -> Option<u32> {
+        if told.caller.is_some() && told.tenant.is_none() {
+            return Some(0);
+        }
+        let mut all = self.refusals.lock();
+        let (_, time) = REFUSALS_MAX;
+        all.retain(|_, of_one| of_one.left_out > 0 || of_one.since.elapsed() < time);
+        let of_one = all.entry(told.tenant.clone());
+        of_one.or_insert_with(Refusals::new).next()
+    }
+
     fn refusal(&self) -> ApiError {
         let message = self.problem.lock().clone().unwrap_or_default();
         let remedy = "mend that, or set access.audit_required to false";

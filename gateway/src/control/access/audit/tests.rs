@@ -136,15 +136,84 @@ async fn log_that_cannot_be_written_refuses_changes_only_where_it_must_be() {
 }
 
 #[test]
-fn refused_calls_of_strangers_are_bounded_and_counted() {
-    let (max, _) = STRANGERS_MAX;
-    let mut strangers = Strangers {
-        since: Instant::now(),
-        written: 0,
-        left_out: 0,
+fn refused_calls_of_nobody_and_of_each_tenant_are_bounded_and_counted() {
+    let (max, _) = REFUSALS_MAX;
+    let mut refusals = Refusals::new();
+    assert!((0..max).all(|_| refusals.next() == Some(0)));
+    assert_eq!((refusals.next(), refusals.next()), (None, None));
+    refusals.since -= Duration::from_secs(2);
+    assert_eq!((refusals.next(), refusals.next()), (Some(2), Some(0)));
+}
+
+fn told_of(caller: &str, tenant: Option<&str>) -> Told {
+    Told {
+        caller: Some(caller.to_owned()),
+        tenant: tenant.map(ToOwned::to_owned),
+        ..told("/v1/volumes/zebra/stripes")
+    }
+}
+
+#[tokio::test]
+async fn tenant_that_is_refused_again_and_again_does_not_push_out_what_was_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.jsonl");
+    let audit = Audit::with_size(path.clone(), false, 20_000).unwrap();
+    let done = || Outcome {
+        status: 200,
+        word: None,
     };
-    assert!((0..max).all(|_| strangers.next() == Some(0)));
-    assert_eq!((strangers.next(), strangers.next()), (None, None));
-    strangers.since -= Duration::from_secs(2);
-    assert_eq!((strangers.next(), strangers.next()), (Some(2), Some(0)));
+    let entry = audit.begin(told("/v1/volumes/acme/db")).await.unwrap();
+    entry.end(done()).await;
+    let error = ApiError::new(Kind::Denied, "m", "r");
+    let refused = Refused(axum::http::StatusCode::FORBIDDEN, error);
+    // As long as what the files hold, twice.
+    for _ in 0..2000 {
+        audit
+            .denied(told_of("token t1", Some("acme")), &refused)
+            .await;
+        let looked = told_of("token t1", Some("acme"));
+        audit.asked_for_anothers(looked, done()).await;
+    }
+    // Others are told of as before.
+    audit
+        .denied(told_of("token t2", Some("zebra")), &refused)
+        .await;
+    audit.denied(told_of("token t3", None), &refused).await;
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir.path()).unwrap() {
+        all.append(&mut lines(&entry.unwrap().path()));
+    }
+    let of = |key: &str, value: &str| all.iter().filter(|l| l[key] == value).count();
+    assert_eq!(of("event", "begin"), 1);
+    assert_eq!(of("tenant", "zebra"), 1);
+    assert_eq!(of("caller", "token t3"), 1);
+    let (max, _) = REFUSALS_MAX;
+    assert!(of("tenant", "acme") >= max as usize);
+    let acme = Some("acme".to_owned());
+    let untold = audit.0.refusals.lock().get(&acme).map_or(0, |r| r.left_out);
+    let told = all.iter().filter(|l| l["tenant"] == "acme");
+    let told: u64 = told.map(|l| 1 + l["left_out"].as_u64().unwrap_or(0)).sum();
+    assert_eq!(told + u64::from(untold), 4000);
+}
+
+#[test]
+fn line_of_a_large_body_is_short_and_says_that_something_is_left_out() {
+    let mut body = Map::new();
+    for key in NAMES.iter().chain(OPTIONS) {
+        body.insert((*key).to_owned(), "\u{1}".repeat(340).into());
+    }
+    body.insert("force".to_owned(), true.into());
+    body.insert("size_bytes".to_owned(), 4096.into());
+    body.insert(
+        "rates".to_owned(),
+        json!({"iops": 5, "via": "x".repeat(500)}),
+    );
+    let mut told = told("/v1/volumes");
+    told.name_what_is_in(Value::Object(body).to_string().as_bytes());
+    let line = serde_json::to_value(&told).unwrap();
+    assert_eq!(line["shortened"], true);
+    assert_eq!(line["options"]["force"], true);
+    assert_eq!(line["options"]["size_bytes"], 4096);
+    assert_eq!(line["options"]["rates"]["iops"], 5);
+    assert!(line.to_string().len() < BODY_BYTES_MAX + 512, "{line}");
 }
