@@ -27,6 +27,7 @@ use percent_encoding::percent_decode_str;
 use quarry_objfmt::TenantName;
 use serde::Serialize;
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 
 use super::super::api::Refused;
 use super::super::endpoints::Endpoint;
@@ -47,6 +48,8 @@ const BODY_BYTES_MAX: usize = 1024;
 /// Refused calls that are written, of nobody and of each tenant, in so much time; the others are counted. What they
 /// send must not push out what was done.
 const REFUSALS_MAX: (u32, Duration) = (20, Duration::from_secs(1));
+/// How long a line may take, with those before it; then it counts as not written, and nobody waits for it.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// What of a body is written as names.
 const NAMES: [&str; 5] = ["tenant", "name", "volume", "id", "role"];
@@ -260,6 +263,9 @@ struct Inner {
     path: PathBuf,
     required: bool,
     file_bytes_max: u64,
+    write_time_max: Duration,
+    /// Whose line is being written: a file system that hangs keeps one thread.
+    turn: Arc<tokio::sync::Mutex<()>>,
     open: Mutex<Option<Open>>,
     problem: Mutex<Option<String>>,
     /// By tenant, those of nobody included; as many as have sent some of late, or some that are yet to be told.
@@ -280,14 +286,21 @@ impl Audit {
     /// # Errors
     /// If it cannot be written, and is required.
     pub fn open(path: PathBuf, required: bool) -> ApiResult<Self> {
-        Self::with_size(path, required, FILE_BYTES_MAX)
+        Self::with_limits(path, required, FILE_BYTES_MAX, WRITE_TIME_MAX)
     }
 
-    fn with_size(path: PathBuf, required: bool, file_bytes_max: u64) -> ApiResult<Self> {
+    fn with_limits(
+        path: PathBuf,
+        required: bool,
+        file_bytes_max: u64,
+        write_time_max: Duration,
+    ) -> ApiResult<Self> {
         let audit = Self(Arc::new(Inner {
             path,
             required,
             file_bytes_max,
+            write_time_max,
+            turn: Arc::default(),
             open: Mutex::default(),
             problem: Mutex::default(),
             refusals: Mutex::default(),
@@ -377,9 +390,9 @@ impl Audit {
     }
 
     async fn write(&self, line: &Line<'_>) -> io::Result<()> {
-        let text = line.text();
         let inner = Arc::clone(&self.0);
-        let written = tokio::task::spawn_blocking(move || inner.write(&text)).await;
+        // Its own task: who hangs up leaves no line unwritten.
+        let written = tokio::spawn(inner.write_in_turn(line.text())).await;
         written.unwrap_or_else(|error| Err(io::Error::other(error)))
     }
 }
@@ -487,6 +500,27 @@ impl Inner {
             tracing::error!("{message}");
             *problem = Some(message);
         }
+    }
+
+    /// Writes a line after those before it. *Too late: it may yet be written, if it was begun.*
+    async fn write_in_turn(self: Arc<Self>, line: Vec<u8>) -> io::Result<()> {
+        let this = Arc::clone(&self);
+        let written = async move {
+            let turn = Arc::clone(&this.turn).lock_owned().await;
+            let write = move || {
+                let written = this.write(&line);
+                drop(turn);
+                written
+            };
+            let written = tokio::task::spawn_blocking(write).await;
+            written.unwrap_or_else(|error| Err(io::Error::other(error)))
+        };
+        let Ok(written) = timeout(self.write_time_max, written).await else {
+            let error = io::Error::new(io::ErrorKind::TimedOut, "its file system takes too long");
+            self.failed(&error);
+            return Err(error);
+        };
+        written
     }
 
     fn write(&self, line: &[u8]) -> io::Result<()> {
@@ -627,10 +661,9 @@ impl Drop for Entry {
             ..Line::new("end", &self.call, &self.told)
         };
         let (text, inner) = (line.text(), Arc::clone(&self.audit.0));
-        let write = move || drop(inner.write(&text));
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(write)),
-            Err(_) => write(),
+            Ok(runtime) => drop(runtime.spawn(inner.write_in_turn(text))),
+            Err(_) => drop(inner.write(&text)),
         }
     }
 }

@@ -13,6 +13,11 @@ fn told(target: &str) -> Told {
     Told::new(endpoint.unwrap(), &parts)
 }
 
+/// A log of small files, on a host that may be slow.
+fn with_size(path: PathBuf, required: bool, file_bytes_max: u64) -> Audit {
+    Audit::with_limits(path, required, file_bytes_max, Duration::from_secs(60)).unwrap()
+}
+
 fn lines(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap();
     text.lines()
@@ -57,7 +62,7 @@ fn options_of_an_attachment_are_all_told() {
 async fn file_that_is_full_is_put_aside_and_a_bounded_number_kept() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.jsonl");
-    let audit = Audit::with_size(path.clone(), true, 2000).unwrap();
+    let audit = with_size(path.clone(), true, 2000);
     for n in 0..200 {
         drop(
             audit
@@ -157,7 +162,7 @@ fn told_of(caller: &str, tenant: Option<&str>) -> Told {
 async fn tenant_that_is_refused_again_and_again_does_not_push_out_what_was_done() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.jsonl");
-    let audit = Audit::with_size(path.clone(), false, 20_000).unwrap();
+    let audit = with_size(path.clone(), false, 20_000);
     let done = || Outcome {
         status: 200,
         word: None,
@@ -216,4 +221,55 @@ fn line_of_a_large_body_is_short_and_says_that_something_is_left_out() {
     assert_eq!(line["options"]["size_bytes"], 4096);
     assert_eq!(line["options"]["rates"]["iops"], 5);
     assert!(line.to_string().len() < BODY_BYTES_MAX + 512, "{line}");
+}
+
+#[test]
+fn file_system_that_hangs_keeps_one_thread_and_is_waited_for_no_longer_than_a_line_may_take() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .max_blocking_threads(2)
+        .enable_time()
+        .build()
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let short = Duration::from_millis(50);
+    let logs = [false, true].map(|required| {
+        let path = dir.path().join(format!("{required}.jsonl"));
+        Audit::with_limits(path, required, FILE_BYTES_MAX, short).unwrap()
+    });
+    let limit = Duration::from_secs(20);
+    for audit in logs {
+        // Who writes waits for this, as for a file system.
+        let (held, holds) = std::sync::mpsc::channel();
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let inner = Arc::clone(&audit.0);
+        let hangs = std::thread::spawn(move || {
+            let open = inner.open.lock();
+            held.send(()).unwrap();
+            let _ = gone.recv();
+            drop(open);
+        });
+        holds.recv().unwrap();
+        runtime.block_on(async {
+            let begun = (0..8).map(|_| audit.begin(told("/v1/volumes")));
+            let begun = timeout(limit, futures::future::join_all(begun)).await;
+            let required = audit.0.required;
+            for begun in begun.expect("nobody waits for it") {
+                assert_eq!(begun.is_err(), required);
+                assert!(begun.err().is_none_or(|e| e.kind == Kind::Unavailable));
+            }
+            assert!(audit.stats().failures >= 8);
+            assert!(audit.problem().unwrap().contains("takes too long"));
+            let other = tokio::task::spawn_blocking(|| 7);
+            assert_eq!(timeout(limit, other).await.unwrap().unwrap(), 7);
+            drop(go);
+            let again = async {
+                while audit.begin(told("/v1/volumes")).await.is_err() || audit.problem().is_some() {
+                    tokio::time::sleep(short).await;
+                }
+            };
+            timeout(limit, again).await.unwrap();
+        });
+        hangs.join().unwrap();
+    }
 }
