@@ -1,11 +1,15 @@
 //! The API over TCP, by TLS.
 //!
 //! Invariants:
-//! - who has no token costs a place for [`HEADER_TIME_MAX`] and a handshake at most;
+//! - who has no token and asks for nothing costs a place for [`HEADER_TIME_MAX`] and a handshake at most;
+//! - who does not take an answer, whether or not it needed a token, keeps its place for [`ANSWER_TIME_MAX`];
 //! - plain HTTP is for loopback alone, and only where that is said.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -16,10 +20,10 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tower::Service as _;
 
@@ -36,6 +40,8 @@ const ADDRESS_CONNECTIONS_MAX: usize = 128;
 const CONNECTION_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// How long a request's head may take, and how long a connection may rest between two.
 const HEADER_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long a client may take to take what it is sent. Each answer is one piece, and none is large: they are pages.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
 /// Bytes of a request's head.
 const HEADER_BYTES_MAX: usize = 16 << 10;
 /// Lines of a request's head.
@@ -189,7 +195,7 @@ async fn requests(
         .header_read_timeout(HEADER_TIME_MAX)
         .max_buf_size(HEADER_BYTES_MAX)
         .max_headers(HEADERS_MAX)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Taken::new(stream)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -201,6 +207,71 @@ async fn requests(
     };
     if let Err(error) = ended {
         tracing::debug!(%from, %error, "a connection to the API broke off");
+    }
+}
+
+/// A connection whose client takes what it is sent, or loses it.
+struct Taken<S> {
+    stream: S,
+    /// Set since something could not be sent at once, until all is.
+    end: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Taken<S> {
+    const fn new(stream: S) -> Self {
+        Self { stream, end: None }
+    }
+
+    /// An error once the client's time is over; registers to be woken then.
+    fn in_time<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sent: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if sent.is_ready() {
+            return sent;
+        }
+        let end = self
+            .end
+            .get_or_insert_with(|| Box::pin(sleep(ANSWER_TIME_MAX)));
+        end.as_mut()
+            .poll(cx)
+            .map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Taken<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Taken<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let sent = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.in_time(cx, sent)
+    }
+
+    /// A client that takes a byte now and then has no more time for it: it begins anew when all is sent.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let sent = Pin::new(&mut self.stream).poll_flush(cx);
+        if sent.is_ready() {
+            self.end = None;
+        }
+        self.in_time(cx, sent)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let sent = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.in_time(cx, sent)
     }
 }
 

@@ -94,6 +94,61 @@ async fn plain_http_and_heads_without_end_get_nothing() {
     daemon.stop().await;
 }
 
+/// A connection with next to no buffer, to what answers with so many `Z`s.
+fn small(
+    answer: usize,
+) -> (
+    tokio::io::DuplexStream,
+    tokio::task::JoinHandle<()>,
+    watch::Sender<bool>,
+) {
+    let (client, server) = tokio::io::duplex(1024);
+    let (stop, stopped) = watch::channel(false);
+    let get = axum::routing::get(move || async move { "Z".repeat(answer) });
+    let routes = Router::new().route("/", get);
+    let from = "127.0.0.1:999".parse().unwrap();
+    (
+        client,
+        tokio::spawn(requests(server, from, routes, stopped)),
+        stop,
+    )
+}
+
+const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+
+#[tokio::test(start_paused = true)]
+async fn client_that_does_not_take_its_answer_loses_its_place() {
+    for takes in [0, 256] {
+        let (mut client, served, _stop) = small(1 << 20);
+        client.write_all(GET).await.unwrap();
+        let begun = tokio::time::Instant::now();
+        let mut taken = vec![0; takes];
+        while !served.is_finished() {
+            sleep(ANSWER_TIME_MAX / 4).await;
+            assert!(begun.elapsed() < 2 * ANSWER_TIME_MAX, "{takes}");
+            if takes > 0 {
+                client.read_exact(&mut taken).await.unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn client_that_takes_each_answer_in_time_is_served_for_longer_than_that() {
+    let (mut client, served, _stop) = small(1 << 16);
+    for _ in 0..4 {
+        client.write_all(GET).await.unwrap();
+        sleep(ANSWER_TIME_MAX / 2).await;
+        let (mut seen, mut some) = (0, [0; 4096]);
+        while seen < 1 << 16 {
+            let bytes = client.read(&mut some).await.unwrap();
+            assert!(bytes > 0, "it is closed");
+            seen += some[..bytes].iter().filter(|b| **b == b'Z').count();
+        }
+    }
+    assert!(!served.is_finished());
+}
+
 #[test]
 fn url_that_would_show_the_token_is_refused() {
     for url in [
