@@ -256,8 +256,7 @@ impl Daemon {
     /// What was asked of each store, once, however many tenants are in it.
     pub(super) fn store_counts(&self) -> StoreSnapshot {
         let mut store = self.lane.stats().snapshot();
-        self.tenants
-            .each_own_site(|site| store.add(&site.lane.stats().snapshot()));
+        store.add(&self.tenants.own_counts());
         store
     }
 

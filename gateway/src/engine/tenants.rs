@@ -26,8 +26,8 @@ use crate::provision;
 use crate::qos::TenantGate;
 use crate::store::direct::DirectLane;
 use crate::store::{
-    Lane, LaneSettings, OpenError, Place, Store, StoreError, StoreSettings, StoreStats, Tag,
-    open_store_within,
+    Lane, LaneSettings, OpenError, Place, Store, StoreError, StoreSettings, StoreSnapshot,
+    StoreStats, Tag, open_store_within,
 };
 
 /// How long what is known of a tenant is used without asking again: so long does a change made on another host take to
@@ -291,6 +291,32 @@ struct GroupOf {
     endpoint: Option<String>,
 }
 
+/// The stores that tenants have of their own.
+#[derive(Default)]
+struct Sites {
+    all: Vec<Arc<Site>>,
+    /// What was counted of those that are no longer among them.
+    gone: StoreSnapshot,
+}
+
+impl Sites {
+    /// The site of these settings. What no tenant is in any more goes.
+    fn in_use(&mut self, settings: &StoreSettings) -> Option<Arc<Site>> {
+        let Self { all, gone } = self;
+        all.retain(|site| {
+            let stays = Arc::strong_count(site) > 1;
+            if !stays {
+                let mut counted = site.lane.stats().snapshot();
+                (counted.waiting, counted.in_flight) = (0, 0);
+                gone.add(&counted);
+            }
+            stays
+        });
+        let found = all.iter().find(|site| site.settings == *settings);
+        found.cloned()
+    }
+}
+
 /// The tenants that were asked for, and the stores that they are in.
 pub(super) struct Tenants {
     home: Arc<Site>,
@@ -298,7 +324,7 @@ pub(super) struct Tenants {
     groups: Mutex<BTreeMap<GroupOf, u32>>,
     /// Those of all that is attached, also of tenants that are known in another way by now.
     gates: Mutex<BTreeMap<TenantName, Vec<Weak<TenantGate>>>>,
-    sites: Mutex<Vec<Arc<Site>>>,
+    sites: Mutex<Sites>,
     /// Those with a store of their own that is not opened yet.
     unopened: Mutex<BTreeSet<TenantName>>,
 }
@@ -322,7 +348,17 @@ impl Tenants {
 
     /// Calls `look` with each store that tenants have of their own.
     pub(super) fn each_own_site(&self, look: impl FnMut(&Arc<Site>)) {
-        self.sites.lock().iter().for_each(look);
+        self.sites.lock().all.iter().for_each(look);
+    }
+
+    /// What was asked of the stores that tenants have or had of their own.
+    pub(super) fn own_counts(&self) -> StoreSnapshot {
+        let sites = self.sites.lock();
+        let mut counts = sites.gone.clone();
+        for site in &sites.all {
+            counts.add(&site.lane.stats().snapshot());
+        }
+        counts
     }
 
     /// Those that are known.
@@ -336,7 +372,7 @@ impl Tenants {
 
     /// Ends the ways to tenants' own stores, as [`Lane::stop`].
     pub(super) fn stop(&self) {
-        for site in &*self.sites.lock() {
+        for site in &self.sites.lock().all {
             site.lane.stop();
         }
     }
@@ -351,7 +387,7 @@ impl Tenants {
             return Ok(Arc::clone(&self.home));
         };
         let settings = settings_of(store, &self.home.settings);
-        let found = in_use(&mut self.sites.lock(), &settings);
+        let found = self.sites.lock().in_use(&settings);
         if let Some(found) = found {
             return Ok(found);
         }
@@ -359,12 +395,12 @@ impl Tenants {
         let opened = Site::open(&settings, begins).await?;
         let mut sites = self.sites.lock();
         // Another may have come first.
-        if let Some(found) = in_use(&mut sites, &settings) {
+        if let Some(found) = sites.in_use(&settings) {
             return Ok(found);
         }
-        let others: Vec<_> = std::iter::once(&self.home).chain(sites.iter()).collect();
+        let others: Vec<_> = std::iter::once(&self.home).chain(&sites.all).collect();
         let site = Site::over(settings, opened, &others);
-        sites.push(Arc::clone(&site));
+        sites.all.push(Arc::clone(&site));
         Ok(site)
     }
 
@@ -479,13 +515,6 @@ fn newer(known: Option<Arc<Tenant>>, record: &TenantRecord) -> Option<Arc<Tenant
         let seen = known.seen.lock();
         seen.record.created_ms == record.created_ms && seen.record.revision > record.revision
     })
-}
-
-/// The site of these settings. What no tenant is in any more goes.
-fn in_use(sites: &mut Vec<Arc<Site>>, settings: &StoreSettings) -> Option<Arc<Site>> {
-    sites.retain(|site| Arc::strong_count(site) > 1);
-    let found = sites.iter().find(|site| site.settings == *settings);
-    found.cloned()
 }
 
 /// Whether two stores are on one S3 server, as far as their settings tell.
@@ -826,7 +855,7 @@ mod tests {
     use std::pin::pin;
 
     use super::*;
-    use crate::store::{FolderStore, HANGS, open_store};
+    use crate::store::{FolderStore, HANGS, Operation, Outcome, open_store};
     use quarry_config::Secret;
     use quarry_objfmt::Suspended;
 
@@ -1019,5 +1048,37 @@ mod tests {
         assert_ne!(moved.gate().group(), first.gate().group());
         let back = all.learn(&one, record(2, Some(store(None)))).await.unwrap();
         assert_eq!(back.gate().group(), first.gate().group());
+    }
+
+    /// The metrics of the daemon's stores went back then.
+    #[tokio::test]
+    async fn what_was_asked_of_a_store_counts_when_its_tenant_is_forgotten() {
+        let (all, dir) = (tenants(), tempfile::tempdir().unwrap());
+        let own = |name: &str| {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join(provision::MARKER_KEY), "{}").unwrap();
+            TenantStore {
+                url: format!("file://{}", path.display()),
+                ..TenantStore::default()
+            }
+        };
+        let names = ["one", "two"].map(|name| TenantName::new(name).unwrap());
+        let one = record(0, Some(own("one")));
+        let one = all.learn(&names[0], one).await.unwrap();
+        let prefix = keys::tenant_prefix(&names[0]);
+        drop(one.control().list(&prefix).await.unwrap());
+        let asked = all.own_counts();
+        assert!(asked.attempts(Operation::List, Outcome::Ok) > 0);
+        drop(one);
+        all.known.lock().remove(&names[0]);
+        all.learn(&names[1], record(0, Some(own("two"))))
+            .await
+            .unwrap();
+        let mut sites = 0;
+        all.each_own_site(|_| sites += 1);
+        assert_eq!(sites, 1, "the first is forgotten");
+        let list = |counts: &StoreSnapshot| counts.attempts(Operation::List, Outcome::Ok);
+        assert!(list(&all.own_counts()) >= list(&asked));
     }
 }
