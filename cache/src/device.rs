@@ -587,7 +587,7 @@ trait Blank {
 
 impl Blank for File {
     fn zero(&self, size: u64) -> io::Result<()> {
-        let size = size.min(rustix_device_size(self)?);
+        let size = size.min(length_of(self, &self.metadata()?)?);
         let whole = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(self, whole, 0, size) {
             // Of memory, say: what is cut off is gone.

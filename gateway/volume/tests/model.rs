@@ -1641,7 +1641,7 @@ fn hold_checkpoints_back(world: &mut World) -> usize {
 
 #[test]
 fn checkpoint_that_the_store_refuses_is_made_later_and_keeps_no_drain_waiting() {
-    let (mut world, _) = with_a_long_log();
+    let (mut world, _) = with_a_log_of_runs();
     let refused = || Event::CheckpointFailed { for_good: false };
     world.feed(refused());
     assert_eq!(hold_checkpoints_back(&mut world), 0);
