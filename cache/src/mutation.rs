@@ -32,6 +32,8 @@ pub enum Mutation {
     KeptOfAnyChunk,
     /// What was kept of a segment's writes stays when it is begun anew.
     KeptWritesOfBefore,
+    /// What the index log says of a segment counts after it was begun anew.
+    DescribedForEver,
     /// Recovery takes what is behind a gap too.
     IgnoreGap,
     /// Recovery leaves what it cut off on the device.
@@ -74,7 +76,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::NoSyncBeforeRecords,
         Self::SyncCoversWhatCameLater,
         Self::FlushBeforeRecords,
@@ -88,6 +90,7 @@ impl Mutation {
         Self::TrustFailedFill,
         Self::KeptOfAnyChunk,
         Self::KeptWritesOfBefore,
+        Self::DescribedForEver,
         Self::IgnoreGap,
         Self::LeaveWhatWasCut,
         Self::ForgetDoubt,

@@ -320,7 +320,9 @@ impl Cache {
     }
 
     fn forget_description(&mut self, id: SegmentId) {
-        if let Some(table) = &mut self.described {
+        if let Some(table) = &mut self.described
+            && !Mutation::DescribedForEver.is_on()
+        {
             table.set(id, Generation::ZERO);
         }
         self.undescribed.remove(&id);

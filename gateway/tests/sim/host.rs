@@ -17,7 +17,9 @@ use std::time::Duration;
 
 pub use calls::{Ask, Call, Not, name_of};
 pub use errands::Errand;
-use quarry_cache::{BlockDevice as _, Cache, Journals, Recovered, SyncFailure, scan};
+use quarry_cache::{
+    BlockDevice as _, Cache, CleanSegment, IndexTable, Journals, Recovered, SyncFailure, scan,
+};
 use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claimed, OpenError};
 use quarry_gateway::backend::{
@@ -52,6 +54,10 @@ const DIRTY_MAX: u32 = 9;
 /// looked at side by side anywhere, so that who waits for a place beside others that it holds is found out.
 const NARROW_EACH: u64 = 3;
 const NARROW_LANE: (usize, usize) = (3, 1);
+
+/// What became clean is told the index log in so many milliseconds each, about so many runs of it.
+const DESCRIBED_EACH: u64 = 4;
+const DESCRIBED_RUNS: usize = 40;
 
 /// How long what the map does not need is kept.
 pub const HORIZON: Duration = Duration::from_secs(120);
@@ -92,6 +98,9 @@ pub struct Host {
     journals: Journals,
     pub daemon: Option<Daemon>,
     promises: BTreeMap<VolumeId, Promise>,
+    /// What the index table and the index log said when the daemon died.
+    described: Vec<(SegmentId, Generation)>,
+    index: Vec<CleanSegment>,
     /// Whether its device has ever lost a record page.
     was_flipped: bool,
 }
@@ -112,6 +121,9 @@ pub struct Daemon {
     shared: Shared,
     failure: SyncFailure,
     kept: BTreeMap<VolumeId, Recovered>,
+    /// The index log, and of which of its records it was not said yet that they are true.
+    index: Vec<CleanSegment>,
+    written: Vec<(SegmentId, Generation)>,
     /// Segments of volumes that went, which could not be read again.
     unsettled: BTreeMap<VolumeId, Vec<(SegmentId, Generation)>>,
     pub sessions: BTreeMap<usize, Session>,
@@ -162,6 +174,8 @@ impl Host {
             dir: dir.to_owned(),
             daemon: None,
             promises: BTreeMap::new(),
+            described: Vec::new(),
+            index: Vec::new(),
             was_flipped: false,
         }
     }
@@ -178,13 +192,22 @@ impl Host {
             .flat_map(|v| v.segments.iter().map(|s| (s.segment, s.generation)))
             .collect();
         let geometry = self.device.geometry();
-        let cache = Cache::new(
+        let described = std::mem::take(&mut self.described);
+        let mut table = IndexTable::of_this_process(geometry.segments).unwrap();
+        for (segment, generation) in &described {
+            table.set(*segment, *generation);
+        }
+        let newest = described.iter().map(|(_, generation)| generation.next());
+        let newest = newest.max().unwrap_or_default();
+        let mut cache = Cache::new(
             self.cache,
             geometry,
             DIRTY_MAX,
-            scan.next_generation,
+            scan.next_generation.max(newest),
             &dirty,
         );
+        cache.describe_in(table);
+        take_up(&mut cache, &self.index);
         let failure = self.device.open();
         failure.then({
             let journals = self.journals.clone();
@@ -246,6 +269,8 @@ impl Host {
             },
             failure,
             kept: scan.volumes,
+            index: std::mem::take(&mut self.index),
+            written: Vec::new(),
             unsettled: BTreeMap::new(),
             sessions: BTreeMap::new(),
             opening: BTreeMap::new(),
@@ -294,7 +319,11 @@ impl Host {
             session.bury(end == End::Killed, &self.device, rng);
         }
         match end {
-            End::Killed => self.device.restart(),
+            End::Killed => {
+                self.described = daemon.shared.cache.all_described();
+                self.index = daemon.index;
+                self.device.restart();
+            }
             End::PowerCut => {
                 self.device.power_cut();
                 self.lose_journals();
@@ -426,11 +455,26 @@ impl Daemon {
         outer: &mut Outer<'_>,
         step: impl FnOnce(&mut Session, &mut Cx<'_>) -> Result<T, Died>,
     ) -> Result<T, Died> {
+        self.describe(outer.now_ms);
         let mut session = self.sessions.remove(&n).unwrap();
         let mut cx = self.cx(device, outer);
         let done = step(&mut session, &mut cx);
         self.sessions.insert(n, session);
         done
+    }
+
+    /// What became clean is written to the index log, and some time later called true.
+    fn describe(&mut self, now_ms: u64) {
+        if !now_ms.is_multiple_of(DESCRIBED_EACH) {
+            return;
+        }
+        let cache = &mut self.shared.cache;
+        for (segment, generation) in self.written.drain(..) {
+            cache.described(segment, generation);
+        }
+        let clean = cache.take_undescribed(DESCRIBED_RUNS);
+        self.written = clean.iter().map(|c| (c.segment, c.generation)).collect();
+        self.index.extend(clean);
     }
 
     fn with<T>(
@@ -464,6 +508,17 @@ impl Daemon {
             fuse: outer.fuse,
         }
     }
+}
+
+/// Takes up what the index log says, the newest of each segment.
+fn take_up(cache: &mut Cache, index: &[CleanSegment]) {
+    let is_true = |record: &&CleanSegment| cache.is_described(record.segment, record.generation);
+    let newest: BTreeMap<_, _> = index
+        .iter()
+        .filter(is_true)
+        .map(|record| (record.segment, record.clone()))
+        .collect();
+    cache.take_up(newest.into_values().collect());
 }
 
 /// Whose part of the cache a tenant's volumes have.

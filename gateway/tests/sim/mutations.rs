@@ -34,7 +34,7 @@ fn every_broken_invariant_is_found() {
         let family = mutation >= Mutation::SweepSnapshots;
         // One that takes two crashes right after each other is found by few: begun where one is.
         let first = if mutation == Mutation::LeaveWhatWasCut {
-            500
+            1500
         } else {
             0
         };
