@@ -20,7 +20,7 @@ const RUN_LEN: usize = 16 + 4 + 8 + 4 + 4 + 4;
 const PLACE_LEN: usize = 4 + 8;
 
 const SESSION: Kind = Kind {
-    magic: *b"QYSN",
+    magic: *b"QYSS",
     what: "session page",
     version: 1,
 };

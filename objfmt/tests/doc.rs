@@ -1,7 +1,7 @@
 //! Holds FORMAT.md to the code: its limits, magics and offsets.
 
 use quarry_objfmt::map::{LEAF_ENTRIES_MAX, NODE_HEADER_LEN, NODE_MAGIC, RUNS_MAX};
-use quarry_objfmt::{chunk, frame, head, journal, keys, page, seal, types, wrapped};
+use quarry_objfmt::{chunk, frame, head, index, journal, keys, page, seal, types, wrapped};
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
@@ -30,6 +30,8 @@ fn format_page_limits_are_those_of_the_code() {
         ("RECORDS_PER_PAGE", page::RECORDS_PER_PAGE as u64),
         ("JOURNAL_ENTRY_LEN", journal::JOURNAL_ENTRY_LEN as u64),
         ("JOURNAL_ENTRIES_MAX", journal::JOURNAL_ENTRIES_MAX.into()),
+        ("INDEX_OWNER_LEN_MAX", index::INDEX_OWNER_LEN_MAX as u64),
+        ("INDEX_RUNS_MAX", index::INDEX_RUNS_MAX as u64),
         ("SEGMENT_SIZE_MIN", page::SEGMENT_SIZE_MIN.into()),
         ("LEAF_ENTRIES_MAX", LEAF_ENTRIES_MAX as u64),
         ("RUNS_MAX", RUNS_MAX as u64),
