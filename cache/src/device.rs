@@ -228,6 +228,7 @@ impl CacheDevice {
         // From here on several of our open files hold it together, each shut out by a lock like the
         // one above.
         share(&file).map_err(lost)?;
+        let failure = SyncFailure::default();
         let (file, direct) = match open_again(&file, true) {
             Ok(direct) => {
                 share(&direct).map_err(lost)?;
@@ -236,7 +237,9 @@ impl CacheDevice {
             Err(error) => {
                 tracing::info!(path = %path.display(), %error, "the cache is used through the page cache: no direct I/O here");
                 // What a daemon before could not write is there, clean, as if it were on the device: to be read from that.
-                file.sync_data().map_err(fail("sync"))?;
+                if let Err(error) = file.sync_data() {
+                    failure.note(error.raw_os_error().unwrap_or(libc::EIO));
+                }
                 let dropped = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
                 dropped.map_err(|error| fail("drop the pages of")(error.into()))?;
                 (file, false)
@@ -254,7 +257,7 @@ impl CacheDevice {
             fresh,
             has_sessions: superblock.has_sessions,
             kept_size,
-            failure: SyncFailure::default(),
+            failure,
         })
     }
 

@@ -17,6 +17,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Seek as _, SeekFrom, Write as _};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -31,8 +32,11 @@ use crate::{CacheDevice, Journals};
 /// Bytes of the table for a segment.
 const GENERATION_LEN: usize = 8;
 
-/// A log is written anew once it is twice as long as it was when that was done last, and so much more.
+/// A log is written anew once it is twice as long as what was true of it when that was done last, and so much more.
 const REWRITE_MIN: u64 = 8 << 20;
+
+/// So much of a log is not synced at most, for whoever ends a daemon waits for that.
+const UNSYNCED_MAX: u64 = 8 << 20;
 
 /// Which segments' records are true.
 pub struct IndexTable {
@@ -93,6 +97,13 @@ impl std::fmt::Debug for IndexTable {
     }
 }
 
+/// Where a record lies in the log.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    at: u64,
+    len: usize,
+}
+
 /// The log of one cache device, open.
 #[derive(Debug)]
 pub struct IndexLog {
@@ -101,8 +112,10 @@ pub struct IndexLog {
     folder: PathBuf,
     file: File,
     len: u64,
-    /// How long it was when it was written anew, or begun.
+    /// How long it was when it was written anew, or what was true of it when it was read.
     len_then: u64,
+    /// Bytes that were written since it was synced.
+    unsynced: u64,
     /// A record may have been written in part: nothing behind it would be found.
     is_torn: bool,
 }
@@ -112,7 +125,8 @@ impl IndexLog {
     /// true before, and the log in `folder`.
     ///
     /// **Order:** the device says that this session has it, durably ([`CacheDevice::begin_session`]); then the table is made
-    /// anew with what was true. *Killed in between: the device says another session than table and end do, and nothing is true.*
+    /// anew with what was true, last of all: one that nobody keeps is not to be this session's. *Killed or failed before: the device
+    /// says another session than table and end do, and nothing is true.*
     ///
     /// # Errors
     /// If one of the files cannot be read or written.
@@ -137,58 +151,70 @@ impl IndexLog {
         };
         // The device has said that it is of the past.
         remove(&end_path)?;
-        let map = journals.make_index_table(&header(session), &generations)?;
+        remove_others(folder, cache)?;
         let path = folder.join(format!("index-{cache}.log"));
         let file = open(&path)?;
         if generations.is_empty() {
             file.set_len(0)?;
         }
         let len = file.metadata()?.len();
+        let map = journals.make_index_table(&header(session), &generations)?;
         let log = Self {
             cache,
             session,
             folder: folder.to_owned(),
             file,
             len,
-            len_then: len,
+            len_then: 0,
+            unsynced: len,
             is_torn: false,
         };
         Ok((IndexTable { map }, log))
     }
 
-    /// Calls `each` with every record that `is_true` by its segment and generation, the newest of them, in the order in which
-    /// they were written. What lies behind one that was written in part is cut off.
+    /// Looks through all of it, and calls `each` with every record that `is_true` by its segment and generation, until that says
+    /// that it is enough. What lies behind one that was written in part is cut off. Answers where the newest of each segment are.
     ///
     /// # Errors
     /// If the log cannot be read.
-    pub fn read(
+    pub fn survey(
         &mut self,
         is_true: impl Fn(SegmentId, Generation) -> bool,
-        mut each: impl FnMut(IndexRecord),
-    ) -> io::Result<()> {
+        mut each: impl FnMut(&IndexRecord) -> ControlFlow<()>,
+    ) -> io::Result<Vec<Place>> {
         (&self.file).seek(SeekFrom::Start(0))?;
         let mut reader = BufReader::with_capacity(1 << 20, &self.file);
         let (mut newest, mut at) = (BTreeMap::new(), 0);
         let mut bytes = Vec::new();
         while let Some(record) = next(&mut reader, &mut bytes)? {
+            let len = bytes.len();
             if record.cache == self.cache && is_true(record.segment, record.generation) {
-                newest.insert(record.segment, (at, bytes.len()));
+                newest.insert(record.segment, Place { at, len });
+                if each(&record).is_break() {
+                    return Ok(Vec::new());
+                }
             }
-            at += bytes.len() as u64;
+            at += len as u64;
         }
         if at < self.len {
             tracing::warn!(at, "the index log ends in the middle of a record");
             self.file.set_len(at)?;
             self.len = at;
         }
-        let mut places: Vec<(u64, usize)> = newest.into_values().collect();
-        places.sort_unstable();
-        for (at, len) in places {
-            bytes.resize(len, 0);
-            self.file.read_exact_at(&mut bytes, at)?;
-            each(IndexRecord::decode(&bytes).map_err(io::Error::other)?);
-        }
-        Ok(())
+        let mut places: Vec<Place> = newest.into_values().collect();
+        places.sort_unstable_by_key(|place| place.at);
+        self.len_then = places.iter().map(|place| place.len as u64).sum();
+        Ok(places)
+    }
+
+    /// The record at a place that [`Self::survey`] found.
+    ///
+    /// # Errors
+    /// If it cannot be read any more.
+    pub fn read(&self, place: Place) -> io::Result<IndexRecord> {
+        let mut bytes = vec![0; place.len];
+        self.file.read_exact_at(&mut bytes, place.at)?;
+        IndexRecord::decode(&bytes).map_err(io::Error::other)
     }
 
     /// Adds records. They are to be called true after that, not before.
@@ -196,6 +222,11 @@ impl IndexLog {
     /// # Errors
     /// If they cannot be written. What was there stays.
     pub fn add(&mut self, records: &[IndexRecord]) -> io::Result<()> {
+        if self.is_torn {
+            return Err(io::Error::other(
+                "it could not be mended after a failed write",
+            ));
+        }
         let bytes: Vec<u8> = records.iter().flat_map(IndexRecord::encode).collect();
         let written = (&self.file).write_all(&bytes);
         if written.is_err() {
@@ -203,6 +234,11 @@ impl IndexLog {
             return written;
         }
         self.len += bytes.len() as u64;
+        self.unsynced += bytes.len() as u64;
+        if self.unsynced >= UNSYNCED_MAX {
+            self.file.sync_data()?;
+            self.unsynced = 0;
+        }
         Ok(())
     }
 
@@ -216,21 +252,22 @@ impl IndexLog {
     /// one stays until the new one is whole.
     ///
     /// # Errors
-    /// If it cannot be written: then the old one is the log.
+    /// If it cannot be written, or `next` fails: then the old one is the log.
     pub fn rewrite(
         &mut self,
-        mut next: impl FnMut() -> Option<Vec<IndexRecord>>,
+        mut next: impl FnMut() -> io::Result<Option<Vec<IndexRecord>>>,
     ) -> io::Result<()> {
         let new = self.path().with_extension("new");
         remove(&new)?;
         let file = open(&new)?;
         let mut len = 0;
         let mut write = || -> io::Result<()> {
-            while let Some(records) = next() {
+            while let Some(records) = next()? {
                 let bytes: Vec<u8> = records.iter().flat_map(IndexRecord::encode).collect();
                 (&file).write_all(&bytes)?;
                 len += bytes.len() as u64;
             }
+            file.sync_data()?;
             fs::rename(&new, self.path())
         };
         if let Err(error) = write() {
@@ -238,7 +275,7 @@ impl IndexLog {
             return Err(error);
         }
         (self.file, self.len, self.len_then) = (file, len, len);
-        self.is_torn = false;
+        (self.unsynced, self.is_torn) = (0, false);
         Ok(())
     }
 
@@ -327,6 +364,20 @@ fn read_end(
     }
 }
 
+/// Removes what is left of the logs of devices that were here before: one that comes back begins with none.
+fn remove_others(folder: &Path, cache: CacheId) -> io::Result<()> {
+    let ours = format!("index-{cache}.");
+    for file in fs::read_dir(folder)? {
+        let file = file?;
+        let name = file.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("index-") && !name.starts_with(&ours) {
+            remove(&file.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -411,10 +462,10 @@ mod tests {
     }
 
     fn found(table: &IndexTable, log: &mut IndexLog) -> Vec<IndexRecord> {
-        let mut found = Vec::new();
         let is_true = |segment, generation| table.get(segment) == generation;
-        log.read(is_true, |record| found.push(record)).unwrap();
-        found
+        let places = log.survey(is_true, |_| ControlFlow::Continue(())).unwrap();
+        let read = places.into_iter().map(|place| log.read(place).unwrap());
+        read.collect()
     }
 
     #[test]
@@ -480,6 +531,29 @@ mod tests {
         }
     }
 
+    /// What it did meanwhile is in no table.
+    #[test]
+    fn daemon_whose_log_cannot_be_opened_leaves_nothing_to_the_next() {
+        let mut host = Host::new();
+        let (device, mut table, mut log) = host.begin();
+        describe(&mut table, &mut log, record(1, 10, 1));
+        let path = log.path();
+        drop((device, table, log));
+        let aside = path.with_extension("aside");
+        fs::rename(&path, &aside).unwrap();
+        fs::create_dir(&path).unwrap();
+        let device = host.device();
+        let before = device.begin_session([50; 16]).unwrap().unwrap();
+        let journals = Journals::open(&host.dir.path().join("journals"), ID).unwrap();
+        let sessions = (before, [50; 16]);
+        assert!(IndexLog::begin(&device, &journals, host.dir.path(), sessions).is_err());
+        drop(device);
+        fs::remove_dir(&path).unwrap();
+        fs::rename(&aside, &path).unwrap();
+        let (_device, table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), []);
+    }
+
     #[test]
     fn log_that_ends_in_the_middle_of_a_record_is_read_up_to_there_and_added_to() {
         let mut host = Host::new();
@@ -505,24 +579,28 @@ mod tests {
     #[test]
     fn log_is_written_anew_of_what_is_true_and_stays_as_it_was_if_that_fails() {
         let mut host = Host::new();
-        let (_device, mut table, mut log) = host.begin();
+        let (device, mut table, mut log) = host.begin();
         for generation in 1..=40 {
             describe(&mut table, &mut log, record(1, generation, generation));
         }
+        drop((device, table, log));
+        let (_device, mut table, mut log) = host.begin();
+        assert_eq!(found(&table, &mut log), [record(1, 40, 40)]);
+        // What is of the past is not what it is measured by.
+        assert_eq!(log.len_then * 40, log.len);
         assert!(!log.is_due());
         let before = log.len;
-        log.len_then = 0;
         log.len += REWRITE_MIN;
         assert!(log.is_due());
         log.len = before;
         // A folder is in the way.
         let new = log.path().with_extension("new");
         std::fs::create_dir(&new).unwrap();
-        assert!(log.rewrite(|| None).is_err());
+        assert!(log.rewrite(|| Ok(None)).is_err());
         assert_eq!(found(&table, &mut log), [record(1, 40, 40)]);
         std::fs::remove_dir(&new).unwrap();
         let mut parts = vec![vec![record(1, 40, 40)], vec![]].into_iter();
-        log.rewrite(|| parts.next()).unwrap();
+        log.rewrite(|| Ok(parts.next())).unwrap();
         assert_eq!(log.len * 40, before);
         assert!(!log.is_due());
         describe(&mut table, &mut log, record(2, 50, 50));

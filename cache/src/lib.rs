@@ -35,7 +35,7 @@ pub use extent::{Carried, ExtentMap};
 pub use failure::{Ended, SyncFailure, UnderWay};
 pub use group::GroupLimits;
 pub use hash::NameHasher;
-pub use index_log::{IndexLog, IndexTable};
+pub use index_log::{IndexLog, IndexTable, Place};
 pub use journal::{Journal, Journals, Voided};
 pub use mutation::Mutation;
 pub use recover::{CutError, Recovered, RecoveredPage, RecoveredSegment, Scan, scan};

@@ -8,7 +8,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::hash::BuildHasherDefault;
-use std::ops::Range;
 
 use quarry_objfmt::index::INDEX_RUNS_MAX;
 use quarry_objfmt::{
@@ -241,6 +240,8 @@ pub struct Cache {
     described: Option<IndexTable>,
     /// Clean segments that are to be described there.
     undescribed: BTreeSet<SegmentId>,
+    /// The latest term of each group's volumes in what is described and not taken up yet.
+    expected: BTreeMap<(u32, VolumeId), Epoch>,
     reclaimed: u64,
     /// The errno of a sync that failed.
     in_doubt: Option<i32>,
@@ -295,6 +296,7 @@ impl Cache {
             clean: CleanIndices::default(),
             described: None,
             undescribed: BTreeSet::new(),
+            expected: BTreeMap::new(),
             reclaimed: 0,
             in_doubt: None,
             segments,
@@ -350,14 +352,26 @@ impl Cache {
         taken
     }
 
-    /// The segments of `range` that are described, as they are.
+    /// Some of the segments that are described, as they are, with about so many runs, and how many segments were looked at: from
+    /// this one on.
     #[must_use]
-    pub fn described_in(&self, range: Range<u32>) -> Vec<CleanSegment> {
-        range
-            .map(SegmentId::new)
-            .filter(|id| self.is_described(*id, self.segments[id.get() as usize].generation))
-            .filter_map(|id| self.describe(id))
-            .collect()
+    pub fn described_from(&self, first: u32, runs_max: usize) -> (Vec<CleanSegment>, u32) {
+        let (mut found, mut runs, mut looked) = (Vec::new(), 0, 0);
+        for id in (first..self.geometry.segments).map(SegmentId::new) {
+            if runs >= runs_max {
+                break;
+            }
+            looked += 1;
+            // A look costs something, too.
+            runs += 1;
+            if self.is_described(id, self.generation(id))
+                && let Some(clean) = self.describe(id)
+            {
+                runs += clean.runs.len();
+                found.push(clean);
+            }
+        }
+        (found, looked)
     }
 
     /// What a clean segment holds, if it holds anything; none of one with more runs than can be described.
@@ -397,6 +411,29 @@ impl Cache {
             && !self.undescribed.contains(&id)
         {
             table.set(id, generation);
+        }
+    }
+
+    /// The index log does not have it: it is to be described still, unless the segment has changed since.
+    pub fn not_described(&mut self, id: SegmentId, generation: Generation) {
+        let segment = &self.segments[id.get() as usize];
+        if segment.state == State::Clean && segment.generation == generation {
+            self.is_to_be_described(id);
+        }
+    }
+
+    /// What is described and not taken up yet has chunks of these volumes, up to these terms.
+    pub fn expect(&mut self, newest: BTreeMap<(u32, VolumeId), Epoch>) {
+        self.expected = newest;
+    }
+
+    /// Nothing that is described and not taken up yet will be.
+    pub fn expect_nothing(&mut self) {
+        self.expected.clear();
+        for id in (0..self.geometry.segments).map(SegmentId::new) {
+            if self.segment_mut(id).state == State::Free {
+                self.forget_description(id);
+            }
         }
     }
 
@@ -445,14 +482,17 @@ impl Cache {
         }
     }
 
-    /// Forgets what is clean of a volume's chunks of this term and later ones: a writer that begins it names others so. There are
-    /// such if the store was put back to an earlier state.
-    pub fn forget_since(&mut self, group: u32, volume: VolumeId, epoch: Epoch) {
-        if self.clean.of(group).newest_of(volume) < Some(epoch) {
+    /// A term of a volume begins in which chunks get their names, or is read: there is nothing clean of it yet, nor of later ones.
+    /// If there is, the store was put back to an earlier state, and what has the same names is not the same: all that is clean of the
+    /// group is forgotten, and what is described and was not taken up yet.
+    pub fn forget_if_known(&mut self, group: u32, volume: VolumeId, epoch: Epoch) {
+        let expected = self.expected.get(&(group, volume)).copied();
+        if self.clean.of(group).newest_of(volume).max(expected) < Some(epoch) {
             return;
         }
-        let is_forgotten = |chunk: &ChunkId| chunk.volume == volume && chunk.epoch >= epoch;
-        self.forget_where(group, is_forgotten);
+        tracing::warn!(%volume, ?epoch, "the store was put back to an earlier state: what the cache has of this tenant is fetched anew");
+        self.forget_where(group, |_| true);
+        self.expect_nothing();
     }
 
     /// A sync of the device failed: what was not known to be stable before may be what was there earlier, another tenant's
@@ -1536,7 +1576,8 @@ mod tests {
     }
 
     #[test]
-    fn chunks_of_a_term_that_begins_are_forgotten_and_earlier_ones_are_not() {
+    fn term_that_begins_and_is_known_ends_what_is_clean_of_its_group_and_one_that_is_new_does_not()
+    {
         let mut cache = cache();
         let of_term = |epoch| ChunkId {
             epoch: Epoch::new(epoch),
@@ -1546,12 +1587,30 @@ mod tests {
             let at = cache.reserve_fill(7, of_term(epoch), 0, 8).unwrap();
             cache.finish_fill(of_term(epoch), run(at, 8), true);
         }
-        let holds =
-            |cache: &Cache| [1, 2, 3].map(|epoch| cache.clean(7).holds(&of_term(epoch), 0, 8));
-        cache.forget_since(7, VOLUME, Epoch::new(4));
-        assert_eq!(holds(&cache), [true; 3]);
-        cache.forget_since(7, VOLUME, Epoch::new(2));
-        assert_eq!(holds(&cache), [true, false, false]);
-        assert_eq!(cache.clean(7).bytes_of(VOLUME), 8 * 512);
+        let at = cache.reserve_fill(8, of_term(3), 0, 8).unwrap();
+        cache.finish_fill(of_term(3), run(at, 8), true);
+        let holds = |cache: &Cache, group| {
+            [1, 2, 3].map(|epoch| cache.clean(group).holds(&of_term(epoch), 0, 8))
+        };
+        cache.forget_if_known(7, VOLUME, Epoch::new(4));
+        assert_eq!(holds(&cache, 7), [true; 3]);
+        cache.forget_if_known(7, VOLUME, Epoch::new(3));
+        assert_eq!(holds(&cache, 7), [false; 3]);
+        assert_eq!(holds(&cache, 8), [false, false, true]);
+    }
+
+    #[test]
+    fn term_that_begins_and_was_described_ends_what_is_described_and_not_taken_up() {
+        let (before, clean) = described(&[1, 2]);
+        let newest = BTreeMap::from([((7, VOLUME), Epoch::new(1))]);
+        for (epoch, taken_up) in [(2, 2 * 120 * 512), (1, 0)] {
+            let mut cache = next(&before);
+            cache.expect(newest.clone());
+            cache.forget_if_known(7, VOLUME, Epoch::new(epoch));
+            // Of the daemon after this one, too.
+            let mut after = next(&cache);
+            assert_eq!(cache.take_up(clean.clone()), taken_up);
+            assert_eq!(after.take_up(clean.clone()), taken_up);
+        }
     }
 }

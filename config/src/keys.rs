@@ -491,8 +491,8 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         path: "cache.keep_index",
         doc: "Whether what the cache has of the store is known again after a restart. Start once with false after objects were\n\
-              put back from a copy: the cache goes by their names. A cache that a version without\n\
-              this made forgets it in any case.",
+              put back from a copy: the cache goes by their names. It takes a thousandth or two of the cache's size in\n\
+              data_dir. A cache that was made by a version without this forgets it in any case.",
         expected: "write true or false",
         sample: "",
         secret: false,

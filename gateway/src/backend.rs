@@ -144,6 +144,12 @@ pub struct Condition {
 }
 
 impl Condition {
+    /// Whether what was told last is that the store takes no new map.
+    pub(crate) fn lacks_a_map(&self) -> bool {
+        let problem = self.problem.as_deref().unwrap_or_default();
+        problem.starts_with(checkpoint::REFUSED)
+    }
+
     /// Tells of a problem, unless there is one that is for good.
     fn tell(&mut self, problem: String) {
         if !self.fenced && !self.failed {

@@ -184,13 +184,14 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
             manager.stopping(stop_time_max.saturating_add(STOP_MARGIN));
         }
     };
+    // What is attached waits for its beginning.
+    tokio::spawn(Arc::clone(&daemon).keep_index());
     let again = tokio::spawn(attach_again(Arc::clone(&daemon)));
     let follow = tokio::spawn(Arc::clone(&daemon).follow_tenants());
     let trash = tokio::spawn({
         let daemon = Arc::clone(&daemon);
         async move { daemon.empty_trash().await }
     });
-    tokio::spawn(Arc::clone(&daemon).keep_index());
     let rates = tokio::spawn({
         let daemon = Arc::clone(&daemon);
         async move { daemon.look_at_rates().await }

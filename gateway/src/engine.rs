@@ -343,8 +343,15 @@ impl Daemon {
             })?
         };
         scan.add_journals(&journals)?;
-        let (described, index) = index::begin(&config, &device, &journals)
-            .with_context(|| format!("the cache {} cannot be written", path.display()))?;
+        let begun = index::begin(&config, &device, &journals);
+        let synced = device.failure().get();
+        if synced.is_err() {
+            // What they name may be what the device has just lost, and the next daemon is not told of that.
+            journals.void();
+        }
+        let begun = synced.map_err(std::io::Error::from_raw_os_error).and(begun);
+        let (described, index) =
+            begun.with_context(|| format!("the cache {} cannot be written", path.display()))?;
         let geometry = device.geometry();
         let total = u64::from(geometry.segments) * u64::from(geometry.segment_size);
         let dirty_max = config.cache.dirty_max.of(total) / u64::from(geometry.segment_size);
@@ -610,6 +617,8 @@ impl Daemon {
 
     /// Ends the reactors. Requests under way are answered; what comes later is not taken.
     pub async fn stop(self: &Arc<Self>) {
+        // Before somebody waits for it.
+        self.index.end();
         let reactors = std::mem::take(&mut *self.reactors.lock());
         handover::leave(&self.config.daemon.data_dir);
         let join = move || Reactor::shutdown_all(reactors);

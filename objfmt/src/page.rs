@@ -278,6 +278,12 @@ impl Superblock {
                 "the first segment is not behind whole pages",
             ));
         }
+        if self.has_sessions && self.data_start < 2 * PAGE_SIZE as u64 {
+            return Err(FormatError::invalid(
+                WHAT,
+                "the first segment lies over the session page",
+            ));
+        }
         let fits = |key: &CacheKey| (1..=WRAPPED_LEN_MAX).contains(&key.bytes.len());
         if !self.key.as_ref().is_none_or(fits) {
             return Err(FormatError::invalid(

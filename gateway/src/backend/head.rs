@@ -194,10 +194,10 @@ impl HeadCell {
                     }
                     refusals += u32::from(*now == state.0);
                     if refusals >= REFUSALS_MAX {
-                        return Err(HeadError::Damaged {
-                            object: keys::head_key(&self.tenant, self.volume),
+                        return Err(HeadError::Store(StoreError::Invalid {
+                            key: keys::head_key(&self.tenant, self.volume),
                             reason: "the store refuses a tag that it gave itself".to_owned(),
-                        });
+                        }));
                     }
                     Branch::HeadOfBefore.taken();
                     (false, (*now, tag))
@@ -420,7 +420,10 @@ mod tests {
         let update = cell.update(&store, |head| head.stored_bytes += 7);
         let update = tokio::time::timeout(Duration::from_secs(10), update).await;
         match update.expect("it is asked for ever") {
-            Err(HeadError::Damaged { object, reason }) => {
+            Err(HeadError::Store(StoreError::Invalid {
+                key: object,
+                reason,
+            })) => {
                 let head = cell.get();
                 assert_eq!(object, keys::head_key(cell.tenant(), head.volume));
                 assert!(reason.contains("refuses a tag"), "{reason}");

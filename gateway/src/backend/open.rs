@@ -613,7 +613,7 @@ fn kept_since(head: &Head, kept: Option<&Recovered>, claim: &Claim) -> Result<Ep
 }
 
 /// What a log may still have: a store that has a chunk for every number takes no more memory than that.
-pub(super) struct LogLeft(u64);
+pub(crate) struct LogLeft(u64);
 
 impl Default for LogLeft {
     fn default() -> Self {
@@ -621,15 +621,30 @@ impl Default for LogLeft {
     }
 }
 
+/// Why a log is not read to its end.
+pub(crate) const LOG_TOO_LONG: &str = "the log is longer than any of ours";
+
 impl LogLeft {
-    fn take(&mut self, tenant: &TenantName, header: &ChunkHeader) -> Result<(), OpenError> {
+    /// Whether it may have this chunk too.
+    pub(crate) fn take(&mut self, header: &ChunkHeader) -> bool {
         let entries = (header.extents.len() + header.frames.len()) as u64;
         let left = self.0.checked_sub(entries + LOG_CHUNK_ENTRIES);
-        self.0 = left.ok_or_else(|| OpenError::Damaged {
+        self.0 = left.unwrap_or(0);
+        left.is_some()
+    }
+
+    fn take_or_refuse(
+        &mut self,
+        tenant: &TenantName,
+        header: &ChunkHeader,
+    ) -> Result<(), OpenError> {
+        if self.take(header) {
+            return Ok(());
+        }
+        Err(OpenError::Damaged {
             object: keys::chunk_key(tenant, header.id),
-            reason: "the log is longer than any of ours".to_owned(),
-        })?;
-        Ok(())
+            reason: LOG_TOO_LONG.to_owned(),
+        })
     }
 }
 
@@ -676,7 +691,7 @@ pub(super) async fn replay_range(
         match seal(store, tenant, id(at), head, claim).await? {
             // The old writer was quicker: its chunk belongs to the log, and more may follow.
             Some(header) => {
-                left.take(tenant, &header)?;
+                left.take_or_refuse(tenant, &header)?;
                 found.push(header);
             }
             None => return Ok(found),
@@ -718,7 +733,7 @@ pub(super) async fn stretch(
     while let Some(entry) = looks.next().await {
         match entry? {
             Some(Entry::Chunk(header)) => {
-                left.take(tenant, &header)?;
+                left.take_or_refuse(tenant, &header)?;
                 found.push(header);
             }
             Some(Entry::Seal(seal)) => return Ok((found, Stop::Sealed(seal))),

@@ -1,14 +1,17 @@
 //! What is clean in the cache, known again after a restart: the index log is read once at the start, and from then on told what
 //! becomes clean. All of it is in the background, and losing any of it costs fetching anew.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use quarry_cache::{CacheDevice, CleanSegment, IndexLog, IndexTable, Journals};
+use quarry_objfmt::index::INDEX_OWNER_LEN_MAX;
 use quarry_objfmt::{CacheId, IndexRecord};
+use tokio::sync::watch;
 
 use super::{Daemon, Slot};
 
@@ -21,27 +24,43 @@ const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// Runs that are looked up, or taken up, while others wait for the lock on the cache: some tenths of a millisecond.
 const RUNS_AT_ONCE: usize = 2048;
 
-/// Segments that are looked at so while the log is written anew.
-const SEGMENTS_AT_ONCE: u32 = 64;
-
 /// The index log of the daemon's cache device.
-#[derive(Default)]
 pub(super) struct Index {
     /// None where there is none, and once the daemon has ended.
     log: Mutex<Option<IndexLog>>,
-    /// Whether it was read.
-    is_read: AtomicBool,
-    /// The daemon ends: who reads it still stops doing so.
+    /// Whether it was looked through, or there is none.
+    is_surveyed: watch::Sender<bool>,
+    /// The daemon ends: who reads it still, or writes it anew, stops doing so.
     ends: AtomicBool,
     /// Bytes that were known again.
     found_bytes: AtomicU64,
 }
 
 impl Index {
-    fn new(log: IndexLog) -> Self {
+    fn new(log: Option<IndexLog>) -> Self {
         Self {
-            log: Mutex::new(Some(log)),
-            ..Self::default()
+            is_surveyed: watch::Sender::new(log.is_none()),
+            log: Mutex::new(log),
+            ends: AtomicBool::new(false),
+            found_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Waits until the cache knows which terms of which volumes it is told of.
+    pub(super) async fn surveyed(&self) {
+        // An end of it is none that is waited for: then the daemon ends.
+        let _ = self.is_surveyed.subscribe().wait_for(|is| *is).await;
+    }
+
+    /// The daemon ends.
+    pub(super) fn end(&self) {
+        self.ends.store(true, Ordering::Relaxed);
+    }
+
+    fn goes_on(&self) -> std::io::Result<()> {
+        match self.ends.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(std::io::Error::other("the daemon ends")),
         }
     }
 
@@ -66,17 +85,17 @@ pub(super) fn begin(
         tracing::info!(
             "the cache was made by an earlier version: what is clean in it is not known again after a restart"
         );
-        return Ok((None, Index::default()));
+        return Ok((None, Index::new(None)));
     };
     if !config.cache.keep_index {
-        return Ok((None, Index::default()));
+        return Ok((None, Index::new(None)));
     }
     let folder = &config.daemon.data_dir;
     match IndexLog::begin(device, journals, folder, (before, session)) {
-        Ok((table, log)) => Ok((Some(table), Index::new(log))),
+        Ok((table, log)) => Ok((Some(table), Index::new(Some(log)))),
         Err(error) => {
             tracing::warn!(%error, folder = %folder.display(), "the index log cannot be kept: what is clean in the cache is fetched anew after a restart");
-            Ok((None, Index::default()))
+            Ok((None, Index::new(None)))
         }
     }
 }
@@ -104,10 +123,13 @@ impl Daemon {
     }
 
     fn keep(&self, log: &mut IndexLog) -> std::io::Result<()> {
-        if !self.index.is_read.swap(true, Ordering::Relaxed)
+        if !*self.index.is_surveyed.borrow()
             && let Err(error) = self.read_index(log)
         {
             tracing::warn!(%error, "the index log cannot be read: what was clean in the cache is fetched anew");
+            self.index.goes_on()?;
+            self.shared.lock().cache.expect_nothing();
+            self.index.is_surveyed.send_replace(true);
         }
         if log.is_due() {
             self.rewrite_index(log)?;
@@ -115,25 +137,39 @@ impl Daemon {
         self.describe_clean(log)
     }
 
+    /// What was clean before the start: first which terms of which volumes, for which attaches wait, then all of it.
     fn read_index(&self, log: &mut IndexLog) -> std::io::Result<()> {
         let begun = Instant::now();
+        let described = self.shared.lock().cache.all_described();
+        let described: HashMap<_, _> = described.into_iter().collect();
+        let is_true = |segment, generation| described.get(&segment) == Some(&generation);
+        let mut newest = BTreeMap::new();
+        let places = log.survey(is_true, |record| {
+            if let Some(group) = self.tenants.group_named(&record.owner) {
+                for run in &record.runs {
+                    let known = newest.entry((group, run.chunk.volume)).or_default();
+                    *known = run.chunk.epoch.max(*known);
+                }
+            }
+            match self.index.goes_on() {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
+        })?;
+        self.index.goes_on()?;
+        self.shared.lock().cache.expect(newest);
+        self.index.is_surveyed.send_replace(true);
         let (mut found, mut runs) = (Vec::new(), 0);
         let take_up = |found: &mut Vec<CleanSegment>| {
             let bytes = self.shared.lock().cache.take_up(std::mem::take(found));
             self.index.found_bytes.fetch_add(bytes, Ordering::Relaxed);
         };
-        let is_true = {
-            let described = self.shared.lock().cache.all_described();
-            let described: HashMap<_, _> = described.into_iter().collect();
-            move |segment, generation| described.get(&segment) == Some(&generation)
-        };
-        log.read(is_true, |record| {
+        for place in places {
+            self.index.goes_on()?;
+            let record = log.read(place)?;
             let Some(group) = self.tenants.group_named(&record.owner) else {
-                return;
+                continue;
             };
-            if self.index.ends.load(Ordering::Relaxed) {
-                return;
-            }
             runs += record.runs.len();
             found.push(CleanSegment {
                 group,
@@ -145,8 +181,9 @@ impl Daemon {
                 take_up(&mut found);
                 runs = 0;
             }
-        })?;
+        }
         take_up(&mut found);
+        self.shared.lock().cache.expect(BTreeMap::new());
         tracing::info!(bytes = self.index.found_bytes(), elapsed = ?begun.elapsed(), "what was clean in the cache is known again");
         Ok(())
     }
@@ -159,34 +196,39 @@ impl Daemon {
                 return Ok(());
             }
             let places: Vec<_> = clean.iter().map(|c| (c.segment, c.generation)).collect();
-            log.add(&self.records(log.cache(), clean))?;
-            let mut shared = self.shared.lock();
+            let added = log.add(&self.records(log.cache(), clean));
+            let cache = &mut self.shared.lock().cache;
             for (segment, generation) in places {
-                shared.cache.described(segment, generation);
+                match &added {
+                    Ok(()) => cache.described(segment, generation),
+                    Err(_) => cache.not_described(segment, generation),
+                }
             }
+            added?;
         }
     }
 
     fn rewrite_index(&self, log: &mut IndexLog) -> std::io::Result<()> {
-        let segments = self.common.device.geometry().segments;
         let cache = log.cache();
-        let mut parts = (0..segments).step_by(SEGMENTS_AT_ONCE as usize);
+        let mut first = 0;
         log.rewrite(|| {
-            let first = parts.next()?;
-            let part = first..(first + SEGMENTS_AT_ONCE).min(segments);
-            let clean = self.shared.lock().cache.described_in(part);
-            Some(self.records(cache, clean))
+            self.index.goes_on()?;
+            let (clean, looked) = self.shared.lock().cache.described_from(first, RUNS_AT_ONCE);
+            first += looked;
+            Ok((looked > 0).then(|| self.records(cache, clean)))
         })
     }
 
     fn records(&self, cache: CacheId, clean: Vec<CleanSegment>) -> Vec<IndexRecord> {
         let owners = self.tenants.names_of_groups();
         let record = |clean: CleanSegment| {
-            Some(IndexRecord {
+            let owner = owners.get(&clean.group)?;
+            let is_short = owner.len() <= INDEX_OWNER_LEN_MAX;
+            is_short.then(|| IndexRecord {
                 cache,
                 segment: clean.segment,
                 generation: clean.generation,
-                owner: owners.get(&clean.group)?.clone(),
+                owner: owner.clone(),
                 runs: clean.runs,
             })
         };
@@ -196,7 +238,6 @@ impl Daemon {
     /// The last of it, when nothing is written to the cache device any more. Where devices wait for the next daemon it is not
     /// made durable: that daemon comes in this boot.
     pub(super) fn end_index(&self) {
-        self.index.ends.store(true, Ordering::Relaxed);
         let Some(mut log) = self.index.log.lock().take() else {
             return;
         };

@@ -215,10 +215,21 @@ impl Daemon {
         let (reactor, key) = backend.place();
         let look = |m: &VolumeMachine| m.volume.last_acknowledged();
         let acknowledged = reactor.inspect(key, look).await?.unwrap_or_default();
-        if backend.drain(true).await {
+        let is_sent = backend.drain(true).await;
+        let condition = backend.condition();
+        let lacks_a_map = condition.lacks_a_map();
+        let problem = condition.problem.unwrap_or_default();
+        if is_sent && lacks_a_map {
+            let message = format!("{volume}: {problem}");
+            return Err(ApiError::new(
+                Kind::Unavailable,
+                message,
+                "try again once it does",
+            ));
+        }
+        if is_sent {
             return Ok(acknowledged);
         }
-        let problem = backend.condition().problem.unwrap_or_default();
         let message = format!("{volume} cannot be brought into the store as it is: {problem}");
         let remedy = "see `quarry volume show`";
         Err(ApiError::new(Kind::Conflict, message, remedy))

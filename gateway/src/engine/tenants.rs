@@ -406,18 +406,15 @@ impl Tenants {
 
     /// Which group in the cache a tenant is, as it is in its record.
     fn group(&self, name: &TenantName, record: &TenantRecord) -> u32 {
-        let home = &self.home.settings;
         let own = record.settings.store.as_ref();
-        let (url, endpoint) = match own {
-            Some(store) => (&store.url, &store.endpoint),
-            None => (&home.url, &home.endpoint),
-        };
+        let settings = own.map(|store| settings_of(store, &self.home.settings));
+        let settings = settings.as_ref().unwrap_or(&self.home.settings);
         self.group_of(GroupOf {
             name: name.clone(),
             created_ms: record.created_ms,
             has_own: own.is_some(),
-            url: url.clone(),
-            endpoint: endpoint.clone(),
+            url: settings.url.clone(),
+            endpoint: settings.endpoint.clone(),
         })
     }
 

@@ -8,7 +8,7 @@ use quarry_volume::map::{Merger, Step};
 
 use super::findings::Findings;
 use super::{Check, read_head};
-use crate::backend::open::{Entry, log_place};
+use crate::backend::open::{Entry, LOG_TOO_LONG, LogLeft, log_place};
 use crate::store::StoreError;
 
 /// Headers read side by side.
@@ -37,6 +37,7 @@ pub(super) async fn walk(check: &Check, findings: &mut Findings) -> Result<Log, 
         reached: Lba::ZERO,
         last_write: head.root_write,
         gap: false,
+        left: LogLeft::default(),
         chunks: Vec::new(),
     };
     let mut end = head.log.first().map_or(ChunkSeq::new(1), |r| r.first);
@@ -66,6 +67,8 @@ struct LogWalk<'a> {
     last_write: WriteSeq,
     /// A chunk before could not be read: where the next begins is not known.
     gap: bool,
+    /// What it may still have.
+    left: LogLeft,
     chunks: Vec<Vec<MapEntry>>,
 }
 
@@ -118,9 +121,14 @@ impl LogWalk<'_> {
         while let Some((id, at)) = found.next().await {
             let key = keys::chunk_key(&check.tenant, id);
             let problem = match at? {
-                Ok(Some(Entry::Chunk(header))) => {
+                Ok(Some(Entry::Chunk(header))) if self.left.take(&header) => {
                     self.chunk(&key, &header, findings);
                     continue;
+                }
+                Ok(Some(Entry::Chunk(_))) => {
+                    let finding = findings.add(&key, format!("{LOG_TOO_LONG}; {UNATTACHABLE}"));
+                    findings.hit_all(finding, check.whole());
+                    break;
                 }
                 // As far as an open range goes.
                 Ok(None | Some(Entry::Seal(_))) if range.end.is_none() => return Ok(Some(id.seq)),

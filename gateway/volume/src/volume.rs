@@ -847,7 +847,7 @@ impl Prepared {
             true => volume.params.epoch.next(),
             false => volume.params.epoch,
         };
-        cx.cache.forget_since(group, volume.params.id, since);
+        cx.cache.forget_if_known(group, volume.params.id, since);
         cx.cache.note_unsent(group, volume.writes.unsent().len());
         for (segment, writes) in holds {
             (0..writes).for_each(|_| cx.cache.hold(segment));

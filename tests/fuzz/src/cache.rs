@@ -1,8 +1,8 @@
 //! What the cache device and the journal give us after a crash.
 
 use quarry_objfmt::{
-    CacheId, Generation, JOURNAL_ENTRY_LEN, JournalHeader, PAGE_SIZE, RecordPage, SegmentHeader,
-    Superblock,
+    CacheId, Generation, IndexEnd, IndexRecord, IndexTableHeader, JOURNAL_ENTRY_LEN, JournalHeader,
+    PAGE_SIZE, RecordPage, SegmentHeader, SessionPage, Superblock,
 };
 
 use crate::mend;
@@ -80,6 +80,42 @@ pub(crate) fn journal(input: &[u8]) {
                     .is_err()
             );
             assert!(header.decode_entry(slot, &entry, |_| None).is_err());
+        }
+    }
+}
+
+/// The page that says who has a device, and the one that an index table begins with, have one encoding.
+pub(crate) fn session(input: &[u8]) {
+    for page in both(input, CACHE) {
+        if let Ok(session) = SessionPage::decode(&page, CACHE) {
+            assert!(
+                session.encode(CACHE)[..] == page,
+                "{session:?} has two encodings"
+            );
+        }
+        if let Ok(header) = IndexTableHeader::decode(&page, CACHE) {
+            assert!(
+                header.encode(CACHE)[..] == page,
+                "{header:?} has two encodings"
+            );
+        }
+    }
+}
+
+/// A record of the index log that decodes has one encoding and runs that end somewhere, and so has the log's end.
+pub(crate) fn index(input: &[u8]) {
+    for bytes in [input.to_vec(), mend::structure(input)] {
+        if let Ok(record) = IndexRecord::decode(&bytes) {
+            assert_eq!(record.encode(), bytes, "{record:?} has two encodings");
+            assert_eq!(IndexRecord::encoded_len(&bytes), Ok(bytes.len()));
+            for run in &record.runs {
+                assert!(run.len > 0);
+                assert!(run.raw.checked_add(run.len).is_some());
+                assert!(run.offset.checked_add(run.len).is_some());
+            }
+        }
+        if let Ok(end) = IndexEnd::decode(&bytes) {
+            assert_eq!(end.encode(), bytes, "{end:?} has two encodings");
         }
     }
 }

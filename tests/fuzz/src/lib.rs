@@ -45,7 +45,7 @@ macro_rules! targets {
 
 targets! {
     store: head, keys, snapshot, record, chunk_header, seal, frame;
-    cache: superblock, segment_header, record_page, journal;
+    cache: superblock, segment_header, record_page, journal, session, index;
     map: map_leaf, map_index, map_manifest, map_usage;
     text: config, words;
     nbd: nbd_handshake, nbd_request, nbd_connection;

@@ -14,6 +14,7 @@ use super::*;
 use crate::backend::MapEnd;
 use crate::backend::past::open_at;
 use crate::backend::release::release;
+use crate::control::{Finding, VerifySpec, VolumeRef};
 use crate::store::{FolderStore, GET_BYTES_MAX, Lane, Operation};
 
 /// Looks ahead in the log take all places of this lane, and the seal behind it needs one.
@@ -231,7 +232,7 @@ impl Store for Endless {
 
 /// It took all memory of the daemon, and of all other tenants with it.
 #[tokio::test]
-async fn log_without_an_end_is_refused() {
+async fn log_without_an_end_is_refused_and_told_of_by_a_check() {
     let dir = tempfile::tempdir().unwrap();
     let store = Endless(FolderStore::open(dir.path(), true).unwrap());
     let tenant = TenantName::new("acme").unwrap();
@@ -260,6 +261,12 @@ async fn log_without_an_end_is_refused() {
             other => panic!("{other:?}"),
         }
     }
+    let image = VolumeRef { tenant, name }.into();
+    let (store, spec) = (Arc::new(store), VerifySpec::default());
+    let checked = crate::verify::run(store, &image, volume, spec, None, Arc::default()).await;
+    let report = checked.unwrap().unwrap();
+    let is_told = |finding: &Finding| finding.problem.contains("longer than any");
+    assert!(report.findings.iter().any(is_told), "{report:?}");
 }
 
 /// Whoever put the wrong copy back had another volume served under this one's name.

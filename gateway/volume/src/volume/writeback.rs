@@ -465,9 +465,9 @@ impl Volume {
             wb.map_damaged = true;
         } else {
             wb.refused_until = Some(self.now_ms + CHECKPOINT_RETRY_MS);
-            // Who leaves is to be let go: what is in the log is in the store.
+            // Who leaves is to be let go: what is in the log is in the store. Who came later asks once.
             for drain in &mut wb.drains {
-                drain.checkpoint &= drain.target > wb.committed;
+                drain.checkpoint &= drain.target > wb.checkpoint_write;
             }
         }
         self.finish_drains(cx);
