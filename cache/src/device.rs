@@ -241,7 +241,9 @@ impl CacheDevice {
                     failure.note(error.raw_os_error().unwrap_or(libc::EIO));
                 }
                 let dropped = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
-                dropped.map_err(|error| fail("drop the pages of")(error.into()))?;
+                if failure.get().is_ok() {
+                    dropped.map_err(|error| fail("drop the pages of")(error.into()))?;
+                }
                 (file, false)
             }
         };

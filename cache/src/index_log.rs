@@ -27,10 +27,8 @@ use quarry_objfmt::{
     CacheId, Generation, IndexEnd, IndexRecord, IndexTableHeader, PAGE_SIZE, SegmentId,
 };
 
+use crate::journal::GENERATION_LEN;
 use crate::{CacheDevice, Journals};
-
-/// Bytes of the table for a segment.
-const GENERATION_LEN: usize = 8;
 
 /// A log is written anew once it is twice as long as what was true of it when that was done last, and so much more.
 const REWRITE_MIN: u64 = 8 << 20;
@@ -104,6 +102,9 @@ pub struct Place {
     len: usize,
 }
 
+/// Of segments, that of which the newest record is true.
+pub type Generations = Vec<(SegmentId, Generation)>;
+
 /// The log of one cache device, open.
 #[derive(Debug)]
 pub struct IndexLog {
@@ -121,12 +122,11 @@ pub struct IndexLog {
 }
 
 impl IndexLog {
-    /// Begins with a session of the device, the second one; the first had it before. Answers with the table, which says what was
-    /// true before, and the log in `folder`.
+    /// Begins with a session of the device, the second one; the first had it before. Answers with an empty table, the log in
+    /// `folder`, and what was true of it before.
     ///
     /// **Order:** the device says that this session has it, durably ([`CacheDevice::begin_session`]); then the table is made
-    /// anew with what was true, last of all: one that nobody keeps is not to be this session's. *Killed or failed before: the device
-    /// says another session than table and end do, and nothing is true.*
+    /// anew, last of all. *Killed or failed before, or before the table is told what is true: nothing is.*
     ///
     /// # Errors
     /// If one of the files cannot be read or written.
@@ -135,7 +135,7 @@ impl IndexLog {
         journals: &Journals,
         folder: &Path,
         (before, session): (Session, Session),
-    ) -> io::Result<(IndexTable, Self)> {
+    ) -> io::Result<(IndexTable, Self, Generations)> {
         let (cache, segments) = (device.id(), device.geometry().segments);
         let end_path = folder.join(format!("index-{cache}.end"));
         let header = |session| IndexTableHeader {
@@ -158,7 +158,7 @@ impl IndexLog {
             file.set_len(0)?;
         }
         let len = file.metadata()?.len();
-        let map = journals.make_index_table(&header(session), &generations)?;
+        let map = journals.make_index_table(&header(session))?;
         let log = Self {
             cache,
             session,
@@ -169,7 +169,7 @@ impl IndexLog {
             unsynced: len,
             is_torn: false,
         };
-        Ok((IndexTable { map }, log))
+        Ok((IndexTable { map }, log, generations.into_iter().collect()))
     }
 
     /// Looks through all of it, and calls `each` with every record that `is_true` by its segment and generation, until that says
@@ -265,7 +265,11 @@ impl IndexLog {
             while let Some(records) = next()? {
                 let bytes: Vec<u8> = records.iter().flat_map(IndexRecord::encode).collect();
                 (&file).write_all(&bytes)?;
+                let before = len / UNSYNCED_MAX;
                 len += bytes.len() as u64;
+                if len / UNSYNCED_MAX > before {
+                    file.sync_data()?;
+                }
             }
             file.sync_data()?;
             fs::rename(&new, self.path())
@@ -426,8 +430,13 @@ mod tests {
             let before = device.begin_session(session).unwrap().unwrap();
             let journals = Journals::open(&self.dir.path().join("journals"), ID).unwrap();
             let folder = self.dir.path();
-            let (table, log) =
-                IndexLog::begin(&device, &journals, folder, (before, session)).unwrap();
+            let sessions = (before, session);
+            let (mut table, log, generations) =
+                IndexLog::begin(&device, &journals, folder, sessions).unwrap();
+            assert_eq!(table.iter().count(), 0);
+            for (segment, generation) in generations {
+                table.set(segment, generation);
+            }
             (device, table, log)
         }
 

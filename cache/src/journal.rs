@@ -28,6 +28,9 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// The index table's name among the journals, which no volume has.
 const INDEX_TABLE: &str = "index";
 
+/// Bytes of the index table for a segment.
+pub(crate) const GENERATION_LEN: usize = 8;
+
 /// The folder of one cache device's journals, one file for each attached volume.
 #[derive(Clone, Debug)]
 pub struct Journals {
@@ -276,7 +279,7 @@ impl Journals {
         if IndexTableHeader::decode(page, self.cache) != Ok(*header) {
             return Ok(None);
         }
-        let generations = generations.chunks_exact(8).map(|bytes| {
+        let generations = generations.chunks_exact(GENERATION_LEN).map(|bytes| {
             let bytes = bytes.try_into().expect("eight");
             Generation::new(u64::from_le_bytes(bytes))
         });
@@ -285,15 +288,11 @@ impl Journals {
         Ok(Some(said.collect()))
     }
 
-    /// Makes the index table anew, of what it is to say at first. It lies beside the journals, and is set aside with them.
+    /// Makes the index table anew, empty. It lies beside the journals, and is set aside with them.
     ///
     /// # Errors
     /// If there is no room for it.
-    pub(crate) fn make_index_table(
-        &self,
-        header: &IndexTableHeader,
-        generations: &BTreeMap<SegmentId, Generation>,
-    ) -> io::Result<MmapMut> {
+    pub(crate) fn make_index_table(&self, header: &IndexTableHeader) -> io::Result<MmapMut> {
         let path = self.folder.join(INDEX_TABLE);
         let new = path.with_extension("new");
         let make = || {
@@ -305,10 +304,7 @@ impl Journals {
                 .mode(0o600)
                 .open(&new)?;
             let mut bytes = header.encode(self.cache).to_vec();
-            for segment in (0..header.segments).map(SegmentId::new) {
-                let generation = generations.get(&segment).copied().unwrap_or_default();
-                bytes.extend_from_slice(&generation.get().to_le_bytes());
-            }
+            bytes.resize(PAGE_SIZE + header.segments as usize * GENERATION_LEN, 0);
             // All of it now: a store into a page that the file system has no room for kills the process.
             file.write_all(&bytes)?;
             let map = map(&file)?;

@@ -35,8 +35,10 @@ pub use extent::{Carried, ExtentMap};
 pub use failure::{Ended, SyncFailure, UnderWay};
 pub use group::GroupLimits;
 pub use hash::NameHasher;
-pub use index_log::{IndexLog, IndexTable, Place};
+pub use index_log::{Generations, IndexLog, IndexTable, Place};
 pub use journal::{Journal, Journals, Voided};
 pub use mutation::Mutation;
 pub use recover::{CutError, Recovered, RecoveredPage, RecoveredSegment, Scan, scan};
-pub use segment::{Cache, CacheCounts, CacheLoc, CleanSegment, Geometry, NoSpace, OpenedSegment};
+pub use segment::{
+    Cache, CacheCounts, CacheLoc, CleanSegment, Expected, Geometry, NoSpace, OpenedSegment,
+};

@@ -155,6 +155,24 @@ pub struct CleanSegment {
     pub runs: Vec<IndexRun>,
 }
 
+/// What the index log describes.
+#[derive(Clone, Default, Debug)]
+pub struct Expected {
+    /// The latest term of each group's volumes.
+    pub newest: BTreeMap<(u32, VolumeId), Epoch>,
+    /// Whose the segments are.
+    pub segments: BTreeMap<SegmentId, u32>,
+}
+
+/// Which terms of a volume began here.
+#[derive(Clone, Copy, Debug)]
+struct Terms {
+    /// The first one of which there was nothing yet.
+    lowest: Epoch,
+    /// The last one of a writer.
+    written: Epoch,
+}
+
 /// Why no segment can be had just now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoSpace {
@@ -240,8 +258,10 @@ pub struct Cache {
     described: Option<IndexTable>,
     /// Clean segments that are to be described there.
     undescribed: BTreeSet<SegmentId>,
-    /// The latest term of each group's volumes in what is described and not taken up yet.
-    expected: BTreeMap<(u32, VolumeId), Epoch>,
+    /// What was described before the start and is not taken up yet; none: nobody knows yet.
+    expected: Option<Expected>,
+    /// Of volumes that were here.
+    terms: BTreeMap<(u32, VolumeId), Terms>,
     reclaimed: u64,
     /// The errno of a sync that failed.
     in_doubt: Option<i32>,
@@ -296,7 +316,8 @@ impl Cache {
             clean: CleanIndices::default(),
             described: None,
             undescribed: BTreeSet::new(),
-            expected: BTreeMap::new(),
+            expected: None,
+            terms: BTreeMap::new(),
             reclaimed: 0,
             in_doubt: None,
             segments,
@@ -422,19 +443,36 @@ impl Cache {
         }
     }
 
-    /// What is described and not taken up yet has chunks of these volumes, up to these terms.
-    pub fn expect(&mut self, newest: BTreeMap<(u32, VolumeId), Epoch>) {
-        self.expected = newest;
-    }
-
-    /// Nothing that is described and not taken up yet will be.
-    pub fn expect_nothing(&mut self) {
-        self.expected.clear();
-        for id in (0..self.geometry.segments).map(SegmentId::new) {
-            if self.segment_mut(id).state == State::Free {
-                self.forget_description(id);
+    /// What was described before the start is known, and believed from here on, but for segments that were begun since, and but
+    /// for groups of which a term began that has chunks there already: see [`Self::begin_term`].
+    pub fn expect(&mut self, generations: &[(SegmentId, Generation)], expected: Expected) {
+        let is_known = |(of, terms): (&(u32, VolumeId), &Terms)| {
+            (expected.newest.get(of) >= Some(&terms.lowest)).then_some(*of)
+        };
+        let known: BTreeMap<u32, VolumeId> = self.terms.iter().filter_map(is_known).collect();
+        for (group, volume) in &known {
+            self.put_back(*group, *volume);
+        }
+        for (id, generation) in generations {
+            let Some(segment) = self.segments.get(id.get() as usize) else {
+                continue;
+            };
+            let is_untouched =
+                segment.state == State::Free && segment.generation == Generation::ZERO;
+            let group = expected.segments.get(id);
+            if let Some(table) = &mut self.described
+                && is_untouched
+                && group.is_some_and(|group| !known.contains_key(group))
+            {
+                table.set(*id, *generation);
             }
         }
+        self.expected = Some(expected);
+    }
+
+    /// All of it is taken up.
+    pub fn expect_no_more(&mut self) {
+        self.expected = Some(Expected::default());
     }
 
     /// Takes up segments as the index log describes them; those of which it is not true any more, or that recovery took, are
@@ -484,15 +522,44 @@ impl Cache {
 
     /// A term of a volume begins in which chunks get their names, or is read: there is nothing clean of it yet, nor of later ones.
     /// If there is, the store was put back to an earlier state, and what has the same names is not the same: all that is clean of the
-    /// group is forgotten, and what is described and was not taken up yet.
-    pub fn forget_if_known(&mut self, group: u32, volume: VolumeId, epoch: Epoch) {
-        let expected = self.expected.get(&(group, volume)).copied();
-        if self.clean.of(group).newest_of(volume).max(expected) < Some(epoch) {
-            return;
+    /// group is forgotten, and what was described of it and is not taken up yet.
+    pub fn begin_term(&mut self, group: u32, volume: VolumeId, epoch: Epoch, writes: bool) {
+        let of = (group, volume);
+        let before = self.terms.get(&of).copied();
+        let written = before.map_or(Epoch::ZERO, |terms| terms.written);
+        // A reader's term is the last writer's, whose chunks there are; it may have looked before a writer here began the next.
+        let since = match writes {
+            true => epoch,
+            false => epoch.max(written).next(),
+        };
+        let terms = Terms {
+            lowest: before.map_or(since, |terms| terms.lowest.min(since)),
+            written: if writes { epoch.max(written) } else { written },
+        };
+        self.terms.insert(of, terms);
+        let expected = self.expected.as_ref();
+        let expected = expected.and_then(|expected| expected.newest.get(&of));
+        let newest = self.clean.of(group).newest_of(volume);
+        if newest.max(expected.copied()) >= Some(since) {
+            self.put_back(group, volume);
         }
-        tracing::warn!(%volume, ?epoch, "the store was put back to an earlier state: what the cache has of this tenant is fetched anew");
+    }
+
+    /// A group's store was put back to an earlier state, as a volume of it tells.
+    fn put_back(&mut self, group: u32, volume: VolumeId) {
+        tracing::warn!(%volume, "the store was put back to an earlier state: what the cache has of the volume's tenant is fetched anew");
         self.forget_where(group, |_| true);
-        self.expect_nothing();
+        let Some(expected) = &mut self.expected else {
+            return;
+        };
+        expected.newest.retain(|(of, _), _| *of != group);
+        let of_group = expected.segments.iter().filter(|(_, of)| **of == group);
+        let of_group: Vec<SegmentId> = of_group.map(|(id, _)| *id).collect();
+        for id in of_group {
+            if self.segment_mut(id).state == State::Free {
+                self.forget_description(id);
+            }
+        }
     }
 
     /// A sync of the device failed: what was not known to be stable before may be what was there earlier, another tenant's
@@ -1575,42 +1642,101 @@ mod tests {
         assert_eq!(cache.take_up(clean), 0);
     }
 
+    fn of_term(epoch: u32) -> ChunkId {
+        ChunkId {
+            epoch: Epoch::new(epoch),
+            ..chunk(1)
+        }
+    }
+
+    fn fill(cache: &mut Cache, group: u32, chunk: ChunkId) {
+        let at = cache.reserve_fill(group, chunk, 0, 8).unwrap();
+        cache.finish_fill(chunk, run(at, 8), true);
+    }
+
     #[test]
     fn term_that_begins_and_is_known_ends_what_is_clean_of_its_group_and_one_that_is_new_does_not()
     {
         let mut cache = cache();
-        let of_term = |epoch| ChunkId {
-            epoch: Epoch::new(epoch),
-            ..chunk(1)
-        };
-        for epoch in [1, 2, 3] {
-            let at = cache.reserve_fill(7, of_term(epoch), 0, 8).unwrap();
-            cache.finish_fill(of_term(epoch), run(at, 8), true);
+        cache.begin_term(7, VOLUME, Epoch::new(3), true);
+        for (group, epoch) in [(7, 1), (7, 2), (7, 3), (8, 3)] {
+            fill(&mut cache, group, of_term(epoch));
         }
-        let at = cache.reserve_fill(8, of_term(3), 0, 8).unwrap();
-        cache.finish_fill(of_term(3), run(at, 8), true);
         let holds = |cache: &Cache, group| {
             [1, 2, 3].map(|epoch| cache.clean(group).holds(&of_term(epoch), 0, 8))
         };
-        cache.forget_if_known(7, VOLUME, Epoch::new(4));
+        cache.begin_term(7, VOLUME, Epoch::new(4), true);
+        // Readers: one that looked before that, and one after.
+        for epoch in [3, 4] {
+            cache.begin_term(7, VOLUME, Epoch::new(epoch), false);
+        }
         assert_eq!(holds(&cache, 7), [true; 3]);
-        cache.forget_if_known(7, VOLUME, Epoch::new(3));
+        fill(&mut cache, 7, of_term(4));
+        cache.begin_term(7, VOLUME, Epoch::new(4), true);
         assert_eq!(holds(&cache, 7), [false; 3]);
         assert_eq!(holds(&cache, 8), [false, false, true]);
     }
 
     #[test]
-    fn term_that_begins_and_was_described_ends_what_is_described_and_not_taken_up() {
-        let (before, clean) = described(&[1, 2]);
-        let newest = BTreeMap::from([((7, VOLUME), Epoch::new(1))]);
-        for (epoch, taken_up) in [(2, 2 * 120 * 512), (1, 0)] {
-            let mut cache = next(&before);
-            cache.expect(newest.clone());
-            cache.forget_if_known(7, VOLUME, Epoch::new(epoch));
-            // Of the daemon after this one, too.
-            let mut after = next(&cache);
-            assert_eq!(cache.take_up(clean.clone()), taken_up);
-            assert_eq!(after.take_up(clean.clone()), taken_up);
+    fn term_that_begins_and_was_described_ends_what_was_described_of_its_group_whenever_that_is_known()
+     {
+        let mut before = cache();
+        before.describe_in(IndexTable::of_this_process(GEOMETRY.segments).unwrap());
+        for group in [7, 8] {
+            fill(&mut before, group, of_term(5));
         }
+        before.close_fills();
+        let clean = before.take_undescribed(usize::MAX);
+        for clean in &clean {
+            before.described(clean.segment, clean.generation);
+        }
+        let expected = Expected {
+            newest: [7, 8].map(|group| ((group, VOLUME), Epoch::new(5))).into(),
+            segments: clean.iter().map(|c| (c.segment, c.group)).collect(),
+        };
+        let holds = |cache: &Cache| [7, 8].map(|group| cache.clean(group).holds(&of_term(5), 0, 8));
+        for (epoch, stays) in [(6, true), (5, false)] {
+            for is_early in [false, true] {
+                let mut cache = Cache::new(ID, GEOMETRY, 2, Generation::new(100), &[]);
+                cache.describe_in(IndexTable::of_this_process(GEOMETRY.segments).unwrap());
+                let begin =
+                    |cache: &mut Cache| cache.begin_term(7, VOLUME, Epoch::new(epoch), true);
+                if is_early {
+                    begin(&mut cache);
+                }
+                assert_eq!(cache.all_described(), []);
+                cache.expect(&before.all_described(), expected.clone());
+                if !is_early {
+                    begin(&mut cache);
+                }
+                // Of the daemon after this one, too.
+                let mut after = next(&cache);
+                for cache in [&mut cache, &mut after] {
+                    cache.take_up(clean.clone());
+                    assert_eq!(holds(cache), [stays, true], "{epoch} {is_early}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn segment_begun_before_it_is_known_what_was_described_is_not_believed() {
+        let (before, clean) = described(&[1, 2, 3, 4]);
+        let mut cache = Cache::new(ID, GEOMETRY, 2, Generation::new(100), &[]);
+        cache.describe_in(IndexTable::of_this_process(GEOMETRY.segments).unwrap());
+        let opened = cache.open_for_writes(VOLUME, 7).unwrap();
+        let at = cache.reserve_fill(7, chunk(9), 0, 120).unwrap();
+        cache.finish_fill(chunk(9), run(at, 120), true);
+        cache.evict(7, VOLUME);
+        let expected = Expected {
+            newest: BTreeMap::new(),
+            segments: clean.iter().map(|c| (c.segment, c.group)).collect(),
+        };
+        cache.expect(&before.all_described(), expected);
+        let described = cache.all_described();
+        assert_eq!(described.len(), 2);
+        let begun = [opened.segment, at.segment];
+        assert!(described.iter().all(|(id, _)| !begun.contains(id)));
+        assert_eq!(cache.take_up(clean), 2 * 120 * 512);
     }
 }

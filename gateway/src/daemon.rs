@@ -184,7 +184,6 @@ pub async fn run(config: quarry_config::Config, replace: bool) -> anyhow::Result
             manager.stopping(stop_time_max.saturating_add(STOP_MARGIN));
         }
     };
-    // What is attached waits for its beginning.
     tokio::spawn(Arc::clone(&daemon).keep_index());
     let again = tokio::spawn(attach_again(Arc::clone(&daemon)));
     let follow = tokio::spawn(Arc::clone(&daemon).follow_tenants());

@@ -52,7 +52,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
-use quarry_cache::{Cache, IndexTable, Journal, Journals, Recovered, Scan, device};
+use quarry_cache::{Cache, Journal, Journals, Recovered, Scan, device};
 use quarry_objfmt::{
     CacheKey, Generation, Record, SegmentId, Suspended, TenantName, VolumeId, VolumeName,
 };
@@ -360,13 +360,12 @@ impl Daemon {
             .values()
             .flat_map(|v| v.segments.iter().map(|s| (s.segment, s.generation)))
             .collect();
-        let newest = described.iter().flat_map(IndexTable::iter);
-        let newest = newest.map(|(_, generation)| generation.next()).max();
+        let newest = index.newest();
         let mut cache = Cache::new(
             device.id(),
             geometry,
             u32::try_from(dirty_max).unwrap_or(u32::MAX),
-            unguessed(scan.next_generation.max(newest.unwrap_or_default())),
+            unguessed(scan.next_generation.max(newest.next())),
             &dirty,
         );
         if let Some(described) = described {

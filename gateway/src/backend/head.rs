@@ -112,8 +112,8 @@ impl HeadCell {
     /// its own is asked a few times.
     ///
     /// # Errors
-    /// [`HeadError::Fenced`] if somebody else changed it, [`HeadError::Damaged`] if nobody did and the
-    /// store refuses. After [`HeadError::Store`] it may be changed or not; the next change tells.
+    /// [`HeadError::Fenced`] if somebody else changed it, [`HeadError::Damaged`] if it is gone. After
+    /// [`HeadError::Store`] it may be changed or not, unless the store refuses its own tag; the next change tells.
     pub async fn update(
         &self,
         store: &dyn Store,

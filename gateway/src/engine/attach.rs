@@ -615,8 +615,6 @@ impl Daemon {
         let prepare = move || Volume::prepare(params, opened);
         let prepared = tokio::task::spawn_blocking(prepare).await;
         let prepared = prepared.map_err(|error| ApiError::internal(error.to_string()))?;
-        // A term that the cache knows is found out when the volume joins.
-        self.index.surveyed().await;
         let mut actions = Vec::new();
         let machine = VolumeMachine {
             gate: Arc::clone(&gate),

@@ -4,10 +4,11 @@
 //! wrapping key. It is had before the device is opened, and before another daemon is stopped for its sake: one that
 //! cannot have it must not end the other.
 
+use std::io;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
-use quarry_cache::{CIPHER_KEY_LEN, CacheDevice, SectorCipher, device};
+use quarry_cache::{CIPHER_KEY_LEN, CacheDevice, Journals, SectorCipher, device};
 use quarry_objfmt::wrapped::{cache_key_context, random_key};
 use quarry_objfmt::{CacheId, CacheKey, KeyName};
 
@@ -103,6 +104,12 @@ pub(super) fn open(
     };
     let key = prepared.as_ref().map(|prepared| &prepared.wrapped);
     let mut device = CacheDevice::open_with(&path, size, fresh, key, host, now_ms())?;
+    if let Err(errno) = device.failure().get() {
+        // What they name may be what the device has just lost, and the next daemon is not told of that.
+        Journals::open(&config.daemon.journal_dir, device.id())?.void();
+        let error = io::Error::from_raw_os_error(errno);
+        bail!("the cache {} cannot be synced: {error}", path.display());
+    }
     // Somebody else may have made it since it was looked at.
     check(&path, Some(device.key().is_some()), config)?;
     if let Some(prepared) = prepared {

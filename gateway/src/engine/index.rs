@@ -1,17 +1,16 @@
 //! What is clean in the cache, known again after a restart: the index log is read once at the start, and from then on told what
 //! becomes clean. All of it is in the background, and losing any of it costs fetching anew.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use quarry_cache::{CacheDevice, CleanSegment, IndexLog, IndexTable, Journals};
+use quarry_cache::{CacheDevice, CleanSegment, Expected, IndexLog, IndexTable, Journals};
 use quarry_objfmt::index::INDEX_OWNER_LEN_MAX;
-use quarry_objfmt::{CacheId, IndexRecord};
-use tokio::sync::watch;
+use quarry_objfmt::{CacheId, Generation, IndexRecord, SegmentId};
 
 use super::{Daemon, Slot};
 
@@ -28,8 +27,9 @@ const RUNS_AT_ONCE: usize = 2048;
 pub(super) struct Index {
     /// None where there is none, and once the daemon has ended.
     log: Mutex<Option<IndexLog>>,
-    /// Whether it was looked through, or there is none.
-    is_surveyed: watch::Sender<bool>,
+    /// What was true before the start, until the log is read.
+    before: Mutex<Vec<(SegmentId, Generation)>>,
+    is_read: AtomicBool,
     /// The daemon ends: who reads it still, or writes it anew, stops doing so.
     ends: AtomicBool,
     /// Bytes that were known again.
@@ -37,19 +37,21 @@ pub(super) struct Index {
 }
 
 impl Index {
-    fn new(log: Option<IndexLog>) -> Self {
+    fn new(log: Option<IndexLog>, before: Vec<(SegmentId, Generation)>) -> Self {
         Self {
-            is_surveyed: watch::Sender::new(log.is_none()),
             log: Mutex::new(log),
+            before: Mutex::new(before),
+            is_read: AtomicBool::new(false),
             ends: AtomicBool::new(false),
             found_bytes: AtomicU64::new(0),
         }
     }
 
-    /// Waits until the cache knows which terms of which volumes it is told of.
-    pub(super) async fn surveyed(&self) {
-        // An end of it is none that is waited for: then the daemon ends.
-        let _ = self.is_surveyed.subscribe().wait_for(|is| *is).await;
+    /// The latest generation that it speaks of.
+    pub(super) fn newest(&self) -> Generation {
+        let before = self.before.lock();
+        let generations = before.iter().map(|(_, generation)| *generation);
+        generations.max().unwrap_or_default()
     }
 
     /// The daemon ends.
@@ -85,17 +87,31 @@ pub(super) fn begin(
         tracing::info!(
             "the cache was made by an earlier version: what is clean in it is not known again after a restart"
         );
-        return Ok((None, Index::new(None)));
+        return Ok((None, Index::new(None, Vec::new())));
     };
     if !config.cache.keep_index {
-        return Ok((None, Index::new(None)));
+        return Ok((None, Index::new(None, Vec::new())));
     }
     let folder = &config.daemon.data_dir;
     match IndexLog::begin(device, journals, folder, (before, session)) {
-        Ok((table, log)) => Ok((Some(table), Index::new(Some(log)))),
+        Ok((table, log, before)) => Ok((Some(table), Index::new(Some(log), before))),
         Err(error) => {
             tracing::warn!(%error, folder = %folder.display(), "the index log cannot be kept: what is clean in the cache is fetched anew after a restart");
-            Ok((None, Index::new(None)))
+            Ok((None, Index::new(None, Vec::new())))
+        }
+    }
+}
+
+/// Adds what a record speaks of.
+fn expect(expected: &mut Expected, group: u32, record: &IndexRecord) {
+    expected.segments.insert(record.segment, group);
+    let mut last = None;
+    for run in &record.runs {
+        let (volume, epoch) = (run.chunk.volume, run.chunk.epoch);
+        // Most are of the same as the one before.
+        if last.replace((volume, epoch)) != Some((volume, epoch)) {
+            let newest = expected.newest.entry((group, volume)).or_default();
+            *newest = epoch.max(*newest);
         }
     }
 }
@@ -123,13 +139,10 @@ impl Daemon {
     }
 
     fn keep(&self, log: &mut IndexLog) -> std::io::Result<()> {
-        if !*self.index.is_surveyed.borrow()
+        if !self.index.is_read.swap(true, Ordering::Relaxed)
             && let Err(error) = self.read_index(log)
         {
             tracing::warn!(%error, "the index log cannot be read: what was clean in the cache is fetched anew");
-            self.index.goes_on()?;
-            self.shared.lock().cache.expect_nothing();
-            self.index.is_surveyed.send_replace(true);
         }
         if log.is_due() {
             self.rewrite_index(log)?;
@@ -137,19 +150,17 @@ impl Daemon {
         self.describe_clean(log)
     }
 
-    /// What was clean before the start: first which terms of which volumes, for which attaches wait, then all of it.
+    /// What was clean before the start. **Order:** all of the log is looked through; the cache is told which terms of which volumes
+    /// there are, and believes what no term that has begun since speaks against; only then anything is taken up.
     fn read_index(&self, log: &mut IndexLog) -> std::io::Result<()> {
         let begun = Instant::now();
-        let described = self.shared.lock().cache.all_described();
-        let described: HashMap<_, _> = described.into_iter().collect();
-        let is_true = |segment, generation| described.get(&segment) == Some(&generation);
-        let mut newest = BTreeMap::new();
+        let before = std::mem::take(&mut *self.index.before.lock());
+        let of_before: HashMap<_, _> = before.iter().copied().collect();
+        let is_true = |segment, generation| of_before.get(&segment) == Some(&generation);
+        let mut expected = Expected::default();
         let places = log.survey(is_true, |record| {
             if let Some(group) = self.tenants.group_named(&record.owner) {
-                for run in &record.runs {
-                    let known = newest.entry((group, run.chunk.volume)).or_default();
-                    *known = run.chunk.epoch.max(*known);
-                }
+                expect(&mut expected, group, record);
             }
             match self.index.goes_on() {
                 Ok(()) => ControlFlow::Continue(()),
@@ -157,8 +168,7 @@ impl Daemon {
             }
         })?;
         self.index.goes_on()?;
-        self.shared.lock().cache.expect(newest);
-        self.index.is_surveyed.send_replace(true);
+        self.shared.lock().cache.expect(&before, expected);
         let (mut found, mut runs) = (Vec::new(), 0);
         let take_up = |found: &mut Vec<CleanSegment>| {
             let bytes = self.shared.lock().cache.take_up(std::mem::take(found));
@@ -183,7 +193,7 @@ impl Daemon {
             }
         }
         take_up(&mut found);
-        self.shared.lock().cache.expect(BTreeMap::new());
+        self.shared.lock().cache.expect_no_more();
         tracing::info!(bytes = self.index.found_bytes(), elapsed = ?begun.elapsed(), "what was clean in the cache is known again");
         Ok(())
     }

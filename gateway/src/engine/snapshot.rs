@@ -219,7 +219,8 @@ impl Daemon {
         let condition = backend.condition();
         let lacks_a_map = condition.lacks_a_map();
         let problem = condition.problem.unwrap_or_default();
-        if is_sent && lacks_a_map {
+        let is_behind = backend.head().get().root_write < acknowledged;
+        if is_sent && is_behind && lacks_a_map {
             let message = format!("{volume}: {problem}");
             return Err(ApiError::new(
                 Kind::Unavailable,

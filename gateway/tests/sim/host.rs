@@ -18,7 +18,8 @@ use std::time::Duration;
 pub use calls::{Ask, Call, Not, name_of};
 pub use errands::Errand;
 use quarry_cache::{
-    BlockDevice as _, Cache, CleanSegment, IndexTable, Journals, Recovered, SyncFailure, scan,
+    BlockDevice as _, Cache, CleanSegment, Expected, IndexTable, Journals, Recovered, SyncFailure,
+    scan,
 };
 use quarry_gateway::backend::Buffers;
 use quarry_gateway::backend::open::{Claimed, OpenError};
@@ -193,10 +194,7 @@ impl Host {
             .collect();
         let geometry = self.device.geometry();
         let described = std::mem::take(&mut self.described);
-        let mut table = IndexTable::of_this_process(geometry.segments).unwrap();
-        for (segment, generation) in &described {
-            table.set(*segment, *generation);
-        }
+        let table = IndexTable::of_this_process(geometry.segments).unwrap();
         let newest = described.iter().map(|(_, generation)| generation.next());
         let newest = newest.max().unwrap_or_default();
         let mut cache = Cache::new(
@@ -207,7 +205,7 @@ impl Host {
             &dirty,
         );
         cache.describe_in(table);
-        take_up(&mut cache, &self.index);
+        take_up(&mut cache, &described, &self.index);
         let failure = self.device.open();
         failure.then({
             let journals = self.journals.clone();
@@ -510,15 +508,26 @@ impl Daemon {
     }
 }
 
-/// Takes up what the index log says, the newest of each segment.
-fn take_up(cache: &mut Cache, index: &[CleanSegment]) {
-    let is_true = |record: &&CleanSegment| cache.is_described(record.segment, record.generation);
+/// Takes up what the index log says, the newest of each segment that is described.
+fn take_up(cache: &mut Cache, described: &[(SegmentId, Generation)], index: &[CleanSegment]) {
+    let is_true = |record: &&CleanSegment| described.contains(&(record.segment, record.generation));
     let newest: BTreeMap<_, _> = index
         .iter()
         .filter(is_true)
         .map(|record| (record.segment, record.clone()))
         .collect();
+    let mut expected = Expected::default();
+    for record in newest.values() {
+        expected.segments.insert(record.segment, record.group);
+        for run in &record.runs {
+            let of = (record.group, run.chunk.volume);
+            let known = expected.newest.entry(of).or_default();
+            *known = run.chunk.epoch.max(*known);
+        }
+    }
+    cache.expect(described, expected);
     cache.take_up(newest.into_values().collect());
+    cache.expect_no_more();
 }
 
 /// Whose part of the cache a tenant's volumes have.

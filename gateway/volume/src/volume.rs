@@ -842,12 +842,9 @@ impl Prepared {
             out,
         };
         cx.cache.join_group(group, !volume.params.read_only);
-        // A reader's term is the last writer's, whose chunks there are.
-        let since = match volume.params.read_only {
-            true => volume.params.epoch.next(),
-            false => volume.params.epoch,
-        };
-        cx.cache.forget_if_known(group, volume.params.id, since);
+        let VolumeParams { id, epoch, .. } = volume.params;
+        cx.cache
+            .begin_term(group, id, epoch, !volume.params.read_only);
         cx.cache.note_unsent(group, volume.writes.unsent().len());
         for (segment, writes) in holds {
             (0..writes).for_each(|_| cx.cache.hold(segment));
