@@ -27,7 +27,7 @@ use quarry_objfmt::{
     CacheId, Generation, IndexEnd, IndexRecord, IndexTableHeader, PAGE_SIZE, SegmentId,
 };
 
-use crate::journal::GENERATION_LEN;
+use crate::journal::{GENERATION_LEN, OF_BEFORE};
 use crate::{CacheDevice, Journals};
 
 /// A log is written anew once it is twice as long as what was true of it when that was done last, and so much more.
@@ -61,7 +61,7 @@ impl IndexTable {
         let place = Self::place(segment);
         let bytes = self.map.get(place..place + GENERATION_LEN);
         let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
-        Generation::new(bytes.map_or(0, u64::from_le_bytes))
+        believed(bytes.map_or(0, u64::from_le_bytes))
     }
 
     /// Its newest record, of this generation, is true from now on; with zero none is.
@@ -75,7 +75,17 @@ impl IndexTable {
         self.map[PAGE_SIZE..].fill(0);
     }
 
-    /// All that it says.
+    /// What was true before this session is said no more.
+    pub fn forget_before(&mut self) {
+        for entry in self.map[PAGE_SIZE..].chunks_exact_mut(GENERATION_LEN) {
+            // The highest bit.
+            if entry[GENERATION_LEN - 1] & 0x80 != 0 {
+                entry.fill(0);
+            }
+        }
+    }
+
+    /// All that it says of this session.
     pub fn iter(&self) -> impl Iterator<Item = (SegmentId, Generation)> {
         let generations = self.map[PAGE_SIZE..].chunks_exact(GENERATION_LEN);
         (0..)
@@ -83,9 +93,17 @@ impl IndexTable {
             .zip(generations)
             .map(|(id, bytes)| {
                 let bytes = bytes.try_into().expect("eight");
-                (id, Generation::new(u64::from_le_bytes(bytes)))
+                (id, believed(u64::from_le_bytes(bytes)))
             })
             .filter(|(_, generation)| *generation != Generation::ZERO)
+    }
+}
+
+/// What an entry of the table has this session believe.
+const fn believed(entry: u64) -> Generation {
+    match entry & OF_BEFORE {
+        0 => Generation::new(entry),
+        _ => Generation::ZERO,
     }
 }
 
@@ -122,11 +140,12 @@ pub struct IndexLog {
 }
 
 impl IndexLog {
-    /// Begins with a session of the device, the second one; the first had it before. Answers with an empty table, the log in
-    /// `folder`, and what was true of it before.
+    /// Begins with a session of the device, the second one; the first had it before. Answers with the table, the log in `folder`,
+    /// and what was true of it before, of which the table has nothing believed yet.
     ///
     /// **Order:** the device says that this session has it, durably ([`CacheDevice::begin_session`]); then the table is made
-    /// anew, last of all. *Killed or failed before, or before the table is told what is true: nothing is.*
+    /// anew, last of all. *Killed or failed before: nothing is true. After that: the next session is told what this one was, but for
+    /// what was begun, and but for all if a volume was ([`IndexTable::forget_before`]).*
     ///
     /// # Errors
     /// If one of the files cannot be read or written.
@@ -158,7 +177,7 @@ impl IndexLog {
             file.set_len(0)?;
         }
         let len = file.metadata()?.len();
-        let map = journals.make_index_table(&header(session))?;
+        let map = journals.make_index_table(&header(session), &generations)?;
         let log = Self {
             cache,
             session,
@@ -500,6 +519,37 @@ mod tests {
         let (_device, table, mut log) = host.begin();
         assert_eq!(found(&table, &mut log), []);
         assert_eq!(log.len, 0);
+    }
+
+    #[test]
+    fn daemon_that_fails_to_start_leaves_to_the_next_what_it_was_told() {
+        let mut host = Host::new();
+        let (device, mut table, mut log) = host.begin();
+        for record in [record(1, 10, 1), record(2, 11, 2)] {
+            describe(&mut table, &mut log, record);
+        }
+        drop((device, table, log));
+        for (session, forgets, left) in [
+            (71, false, 2),
+            (72, false, 1),
+            (73, true, 1),
+            (74, false, 0),
+        ] {
+            let device = host.device();
+            let before = device.begin_session([session; 16]).unwrap().unwrap();
+            let journals = Journals::open(&host.dir.path().join("journals"), ID).unwrap();
+            let sessions = (before, [session; 16]);
+            let (mut table, _log, generations) =
+                IndexLog::begin(&device, &journals, host.dir.path(), sessions).unwrap();
+            assert_eq!(generations.len(), left, "session {session}");
+            assert_eq!(table.iter().count(), 0);
+            assert_eq!(table.get(SegmentId::new(2)), Generation::ZERO);
+            // The first segment is begun, and that is all that it did.
+            table.set(SegmentId::new(1), Generation::ZERO);
+            if forgets {
+                table.forget_before();
+            }
+        }
     }
 
     #[test]

@@ -31,6 +31,9 @@ const INDEX_TABLE: &str = "index";
 /// Bytes of the index table for a segment.
 pub(crate) const GENERATION_LEN: usize = 8;
 
+/// In a generation of the index table: it was true in a session before, and is not believed in this one yet.
+pub(crate) const OF_BEFORE: u64 = 1 << 63;
+
 /// The folder of one cache device's journals, one file for each attached volume.
 #[derive(Clone, Debug)]
 pub struct Journals {
@@ -281,18 +284,23 @@ impl Journals {
         }
         let generations = generations.chunks_exact(GENERATION_LEN).map(|bytes| {
             let bytes = bytes.try_into().expect("eight");
-            Generation::new(u64::from_le_bytes(bytes))
+            Generation::new(u64::from_le_bytes(bytes) & !OF_BEFORE)
         });
         let of_segments = (0..header.segments).map(SegmentId::new).zip(generations);
         let said = of_segments.filter(|(_, generation)| *generation != Generation::ZERO);
         Ok(Some(said.collect()))
     }
 
-    /// Makes the index table anew, empty. It lies beside the journals, and is set aside with them.
+    /// Makes the index table anew, which says what was true before and believes none of it. It lies beside the journals, and is
+    /// set aside with them.
     ///
     /// # Errors
     /// If there is no room for it.
-    pub(crate) fn make_index_table(&self, header: &IndexTableHeader) -> io::Result<MmapMut> {
+    pub(crate) fn make_index_table(
+        &self,
+        header: &IndexTableHeader,
+        before: &BTreeMap<SegmentId, Generation>,
+    ) -> io::Result<MmapMut> {
         let path = self.folder.join(INDEX_TABLE);
         let new = path.with_extension("new");
         let make = || {
@@ -304,7 +312,10 @@ impl Journals {
                 .mode(0o600)
                 .open(&new)?;
             let mut bytes = header.encode(self.cache).to_vec();
-            bytes.resize(PAGE_SIZE + header.segments as usize * GENERATION_LEN, 0);
+            for segment in (0..header.segments).map(SegmentId::new) {
+                let of_before = before.get(&segment).map_or(0, |g| g.get() | OF_BEFORE);
+                bytes.extend_from_slice(&of_before.to_le_bytes());
+            }
             // All of it now: a store into a page that the file system has no room for kills the process.
             file.write_all(&bytes)?;
             let map = map(&file)?;

@@ -160,8 +160,8 @@ pub struct CleanSegment {
 pub struct Expected {
     /// The latest term of each group's volumes.
     pub newest: BTreeMap<(u32, VolumeId), Epoch>,
-    /// Whose the segments are.
-    pub segments: BTreeMap<SegmentId, u32>,
+    /// Whose the segments are, and which opening of each it is.
+    pub segments: BTreeMap<SegmentId, (u32, Generation)>,
 }
 
 /// Which terms of a volume began here.
@@ -445,7 +445,7 @@ impl Cache {
 
     /// What was described before the start is known, and believed from here on, but for segments that were begun since, and but
     /// for groups of which a term began that has chunks there already: see [`Self::begin_term`].
-    pub fn expect(&mut self, generations: &[(SegmentId, Generation)], expected: Expected) {
+    pub fn expect(&mut self, mut expected: Expected) {
         let is_known = |(of, terms): (&(u32, VolumeId), &Terms)| {
             (expected.newest.get(of) >= Some(&terms.lowest)).then_some(*of)
         };
@@ -453,18 +453,22 @@ impl Cache {
         for (group, volume) in &known {
             self.put_back(*group, *volume);
         }
-        for (id, generation) in generations {
-            let Some(segment) = self.segments.get(id.get() as usize) else {
-                continue;
-            };
-            let is_untouched =
-                segment.state == State::Free && segment.generation == Generation::ZERO;
-            let group = expected.segments.get(id);
-            if let Some(table) = &mut self.described
-                && is_untouched
-                && group.is_some_and(|group| !known.contains_key(group))
-            {
-                table.set(*id, *generation);
+        expected
+            .newest
+            .retain(|(group, _), _| !known.contains_key(group));
+        expected
+            .segments
+            .retain(|_, (group, _)| !known.contains_key(group));
+        if let Some(table) = &mut self.described {
+            table.forget_before();
+            for (id, (_, generation)) in &expected.segments {
+                let segment = self.segments.get(id.get() as usize);
+                let is_untouched = |segment: &Segment| {
+                    segment.state == State::Free && segment.generation == Generation::ZERO
+                };
+                if segment.is_some_and(is_untouched) {
+                    table.set(*id, *generation);
+                }
             }
         }
         self.expected = Some(expected);
@@ -537,6 +541,12 @@ impl Cache {
             written: if writes { epoch.max(written) } else { written },
         };
         self.terms.insert(of, terms);
+        if self.expected.is_none()
+            && let Some(table) = &mut self.described
+        {
+            // Whether it is known already nobody can say yet, and the next daemon could not any more.
+            table.forget_before();
+        }
         let expected = self.expected.as_ref();
         let expected = expected.and_then(|expected| expected.newest.get(&of));
         let newest = self.clean.of(group).newest_of(volume);
@@ -553,7 +563,8 @@ impl Cache {
             return;
         };
         expected.newest.retain(|(of, _), _| *of != group);
-        let of_group = expected.segments.iter().filter(|(_, of)| **of == group);
+        let of_group = expected.segments.iter();
+        let of_group = of_group.filter(|(_, (of, _))| *of == group);
         let of_group: Vec<SegmentId> = of_group.map(|(id, _)| *id).collect();
         for id in of_group {
             if self.segment_mut(id).state == State::Free {
@@ -1649,6 +1660,11 @@ mod tests {
         }
     }
 
+    fn segments_of(clean: &[CleanSegment]) -> BTreeMap<SegmentId, (u32, Generation)> {
+        let of = |clean: &CleanSegment| (clean.segment, (clean.group, clean.generation));
+        clean.iter().map(of).collect()
+    }
+
     fn fill(cache: &mut Cache, group: u32, chunk: ChunkId) {
         let at = cache.reserve_fill(group, chunk, 0, 8).unwrap();
         cache.finish_fill(chunk, run(at, 8), true);
@@ -1692,7 +1708,7 @@ mod tests {
         }
         let expected = Expected {
             newest: [7, 8].map(|group| ((group, VOLUME), Epoch::new(5))).into(),
-            segments: clean.iter().map(|c| (c.segment, c.group)).collect(),
+            segments: segments_of(&clean),
         };
         let holds = |cache: &Cache| [7, 8].map(|group| cache.clean(group).holds(&of_term(5), 0, 8));
         for (epoch, stays) in [(6, true), (5, false)] {
@@ -1705,7 +1721,7 @@ mod tests {
                     begin(&mut cache);
                 }
                 assert_eq!(cache.all_described(), []);
-                cache.expect(&before.all_described(), expected.clone());
+                cache.expect(expected.clone());
                 if !is_early {
                     begin(&mut cache);
                 }
@@ -1721,7 +1737,7 @@ mod tests {
 
     #[test]
     fn segment_begun_before_it_is_known_what_was_described_is_not_believed() {
-        let (before, clean) = described(&[1, 2, 3, 4]);
+        let (_, clean) = described(&[1, 2, 3, 4]);
         let mut cache = Cache::new(ID, GEOMETRY, 2, Generation::new(100), &[]);
         cache.describe_in(IndexTable::of_this_process(GEOMETRY.segments).unwrap());
         let opened = cache.open_for_writes(VOLUME, 7).unwrap();
@@ -1730,9 +1746,9 @@ mod tests {
         cache.evict(7, VOLUME);
         let expected = Expected {
             newest: BTreeMap::new(),
-            segments: clean.iter().map(|c| (c.segment, c.group)).collect(),
+            segments: segments_of(&clean),
         };
-        cache.expect(&before.all_described(), expected);
+        cache.expect(expected);
         let described = cache.all_described();
         assert_eq!(described.len(), 2);
         let begun = [opened.segment, at.segment];

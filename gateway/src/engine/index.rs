@@ -104,7 +104,8 @@ pub(super) fn begin(
 
 /// Adds what a record speaks of.
 fn expect(expected: &mut Expected, group: u32, record: &IndexRecord) {
-    expected.segments.insert(record.segment, group);
+    let of_segment = (group, record.generation);
+    expected.segments.insert(record.segment, of_segment);
     let mut last = None;
     for run in &record.runs {
         let (volume, epoch) = (run.chunk.volume, run.chunk.epoch);
@@ -155,8 +156,8 @@ impl Daemon {
     fn read_index(&self, log: &mut IndexLog) -> std::io::Result<()> {
         let begun = Instant::now();
         let before = std::mem::take(&mut *self.index.before.lock());
-        let of_before: HashMap<_, _> = before.iter().copied().collect();
-        let is_true = |segment, generation| of_before.get(&segment) == Some(&generation);
+        let before: HashMap<_, _> = before.into_iter().collect();
+        let is_true = |segment, generation| before.get(&segment) == Some(&generation);
         let mut expected = Expected::default();
         let places = log.survey(is_true, |record| {
             if let Some(group) = self.tenants.group_named(&record.owner) {
@@ -168,7 +169,7 @@ impl Daemon {
             }
         })?;
         self.index.goes_on()?;
-        self.shared.lock().cache.expect(&before, expected);
+        self.shared.lock().cache.expect(expected);
         let (mut found, mut runs) = (Vec::new(), 0);
         let take_up = |found: &mut Vec<CleanSegment>| {
             let bytes = self.shared.lock().cache.take_up(std::mem::take(found));

@@ -518,14 +518,15 @@ fn take_up(cache: &mut Cache, described: &[(SegmentId, Generation)], index: &[Cl
         .collect();
     let mut expected = Expected::default();
     for record in newest.values() {
-        expected.segments.insert(record.segment, record.group);
+        let of_segment = (record.group, record.generation);
+        expected.segments.insert(record.segment, of_segment);
         for run in &record.runs {
             let of = (record.group, run.chunk.volume);
             let known = expected.newest.entry(of).or_default();
             *known = run.chunk.epoch.max(*known);
         }
     }
-    cache.expect(described, expected);
+    cache.expect(expected);
     cache.take_up(newest.into_values().collect());
     cache.expect_no_more();
 }
