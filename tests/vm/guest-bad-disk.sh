@@ -28,6 +28,11 @@ cache_is() { # sound|writeless|readless|gone|holed
     say "the cache device is $1"
 }
 node() { readlink -f "/dev/quarry/acme/$1"; }
+writes_on() {
+    rm -f "$dir/enough"
+    write_files /mnt/fs "$record" "$(wc -l <"$record")" 2>/mnt/writer &
+    writer=$!
+}
 metric() { # NAME VOLUME
     busybox wget -q -O - http://127.0.0.1:9400/metrics |
         awk -v m="$1{" -v v="volume=\"$2\"" 'index($0, m) == 1 && index($0, v) { print $2 }'
@@ -62,17 +67,22 @@ mkdir /mnt/fs
 mount "$disk" /mnt/fs || fail "mount"
 : >"$record"
 for round in writes sync; do
-    rm -f "$dir/enough"
     write_at /mnt/old 0 fsync || fail "a flush on a sound device"
-    write_files /mnt/fs "$record" "$(wc -l <"$record")" 2>/mnt/writer &
-    writer=$!
+    writes_on
     sleep 2
+    if [[ $round == writes ]]; then
+        # A sync or a record page that fails before a write does is the other round's.
+        touch "$dir/enough"
+        wait "$writer" || fail "the writer saw an error"
+        sync -f /mnt/fs
+    fi
     # Taken by the device and not flushed: in the second round nothing else is written to that volume.
     write_at /mnt/new 4 || fail "a write to a sound device"
     cache_is writeless
     if [[ $round == writes ]]; then
         write_at /mnt/newer 8 && fail "a write was taken by a device that takes none"
         raw_failed="writing data"
+        writes_on
     else
         raw_failed="syncing[^:]*|writing a record page"
     fi
