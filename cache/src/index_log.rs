@@ -27,7 +27,7 @@ use quarry_objfmt::{
     CacheId, Generation, IndexEnd, IndexRecord, IndexTableHeader, PAGE_SIZE, SegmentId,
 };
 
-use crate::journal::{GENERATION_LEN, OF_BEFORE};
+use crate::journal::{GENERATION_LEN, OF_BEFORE, remove};
 use crate::{CacheDevice, Journals};
 
 /// A log is written anew once it is twice as long as what was true of it when that was done last, and so much more.
@@ -156,7 +156,8 @@ impl IndexLog {
         (before, session): (Session, Session),
     ) -> io::Result<(IndexTable, Self, Generations)> {
         let (cache, segments) = (device.id(), device.geometry().segments);
-        let end_path = folder.join(format!("index-{cache}.end"));
+        let path = log_path(folder, cache);
+        let end_path = path.with_extension("end");
         let header = |session| IndexTableHeader {
             segments,
             boot: journals.boot(),
@@ -171,7 +172,6 @@ impl IndexLog {
         // The device has said that it is of the past.
         remove(&end_path)?;
         remove_others(folder, cache)?;
-        let path = folder.join(format!("index-{cache}.log"));
         let file = open(&path)?;
         if generations.is_empty() {
             file.set_len(0)?;
@@ -307,7 +307,7 @@ impl IndexLog {
     ///
     /// # Errors
     /// If that cannot be made durable: then nothing is true in another boot.
-    pub fn end(self, segments: Vec<(SegmentId, Generation)>) -> io::Result<()> {
+    pub fn end(self, segments: Generations) -> io::Result<()> {
         if self.is_torn || segments.len() > IndexEnd::SEGMENTS_MAX {
             return Ok(());
         }
@@ -335,8 +335,13 @@ impl IndexLog {
     }
 
     fn path(&self) -> PathBuf {
-        self.folder.join(format!("index-{}.log", self.cache))
+        log_path(&self.folder, self.cache)
     }
+}
+
+/// Where a device's log is. Its end, and what is to become either, have names of another extension.
+fn log_path(folder: &Path, cache: CacheId) -> PathBuf {
+    folder.join(format!("index-{cache}.log"))
 }
 
 /// The next record, and in `bytes` what it is made of; `None` at the end, or where no record is.
@@ -410,13 +415,6 @@ fn open(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use quarry_objfmt::{ChunkId, ChunkSeq, Epoch, IndexRun, VolumeId};
@@ -441,17 +439,21 @@ mod tests {
             CacheDevice::open(&self.dir.path().join("cache"), Some(32 << 20), ID, "a", 1).unwrap()
         }
 
-        /// A daemon begins.
-        fn begin(&mut self) -> (CacheDevice, IndexTable, IndexLog) {
+        /// A daemon begins, as far as it comes.
+        fn try_begin(&mut self) -> (CacheDevice, io::Result<(IndexTable, IndexLog, Generations)>) {
             let device = self.device();
             self.sessions += 1;
             let session = [self.sessions; 16];
             let before = device.begin_session(session).unwrap().unwrap();
             let journals = Journals::open(&self.dir.path().join("journals"), ID).unwrap();
-            let folder = self.dir.path();
-            let sessions = (before, session);
-            let (mut table, log, generations) =
-                IndexLog::begin(&device, &journals, folder, sessions).unwrap();
+            let begun = IndexLog::begin(&device, &journals, self.dir.path(), (before, session));
+            (device, begun)
+        }
+
+        /// A daemon begins, and believes all that was true before.
+        fn begin(&mut self) -> (CacheDevice, IndexTable, IndexLog) {
+            let (device, begun) = self.try_begin();
+            let (mut table, log, generations) = begun.unwrap();
             assert_eq!(table.iter().count(), 0);
             for (segment, generation) in generations {
                 table.set(segment, generation);
@@ -529,18 +531,10 @@ mod tests {
             describe(&mut table, &mut log, record);
         }
         drop((device, table, log));
-        for (session, forgets, left) in [
-            (71, false, 2),
-            (72, false, 1),
-            (73, true, 1),
-            (74, false, 0),
-        ] {
-            let device = host.device();
-            let before = device.begin_session([session; 16]).unwrap().unwrap();
-            let journals = Journals::open(&host.dir.path().join("journals"), ID).unwrap();
-            let sessions = (before, [session; 16]);
-            let (mut table, _log, generations) =
-                IndexLog::begin(&device, &journals, host.dir.path(), sessions).unwrap();
+        for (session, (forgets, left)) in (1..).zip([(false, 2), (false, 1), (true, 1), (false, 0)])
+        {
+            let (_device, begun) = host.try_begin();
+            let (mut table, _log, generations) = begun.unwrap();
             assert_eq!(generations.len(), left, "session {session}");
             assert_eq!(table.iter().count(), 0);
             assert_eq!(table.get(SegmentId::new(2)), Generation::ZERO);
@@ -601,11 +595,8 @@ mod tests {
         let aside = path.with_extension("aside");
         fs::rename(&path, &aside).unwrap();
         fs::create_dir(&path).unwrap();
-        let device = host.device();
-        let before = device.begin_session([50; 16]).unwrap().unwrap();
-        let journals = Journals::open(&host.dir.path().join("journals"), ID).unwrap();
-        let sessions = (before, [50; 16]);
-        assert!(IndexLog::begin(&device, &journals, host.dir.path(), sessions).is_err());
+        let (device, begun) = host.try_begin();
+        assert!(begun.is_err());
         drop(device);
         fs::remove_dir(&path).unwrap();
         fs::rename(&aside, &path).unwrap();

@@ -125,7 +125,9 @@ impl Journals {
         };
         let path = self.path(volume);
         let new = path.with_extension("new");
-        let made = self.make(&new, &header).and_then(|map| {
+        let mut bytes = header.encode(self.cache).to_vec();
+        bytes.resize(PAGE_SIZE + header.entries as usize * JOURNAL_ENTRY_LEN, 0);
+        let made = make(&new, &bytes).and_then(|map| {
             // Before the new one has its name: with the folder it may be set aside itself, from any moment on.
             remove(&self.set_aside.join(volume.to_string()))?;
             fs::rename(&new, &path)?;
@@ -136,20 +138,6 @@ impl Journals {
             let _ = fs::remove_file(&new);
         }
         made
-    }
-
-    fn make(&self, path: &Path, header: &JournalHeader) -> io::Result<MmapMut> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(path)?;
-        file.write_all(&header.encode(self.cache)[..])?;
-        // All of it now: a store into a page that the file system has no room for kills the process.
-        file.write_all(&vec![0; header.entries as usize * JOURNAL_ENTRY_LEN])?;
-        map(&file)
     }
 
     /// What the last daemon's journal of a volume says: the records in it that were valid on the
@@ -303,26 +291,16 @@ impl Journals {
     ) -> io::Result<MmapMut> {
         let path = self.folder.join(INDEX_TABLE);
         let new = path.with_extension("new");
-        let make = || {
-            let mut file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&new)?;
-            let mut bytes = header.encode(self.cache).to_vec();
-            for segment in (0..header.segments).map(SegmentId::new) {
-                let of_before = before.get(&segment).map_or(0, |g| g.get() | OF_BEFORE);
-                bytes.extend_from_slice(&of_before.to_le_bytes());
-            }
-            // All of it now: a store into a page that the file system has no room for kills the process.
-            file.write_all(&bytes)?;
-            let map = map(&file)?;
+        let mut bytes = header.encode(self.cache).to_vec();
+        for segment in (0..header.segments).map(SegmentId::new) {
+            let of_before = before.get(&segment).map_or(0, |g| g.get() | OF_BEFORE);
+            bytes.extend_from_slice(&of_before.to_le_bytes());
+        }
+        let made = make(&new, &bytes).and_then(|map| {
             fs::rename(&new, &path)?;
             Ok(map)
-        };
-        make().inspect_err(|_| {
+        });
+        made.inspect_err(|_| {
             let _ = fs::remove_file(&new);
         })
     }
@@ -346,7 +324,22 @@ impl Journal {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
+/// Makes a file of these bytes, and maps it.
+fn make(path: &Path, bytes: &[u8]) -> io::Result<MmapMut> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    // All of it now: a store into a page that the file system has no room for kills the process.
+    file.write_all(bytes)?;
+    map(&file)
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -231,7 +231,8 @@ impl Daemon {
     }
 
     fn records(&self, cache: CacheId, clean: Vec<CleanSegment>) -> Vec<IndexRecord> {
-        let owners = self.tenants.names_of_groups();
+        let groups = clean.iter().map(|clean| clean.group).collect();
+        let owners = self.tenants.names_of(&groups);
         let record = |clean: CleanSegment| {
             let owner = owners.get(&clean.group)?;
             let is_short = owner.len() <= INDEX_OWNER_LEN_MAX;

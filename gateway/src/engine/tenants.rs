@@ -424,11 +424,12 @@ impl Tenants {
         *groups.entry(of).or_insert(next)
     }
 
-    /// The groups' names, by which another daemon knows them.
-    pub(super) fn names_of_groups(&self) -> HashMap<u32, String> {
+    /// The names of these groups, by which another daemon knows them.
+    pub(super) fn names_of(&self, wanted: &BTreeSet<u32>) -> HashMap<u32, String> {
         let groups = self.groups.lock();
         let name = |(of, group): (&GroupOf, &u32)| Some((*group, serde_json::to_string(of).ok()?));
-        groups.iter().filter_map(name).collect()
+        let wanted = groups.iter().filter(|(_, group)| wanted.contains(group));
+        wanted.filter_map(name).collect()
     }
 
     /// The group of that name; none if it is none, or one of another store than the daemon has now.
